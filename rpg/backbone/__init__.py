@@ -1,0 +1,32 @@
+"""Backbones: from embedded positions to prototypes, one signature for all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rpg.backbone.base import Backbone
+from rpg.backbone.lstm import LSTMBackbone, LSTMConfig
+from rpg.backbone.none import NoneBackbone, NoneConfig
+from rpg.backbone.transformer import TransformerBackbone, TransformerConfig
+
+BackboneConfig = Annotated[LSTMConfig | TransformerConfig | NoneConfig, Field(discriminator="kind")]
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "LSTMConfig",
+    "NoneConfig",
+    "TransformerConfig",
+    "build_backbone",
+]
+
+
+def build_backbone(config: LSTMConfig | TransformerConfig | NoneConfig) -> Backbone:
+    """Build the backbone a configuration describes, randomly initialised from torch's global generator."""
+    if isinstance(config, LSTMConfig):
+        return LSTMBackbone(config)
+    if isinstance(config, TransformerConfig):
+        return TransformerBackbone(config)
+    return NoneBackbone(config)
