@@ -1,0 +1,218 @@
+"""One checkpoint on disk: opened lazily by memory map, checked before use, saved atomically.
+
+A checkpoint is a safetensors file, a sharded one with its index, or a folder that holds either (a PEFT adapter, a
+timm or transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alone, to be converted once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenization.errors import InputError
+from tokenization.headers import (
+    DTYPES,
+    ORDER_KEY,
+    TIES_KEY,
+    TensorInfo,
+    locate,
+    order_of,
+    read_header,
+    tensor_at,
+    ties_of,
+)
+from tokenization.pickled import check_tensors, cut_prefixes, load_pickle, pickled_files
+from tokenization.publish import publish
+
+__all__ = ["ORDER_KEY", "TIES_KEY", "Checkpoint", "TensorInfo", "read_state_dict", "save_checkpoint"]
+
+
+class Checkpoint:
+    """A checkpoint whose values stay on disk until they are asked for.
+
+    Safe to use across ``fork`` and to pickle: a copy in another process maps the files again when it first reads.
+
+    Attributes:
+        path: what was opened: a file or a folder.
+        tensors: the stored tensors in the order of the state dict.
+        ties: ``{alias: stored name}``; an alias is a key of the state dict but not of ``tensors``.
+        order: every key of the state dict, aliases included.
+        ordered: whether the file records that order; without it names are sorted, ``block.2`` before ``block.10``.
+        metadata: the strings in the header, ``rpg.order`` and ``rpg.ties`` left out.
+        sizes: the files the values lie in, and their sizes in bytes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, TensorInfo],
+        ties: dict[str, str],
+        order: list[str],
+        ordered: bool,
+        metadata: dict[str, str],
+        sizes: dict[Path, int],
+    ) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.ties = ties
+        self.order = order
+        self.ordered = ordered
+        self.metadata = metadata
+        self.sizes = sizes
+        self._maps: dict[Path, Tensor] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read and check the header(s); no values are read.
+
+        Raises:
+            InputError: there is no checkpoint, or it is truncated, inconsistent, or of an unknown dtype.
+        """
+        path = Path(path)
+        if pickled := pickled_files(path):
+            path = pickled[0]
+        header = read_header(locate(path))
+        if not header.tensors:
+            raise InputError(str(path), "no tensor", "a checkpoint", "check the file")
+        ties = ties_of(header, path)
+        order, ordered = order_of(header, ties, path)
+        tensors = {name: header.tensors[name] for name in order if name in header.tensors}
+        metadata = {key: text for key, text in header.metadata.items() if key not in (ORDER_KEY, TIES_KEY)}
+        return cls(path, tensors, ties, order, ordered, metadata, header.sizes)
+
+    def flat(self, name: str) -> Tensor:
+        """All values of a tensor, ``[num_values]`` of the stored dtype, in the memory map: no copy is made.
+
+        Writing into it changes this process's view, never the file.
+        """
+        info = self.info(name)
+        data = self._map(info.file)[info.offset : info.offset + info.num_bytes]
+        if info.offset % info.dtype.itemsize:  # only foreign writers leave tensors unaligned
+            data = data.clone()
+        return data.view(info.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of a tensor in its shape."""
+        return self.flat(name).clone().reshape(self.info(name).shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all tensors under every key; an alias is the very tensor object it is tied to."""
+        stored = {name: self.tensor(name) for name in self.tensors}
+        return {name: stored[self.ties.get(name, name)] for name in self.order}
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor (or the one an alias is tied to) lies. Raises InputError when there is none of the name."""
+        info = self.tensors.get(self.ties.get(name, name))
+        if info is None:
+            raise InputError(tensor_at(self.path, name), "no such tensor", "one of the checkpoint's own names")
+        return info
+
+    def _map(self, file: Path) -> Tensor:
+        if file not in self._maps:
+            size = self.sizes[file]
+            try:
+                found = file.stat().st_size
+                if found != size:
+                    raise InputError(str(file), f"{found} bytes", f"{size} as when it was opened", "open it again")
+                # A private map: no file descriptor is kept, so that a zoo may hold thousands of files open.
+                storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+            except (OSError, RuntimeError) as error:
+                raise InputError(str(file), f"an unreadable file ({error})", "the file as it was opened") from error
+            self._maps[file] = torch.empty(0, dtype=torch.uint8).set_(storage)
+        return self._maps[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+
+def read_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint of any kind, pickles (.pth, .pt, .bin) included, in the order of its state dict.
+
+    Nesting (``{"state_dict": …}``; averaged weights are preferred where there are both) is unwrapped, and the
+    ``module.`` and ``_orig_mod.`` of wrappers are cut off the names.
+
+    Raises:
+        InputError: there is no checkpoint or a broken one; a pickle that holds code is refused, not run.
+    """
+    path = Path(path)
+    pickled = pickled_files(path)
+    if not pickled:
+        return cut_prefixes(Checkpoint.open(path).state_dict())
+    state_dict: dict[str, Tensor] = {}
+    for file in pickled:
+        state_dict |= load_pickle(file)
+    return cut_prefixes(state_dict)
+
+
+def save_checkpoint(
+    path: Path | str,
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    ties: Mapping[str, str] | None = None,
+    *,
+    materialize_ties: bool = False,
+) -> None:
+    """Write a state dict as one safetensors file, atomically, order and ties recorded in the metadata.
+
+    Args:
+        path: the file, ``*.safetensors``; replaced if it exists.
+        state_dict: dense tensors on any device.
+        metadata: further strings for the header.
+        ties: ``{alias: stored name}`` in addition to those found: keys whose tensors are the same memory.
+        materialize_ties: store aliases as copies instead, so that any loader finds every key in the file.
+
+    Raises:
+        InputError: a tensor cannot be stored, a tie is wrong, or the disk refuses; ``path`` is then as it was.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(str(path), f"the ending {path.suffix!r}", "'.safetensors'", "rename it")
+    tensors = check_tensors(state_dict, path)
+    for name, tensor in tensors.items():
+        if name == "__metadata__" or tensor.dtype not in DTYPES.values():
+            raise InputError(tensor_at(path, name), f"dtype {tensor.dtype}", "a name and dtype that safetensors knows")
+    all_ties = {**find_ties(tensors), **(ties or {})}
+    for alias, name in all_ties.items():
+        if name not in tensors or name in all_ties:
+            raise InputError(tensor_at(path, alias), f"a tie to {name!r}", "a tie to a stored tensor")
+    order = [*tensors, *(alias for alias in all_ties if alias not in tensors)]
+    header = dict(metadata or {})
+    header[ORDER_KEY] = json.dumps(order)
+    if all_ties and not materialize_ties:
+        header[TIES_KEY] = json.dumps(all_ties)
+    stored: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name in order:
+        if name in all_ties and not materialize_ties:
+            continue
+        tensor = tensors[all_ties.get(name, name)].cpu().contiguous()
+        # The library refuses tensors that share memory, as views of one buffer do.
+        memory = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
+    with publish(path) as temporary:
+        save_file(stored, temporary, metadata=header)
+
+
+def find_ties(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """``{alias: first name}`` of the entries that are the same memory in the same shape and dtype."""
+    first: dict[tuple[Any, ...], str] = {}
+    ties = {}
+    for name, tensor in state_dict.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key in first:
+            ties[name] = first[key]
+        else:
+            first[key] = name
+    return ties
