@@ -34,6 +34,18 @@ class FlowConfig(Section):
     )
 
 
+class DDPMConfig(Section):
+    """Denoising diffusion in T steps with linearly growing noise."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    prediction: Literal["epsilon", "sample", "velocity"] = Field(
+        "epsilon", description="What the denoiser predicts: the noise, the clean token x0, or the velocity between."
+    )
+    num_steps: int = Field(1000, ge=1, description="Number of noise levels T.")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="Variance added by the first step.")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="Variance added by the last step.")
+
+
 class Objective:
     """The interface of every objective."""
 
@@ -103,9 +115,18 @@ class Objective:
             raise InputError("sampler", sampler, expected, "the samplers depend on the objective")
         if num_steps < 1:
             raise InputError("num_steps", str(num_steps), "at least 1")
-        optional = {} if callback is None else {"callback": callback}
         run = self.samplers[sampler]
-        return run(self, predict, noise, num_steps=num_steps, generator=generator, eta=eta, **optional)
+        optional = {} if callback is None else {"callback": callback}
+        # Autocast may leave predictions in a lower precision; the samplers' arithmetic keeps that of the noise.
+        return run(
+            self,
+            lambda x_t, network_time: predict(x_t, network_time).to(x_t.dtype),
+            noise,
+            num_steps=num_steps,
+            generator=generator,
+            eta=eta,
+            **optional,
+        )
 
 
 class Flow(Objective):
@@ -119,7 +140,7 @@ class Flow(Objective):
 
     def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
         """Draw times in (0, 1): the sigmoid of a normal (arXiv 2403.03206, section 3.1)."""
-        normal = _randn((num,), generator, device)  # [N]
+        normal = samplers.randn((num,), generator, device)  # [N]
         return torch.sigmoid(normal * self.config.time_std + self.config.time_mean)  # [N]
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -155,20 +176,82 @@ class Flow(Objective):
         return shift * u / (1 + (shift - 1) * u)  # [num_steps + 1]
 
 
+class DDPM(Objective):
+    """Denoising diffusion (arXiv 2006.11239): x_t = √ᾱ x₀ + √(1 - ᾱ) e; the time is an integer from 0 to T - 1."""
+
+    samplers: ClassVar = {"ddpm": samplers.ddpm, "ddim": samplers.ddim, "dpm-solver++": samplers.dpm_solver}
+
+    def __init__(self, config: DDPMConfig) -> None:
+        self.config = config
+        self.prediction = config.prediction
+        betas = torch.linspace(config.beta_start, config.beta_end, config.num_steps, dtype=torch.float64)  # [T]
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()  # [T]
+
+    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+        """Draw times uniformly from 0 … T - 1, ``[N]`` int64."""
+        source = torch.device(device) if generator is None else generator.device
+        return torch.randint(self.config.num_steps, (num,), generator=generator, device=source).to(device)  # [N]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """√ᾱ x₀ + √(1 - ᾱ) e, ``[N, D]``."""
+        signal, sigma = self._scales(time)  # [N, 1]
+        return signal * x0 + sigma * noise  # [N, D]
+
+    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noise e, x₀, or the velocity √ᾱ e - √(1 - ᾱ) x₀ (arXiv 2202.00512), ``[N, D]``."""
+        if self.prediction == "epsilon":
+            return noise  # [N, D]
+        if self.prediction == "sample":
+            return x0  # [N, D]
+        signal, sigma = self._scales(time)  # [N, 1]
+        return signal * noise - sigma * x0  # [N, D]
+
+    def weight(self, time: Tensor) -> Tensor:
+        """Ones, ``[N]``: the "simple" loss (arXiv 2006.11239, equation 14)."""
+        return torch.ones(time.shape, device=time.device)  # [N]
+
+    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """Solve for x₀, ``[N, D]``."""
+        if self.prediction == "sample":
+            return prediction  # [N, D]
+        signal, sigma = self._scales(time)  # [N, 1]
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / signal  # [N, D]
+        return signal * x_t - sigma * prediction  # [N, D]
+
+    def network_time(self, time: Tensor) -> Tensor:
+        """The step itself for T = 1000, else stretched to 0 … 1000."""
+        return time * (1000 / self.config.num_steps)
+
+    def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
+        """Times of a sampler in descending order, ``[num_steps]`` int64.
+
+        The first is T - 1, the noise the denoiser was trained on, and the step after the last ends at the clean
+        token ("trailing" in arXiv 2305.08891, table 2).
+
+        Raises:
+            InputError: more steps than noise levels.
+        """
+        total = self.config.num_steps
+        if num_steps > total:
+            raise InputError("num_steps", str(num_steps), f"at most the objective's num_steps, {total}")
+        remaining = torch.arange(num_steps, 0, -1, device=device)  # [num_steps]
+        return (remaining * total + num_steps // 2) // num_steps - 1  # [num_steps]
+
+    def _scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 - ᾱ), ``[N, 1]`` or scalars."""
+        alpha = _column(self.alphas_cumprod.to(time.device)[time])  # [N, 1]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+
 def _column(time: Tensor) -> Tensor:
     """Align ``[N]`` with ``[N, D]``; a scalar stays one."""
     return time[:, None] if time.dim() else time
 
 
-def _randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Standard normals drawn on the generator's device, so that a CPU generator serves every device."""
-    source = torch.device(device) if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=source).to(device)
+ObjectiveConfig = Annotated[FlowConfig | DDPMConfig, Field(discriminator="kind")]
 
 
-ObjectiveConfig = Annotated[FlowConfig, Field(discriminator="kind")]
-
-
-def build_objective(config: FlowConfig) -> Objective:
+def build_objective(config: FlowConfig | DDPMConfig) -> Objective:
     """Build the objective a configuration describes."""
-    return Flow(config)
+    return Flow(config) if isinstance(config, FlowConfig) else DDPM(config)

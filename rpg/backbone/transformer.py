@@ -49,7 +49,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, L, H]`` to ``[B, L, H]``."""
         qkv = self.qkv(self.attention_norm(x))  # [B, L, 3H]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 × [B, A, L, K]
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, A, L, K] each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, A, L, K]
         x = x + self.attention_out(y.transpose(1, 2).flatten(2))  # [B, L, H]
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))  # [B, L, H]
