@@ -185,7 +185,7 @@ def save_checkpoint(
         if name not in tensors or name in all_ties:
             raise InputError(tensor_at(path, alias), f"a tie to {name!r}", "a tie to a stored tensor")
     order = [*tensors, *(alias for alias in all_ties if alias not in tensors)]
-    header = dict(metadata or {})
+    header = {"format": "pt", **(metadata or {})}  # transformers insists on the format
     header[ORDER_KEY] = json.dumps(order)
     if all_ties and not materialize_ties:
         header[TIES_KEY] = json.dumps(all_ties)

@@ -63,10 +63,12 @@ class TensorInfo:
 
     @property
     def num_values(self) -> int:
+        """How many values it has: 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """How many bytes of the file they take."""
         return self.num_values * self.dtype.itemsize
 
 

@@ -1,0 +1,68 @@
+"""What the conditions of a zoo's entries mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tokenization.errors import InputError
+
+ConditionKind = Literal["binary", "class", "vector", "text"]
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """What the condition of an entry means.
+
+    ===========  ==========================================================================
+    kind         condition of an entry
+    ===========  ==========================================================================
+    ``binary``   ``size`` numbers, each 0 or 1
+    ``vector``   ``size`` real numbers
+    ``class``    one number, the index of the class among ``size``
+    ``text``     one number, the index of the text among the ``size`` texts in ``names``
+    ===========  ==========================================================================
+
+    Attributes:
+        kind: as above.
+        size: as above, at least 1.
+        names: what the components, classes or texts are called; may be empty except for ``text``.
+    """
+
+    kind: ConditionKind
+    size: int
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ConditionKind):
+            raise InputError("condition: kind", repr(self.kind), f"one of {', '.join(get_args(ConditionKind))}")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise InputError("condition: size", repr(self.size), "a whole number from 1 on")
+        unnamed = not self.names and self.kind != "text"
+        if not unnamed and (len(self.names) != self.size or len(set(self.names)) != self.size):
+            raise InputError("condition: names", f"{len(self.names)} of them", f"{self.size} different ones")
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> ConditionSpec:
+        """Read what ``dataclasses.asdict`` gives. Raises InputError that names ``where``."""
+        if not isinstance(content, dict) or not {"kind", "size"} <= content.keys() <= {"kind", "size", "names"}:
+            raise InputError(f"{where}: condition", repr(content), "kind, size and names")
+        names = content.get("names", [])
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{where}: condition: names", repr(names), "a list of texts")
+        return cls(content["kind"], content["size"], tuple(names))
+
+    def require(self, condition: Sequence[float] | None, where: str) -> None:
+        """Check the condition of an entry. Raises InputError that names ``where``."""
+        where = f"{where}: condition"
+        length = self.size if self.kind in ("binary", "vector") else 1
+        if condition is None or len(condition) != length:
+            raise InputError(
+                where, "none" if condition is None else f"{len(condition)} numbers", f"{length} ({self.kind})"
+            )
+        for value in condition:
+            if self.kind == "binary" and value not in (0, 1):
+                raise InputError(where, f"{value}", "0 or 1")
+            if self.kind in ("class", "text") and not (value == int(value) and 0 <= value < self.size):
+                raise InputError(where, f"{value}", f"an index from 0 to {self.size - 1}")

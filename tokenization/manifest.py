@@ -1,0 +1,171 @@
+"""The manifest of a zoo: one JSON line a checkpoint, appended only after its file is in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenization.errors import InputError
+
+_CUT_CURE = "collect again, which drops it and continues"
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One line of the manifest.
+
+    Attributes:
+        file: the checkpoint, relative to the zoo; for an ``external`` one an absolute path or one that leaves it.
+        run: which training run it comes from, 0, 1, ….
+        step: how many steps into that run.
+        condition: what it was trained for, as the zoo's `ConditionSpec` says.
+        metrics: its scores, e.g. ``{"accuracy": 0.97}``.
+        split: "train", "test", ….
+        size: bytes of its file(s); 0 if not recorded.
+        sha256: digest of its file(s), hexadecimal; empty if not recorded.
+        source: the file it was converted from, if any.
+        external: whether it lies outside the zoo, adopted where it is.
+    """
+
+    file: str
+    run: int
+    step: int
+    condition: tuple[float, ...] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    split: str = "train"
+    size: int = 0
+    sha256: str = ""
+    source: str = ""
+    external: bool = False
+
+    def to_line(self) -> str:
+        """The manifest line, with its newline."""
+        content = dataclasses.asdict(self)
+        optional = {"size": 0, "sha256": "", "source": "", "external": False}
+        content = {key: value for key, value in content.items() if key not in optional or value != optional[key]}
+        return json.dumps(content, allow_nan=False) + "\n"
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(ZooEntry)}
+
+
+def entry_of(content: Any, where: str) -> ZooEntry:
+    """Check the fields of one entry. Raises InputError that names ``where`` and the field at fault."""
+    if not isinstance(content, dict):
+        raise InputError(where, f"a value of type {type(content).__name__}", "a JSON object")
+    for key in content:
+        if key not in _FIELDS:
+            raise InputError(f"{where}: field {key!r}", "an unknown field", f"one of {', '.join(_FIELDS)}")
+    for key in ("file", "run", "step"):
+        if key not in content:
+            raise InputError(f"{where}: field {key!r}", "nothing", "a value")
+    values = dict(content)
+    for key in ("file", "split", "sha256", "source"):
+        if key in values and not isinstance(values[key], str):
+            raise InputError(f"{where}: field {key!r}", repr(values[key]), "a text")
+    for key in ("run", "step", "size"):
+        value = values.get(key, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"{where}: field {key!r}", repr(value), "a whole number from 0 on")
+    for key in ("file", "split"):
+        if not values.get(key, "train"):
+            raise InputError(f"{where}: field {key!r}", "an empty text", "a name")
+    if not isinstance(values.get("external", False), bool):
+        raise InputError(f"{where}: field 'external'", repr(values["external"]), "true or false")
+    if values.get("condition") is not None:
+        condition = values["condition"]
+        if not isinstance(condition, list | tuple) or not all(_is_number(value) for value in condition):
+            raise InputError(f"{where}: field 'condition'", repr(condition), "a list of finite numbers")
+        values["condition"] = tuple(float(value) for value in condition)
+    metrics = values.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+        raise InputError(f"{where}: field 'metrics'", repr(metrics), "finite numbers by name")
+    return ZooEntry(**values)
+
+
+def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
+    """Read every line.
+
+    Args:
+        path: the file.
+        repair: cut off a last line that a killed process left unfinished.
+
+    Raises:
+        InputError: a line is cut in half, malformed, or lists a file a second time; names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), f"no readable file ({error.strerror})", "the manifest of a zoo") from error
+    entries: list[ZooEntry] = []
+    lines_of_files: dict[str, int] = {}
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            parsed = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):
+                raise InputError(
+                    where, f"no complete JSON ({error})", "one JSON object a line", "mend or drop it"
+                ) from error
+            if not repair:
+                raise InputError(where, "a line cut in half", "one JSON object a line", _CUT_CURE) from error
+            os.truncate(path, len(content) - len(line))
+            break
+        entry = entry_of(parsed, where)
+        if entry.file in lines_of_files:
+            found = f"{entry.file!r} a second time"
+            raise InputError(where, found, f"it in line {lines_of_files[entry.file]} alone", "drop one of the lines")
+        lines_of_files[entry.file] = number
+        entries.append(entry)
+    return entries
+
+
+def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) -> int:
+    """Append entries durably, all or none; return the new size of the file in bytes.
+
+    Raises:
+        InputError: the file is not ``expected_size`` bytes long (another process collects too), or the disk
+            refuses; the file is then as it was.
+    """
+    data = "".join(entry.to_line() for entry in entries).encode()
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise InputError(str(path), f"no writable file ({error.strerror})", "the manifest of a zoo") from error
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if size != expected_size:
+            raise InputError(
+                str(path), f"{size} bytes", f"{expected_size} as last read", "let one process at a time collect"
+            )
+        if size:
+            os.lseek(descriptor, -1, os.SEEK_END)
+            if os.read(descriptor, 1) != b"\n":  # an editor left the last line without its end
+                data = b"\n" + data
+        try:
+            remaining = data
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
+            os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, size)
+            raise
+    except OSError as error:
+        raise InputError(str(path), f"an error on writing ({error.strerror})", "enough space", "free some") from error
+    finally:
+        os.close(descriptor)
+    return size + len(data)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
