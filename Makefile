@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both need python3 and make only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint install clean
+
+install: $(STAMP)
+
+# uv installs in seconds what pip installs in minutes; pip is the fall-back.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv || true
+	if [ -x $(BIN)/uv ]; then \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'; \
+	else \
+		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'; \
+	fi
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/rpg demo $(DEMO_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

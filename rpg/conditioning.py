@@ -1,0 +1,59 @@
+"""Condition encoders: what the user asks for, as one vector of the model's width.
+
+B examples, C condition values, H model width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+
+
+class ConditionConfig(Section):
+    """What the generator is conditioned on."""
+
+    kind: Literal["none", "binary", "class", "vector", "text"] = Field(
+        "none", description="none; binary vector; class index; real vector; text (an embedding vector)"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of training examples that see no condition (guidance)")
+    inject: Literal["both", "backbone", "last_tokens"] = Field(
+        "both", description="backbone input and denoiser; backbone input only; only the last tokens' backbone input"
+    )
+    last_tokens: int = Field(8, ge=1, description="with inject last_tokens: how many tokens see the condition")
+
+
+class ConditionEncoder(nn.Module):
+    """A condition ``[B, C]`` as an embedding ``[B, H]``; a dropped one becomes a learned null embedding.
+
+    Args:
+        kind: one of ``ConditionConfig.kind`` except ``none``.
+        size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``).
+        width: H.
+    """
+
+    def __init__(self, kind: str, size: int, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.null = nn.Parameter(torch.randn(width) * 0.02)
+        self.network: nn.Module
+        if kind == "class":
+            self.network = nn.Embedding(size, width)
+        else:
+            self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Embed ``condition`` ``[B, C]``; rows where ``dropped`` ``[B]`` is true get the null embedding."""
+        if self.kind == "class":
+            embedded = self.network(condition[:, 0].long())  # [B, H]
+        elif self.kind == "binary":
+            embedded = self.network(condition * 2 - 1)  # bits as ±1, [B, H]
+        else:
+            embedded = self.network(condition)  # [B, H]
+        if dropped is not None:
+            embedded = torch.where(dropped[:, None], self.null.to(embedded.dtype), embedded)
+        return embedded

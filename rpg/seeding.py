@@ -1,0 +1,24 @@
+"""One seed decides everything: independent random streams derived from it by name."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part: ``derive_seed(seed, "noise", step, example)``."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator on ``device`` seeded with :func:`derive_seed` of the parts."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def permutation(num: int, *parts: int | str) -> Tensor:
+    """A random order of ``range(num)``, ``[num]`` long, decided by the parts."""
+    return torch.randperm(num, generator=generator(*parts))

@@ -1,0 +1,294 @@
+"""Training on top of accelerate: the loop, the step, what a resume needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from rpg.batches import BatchSampler, Rows, state_ids, to_batch
+from rpg.config import Config, TrainConfig
+from rpg.ema import ExponentialMovingAverage
+from rpg.generator import Generator
+from rpg.model import Batch, RecurrentDiffusion
+from rpg.runs import RunFolder
+from rpg.seeding import generator
+from tokenization.errors import InputError
+from tokenization.layout import TokenLayout
+from tokenization.zoo import Zoo
+
+Progress = Callable[[int, int, float], None]
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_seconds: float | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Train a generator on the zoo of ``config`` and write it to ``<run>/generator``.
+
+    SIGTERM and SIGINT save a checkpoint and end the run; ``resume`` continues it exactly.
+
+    Args:
+        config: the experiment.
+        resume: go on from the newest complete checkpoint of the run folder, if there is one.
+        overwrite: discard the run that is in the run folder.
+        max_seconds: stop, as if interrupted, once the loop has run that long.
+        progress: called with (steps done, steps in all, loss) at every logged step.
+        say: receives the notices of one line.
+
+    Returns:
+        The generator folder.
+
+    Raises:
+        InputError: the zoo, the configuration or the run folder does not allow it, or the loss is not finite.
+    """
+    started = time.monotonic()
+    trainer = Trainer(config, resume=resume, overwrite=overwrite, say=say)
+    stop = StopSignal()
+    with stop:
+        for step, parts in trainer.sampler.prefetch(trainer.step, config.train.steps):
+            loss = trainer.train_step(step, parts)
+            done = step + 1
+            finished = done == config.train.steps
+            ended = stop.requested or (max_seconds is not None and time.monotonic() - started > max_seconds)
+            stopping = not finished and trainer.any_process(ended)
+            if done % config.train.log_every == 0 or finished or stopping:
+                trainer.log(done, loss)
+                if progress is not None:
+                    progress(done, config.train.steps, loss)
+            if done % config.train.save_every == 0 or finished or stopping:
+                trainer.save(done)
+            if stopping:
+                say(f"stopped after step {done} of {config.train.steps}; continue with --resume")
+                break
+    return trainer.finish(time.monotonic() - started)
+
+
+class Trainer:
+    """The state of a training run, and its step."""
+
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.folder = RunFolder(config.run)
+        self.zoo = zoo = Zoo.open(config.zoo)
+        self._check(zoo)
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision(config.train.precision),
+            gradient_accumulation_steps=config.train.gradient_accumulation,
+            log_with="tensorboard",
+            project_dir=str(self.folder.path),
+        )
+        if self.accelerator.is_main_process:
+            self.folder.start(config, resume=resume, overwrite=overwrite)
+        self.accelerator.wait_for_everyone()
+        self.layout = TokenLayout.fit(zoo, config.tokens, indices=zoo.subset("train"))
+        self.network = build_network(config, self.layout, zoo)
+        self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=config.train.learning_rate,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
+        self.ema = ExponentialMovingAverage(self.network.named_parameters(), config.train.ema_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        rank, world_size = self._place()
+        _check_split(config.train, world_size)
+        self.sampler = BatchSampler(zoo, self.layout, config, rank, world_size)
+        for name, shadow in self.ema.shadow.items():
+            self.ema.shadow[name] = shadow.to(self.accelerator.device)
+        self.step = self._restore(say) if resume else 0
+        self.accelerator.init_trackers("tensorboard")
+
+    def _check(self, zoo: Zoo) -> None:
+        if not zoo.subset("train"):
+            raise InputError(str(zoo.path), "no checkpoint to train on", "at least one", "fill it with `rpg collect`")
+        wanted = self.config.model.condition.kind
+        if wanted == "none":
+            return
+        found = zoo.condition.kind if zoo.condition else "none"
+        if found != wanted:
+            raise InputError(f"{zoo.path}: condition", found, wanted, "set model.condition.kind to what the zoo holds")
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and world size; accelerate counts one process per rank under DeepSpeed, so ask torch."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def train_step(self, step: int, parts: list[Rows]) -> float:
+        """One optimizer step over the step's rows; returns the loss of this process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.train, step)
+        self.model.train()
+        total = 0.0
+        for rows in parts:
+            batch = to_batch(rows, self.network.objective, self.accelerator.device)
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(batch, self._state_noise(step, batch))
+                value = float(loss.mean)
+                if not math.isfinite(value):
+                    raise self._not_finite(step, batch, loss.per_token)
+                self.accelerator.backward(loss.mean)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
+                    if norm is not None and not math.isfinite(float(norm)):
+                        raise InputError(f"step {step + 1}", "a gradient that is not finite", "finite gradients",
+                                         "lower train.learning_rate or set train.precision to fp32")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += value / len(parts)
+        self.ema.update(self.network.named_parameters())
+        return total
+
+    def _state_noise(self, step: int, batch: Batch) -> torch.Tensor | None:
+        if self.network.state is None or not self.config.model.state.noise:
+            return None
+        shape = (len(batch.states), self.config.model.state.width)
+        stream = generator(self.config.seed, "state", step, self.sampler.rank, device=self.accelerator.device)
+        return torch.randn(shape, generator=stream, device=self.accelerator.device)
+
+    def _not_finite(self, step: int, batch: Batch, per_token: torch.Tensor) -> InputError:
+        bad = (~torch.isfinite(per_token)).nonzero()
+        token = int(batch.token_ids[bad[0, 0]]) if len(bad) else 0
+        layer = self.layout.layers[int(self.layout.positions[token, 0])].name
+        return InputError(f"step {step + 1}, layer {layer!r}", "a loss that is not finite", "a finite loss",
+                          "the weights of the last save are kept; lower train.learning_rate or check the zoo with `rpg inspect`")
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any process."""
+        if self.sampler.world_size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.accelerator.device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes > 0)
+
+    def log(self, done: int, loss: float) -> None:
+        """Append to ``metrics.jsonl`` and to TensorBoard."""
+        values = {"loss": loss, "learning_rate": learning_rate(self.config.train, done - 1)}
+        self.accelerator.log(values, step=done)
+        if self.accelerator.is_main_process:
+            with self.folder.metrics.open("a") as handle:
+                handle.write(json.dumps({"step": done, **values}) + "\n")
+
+    def save(self, done: int) -> None:
+        """Publish everything that a resume needs."""
+
+        def write(folder: Path) -> None:
+            self.accelerator.save_state(str(folder))
+            save_file({name: value.cpu() for name, value in self.ema.state_dict().items()}, folder / "ema.safetensors")
+
+        if self.sampler.world_size == 1 or self.accelerator.is_main_process:
+            self.folder.save(done, write, self.config.train.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, say: Callable[[str], None]) -> int:
+        newest = self.folder.newest(say)
+        if newest is None:
+            return 0
+        step, folder = newest
+        self.accelerator.load_state(str(folder))
+        self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+        _truncate_metrics(self.folder.metrics, step)
+        return step
+
+    def finish(self, seconds: float) -> Path:
+        """Write the generator folder from the averaged weights."""
+        if self.accelerator.is_main_process:
+            network = build_network(self.config, self.layout, self.zoo)
+            network.load_state_dict({**self.network.state_dict(), **self.ema.shadow})
+            facts: dict[str, Any] = {"training seconds": round(seconds, 1), "parameters": self.num_parameters,
+                                     "training checkpoints": len(self.sampler)}
+            Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=False)  # a later run may ask for another precision
+        return self.folder.generator
+
+
+def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> RecurrentDiffusion:
+    """The untrained networks for a zoo, initialised from the seed."""
+    num_states = int(state_ids(zoo, config).max()) + 1
+    condition_size = zoo.condition.size if zoo.condition and config.model.condition.kind != "none" else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return RecurrentDiffusion(config.model, layout.positions, layout.token_size, num_states, condition_size)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to 0 at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def mixed_precision(precision: str) -> str | None:
+    """What accelerate is asked for; None leaves it to the launcher's own setting."""
+    if precision == "auto" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    if precision == "fp32" or (precision == "auto" and not fast_bf16()):
+        return "no"
+    return "bf16"
+
+
+def fast_bf16() -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones on the device that will be used."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into ``requested`` while the context is open."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __enter__(self) -> StopSignal:
+        self._before = {}
+        try:
+            for name in (signal.SIGTERM, signal.SIGINT):
+                self._before[name] = signal.signal(name, self._request)
+        except ValueError:  # not the main thread: signals are someone else's business
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+
+def _check_split(config: TrainConfig, world_size: int) -> None:
+    parts = world_size * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise InputError("train.batch_size", str(config.batch_size),
+                         f"a multiple of processes x gradient_accumulation = {parts}")
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that the run goes on from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))

@@ -1,0 +1,99 @@
+"""Our recipe against the paper's, in one process on one zoo: seconds a network, accuracy for equal training time.
+
+    python scripts/bench.py [--seconds 60] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rpg.cli import default_config
+from rpg.config import Config
+from rpg.evaluation.accuracy import accuracy
+from rpg.generator import Generator
+from rpg.training import train
+from rpg.workflow import collect, generate_timed, scoring_task
+from tokenization.zoo import Zoo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="training time of both recipes")
+    parser.add_argument("--num", type=int, default=50, help="networks of our recipe to score")
+    parser.add_argument("--num-paper", type=int, default=5, help="networks of the paper's recipe to score")
+    parser.add_argument("--zoo", default="runs/zoos/digits")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        results: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        ours = measure("digits.yaml", options, Path(folder), options.num, {"": {}})
+        paper = measure(
+            "paper/digits.yaml",
+            options,
+            Path(folder),
+            options.num_paper,
+            {"ddpm1000": {"sampler": "ddpm", "steps": 1000}, "ddim60": {"sampler": "ddim", "steps": 60, "eta": 0.05}},
+        )
+    results["default"], results["paper"] = ours, paper
+    for name in ("ddpm1000", "ddim60"):
+        results[f"speedup_vs_{name}"] = paper["seconds_per_network"][name] / ours["seconds_per_network"][""]
+    results["original"] = ours.pop("original")
+    print(json.dumps(results, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(name: str, options: argparse.Namespace, folder: Path, num: int, samplers: dict[str, dict]) -> dict[str, Any]:
+    """Train a configuration for the given seconds, its schedule fitted to them; time and score what it generates."""
+    overrides = [f"zoo={options.zoo}", f"run={folder / name}", "train.save_every=1000000"]
+    config = Config.load(default_config(name), overrides)
+    zoo = collect(config)
+    task = scoring_task(config, zoo)
+    step_seconds = seconds_per_step(name, overrides)
+    steps = max(1, int(options.seconds / step_seconds))
+    config = Config.load(default_config(name), [*overrides, f"train.steps={steps}"])
+    started = time.perf_counter()
+    # The schedule's length is a forecast; the clock has the last word.
+    generator = Generator.from_pretrained(train(config, overwrite=True, max_seconds=options.seconds))
+    trained = time.perf_counter() - started
+    seconds: dict[str, float] = {}
+    scores: dict[str, float] = {}
+    for label, sampler in samplers.items():
+        generate_timed(generator, 1, 1, **{**sampler, "steps": 2})  # warm up
+        networks, seconds[label] = generate_timed(generator, num, 0, **sampler)
+        scores[label] = float(accuracy(task.predict(networks), task.labels()).mean())
+    originals = [zoo.state_dict(index) for index in range(len(zoo))]
+    return {
+        "seconds_per_step": step_seconds,
+        "steps": steps,
+        "training_seconds": trained,
+        "seconds_per_network": seconds,
+        "accuracy": scores,
+        f"accuracy_at_{options.seconds:.0f}s": next(iter(scores.values())),
+        "original": float(accuracy(task.predict(originals), task.labels()).mean()),
+    }
+
+
+def seconds_per_step(name: str, overrides: list[str], num_steps: int = 12) -> float:
+    """Median seconds of a training step, the first few left out."""
+    times: list[float] = []
+
+    def note(done: int, total: int, loss: float) -> None:
+        times.append(time.perf_counter())
+
+    config = Config.load(default_config(name), [*overrides, f"train.steps={num_steps}", "train.log_every=1"])
+    train(config, overwrite=True, progress=note)
+    return statistics.median(b - a for a, b in zip(times[3:-1], times[4:], strict=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rpg.config import Config
+from tokenization.zoo import ConditionSpec, Zoo
+
+torch.set_num_threads(2)
+
+
+def small_network() -> nn.Module:
+    """Convolution, batch norm, linear: every kind of tensor in few values."""
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5))
+
+
+def make_zoo(path: Path, num: int = 6, num_runs: int = 2, condition_size: int = 0) -> Zoo:
+    """Checkpoints around one random network a run."""
+    spec = ConditionSpec("binary", condition_size, tuple(f"c{i}" for i in range(condition_size))) if condition_size else None
+    zoo = Zoo.create(path, condition=spec)
+    for index in range(num):
+        run = index % num_runs
+        torch.manual_seed(run)
+        state = small_network().state_dict()
+        torch.manual_seed(100 + index)
+        for value in state.values():
+            if value.is_floating_point():
+                value += 0.05 * torch.randn_like(value).abs()
+        condition = tuple(float(index >> bit & 1) for bit in range(condition_size)) if condition_size else None
+        zoo.append(state, run=run, step=index, condition=condition)
+    return Zoo.open(path)
+
+
+def small_config(folder: Path, **sections: object) -> Config:
+    """A configuration that trains in a second."""
+    tree: dict = {
+        "run": str(folder / "run"),
+        "zoo": str(folder / "zoo"),
+        "tokens": {"size": 16},
+        "model": {
+            "backbone": {"kind": "lstm", "d_model": 32, "num_layers": 1},
+            "denoiser": {"kind": "mlp", "width": 32, "hidden": 32, "depth": 1},
+        },
+        "train": {"steps": 12, "batch_size": 4, "warmup_steps": 2, "save_every": 5, "log_every": 1, "precision": "fp32"},
+        "generate": {"steps": 3, "tile_tokens": 32},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+    return Config.parse(tree, "test")
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Zoo:
+    return make_zoo(tmp_path / "zoo")
