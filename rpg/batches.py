@@ -82,8 +82,10 @@ class BatchSampler:
         token_ids = self.token_ids(step)
         seeds = [derive_seed(self.config.seed, "example", step, first + i) for i in range(share)]
         samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
-        keys = [(int(self.states[place]), self._condition(place), self._dropped(step, first + i))
-                for i, place in enumerate(chosen)]
+        keys = [
+            (int(self.states[place]), self._condition(place), self._dropped(step, first + i))
+            for i, place in enumerate(chosen)
+        ]
         distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         has_condition = self.conditions is not None
         return Rows(

@@ -26,7 +26,9 @@ ConfigFile = Annotated[Path, typer.Argument(help="A YAML configuration, e.g. con
 RunFolder = Annotated[Path, typer.Argument(help="A run folder (or a generator folder).", metavar="RUN")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a field: --set train.steps=100. Can be given several times.", metavar="KEY=VALUE"),
+    typer.Option(
+        "--set", help="Change a field: --set train.steps=100. Can be given several times.", metavar="KEY=VALUE"
+    ),
 ]
 
 
@@ -108,8 +110,15 @@ def generate(
     generator = Generator.from_pretrained(run, device)
     with progress_bar("generating") as advance:
         paths = generator.generate(
-            num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            condition=parse_condition(condition), output=output or run / "generated", progress=advance,
+            num,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            state=state,
+            condition=parse_condition(condition),
+            output=output or run / "generated",
+            progress=advance,
         )
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
 
@@ -172,8 +181,14 @@ def parse_condition(text: str | None) -> list[float] | None:
 def progress_bar(title: str) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None)."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, redirect_stdout=False,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        redirect_stdout=False,
     )
     tasks: list[Any] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -65,7 +66,9 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     run: str = Field("runs/run", description="the run folder")
     zoo: str = Field("runs/zoo", description="the zoo folder")
-    task: TaskConfig | None = Field(None, description="what collects and scores checkpoints; null for a zoo of your own")
+    task: TaskConfig | None = Field(
+        None, description="what collects and scores checkpoints; null for a zoo of your own"
+    )
     tokens: TokenOptions = TokenOptions()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -142,10 +145,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise InputError(f"--set {key}", repr(text), "a YAML value") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     change: Any = value
     for part in reversed(key.strip().split(".")):
         change = {part: change}
@@ -207,4 +208,3 @@ def _tags(kind: Any) -> tuple[str, ...]:
     return tuple(str(value) for literal in literals for value in get_args(literal)) + (
         (kind.__name__,) if isinstance(kind, type) else ()
     )
-

@@ -127,7 +127,10 @@ class RecurrentDiffusion(nn.Module):
             assert conditions is not None
             embedded = self.condition(conditions, dropped)  # [G, H]
             if self.config.condition.inject == "last_tokens":
-                last = torch.arange(self.num_tokens, device=x.device) >= self.num_tokens - self.config.condition.last_tokens
+                last = (
+                    torch.arange(self.num_tokens, device=x.device)
+                    >= self.num_tokens - self.config.condition.last_tokens
+                )
                 x = x + embedded[:, None] * last[None, :, None]
             else:
                 x = x + embedded[:, None]
@@ -153,7 +156,7 @@ class RecurrentDiffusion(nn.Module):
 
     def forward(self, batch: Batch, state_noise: Tensor | None = None) -> Loss:
         """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
-        num_examples, num_sampled, width = batch.samples.shape
+        num_examples, num_sampled = batch.samples.shape[:2]
         states = self.state_vectors(batch.states, state_noise)
         prototypes = self.prototypes(states, batch.conditions, batch.dropped)  # [G, L, H]
         prototypes = prototypes[:, batch.token_ids][batch.group].flatten(0, 1)  # [B·N, H]

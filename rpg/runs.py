@@ -17,8 +17,15 @@ from tokenization.errors import InputError
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes.
-FREE_TO_CHANGE = {("train", "save_every"), ("train", "keep"), ("train", "log_every"), ("generate",), ("evaluate",),
-                  ("run",), ("zoo",)}
+FREE_TO_CHANGE = {
+    ("train", "save_every"),
+    ("train", "keep"),
+    ("train", "log_every"),
+    ("generate",),
+    ("evaluate",),
+    ("run",),
+    ("zoo",),
+}
 
 
 class RunFolder:
@@ -38,12 +45,18 @@ class RunFolder:
         """
         saved = self.path / "config.yaml"
         if saved.exists() and not resume and not overwrite:
-            raise InputError(str(self.path), "a run already", "", "continue it with --resume or start anew with --overwrite")
+            raise InputError(
+                str(self.path), "a run already", "", "continue it with --resume or start anew with --overwrite"
+            )
         if saved.exists() and resume:
             changed = _first_difference(yaml.safe_load(saved.read_text()), config.plain())
             if changed:
-                raise InputError(f"{saved}: {changed[0]}", f"{changed[1]!r} where this run asks {changed[2]!r}",
-                                 "the run's own configuration", "resume with it, or start anew with --overwrite")
+                raise InputError(
+                    f"{saved}: {changed[0]}",
+                    f"{changed[1]!r} where this run asks {changed[2]!r}",
+                    "the run's own configuration",
+                    "resume with it, or start anew with --overwrite",
+                )
         elif saved.exists():
             for name in (self.checkpoints, self.generator, self.path / "tensorboard"):
                 shutil.rmtree(name, ignore_errors=True)
@@ -66,8 +79,9 @@ class RunFolder:
             publish_folder(temporary, target, {"step": step})
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(temporary, ignore_errors=True)
-            raise InputError(str(target), f"{error}", "room for a checkpoint",
-                             "free some space and continue with --resume") from error
+            raise InputError(
+                str(target), f"{error}", "room for a checkpoint", "free some space and continue with --resume"
+            ) from error
         for _, old in self.steps()[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         return target
@@ -92,7 +106,7 @@ class RunFolder:
 
 
 def publish_folder(temporary: Path, target: Path, facts: dict[str, object]) -> None:
-    """Flush every file of ``temporary`` with its digest in ``complete.json``, then move it to ``target`` in one step."""
+    """Flush every file of ``temporary``, list their digests in ``complete.json``, then move it to ``target``."""
     files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
     record = {**facts, "files": {name: [path.stat().st_size, file_digest(path)] for name, path in files.items()}}
     complete = temporary / COMPLETE

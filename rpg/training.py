@@ -150,8 +150,12 @@ class Trainer:
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
                     if norm is not None and not math.isfinite(float(norm)):
-                        raise InputError(f"step {step + 1}", "a gradient that is not finite", "finite gradients",
-                                         "lower train.learning_rate or set train.precision to fp32")
+                        raise InputError(
+                            f"step {step + 1}",
+                            "a gradient that is not finite",
+                            "finite gradients",
+                            "lower train.learning_rate or set train.precision to fp32",
+                        )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += value / len(parts)
@@ -169,8 +173,12 @@ class Trainer:
         bad = (~torch.isfinite(per_token)).nonzero()
         token = int(batch.token_ids[bad[0, 0]]) if len(bad) else 0
         layer = self.layout.layers[int(self.layout.positions[token, 0])].name
-        return InputError(f"step {step + 1}, layer {layer!r}", "a loss that is not finite", "a finite loss",
-                          "the weights of the last save are kept; lower train.learning_rate or check the zoo with `rpg inspect`")
+        return InputError(
+            f"step {step + 1}, layer {layer!r}",
+            "a loss that is not finite",
+            "a finite loss",
+            "the weights of the last save are kept; lower train.learning_rate or check the zoo with `rpg inspect`",
+        )
 
     def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
@@ -214,9 +222,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             network = build_network(self.config, self.layout, self.zoo)
             network.load_state_dict({**self.network.state_dict(), **self.ema.shadow})
-            facts: dict[str, Any] = {"training seconds": round(seconds, 1), "parameters": self.num_parameters,
-                                     "training checkpoints": len(self.sampler)}
-            Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
+            facts: dict[str, Any] = {
+                "training seconds": round(seconds, 1),
+                "parameters": self.num_parameters,
+                "training checkpoints": len(self.sampler),
+            }
+            Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(
+                self.folder.generator
+            )
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=False)  # a later run may ask for another precision
@@ -283,8 +296,9 @@ class StopSignal:
 def _check_split(config: TrainConfig, world_size: int) -> None:
     parts = world_size * config.gradient_accumulation
     if config.batch_size % parts:
-        raise InputError("train.batch_size", str(config.batch_size),
-                         f"a multiple of processes x gradient_accumulation = {parts}")
+        raise InputError(
+            "train.batch_size", str(config.batch_size), f"a multiple of processes x gradient_accumulation = {parts}"
+        )
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -25,8 +25,12 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
         InputError: the configuration has no task, or the zoo there is another task's.
     """
     if config.task is None:
-        raise InputError("task", "none", "a task that trains checkpoints",
-                         "make a zoo of your own checkpoints with `rpg collect --from FOLDER --zoo ZOO`")
+        raise InputError(
+            "task",
+            "none",
+            "a task that trains checkpoints",
+            "make a zoo of your own checkpoints with `rpg collect --from FOLDER --zoo ZOO`",
+        )
     return build_task(config.task).collect(Path(config.zoo), progress=progress)
 
 

@@ -1,11 +1,12 @@
 """Our recipe against the paper's, in one process on one zoo: seconds a network, accuracy for equal training time.
 
-    python scripts/bench.py [--seconds 60] [--json FILE]
+python scripts/bench.py [--seconds 60] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -21,7 +22,6 @@ from rpg.evaluation.accuracy import accuracy
 from rpg.generator import Generator
 from rpg.training import train
 from rpg.workflow import collect, generate_timed, scoring_task
-from tokenization.zoo import Zoo
 
 
 def main() -> None:
@@ -52,7 +52,9 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure(name: str, options: argparse.Namespace, folder: Path, num: int, samplers: dict[str, dict]) -> dict[str, Any]:
+def measure(
+    name: str, options: argparse.Namespace, folder: Path, num: int, samplers: dict[str, dict]
+) -> dict[str, Any]:
     """Train a configuration for the given seconds, its schedule fitted to them; time and score what it generates."""
     overrides = [f"zoo={options.zoo}", f"run={folder / name}", "train.save_every=1000000"]
     config = Config.load(default_config(name), overrides)
@@ -92,7 +94,7 @@ def seconds_per_step(name: str, overrides: list[str], num_steps: int = 12) -> fl
 
     config = Config.load(default_config(name), [*overrides, f"train.steps={num_steps}", "train.log_every=1"])
     train(config, overwrite=True, progress=note)
-    return statistics.median(b - a for a, b in zip(times[3:-1], times[4:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
 
 
 if __name__ == "__main__":

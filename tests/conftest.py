@@ -19,7 +19,11 @@ def small_network() -> nn.Module:
 
 def make_zoo(path: Path, num: int = 6, num_runs: int = 2, condition_size: int = 0) -> Zoo:
     """Checkpoints around one random network a run."""
-    spec = ConditionSpec("binary", condition_size, tuple(f"c{i}" for i in range(condition_size))) if condition_size else None
+    spec = (
+        ConditionSpec("binary", condition_size, tuple(f"c{i}" for i in range(condition_size)))
+        if condition_size
+        else None
+    )
     zoo = Zoo.create(path, condition=spec)
     for index in range(num):
         run = index % num_runs
@@ -44,7 +48,14 @@ def small_config(folder: Path, **sections: object) -> Config:
             "backbone": {"kind": "lstm", "d_model": 32, "num_layers": 1},
             "denoiser": {"kind": "mlp", "width": 32, "hidden": 32, "depth": 1},
         },
-        "train": {"steps": 12, "batch_size": 4, "warmup_steps": 2, "save_every": 5, "log_every": 1, "precision": "fp32"},
+        "train": {
+            "steps": 12,
+            "batch_size": 4,
+            "warmup_steps": 2,
+            "save_every": 5,
+            "log_every": 1,
+            "precision": "fp32",
+        },
         "generate": {"steps": 3, "tile_tokens": 32},
     }
     for name, section in sections.items():

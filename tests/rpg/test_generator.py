@@ -57,7 +57,7 @@ def test_tiles_cover_every_token_once(run, tile_tokens):
     section = generator.config.generate.model_copy(update={"tile_tokens": tile_tokens})
     generator.config = generator.config.model_copy(update={"generate": section})
     seen = torch.zeros(5, generator.layout.num_tokens)
-    for tile in generator.tiles(5):
+    for tile in generator.sampler().tiles(5):
         seen[tile.network : tile.network + tile.num_networks, tile.token : tile.token + tile.num_tokens] += 1
     assert (seen == 1).all()
     # Networks larger than a tile are finite and complete too.

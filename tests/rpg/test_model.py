@@ -88,7 +88,9 @@ def test_dropped_conditions_are_not_seen_and_kept_ones_are():
     network = build(condition=ConditionConfig(kind="binary"))
     data = batch()
     changed = dataclasses.replace(data, conditions=1 - data.conditions)
-    before, after = (network.prototypes(network.state_vectors(d.states), d.conditions, d.dropped) for d in (data, changed))
+    before, after = (
+        network.prototypes(network.state_vectors(d.states), d.conditions, d.dropped) for d in (data, changed)
+    )
     assert torch.equal(before[2], after[2])
     assert not torch.equal(before[0], after[0])
 

@@ -1,0 +1,141 @@
+"""From a request to denoised tokens, tile by tile.
+
+A tile is computed in one shape whatever is asked, from random numbers of its own: same seed, same configuration, same
+device type → same bytes, however many networks are asked for and wherever its neighbours are computed.
+
+G networks of a tile, L tokens of a checkpoint, D token width, H model width, S state width, C condition values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg.model import RecurrentDiffusion
+from rpg.seeding import derive_seed, generator
+from tokenization.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens that are computed together: networks ``network``… and tokens ``token``… of each."""
+
+    network: int
+    num_networks: int
+    token: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one call of ``generate``, every default filled in."""
+
+    num: int
+    seed: int
+    sampler: str
+    steps: int
+    eta: float
+    guidance_scale: float
+    state: str
+    conditions: Tensor | None  # [num, C]
+
+
+class TokenSampler:
+    """Denoises tokens tile by tile.
+
+    Args:
+        network: the networks, in evaluation mode.
+        layout: of the checkpoints.
+        tile_tokens: tokens computed together.
+        bf16: compute in bf16 (autocast) instead of fp32.
+    """
+
+    def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, tile_tokens: int, bf16: bool) -> None:
+        self.network, self.layout = network, layout
+        self.tile_tokens, self.bf16 = tile_tokens, bf16
+        self.device = network.position_embedding.device
+
+    def tiles(self, num: int) -> Iterator[Tile]:
+        """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile."""
+        length, size = self.layout.num_tokens, self.tile_tokens
+        group = max(1, size // length)
+        for network in range(0, num, group):
+            for token in range(0, length, size if group == 1 else length):
+                yield Tile(network, min(group, num - network), token, min(size, length - token))
+
+    @torch.inference_mode()
+    def sample(self, request: Request) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile with its denoised rows ``[G, n, D]``."""
+        prototypes: list[Tensor] = []
+        current = -1
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for tile in self.tiles(request.num):
+                if tile.network != current:
+                    prototypes, current = self._prototypes(request, tile.network), tile.network
+                yield tile, self._sample_tile(request, tile, prototypes)[: tile.num_networks, : tile.num_tokens]
+
+    def _group_size(self) -> int:
+        return max(1, self.tile_tokens // self.layout.num_tokens)
+
+    def _prototypes(self, request: Request, first: int) -> list[Tensor]:
+        """Prototypes ``[G or 1, L, H]`` of the tile's networks: with the condition and, under guidance, without.
+
+        G is always the full tile, short ones repeat their last network: the arithmetic must not depend on ``num``.
+        """
+        group = [min(first + i, request.num - 1) for i in range(self._group_size())]
+        vectors = self._state_vectors(request, group)
+        if request.conditions is None:
+            return [self.network.prototypes(vectors)]
+        conditions = request.conditions[group].to(self.device)
+        kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
+        if request.guidance_scale == 1:
+            return [self.network.prototypes(vectors, conditions, kept)]
+        return [self.network.prototypes(vectors, conditions, drop) for drop in (kept, ~kept)]
+
+    def _state_vectors(self, request: Request, networks: list[int]) -> Tensor | None:
+        """Permutation states ``[G, S]``, drawn from the table or a Gaussian fitted to it; one row if all share it."""
+        if self.network.state is None:
+            return None
+        table = self.network.state.weight.detach()
+        if len(table) == 1:
+            return table
+        streams = [generator(request.seed, "state", network) for network in networks]
+        if request.state == "stored":
+            drawn = torch.tensor([int(torch.randint(len(table), (), generator=stream)) for stream in streams])
+            return table[drawn.to(table.device)]
+        centred = table - table.mean(0)  # [K, S]
+        # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
+        weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
+        return table.mean(0) + weights @ centred / len(table) ** 0.5
+
+    def _sample_tile(self, request: Request, tile: Tile, prototypes: list[Tensor]) -> Tensor:
+        """Denoise one tile, padded to its full shape: ``[G, n, D]``."""
+        length, size = self.layout.num_tokens, self.tile_tokens
+        group, width = self._group_size(), self.layout.token_size
+        num_tokens = length if group > 1 else min(size, length)
+        # A short last tile repeats its last token, so that every tile has one shape.
+        token_ids = torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
+        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, tile.token))
+        noise = torch.randn(group * num_tokens, width, generator=stream, device=self.device)
+        mask = self.layout.mask_rows(token_ids).to(self.device, torch.float32).repeat(group, 1)  # [G·n, D]
+        contexts = []
+        for each in prototypes:
+            rows = each[:, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
+            contexts.append(self.network.denoiser.precompute(rows))
+        scale = request.guidance_scale
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            times = time.expand(len(x))
+            prediction = self.network.predict(x, times, contexts[0], mask)
+            if len(contexts) == 1:
+                return prediction
+            free = self.network.predict(x, times, contexts[1], mask)
+            return torch.lerp(free, prediction, scale)
+
+        rows = self.network.objective.sample(
+            predict, noise * mask, sampler=request.sampler, num_steps=request.steps, generator=stream, eta=request.eta
+        )
+        return (rows * mask).view(group, num_tokens, width)
