@@ -6,18 +6,14 @@ timm or transformers ``save_pretrained`` folder). Pickles are for `read_state_di
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenization.errors import InputError
 from tokenization.headers import (
-    DTYPES,
     ORDER_KEY,
     TIES_KEY,
     TensorInfo,
@@ -27,10 +23,19 @@ from tokenization.headers import (
     tensor_at,
     ties_of,
 )
-from tokenization.pickled import check_tensors, cut_prefixes, load_pickle, pickled_files
-from tokenization.publish import publish
+from tokenization.pickled import cut_prefixes, load_pickle, pickled_files
+from tokenization.saving import find_ties, header_of, save_checkpoint
 
-__all__ = ["ORDER_KEY", "TIES_KEY", "Checkpoint", "TensorInfo", "read_state_dict", "save_checkpoint"]
+__all__ = [
+    "ORDER_KEY",
+    "TIES_KEY",
+    "Checkpoint",
+    "TensorInfo",
+    "find_ties",
+    "header_of",
+    "read_state_dict",
+    "save_checkpoint",
+]
 
 
 class Checkpoint:
@@ -124,7 +129,7 @@ class Checkpoint:
                 storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
             except (OSError, RuntimeError) as error:
                 raise InputError(str(file), f"an unreadable file ({error})", "the file as it was opened") from error
-            self._maps[file] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._maps[file] = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
         return self._maps[file]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,68 +156,3 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     for file in pickled:
         state_dict |= load_pickle(file)
     return cut_prefixes(state_dict)
-
-
-def save_checkpoint(
-    path: Path | str,
-    state_dict: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
-    ties: Mapping[str, str] | None = None,
-    *,
-    materialize_ties: bool = False,
-) -> None:
-    """Write a state dict as one safetensors file, atomically, order and ties recorded in the metadata.
-
-    Args:
-        path: the file, ``*.safetensors``; replaced if it exists.
-        state_dict: dense tensors on any device.
-        metadata: further strings for the header.
-        ties: ``{alias: stored name}`` in addition to those found: keys whose tensors are the same memory.
-        materialize_ties: store aliases as copies instead, so that any loader finds every key in the file.
-
-    Raises:
-        InputError: a tensor cannot be stored, a tie is wrong, or the disk refuses; ``path`` is then as it was.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(str(path), f"the ending {path.suffix!r}", "'.safetensors'", "rename it")
-    tensors = check_tensors(state_dict, path)
-    for name, tensor in tensors.items():
-        if name == "__metadata__" or tensor.dtype not in DTYPES.values():
-            raise InputError(tensor_at(path, name), f"dtype {tensor.dtype}", "a name and dtype that safetensors knows")
-    all_ties = {**find_ties(tensors), **(ties or {})}
-    for alias, name in all_ties.items():
-        if name not in tensors or name in all_ties:
-            raise InputError(tensor_at(path, alias), f"a tie to {name!r}", "a tie to a stored tensor")
-    order = [*tensors, *(alias for alias in all_ties if alias not in tensors)]
-    header = {"format": "pt", **(metadata or {})}  # transformers insists on the format
-    header[ORDER_KEY] = json.dumps(order)
-    if all_ties and not materialize_ties:
-        header[TIES_KEY] = json.dumps(all_ties)
-    stored: dict[str, Tensor] = {}
-    memories: set[int] = set()
-    for name in order:
-        if name in all_ties and not materialize_ties:
-            continue
-        tensor = tensors[all_ties.get(name, name)].cpu().contiguous()
-        # The library refuses tensors that share memory, as views of one buffer do.
-        memory = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if memory in memories else tensor
-        memories.add(memory)
-    with publish(path) as temporary:
-        save_file(stored, temporary, metadata=header)
-
-
-def find_ties(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """``{alias: first name}`` of the entries that are the same memory in the same shape and dtype."""
-    first: dict[tuple[Any, ...], str] = {}
-    ties = {}
-    for name, tensor in state_dict.items():
-        if tensor.numel() == 0:
-            continue
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if key in first:
-            ties[name] = first[key]
-        else:
-            first[key] = name
-    return ties
