@@ -1,0 +1,99 @@
+"""Image classification: splits of images, and the predictions of many state dicts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tokenization.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images and labels by split (``train``, ``validation``, ``test``).
+
+    Attributes:
+        images: float32 [n, C, S, S], standardised with the statistics of the training images alone.
+        labels: int64 [n].
+        num_classes: number of classes.
+    """
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    num_classes: int
+
+    def check(self, split: str) -> str:
+        """Return ``split`` if it exists. Raises InputError otherwise."""
+        if split not in self.images:
+            raise InputError("split", repr(split), f"one of {', '.join(self.images)}")
+        return split
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.images["train"].shape[1:]
+        return channels, height, width
+
+
+def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor]], images: Tensor) -> Tensor:
+    """Classify the same images with many networks of one structure.
+
+    A plain loop: for networks of this size it is faster on CPU than ``vmap``, which turns convolutions into grouped
+    ones, and it holds one network at a time.
+
+    Args:
+        network: the target network, whose own weights do not matter.
+        state_dicts: the weights; floating-point values are converted to the network's dtype.
+        images: [n, C, S, S].
+
+    Returns:
+        int64 [num, n], the class with the greatest logit; class 0 where a logit is NaN or infinite.
+
+    Raises:
+        InputError: a state dict does not fit the network; names the tensor.
+    """
+    expected = network.state_dict()
+    network.eval()
+    predictions = []
+    with torch.inference_mode():
+        for index, state_dict in enumerate(state_dicts):
+            check_structure(state_dict, expected, f"network {index}")
+            weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
+            logits = functional_call(network, weights, (images,))
+            predictions.append(_argmax_finite(logits))
+    if not predictions:
+        return torch.empty(0, len(images), dtype=torch.long)
+    return torch.stack(predictions).clone()
+
+
+def _argmax_finite(logits: Tensor) -> Tensor:
+    """Largest logit [n, classes] → [n]. A broken network must not look as if it had decided: it answers class 0."""
+    return logits.argmax(1).where(logits.isfinite().all(1), 0)
+
+
+def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raise InputError, naming the first tensor at fault, unless names and shapes are as expected."""
+    for name, like in expected.items():
+        if name not in state_dict:
+            raise InputError(f"{where}: tensor {name!r}", "nothing", f"shape {tuple(like.shape)}")
+        if state_dict[name].shape != like.shape:
+            raise InputError(
+                f"{where}: tensor {name!r}", f"shape {tuple(state_dict[name].shape)}", f"{tuple(like.shape)}"
+            )
+    extra = [name for name in state_dict if name not in expected]
+    if extra:
+        raise InputError(f"{where}: tensor {extra[0]!r}", "a tensor that the target network does not have")
+
+
+def accuracy_of(network: nn.Module, splits: ImageSplits, split: str) -> float:
+    """Share of correct answers of ``network`` in evaluation mode, in 0 … 1; its training mode is restored."""
+    training = network.training
+    network.eval()
+    with torch.inference_mode():
+        correct = network(splits.images[split]).argmax(1) == splits.labels[split]
+    network.train(training)
+    return correct.double().mean().item()

@@ -1,0 +1,220 @@
+"""Small image classifiers that serve as target networks.
+
+``cnn`` and ``vit`` are ours; the five ``*-mini`` networks follow p-diff (arXiv 2402.13144, appendix A.2), with
+their spatial sizes derived from the image so that they also fit images smaller than the paper's 32×32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenization.errors import InputError
+
+NetworkName = Literal["cnn", "vit", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"]
+
+
+class SmallCNN(nn.Module):
+    """Two 3×3 convolutions (8 and 16 channels) with pooling, a linear layer of 32 and the classifier.
+
+    Args:
+        in_channels: channels of the image.
+        image_size: height and width of the image, a multiple of 4.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+        self.linear1 = nn.Linear(16 * (image_size // 4) ** 2, 32)
+        self.linear2 = nn.Linear(32, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] → logits [B, classes]."""
+        hidden = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)
+        return self.linear2(F.relu(self.linear1(hidden.flatten(1))))
+
+
+class ConvNetMini(nn.Module):
+    """p-diff's ConvNet-mini: convolutions 8 (7×7), 8 and 4 (3×3), linear layers of 16 and the classes.
+
+    The paper pools 32×32 images down to 4×4, so that ``linear1`` reads 64 values; smaller images are pooled fewer
+    times to keep that size.
+    """
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 7, padding=3)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 4, 3, padding=1)
+        self.linear1 = nn.Linear(64, 16)
+        self.linear2 = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] → logits [B, classes]."""
+        hidden = images
+        for conv in (self.conv1, self.conv2, self.conv3):
+            hidden = F.relu(conv(hidden))
+            if hidden.shape[-1] > 4:
+                hidden = F.max_pool2d(hidden, 2)
+        hidden = F.adaptive_avg_pool2d(hidden, 4)
+        return self.linear2(F.relu(self.linear1(hidden.flatten(1))))
+
+
+class MLPMini(nn.Module):
+    """p-diff's MLP-mini: linear layers of 64, 16 and the classes on the flattened image."""
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_channels * image_size**2, 64)
+        self.linear2 = nn.Linear(64, 16)
+        self.linear3 = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] → logits [B, classes]."""
+        return self.linear3(F.relu(self.linear2(F.relu(self.linear1(images.flatten(1))))))
+
+
+class ResidualBlock(nn.Module):
+    """Bottleneck residual block with batch norm: 1×1 down, 3×3, 1×1 up, all at one resolution."""
+
+    def __init__(self, channels: int, bottleneck: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, bottleneck, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(bottleneck)
+        self.conv2 = nn.Conv2d(bottleneck, bottleneck, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(bottleneck)
+        self.conv3 = nn.Conv2d(bottleneck, channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, S, S] → [B, C, S, S]."""
+        hidden = F.relu(self.norm1(self.conv1(x)))
+        hidden = F.relu(self.norm2(self.conv2(hidden)))
+        return F.relu(x + self.norm3(self.conv3(hidden)))
+
+
+class ResNetMini(nn.Module):
+    """p-diff's ResNet-mini: one convolution, two bottleneck blocks (8 channels, bottleneck 4), linear 16, classes."""
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.block1 = ResidualBlock(8, 4)
+        self.block2 = ResidualBlock(8, 4)
+        self.linear1 = nn.Linear(128, 16)
+        self.linear2 = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, S, S] → logits [B, classes]."""
+        hidden = F.relu(self.norm1(self.conv1(images)))
+        hidden = self.block2(self.block1(hidden))
+        hidden = F.adaptive_avg_pool2d(hidden, 4)
+        return self.linear2(F.relu(self.linear1(hidden.flatten(1))))
+
+
+class NarrowAttention(nn.Module):
+    """Self-attention whose heads are together narrower than the token (timm's are exactly as wide).
+
+    Args:
+        width: token width.
+        num_heads: number of heads.
+        head_width: width of one head.
+    """
+
+    def __init__(self, width: int, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * num_heads * head_width)
+        self.proj = nn.Linear(num_heads * head_width, width)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, tokens, width] → [B, tokens, width]; the signature is the one timm's blocks call."""
+        query, key, value = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+        return self.proj(rearrange(mixed, "b h t d -> b t (h d)"))
+
+
+def _vit(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """A timm VisionTransformer of 16 tokens of width 32, depth 3, 4 heads."""
+    from timm.models.vision_transformer import VisionTransformer  # imported here: slow, and few networks need it
+
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=max(1, image_size // 4),
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=32,
+        depth=3,
+        num_heads=4,
+        mlp_ratio=2.0,
+    )
+
+
+def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """p-diff's ViT-mini: 64 tokens of width 64, depth 4, 4 heads of width 8, feed-forward width 64."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    network = VisionTransformer(
+        img_size=image_size,
+        patch_size=max(1, image_size // 8),
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=1.0,
+        class_token=False,
+        global_pool="avg",
+    )
+    for block in network.blocks:
+        block.attn = NarrowAttention(64, num_heads=4, head_width=8)
+    return network
+
+
+def _convnext_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """p-diff's ConvNeXt-mini: stage depths (1, 2, 2, 2), stage widths (16, 32, 32, 32)."""
+    from timm.models.convnext import ConvNeXt
+
+    return ConvNeXt(
+        in_chans=in_channels,
+        num_classes=num_classes,
+        depths=(1, 2, 2, 2),
+        dims=(16, 32, 32, 32),
+        patch_size=max(1, image_size // 8),
+    )
+
+
+_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "cnn": SmallCNN,
+    "vit": _vit,
+    "convnet-mini": ConvNetMini,
+    "mlp-mini": MLPMini,
+    "resnet-mini": ResNetMini,
+    "vit-mini": _vit_mini,
+    "convnext-mini": _convnext_mini,
+}
+
+
+def build_network(name: str, *, in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """Build an untrained target network, its weights drawn from torch's global random state.
+
+    Args:
+        name: one of ``NetworkName``.
+        in_channels: channels of the image.
+        image_size: height and width of the image in pixels.
+        num_classes: number of logits.
+
+    Raises:
+        InputError: if no network has this name.
+    """
+    if name not in _BUILDERS:
+        raise InputError("network", repr(name), f"one of {', '.join(_BUILDERS)}")
+    return _BUILDERS[name](in_channels, image_size, num_classes)
