@@ -31,6 +31,8 @@ def pickled_files(path: Path) -> list[Path]:
     """The pickles that ``path`` (a pickle or a folder with no safetensors but pickles) stands for; else none."""
     if path.is_file() and path.suffix in SUFFIXES:
         return [path]
+    if path.is_file() and path.name.endswith(".bin.index.json"):
+        return _shards(path)
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return []
     for name in _FOLDER_FILES:
