@@ -146,15 +146,10 @@ class Zoo:
         Raises:
             InputError: the file is broken, has changed since its collection, or is of another structure.
         """
-        path = self.file(index)
+        self.file(index)
         index %= len(self)
         if index not in self._checkpoints:
-            checkpoint = Checkpoint.open(path)
-            size, expected = sum(checkpoint.sizes.values()), self.entries[index].size
-            if expected and size != expected:
-                raise InputError(str(path), f"{size} bytes", f"{expected} as collected", "collect it again")
-            self.structure.require(Structure.of_checkpoint(checkpoint), str(path))
-            self._checkpoints[index] = checkpoint
+            self._checkpoints[index] = self._open_checkpoint(index)
         return self._checkpoints[index]
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
@@ -259,6 +254,11 @@ class Zoo:
                 self._manifest_size = old_size
                 raise
 
+    def rename_runs(self, runs: Sequence[str]) -> None:
+        """Set what the runs are called. Raises InputError if the disk refuses."""
+        self.runs = list(runs)
+        self._write_description()
+
     def verify(self) -> None:
         """Read every checkpoint and check structure, values and digest.
 
@@ -268,7 +268,7 @@ class Zoo:
         self.file(0)
         for index, entry in enumerate(self.entries):
             where = str(self.file(index))
-            checkpoint = self.checkpoint(index)
+            checkpoint = self._open_checkpoint(index)  # not kept: a whole zoo would stay in memory
             check_checkpoint_values(checkpoint, where)
             if entry.sha256 and (found := digest_of(checkpoint)) != entry.sha256:
                 raise InputError(
@@ -282,8 +282,17 @@ class Zoo:
         """
         digest = hashlib.sha256(json.dumps(self.structure.to_json()).encode())
         for index, entry in enumerate(self.entries):
-            digest.update((entry.sha256 or digest_of(self.checkpoint(index))).encode())
+            digest.update((entry.sha256 or digest_of(self._open_checkpoint(index))).encode())
         return digest.hexdigest()
+
+    def _open_checkpoint(self, index: int) -> Checkpoint:
+        path = self.file(index)
+        checkpoint = Checkpoint.open(path)
+        size, expected = sum(checkpoint.sizes.values()), self.entries[index].size
+        if expected and size != expected:
+            raise InputError(str(path), f"{size} bytes", f"{expected} as collected", "collect it again")
+        self.structure.require(Structure.of_checkpoint(checkpoint), str(path))
+        return checkpoint
 
     def _require_entry(self, entry: ZooEntry) -> None:
         where = f"{self.path / 'manifest.jsonl'}: file {entry.file!r}"
