@@ -8,25 +8,29 @@ from pydantic import Field
 
 from rpg.backbone.base import Backbone
 from rpg.backbone.lstm import LSTMBackbone, LSTMConfig
+from rpg.backbone.mamba2 import Mamba2Backbone, Mamba2Config
 from rpg.backbone.none import NoneBackbone, NoneConfig
 from rpg.backbone.transformer import TransformerBackbone, TransformerConfig
 
-BackboneConfig = Annotated[LSTMConfig | TransformerConfig | NoneConfig, Field(discriminator="kind")]
+BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
     "LSTMConfig",
+    "Mamba2Config",
     "NoneConfig",
     "TransformerConfig",
     "build_backbone",
 ]
 
 
-def build_backbone(config: LSTMConfig | TransformerConfig | NoneConfig) -> Backbone:
+def build_backbone(config: LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig) -> Backbone:
     """Build the backbone a configuration describes, randomly initialised from torch's global generator."""
     if isinstance(config, LSTMConfig):
         return LSTMBackbone(config)
+    if isinstance(config, Mamba2Config):
+        return Mamba2Backbone(config)
     if isinstance(config, TransformerConfig):
         return TransformerBackbone(config)
     return NoneBackbone(config)
