@@ -67,8 +67,4 @@ def task_of(zoo: Zoo) -> Task:
     Raises:
         InputError: the zoo records no task (a user's own checkpoints), or one this version does not know.
     """
-    if zoo.task is None:
-        raise InputError(
-            str(zoo.path / "zoo.json"), "no task", "the task that scores it", "name one in the configuration"
-        )
-    return build_task(zoo.task)
+    return build_task(zoo.require_task())

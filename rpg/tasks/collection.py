@@ -48,14 +48,13 @@ def open_zoo(path: Path | str, task: dict[str, Any]) -> Zoo:
     path = Path(path)
     if not (path / "zoo.json").exists():
         return Zoo.create(path, task=task)
-    zoo = Zoo.open(path)
-    if zoo.task is None:
-        raise InputError(str(path / "zoo.json"), "no task", f"a zoo of task {task['name']!r}", "choose another folder")
-    for key in sorted(task.keys() | zoo.task.keys()):
-        if zoo.task.get(key) != task.get(key):
+    zoo = Zoo.open(path, repair=True)
+    recorded = zoo.require_task()
+    for key in sorted(task.keys() | recorded.keys()):
+        if recorded.get(key) != task.get(key):
             raise InputError(
                 f"{path / 'zoo.json'}: task.{key}",
-                repr(zoo.task.get(key)),
+                repr(recorded.get(key)),
                 f"{task.get(key)!r} as configured",
                 "choose another folder, or remove this one to collect anew",
             )
@@ -156,11 +155,10 @@ def _adamw(network: nn.Module, learning_rate: float, config: CollectionConfig) -
 
 
 def _optimizer_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-    with single_threaded():
-        network.train()
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
+    network.train()
+    optimizer.zero_grad()
+    F.cross_entropy(network(images), labels).backward()
+    optimizer.step()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.tasks.collection import CollectionConfig, Progress, collect_runs, open_zoo
+from rpg.tasks.collection import CollectionConfig, Progress, collect_runs, open_zoo, single_threaded
 from rpg.tasks.images import ImageSplits, predict_images
 from rpg.tasks.networks import NetworkName, build_network
 from tokenization.zoo import Zoo
@@ -86,7 +86,8 @@ class DigitsTask:
             InputError: the zoo there was collected with another configuration.
         """
         zoo = open_zoo(path, self.config.model_dump(mode="json"))
-        collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
+        with single_threaded():
+            collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
         return zoo
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
@@ -97,7 +98,8 @@ class DigitsTask:
         """
         with torch.random.fork_rng(devices=[]):  # scoring must not advance the caller's random state
             network = self.build()
-        return predict_images(network, state_dicts, self.images(split))
+        with single_threaded():
+            return predict_images(network, state_dicts, self.images(split))
 
     def images(self, split: str = "test") -> Tensor:
         """Standardised images of a split, float32 [images, 1, 8, 8]. Raises InputError for an unknown split."""
