@@ -158,12 +158,13 @@ def infer_condition(labels: Sequence[Label], kind: ConditionKind | None = None) 
         return ConditionSpec(kind or "class", len(names), tuple(names))
     values = [value for label in given for value in label.condition or () if not isinstance(value, str)]
     length = len(first.condition or ())
-    if kind is None and length == 1 and all(value >= 0 and value == int(value) for value in values):
+    if kind is None and length == 1 and not first.condition_names and all(v >= 0 and v == int(v) for v in values):
         kind = "class"
     elif kind is None:
         kind = "binary" if set(values) <= {0.0, 1.0} else "vector"
-    size = length if kind in ("binary", "vector") else int(max(values)) + 1
-    return ConditionSpec(kind, size, first.condition_names)
+    if kind in ("binary", "vector"):
+        return ConditionSpec(kind, length, first.condition_names)
+    return ConditionSpec(kind, int(max(values)) + 1)
 
 
 def resolve_condition(label: Label, spec: ConditionSpec | None) -> tuple[float, ...] | None:

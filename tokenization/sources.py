@@ -154,7 +154,7 @@ def _search(folder: Path, zoo_path: Path | None) -> list[Path]:
         if (
             child.is_dir()
             and not child.name.startswith(".")
-            and not (leave_out and child.resolve() == leave_out.resolve())
+            and not (zoo_path and child.resolve() == zoo_path.resolve())
         ):
             found += _search(child, zoo_path)
     return found
