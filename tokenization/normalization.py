@@ -12,7 +12,6 @@ the tokens say, so that a generator's noise never reaches it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.pages import release_pages
-from tokenization.plan import BLOCK_VALUES, Layer, Normalization
+from tokenization.plan import BLOCK_VALUES, MOST_THREADS, Layer, Normalization
 
 VARIANCE_SUFFIX = "running_var"
 VARIANCE_SHARE, VARIANCE_OFFSET = 0.95, 0.05
@@ -231,7 +230,7 @@ def fit_statistics(
         return moments
 
     totals = [Moments() for _ in layers]
-    with ThreadPoolExecutor(num_threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(num_threads or min(MOST_THREADS, torch.get_num_threads())) as pool:
         for (index, _), moments in zip(jobs, pool.map(work, jobs), strict=True):
             totals[index] = totals[index].merge(moments)
     centre = [0.0 if residual else moments.mean for moments in totals]

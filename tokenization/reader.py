@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenization.checkpoint import Checkpoint
 from tokenization.pages import release_pages
-from tokenization.plan import BLOCK_VALUES
+from tokenization.plan import BLOCK_VALUES, MOST_THREADS
 from tokenization.zoo import Zoo
 
 if TYPE_CHECKING:
     from tokenization.layout import TokenLayout
+    from tokenization.normalization import LayerStatistics
 
-RELEASE_BYTES = 256 << 20
-"""Bytes read from memory maps after which their pages are let go."""
+LONG_STRETCH = 4096
+"""Values from which on a stretch is copied on its own; many shorter ones are gathered at once."""
+
+MANY_VALUES = 1 << 20
+"""Values of one read from which on more than one thread is worth while."""
 
 Group = tuple[int, int, int, np.ndarray, np.ndarray]
 
@@ -49,8 +56,6 @@ class TokenReader:
         self._cache = torch.empty(shape) if fits else None
         self._cached: set[int] = set()
         self._lock = threading.Lock()
-        self._touched: set[int] = set()
-        self._bytes_read = 0
 
     def read(self, checkpoint_ids: Tensor | Sequence[int], token_ids: Tensor | Sequence[int]) -> Tensor:
         """Normalised rows, equal to those of ``encode``.
@@ -72,15 +77,26 @@ class TokenReader:
         _require_range("token", tokens, self.layout.num_tokens)
         if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != len(checkpoints)):
             raise IndexError(f"token_ids: found shape {tokens.shape}, expected [N] or [{len(checkpoints)}, N]")
-        rows = torch.empty(len(checkpoints), tokens.shape[-1], self.layout.token_size)
-        groups = self._groups(tokens) if tokens.ndim == 1 and self._cache is None else []
-        for place, checkpoint_id in enumerate(checkpoints.tolist()):
-            ids = tokens if tokens.ndim == 1 else tokens[place]
-            if self._cache is not None:
-                torch.index_select(self._encoded(checkpoint_id), 0, torch.from_numpy(ids), out=rows[place])
-                continue
-            self._clear_padding(rows[place], ids)
-            self._read_groups(rows[place], checkpoint_id, groups if tokens.ndim == 1 else self._groups(ids))
+        per_checkpoint = np.broadcast_to(tokens, (len(checkpoints), tokens.shape[-1]))
+        rows = torch.empty(*per_checkpoint.shape, self.layout.token_size)
+        if self._cache is not None:
+            for place, (number, ids) in enumerate(zip(checkpoints.tolist(), per_checkpoint, strict=True)):
+                torch.index_select(self._encoded(number), 0, torch.tensor(ids), out=rows[place])
+            return rows
+        self._clear_padding(rows.view(-1, self.layout.token_size), per_checkpoint.reshape(-1))
+        groups = [self._groups(ids) for ids in (per_checkpoint if tokens.ndim == 2 else [tokens])]
+        jobs = [
+            (rows[place], self.zoo.checkpoint(number), group)
+            for place, number in enumerate(checkpoints.tolist())
+            for group in groups[place if tokens.ndim == 2 else 0]
+        ]
+        num_threads = min(MOST_THREADS, torch.get_num_threads())
+        if num_threads == 1 or rows.numel() < MANY_VALUES:
+            for job in jobs:
+                self._read_group(*job)
+            return rows
+        with ThreadPoolExecutor(num_threads) as pool:  # made anew: threads do not outlive a fork
+            deque(pool.map(lambda job: self._read_group(*job), jobs), maxlen=0)
         return rows
 
     def _encoded(self, checkpoint_id: int) -> Tensor:
@@ -98,36 +114,21 @@ class TokenReader:
         partial = np.flatnonzero(self.layout.runs.num_values(token_ids) < self.layout.token_size)
         rows[torch.from_numpy(partial)] = 0
 
-    def _read_groups(self, rows: Tensor, checkpoint_id: int, groups: list[Group]) -> None:
-        """Fill ``rows`` ``[N, D]``: each group is many stretches of one layer, all of one length and one place."""
-        checkpoint = self.zoo.checkpoint(checkpoint_id)
-        num_bytes = 0
-        for index, target, length, row_ids, sources in groups:
-            layer = self.layout.layers[index]
-            statistics = self.layout.layer_statistics(index)
-            stretches = _stretches(checkpoint.flat(layer.name), length)
-            centres = None if isinstance(statistics.centre, float) else _stretches(statistics.centre, length)
-            into = rows[:, target : target + length]
-            step = max(1, BLOCK_VALUES // length)
-            for first in range(0, len(row_ids), step):
-                source = torch.from_numpy(sources[first : first + step])
-                centre = statistics.centre if centres is None else centres[source]
-                values = statistics.normalize(stretches[source], centre)
-                into[torch.from_numpy(row_ids[first : first + step])] = values.to(rows.dtype)
-            num_bytes += len(row_ids) * length * layer.dtype.itemsize
-        self._count(checkpoint_id, num_bytes)
-
-    def _count(self, checkpoint_id: int, num_bytes: int) -> None:
-        with self._lock:
-            self._touched.add(checkpoint_id)
-            self._bytes_read += num_bytes
-            if self._bytes_read < RELEASE_BYTES:
-                return
-            touched, self._touched, self._bytes_read = self._touched, set(), 0
-        for layer in self.layout.layers:
-            for number in touched:
-                release_pages(self.zoo.checkpoint(number), layer.name)
-            self.layout.statistics.release(layer.name)
+    def _read_group(self, rows: Tensor, checkpoint: Checkpoint, group: Group) -> None:
+        """Fill ``rows`` ``[N, D]`` with stretches of one layer that have one length and one place in their tokens."""
+        index, target, length, row_ids, sources = group
+        layer = self.layout.layers[index]
+        statistics = self.layout.layer_statistics(index)
+        flat, into = checkpoint.flat(layer.name), rows[:, target : target + length]
+        if length >= LONG_STRETCH:
+            for row, source in zip(row_ids.tolist(), sources.tolist(), strict=True):
+                where = slice(source, source + length)
+                into[row] = statistics.normalize(flat[where], statistics.centre_at(where))
+        else:
+            _gather(into, flat, statistics, row_ids, sources)
+        # A page is mapped together with its neighbours: without this, resident memory would grow to the zoo's size.
+        release_pages(checkpoint, layer.name)
+        self.layout.statistics.release(layer.name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.zoo.path, "layout": self.layout, "cache_bytes": self.cache_bytes}
@@ -135,6 +136,19 @@ class TokenReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         path: Path = state["path"]
         self.__init__(Zoo.open(path), state["layout"], state["cache_bytes"])  # type: ignore[misc]
+
+
+def _gather(into: Tensor, flat: Tensor, statistics: LayerStatistics, row_ids: np.ndarray, sources: np.ndarray) -> None:
+    """Normalise stretches of one layer, from ``sources`` on, into the rows ``row_ids`` of ``into`` ``[N, length]``."""
+    length = into.shape[1]
+    stretches = _stretches(flat, length)
+    centres = _stretches(statistics.centre, length) if isinstance(statistics.centre, Tensor) else None
+    step = max(1, BLOCK_VALUES // length)
+    for first in range(0, len(row_ids), step):
+        source = torch.from_numpy(sources[first : first + step])
+        centre = statistics.centre if centres is None else centres[source]
+        values = statistics.normalize(stretches[source], centre)
+        into[torch.from_numpy(row_ids[first : first + step])] = values.to(into.dtype)
 
 
 def _stretches(flat: Tensor, length: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 from tokenization.headers import DTYPES, ORDER_KEY
 from tokenization.plan import BLOCK_VALUES
-from tokenization.publish import TEMPORARY_SUFFIX
+from tokenization.publish import TEMPORARY_SUFFIX, synchronise
 
 if TYPE_CHECKING:
     from tokenization.layout import TokenLayout
@@ -100,7 +100,7 @@ class TensorFile:
                 os.ftruncate(self._descriptor, self.size)
                 os.fsync(self._descriptor)  # some disks report only here that they are full
                 os.replace(self.temporary, self.path)
-                _synchronise_folder(self.path.parent)
+                synchronise(self.path.parent)
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -242,15 +242,6 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: base + ranges[name][0] for name in specs}, base + end
-
-
-def _synchronise_folder(folder: Path) -> None:
-    """A new name survives a power cut only once its folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> None:
