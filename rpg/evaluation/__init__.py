@@ -1,0 +1,1 @@
+"""Evaluation of networks from their predictions and state dicts alone: it serves any task and any generator."""

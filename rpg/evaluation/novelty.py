@@ -1,0 +1,118 @@
+"""How far networks are from the zoo's, in their weights and in their answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.section import Section
+
+
+class Spread(Section):
+    """Generated networks against the zoo's own spread; 1 means alike.
+
+    Attributes:
+        mean_squared_deviation_ratio: mean squared distance from the zoo's average, generated over original. Far
+            below 1 the generator has collapsed to the average; with high accuracy above 1 it may be noise around it.
+        nearest_distance_ratio: median distance to the nearest original, generated over original (an original's
+            nearest is another one). Near 0 the generator copies.
+        diversity_ratio: median distance to the nearest other network of the same set, generated over original. Near
+            0 the generated networks are copies of each other. None for fewer than two.
+        disagreement: share of images that a generated network and its nearest original (in weights) answer
+            differently, mean over the generated.
+
+    A ratio is None where a generated network has values that are not finite.
+    """
+
+    mean_squared_deviation_ratio: float | None
+    nearest_distance_ratio: float | None
+    diversity_ratio: float | None
+    disagreement: float
+
+
+def weight_vectors(
+    originals: Sequence[StateDict], networks: Sequence[StateDict], *, normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Flatten the values that vary in the zoo, [K, values] and [num, values].
+
+    Args:
+        originals: the zoo.
+        networks: networks of the same structure.
+        normalize: divide each layer by the standard deviation of its values in the zoo, so that distances are not
+            those of the layer with the largest weights alone.
+    """
+    space = VectorSpace(originals)
+    zoo, others = space.flatten(originals), space.flatten(networks)
+    if normalize:
+        scale = space.layer_scale(zoo)
+        zoo, others = zoo / scale, others / scale
+    return zoo, others
+
+
+def distances(first: Tensor, second: Tensor) -> Tensor:
+    """Euclidean distance of every pair, [A, values], [B, values] → [A, B]; exactly 0 between equal vectors.
+
+    The usual shortcut by matrix products loses the small distances between networks of one run to cancellation.
+    """
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def nearest(vectors: Tensor, zoo: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to and index of each vector's nearest in the zoo: [num, values], [K, values] → [num], [num]."""
+    least = distances(vectors, zoo).min(1)
+    return least.values, least.indices
+
+
+def nearest_within(vectors: Tensor) -> Tensor:
+    """Distance of each vector to the nearest *other* one, [num, values] → [num]; infinite for a lone one."""
+    return distances(vectors, vectors).fill_diagonal_(float("inf")).amin(1)
+
+
+def mean_squared_deviation(vectors: Tensor, center: Tensor) -> float:
+    """Mean squared Euclidean distance from ``center``: [num, values], [values] → a number."""
+    return (vectors - center).double().square().sum(1).mean().item()
+
+
+def disagreement(first: Tensor, second: Tensor) -> Tensor:
+    """Share of images answered differently, for every pair: [A, images], [B, images] → float64 [A, B]."""
+    if not len(first):
+        return torch.empty(0, len(second), dtype=torch.float64)
+    return torch.stack([(row != second).double().mean(1) for row in first])
+
+
+def measure_spread(zoo: Tensor, generated: Tensor, zoo_predictions: Tensor, predictions: Tensor) -> Spread | None:
+    """Compare the spread of generated networks with the zoo's.
+
+    Args:
+        zoo: [K, values] from ``weight_vectors``.
+        generated: [num, values].
+        zoo_predictions: [K, images].
+        predictions: [num, images].
+
+    Returns:
+        None where the zoo has no spread to compare with (a single network, or all alike).
+    """
+    if len(zoo) < 2:
+        return None
+    center = zoo.mean(0, dtype=torch.float64).float()
+    zoo_deviation = mean_squared_deviation(zoo, center)
+    zoo_nearest = nearest_within(zoo).median().item()
+    if zoo_deviation == 0 or zoo_nearest == 0:
+        return None
+    generated_nearest, indices = nearest(generated, zoo)
+    diversity = nearest_within(generated).median().item() if len(generated) > 1 else math.nan
+    return Spread(
+        mean_squared_deviation_ratio=_finite(mean_squared_deviation(generated, center) / zoo_deviation),
+        nearest_distance_ratio=_finite(generated_nearest.median().item() / zoo_nearest),
+        diversity_ratio=_finite(diversity / zoo_nearest),
+        disagreement=(predictions != zoo_predictions[indices]).double().mean().item(),
+    )
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN."""
+    return number if math.isfinite(number) else None

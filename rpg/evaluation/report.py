@@ -1,0 +1,224 @@
+"""One evaluation: originals, trivial baselines and generated networks, scored on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from torch import Tensor
+
+from rpg.evaluation import baselines
+from rpg.evaluation.accuracy import Summary, accuracy, summarize
+from rpg.evaluation.novelty import Spread, measure_spread, weight_vectors
+from rpg.evaluation.plots import plot_accuracy_similarity
+from rpg.evaluation.similarity import max_similarity, max_similarity_among
+from rpg.evaluation.vectors import StateDict
+from rpg.section import Section
+from rpg.seeding import generator
+from rpg.tasks import Task
+from tokenization.errors import InputError
+from tokenization.publish import publish_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class NetworkScores(Section):
+    """Scores of several networks: summaries, then the figures of each. Accuracies and similarities are in 0 … 1."""
+
+    count: int
+    accuracy: Summary
+    similarity: Summary = Field(description="each network's greatest error IoU with any (other) original")
+    accuracies: tuple[float, ...]
+    similarities: tuple[float, ...]
+
+
+class GeneratedScores(NetworkScores):
+    """Scores of the generated networks, and what one took to generate."""
+
+    seconds_per_network: float | None
+
+
+class NoiseScores(NetworkScores):
+    """Scores of originals with noise of one strength."""
+
+    sigma: float
+    relative: bool = Field(description="sigma is in units of each layer's standard deviation")
+
+
+class AverageScore(Section):
+    """Score of the average of all originals, a single network."""
+
+    accuracy: float
+    similarity: float
+
+
+class EvaluationResult(Section):
+    """Everything an evaluation measured; ``evaluation.json`` holds its fields.
+
+    ``ensemble`` is p-diff's word for the average of all weights. ``baselines`` are networks that no generator is
+    needed for. ``spread`` compares the generated networks' spread in weight space with the zoo's, and is None where
+    the zoo has none.
+    """
+
+    split: str
+    num_images: int
+    seed: int
+    original: NetworkScores
+    ensemble: AverageScore
+    noise: tuple[NoiseScores, ...]
+    baselines: dict[str, NetworkScores]
+    generated: GeneratedScores
+    spread: Spread | None
+
+    def save(self, path: Path | str) -> None:
+        """Write the result as JSON, atomically. Raises InputError if the file cannot be written."""
+        publish_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def evaluate(
+    task: Task,
+    originals: Sequence[StateDict],
+    networks: Sequence[StateDict],
+    *,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    seconds_per_network: float | None = None,
+    noise: Sequence[float] = (0.01, 0.05, 0.15),
+    relative: bool = True,
+    num_baseline: int = 50,
+    split: str = "test",
+) -> EvaluationResult:
+    """Score generated networks beside the originals and the trivial baselines.
+
+    Args:
+        task: predicts and knows the labels.
+        originals: the zoo's networks that the generator learned from.
+        networks: the generated ones.
+        folder: where to write ``evaluation.json`` and ``scatter.png``; nothing is written without.
+        seed: decides the baselines' draws and the bootstrap.
+        seconds_per_network: what generating one took, to be reported.
+        noise: strengths of the noise-added baseline.
+        relative: they are in units of each layer's standard deviation, else of the weights.
+        num_baseline: networks made for each baseline.
+        split: images to score on.
+
+    Raises:
+        InputError: there are no originals or no generated networks, they do not fit the task, or the folder cannot
+            be written.
+    """
+    for name, given in (("originals", originals), ("generated networks", networks)):
+        if not given:
+            raise InputError(name, "none", "at least one")
+    labels = task.labels(split)
+    original_predictions = task.predict(originals, split)
+    predictions = task.predict(networks, split)
+
+    def against_originals(candidates: Sequence[StateDict]) -> NetworkScores:
+        return _scores(task.predict(candidates, split), original_predictions, labels, seed)
+
+    noisy = [
+        NoiseScores(
+            sigma=sigma,
+            relative=relative,
+            **dict(
+                against_originals(
+                    baselines.add_noise(
+                        originals, num_baseline, sigma, generator(seed, "noise", index), relative=relative
+                    )
+                )
+            ),
+        )
+        for index, sigma in enumerate(noise)
+    ]
+    average = against_originals([baselines.average(originals)])
+    trivial = _trivial_networks(originals, num_baseline, seed)
+    generated = _scores(predictions, original_predictions, labels, seed)
+    own = max_similarity_among(original_predictions, labels)
+    result = EvaluationResult(
+        split=split,
+        num_images=len(labels),
+        seed=seed,
+        original=_summarized(accuracy(original_predictions, labels), own, seed),
+        ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
+        noise=tuple(noisy),
+        baselines={name: against_originals(candidates) for name, candidates in trivial.items()},
+        generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(generated)),
+        spread=measure_spread(*weight_vectors(originals, networks), original_predictions, predictions),
+    )
+    if folder is not None:
+        folder = Path(folder)
+        result.save(folder / "evaluation.json")
+        plot_accuracy_similarity(result, folder / "scatter.png")
+    return result
+
+
+def _trivial_networks(originals: Sequence[StateDict], num: int, seed: int) -> dict[str, list[dict[str, Tensor]]]:
+    """The baselines that need at least two originals, by name."""
+    if len(originals) < 2:
+        return {}
+    k = min(16, len(originals))
+    return {
+        f"average_of_{k}": baselines.average_random(originals, num, generator(seed, "average"), k=k),
+        "interpolation": baselines.interpolate(originals, num, generator(seed, "interpolation")),
+        "coordinate_gaussian": baselines.coordinate_gaussian(originals, num, generator(seed, "coordinate")),
+        "covariance_gaussian": baselines.covariance_gaussian(originals, num, generator(seed, "covariance")),
+    }
+
+
+def _scores(predictions: Tensor, originals: Tensor, labels: Tensor, seed: int) -> NetworkScores:
+    return _summarized(accuracy(predictions, labels), max_similarity(predictions, originals, labels), seed)
+
+
+def _summarized(accuracies: Tensor, similarities: Tensor, seed: int) -> NetworkScores:
+    return NetworkScores(
+        count=len(accuracies),
+        accuracy=summarize(accuracies, seed),
+        similarity=summarize(similarities, seed),
+        accuracies=tuple(accuracies.tolist()),
+        similarities=tuple(similarities.tolist()),
+    )
+
+
+def print_table(result: EvaluationResult, console: Console | None = None) -> None:
+    """Print the comparison, one row a kind of network.
+
+    Args:
+        result: what ``evaluate`` measured.
+        console: where to print; standard output when None.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"accuracy (%) on {result.num_images} {result.split} images")
+    table.add_column("networks", no_wrap=True)
+    for name in ("count", "mean", "best", "min", "IoU", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, scores: NetworkScores, seconds: str = "", style: str = "") -> None:
+        figures = (scores.accuracy.mean, scores.accuracy.max, scores.accuracy.min)
+        percent = [f"{100 * figure:.1f}" for figure in figures]
+        table.add_row(name, str(scores.count), *percent, f"{scores.similarity.mean:.2f}", seconds, style=style)
+
+    row("original", result.original)
+    average = f"{100 * result.ensemble.accuracy:.1f}"
+    table.add_row('weight average ("ensemble")', "1", average, "", "", f"{result.ensemble.similarity:.2f}", "")
+    for noise in result.noise:
+        row(f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else ""), noise)
+    for name, scores in result.baselines.items():
+        row(name.replace("_", " "), scores)
+    seconds = result.generated.seconds_per_network
+    row("generated", result.generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
+    console = console or Console()
+    console.print(table)
+    console.print("IoU: similarity of wrong predictions to the most similar (other) original's, mean over the networks")
+    if (spread := result.spread) is not None:
+        ratios = (
+            ("squared deviation from the zoo's average", spread.mean_squared_deviation_ratio),
+            ("distance to the nearest original", spread.nearest_distance_ratio),
+            ("distance to the nearest of its own kind", spread.diversity_ratio),
+        )
+        shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios if ratio is not None)
+        console.print(f"generated over original: {shown}", highlight=False)
