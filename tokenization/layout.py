@@ -18,7 +18,7 @@ from tokenization import layout_file
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.normalization import LayerStatistics, Statistics, TensorSource
-from tokenization.pages import release_pages
+from tokenization.pages import empty_huge, release_pages
 from tokenization.plan import BLOCK_VALUES, Layer, RunTable, TokenOptions, choose_layers, place_layers
 from tokenization.reader import TokenReader
 from tokenization.summary import LayerGroup, group_layers
@@ -159,7 +159,7 @@ class TokenLayout:
             InputError: a tensor is missing or has another shape, or differs in a layer that does not vary in the zoo
                 (such a layer decodes to the zoo's values).
         """
-        tokens = torch.empty(self.num_tokens, self.token_size, dtype=dtype)
+        tokens = empty_huge((self.num_tokens, self.token_size), dtype)
         self.encode_into(tokens, source)
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
@@ -205,7 +205,7 @@ class TokenLayout:
         stored: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
-            values = torch.empty(layer.num_runs, layer.run_length, dtype=layer.dtype)
+            values = empty_huge((layer.num_runs, layer.run_length), layer.dtype)
             window = layer.window(buffer)
             centres = statistics.centre_window(layer.num_runs, layer.run_length)
             for block in layer.blocks():

@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.pages import release_pages
-from tokenization.plan import BLOCK_VALUES, MOST_THREADS, Layer, Normalization
+from tokenization.plan import BLOCK_VALUES, Layer, Normalization
 
 VARIANCE_SUFFIX = "running_var"
 VARIANCE_SHARE, VARIANCE_OFFSET = 0.95, 0.05
@@ -32,6 +32,10 @@ LARGEST_LOG = 80.0
 
 JOB_VALUES = 1 << 25
 """Values (over all checkpoints) that one thread reads before it lets their pages go."""
+
+
+MOST_THREADS = 8
+"""More would only wait for the disk."""
 
 
 class TensorSource(Protocol):

@@ -1,4 +1,4 @@
-"""Give back the memory of mapped pages that have been read, so that a process stays small beside a large zoo."""
+"""Hints to the system about memory: which pages can go, and where large ones pay."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
 
 from tokenization.checkpoint import Checkpoint
+
+HUGE_PAGE = 2 << 20
 
 
 def release_pages(checkpoint: Checkpoint, name: str, first: int = 0, last: int | None = None) -> None:
@@ -26,6 +31,17 @@ def release_pages(checkpoint: Checkpoint, name: str, first: int = 0, last: int |
     end = (flat.data_ptr() + flat.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
         advise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+def empty_huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` in huge pages where the system has them: to touch fresh small ones takes longer than to copy."""
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    advise = _madvise()
+    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if advise is not None and end > begin:
+        advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 @functools.cache

@@ -31,9 +31,6 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BLOCK_VALUES = 1 << 15
 """Values handled at a time: a block and its float64 copies stay in the processor's cache."""
 
-MOST_THREADS = 8
-"""More would only wait for the disk or for one another."""
-
 
 @dataclass(frozen=True)
 class TokenOptions:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint import Checkpoint
-from tokenization.pages import release_pages
-from tokenization.plan import BLOCK_VALUES, MOST_THREADS
+from tokenization.pages import empty_huge, release_pages
+from tokenization.plan import BLOCK_VALUES
 from tokenization.zoo import Zoo
 
 if TYPE_CHECKING:
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
 
 LONG_STRETCH = 4096
 """Values from which on a stretch is copied on its own; many shorter ones are gathered at once."""
-
-MANY_VALUES = 1 << 20
-"""Values of one read from which on more than one thread is worth while."""
 
 Group = tuple[int, int, int, np.ndarray, np.ndarray]
 
@@ -78,25 +73,17 @@ class TokenReader:
         if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != len(checkpoints)):
             raise IndexError(f"token_ids: found shape {tokens.shape}, expected [N] or [{len(checkpoints)}, N]")
         per_checkpoint = np.broadcast_to(tokens, (len(checkpoints), tokens.shape[-1]))
-        rows = torch.empty(*per_checkpoint.shape, self.layout.token_size)
+        rows = empty_huge((*per_checkpoint.shape, self.layout.token_size), torch.float32)
         if self._cache is not None:
             for place, (number, ids) in enumerate(zip(checkpoints.tolist(), per_checkpoint, strict=True)):
                 torch.index_select(self._encoded(number), 0, torch.tensor(ids), out=rows[place])
             return rows
         self._clear_padding(rows.view(-1, self.layout.token_size), per_checkpoint.reshape(-1))
         groups = [self._groups(ids) for ids in (per_checkpoint if tokens.ndim == 2 else [tokens])]
-        jobs = [
-            (rows[place], self.zoo.checkpoint(number), group)
-            for place, number in enumerate(checkpoints.tolist())
-            for group in groups[place if tokens.ndim == 2 else 0]
-        ]
-        num_threads = min(MOST_THREADS, torch.get_num_threads())
-        if num_threads == 1 or rows.numel() < MANY_VALUES:
-            for job in jobs:
-                self._read_group(*job)
-            return rows
-        with ThreadPoolExecutor(num_threads) as pool:  # made anew: threads do not outlive a fork
-            deque(pool.map(lambda job: self._read_group(*job), jobs), maxlen=0)
+        for place, number in enumerate(checkpoints.tolist()):
+            checkpoint = self.zoo.checkpoint(number)
+            for group in groups[place if tokens.ndim == 2 else 0]:
+                self._read_group(rows[place], checkpoint, group)
         return rows
 
     def _encoded(self, checkpoint_id: int) -> Tensor:
