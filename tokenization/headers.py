@@ -139,11 +139,10 @@ def read_header(path: Path) -> Header:
 
 def _read_file(path: Path) -> Header:
     try:
-        # The library is the judge of the format; what it accepts is parsed here again for the offsets it keeps.
-        with safe_open(path, framework="np"):
-            pass
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            # The library is the judge of the format; what it accepts is parsed again for the offsets, which it keeps.
+            with safe_open(path, framework="np"):
+                size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
@@ -284,6 +283,8 @@ def _diagnose(path: Path, error: Exception) -> tuple[str, str]:
         end, last = 0, ""
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
+            if not 0 <= start <= stop:
+                return tensor_at(path, name), f"bytes {start} to {stop}"
             if 8 + length + stop > size:
                 return tensor_at(path, name), f"{size} bytes, {8 + length + stop - size} too few to hold it"
             if start < end:

@@ -215,7 +215,7 @@ def _checked(
         else:
             checkpoint = Checkpoint.open(path)
             structure = Structure.of_checkpoint(checkpoint)
-            entry = _adopted(path, zoo.path, fields)
+            entry = _adopted(checkpoint, zoo, fields)
             if expected is not None:
                 expected.require(structure, where)
             check_checkpoint_values(checkpoint, where)
@@ -258,12 +258,12 @@ def _run_name(path: Path, label: Label) -> str:
     return label.run if label.run is not None else path.as_posix()
 
 
-def _adopted(path: Path, zoo_path: Path, fields: dict[str, Any]) -> ZooEntry:
+def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEntry:
     # Not resolved: the hub's cache links readable names to blobs that have none.
-    absolute, folder = Path(os.path.abspath(path)), Path(os.path.abspath(zoo_path))
-    inside = absolute.is_relative_to(folder) and path.resolve().is_relative_to(zoo_path.resolve())
+    absolute, folder = Path(os.path.abspath(checkpoint.path)), Path(os.path.abspath(zoo.path))
+    inside = absolute.is_relative_to(folder) and all(zoo.contains(file) for file in checkpoint.sizes)
     file = absolute.relative_to(folder).as_posix() if inside else str(absolute)
-    return entry_of({**fields, "file": file, "external": not inside}, str(path))
+    return entry_of({**fields, "file": file, "external": not inside}, str(checkpoint.path))
 
 
 def _in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ A line is appended after its file is in place, so that a killed collection resum
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -140,6 +141,10 @@ class Zoo:
             raise InputError(str(self.path), f"no entry {index}", f"an index from 0 to {len(self) - 1}")
         return self.path / self.entries[index].file
 
+    def contains(self, file: Path) -> bool:
+        """Whether a file lies in the zoo's folder, all links followed."""
+        return file.resolve().is_relative_to(self.path.resolve())
+
     def checkpoint(self, index: int) -> Checkpoint:
         """Open the checkpoint of an entry lazily; it is kept for the next call.
 
@@ -209,16 +214,19 @@ class Zoo:
         if self.entries:
             self.structure.require(structure, where)
         check_values(tensors, where)
+        new_folder = not path.parent.exists()
         try:
             path.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(str(path.parent), f"an error on writing ({error.strerror})", "a folder") from error
-        save_checkpoint(path, tensors)
-        try:
+            save_checkpoint(path, tensors)
             entry = with_digest(entry, Checkpoint.open(path))
             self.extend([entry])
-        except BaseException:
-            path.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                if new_folder:
+                    path.parent.rmdir()
+            if isinstance(error, OSError):
+                raise InputError(str(path), f"an error on writing ({error.strerror})", "a writable folder") from error
             raise
         return entry
 
@@ -288,6 +296,11 @@ class Zoo:
     def _open_checkpoint(self, index: int) -> Checkpoint:
         path = self.file(index)
         checkpoint = Checkpoint.open(path)
+        for file in checkpoint.sizes:  # a folder or an index may lead elsewhere still
+            if not self.entries[index].external and not self.contains(file):
+                raise InputError(
+                    str(file), "a link out of the zoo", "a file in the zoo", "adopt it with `rpg collect --from`"
+                )
         size, expected = sum(checkpoint.sizes.values()), self.entries[index].size
         if expected and size != expected:
             raise InputError(str(path), f"{size} bytes", f"{expected} as collected", "collect it again")
@@ -297,7 +310,7 @@ class Zoo:
     def _require_entry(self, entry: ZooEntry) -> None:
         where = f"{self.path / 'manifest.jsonl'}: file {entry.file!r}"
         file = self.path / entry.file
-        if not entry.external and not file.resolve().is_relative_to(self.path.resolve()):
+        if not entry.external and not self.contains(file):
             found = "a symbolic link out of the zoo" if file.is_symlink() else "a path out of the zoo"
             raise InputError(where, found, "a file in the zoo", "adopt it with `rpg collect --from`")
         if not file.exists():
