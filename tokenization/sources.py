@@ -33,7 +33,13 @@ from tokenization.zoo import Zoo, with_digest
 CONVERTED_NAME = re.compile(r"[0-9]{6}\.safetensors")
 """How `Zoo.append` names files in ``checkpoints/``."""
 
-_FOLDER_STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_model")
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_FOLDER_FILES = {
+    stem + suffix
+    for stem in ("model", "diffusion_pytorch_model", "pytorch_model")
+    for suffix in (".safetensors", ".bin", *_INDEX_SUFFIXES)
+}
+"""A folder that holds one of these is one checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[P
             found[path.parent] = None
         else:
             found[path] = None
+    # A glob such as ** matches a folder and its files alike.
+    found = {path: None for path in found if path.is_dir() or path.parent not in found}
     if zoo_path is not None:
         own = (zoo_path / "checkpoints").resolve()
         found = {
@@ -133,30 +141,31 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[P
     return list(found)
 
 
-def _search(folder: Path, zoo_path: Path | None) -> list[Path]:
-    children = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) -> list[Path]:
+    seen = set() if seen is None else seen
+    seen.add(folder.resolve())  # links may lead in circles
+    try:
+        children = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise InputError(str(folder), f"an unreadable folder ({error.strerror})", "a folder of checkpoints") from error
     names = {child.name for child in children}
-    suffixes = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-    if is_adapter(folder) or any(stem + suffix in names for stem in _FOLDER_STEMS for suffix in suffixes):
+    if is_adapter(folder) or not names.isdisjoint(_FOLDER_FILES):
         found = [folder]
     else:
-        indices = [child for child in children if child.name.endswith((".safetensors.index.json", ".bin.index.json"))]
+        indices = [child for child in children if child.name.endswith(_INDEX_SUFFIXES)]
         shards: set[str] = set()
         for index in indices:
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
-            shards |= set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        loose = [
-            c for c in children if c.suffix in (".safetensors", *SUFFIXES) and c.name not in shards and not c.is_dir()
-        ]
-        found = sorted([*indices, *loose], key=lambda path: natural_key(path.name))
+            shards |= set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        files = [child for child in children if child.suffix in (".safetensors", *SUFFIXES) and not child.is_dir()]
+        found = [*indices, *(file for file in files if file.name not in shards)]
+        found.sort(key=lambda path: natural_key(path.name))
     for child in children:
-        if (
-            child.is_dir()
-            and not child.name.startswith(".")
-            and not (zoo_path and child.resolve() == zoo_path.resolve())
-        ):
-            found += _search(child, zoo_path)
+        if not child.is_dir() or child.name.startswith(".") or child.resolve() in seen:
+            continue
+        if zoo_path is None or child.resolve() != zoo_path.resolve():
+            found += _search(child, zoo_path, seen)
     return found
 
 

@@ -19,16 +19,14 @@ from torch import Tensor
 
 from tokenization.checkpoint import Checkpoint, save_checkpoint
 from tokenization.condition import ConditionSpec
+from tokenization.description import Description
 from tokenization.errors import InputError
-from tokenization.headers import read_json
 from tokenization.manifest import ZooEntry, append_lines, entry_of, read_manifest
 from tokenization.pickled import check_tensors
 from tokenization.publish import publish_text, remove_leftovers
 from tokenization.structure import Structure, check_checkpoint_values, check_values, digest_of
 
 __all__ = ["ConditionSpec", "Zoo", "ZooEntry"]
-
-FORMAT = 1
 
 
 class Zoo:
@@ -102,12 +100,9 @@ class Zoo:
         if not path.is_dir() or not description.is_file():
             found = "no zoo.json" if path.is_dir() else "no such folder"
             raise InputError(str(path), found, "a zoo", "make one with `rpg collect`")
-        content = read_json(description)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = f"format {content.get('format')!r}" if isinstance(content, dict) else "no JSON object"
-            raise InputError(str(description), found, f"format {FORMAT}", "collect the zoo with this version")
-        zoo = cls(path)
-        zoo._read_description(content, str(description))
+        content = Description.read(description)
+        zoo = cls(path, task=content.task, condition=content.condition, runs=content.runs)
+        zoo._structure = content.structure
         if repair:
             remove_leftovers(path)
             remove_leftovers(path / "checkpoints")
@@ -324,26 +319,7 @@ class Zoo:
             raise InputError(f"{where}: condition", "one", "none, as zoo.json says", "create the zoo with a condition")
 
     def _write_description(self) -> None:
-        content = {
-            "format": FORMAT,
-            "task": self.task,
-            "condition": None if self.condition is None else dataclasses.asdict(self.condition),
-            "runs": self.runs,
-            "structure": None if self._structure is None else self._structure.to_json(),
-        }
-        publish_text(self.path / "zoo.json", json.dumps(content, indent=1) + "\n")
-
-    def _read_description(self, content: dict[str, Any], where: str) -> None:
-        task, runs = content.get("task"), content.get("runs", [])
-        if task is not None and not isinstance(task, dict):
-            raise InputError(f"{where}: task", repr(task), "a task's name and arguments")
-        if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
-            raise InputError(f"{where}: runs", repr(runs), "a list of names")
-        self.task, self.runs = task, runs
-        if content.get("condition") is not None:
-            self.condition = ConditionSpec.from_json(content["condition"], where)
-        if content.get("structure") is not None:
-            self._structure = Structure.from_json(content["structure"], where)
+        Description(self.task, self.condition, self.runs, self._structure).write(self.path / "zoo.json")
 
 
 def with_digest(entry: ZooEntry, checkpoint: Checkpoint) -> ZooEntry:

@@ -171,6 +171,10 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
         "out/checkpoint-2",
         "out/checkpoint-10",
     ]
+    (tmp_path / "loose" / "circle").symlink_to(tmp_path / "loose")
+    assert [str(path.relative_to(tmp_path)) for path in find_checkpoints(tmp_path)] == names
+    every = find_checkpoints(str(tmp_path / "out" / "**"))
+    assert [str(path.relative_to(tmp_path)) for path in every] == names[3:]
     zoo = collect_from(tmp_path / "out", tmp_path / "zoo", pattern=r"checkpoint-(?P<step>\d+)")
     assert [entry.step for entry in zoo.entries] == [2, 10]
     assert len(zoo.checkpoint(1).sizes) > 1
