@@ -39,6 +39,17 @@ class CollectionConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
 
 
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread: faster for networks this small, and the bits do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def open_zoo(path: Path | str, task: dict[str, Any]) -> Zoo:
     """Open the zoo at ``path`` to complete it, or create an empty one for ``task``.
 
@@ -61,6 +72,7 @@ def open_zoo(path: Path | str, task: dict[str, Any]) -> Zoo:
     return zoo
 
 
+@single_threaded()
 def collect_runs(
     zoo: Zoo,
     build: Callable[[], nn.Module],
@@ -130,6 +142,7 @@ def train_run(
     draws = generator(config.seed, "batches", run)
     images, labels = splits.images["train"], splits.labels["train"]
 
+    @single_threaded()
     def update(optimizer: torch.optim.Optimizer) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
         _optimizer_step(network, optimizer, images[rows], labels[rows])
@@ -159,14 +172,3 @@ def _optimizer_step(network: nn.Module, optimizer: torch.optim.Optimizer, images
     optimizer.zero_grad()
     F.cross_entropy(network(images), labels).backward()
     optimizer.step()
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Run torch on one thread: faster for networks this small, and the bits do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

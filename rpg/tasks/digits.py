@@ -86,8 +86,7 @@ class DigitsTask:
             InputError: the zoo there was collected with another configuration.
         """
         zoo = open_zoo(path, self.config.model_dump(mode="json"))
-        with single_threaded():
-            collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
+        collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
         return zoo
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
