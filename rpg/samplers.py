@@ -101,7 +101,7 @@ def ddpm(
     del eta
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(variance_type="fixed_small", clip_sample=False, **_scheduler_arguments(objective))
+    scheduler: Any = DDPMScheduler(variance_type="fixed_small", clip_sample=False, **_scheduler_arguments(objective))
     scheduler.set_timesteps(timesteps=objective.sampling_times(num_steps, "cpu").tolist())
     return _run_scheduler(scheduler, objective, predict, noise, callback, {"generator": generator})
 
@@ -152,7 +152,7 @@ def dpm_solver(
     del generator, eta
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler: Any = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", **_scheduler_arguments(objective)
     )
     scheduler.set_timesteps(timesteps=objective.sampling_times(num_steps, "cpu").tolist())

@@ -71,8 +71,9 @@ class Mamba2Config(BackboneSection):
 
 @functools.cache
 def fused_scan() -> Callable[..., Tensor] | None:
-    """The kernel of ``mamba_ssm`` for a whole layer, or None where it is not installed."""
+    """The kernel of ``mamba_ssm`` for a whole layer, or None where it (or the convolution it needs) is missing."""
     try:
+        import causal_conv1d  # noqa: F401
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
     except ImportError:
         return None
@@ -131,7 +132,9 @@ class Mamba2(nn.Module):
         """Map ``[B, L, H]`` to ``[B, L, H]``; output i depends on the inputs up to i only."""
         zxbcdt = self.in_proj(x)  # [B, L, 2I + 2S + A]
         a = -self.A_log.float().exp()  # [A]
-        kernel = fused_scan() if zxbcdt.is_cuda else None
+        # The convolution's kernel wants rows of a multiple of eight values and a width of two to four.
+        fusible = zxbcdt.is_cuda and zxbcdt.shape[-1] % 8 == 0 and self.conv1d.kernel_size[0] in (2, 3, 4)
+        kernel = fused_scan() if fusible else None
         if kernel is not None:
             return self._forward_fused(kernel, zxbcdt, a)
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_xbc, self.num_heads], dim=-1)
@@ -142,7 +145,8 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, L, A]
         y = chunked_scan(inner, dt, a, b, c, self.chunk_size)  # [B, L, A, P]
         y = torch.addcmul(y, inner, self.D[:, None]).flatten(2)  # [B, L, I]
-        y = self.norm(y * F.silu(z))  # [B, L, I]
+        # Not self.norm(…): an fp32 input with bf16 parameters would miss the fused implementation.
+        y = F.rms_norm(y * F.silu(z), (self.d_inner,), self.norm.weight.float(), self.norm.eps)  # [B, L, I]
         return self.out_proj(y.to(z.dtype))  # [B, L, H]
 
     def _forward_fused(self, kernel: Callable[..., Tensor], zxbcdt: Tensor, a: Tensor) -> Tensor:
