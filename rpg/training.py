@@ -143,7 +143,7 @@ class Trainer:
             batch = to_batch(rows, self.network.objective, self.accelerator.device)
             with self.accelerator.accumulate(self.model):
                 loss = self.model(batch, self._state_noise(step, batch))
-                value = float(loss.mean)
+                value = loss.mean.item()
                 if not math.isfinite(value):
                     raise self._not_finite(step, batch, loss.per_token)
                 self.accelerator.backward(loss.mean)

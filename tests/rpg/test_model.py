@@ -60,7 +60,8 @@ def test_examples_that_share_state_and_condition_share_one_backbone_pass():
 
 def test_the_loss_is_the_masked_weighted_mean_written_as_a_loop():
     network = build(state=StateConfig(of="none"))
-    data = batch(conditions=False)
+    one_group = {"group": torch.zeros(5, dtype=torch.long), "states": torch.zeros(1, dtype=torch.long)}
+    data = dataclasses.replace(batch(conditions=False), **one_group)
     prototypes = network.prototypes(None)
     total = 0.0
     for example in range(5):
@@ -72,7 +73,7 @@ def test_the_loss_is_the_masked_weighted_mean_written_as_a_loop():
             context = network.denoiser.precompute(prototypes[0, token][None])
             predicted = network.denoiser(noisy, network.objective.network_time(time), context)
             error = (predicted - network.objective.target(x0, noise, time))[0, kept]
-            total += float(error.square().sum() * network.objective.weight(time))
+            total += (error.square().sum() * network.objective.weight(time)).item()
     assert float(network(data).mean) == pytest.approx(total / 5 / float(data.mask.sum()), rel=1e-5)
 
 

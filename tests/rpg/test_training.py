@@ -46,9 +46,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, st
 
 
 def test_a_killed_run_resumes_from_its_last_save(tmp_path, zoo):
-    whole = small_config(tmp_path, run=str(tmp_path / "whole"), train={"steps": 400, "save_every": 20})
+    whole = small_config(tmp_path, run=str(tmp_path / "whole"), train={"steps": 120, "save_every": 10})
     train(whole)
-    killed = small_config(tmp_path, run=str(tmp_path / "killed"), train={"steps": 400, "save_every": 20})
+    killed = small_config(tmp_path, run=str(tmp_path / "killed"), train={"steps": 120, "save_every": 10})
     killed.save(tmp_path / "killed.yaml")
     command = [sys.executable, "-m", "rpg.cli", "train", str(tmp_path / "killed.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
