@@ -90,8 +90,8 @@ class RecurrentDiffusion(nn.Module):
         self.token_size = token_size
         self.condition_size = condition_size
         self.backbone = build_backbone(config.backbone)
-        width = self.backbone.d_model
-        self.denoiser = build_denoiser(config.denoiser, token_size, width)
+        width, d_prototype = self.backbone.d_model, self.backbone.d_output
+        self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype)
         self.objective: Objective = build_objective(config.diffusion)
         learned, embedding = _position_embedding(config.position, positions, width)
         if learned:
@@ -105,7 +105,7 @@ class RecurrentDiffusion(nn.Module):
         if config.condition.kind != "none":
             self.condition = ConditionEncoder(config.condition.kind, condition_size, width)
             if config.condition.inject == "both":
-                self.denoiser_condition = nn.Linear(width, width)
+                self.denoiser_condition = nn.Linear(width, d_prototype)
 
     def prototypes(
         self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None

@@ -201,7 +201,8 @@ class Trainer:
 
         def write(folder: Path) -> None:
             self.accelerator.save_state(str(folder))
-            save_file({name: value.cpu() for name, value in self.ema.state_dict().items()}, folder / "ema.safetensors")
+            averages = {name: value.cpu().contiguous() for name, value in self.ema.state_dict().items()}
+            save_file(averages, folder / "ema.safetensors")
 
         if self.sampler.world_size == 1 or self.accelerator.is_main_process:
             self.folder.save(done, write, self.config.train.keep)
