@@ -9,7 +9,7 @@ from torch import nn
 from rpg.config import Config
 from tokenization.zoo import ConditionSpec, Zoo
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def small_network() -> nn.Module:
