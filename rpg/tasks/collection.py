@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,10 @@ class CollectionConfig(Section):
     learning_rate: float = Field(5e-3, gt=0, description="peak of the one-cycle schedule to convergence")
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
+    finetune: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"
+    )
 
 
 @contextmanager
@@ -50,8 +55,10 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def open_zoo(path: Path | str, task: dict[str, Any]) -> Zoo:
+def open_zoo(path: Path | str, task: dict[str, Any], defaults: dict[str, Any] | None = None) -> Zoo:
     """Open the zoo at ``path`` to complete it, or create an empty one for ``task``.
+
+    ``defaults`` stand for fields that a zoo of an earlier version does not record.
 
     Raises:
         InputError: the zoo there was collected with another configuration, which must not be mixed in.
@@ -60,7 +67,7 @@ def open_zoo(path: Path | str, task: dict[str, Any]) -> Zoo:
     if not (path / "zoo.json").exists():
         return Zoo.create(path, task=task)
     zoo = Zoo.open(path, repair=True)
-    recorded = zoo.require_task()
+    recorded = {**(defaults or {}), **zoo.require_task()}
     for key in sorted(task.keys() | recorded.keys()):
         if recorded.get(key) != task.get(key):
             raise InputError(
@@ -148,7 +155,7 @@ def train_run(
         _optimizer_step(network, optimizer, images[rows], labels[rows])
 
     # one-cycle: these networks converge in half the steps a plain cosine takes
-    optimizer = _adamw(network, config.learning_rate, config)
+    optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.train_steps + 1)
     for step in range(1, config.train_steps + 1):
         update(optimizer)
@@ -156,15 +163,40 @@ def train_run(
         tick(step)
 
     # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
-    optimizer = _adamw(network, config.finetune_learning_rate, config)
+    optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
     for step in range(1, config.steps + 1):
         update(optimizer)
         tick(config.train_steps + step)
         yield step, network
 
 
-def _adamw(network: nn.Module, learning_rate: float, config: CollectionConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=config.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]:
+    """Freeze the parameters that no pattern names; return the others.
+
+    With frozen parameters the batch norms keep their running statistics too: what is not fine-tuned stays as it is.
+
+    Raises:
+        InputError: a pattern names no parameter.
+    """
+    named = dict(network.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise InputError("task.finetune", repr(pattern), "a glob pattern of parameter names", ", ".join(named))
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+    chosen = [parameter for parameter in named.values() if parameter.requires_grad]
+    if len(chosen) < len(named):
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
+    return chosen
 
 
 def _optimizer_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
