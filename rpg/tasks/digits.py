@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rpg.tasks.collection import CollectionConfig, Progress, collect_runs, open_zoo, single_threaded
@@ -20,12 +20,23 @@ NUM_VALIDATION = 250
 NUM_TEST = 500
 SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
 
+RECIPES: dict[str, dict[str, Any]] = {
+    # chosen on the validation images: with the general recipe it stays at 93 %
+    "vit": {"train_steps": 1500, "batch_size": 64, "finetune_learning_rate": 5e-4},
+}
+
 
 class DigitsConfig(CollectionConfig):
     """Handwritten digits and the network that is trained on them."""
 
     name: Literal["digits"] = "digits"
     network: NetworkName = Field("cnn", description="the target network")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_recipe(cls, given: Any) -> Any:
+        """Fields that are not given take the network's own recipe, where it has one."""
+        return {**RECIPES.get(str(given.get("network")), {}), **given} if isinstance(given, dict) else given
 
 
 @cache

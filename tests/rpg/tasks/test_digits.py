@@ -200,3 +200,11 @@ def test_impossible_tasks_are_refused(config, message):
 def test_unknown_split_is_refused():
     with pytest.raises(InputError, match="split: found 'valid', expected one of train, validation, test"):
         build_task(DigitsConfig()).labels("valid")
+
+
+def test_a_network_has_its_own_recipe_unless_told_otherwise():
+    assert DigitsConfig(network="vit").train_steps == 1500
+    given = DigitsConfig(network="vit", train_steps=3)
+    assert (given.train_steps, given.batch_size) == (3, 64)
+    assert DigitsConfig.model_validate(given.model_dump()) == given
+    assert DigitsConfig().train_steps == DigitsConfig(network="mlp-mini").train_steps == 800
