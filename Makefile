@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint bench install clean
 
 install: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/rpg demo $(DEMO_ARGS)
+
+# Idle OpenMP threads must not spin: both recipes would suffer from whatever else runs.
+bench: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench.py --json runs/bench.json
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
