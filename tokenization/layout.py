@@ -31,14 +31,14 @@ __all__ = ["Layer", "TokenLayout", "TokenOptions"]
 class TokenLayout:
     """Cuts checkpoints of one structure into tokens and puts tokens together again.
 
-    Exactness. Through float64 tokens, ``decode(encode(x)) == x`` bit for bit (a negative zero may return as zero) for
-    every float16 value, for float32 where ``|x| >= 2^-24 |c|`` and for bfloat16 where ``|x| >= 2^-40 |c|``. ``c`` is
-    the centre (a parameter's or a layer's mean), or 5 % of the layer's mean for a running variance. A smaller value,
-    which no number ``x - c`` can hold beside a large ``c``, is off by at most ``2^-48 |c|``, and a float64 value by at
-    most ``2^-48 max(|x|, |c|)``. Through float32 tokens the error is below 1.5 units in the last place (of the stored
-    dtype or of float32, whichever is coarser) of ``max(|x|, |x - c|)``, for a running variance about ten times that.
-    Normalization ``none`` is bit exact in every dtype that the tokens' can hold; so is, in any mode, a layer that does
-    not vary in the zoo.
+    Exactness. Through float64 tokens, ``decode(encode(x)) == x`` bit for bit for zero (but for its sign), for every
+    float16 value, for float32 where ``|x| >= 2^-24 |c|`` and for bfloat16 where ``|x| >= 2^-40 |c|``. ``c`` is the
+    centre (a parameter's or a layer's mean), or 5 % of the layer's mean for a running variance. A smaller value, which
+    no number ``x - c`` can hold beside a large ``c``, is off by at most ``2^-46 |c|``, and a float64 value by at most
+    ``2^-46 max(|x|, |c|)``. Through float32 tokens zeros stay zeros, and the error is below 1.5 units in the last place
+    (of the stored dtype or of float32, whichever is coarser) of ``max(|x|, |x - c|)``, for a running variance about
+    ten times that. Normalization ``none`` is bit exact in every dtype that the tokens' can hold; so is, in any mode, a
+    layer that does not vary in the zoo.
 
     Attributes:
         options: how the tokens are cut.

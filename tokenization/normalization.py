@@ -100,10 +100,21 @@ class LayerStatistics:
         return tokens.sub_(centre).mul_(1 / self.scale if self.scale else 0.0)
 
     def denormalize(self, tokens: Tensor, centre: float | Tensor) -> Tensor:
-        """Tokens → values, the inverse of ``normalize``; float64 unless identity. Variances are cut at 0."""
+        """Tokens → values, the inverse of ``normalize``; float64 unless identity. Variances are cut at 0.
+
+        What is too small beside the centre for the tokens' dtype to tell from 0 becomes 0: zeros stay zeros.
+        """
         if self.identity:
             return tokens
-        return self.denormalize_as(tokens.to(torch.float64), centre)
+        values = self.denormalize_as(tokens.to(torch.float64), centre)
+        if not self.scale:
+            return values
+        resolution = max(torch.finfo(tokens.dtype).eps * 0.500001, 2.0**-51)
+        if self.variance_mean:
+            return torch.hardshrink(values, 16 * resolution * VARIANCE_OFFSET * self.variance_mean)
+        if isinstance(centre, Tensor):
+            return values.masked_fill_(values.abs() <= centre.abs() * resolution, 0)
+        return torch.hardshrink(values, resolution * abs(centre))
 
     def denormalize_as(self, tokens: Tensor, centre: float | Tensor) -> Tensor:
         """``denormalize`` in the tokens' own dtype, differentiable."""

@@ -153,6 +153,20 @@ def test_running_variances_go_through_the_papers_logarithm(tmp_path: Path):
         assert torch.equal(layout.decode(padded)["bn.running_var"], zoo.state_dict(i)["bn.running_var"])
 
 
+@pytest.mark.parametrize("token_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalization", ["layer", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_stay_zeros(tmp_path: Path, normalization, dtype, token_dtype):
+    def sparse() -> Tensor:
+        return (torch.randn(200, 50) + 0.3).mul(torch.rand(200, 50) > 0.5).to(dtype)
+
+    zoo = make_zoo(tmp_path, [{"w": sparse(), "bn.running_var": sparse().abs()} for _ in range(3)])
+    layout = TokenLayout.fit(zoo, TokenOptions(normalization=normalization))
+    decoded = layout.decode(layout.encode(zoo.checkpoint(1), token_dtype))
+    for name, tensor in zoo.state_dict(1).items():
+        assert torch.equal(decoded[name] == 0, tensor == 0)
+
+
 def test_generated_variances_are_neither_negative_nor_infinite():
     statistics = LayerStatistics(0.1, 0.5, variance_mean=2.0)
     values = statistics.denormalize(torch.tensor([-1e6, -7.0, 0.0, 1e6]), 0.1)

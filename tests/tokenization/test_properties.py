@@ -43,6 +43,7 @@ def zoos(draw) -> tuple[list[dict[str, Tensor]], TokenOptions]:
 
     def values(dtype: torch.dtype, common: Tensor, spread: float, kind: str) -> Tensor:
         noisy = common * (1 + spread * torch.randn(common.shape, generator=generator, dtype=torch.float64))
+        noisy[torch.rand(common.shape, generator=generator) < 0.1] = 0
         return (noisy.abs() if kind == "running_var" else noisy).to(dtype)
 
     commons = [
@@ -68,15 +69,16 @@ def bounds(layout: TokenLayout, index: int, original: Tensor, token_unit: float)
     if token_unit == 2.0**-52:
         reference = 0.05 * statistics.variance_mean if statistics.variance_mean else centre
         reference = torch.as_tensor(reference, dtype=torch.float64).abs().expand_as(values)
-        error = 2.0**-48 * torch.maximum(values.abs(), reference)
-        # Smaller than half a step of the stored dtype, it is rounded away.
+        error = 2.0**-46 * torch.maximum(values.abs(), reference)
+        # Smaller than half a step of the stored dtype, an error is rounded away.
         exact = {torch.float64: np.inf, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-40, torch.float16: 0.0}
-        return torch.where(values.abs() >= exact[layer.dtype] * reference, 0.0, error)
+        return torch.where((values == 0) | (values.abs() >= exact[layer.dtype] * reference), 0.0, error)
     unit = max(token_unit, UNIT[layer.dtype])
     if statistics.variance_mean:
-        return 15 * unit * (values.abs() + 0.05 * statistics.variance_mean)
+        return 15 * unit * (values.abs() + 0.05 * statistics.variance_mean) * (values != 0)
     tiny = torch.finfo(layer.dtype).smallest_normal * UNIT[layer.dtype]
-    return 1.5 * unit * torch.maximum(values.abs(), (values - centre).abs()) + tiny
+    error = 1.5 * unit * torch.maximum(values.abs(), (values - centre).abs()) + tiny
+    return torch.where(values == 0, 0.0, error)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
