@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LONG_STRETCH = 4096
 """Values from which on a stretch is copied on its own; many shorter ones are gathered at once."""
 
+CACHE_BYTES = 256 << 20
+"""The most memory that encoded checkpoints take unless told otherwise."""
+
 Group = tuple[int, int, int, np.ndarray, np.ndarray]
 
 
@@ -39,7 +42,7 @@ class TokenReader:
         cache_bytes: the most memory that encoded checkpoints may take.
     """
 
-    def __init__(self, zoo: Zoo, layout: TokenLayout, cache_bytes: int = 256 << 20) -> None:
+    def __init__(self, zoo: Zoo, layout: TokenLayout, cache_bytes: int = CACHE_BYTES) -> None:
         self.zoo = zoo
         self.layout = layout
         self.cache_bytes = cache_bytes
@@ -47,10 +50,16 @@ class TokenReader:
 
     def _start(self) -> None:
         shape = (len(self.zoo), self.layout.num_tokens, self.layout.token_size)
-        fits = 4 * int(np.prod(shape, dtype=np.int64)) <= self.cache_bytes
+        fits = self.cached_bytes(len(self.zoo), self.layout, self.cache_bytes) > 0
         self._cache = torch.empty(shape) if fits else None
         self._cached: set[int] = set()
         self._lock = threading.Lock()
+
+    @staticmethod
+    def cached_bytes(num_checkpoints: int, layout: TokenLayout, cache_bytes: int = CACHE_BYTES) -> int:
+        """Bytes that the encoded checkpoints take where they are kept in memory; 0 where they are too many."""
+        num_bytes = 4 * num_checkpoints * layout.num_tokens * layout.token_size
+        return num_bytes if num_bytes <= cache_bytes else 0
 
     def read(self, checkpoint_ids: Tensor | Sequence[int], token_ids: Tensor | Sequence[int]) -> Tensor:
         """Normalised rows, equal to those of ``encode``.
