@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
+from tokenization.fitting import fit_statistics
 from tokenization.headers import DTYPES, read_json
-from tokenization.normalization import MemorySource, Statistics, TensorSource, fit_statistics, mean_dtype, mean_name
+from tokenization.normalization import MemorySource, Statistics, TensorSource, mean_dtype, mean_name
 from tokenization.plan import Layer, TokenOptions
 from tokenization.publish import publish_text
 from tokenization.structure import Structure

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenization import layout_file, writer
-from tokenization import normalization as normalization_module
+from tokenization import fitting, layout_file, writer
 from tokenization.errors import InputError
+from tokenization.fitting import Moments, fit_statistics
 from tokenization.layout import TokenLayout, TokenOptions
-from tokenization.normalization import LayerStatistics, Moments, fit_statistics
+from tokenization.normalization import LayerStatistics
 from tokenization.plan import BLOCK_VALUES
 from tokenization.zoo import Zoo
 
@@ -93,7 +93,7 @@ def test_cutting_the_work_differently_changes_nothing_but_rounding(tmp_path: Pat
     for normalization in ("layer", "residual"):
         results = []
         for job_values in (1, 1 << 25):
-            monkeypatch.setattr(normalization_module, "JOB_VALUES", job_values)
+            monkeypatch.setattr(fitting, "JOB_VALUES", job_values)
             for cached in (zoo.path / "cache").glob("*"):
                 cached.unlink()
             layout = TokenLayout.fit(zoo, TokenOptions(normalization=normalization))
