@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from rpg.model import ModelConfig
+from rpg.pdiff import PDiffConfig
 from rpg.section import Section
 from rpg.tasks import TaskConfig
 from tokenization.errors import InputError
@@ -70,7 +71,11 @@ class Config(Section):
         None, description="what collects and scores checkpoints; null for a zoo of your own"
     )
     tokens: TokenOptions = TokenOptions()
+    generator: Literal["rpg", "pdiff"] = Field(
+        "rpg", description="recurrent diffusion over tokens (section model), or an autoencoder and latent diffusion"
+    )
     model: ModelConfig = ModelConfig()
+    pdiff: PDiffConfig = PDiffConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

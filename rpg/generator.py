@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.model import RecurrentDiffusion
+from rpg.pdiff import ParameterDiffusion
+from rpg.pdiff_sampling import LatentSampler
 from rpg.runs import file_digest
 from rpg.sampling import Request, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
@@ -26,6 +28,7 @@ from tokenization.zoo import ConditionSpec
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
 StateDict = dict[str, Tensor]
+Network = RecurrentDiffusion | ParameterDiffusion
 
 
 class Generator:
@@ -43,7 +46,7 @@ class Generator:
         self,
         config: Config,
         layout: TokenLayout,
-        network: RecurrentDiffusion,
+        network: Network,
         condition: ConditionSpec | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
@@ -88,13 +91,7 @@ class Generator:
             ) from None
         spec = metadata["condition"]
         condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
-        network = RecurrentDiffusion(
-            config.model,
-            layout.positions,
-            layout.token_size,
-            metadata["num_states"],
-            condition.size if condition else 0,
-        )
+        network = make_network(config, layout, metadata["num_states"], condition.size if condition else 0)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -118,7 +115,7 @@ class Generator:
         self.layout.save(temporary)
         metadata = {
             "condition": asdict(self.condition) if self.condition else None,
-            "num_states": self.network.state.num_embeddings if self.network.state is not None else 1,
+            "num_states": self.network.num_states,
             "facts": self.facts,
         }
         tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
@@ -211,9 +208,11 @@ class Generator:
             raise InputError("condition", "values other than 0 and 1", "a binary vector")
         return values
 
-    def sampler(self) -> TokenSampler:
-        """What turns requests into tokens."""
+    def sampler(self) -> TokenSampler | LatentSampler:
+        """What turns requests into tiles of tokens."""
         settings = self.config.generate
+        if isinstance(self.network, ParameterDiffusion):
+            return LatentSampler(self.network, self.layout, settings.precision == "bf16")
         return TokenSampler(self.network, self.layout, settings.tile_tokens, settings.precision == "bf16")
 
     def _sink(self, request: Request, output: Path | str | None) -> MemorySink | FolderSink:
@@ -235,6 +234,20 @@ class Generator:
             "condition": None if request.conditions is None else request.conditions[index].tolist(),
         }
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
+
+
+def make_network(config: Config, layout: TokenLayout, num_states: int = 1, condition_size: int = 0) -> Network:
+    """The untrained networks of the generator that ``config`` names, drawn from torch's global random state.
+
+    Args:
+        config: the experiment.
+        layout: how checkpoints become tokens.
+        num_states: permutation states.
+        condition_size: values of a condition; 0 without one.
+    """
+    if config.generator == "pdiff":
+        return ParameterDiffusion(config.pdiff, layout.num_values)
+    return RecurrentDiffusion(config.model, layout.positions, layout.token_size, num_states, condition_size)
 
 
 def _find_folder(path: Path | str) -> Path:
@@ -265,6 +278,17 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _networks(config: Config) -> str:
+    if config.generator == "pdiff":
+        kind = "variational autoencoder" if config.pdiff.variational else "autoencoder and latent diffusion"
+        return f"p-diff (arXiv 2402.13144): {kind}, latent of {config.pdiff.latent_size} values."
+    model = config.model
+    return (
+        "Recurrent diffusion (arXiv 2501.11587).\n"
+        f"Objective: {model.diffusion.kind}, backbone: {model.backbone.kind}, denoiser: {model.denoiser.kind}."
+    )
+
+
 def _card(source: Generator) -> str:
     layout, config = source.layout, source.config
     facts = "\n".join(f"| {name} | {value} |" for name, value in source.facts.items())
@@ -273,8 +297,7 @@ def _card(source: Generator) -> str:
 
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
 {layout.token_size}). Condition: {condition}. Normalization: {config.tokens.normalization}.
-Objective: {config.model.diffusion.kind}, backbone: {config.model.backbone.kind},
-denoiser: {config.model.denoiser.kind}.
+{_networks(config)}
 
 | training | |
 | --- | --- |

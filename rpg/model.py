@@ -107,6 +107,11 @@ class RecurrentDiffusion(nn.Module):
             if config.condition.inject == "both":
                 self.denoiser_condition = nn.Linear(width, d_prototype)
 
+    @property
+    def num_states(self) -> int:
+        """Size of the table of permutation states; 1 without one."""
+        return self.state.num_embeddings if self.state is not None else 1
+
     def prototypes(
         self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None
     ) -> Tensor:

@@ -49,7 +49,9 @@ class RunFolder:
                 str(self.path), "a run already", "", "continue it with --resume or start anew with --overwrite"
             )
         if saved.exists() and resume:
-            changed = _first_difference(yaml.safe_load(saved.read_text()), config.plain())
+            # parsed, so that fields which are newer than the run have their defaults
+            before = Config.parse(yaml.safe_load(saved.read_text()), str(saved)).plain()
+            changed = _first_difference(before, config.plain())
             if changed:
                 raise InputError(
                     f"{saved}: {changed[0]}",

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from rpg.batches import BatchSampler, Rows, state_ids, to_batch
 from rpg.config import Config, TrainConfig
 from rpg.ema import ExponentialMovingAverage
-from rpg.generator import Generator
-from rpg.model import Batch, RecurrentDiffusion
+from rpg.generator import Generator, Network, make_network
+from rpg.model import Batch
 from rpg.runs import RunFolder
 from rpg.seeding import generator
 from tokenization.errors import InputError
@@ -59,29 +59,37 @@ def train(
         InputError: the zoo, the configuration or the run folder does not allow it, or the loss is not finite.
     """
     started = time.monotonic()
-    trainer = Trainer(config, resume=resume, overwrite=overwrite, say=say)
+    trainer = _trainer_of(config)(config, resume=resume, overwrite=overwrite, say=say)
     stop = StopSignal()
     with stop:
-        for step, parts in trainer.sampler.prefetch(trainer.step, config.train.steps):
+        for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)
             done = step + 1
-            finished = done == config.train.steps
+            finished = done == trainer.num_steps
             ended = stop.requested or (max_seconds is not None and time.monotonic() - started > max_seconds)
             stopping = not finished and trainer.any_process(ended)
             if done % config.train.log_every == 0 or finished or stopping:
-                trainer.log(done, loss)
+                loss = trainer.log(done, loss)
                 if progress is not None:
-                    progress(done, config.train.steps, loss)
+                    progress(done, trainer.num_steps, loss)
             if done % config.train.save_every == 0 or finished or stopping:
                 trainer.save(done)
             if stopping:
-                say(f"stopped after step {done} of {config.train.steps}; continue with --resume")
+                say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
     return trainer.finish(time.monotonic() - started)
 
 
+def _trainer_of(config: Config) -> type[Trainer]:
+    if config.generator == "pdiff":
+        from rpg.pdiff_training import PDiffTrainer
+
+        return PDiffTrainer
+    return Trainer
+
+
 class Trainer:
-    """The state of a training run, and its step."""
+    """The state of a training run of recurrent diffusion, and its step; p-diff's overrides what differs."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
         self.config = config
@@ -98,24 +106,48 @@ class Trainer:
             self.folder.start(config, resume=resume, overwrite=overwrite)
         self.accelerator.wait_for_everyone()
         self.layout = TokenLayout.fit(zoo, config.tokens, indices=zoo.subset("train"))
-        self.network = build_network(config, self.layout, zoo)
+        self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.train.learning_rate,
-            betas=config.train.betas,
-            weight_decay=config.train.weight_decay,
-            fused=True,
-        )
-        self.ema = ExponentialMovingAverage(self.network.named_parameters(), config.train.ema_decay)
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        rank, world_size = self._place()
-        _check_split(config.train, world_size)
-        self.sampler = BatchSampler(zoo, self.layout, config, rank, world_size)
+        self.ema = ExponentialMovingAverage(self.averaged_parameters(), config.train.ema_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.network, self.build_optimizer())
+        self.sampler = self.build_sampler(*self._place())
         for name, shadow in self.ema.shadow.items():
             self.ema.shadow[name] = shadow.to(self.accelerator.device)
         self.step = self._restore(say) if resume else 0
         self.accelerator.init_trackers("tensorboard")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.steps
+
+    def build_network(self) -> Any:
+        """The untrained networks."""
+        return build_network(self.config, self.layout, self.zoo)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over all parameters."""
+        settings = self.config.train
+        return torch.optim.AdamW(
+            self.network.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def build_sampler(self, rank: int, world_size: int) -> Any:
+        """What reads the rows of each step."""
+        _check_split(self.config.train, world_size)
+        return BatchSampler(self.zoo, self.layout, self.config, rank, world_size)
+
+    def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters whose moving average is what the generator folder holds."""
+        return self.network.named_parameters()
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of ``step``."""
+        return learning_rate(self.config.train, step)
 
     def _check(self, zoo: Zoo) -> None:
         if not zoo.subset("train"):
@@ -136,7 +168,7 @@ class Trainer:
     def train_step(self, step: int, parts: list[Rows]) -> float:
         """One optimizer step over the step's rows; returns the loss of this process."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.train, step)
+            group["lr"] = self.learning_rate(step)
         self.model.train()
         total = 0.0
         for rows in parts:
@@ -159,7 +191,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += value / len(parts)
-        self.ema.update(self.network.named_parameters())
+        self.ema.update(self.averaged_parameters())
         return total
 
     def _state_noise(self, step: int, batch: Batch) -> torch.Tensor | None:
@@ -182,19 +214,25 @@ class Trainer:
 
     def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
-        if self.sampler.world_size == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.accelerator.device)
-        torch.distributed.all_reduce(votes)
-        return bool(votes > 0)
+        return self.sum_over_processes(float(flag)) > 0
 
-    def log(self, done: int, loss: float) -> None:
-        """Append to ``metrics.jsonl`` and to TensorBoard."""
-        values = {"loss": loss, "learning_rate": learning_rate(self.config.train, done - 1)}
+    def sum_over_processes(self, value: float) -> float:
+        """The sum of every process's ``value``."""
+        if self.sampler.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.all_reduce(total)
+        return total.item()
+
+    def log(self, done: int, loss: float) -> float:
+        """Append the loss, averaged over processes, to ``metrics.jsonl`` and to TensorBoard; returns it."""
+        loss = self.sum_over_processes(loss) / self.sampler.world_size
+        values = {"loss": loss, "learning_rate": self.learning_rate(done - 1)}
         self.accelerator.log(values, step=done)
         if self.accelerator.is_main_process:
             with self.folder.metrics.open("a") as handle:
                 handle.write(json.dumps({"step": done, **values}) + "\n")
+        return loss
 
     def save(self, done: int) -> None:
         """Publish everything that a resume needs."""
@@ -221,7 +259,7 @@ class Trainer:
     def finish(self, seconds: float) -> Path:
         """Write the generator folder from the averaged weights."""
         if self.accelerator.is_main_process:
-            network = build_network(self.config, self.layout, self.zoo)
+            network = self.build_network()
             network.load_state_dict({**self.network.state_dict(), **self.ema.shadow})
             facts: dict[str, Any] = {
                 "training seconds": round(seconds, 1),
@@ -237,13 +275,13 @@ class Trainer:
         return self.folder.generator
 
 
-def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> RecurrentDiffusion:
+def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> Network:
     """The untrained networks for a zoo, initialised from the seed."""
     num_states = int(state_ids(zoo, config).max()) + 1
     condition_size = zoo.condition.size if zoo.condition and config.model.condition.kind != "none" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return RecurrentDiffusion(config.model, layout.positions, layout.token_size, num_states, condition_size)
+        return make_network(config, layout, num_states, condition_size)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

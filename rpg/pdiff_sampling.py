@@ -1,0 +1,68 @@
+"""From a request to tokens by p-diff: noise → latents → decoder → values → tokens.
+
+G networks of a tile, L tokens of a checkpoint, D token width, d values of a flattened checkpoint, Z latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rpg.pdiff import ParameterDiffusion
+from rpg.sampling import Request, Tile
+from rpg.seeding import derive_seed
+from tokenization.layout import TokenLayout
+
+GROUP = 16
+"""Networks computed together; part of what decides the bytes."""
+
+
+def flatten_tokens(layout: TokenLayout, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
+    return tokens.flatten(-2)[..., layout.mask.flatten()]
+
+
+def unflatten_values(layout: TokenLayout, values: Tensor) -> Tensor:
+    """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
+    tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
+    tokens[..., layout.mask.flatten().to(values.device)] = values
+    return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
+
+
+class LatentSampler:
+    """Samples latents and decodes them, in tiles of whole networks.
+
+    Args:
+        network: the networks, in evaluation mode.
+        layout: of the checkpoints.
+        bf16: compute in bf16 (autocast) instead of fp32.
+    """
+
+    def __init__(self, network: ParameterDiffusion, layout: TokenLayout, bf16: bool) -> None:
+        self.network, self.layout, self.bf16 = network, layout, bf16
+        self.device = network.latent_mean.device
+
+    @torch.inference_mode()
+    def sample(self, request: Request) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile with its rows ``[G, L, D]``."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for first in range(0, request.num, GROUP):
+                tile = Tile(first, min(GROUP, request.num - first), 0, self.layout.num_tokens)
+                values = self.network.decode_standardised(self.latents(request, first))  # [GROUP, d]
+                yield tile, unflatten_values(self.layout, values[: tile.num_networks])
+
+    def latents(self, request: Request, first: int) -> Tensor:
+        """Standardised latents of the full tile that begins with network ``first``, ``[GROUP, Z]``."""
+        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", first, 0))
+        noise = torch.randn(GROUP, self.network.config.latent_size, generator=stream, device=self.device)
+        if self.network.config.variational:
+            return noise
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            return self.network.denoiser(x, time.expand(len(x))).float()
+
+        return self.network.objective.sample(
+            predict, noise, sampler=request.sampler, num_steps=request.steps, generator=stream, eta=request.eta
+        )
