@@ -95,6 +95,14 @@ class Config(Section):
         return cls.parse(tree, str(path))
 
     @classmethod
+    def defaults(cls, overrides: list[str] | None = None) -> Config:
+        """The defaults with ``overrides`` as in ``load``. Raises InputError for an unknown key or impossible value."""
+        tree: dict[str, Any] = {}
+        for override in overrides or []:
+            _apply(tree, override)
+        return cls.parse(tree, "--set")
+
+    @classmethod
     def parse(cls, tree: dict[str, Any], where: str) -> Config:
         """Validate a tree of plain values; ``where`` names it in errors."""
         try:
