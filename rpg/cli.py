@@ -69,13 +69,16 @@ def collect(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A zoo, a checkpoint or a configuration.")],
+    path: Annotated[Path, typer.Argument(help="A zoo folder, a checkpoint of any kind, or a configuration.")],
     overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the whole zoo: digests, finite values, into tokens and back.")
+    ] = False,
 ) -> None:
     """Show layers, tokens, padding, sizes and memory before anything is trained."""
     from rpg.inspection import inspect as describe
 
-    for table in describe(path, overrides or []):
+    for table in describe(path, overrides or [], verify=verify):
         console.print(table)
 
 

@@ -1,0 +1,78 @@
+"""Peak memory of a computation, found without computing it: its operations run on tensors that have no storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations allocate while it is active, and their peak.
+
+    What existed before is not counted; a view costs nothing. What a kernel allocates inside itself is not seen.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the most there ever were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and count what it returns."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _count(self, tensor: Tensor, num_bytes: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= num_bytes
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.live += num_bytes
+
+
+def fake_copy(network: nn.Module) -> nn.Module:
+    """Give a network on the meta device fake parameters and buffers on the CPU, in place; call it in a fake mode."""
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(_empty_like(parameter), parameter.requires_grad))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                setattr(module, name, _empty_like(buffer))
+    return network
+
+
+def fake_mode() -> FakeTensorMode:
+    """The mode in which tensors have shapes, dtypes and devices, but no values."""
+    return FakeTensorMode()
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
