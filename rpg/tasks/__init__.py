@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Annotated, Any, Protocol, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from rpg.section import Section
 from rpg.tasks.digits import DigitsConfig, DigitsTask
+from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
-__all__ = ["DigitsConfig", "DigitsTask", "Task", "TaskConfig", "build_task", "task_of"]
+__all__ = [
+    "DigitsConfig",
+    "DigitsSubsetsConfig",
+    "DigitsSubsetsTask",
+    "DigitsTask",
+    "Task",
+    "TaskConfig",
+    "build_task",
+    "task_of",
+]
 
-TaskConfig: TypeAlias = DigitsConfig
-"""Configuration of any task; its literal ``name`` tells which (a union, discriminated by it, once there are more)."""
+TaskConfig: TypeAlias = Annotated[DigitsConfig | DigitsSubsetsConfig, Field(discriminator="name")]
+"""Configuration of any task; its literal ``name`` tells which."""
 
 
 class Task(Protocol):
@@ -38,7 +48,10 @@ class Task(Protocol):
         """Right classes, int64 [images]."""
 
 
-_TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {"digits": (DigitsConfig, DigitsTask)}
+_TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {
+    "digits": (DigitsConfig, DigitsTask),
+    "digits_subsets": (DigitsSubsetsConfig, DigitsSubsetsTask),
+}
 
 
 def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images import ImageSplits, accuracy_of
+from tokenization.condition import ConditionSpec
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -55,8 +56,13 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def open_zoo(path: Path | str, task: dict[str, Any], defaults: dict[str, Any] | None = None) -> Zoo:
-    """Open the zoo at ``path`` to complete it, or create an empty one for ``task``.
+def open_zoo(
+    path: Path | str,
+    task: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    condition: ConditionSpec | None = None,
+) -> Zoo:
+    """Open the zoo at ``path`` to complete it, or create an empty one for ``task`` and ``condition``.
 
     ``defaults`` stand for fields that a zoo of an earlier version does not record.
 
@@ -65,7 +71,7 @@ def open_zoo(path: Path | str, task: dict[str, Any], defaults: dict[str, Any] | 
     """
     path = Path(path)
     if not (path / "zoo.json").exists():
-        return Zoo.create(path, task=task)
+        return Zoo.create(path, task=task, condition=condition)
     zoo = Zoo.open(path, repair=True)
     recorded = {**(defaults or {}), **zoo.require_task()}
     for key in sorted(task.keys() | recorded.keys()):

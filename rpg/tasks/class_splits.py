@@ -1,0 +1,132 @@
+"""Binary tasks over the classes of a labelled image set: which classes are the positive ones.
+
+With C classes there are 2^C − 2 tasks (all-negative and all-positive ones ask nothing). Task number m, from 1 to
+2^C − 2, has bit c set where class c is positive (arXiv 2501.11587, section 5). T tasks, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rpg.section import Section
+from rpg.seeding import permutation
+from tokenization.errors import InputError
+
+
+class RandomSplit(Section):
+    """Tasks drawn at random are held out."""
+
+    kind: Literal["random"] = "random"
+    num: int = Field(200, ge=1, description="unseen tasks")
+
+
+class HammingWeightSplit(Section):
+    """All tasks with given numbers of positive classes are held out."""
+
+    kind: Literal["hamming_weight"] = "hamming_weight"
+    weights: tuple[int, ...] = Field((3, 7), min_length=1, description="numbers of positive classes")
+
+
+class ClassPairSplit(Section):
+    """All tasks that put two given classes on one side, both positive or both negative, are held out."""
+
+    kind: Literal["class_pair"] = "class_pair"
+    pair: tuple[int, int] = Field((3, 8), description="two classes, counted from 0")
+
+
+HeldOut = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(discriminator="kind")]
+
+
+def all_tasks(num_classes: int) -> Tensor:
+    """Every task's bits in the order of their numbers, ``[2^C − 2, C]`` of 0 and 1 (int64)."""
+    numbers = torch.arange(1, 2**num_classes - 1)
+    return (numbers[:, None] >> torch.arange(num_classes)) & 1
+
+
+def assign_splits(
+    bits: Tensor, held_out: RandomSplit | HammingWeightSplit | ClassPairSplit, num_validation: int, seed: int
+) -> list[str]:
+    """The split of every task: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
+
+    Args:
+        bits: ``[T, C]``.
+        held_out: which tasks are unseen.
+        num_validation: how many of the others are for validation, at random.
+        seed: decides the random draws.
+
+    Raises:
+        InputError: the held-out part is impossible, or leaves nothing to train on.
+    """
+    unseen = _unseen(bits, held_out, seed)
+    splits = ["unseen" if flag else "train" for flag in unseen.tolist()]
+    seen = [i for i, split in enumerate(splits) if split == "train"]
+    if not len(seen) > num_validation:
+        raise InputError(
+            "task.held_out", f"{len(seen)} of {len(bits)} tasks left", f"more than {num_validation} for validation"
+        )
+    for place in permutation(len(seen), seed, "validation tasks")[:num_validation].tolist():
+        splits[seen[place]] = "validation"
+    return splits
+
+
+def _unseen(bits: Tensor, held_out: RandomSplit | HammingWeightSplit | ClassPairSplit, seed: int) -> Tensor:
+    num_classes = bits.shape[1]
+    if isinstance(held_out, RandomSplit):
+        unseen = torch.zeros(len(bits), dtype=torch.bool)
+        unseen[permutation(len(bits), seed, "unseen tasks")[: held_out.num]] = True
+    elif isinstance(held_out, HammingWeightSplit):
+        unseen = torch.isin(bits.sum(1), torch.tensor(held_out.weights))
+    else:
+        first, second = held_out.pair
+        if first == second or not (0 <= first < num_classes and 0 <= second < num_classes):
+            raise InputError("task.held_out.pair", str(held_out.pair), f"two classes from 0 to {num_classes - 1}")
+        unseen = bits[:, first] == bits[:, second]
+    if not unseen.any():
+        raise InputError("task.held_out", "no task", "at least one unseen task")
+    return unseen
+
+
+def check_bits(values: Sequence[float] | Tensor, num_classes: int, where: str = "condition") -> Tensor:
+    """A task's bits, ``[C]`` int64.
+
+    Raises:
+        InputError: the wrong length, values other than 0 and 1, or a task that asks nothing (all 0, all 1).
+    """
+    vector = torch.as_tensor(values, dtype=torch.float32)
+    if vector.shape != (num_classes,):
+        raise InputError(where, f"{vector.numel()} values", f"{num_classes}, one a class")
+    if not ((vector == 0) | (vector == 1)).all():
+        raise InputError(where, str(vector.tolist()), "zeros and ones")
+    if vector.sum() in (0, num_classes):
+        found = "no positive class" if vector.sum() == 0 else "every class positive"
+        raise InputError(where, found, "at least one class on each side", "such a task asks nothing")
+    return vector.long()
+
+
+def bits_of_classes(names: Sequence[str], classes: Sequence[str], where: str = "--classes") -> Tensor:
+    """The task whose positive classes are ``names``, ``[C]`` int64; a class may also be given by its number.
+
+    Raises:
+        InputError: an unknown class, or a task that asks nothing.
+    """
+    known = {name.lower(): index for index, name in enumerate(classes)}
+    known |= {str(index): index for index in range(len(classes)) if str(index) not in known}
+    bits = torch.zeros(len(classes), dtype=torch.long)
+    for name in names:
+        key = name.strip().lower()
+        if key not in known:
+            raise InputError(where, repr(name.strip()), f"classes among {', '.join(classes)}")
+        bits[known[key]] = 1
+    return check_bits(bits, len(classes), where)
+
+
+def hamming_to_nearest(bits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to and place of the nearest seen task: ``[T, C]``, ``[S, C]`` → int64 ``[T]``, ``[T]``."""
+    distance = (bits[:, None] != seen[None]).sum(-1)  # [T, S]
+    least = distance.min(1)
+    return least.values, least.indices

@@ -1,0 +1,142 @@
+"""Fine-tuning one shared base network for many binary tasks side by side.
+
+All tasks start from the same weights and see the same images in the same order, so that what differs between their
+networks is what their tasks differ in. T tasks, C classes, B images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
+
+Draw = Callable[[int], tuple[Tensor, Tensor]]
+"""Draws B training images ``[B, …]`` and their classes ``[B]``."""
+
+WARMUP_STEPS = 10
+
+
+class Stage(Section):
+    """A stretch of fine-tuning with a learning rate that warms up and falls to 0 along a cosine."""
+
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    only: tuple[str, ...] = Field(("*",), min_length=1, description="patterns of the tensors that are trained")
+
+
+class FinetuneConfig(Section):
+    """How the base network is fine-tuned for each task."""
+
+    stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
+    batch_size: int = Field(128, ge=1)
+    augment: bool = Field(True, description="move, turn and scale the images at random")
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss (arXiv 1708.02002)")
+    checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
+    tail: float = Field(
+        0.5, gt=0, le=1, description="share of the last stage that is cut into one stretch a checkpoint, "
+        "each of which is the mean of the weights over its stretch",
+    )  # fmt: skip
+
+
+def finetune_many(
+    side: SideBySide,
+    start: Stacked,
+    bits: Tensor,
+    draw: Draw,
+    config: FinetuneConfig,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[Stacked]:
+    """Fine-tune T networks; returns ``config.checkpoints`` of each, in the order of their steps.
+
+    Args:
+        side: the networks' structure.
+        start: their weights to start from, ``[T, *shape]``.
+        bits: their tasks, ``[T, C]``.
+        draw: draws training images.
+        config: the recipe.
+        tick: called after every step with the number done.
+    """
+    weights = {name: value.clone().requires_grad_() for name, value in start.items()}
+    stretches = _stretches(config)
+    kept: list[Stacked] = []
+    done = 0
+    for number, stage in enumerate(config.stages):
+        trained = [value for name, value in weights.items() if any(fnmatchcase(name, each) for each in stage.only)]
+        optimizer = torch.optim.AdamW(
+            trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99)
+        )
+        last = number == len(config.stages) - 1
+        for step in range(stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * _schedule(step, stage.steps)
+            images, classes = draw(config.batch_size)
+            loss = task_losses(side(weights, images), bits[:, classes], config).sum()
+            for value, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                value.grad = gradient
+            optimizer.step()
+            if last and step + 1 > stretches[0][0]:
+                _average(kept, stretches, step + 1, weights)
+            done += 1
+            tick(done)
+    return kept
+
+
+def task_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
+    """The mean loss of each network, ``[T, B, 2]``, ``[T, B]`` → ``[T]``."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+    if config.loss == "focal":
+        losses = (1 - torch.exp(-losses)) ** config.focal_gamma * losses
+    return losses.mean(1)
+
+
+def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor) -> Stacked:
+    """The base network for each task: its C-way classifier becomes the two mean rows of each side's classes.
+
+    Args:
+        base: state dict of the network with C outputs.
+        network: the network with two outputs.
+        bits: ``[T, C]``.
+    """
+    weights = repeat(base, len(bits))
+    positive = bits.to(torch.float32)
+    sides = torch.stack([1 - positive, positive], 1)  # [T, 2, C]
+    sides = sides / sides.sum(-1, keepdim=True)
+    for name, like in network.state_dict().items():
+        if like.shape != base[name].shape:  # the classifier's weight [C, H] and bias [C]
+            weights[name] = torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
+    return weights
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _stretches(config: FinetuneConfig) -> list[tuple[int, int]]:
+    """The steps (first excluded, last included) of the last stage that each checkpoint is the mean of."""
+    steps = config.stages[-1].steps
+    edges = [round(steps * (1 - config.tail * (1 - i / config.checkpoints))) for i in range(config.checkpoints + 1)]
+    return [(min(first, last - 1), last) for first, last in zip(edges, edges[1:], strict=False)]
+
+
+@torch.no_grad()
+def _average(kept: list[Stacked], stretches: list[tuple[int, int]], step: int, weights: Stacked) -> None:
+    """Take the weights after ``step`` into the running mean of its stretch."""
+    for number, (first, last) in enumerate(stretches):
+        if first < step <= last:
+            if number == len(kept):
+                kept.append({name: value.detach().clone() for name, value in weights.items()})
+                return
+            for name, mean in kept[number].items():
+                mean += (weights[name].detach() - mean) / (step - first)
+            return

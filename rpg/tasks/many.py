@@ -1,0 +1,152 @@
+"""Collecting a zoo of many tasks: in parts, over processes and machines, resumable after a kill.
+
+Tasks are cut into parts that are trained side by side. Each part is a function of the configuration alone and is
+published as one file, so that any process can train any part and a killed collection goes on where it stood. When
+all parts are there, the main process lists their networks in the zoo in the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rpg.tasks.collection import Progress, single_threaded
+from rpg.tasks.side_by_side import Stacked
+from tokenization.checkpoint import Checkpoint, save_checkpoint
+from tokenization.manifest import ZooEntry
+from tokenization.zoo import Zoo, with_digest
+
+
+class Trainable(Protocol):
+    """What trains parts; it is sent to other processes, so it must pickle."""
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Tensor]:
+        """Train tasks; their checkpoints in the order of steps, and each one's validation accuracy ``[K, T]``."""
+
+
+def collect_many(
+    zoo: Zoo,
+    trainable: Trainable,
+    bits: Tensor,
+    splits: Sequence[str],
+    group: int,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> None:
+    """Train what the zoo lacks and list it.
+
+    Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
+
+    Args:
+        zoo: where the checkpoints go.
+        trainable: trains parts.
+        bits: the tasks ``[T, C]``: task i becomes run i.
+        splits: of each task.
+        group: tasks of a part.
+        processes: parts trained at a time; as many as there are cores when None.
+        progress: called with (tasks trained, tasks in all).
+        limit: train at least this many tasks only.
+    """
+    if len({entry.run for entry in zoo.entries}) == len(bits):
+        return
+    place = PartialState()
+    total = min(limit or len(bits), len(bits))
+    parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
+    folder = zoo.path / "parts"
+    folder.mkdir(exist_ok=True)
+    missing = [number for number in range(len(parts)) if not _file(folder, number).exists()]
+    mine = missing[place.process_index :: place.num_processes]
+    done = sum(len(tasks) for number, tasks in enumerate(parts) if number not in missing)
+
+    def report(number: int) -> None:
+        nonlocal done
+        done += len(parts[number])
+        if progress is not None:
+            progress(done, len(bits))
+
+    if processes is None:
+        processes = 1 if place.num_processes > 1 else _cores()
+    _train_parts(trainable, parts, mine, folder, min(processes, len(mine)), report)
+    place.wait_for_everyone()
+    if place.is_main_process:
+        listed = {entry.run for entry in zoo.entries}
+        for number, tasks in enumerate(parts):
+            if any(task not in listed for task in tasks):
+                _list_part(zoo, _file(folder, number), [task for task in tasks if task not in listed], tasks, bits, splits)
+        if total == len(bits):
+            shutil.rmtree(folder)
+    place.wait_for_everyone()
+
+
+def _train_parts(
+    trainable: Trainable,
+    parts: list[list[int]],
+    mine: list[int],
+    folder: Path,
+    processes: int,
+    report: Callable[[int], None],
+) -> None:
+    if processes <= 1:
+        for number in mine:
+            _train_part(trainable, parts[number], number, folder)
+            report(number)
+        return
+    # A fork would copy the thread pools of torch in an unknown state.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {number: pool.submit(_train_part, trainable, parts[number], number, folder) for number in mine}
+        for number, future in futures.items():
+            future.result()
+            report(number)
+
+
+@single_threaded()
+def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Path) -> None:
+    checkpoints, accuracies = trainable.train_part(tasks, folder.parent)
+    tensors = {f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()}
+    temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"
+    save_file({**tensors, "validation_accuracy": accuracies.double()}, temporary)
+    temporary.rename(_file(folder, number))
+
+
+def _list_part(
+    zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str]
+) -> None:
+    """Append the networks of a part to the zoo; the manifest grows by all of them or none."""
+    tensors = load_file(file)
+    accuracies = tensors.pop("validation_accuracy")
+    (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    entries = []
+    for task in wanted:
+        row = tasks.index(task)
+        for step in range(len(accuracies)):
+            name = f"checkpoints/{task:06d}-{step:02d}.safetensors"
+            prefix = f"{step}/"
+            save_checkpoint(
+                zoo.path / name,
+                {key.removeprefix(prefix): value[row] for key, value in tensors.items() if key.startswith(prefix)},
+            )
+            entry = ZooEntry(
+                file=name, run=task, step=step + 1, condition=tuple(map(float, bits[task].tolist())),
+                metrics={"validation_accuracy": float(accuracies[step, row])}, split=splits[task],
+            )  # fmt: skip
+            entries.append(with_digest(entry, Checkpoint.open(zoo.path / name)))
+    zoo.extend(entries)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.safetensors"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,70 @@
+"""Many copies of one small network trained and run side by side: one tensor operation for all of them.
+
+``torch.func.vmap`` over the weights makes a linear layer a batched matrix product and a convolution a grouped one. All
+networks see the same images, so that the first layer is one large convolution. docs/results.md has the measurements.
+T networks, B images, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+Stacked = dict[str, Tensor]
+"""The tensors of T networks of one structure, ``[T, *shape]`` each."""
+
+
+class SideBySide:
+    """T networks of one structure as one function.
+
+    Networks must be free of random draws and of buffers that training changes (dropout, batch norm).
+
+    Args:
+        network: their structure; its own weights do not matter.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        for module in self.network.modules():
+            if hasattr(module, "fused_attn"):  # timm's switch: the fused kernel has no batching rule
+                module.fused_attn = False
+        self._shared = vmap(self._call, in_dims=(0, None))
+        self._own = vmap(self._call, in_dims=(0, 0))
+
+    def _call(self, weights: Stacked, images: Tensor) -> Tensor:
+        return functional_call(self.network, weights, (images,))
+
+    def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
+        """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
+        ``[T, B, C, H, W]``."""
+        return self._own(weights, images) if images.dim() == 5 else self._shared(weights, images)
+
+    @torch.inference_mode()
+    def predict(self, weights: Stacked, images: Tensor, chunk: int = 64) -> Tensor:
+        """Class probabilities ``[T, B, classes]``, ``chunk`` networks at a time."""
+        total = len(next(iter(weights.values())))
+        parts = [
+            self({name: value[first : first + chunk] for name, value in weights.items()}, images).softmax(-1)
+            for first in range(0, total, chunk)
+        ]
+        return torch.cat(parts)
+
+
+def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> Stacked:
+    """State dicts of one structure as ``[T, *shape]`` tensors."""
+    return {name: torch.stack([each[name] for each in state_dicts]) for name in state_dicts[0]}
+
+
+def unstack(weights: Stacked) -> list[dict[str, Tensor]]:
+    """The state dict of each network; no two share memory."""
+    total = len(next(iter(weights.values())))
+    return [{name: value[i].clone() for name, value in weights.items()} for i in range(total)]
+
+
+def repeat(state_dict: Mapping[str, Tensor], num: int) -> Stacked:
+    """``num`` copies of one network, stacked."""
+    return {name: value.detach().expand(num, *value.shape).clone() for name, value in state_dict.items()}

@@ -1,0 +1,201 @@
+"""A family of binary tasks over one labelled image set, all fine-tuned from one shared base network.
+
+T networks or tasks, C classes of the image set, B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator
+from rpg.tasks.class_splits import HeldOut, RandomSplit, all_tasks, assign_splits
+from rpg.tasks.collection import Progress, open_zoo, single_threaded
+from rpg.tasks.finetuning import FinetuneConfig, binary_start, finetune_many
+from rpg.tasks.images import predict_images
+from rpg.tasks.many import collect_many
+from rpg.tasks.side_by_side import SideBySide, Stacked
+from tokenization.checkpoint import save_checkpoint
+from tokenization.condition import ConditionSpec
+from tokenization.errors import InputError
+from tokenization.zoo import Zoo
+
+BASE = "base.safetensors"
+
+
+class SubsetsConfig(Section):
+    """Fields that every family of binary tasks shares."""
+
+    seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
+    held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
+    validation: int = Field(100, ge=0, description="seen tasks kept for choices")
+    finetune: FinetuneConfig = FinetuneConfig()
+    group: int = Field(32, ge=1, description="tasks trained side by side in one process")
+
+
+class SubsetTask:
+    """What is common to the families; a subclass brings images and networks.
+
+    Args:
+        config: the family.
+    """
+
+    class_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._side: SideBySide | None = None
+
+    # --- what a subclass provides ------------------------------------------------------------------------------
+
+    def network(self, num_outputs: int) -> nn.Module:
+        """The untrained network with that many logits, drawn from torch's global random state."""
+        raise NotImplementedError
+
+    def images(self, split: str = "test") -> Tensor:
+        """Standardised images of a split, float32 ``[B, C, S, S]``."""
+        raise NotImplementedError
+
+    def classes(self, split: str = "test") -> Tensor:
+        """The classes of a split's images, int64 ``[B]``."""
+        raise NotImplementedError
+
+    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Draw training images ``[num, …]`` and their classes ``[num]``."""
+        raise NotImplementedError
+
+    def train_base(self) -> dict[str, Tensor]:
+        """The shared base network, with one logit a class."""
+        raise NotImplementedError
+
+    # --- the task interface ------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+        return ConditionSpec("binary", self.num_classes, self.class_names)
+
+    @property
+    def side(self) -> SideBySide:
+        """The target network as a function of many state dicts."""
+        if self._side is None:
+            self._side = SideBySide(self.build())
+        return self._side
+
+    def build(self) -> nn.Module:
+        """The untrained target network: two logits, negative and positive."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
+            return self.network(2)
+
+    def bits(self) -> Tensor:
+        """Every task of the family, ``[T, C]``."""
+        return all_tasks(self.num_classes)
+
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+        return assign_splits(self.bits(), self.config.held_out, self.config.validation, self.config.seed)
+
+    def targets(self, conditions: Tensor, split: str = "test") -> Tensor:
+        """Right answers 0 or 1 of each task on a split's images: ``[T, C]`` → int64 ``[T, B]``."""
+        return conditions.long()[:, self.classes(split)]
+
+    def labels(self, split: str = "test") -> Tensor:
+        """Always raises: the right answers depend on the task."""
+        raise InputError(
+            "task", f"{self.config.name}, a family of tasks", "a single task", "score it with `rpg unseen`"
+        )
+
+    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
+        """Answers 0 or 1 of each network, int64 ``[T, B]``. Raises InputError for state dicts that do not fit."""
+        with single_threaded():
+            return predict_images(self.build(), state_dicts, self.images(split))
+
+    def base_probabilities(self, zoo: Zoo, split: str = "test") -> Tensor:
+        """Class probabilities ``[B, C]`` of the shared base network."""
+        network = self.network(self.num_classes).eval()
+        network.load_state_dict(load_base(zoo))
+        with torch.inference_mode():
+            return network(self.images(split)).softmax(-1)
+
+    def collect(
+        self,
+        path: Path | str,
+        *,
+        progress: Progress | None = None,
+        limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:
+        """Train the base and every task's network; a zoo that is partly there is completed.
+
+        Args:
+            path: the zoo folder, on a disk that all processes share.
+            progress: called with (tasks trained, tasks in all).
+            limit: train only so many tasks, rounded up to whole groups.
+            processes: parts trained at a time.
+
+        Raises:
+            InputError: the zoo there was collected with another configuration.
+        """
+        place = PartialState()
+        with place.main_process_first():
+            zoo = open_zoo(path, self.config.model_dump(mode="json"), condition=self.condition)
+            if place.is_main_process and not (zoo.path / BASE).exists():
+                with single_threaded():
+                    save_checkpoint(zoo.path / BASE, self.train_base())
+        collect_many(
+            zoo, self, self.bits(), self.splits(), self.config.group,
+            processes=processes, progress=progress, limit=limit,
+        )  # fmt: skip
+        return zoo if place.is_main_process else Zoo.open(path)
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Tensor]:
+        """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        bits = self.bits()[tasks]
+        start = binary_start(load_file(folder / BASE), self.build(), bits)
+        stream = generator(self.config.seed, "fine-tuning")  # the same images for every part
+        augmented = self.config.finetune.augment
+        checkpoints = finetune_many(
+            self.side, start, bits, lambda num: self.draw(num, stream, augmented=augmented), self.config.finetune
+        )
+        return checkpoints, torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
+
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
+        """Share of right answers of T stacked networks at their tasks ``[T, C]``, float64 ``[T]``."""
+        answers = self.side.predict(weights, self.images(split)).argmax(-1)
+        return (answers == self.targets(bits, split)).double().mean(1)
+
+    def behaviour_losses(
+        self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator
+    ) -> Tensor:
+        """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
+
+        Differentiable in ``weights``.
+        """
+        images, classes = self.draw(num_images, stream, augmented=True)
+        device = conditions.device
+        logits = self.side(weights, images.to(device))  # [T, B, 2]
+        targets = conditions.long()[:, classes.to(device)]  # [T, B]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+
+
+def load_base(zoo: Zoo) -> dict[str, Tensor]:
+    """The shared base network of a zoo. Raises InputError if it has none."""
+    file = zoo.path / BASE
+    if not file.is_file():
+        raise InputError(str(file), "no such file", "the zoo's base network", "collect the zoo again")
+    return load_file(file)
