@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpg.evaluation.comparable import comparable_baselines
+from rpg.evaluation.curves import Distances, measure_novelty
+from rpg.evaluation.matching import Matcher, permute, random_orders
+from rpg.evaluation.permutations import permutation_groups
+from rpg.tasks import DigitsConfig, build_task
+from rpg.tasks.networks import build_network
+
+MATCHABLE = {"cnn": 3, "convnet-mini": 4, "mlp-mini": 2, "resnet-mini": 6, "vit-mini": 4, "convnext-mini": 7}
+TASK = build_task(DigitsConfig())
+
+
+def random_network(name: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    network = build_network(name, in_channels=1, image_size=8, num_classes=10).eval()
+    for key, value in network.state_dict().items():
+        if "norm" in key and value.is_floating_point():
+            value.uniform_(0.5, 2)
+        if key.endswith("gamma"):  # ConvNeXt's layer scale: at 1e-6 its blocks would not matter
+            value.uniform_(0.5, 2)
+    return network
+
+
+@pytest.fixture(scope="module")
+def groups():
+    images = TASK.images("test")[:2]
+    return {name: permutation_groups(random_network(name), images) for name in MATCHABLE}
+
+
+@pytest.mark.parametrize("name", MATCHABLE)
+def test_permuted_units_compute_the_same_and_are_matched_back(groups, name):
+    network, images = random_network(name), TASK.images("test")[:20]
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    permuted = permute(state, groups[name], random_orders(groups[name], torch.Generator().manual_seed(1)))
+    assert len(groups[name]) == MATCHABLE[name]
+    assert any(not torch.equal(permuted[key], state[key]) for key in state)
+    with torch.no_grad():
+        before = network(images)
+        network.load_state_dict(permuted)
+        assert torch.allclose(network(images), before, atol=1e-4)
+    matched = Matcher(groups[name]).match(state, permuted)
+    assert all(torch.equal(matched[key], state[key]) for key in state)
+
+
+def test_a_noisy_permuted_copy_is_matched_back(groups):
+    state = {key: value.clone() for key, value in random_network("resnet-mini").state_dict().items()}
+    noisy = {
+        key: value + 0.05 * value.std() * torch.randn_like(value) if value.numel() > 1 else value
+        for key, value in state.items()
+    }
+    permuted = permute(noisy, groups["resnet-mini"], random_orders(groups["resnet-mini"], torch.Generator()))
+    matched = Matcher(groups["resnet-mini"]).match(state, permuted)
+    assert all(torch.equal(matched[key], noisy[key]) for key in noisy)
+
+
+def test_matching_never_makes_the_fit_worse(groups):
+    first, second = (random_network("cnn", seed).state_dict() for seed in (0, 1))
+    matched = Matcher(groups["cnn"]).match(first, second)
+
+    def fit(network):
+        return sum(float((first[key] * network[key]).sum()) for key in first)
+
+    assert fit(matched) > fit(second)
+
+
+def test_computation_that_is_not_known_has_no_symmetries():
+    class Branching(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    class Reversing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.second(torch.cumsum(self.first(x), 1))
+
+    assert permutation_groups(Branching(), torch.ones(2, 4)) == []
+    assert permutation_groups(Reversing(), torch.ones(2, 4)) == []
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Two runs of three checkpoints, and a run of another seed that is not in the zoo."""
+    folder = tmp_path_factory.mktemp("zoos")
+    short = {"train_steps": 150, "steps": 3, "batch_size": 64}
+    zoo = build_task(DigitsConfig(**short, runs=2)).collect(folder / "zoo")
+    fresh = build_task(DigitsConfig(**short, seed=7)).collect(folder / "fresh")
+    runs = [entry.run for entry in zoo.entries]
+    return [zoo.state_dict(i) for i in range(len(zoo))], runs, [fresh.state_dict(i) for i in range(3)]
+
+
+def test_copies_are_memorised_permuted_ones_too_and_fresh_runs_are_new(zoo, groups):
+    originals, runs, fresh = zoo
+    stream = torch.Generator().manual_seed(0)
+    permuted = [permute(network, groups["cnn"], random_orders(groups["cnn"], stream)) for network in originals]
+    sets = {"copies": originals, "permuted": permuted, "fresh": fresh}
+    predictions = {name: TASK.predict(networks) for name, networks in sets.items()}
+    measure = Distances(originals, runs, groups["cnn"])
+    report = measure_novelty(sets, predictions, TASK.predict(originals), TASK.labels(), measure, taus=(1.0, 4.0))
+    assert report is not None
+    copies, shuffled, new = (report.sets[name] for name in ("copies", "permuted", "fresh"))
+    assert copies.plain_distance.max == 0 and copies.novel_and_performant == (0.0, 0.0)
+    assert shuffled.plain_distance.min > 10 and shuffled.matched_distance.max < 1e-6
+    assert shuffled.novel_and_performant == (0.0, 0.0) and shuffled.disagreement == 0
+    assert copies.coverage == 1.0
+    assert new.matched_distance.min > 10
+    good = (TASK.predict(fresh) == TASK.labels()).double().mean(1) >= report.accuracy_threshold
+    assert new.novel_and_performant == (good.double().mean().item(),) * 2
+    assert report.curve()["tau"] == [1.0, 4.0] and set(report.curve()) == {"tau", *sets}
+
+
+def test_broken_networks_are_neither_new_nor_good(zoo, groups):
+    originals, runs, _ = zoo
+    broken = [{key: torch.full_like(value, float("nan")) for key, value in originals[0].items()}]
+    sets, predictions = {"broken": broken}, {"broken": TASK.predict(broken)}
+    report = measure_novelty(
+        sets, predictions, TASK.predict(originals), TASK.labels(), Distances(originals, runs, groups["cnn"])
+    )
+    assert report is not None and set(report.sets["broken"].novel_and_performant) == {0.0}
+
+
+def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
+    originals = [{"w": torch.tensor([float(x), 0.0])} for x in (0, 1, 2, 4, 7)]
+    measure = Distances(originals, [0] * 5, [])
+    scale = torch.tensor([x["w"].tolist() for x in originals]).std(correction=0)
+    assert measure.unit() == pytest.approx(1 / float(scale))  # distances 1, 1, 1, 2, 3
+    # alone in their runs and without symmetries the same neighbours count
+    assert Distances(originals, list(range(5)), []).unit() == pytest.approx(1 / float(scale))
+
+
+def test_comparable_baselines_lie_at_the_distance_asked_for(zoo):
+    originals, runs, _ = zoo
+    measure = Distances(originals, runs, [])
+    distance = 5 * measure.unit()
+    made = comparable_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
+    assert {"noise", "coordinate_gaussian", "covariance_gaussian", "run_covariance_gaussian", "extrapolation"} <= set(
+        made
+    )
+    for name in ("noise", "run_coordinate_gaussian", "run_covariance_gaussian", "extrapolation"):
+        assert measure.plain(made[name]).amin(1).median().item() == pytest.approx(distance, rel=0.02), name
