@@ -49,7 +49,7 @@ class BatchSampler:
     def __init__(self, zoo: Zoo, layout: TokenLayout, config: Config, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
         self.layout = layout
-        self.indices = zoo.subset("train")
+        self.indices = training_entries(zoo, config)
         self.rank, self.world_size = rank, world_size
         self.reader = TokenReader(zoo, layout)
         self.states = state_ids(zoo, config)
@@ -122,9 +122,14 @@ class BatchSampler:
                 yield step, rows
 
 
+def training_entries(zoo: Zoo, config: Config) -> list[int]:
+    """The entries of the zoo that are trained on, in its order."""
+    return sorted(index for split in dict.fromkeys(config.train.splits) for index in zoo.subset(split))
+
+
 def state_ids(zoo: Zoo, config: Config) -> Tensor:
     """The permutation state of every training checkpoint, ``[K]`` long."""
-    indices = zoo.subset("train")
+    indices = training_entries(zoo, config)
     if config.model.state.of == "checkpoint":
         return torch.arange(len(indices))
     if config.model.state.of == "run":
@@ -133,8 +138,11 @@ def state_ids(zoo: Zoo, config: Config) -> Tensor:
     return torch.zeros(len(indices), dtype=torch.long)
 
 
-def to_batch(rows: Rows, objective, device: torch.device) -> Batch:
-    """Move rows to ``device`` and draw each example's noise and times there, from its own seed."""
+def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> Batch:
+    """Move rows to ``device`` and draw each example's noise and times there, from its own seed.
+
+    The tokens of the first ``num_last`` examples are all at the objective's last time.
+    """
     num_examples, num_sampled, width = rows.samples.shape
     noise = torch.empty(num_examples, num_sampled, width, device=device)
     times = []
@@ -142,6 +150,9 @@ def to_batch(rows: Rows, objective, device: torch.device) -> Batch:
         stream = torch.Generator(device).manual_seed(seed)
         times.append(objective.sample_time(num_sampled, stream, device))
         noise[i].normal_(generator=stream)
+
+    for each in times[:num_last]:
+        each.fill_(objective.last_time)
 
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -156,4 +167,5 @@ def to_batch(rows: Rows, objective, device: torch.device) -> Batch:
         states=rows.states.to(device),
         conditions=move(rows.conditions),
         dropped=move(rows.dropped),
+        num_last=num_last,
     )

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from rpg.behaviour import BehaviourConfig
+from rpg.evaluation.novelty import TAUS
 from rpg.model import ModelConfig
 from rpg.pdiff import PDiffConfig
 from rpg.section import Section
@@ -26,6 +28,7 @@ class TrainConfig(Section):
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="checkpoints a step, over all processes")
+    splits: tuple[str, ...] = Field(("train",), min_length=1, description="splits of the zoo that are trained on")
     tokens: int | None = Field(None, ge=1, description="tokens sampled of each checkpoint a step; all when null")
     learning_rate: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -37,6 +40,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is faster so")
     save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")
     keep: int = Field(2, ge=1, description="how many resumable checkpoints stay on disk")
+    behaviour: BehaviourConfig | None = Field(None, description="score predicted networks by what they answer")
     log_every: int = Field(10, ge=1, description="steps between logged losses")
 
 
@@ -59,6 +63,10 @@ class EvaluateConfig(Section):
 
     num: int = Field(50, ge=1, description="networks to generate and score")
     noise: tuple[float, ...] = Field((0.01, 0.05, 0.15), description="relative σ of the noise-added baseline")
+    split: str = Field("test", description="images to score on; choose between recipes on validation")
+    taus: tuple[float, ...] = Field(
+        TAUS, description="distances of the novelty curve, in the zoo's median nearest-neighbour distances"
+    )
 
 
 class Config(Section):

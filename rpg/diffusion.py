@@ -62,6 +62,11 @@ class Objective:
         """
         raise NotImplementedError
 
+    @property
+    def last_time(self) -> float:
+        """The time at which sampling starts: noise alone, or nearly so."""
+        raise NotImplementedError
+
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Noise tokens ``[N, D]`` with standard normal ``noise`` ``[N, D]`` to the time ``[N]``: x_t ``[N, D]``."""
         raise NotImplementedError
@@ -143,6 +148,11 @@ class Flow(Objective):
         normal = samplers.randn((num,), generator, device)  # [N]
         return torch.sigmoid(normal * self.config.time_std + self.config.time_mean)  # [N]
 
+    @property
+    def last_time(self) -> float:
+        """1."""
+        return 1.0
+
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Interpolate: (1 - t) x₀ + t e, ``[N, D]``."""
         return torch.lerp(x0, noise, _column(time))  # [N, D]
@@ -191,6 +201,11 @@ class DDPM(Objective):
         """Draw times uniformly from 0 … T - 1, ``[N]`` int64."""
         source = torch.device(device) if generator is None else generator.device
         return torch.randint(self.config.num_steps, (num,), generator=generator, device=source).to(device)  # [N]
+
+    @property
+    def last_time(self) -> float:
+        """T - 1."""
+        return self.config.num_steps - 1
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """√ᾱ x₀ + √(1 - ᾱ) e, ``[N, D]``."""

@@ -58,14 +58,19 @@ class Batch:
     states: Tensor  # [G] long
     conditions: Tensor | None  # [G, C]
     dropped: Tensor | None  # [G] bool: the condition is withheld
+    num_last: int = 0  # how many of the first examples have all their tokens at the last time
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``)."""
+    """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``).
+
+    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any.
+    """
 
     mean: Tensor
     per_token: Tensor
+    samples: Tensor | None = None
 
 
 class RecurrentDiffusion(nn.Module):
@@ -176,7 +181,12 @@ class RecurrentDiffusion(nn.Module):
         per_row = error.sum(1) * self.objective.weight(time)  # [B·N]
         per_token = per_row.view(num_examples, num_sampled).mean(0)  # [N]
         mean = per_token.sum() / batch.mask.sum()
-        return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach())
+        samples = None
+        if batch.num_last:
+            rows = batch.num_last * num_sampled
+            samples = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
+            samples = samples.view(batch.num_last, num_sampled, -1)
+        return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), samples)
 
 
 def _position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:

@@ -17,13 +17,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from rpg.batches import BatchSampler, Rows, state_ids, to_batch
+from rpg.batches import BatchSampler, Rows, state_ids, to_batch, training_entries
+from rpg.behaviour import BehaviourLoss, num_at_last_time
 from rpg.config import Config, TrainConfig
 from rpg.ema import ExponentialMovingAverage
 from rpg.generator import Generator, Network, make_network
-from rpg.model import Batch
+from rpg.model import Batch, Loss
 from rpg.runs import RunFolder
 from rpg.seeding import generator
+from rpg.tasks import build_task, task_of
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
 from tokenization.zoo import Zoo
@@ -105,7 +107,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.start(config, resume=resume, overwrite=overwrite)
         self.accelerator.wait_for_everyone()
-        self.layout = TokenLayout.fit(zoo, config.tokens, indices=zoo.subset("train"))
+        self.layout = TokenLayout.fit(zoo, config.tokens, indices=training_entries(zoo, config))
         self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.ema = ExponentialMovingAverage(self.averaged_parameters(), config.train.ema_decay)
@@ -113,6 +115,7 @@ class Trainer:
         self.sampler = self.build_sampler(*self._place())
         for name, shadow in self.ema.shadow.items():
             self.ema.shadow[name] = shadow.to(self.accelerator.device)
+        self.behaviour = self._build_behaviour()
         self.step = self._restore(say) if resume else 0
         self.accelerator.init_trackers("tensorboard")
 
@@ -141,6 +144,17 @@ class Trainer:
         _check_split(self.config.train, world_size)
         return BatchSampler(self.zoo, self.layout, self.config, rank, world_size)
 
+    def _build_behaviour(self) -> BehaviourLoss | None:
+        settings = self.config.train.behaviour
+        if settings is None or not settings.weight:
+            return None
+        if self.config.train.tokens is not None and self.config.train.tokens < self.layout.num_tokens:
+            raise InputError("train.tokens", str(self.config.train.tokens), "null with train.behaviour: a whole network")
+        if self.config.model.condition.kind == "none":
+            raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
+        task = build_task(self.config.task) if self.config.task is not None else task_of(self.zoo)
+        return BehaviourLoss(task, self.layout, settings)
+
     def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters whose moving average is what the generator folder holds."""
         return self.network.named_parameters()
@@ -150,7 +164,7 @@ class Trainer:
         return learning_rate(self.config.train, step)
 
     def _check(self, zoo: Zoo) -> None:
-        if not zoo.subset("train"):
+        if not training_entries(zoo, self.config):
             raise InputError(str(zoo.path), "no checkpoint to train on", "at least one", "fill it with `rpg collect`")
         wanted = self.config.model.condition.kind
         if wanted == "none":
@@ -172,13 +186,15 @@ class Trainer:
         self.model.train()
         total = 0.0
         for rows in parts:
-            batch = to_batch(rows, self.network.objective, self.accelerator.device)
+            num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
+            batch = to_batch(rows, self.network.objective, self.accelerator.device, num_last)
             with self.accelerator.accumulate(self.model):
                 loss = self.model(batch, self._state_noise(step, batch))
-                value = loss.mean.item()
+                mean = loss.mean if self.behaviour is None else loss.mean + self._behaviour(step, batch, loss)
+                value = mean.item()
                 if not math.isfinite(value):
                     raise self._not_finite(step, batch, loss.per_token)
-                self.accelerator.backward(loss.mean)
+                self.accelerator.backward(mean)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
                     if norm is not None and not math.isfinite(float(norm)):
@@ -193,6 +209,13 @@ class Trainer:
             total += value / len(parts)
         self.ema.update(self.averaged_parameters())
         return total
+
+    def _behaviour(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor:
+        assert self.behaviour is not None and loss.samples is not None and batch.conditions is not None
+        rows = batch.group[: batch.num_last]
+        dropped = None if batch.dropped is None else batch.dropped[rows]
+        stream = generator(self.config.seed, "behaviour", step, self.sampler.rank)
+        return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
 
     def _state_noise(self, step: int, batch: Batch) -> torch.Tensor | None:
         if self.network.state is None or not self.config.model.state.noise:
@@ -266,6 +289,8 @@ class Trainer:
                 "parameters": self.num_parameters,
                 "training checkpoints": len(self.sampler),
             }
+            if self.behaviour is not None:
+                facts["behaviour loss, share of training seconds"] = self.behaviour.share_of(seconds)
             Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(
                 self.folder.generator
             )
