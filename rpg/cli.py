@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokenization.condition import ConditionKind
 from tokenization.errors import InputError
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
@@ -49,6 +50,10 @@ def collect(
     pattern: Annotated[
         str | None, typer.Option(help="With --from: regular expression on file names with groups run, step, condition.")
     ] = None,
+    condition: Annotated[
+        str | None,
+        typer.Option(help="With --from: binary, class, vector or text; found out from the values if left out."),
+    ] = None,
 ) -> None:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
     if source is not None:
@@ -56,7 +61,9 @@ def collect(
 
         if zoo is None:
             raise InputError("--zoo", "nothing", "the zoo folder to make", "for example --zoo runs/zoos/mine")
-        made = collect_from(source, zoo, table=table, pattern=pattern)
+        with progress_bar("reading") as advance:
+            kind = cast(ConditionKind | None, condition)
+            made = collect_from(source, zoo, table=table, pattern=pattern, condition=kind, progress=advance)
     elif config is not None:
         from rpg.workflow import collect as collect_task
 
@@ -129,6 +136,30 @@ def generate(
             progress=advance,
         )
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, or a run or generator folder to generate one with.", metavar="SOURCE")
+    ],
+    to: Annotated[str, typer.Option(help="timm, transformers, peft or torch (a pickle).", metavar="FORM")],
+    output: Annotated[Path, typer.Option(help="The file (timm, torch) or folder (transformers, peft) to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the network's config.json, or (peft) the zoo or adapter with its configuration."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the network, if one is generated.")] = 0,
+    condition: Annotated[str | None, typer.Option(help="Its condition: comma-separated values.")] = None,
+) -> None:
+    """Write weights in the form that timm, transformers or PEFT loads by itself."""
+    from rpg.export import export as write
+
+    with progress_bar("generating") as advance:
+        path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
+    console.print(f"{to}: {path}")
 
 
 @app.command()
