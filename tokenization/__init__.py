@@ -1,0 +1,1 @@
+"""Weights to tokens and back: checkpoints, zoos of them, layouts, readers and writers."""

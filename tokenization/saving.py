@@ -21,7 +21,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def header_of(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
+) -> tuple[bytes, dict[str, int], int]:
     """Lay out a safetensors file.
 
     The library's own writer puts the metadata in random order; here the same input gives the same bytes.
@@ -31,8 +31,9 @@ def header_of(
         metadata: strings for the header.
 
     Returns:
-        The bytes that the file begins with (length and header), and the offset of every tensor in the file in
-        bytes. Wider dtypes come first, so that every tensor is aligned; within a dtype the order is kept.
+        The bytes that the file begins with (length and header), the offset of every tensor in the file and the size
+        of the file, in bytes. Wider dtypes come first, so that every tensor is aligned; within a dtype the order is
+        kept.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offsets: dict[str, int] = {}
@@ -44,7 +45,8 @@ def header_of(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}
+    places = {name: start + offset for name, offset in offsets.items()}
+    return len(text).to_bytes(8, "little") + text, places, start + end
 
 
 def save_checkpoint(
@@ -83,7 +85,7 @@ def save_checkpoint(
     if all_ties and not materialize_ties:
         strings[TIES_KEY] = json.dumps(all_ties)
     stored = {n: tensors[all_ties.get(n, n)] for n in order if materialize_ties or n not in all_ties}
-    header, offsets = header_of({n: (t.dtype, tuple(t.shape)) for n, t in stored.items()}, strings)
+    header, offsets, _ = header_of({n: (t.dtype, tuple(t.shape)) for n, t in stored.items()}, strings)
     with publish(path) as temporary, open(temporary, "wb", buffering=0) as file:
         _write(file, header)
         for name in offsets:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor
 
 from tokenization.errors import InputError
-from tokenization.headers import DTYPES, ORDER_KEY
+from tokenization.headers import ORDER_KEY
 from tokenization.plan import BLOCK_VALUES
 from tokenization.publish import TEMPORARY_SUFFIX, synchronise
+from tokenization.saving import header_of
 
 if TYPE_CHECKING:
     from tokenization.layout import TokenLayout
-
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -38,7 +36,7 @@ class TensorFile:
 
     Args:
         path: the file, replaced on ``close`` if it exists.
-        specs: dtype and shape of every tensor, in the order in which the header lists them.
+        specs: dtype and shape of every tensor.
         metadata: strings for the header.
         num_extra_bytes: room for the caller's own notes after the tensors, cut off on ``close``.
 
@@ -58,7 +56,7 @@ class TensorFile:
         self.path = Path(path)
         self.process = os.getpid()
         self.temporary = self.path.with_name(f".{self.path.name}.{self.process}{TEMPORARY_SUFFIX}")
-        header, self.offsets, self.size = _header(specs, metadata or {})
+        header, self.offsets, self.size = header_of(specs, metadata or {})
         with self._abort_on_error():
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "there is a folder of this name")
@@ -224,24 +222,6 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close() if error is None else self.abort()
-
-
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header's bytes, each tensor's byte in the file, and the file's size."""
-    ranges: dict[str, tuple[int, int]] = {}
-    end = 0
-    # Wide dtypes first, so that every tensor is aligned to its own values.
-    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
-        dtype, shape = specs[name]
-        ranges[name] = (end, end + math.prod(shape) * dtype.itemsize)
-        end = ranges[name][1]
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, (dtype, shape) in specs.items():
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": list(ranges[name])}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    base = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: base + ranges[name][0] for name in specs}, base + end
 
 
 def _reserve(descriptor: int, size: int) -> None:
