@@ -55,9 +55,18 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
     zoo = Zoo.open(config.zoo)
     task = scoring_task(config, zoo)
     networks, seconds = generate_timed(generator, num or config.evaluate.num, seed)
-    originals = [zoo.state_dict(index) for index in zoo.subset("train")]
+    indices = zoo.subset("train")
     return evaluate(
-        task, originals, networks, folder=run, seed=seed, seconds_per_network=seconds, noise=config.evaluate.noise
+        task,
+        [zoo.state_dict(index) for index in indices],
+        networks,
+        folder=run,
+        seed=seed,
+        seconds_per_network=seconds,
+        noise=config.evaluate.noise,
+        split=config.evaluate.split,
+        runs=[zoo.entries[index].run for index in indices],
+        taus=config.evaluate.taus,
     )
 
 

@@ -60,6 +60,19 @@ def average_random(
     return space.unflatten(torch.stack([_mean(vectors[rows]) for rows in chosen]) if num else vectors[:0])
 
 
+def average_runs(state_dicts: Sequence[StateDict], runs: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The average of each training run, whose checkpoints share the order of their hidden units.
+
+    Args:
+        state_dicts: the zoo.
+        runs: which run each is of.
+    """
+    space = VectorSpace(state_dicts)
+    vectors = space.flatten(state_dicts)
+    members = {run: [i for i, other in enumerate(runs) if other == run] for run in dict.fromkeys(runs)}
+    return space.unflatten(torch.stack([_mean(vectors[rows]) for rows in members.values()]))
+
+
 def interpolate(state_dicts: Sequence[StateDict], num: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Points on the straight lines between two different random originals, at uniformly random places.
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from rpg.evaluation.accuracy import Summary, summarize
 from rpg.evaluation.matching import Matcher
-from rpg.evaluation.novelty import distances
+from rpg.evaluation.novelty import TAUS, distances
 from rpg.evaluation.permutations import Group
 from rpg.evaluation.vectors import StateDict, VectorSpace
 from rpg.section import Section
 
-TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 NUM_RESAMPLES = 2000
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from rpg.evaluation.vectors import StateDict, VectorSpace
 from rpg.section import Section
 
+TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+"""Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
+
 
 class Spread(Section):
     """Generated networks against the zoo's own spread; 1 means alike.

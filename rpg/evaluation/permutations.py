@@ -8,7 +8,6 @@ as they are: a symmetry may be missed, but none is invented.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ELEMENTWISE = {"relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "tanh", "sigmoid", "dropout", "clone", "hardtanh",
-               "contiguous", "alias", "to", "_assert_tensor_metadata"}  # fmt: skip
+ELEMENTWISE = {"relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "tanh", "sigmoid", "hardtanh", "dropout",
+               "clone", "contiguous", "alias", "to", "_assert_tensor_metadata"}  # fmt: skip
 POOLING = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
 
 
@@ -130,10 +129,7 @@ class _Walk:
             self._fix(node)
         if node.op != "call_function":
             return
-        if node.target is operator.getitem:
-            name = "getitem"
-        else:
-            name = getattr(node.target, "__name__", "").split(".")[0]
+        name = getattr(node.target, "__name__", "").split(".")[0]
         step = getattr(self, f"_{name}", None)
         if name in ELEMENTWISE or name in POOLING:
             result = self._same(node, pooling=name in POOLING)

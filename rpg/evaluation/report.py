@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from rpg.evaluation import baselines
 from rpg.evaluation.accuracy import Summary, accuracy, summarize
-from rpg.evaluation.novelty import Spread, measure_spread, weight_vectors
+from rpg.evaluation.comparable import comparable_baselines
+from rpg.evaluation.curves import Distances, NoveltyReport, measure_novelty
+from rpg.evaluation.novelty import TAUS, Spread, measure_spread, weight_vectors
+from rpg.evaluation.permutations import Group, permutation_groups
 from rpg.evaluation.plots import plot_accuracy_similarity
 from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.vectors import StateDict
@@ -23,6 +28,10 @@ from tokenization.publish import publish_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+
+AT_DISTANCE = "_at_distance"
 
 
 class NetworkScores(Section):
@@ -59,8 +68,9 @@ class EvaluationResult(Section):
     """Everything an evaluation measured; ``evaluation.json`` holds its fields.
 
     ``ensemble`` is p-diff's word for the average of all weights. ``baselines`` are networks that no generator is
-    needed for. ``spread`` compares the generated networks' spread in weight space with the zoo's, and is None where
-    the zoo has none.
+    needed for; those named ``…_at_distance`` lie as far from the zoo as the generated ones. ``spread`` compares the
+    generated networks' spread in weight space with the zoo's, and is None where the zoo has none. ``novelty`` is the
+    share of networks that are new and good by kind, ``novelty_details`` what is behind it.
     """
 
     split: str
@@ -72,6 +82,8 @@ class EvaluationResult(Section):
     baselines: dict[str, NetworkScores]
     generated: GeneratedScores
     spread: Spread | None
+    novelty: dict[str, list[float]] | None = None
+    novelty_details: NoveltyReport | None = None
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically. Raises InputError if the file cannot be written."""
@@ -90,6 +102,8 @@ def evaluate(
     relative: bool = True,
     num_baseline: int = 50,
     split: str = "test",
+    runs: Sequence[int] | None = None,
+    taus: Sequence[float] = TAUS,
 ) -> EvaluationResult:
     """Score generated networks beside the originals and the trivial baselines.
 
@@ -104,6 +118,8 @@ def evaluate(
         relative: they are in units of each layer's standard deviation, else of the weights.
         num_baseline: networks made for each baseline.
         split: images to score on.
+        runs: which training run each original is of; all of one when None.
+        taus: distances of the novelty curve, in units of the zoo's median nearest-neighbour distance.
 
     Raises:
         InputError: there are no originals or no generated networks, they do not fit the task, or the folder cannot
@@ -134,7 +150,11 @@ def evaluate(
         for index, sigma in enumerate(noise)
     ]
     average = against_originals([baselines.average(originals)])
-    trivial = _trivial_networks(originals, num_baseline, seed)
+    runs = [0] * len(originals) if runs is None else list(runs)
+    measure = Distances(originals, runs, symmetries(task))
+    trivial = _trivial_networks(originals, runs, num_baseline, seed)
+    trivial |= _at_distance(measure, networks, num_baseline, seed)
+    novelty = _novelty(task, trivial, networks, predictions, original_predictions, labels, measure, taus, split, seed)
     generated = _scores(predictions, original_predictions, labels, seed)
     own = max_similarity_among(original_predictions, labels)
     result = EvaluationResult(
@@ -147,6 +167,8 @@ def evaluate(
         baselines={name: against_originals(candidates) for name, candidates in trivial.items()},
         generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(generated)),
         spread=measure_spread(*weight_vectors(originals, networks), original_predictions, predictions),
+        novelty=novelty.curve() if novelty else None,
+        novelty_details=novelty,
     )
     if folder is not None:
         folder = Path(folder)
@@ -155,16 +177,66 @@ def evaluate(
     return result
 
 
-def _trivial_networks(originals: Sequence[StateDict], num: int, seed: int) -> dict[str, list[dict[str, Tensor]]]:
+def symmetries(task: Task) -> list[Group]:
+    """Interchangeable hidden units of the target network; none are known for a task without images to trace it by."""
+    images = getattr(task, "images", None)
+    if images is None:
+        return []
+    with torch.random.fork_rng(devices=[]):
+        return permutation_groups(task.build(), images("test")[:2])
+
+
+def _novelty(
+    task: Task,
+    trivial: Mapping[str, Sequence[StateDict]],
+    networks: Sequence[StateDict],
+    predictions: Tensor,
+    original_predictions: Tensor,
+    labels: Tensor,
+    measure: Distances,
+    taus: Sequence[float],
+    split: str,
+    seed: int,
+) -> NoveltyReport | None:
+    """The novelty curves of the generated networks and of every baseline."""
+    answers = {name: task.predict(candidates, split) for name, candidates in trivial.items()}
+    sets = {"generated": networks, **trivial}
+    answers["generated"] = predictions
+    return measure_novelty(sets, answers, original_predictions, labels, measure, taus=taus, seed=seed)
+
+
+def _at_distance(
+    measure: Distances, networks: Sequence[StateDict], num: int, seed: int
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Baselines as far from the zoo as the generated networks, by name."""
+    if len(measure.zoo) < 2:
+        return {}
+    distance = measure.plain(networks).amin(1).nanmedian().item()
+    if not math.isfinite(distance):
+        return {}
+    stream = generator(seed, "comparable")
+    made = comparable_baselines(measure.originals, measure.runs.tolist(), num, distance, stream)
+    return {name + AT_DISTANCE: candidates for name, candidates in made.items()}
+
+
+def _trivial_networks(
+    originals: Sequence[StateDict], runs: Sequence[int], num: int, seed: int
+) -> dict[str, list[dict[str, Tensor]]]:
     """The baselines that need at least two originals, by name."""
     if len(originals) < 2:
         return {}
     k = min(16, len(originals))
-    return {
+    within: dict[str, list[dict[str, Tensor]]] = {}
+    if len(set(runs)) > 1:
+        within["run_average"] = baselines.average_runs(originals, runs)
+    return within | {
         f"average_of_{k}": baselines.average_random(originals, num, generator(seed, "average"), k=k),
         "interpolation": baselines.interpolate(originals, num, generator(seed, "interpolation")),
         "coordinate_gaussian": baselines.coordinate_gaussian(originals, num, generator(seed, "coordinate")),
         "covariance_gaussian": baselines.covariance_gaussian(originals, num, generator(seed, "covariance")),
+        "low_rank_gaussian": baselines.covariance_gaussian(
+            originals, num, generator(seed, "low rank"), rank=min(16, k), shrinkage=0.1
+        ),
     }
 
 
@@ -208,7 +280,8 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
     for noise in result.noise:
         row(f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else ""), noise)
     for name, scores in result.baselines.items():
-        row(name.replace("_", " "), scores)
+        if not name.endswith(AT_DISTANCE):
+            row(name.replace("_", " "), scores)
     seconds = result.generated.seconds_per_network
     row("generated", result.generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
     console = console or Console()
@@ -222,3 +295,27 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
         )
         shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios if ratio is not None)
         console.print(f"generated over original: {shown}", highlight=False)
+    if result.novelty_details is not None:
+        console.print(_novelty_table(result.novelty_details))
+
+
+def _novelty_table(novelty: NoveltyReport) -> Table:
+    """The novelty curves, those of the baselines at the generated networks' distance first."""
+    from rich.table import Table
+
+    shown = [1, 2, 3, 4, 6, 12]
+    columns = [index for index, tau in enumerate(novelty.taus) if tau in shown] or list(range(len(novelty.taus)))
+    table = Table(title=f"new and good (%): accuracy at least {100 * novelty.accuracy_threshold:.1f} and distance over")
+    table.add_column("networks", no_wrap=True)
+    for index in columns:
+        table.add_column(f"{novelty.taus[index]:g}", justify="right", no_wrap=True)
+    table.add_column("median", justify="right", no_wrap=True)
+    for name in sorted(novelty.sets, key=lambda name: (name != "generated", not name.endswith(AT_DISTANCE))):
+        each = novelty.sets[name]
+        shares = [f"{100 * each.novel_and_performant[index]:.0f}" for index in columns]
+        distance = f"{torch.tensor(each.matched_distances).median():.1f}"
+        label = name.removesuffix(AT_DISTANCE) + (" *" if name.endswith(AT_DISTANCE) else "")
+        style = "bold" if name == "generated" else ""
+        table.add_row(label.replace("_", " "), *shares, distance, style=style)
+    table.caption = "distances in the zoo's median nearest-neighbour distances; * at the generated networks' distance"
+    return table
