@@ -25,11 +25,15 @@ def release_pages(checkpoint: Checkpoint, name: str, first: int = 0, last: int |
     advise = _madvise()
     if advise is None or info.offset % info.dtype.itemsize:  # an unaligned tensor is a copy, not the map
         return
-    flat = checkpoint.flat(name)[first:last]
-    # Whole pages only: the bytes around the values may be anyone's.
-    begin = -(-flat.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (flat.data_ptr() + flat.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin:
+    whole = checkpoint.flat(name)
+    part = whole[first:last]
+    # The system maps a page with all of its large page. Whatever else of the file goes too can be mapped again; beyond
+    # the map the memory is someone else's.
+    map_begin = whole.data_ptr() - info.offset
+    map_end = map_begin + -(-checkpoint.sizes[info.file] // mmap.PAGESIZE) * mmap.PAGESIZE
+    begin = max(map_begin, part.data_ptr() // HUGE_PAGE * HUGE_PAGE)
+    end = min(map_end, -(-(part.data_ptr() + part.nbytes) // HUGE_PAGE) * HUGE_PAGE)
+    if part.nbytes:
         advise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
