@@ -74,7 +74,7 @@ def finetune_many(
     for number, stage in enumerate(config.stages):
         trained = [value for name, value in weights.items() if any(fnmatchcase(name, each) for each in stage.only)]
         optimizer = torch.optim.AdamW(
-            trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99)
+            trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
         )
         last = number == len(config.stages) - 1
         for step in range(stage.steps):

@@ -112,6 +112,8 @@ def _train_parts(
 
 @single_threaded()
 def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Path) -> None:
+    if _file(folder, number).exists():  # by another process meanwhile
+        return
     checkpoints, accuracies = trainable.train_part(tasks, folder.parent)
     tensors = {f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()}
     temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"

@@ -1,0 +1,212 @@
+"""The experiment on unseen tasks: collect, train, generate for tasks nobody trained, compare, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.unseen import (
+    Diversity,
+    FlatSpace,
+    SplitScores,
+    TaskNetworks,
+    measure_diversity,
+    random_other,
+    score_split,
+    trivial_networks,
+)
+from rpg.evaluation.unseen_plots import plot_distance, plot_parameters
+from rpg.generator import Generator
+from rpg.tasks import build_task
+from rpg.tasks.collection import single_threaded
+from rpg.tasks.side_by_side import Stacked, stack
+from rpg.tasks.subsets import SubsetTask
+from rpg.training import train
+from rpg.workflow import collect
+from tokenization.errors import InputError
+from tokenization.publish import publish_text
+from tokenization.zoo import Zoo
+
+NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
+
+
+def run_unseen(config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1) -> dict[str, Any]:
+    """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
+
+    Args:
+        config: the experiment.
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
+
+    Returns:
+        The report of the first seed, with the figures of all seeds under ``seeds``; it is what
+        ``<run>/evaluation.json`` holds.
+    """
+    subset_task(config)
+    started = time.perf_counter()
+    collect(config, progress=progress.get("collect"))
+    collected = time.perf_counter() - started
+    reports = []
+    for number in range(seeds):
+        run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
+        each = config.model_copy(update={"seed": config.seed + number, "run": run})
+        train(each, overwrite=True, progress=progress.get("train"))
+        reports.append(evaluate_unseen(run, seed=each.seed))
+    report = {**reports[0], "collect_seconds": collected, "seconds": time.perf_counter() - started}
+    report["seeds"] = [_headline(each) for each in reports]
+    _write(Path(config.run), report)
+    return report
+
+
+def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test") -> dict[str, Any]:
+    """Generate a network for every task and compare with what is trivial.
+
+    Writes ``<run>/evaluation.json``, ``distance.png`` and ``parameters.png``.
+
+    Args:
+        run: a run folder.
+        seed: decides the generated networks.
+        image_split: images to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
+            writes nothing.
+
+    Raises:
+        InputError: the run is not one of a family of binary tasks.
+    """
+    run = Path(run)
+    generator = Generator.from_pretrained(run)
+    zoo, task = Zoo.open(generator.config.zoo), subset_task(generator.config)
+    choosing = image_split == "validation"
+    trained = generator.config.train.splits if not choosing else ("train",)
+    networks = {split: networks_of(zoo, split) for split in ("train", "validation", "unseen")}
+    seen = _join([networks[split] for split in trained])
+    report: dict[str, Any] = {}
+    scored: dict[str, SplitScores] = {}
+    made: dict[str, dict[str, Stacked]] = {}
+    with single_threaded():
+        probabilities = task.base_probabilities(zoo, image_split)
+        for name, originals in (("unseen", networks["validation" if choosing else "unseen"]), ("seen", seen)):
+            others, chosen = trivial_networks(
+                task, networks["train"], networks["validation"], seen, originals.bits, own=name == "seen"
+            )
+            made[name] = {
+                "original": originals.weights,
+                "generated": generate_for(generator, originals.bits, seed),
+                "no_condition": generate_for(generator, random_other(originals.bits, seen.bits, seed), seed),
+                **others,
+            }
+            scored[name] = score_split(
+                task, made[name], originals.bits, seen.bits, probabilities, image_split, seed
+            )
+            report[name] = {key: value.model_dump(mode="json") for key, value in scored[name].methods.items()}
+            report["regressions"] = chosen
+        report |= _facts(generator, scored)
+        if not choosing:
+            report["diversity"] = diversity(generator, task, networks["unseen"].bits, seen, seed).model_dump(mode="json")
+    if choosing:
+        return report
+    plot_distance(scored["unseen"], run / "distance.png")
+    plot_parameters(
+        {name: (made[name]["original"], made[name]["generated"]) for name in ("seen", "unseen")}, run / "parameters.png"
+    )
+    _write(run, report)
+    return report
+
+
+def diversity(generator: Generator, task: SubsetTask, bits: Tensor, seen: TaskNetworks, seed: int) -> Diversity:
+    """Several networks for each of some unseen tasks."""
+    bits = bits[:NUM_DIVERSITY_TASKS]
+    draws = [generate_for(generator, bits, 1000 * (seed + 1) + number) for number in range(NUM_DRAWS)]
+    vectors = FlatSpace(seen.weights).flatten(seen.weights)
+    spread = vectors.std(0).square().mean().sqrt().item()
+    return measure_diversity(task, draws, bits, spread)
+
+
+def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) -> Stacked:
+    """One generated network for each task ``[T, C]``, stacked."""
+    return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
+
+
+def networks_of(zoo: Zoo, split: str) -> TaskNetworks:
+    """The last checkpoint of every task of a split.
+
+    Raises:
+        InputError: the split is empty.
+    """
+    last = {zoo.entries[index].run: index for index in zoo.subset(split)}
+    if not last:
+        raise InputError(str(zoo.path), f"no task of split {split!r}", "at least one", "change task.held_out")
+    bits = torch.tensor([zoo.entries[index].condition for index in last.values()]).long()
+    return TaskNetworks(bits, stack([zoo.state_dict(index) for index in last.values()]))
+
+
+def subset_task(config: Config) -> SubsetTask:
+    """The family of tasks of a configuration. Raises InputError if it is none."""
+    task = build_task(config.task) if config.task is not None else None
+    if not isinstance(task, SubsetTask):
+        found = "none" if config.task is None else config.task.name
+        raise InputError("task.name", found, "a family of binary tasks", "see configs/digits_unseen.yaml")
+    return task
+
+
+def print_unseen(report: dict[str, Any], console: Any) -> None:
+    """Print the comparison, one row a method."""
+    from rich.table import Table
+
+    table = Table(title="accuracy (%) on test images, over tasks")
+    table.add_column("networks", no_wrap=True)
+    for split in ("unseen", "seen"):
+        for column in ("mean", "95 % interval", "min"):
+            table.add_column(f"{split} {column}", justify="right")
+    for name in report["unseen"]:
+        cells = []
+        for split in ("unseen", "seen"):
+            accuracy = report[split][name]["accuracy"]
+            low, high = accuracy["ci95"]
+            cells += [f"{100 * accuracy['mean']:.2f}", f"{100 * low:.2f} – {100 * high:.2f}", f"{100 * accuracy['min']:.1f}"]
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "generated" else "")
+    console.print(table)
+    beats = report["unseen_tasks"]["beats_kernel_ridge"]
+    console.print(
+        f"better than kernel ridge on {beats:.0%} of the unseen tasks, trained in {report['train_seconds']:.0f} s",
+        highlight=False,
+    )
+    for each in report.get("seeds", []):
+        console.print(f"seed {each['seed']}: {each}", highlight=False)
+
+
+def _join(networks: Sequence[TaskNetworks]) -> TaskNetworks:
+    weights = {name: torch.cat([each.weights[name] for each in networks]) for name in networks[0].weights}
+    return TaskNetworks(torch.cat([each.bits for each in networks]), weights)
+
+
+def _facts(generator: Generator, scored: dict[str, SplitScores]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "seed": generator.config.seed,
+        "train_seconds": generator.facts.get("training seconds"),
+        "facts": generator.facts,
+    }
+    for name, scores in scored.items():
+        facts[f"{name}_tasks"] = scores.model_dump(mode="json", exclude={"methods"})
+    return facts
+
+
+def _headline(report: dict[str, Any]) -> dict[str, Any]:
+    accuracy = report["unseen"]["generated"]["accuracy"]
+    return {
+        "seed": report["seed"],
+        "mean": accuracy["mean"],
+        "min": accuracy["min"],
+        "beats_kernel_ridge": report["unseen_tasks"]["beats_kernel_ridge"],
+        "train_seconds": report["train_seconds"],
+    }
+
+
+def _write(run: Path, report: dict[str, Any]) -> None:
+    publish_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
