@@ -115,6 +115,13 @@ def generate(
     condition: Annotated[
         str | None, typer.Option(help="Comma-separated values, e.g. 1,0,0,1 for a binary vector.")
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="The task's positive classes by name or number, e.g. 1,3,5 or cat,dog.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The task in words: class names, or any text with a model.")] = None,
+    prompt_model: Annotated[
+        str | None, typer.Option(help="Language model or sentence encoder for --prompt: a name or a local path.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     state: Annotated[str | None, typer.Option(help="stored or gaussian: which permutation states to draw.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
@@ -123,6 +130,7 @@ def generate(
     from rpg.generator import Generator
 
     generator = Generator.from_pretrained(run, device)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:
         paths = generator.generate(
             num,
@@ -131,7 +139,7 @@ def generate(
             sampler=sampler,
             guidance_scale=guidance_scale,
             state=state,
-            condition=parse_condition(condition),
+            condition=vector,
             output=output or run / "generated",
             progress=advance,
         )
@@ -177,6 +185,41 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file, e.g. configs/sweeps/noise.yaml.", metavar="SWEEP")],
+    jobs: Annotated[int, typer.Option(help="Experiments at a time.", min=1)] = 1,
+) -> None:
+    """Run a list of overrides (resumable, in parallel) and write one table."""
+    from rpg.sweep import run_sweep
+
+    table = run_sweep(file, jobs=jobs, say=console.print)
+    console.print(table.read_text(), markup=False, soft_wrap=True)
+    console.print(f"table: {table}")
+
+
+@app.command()
+def unseen(
+    config: Annotated[Path | None, typer.Argument(help="Default: configs/digits_unseen.yaml.")] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Generators to train, by seed.", min=1)] = 1,
+    split: Annotated[
+        str | None, typer.Option(help="Only score a run: test, or validation (tasks and images) to make choices by.")
+    ] = None,
+) -> None:
+    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
+    from rpg.unseen import evaluate_unseen, print_unseen, run_unseen
+
+    settings = load(config or default_config("digits_unseen.yaml"), overrides)
+    if split is not None:
+        print_unseen(evaluate_unseen(settings.run, seed=settings.seed, image_split=split), console)
+        return
+    with progress_bar("collecting") as collecting, progress_bar("training") as training:
+        report = run_unseen(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+    print_unseen(report, console)
+    console.print(f"figures:  {settings.run}/evaluation.json\npictures: {settings.run}/distance.png, parameters.png")
+
+
+@app.command()
 def demo(
     config: Annotated[Path | None, typer.Option(help="Configuration (default: configs/digits.yaml).")] = None,
     overrides: Overrides = None,
@@ -216,6 +259,35 @@ def parse_condition(text: str | None) -> list[float] | None:
         raise InputError("--condition", repr(text), "comma-separated numbers", "for example 1,0,0,1") from None
 
 
+def choose_condition(
+    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
+) -> list[float] | None:
+    """The condition that is asked for by values, classes or words; words are shown as the vector they became."""
+    given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
+    if len(given) > 1:
+        raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
+    vector, spec = parse_condition(condition), generator.condition
+    if classes is None and prompt is None:
+        family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
+        if family and vector is not None:
+            from rpg.tasks.class_splits import check_bits
+
+            check_bits(vector, spec.size, "--condition")
+        return vector
+    from rpg.prompts import bits_of_prompt, describe_bits
+    from rpg.tasks.class_splits import bits_of_classes
+
+    if spec is None or spec.kind != "binary" or not spec.names:
+        found = "a generator without named classes"
+        raise InputError(f"--{given[0] if given else 'classes'}", found, "one for binary tasks", "use --condition")
+    if classes is not None:
+        bits = bits_of_classes(classes.split(","), spec.names)
+    else:
+        bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
+    console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
+    return bits.float().tolist()
+
+
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None)."""
@@ -242,7 +314,8 @@ def progress_bar(title: str) -> Iterator[Any]:
     try:
         yield advance
     finally:
-        bar.stop()
+        if tasks:  # one that never began would still print an empty line
+            bar.stop()
 
 
 def main() -> None:
