@@ -20,7 +20,7 @@ from rpg.model import RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
 from rpg.pdiff_sampling import LatentSampler
 from rpg.runs import file_digest
-from rpg.sampling import Request, TokenSampler
+from rpg.sampling import Request, Tile, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
@@ -170,6 +170,29 @@ class Generator:
                 if progress is not None:
                     progress(done, total)
         return sink.result()
+
+    def trajectories(self, num: int = 5, *, seed: int = 0, points: int = 20) -> list[tuple[int, list[StateDict]]]:
+        """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
+
+        Args:
+            num: networks; network i is the one that ``generate`` makes of the same seed.
+            seed: decides everything.
+            points: how many steps to show at most, spread evenly over the sampling, its last among them.
+
+        Raises:
+            InputError: the generator takes a condition, which would have to be chosen.
+        """
+        request = self._request(num, seed, None, None, None, None, None, None)
+        shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
+        sinks: dict[int, MemorySink] = {}
+
+        def watch(tile: Tile, step: int, rows: Tensor) -> None:
+            if step in shown:
+                sinks.setdefault(step, MemorySink(self.layout, num)).take(tile, rows.cpu())
+
+        for _ in self.sampler().sample(request, watch):
+            pass
+        return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
 
     def _request(self, num, seed, steps, sampler, eta, guidance_scale, condition, state) -> Request:
         defaults = self.config.generate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.pdiff import ParameterDiffusion
-from rpg.sampling import Request, Tile
+from rpg.sampling import Request, Tile, Watch
 from rpg.seeding import derive_seed
 from tokenization.layout import TokenLayout
 
@@ -45,17 +45,20 @@ class LatentSampler:
         self.device = network.latent_mean.device
 
     @torch.inference_mode()
-    def sample(self, request: Request) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its rows ``[G, L, D]``."""
+    def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile with its rows ``[G, L, D]``; ``watch`` sees what the latents decode to after every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             for first in range(0, request.num, GROUP):
                 tile = Tile(first, min(GROUP, request.num - first), 0, self.layout.num_tokens)
-                values = self.network.decode_standardised(self.latents(request, first))  # [GROUP, d]
-                yield tile, unflatten_values(self.layout, values[: tile.num_networks])
+                yield tile, self._rows(tile, self.latents(request, tile, watch))
 
-    def latents(self, request: Request, first: int) -> Tensor:
-        """Standardised latents of the full tile that begins with network ``first``, ``[GROUP, Z]``."""
-        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", first, 0))
+    def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
+        values = self.network.decode_standardised(latents)  # [GROUP, d]
+        return unflatten_values(self.layout, values[: tile.num_networks])
+
+    def latents(self, request: Request, tile: Tile, watch: Watch | None = None) -> Tensor:
+        """Standardised latents of a tile, filled up with networks that nobody asked for, ``[GROUP, Z]``."""
+        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, 0))
         noise = torch.randn(GROUP, self.network.config.latent_size, generator=stream, device=self.device)
         if self.network.config.variational:
             return noise
@@ -63,6 +66,16 @@ class LatentSampler:
         def predict(x: Tensor, time: Tensor) -> Tensor:
             return self.network.denoiser(x, time.expand(len(x))).float()
 
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                watch(tile, step, self._rows(tile, x))
+
         return self.network.objective.sample(
-            predict, noise, sampler=request.sampler, num_steps=request.steps, generator=stream, eta=request.eta
+            predict,
+            noise,
+            sampler=request.sampler,
+            num_steps=request.steps,
+            generator=stream,
+            eta=request.eta,
+            callback=tell,
         )

@@ -8,7 +8,7 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,10 @@ class Request:
     conditions: Tensor | None  # [num, C]
 
 
+Watch = Callable[[Tile, int, Tensor], None]
+"""Told of a tile, the step just taken and the rows ``[G, n, D]`` as they are then, noise included."""
+
+
 class TokenSampler:
     """Denoises tokens tile by tile.
 
@@ -67,15 +71,15 @@ class TokenSampler:
                 yield Tile(network, min(group, num - network), token, min(size, length - token))
 
     @torch.inference_mode()
-    def sample(self, request: Request) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its denoised rows ``[G, n, D]``."""
+    def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile with its denoised rows ``[G, n, D]``; ``watch`` sees them after every step."""
         prototypes: list[Tensor] = []
         current = -1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             for tile in self.tiles(request.num):
                 if tile.network != current:
                     prototypes, current = self._prototypes(request, tile.network), tile.network
-                yield tile, self._sample_tile(request, tile, prototypes)[: tile.num_networks, : tile.num_tokens]
+                yield tile, self._sample_tile(request, tile, prototypes, watch)[: tile.num_networks, : tile.num_tokens]
 
     def _group_size(self) -> int:
         return max(1, self.tile_tokens // self.layout.num_tokens)
@@ -111,7 +115,9 @@ class TokenSampler:
         weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
         return table.mean(0) + weights @ centred / len(table) ** 0.5
 
-    def _sample_tile(self, request: Request, tile: Tile, prototypes: list[Tensor]) -> Tensor:
+    def _sample_tile(
+        self, request: Request, tile: Tile, prototypes: list[Tensor], watch: Watch | None = None
+    ) -> Tensor:
         """Denoise one tile, padded to its full shape: ``[G, n, D]``."""
         length, size = self.layout.num_tokens, self.tile_tokens
         group, width = self._group_size(), self.layout.token_size
@@ -135,7 +141,18 @@ class TokenSampler:
             free = self.network.predict(x, times, contexts[1], mask)
             return torch.lerp(free, prediction, scale)
 
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                whole = (x * mask).view(group, num_tokens, width)
+                watch(tile, step, whole[: tile.num_networks, : tile.num_tokens])
+
         rows = self.network.objective.sample(
-            predict, noise * mask, sampler=request.sampler, num_steps=request.steps, generator=stream, eta=request.eta
+            predict,
+            noise * mask,
+            sampler=request.sampler,
+            num_steps=request.steps,
+            generator=stream,
+            eta=request.eta,
+            callback=tell,
         )
         return (rows * mask).view(group, num_tokens, width)
