@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -13,7 +14,7 @@ from torch import Tensor
 from rpg import estimate
 from rpg.config import Config
 from rpg.tasks import build_task
-from tokenization.checkpoint import Checkpoint, find_ties, read_state_dict
+from tokenization.checkpoint import Checkpoint, read_state_dict
 from tokenization.errors import InputError
 from tokenization.headers import TensorInfo
 from tokenization.layout import TokenLayout
@@ -74,13 +75,21 @@ def _inspect_config(config: Config, verify: bool) -> list[RenderableType]:
 
 
 def outline(state_dict: Mapping[str, Tensor], path: Path) -> Checkpoint:
-    """A checkpoint's names, dtypes and shapes without values; ``path`` names it in errors."""
-    ties = find_ties(state_dict)
-    tensors = {
-        name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, 0)
-        for name, tensor in state_dict.items()
-        if name not in ties
-    }
+    """A checkpoint's names, dtypes and shapes without values; ``path`` names it in errors.
+
+    The tensors may be on the meta device.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state_dict.items():
+        # As `find_ties` does, but by storage: on the meta device no tensor has an address.
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        if key in first and tensor.numel():
+            ties[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, 0)
     return Checkpoint(path, tensors, ties, list(state_dict), True, {}, {})
 
 
