@@ -1,0 +1,124 @@
+"""docs/formats.md is a contract: its tables name the very keys that the code writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rpg.config import Config
+from rpg.generator import FILES, Generator
+from rpg.training import train
+from tests.conftest import make_zoo, small_config
+from tokenization.checkpoint import save_checkpoint
+from tokenization.layout import TokenLayout, TokenOptions
+from tokenization.manifest import ZooEntry
+from tokenization.zoo import ConditionSpec, Zoo
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+
+
+def documented(heading: str) -> list[str]:
+    """The keys in the first column of the table under a heading."""
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert match, f"docs/formats.md has no section {heading!r}"
+    return re.findall(r"^\| `([^`]+)` \|", match[1], re.MULTILINE)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def keys_of(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo with conditions, a run with its generator, and a generated network."""
+    folder = tmp_path_factory.mktemp("formats")
+    make_zoo(folder / "zoo", condition_size=2)
+    model = {"condition": {"kind": "binary"}}
+    config = small_config(folder, model=model, train={"steps": 2}, tokens={"exclude": ["0.bias"]})
+    generator = Generator.from_pretrained(train(config, say=lambda _: None))
+    generator.generate(1, condition=[1, 0], output=folder / "generated")
+    return folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_zoo(folder: Path) -> None:
+    content = read(folder / "zoo" / "zoo.json")
+    assert list(content) == documented("zoo.json")
+    assert sorted(content["condition"]) == sorted(documented("condition"))
+    assert list(content["structure"]) == documented("structure")
+    assert content["structure"]["tensors"][0].keys() == {"name", "dtype", "shape"}
+    assert {path.name for path in (folder / "zoo").iterdir()} <= set(documented("Zoo folder"))
+    every = ZooEntry("f", 0, 0, (1.0,), {"a": 1.0}, "test", 1, "0", "s", True)
+    assert list(json.loads(every.to_line())) == documented("manifest.jsonl")
+    optional = re.findall(r"^\| `(\w+)` \|.*; optional \|$", DOCUMENT, re.MULTILINE)
+    least = list(json.loads(ZooEntry("f", 0, 0).to_line()))
+    assert least == [key for key in documented("manifest.jsonl") if key not in optional]
+    line = json.loads((folder / "zoo" / "manifest.jsonl").read_text().splitlines()[0])
+    assert set(least) <= line.keys() <= set(documented("manifest.jsonl"))
+
+
+def test_checkpoint_metadata(folder: Path, tmp_path: Path) -> None:
+    shared = torch.ones(2)
+    save_checkpoint(tmp_path / "a.safetensors", {"b": shared, "a": shared})
+    collected = metadata_of(tmp_path / "a.safetensors")
+    generated = metadata_of(next((folder / "generated").iterdir()))
+    assert collected.keys() == {"format", "rpg.order", "rpg.ties"}
+    assert generated.keys() == {"format", "rpg.order", "rpg.provenance"}
+    assert sorted(collected.keys() | generated.keys()) == sorted(documented("Checkpoint"))
+    assert json.loads(collected["rpg.order"]) == ["b", "a"] and json.loads(collected["rpg.ties"]) == {"a": "b"}
+    assert list(json.loads(generated["rpg.provenance"])) == documented("rpg.provenance")
+
+
+def test_generator_folder(folder: Path) -> None:
+    generator = folder / "run" / "generator"
+    assert documented("Generator folder") == [*FILES, "README.md"]
+    assert sorted(path.name for path in generator.iterdir()) == sorted(documented("Generator folder"))
+    layout = read(generator / "layout.json")
+    assert list(layout) == documented("layout.json") and layout["version"] == 1
+    tensors = {key for entry in layout["tensors"] for key in entry}
+    assert tensors | {"of"} == set(documented("layout.json tensors"))
+    assert list(layout["options"]) == [field.name for field in dataclasses.fields(TokenOptions)]
+    statistics = generator / "statistics.safetensors"
+    kinds = {re.sub(r"^(centre|constant)\..*", r"\1.NAME", key) for key in keys_of(statistics)}
+    assert kinds == set(documented("statistics.safetensors"))
+    assert metadata_of(statistics) == {"format": "rpg.layout", "version": "1"}
+    metadata = metadata_of(generator / "model.safetensors")
+    assert sorted(metadata) == sorted(documented("model.safetensors metadata"))
+    assert list(json.loads(metadata["rpg"])) == ["condition", "num_states", "facts"]
+    assert Config.load(generator / "config.yaml").plain().keys() == Config.model_fields.keys()
+
+
+def test_a_tie_in_a_layout(tmp_path: Path) -> None:
+    shared = torch.randn(3, 2)
+    zoo = Zoo.create(tmp_path / "zoo", condition=ConditionSpec("class", 2))
+    zoo.append({"a": shared, "b": shared}, run=0, step=0, condition=[1])
+    TokenLayout.fit(zoo, TokenOptions(size=4)).save(tmp_path)
+    tie = read(tmp_path / "layout.json")["tensors"][1]
+    assert tie == {"name": "b", "role": "tie", "of": "a"} and tie.keys() <= set(documented("layout.json tensors"))
+
+
+def test_run_folder(folder: Path) -> None:
+    run = folder / "run"
+    assert {path.name for path in run.iterdir()} == set(documented("Run folder"))
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert list(json.loads(line)) == documented("metrics.jsonl")
+    (step,) = (run / "checkpoints").iterdir()
+    assert re.fullmatch(r"step-\d{8}", step.name)
+    listed = read(step / "complete.json")["files"]
+    assert {*listed, "complete.json"} == {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
