@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rpg.console import console, progress_bar
 from tokenization.condition import ConditionKind
 from tokenization.errors import InputError
 
@@ -26,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML configuration, e.g. configs/digits.yaml.", metavar="CONFIG")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder (or a generator folder).", metavar="RUN")]
@@ -118,7 +114,9 @@ def generate(
     classes: Annotated[
         str | None, typer.Option(help="The task's positive classes by name or number, e.g. 1,3,5 or cat,dog.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The task in words: class names, or any text with a model.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The task in words: class names, or any text with a model.")
+    ] = None,
     prompt_model: Annotated[
         str | None, typer.Option(help="Language model or sentence encoder for --prompt: a name or a local path.")
     ] = None,
@@ -286,36 +284,6 @@ def choose_condition(
         bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
     console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
     return bits.float().tolist()
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar that appears with its first report; yields its callback (done, total, loss=None)."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        redirect_stdout=False,
-    )
-    tasks: list[Any] = []
-
-    def advance(done: int, total: int, loss: float | None = None) -> None:
-        if not tasks:
-            bar.start()
-            tasks.append(bar.add_task(title, total=total, note=""))
-        bar.update(tasks[0], completed=done, total=total, note="" if loss is None else f"loss {loss:.4f}")
-        if done >= total:
-            bar.stop()
-
-    try:
-        yield advance
-    finally:
-        if tasks:  # one that never began would still print an empty line
-            bar.stop()
 
 
 def main() -> None:
