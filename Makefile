@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo unseen test lint bench install clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ demo: $(STAMP)
 # Idle OpenMP threads must not spin: both recipes would suffer from whatever else runs.
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench.py --json runs/bench.json
+
+# Networks for tasks nobody trained; 15 minutes at most on two cores. More seeds: make unseen UNSEEN_ARGS="--seeds 3"
+unseen: $(STAMP)
+	$(BIN)/rpg unseen $(UNSEEN_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -179,7 +179,8 @@ def evaluate(
     from rpg.workflow import evaluate_run
 
     print_table(evaluate_run(run, num=num, seed=seed))
-    console.print(f"figures: {run / 'evaluation.json'}\npicture: {run / 'scatter.png'}")
+    for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
+        console.print(f"{kind + ':':<8} {run / name}")
 
 
 @app.command()

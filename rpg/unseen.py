@@ -101,14 +101,14 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
                 "no_condition": generate_for(generator, random_other(originals.bits, seen.bits, seed), seed),
                 **others,
             }
-            scored[name] = score_split(
-                task, made[name], originals.bits, seen.bits, probabilities, image_split, seed
-            )
+            scored[name] = score_split(task, made[name], originals.bits, seen.bits, probabilities, image_split, seed)
             report[name] = {key: value.model_dump(mode="json") for key, value in scored[name].methods.items()}
             report["regressions"] = chosen
         report |= _facts(generator, scored)
         if not choosing:
-            report["diversity"] = diversity(generator, task, networks["unseen"].bits, seen, seed).model_dump(mode="json")
+            report["diversity"] = diversity(generator, task, networks["unseen"].bits, seen, seed).model_dump(
+                mode="json"
+            )
     if choosing:
         return report
     plot_distance(scored["unseen"], run / "distance.png")
@@ -169,7 +169,11 @@ def print_unseen(report: dict[str, Any], console: Any) -> None:
         for split in ("unseen", "seen"):
             accuracy = report[split][name]["accuracy"]
             low, high = accuracy["ci95"]
-            cells += [f"{100 * accuracy['mean']:.2f}", f"{100 * low:.2f} – {100 * high:.2f}", f"{100 * accuracy['min']:.1f}"]
+            cells += [
+                f"{100 * accuracy['mean']:.2f}",
+                f"{100 * low:.2f} – {100 * high:.2f}",
+                f"{100 * accuracy['min']:.1f}",
+            ]
         table.add_row(name.replace("_", " "), *cells, style="bold" if name == "generated" else "")
     console.print(table)
     beats = report["unseen_tasks"]["beats_kernel_ridge"]

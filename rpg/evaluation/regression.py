@@ -34,7 +34,9 @@ class Regression:
     def predict(self, seen: Tensor, vectors: Tensor, bits: Tensor) -> Tensor:
         """Weights ``[T, P]`` for ``bits`` ``[T, C]``, fitted on the seen tasks ``[S, C]`` and their ``[S, P]``."""
         if self.kind == "ridge":
-            return ridge(products(seen, int(self.parameter)), vectors, products(bits, int(self.parameter)), self.penalty)
+            return ridge(
+                products(seen, int(self.parameter)), vectors, products(bits, int(self.parameter)), self.penalty
+            )
         return kernel_ridge(seen, vectors, bits, self.parameter, self.penalty)
 
 
@@ -42,7 +44,9 @@ def products(bits: Tensor, degree: int) -> Tensor:
     """All products of up to ``degree`` different ±1 bits, without the constant: ``[T, C]`` → float64 ``[T, F]``."""
     signs = bits.double() * 2 - 1
     columns = [
-        signs[:, list(chosen)].prod(1) for size in range(1, degree + 1) for chosen in combinations(range(signs.shape[1]), size)
+        signs[:, list(chosen)].prod(1)
+        for size in range(1, degree + 1)
+        for chosen in combinations(range(signs.shape[1]), size)
     ]
     return torch.stack(columns, 1)
 

@@ -91,7 +91,10 @@ class FlatSpace:
     def unflatten(self, vectors: Tensor) -> Stacked:
         """Stacked weights that share the vectors' memory."""
         parts = vectors.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {name: part.unflatten(1, shape) if shape else part[:, 0] for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.unflatten(1, shape) if shape else part[:, 0]
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
 
 def trivial_networks(
@@ -192,7 +195,7 @@ def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
 def _worst(task: Any, weights: Stacked, bits: Tensor, accuracies: Tensor, split: str) -> tuple[WorstTask, ...]:
     rows = accuracies.argsort()[:NUM_WORST]
     chosen = {name: value[rows] for name, value in weights.items()}
-    answers = task.side.predict(chosen, task.images(split)).argmax(-1)  # [W, images]
+    answers = task.probabilities(chosen, split).argmax(-1)  # [W, images]
     right = (answers == task.targets(bits[rows], split)).double()
     classes = task.classes(split)
     shares = torch.stack([right[:, classes == each].mean(1) for each in range(bits.shape[1])], 1)  # [W, C]
@@ -225,7 +228,7 @@ def measure_diversity(
         originals_spread: root mean square deviation of the seen tasks' weights from their mean, to compare with.
         split: images.
     """
-    probabilities = torch.stack([task.side.predict(each, task.images(split)) for each in draws])  # [R, T, images, 2]
+    probabilities = torch.stack([task.probabilities(each, split) for each in draws])  # [R, T, images, 2]
     answers = probabilities.argmax(-1)
     targets = task.targets(bits, split)
     pairs = [(a, b) for a in range(len(draws)) for b in range(a)]

@@ -37,7 +37,9 @@ def plot_distance(scores: SplitScores, path: Path | str) -> None:
         jitter = (torch.rand(len(distances), generator=stream) - 0.5) * 0.12
         places = distances + (number - 1.5) * 0.16 + jitter
         accuracies = scores.methods[name].accuracies
-        axes.scatter(places, accuracies, s=14, c=color, marker=marker, alpha=0.6, linewidths=0, label=name.replace("_", " "))
+        axes.scatter(
+            places, accuracies, s=14, c=color, marker=marker, alpha=0.6, linewidths=0, label=name.replace("_", " ")
+        )
     axes.set_xlabel("Hamming distance to the nearest seen task")
     axes.set_ylabel("accuracy on test images, one point a task")
     axes.set_xticks(sorted(set(scores.hamming_to_seen)))

@@ -10,12 +10,15 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from rpg.section import Section
+from rpg.tasks.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
 from rpg.tasks.digits import DigitsConfig, DigitsTask
 from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
 __all__ = [
+    "Cifar10SubsetsConfig",
+    "Cifar10SubsetsTask",
     "DigitsConfig",
     "DigitsSubsetsConfig",
     "DigitsSubsetsTask",
@@ -26,7 +29,9 @@ __all__ = [
     "task_of",
 ]
 
-TaskConfig: TypeAlias = Annotated[DigitsConfig | DigitsSubsetsConfig, Field(discriminator="name")]
+TaskConfig: TypeAlias = Annotated[
+    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig, Field(discriminator="name")
+]
 """Configuration of any task; its literal ``name`` tells which."""
 
 
@@ -51,6 +56,7 @@ class Task(Protocol):
 _TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {
     "digits": (DigitsConfig, DigitsTask),
     "digits_subsets": (DigitsSubsetsConfig, DigitsSubsetsTask),
+    "cifar10_subsets": (Cifar10SubsetsConfig, Cifar10SubsetsTask),
 }
 
 

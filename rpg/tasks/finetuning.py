@@ -6,6 +6,7 @@ networks is what their tasks differ in. T tasks, C classes, B images.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -76,14 +77,16 @@ def finetune_many(
         optimizer = torch.optim.AdamW(
             trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
         )
+        for value in weights.values():
+            value.requires_grad_(any(value is each for each in trained))
         last = number == len(config.stages) - 1
         for step in range(stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step, stage.steps)
             images, classes = draw(config.batch_size)
             loss = task_losses(side(weights, images), bits[:, classes], config).sum()
-            for value, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                value.grad = gradient
+            optimizer.zero_grad()
+            loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
             optimizer.step()
             if last and step + 1 > stretches[0][0]:
                 _average(kept, stretches, step + 1, weights)
@@ -100,13 +103,14 @@ def task_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tens
     return losses.mean(1)
 
 
-def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor) -> Stacked:
+def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, fresh_head: bool = False) -> Stacked:
     """The base network for each task: its C-way classifier becomes the two mean rows of each side's classes.
 
     Args:
         base: state dict of the network with C outputs.
         network: the network with two outputs.
         bits: ``[T, C]``.
+        fresh_head: take the classifier of ``network`` instead, the same for all tasks.
     """
     weights = repeat(base, len(bits))
     positive = bits.to(torch.float32)
@@ -114,7 +118,11 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor) -
     sides = sides / sides.sum(-1, keepdim=True)
     for name, like in network.state_dict().items():
         if like.shape != base[name].shape:  # the classifier's weight [C, H] and bias [C]
-            weights[name] = torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
+            weights[name] = (
+                repeat({name: like}, len(bits))[name]
+                if fresh_head
+                else torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
+            )
     return weights
 
 
@@ -126,7 +134,7 @@ def _stretches(config: FinetuneConfig) -> list[tuple[int, int]]:
     """The steps (first excluded, last included) of the last stage that each checkpoint is the mean of."""
     steps = config.stages[-1].steps
     edges = [round(steps * (1 - config.tail * (1 - i / config.checkpoints))) for i in range(config.checkpoints + 1)]
-    return [(min(first, last - 1), last) for first, last in zip(edges, edges[1:], strict=False)]
+    return [(min(first, last - 1), last) for first, last in itertools.pairwise(edges)]
 
 
 @torch.no_grad()

@@ -83,7 +83,9 @@ def collect_many(
         listed = {entry.run for entry in zoo.entries}
         for number, tasks in enumerate(parts):
             if any(task not in listed for task in tasks):
-                _list_part(zoo, _file(folder, number), [task for task in tasks if task not in listed], tasks, bits, splits)
+                _list_part(
+                    zoo, _file(folder, number), [task for task in tasks if task not in listed], tasks, bits, splits
+                )
         if total == len(bits):
             shutil.rmtree(folder)
     place.wait_for_everyone()
@@ -115,15 +117,15 @@ def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Pat
     if _file(folder, number).exists():  # by another process meanwhile
         return
     checkpoints, accuracies = trainable.train_part(tasks, folder.parent)
-    tensors = {f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()}
+    tensors = {
+        f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
+    }
     temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"
     save_file({**tensors, "validation_accuracy": accuracies.double()}, temporary)
     temporary.rename(_file(folder, number))
 
 
-def _list_part(
-    zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str]
-) -> None:
+def _list_part(zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str]) -> None:
     """Append the networks of a part to the zoo; the manifest grows by all of them or none."""
     tensors = load_file(file)
     accuracies = tensors.pop("validation_accuracy")

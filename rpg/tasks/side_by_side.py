@@ -31,7 +31,7 @@ class SideBySide:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         for module in self.network.modules():
             if hasattr(module, "fused_attn"):  # timm's switch: the fused kernel has no batching rule
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[assignment]
         self._shared = vmap(self._call, in_dims=(0, None))
         self._own = vmap(self._call, in_dims=(0, 0))
 

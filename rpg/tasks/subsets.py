@@ -5,7 +5,7 @@ T networks or tasks, C classes of the image set, B images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class SubsetsConfig(Section):
     held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
     validation: int = Field(100, ge=0, description="seen tasks kept for choices")
     finetune: FinetuneConfig = FinetuneConfig()
+    fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
     group: int = Field(32, ge=1, description="tasks trained side by side in one process")
 
 
@@ -53,6 +54,7 @@ class SubsetTask:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.device = torch.device("cpu")
         self._side: SideBySide | None = None
 
     # --- what a subclass provides ------------------------------------------------------------------------------
@@ -64,6 +66,10 @@ class SubsetTask:
     def images(self, split: str = "test") -> Tensor:
         """Standardised images of a split, float32 ``[B, C, S, S]``."""
         raise NotImplementedError
+
+    def batches(self, split: str) -> Iterator[Tensor]:
+        """The images of a split in parts that fit into memory."""
+        yield self.images(split)
 
     def classes(self, split: str = "test") -> Tensor:
         """The classes of a split's images, int64 ``[B]``."""
@@ -93,7 +99,7 @@ class SubsetTask:
     def side(self) -> SideBySide:
         """The target network as a function of many state dicts."""
         if self._side is None:
-            self._side = SideBySide(self.build())
+            self._side = SideBySide(self.build().to(self.device))
         return self._side
 
     def build(self) -> nn.Module:
@@ -123,14 +129,15 @@ class SubsetTask:
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Answers 0 or 1 of each network, int64 ``[T, B]``. Raises InputError for state dicts that do not fit."""
         with single_threaded():
-            return predict_images(self.build(), state_dicts, self.images(split))
+            networks = [dict(each) for each in state_dicts]
+            return torch.cat([predict_images(self.build(), networks, part.cpu()) for part in self.batches(split)], 1)
 
     def base_probabilities(self, zoo: Zoo, split: str = "test") -> Tensor:
         """Class probabilities ``[B, C]`` of the shared base network."""
-        network = self.network(self.num_classes).eval()
+        network = self.network(self.num_classes).eval().to(self.device)
         network.load_state_dict(load_base(zoo))
         with torch.inference_mode():
-            return network(self.images(split)).softmax(-1)
+            return torch.cat([network(images).softmax(-1).cpu() for images in self.batches(split)])
 
     def collect(
         self,
@@ -165,19 +172,26 @@ class SubsetTask:
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Tensor]:
         """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
-        bits = self.bits()[tasks]
-        start = binary_start(load_file(folder / BASE), self.build(), bits)
+        bits = self.bits()[tasks].to(self.device)
+        start = binary_start(load_file(folder / BASE), self.build(), bits.cpu(), self.config.fresh_head)
+        start = {name: value.to(self.device) for name, value in start.items()}
         stream = generator(self.config.seed, "fine-tuning")  # the same images for every part
         augmented = self.config.finetune.augment
         checkpoints = finetune_many(
             self.side, start, bits, lambda num: self.draw(num, stream, augmented=augmented), self.config.finetune
         )
-        return checkpoints, torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
+        accuracies = torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
+        return [{name: value.cpu() for name, value in each.items()} for each in checkpoints], accuracies
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
         """Share of right answers of T stacked networks at their tasks ``[T, C]``, float64 ``[T]``."""
-        answers = self.side.predict(weights, self.images(split)).argmax(-1)
-        return (answers == self.targets(bits, split)).double().mean(1)
+        answers = self.probabilities(weights, split).argmax(-1)
+        return (answers == self.targets(bits.cpu(), split)).double().mean(1)
+
+    def probabilities(self, weights: Stacked, split: str) -> Tensor:
+        """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""
+        weights = {name: value.to(self.device) for name, value in weights.items()}
+        return torch.cat([self.side.predict(weights, images).cpu() for images in self.batches(split)], 1)
 
     def behaviour_losses(
         self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator

@@ -1,0 +1,99 @@
+"""Text → the binary vector of a task: which classes does a prompt mean?
+
+A plain list of class names needs no model. Anything else is decided by a transformers model, class by class: a causal
+language model is asked yes or no, a sentence encoder compares the prompt with the class names. C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpg.tasks.class_splits import bits_of_classes, check_bits
+from tokenization.errors import InputError
+
+QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
+NEUTRAL = "the things in this list"
+
+
+def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None) -> Tensor:
+    """The task that a prompt asks for, ``[C]`` int64.
+
+    Args:
+        prompt: a list of class names or numbers (``cat, dog and frog``), or any text if there is a model.
+        classes: names of the classes.
+        model: name or local path of a causal language model or a sentence encoder, for transformers.
+
+    Raises:
+        InputError: the prompt selects no class or every class, is no list and there is no model, or the model cannot
+            be loaded.
+    """
+    words = [word for word in re.split(r"[\s,;+&]+|\band\b|\bor\b", prompt) if word]
+    if not words:
+        raise InputError("--prompt", "nothing", f"classes among {', '.join(classes)}")
+    known = {name.lower() for name in classes} | {str(index) for index in range(len(classes))}
+    if all(word.lower() in known for word in words):
+        return bits_of_classes(words, classes, "--prompt")
+    if model is None:
+        raise InputError(
+            "--prompt",
+            repr(prompt),
+            f"a list of {', '.join(classes)}",
+            "or name a language model or sentence encoder with --prompt-model",
+        )
+    scores = _scores(prompt, classes, model)  # [C], positive means yes
+    return check_bits((scores > 0).long(), len(classes), f"--prompt {prompt!r}")
+
+
+def describe_bits(bits: Tensor, classes: Sequence[str]) -> str:
+    """The vector and its positive classes, to be shown before it is used."""
+    chosen = [name for name, bit in zip(classes, bits.tolist(), strict=True) if bit]
+    return f"{','.join(str(int(bit)) for bit in bits.tolist())} ({', '.join(chosen)})"
+
+
+def _scores(prompt: str, classes: Sequence[str], model: str) -> Tensor:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        causal = any(name.endswith("ForCausalLM") or "LMHead" in name for name in config.architectures or [])
+        network = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(model).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError("--prompt-model", repr(model), "a transformers model's name or local path", reason) from None
+    with torch.inference_mode():
+        if causal:
+            return _ask(prompt, classes, network, tokenizer)
+        return _compare(prompt, classes, network, tokenizer)
+
+
+def _ask(prompt: str, classes: Sequence[str], network: Any, tokenizer: Any) -> Tensor:
+    """How much likelier "yes" becomes by the prompt than by words that say nothing, ``[C]``."""
+
+    def preference(name: str, what: str) -> float:
+        question = tokenizer(QUESTION.format(name=name, prompt=what), return_tensors="pt").input_ids
+        logits = network(question).logits[0, -1].float()
+        yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (" yes", " no"))
+        return float(logits[yes] - logits[no])
+
+    return torch.tensor([preference(name, prompt) - preference(name, NEUTRAL) for name in classes])
+
+
+def _compare(prompt: str, classes: Sequence[str], network: Any, tokenizer: Any) -> Tensor:
+    """Cosine similarity of prompt and class names, less the middle of the widest gap among them, ``[C]``."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer([prompt, *classes], padding=True, return_tensors="pt")
+    hidden = network(**batch).last_hidden_state  # [1 + C, words, width]
+    mask = batch["attention_mask"][..., None].to(hidden.dtype)
+    vectors = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    similarity = vectors[1:] @ vectors[0]  # [C]
+    ordered = similarity.sort().values
+    gap = (ordered[1:] - ordered[:-1]).argmax()
+    return similarity - (ordered[gap] + ordered[gap + 1]) / 2
