@@ -119,8 +119,15 @@ class GenerationMemory(Memory):
 
 def meta_network(config: Config, subject: Subject) -> Network:
     """The generator's networks without storage (on the meta device)."""
+    layout = subject.layout
     with torch.device("meta"):
-        return make_network(config, subject.layout, subject.num_states, subject.condition_size)
+        if config.generator == "pdiff":
+            return make_network(config, layout)
+        # As there, but with the positions on the meta device too: their embedding can take gigabytes.
+        positions = layout.positions.to("meta")
+        return RecurrentDiffusion(
+            config.model, positions, layout.token_size, subject.num_states, subject.condition_size
+        )
 
 
 def parameters(network: nn.Module) -> dict[str, int]:
