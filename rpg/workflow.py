@@ -10,6 +10,7 @@ from typing import Any
 from rpg.config import Config
 from rpg.evaluation.report import EvaluationResult, evaluate
 from rpg.generator import Generator
+from rpg.reporting import write_report
 from rpg.tasks import Task, build_task, task_of
 from rpg.training import train
 from tokenization.errors import InputError
@@ -44,7 +45,8 @@ def generate_timed(generator: Generator, num: int, seed: int, **options: Any) ->
 def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> EvaluationResult:
     """Generate networks with the generator of a run, score them beside originals and baselines, write the results.
 
-    ``<run>/evaluation.json`` holds every figure, ``<run>/scatter.png`` shows accuracy against similarity.
+    ``<run>/evaluation.json`` holds every figure, ``<run>/scatter.png`` shows accuracy against similarity, and
+    ``<run>/report.html`` is the whole as one page.
 
     Raises:
         InputError: the run has no generator, or its zoo no task to score with.
@@ -54,9 +56,10 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
     config = generator.config
     zoo = Zoo.open(config.zoo)
     task = scoring_task(config, zoo)
-    networks, seconds = generate_timed(generator, num or config.evaluate.num, seed)
+    num = num or config.evaluate.num
+    networks, seconds = generate_timed(generator, num, seed)
     indices = zoo.subset("train")
-    return evaluate(
+    result = evaluate(
         task,
         [zoo.state_dict(index) for index in indices],
         networks,
@@ -68,6 +71,8 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
         runs=[zoo.entries[index].run for index in indices],
         taus=config.evaluate.taus,
     )
+    write_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
+    return result
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Task:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rpg.evaluation.novelty import distances
 from rpg.evaluation.vectors import StateDict, VectorSpace
 
 Family = tuple[Tensor, Tensor]
@@ -57,7 +58,7 @@ def strength_for(base: Tensor, deviation: Tensor, zoo: Tensor, distance: float) 
     if gap is not None:
         constant, linear = gap.double().square().sum(2), torch.einsum("nkv,nv->nk", gap, deviation).double()
     else:
-        constant = torch.cdist(base, zoo, compute_mode="donot_use_mm_for_euclid_dist").double().square()
+        constant = distances(base, zoo).double().square()
         linear = (base * deviation).sum(1, dtype=torch.float64)[:, None] - (deviation @ zoo.T).double()
     square = deviation.double().square().sum(1)[:, None]
 

@@ -7,6 +7,7 @@ hidden units have been matched. Good: at least as accurate as the zoo's median n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from pydantic import Field
@@ -89,8 +90,7 @@ class Distances:
         if not self.groups:
             return plain
         result = plain.clone()
-        sorted_zoo, sorted_networks = self._sorted(self.zoo), self._sorted(self.vectors(networks))
-        bounds = distances(sorted_networks, sorted_zoo)
+        bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo)
         for row, network in enumerate(networks):
             if not bool(torch.isfinite(plain[row]).all()):
                 continue
@@ -102,6 +102,10 @@ class Distances:
                 reached = distances(self.vectors([aligned]), self.zoo[members])[0]
                 result[row, members] = torch.minimum(result[row, members], reached)
         return result
+
+    @cached_property
+    def _sorted_zoo(self) -> Tensor:
+        return self._sorted(self.zoo)
 
     def _sorted(self, vectors: Tensor) -> Tensor:
         """Every layer's values in ascending order: their distance is a lower bound for any permutation."""

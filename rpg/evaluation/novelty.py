@@ -11,6 +11,9 @@ from torch import Tensor
 from rpg.evaluation.vectors import StateDict, VectorSpace
 from rpg.section import Section
 
+LARGE = 1 << 14
+"""Values from which on distances are computed by matrix products."""
+
 TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 """Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
 
@@ -59,9 +62,19 @@ def weight_vectors(
 def distances(first: Tensor, second: Tensor) -> Tensor:
     """Euclidean distance of every pair, [A, values], [B, values] → [A, B]; exactly 0 between equal vectors.
 
-    The usual shortcut by matrix products loses the small distances between networks of one run to cancellation.
+    The usual shortcut by matrix products loses the small distances between networks of one run to cancellation. Large
+    networks take it in float64 around their mean, and only what is suspiciously small is computed anew.
     """
-    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+    if first.shape[1] < LARGE:
+        return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+    center = second.mean(0)
+    a, b = (first - center).double(), (second - center).double()
+    squares = a.square().sum(1)[:, None] + b.square().sum(1)[None]
+    result = (squares - 2 * a @ b.T).clamp(min=0)
+    small = (result < 1e-8 * squares).nonzero()
+    if len(small):
+        result[small[:, 0], small[:, 1]] = (a[small[:, 0]] - b[small[:, 1]]).square().sum(1)
+    return result.sqrt().float()
 
 
 def nearest(vectors: Tensor, zoo: Tensor) -> tuple[Tensor, Tensor]:

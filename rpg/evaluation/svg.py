@@ -73,10 +73,10 @@ class _Scale:
     def ticks(self) -> list[float]:
         """Round values within the limits."""
         if self.axis.log:
-            whole = [10.0**k for k in range(math.ceil(self.low), math.floor(self.high) + 1)]
-            if len(whole) > 1:
-                return whole
-            return [float(f"{10 ** (self.low + share * (self.high - self.low)):.1g}") for share in (0.1, 0.5, 0.9)]
+            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+            steps = (1, 2, 3, 4, 6, 8) if self.high - self.low < 2 else (1,)
+            ticks = [m * 10.0**k for k in decades for m in steps]
+            return [tick for tick in ticks if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
         span = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(span))
         step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= span), 10 * power)
