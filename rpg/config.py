@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rpg.behaviour import BehaviourConfig
 from rpg.evaluation.novelty import TAUS
+from rpg.fresh import FreshConfig
 from rpg.model import ModelConfig
 from rpg.pdiff import PDiffConfig
 from rpg.section import Section
@@ -41,6 +42,7 @@ class TrainConfig(Section):
     save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")
     keep: int = Field(2, ge=1, description="how many resumable checkpoints stay on disk")
     behaviour: BehaviourConfig | None = Field(None, description="score predicted networks by what they answer")
+    fresh: FreshConfig | None = Field(None, description="make networks of states that no checkpoint has work")
     log_every: int = Field(10, ge=1, description="steps between logged losses")
 
 
@@ -54,6 +56,7 @@ class GenerateConfig(Section):
     state: Literal["stored", "gaussian"] = Field(
         "stored", description="permutation state: a training run's own, or a fresh one from a Gaussian fit of them all"
     )
+    temperature: float = Field(1.0, gt=0, description="spread of gaussian states, in that of the learned ones")
     tile_tokens: int = Field(512, ge=1, description="tokens computed together; part of what decides the bytes")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks")
 

@@ -213,6 +213,7 @@ class Generator:
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             state=state or defaults.state,
             conditions=self._conditions(condition, num),
+            temperature=self.config.generate.temperature,
         )
 
     def _conditions(self, condition: Any, num: int) -> Tensor | None:
@@ -254,6 +255,7 @@ class Generator:
             "eta": request.eta,
             "guidance_scale": request.guidance_scale,
             "state": request.state,
+            "temperature": request.temperature,
             "condition": None if request.conditions is None else request.conditions[index].tolist(),
         }
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}

@@ -41,6 +41,7 @@ class Request:
     guidance_scale: float
     state: str
     conditions: Tensor | None  # [num, C]
+    temperature: float = 1.0
 
 
 Watch = Callable[[Tile, int, Tensor], None]
@@ -113,7 +114,7 @@ class TokenSampler:
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
-        return table.mean(0) + weights @ centred / len(table) ** 0.5
+        return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
     def _sample_tile(
         self, request: Request, tile: Tile, prototypes: list[Tensor], watch: Watch | None = None

@@ -21,6 +21,7 @@ from rpg.batches import BatchSampler, Rows, state_ids, to_batch, training_entrie
 from rpg.behaviour import BehaviourLoss, num_at_last_time
 from rpg.config import Config, TrainConfig
 from rpg.ema import ExponentialMovingAverage
+from rpg.fresh import FreshLoss
 from rpg.generator import Generator, Network, make_network
 from rpg.model import Batch, Loss
 from rpg.runs import RunFolder
@@ -116,6 +117,7 @@ class Trainer:
         for name, shadow in self.ema.shadow.items():
             self.ema.shadow[name] = shadow.to(self.accelerator.device)
         self.behaviour = self._build_behaviour()
+        self.fresh = self._build_fresh()
         self.step = self._restore(say) if resume else 0
         self.accelerator.init_trackers("tensorboard")
 
@@ -149,11 +151,21 @@ class Trainer:
         if settings is None or not settings.weight:
             return None
         if self.config.train.tokens is not None and self.config.train.tokens < self.layout.num_tokens:
-            raise InputError("train.tokens", str(self.config.train.tokens), "null with train.behaviour: a whole network")
+            raise InputError(
+                "train.tokens", str(self.config.train.tokens), "null with train.behaviour: a whole network"
+            )
         if self.config.model.condition.kind == "none":
             raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
         task = build_task(self.config.task) if self.config.task is not None else task_of(self.zoo)
         return BehaviourLoss(task, self.layout, settings)
+
+    def _build_fresh(self) -> FreshLoss | None:
+        if self.config.train.fresh is None:
+            return None
+        if self.sampler.world_size > 1:
+            raise InputError("train.fresh", f"{self.sampler.world_size} processes", "one")
+        task = build_task(self.config.task) if self.config.task is not None else task_of(self.zoo)
+        return FreshLoss(self.network, task, self.layout, self.config.train.fresh)
 
     def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters whose moving average is what the generator folder holds."""
@@ -191,6 +203,7 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 loss = self.model(batch, self._state_noise(step, batch))
                 mean = loss.mean if self.behaviour is None else loss.mean + self._behaviour(step, batch, loss)
+                mean = mean + self._fresh(step)
                 value = mean.item()
                 if not math.isfinite(value):
                     raise self._not_finite(step, batch, loss.per_token)
@@ -216,6 +229,14 @@ class Trainer:
         dropped = None if batch.dropped is None else batch.dropped[rows]
         stream = generator(self.config.seed, "behaviour", step, self.sampler.rank)
         return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
+
+    def _fresh(self, step: int) -> torch.Tensor | float:
+        """The fresh-state loss, once it has set in."""
+        settings = self.config.train.fresh
+        if self.fresh is None or settings is None or step < settings.start * self.config.train.steps:
+            return 0.0
+        with self.accelerator.autocast():
+            return self.fresh(generator(self.config.seed, "fresh", step))
 
     def _state_noise(self, step: int, batch: Batch) -> torch.Tensor | None:
         if self.network.state is None or not self.config.model.state.noise:
