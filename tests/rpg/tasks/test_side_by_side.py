@@ -1,0 +1,85 @@
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from rpg.tasks.finetuning import FinetuneConfig, Stage, binary_start, finetune_many, task_losses
+from rpg.tasks.networks import build_network
+from rpg.tasks.side_by_side import SideBySide, repeat, stack, unstack
+
+
+def network_of(name="cnn", outputs=2, seed=0):
+    torch.manual_seed(seed)
+    return build_network(name, in_channels=1, image_size=8, num_classes=outputs)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_side_by_side_equals_a_loop(name):
+    networks = [network_of(name, seed=seed).eval() for seed in range(3)]
+    images = torch.randn(5, 1, 8, 8)
+    together = SideBySide(networks[0])(stack([each.state_dict() for each in networks]), images)
+    torch.testing.assert_close(together, torch.stack([each(images) for each in networks]), rtol=1e-4, atol=1e-5)
+
+
+def test_each_network_on_its_own_images():
+    networks = [network_of(seed=seed).eval() for seed in range(2)]
+    images = torch.randn(2, 5, 1, 8, 8)
+    together = SideBySide(networks[0])(stack([each.state_dict() for each in networks]), images)
+    torch.testing.assert_close(together[1], networks[1](images[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
+def test_finetuning_together_equals_finetuning_alone(loss):
+    """Against a plain loop with PyTorch's optimizer; also tells if gradients reach the fused optimizer in disorder."""
+    config = FinetuneConfig(
+        stages=(Stage(steps=3, learning_rate=1e-2, only=("linear2.*",)), Stage(steps=6, learning_rate=3e-3)),
+        batch_size=16, loss=loss, checkpoints=2, tail=0.5,
+    )  # fmt: skip
+    bits = torch.tensor([[1, 0, 0], [0, 1, 1]])
+    base = network_of(outputs=3).state_dict()
+
+    def draw_from(seed):
+        stream = torch.Generator().manual_seed(seed)
+        return lambda num: (
+            torch.randn(num, 1, 8, 8, generator=stream), torch.randint(3, (num,), generator=stream)
+        )  # fmt: skip
+
+    network = network_of()
+    start = binary_start(base, network, bits)
+    kept = finetune_many(SideBySide(network), start, bits, draw_from(1), config)
+    assert len(kept) == 2
+    for task in range(2):
+        alone = copy.deepcopy(network)
+        alone.load_state_dict(unstack(start)[task])
+        draw, snapshots = draw_from(1), []
+        for number, stage in enumerate(config.stages):
+            trained = [p for n, p in alone.named_parameters() if number == 1 or n.startswith("linear2")]
+            optimizer = torch.optim.AdamW(trained, lr=1.0, betas=(0.9, 0.99), weight_decay=stage.weight_decay)
+            for step in range(stage.steps):
+                images, classes = draw(16)
+                cosine = torch.cos(torch.tensor(step / stage.steps * torch.pi)).item()
+                optimizer.param_groups[0]["lr"] = stage.learning_rate * (step + 1) / 10 * (1 + cosine) / 2
+                optimizer.zero_grad()
+                logits = functional_call(alone, dict(alone.named_parameters()), (images,))
+                task_losses(logits[None], bits[task, classes][None], config).sum().backward()
+                optimizer.step()
+                snapshots.append({name: value.detach().clone() for name, value in alone.state_dict().items()})
+        for name in start:
+            # the last half of six steps in two stretches: 3 → 4 (round 4.5) and 4 → 6
+            late = torch.stack([each[name] for each in snapshots[-3:]])
+            torch.testing.assert_close(kept[1][name][task], late[1:].mean(0), rtol=1e-3, atol=1e-5)
+
+
+def test_the_start_is_the_mean_of_each_sides_rows():
+    base = network_of(outputs=3).state_dict()
+    start = binary_start(base, network_of(), torch.tensor([[1, 0, 1]]))
+    rows = base["linear2.weight"]
+    torch.testing.assert_close(start["linear2.weight"][0], torch.stack([rows[1], (rows[0] + rows[2]) / 2]))
+    torch.testing.assert_close(start["conv1.weight"][0], base["conv1.weight"])
+
+
+def test_stacking_and_unstacking_are_inverse():
+    state = network_of().state_dict()
+    again = unstack(repeat(state, 2))
+    assert all(torch.equal(again[1][name], value) for name, value in state.items())
