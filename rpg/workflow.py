@@ -77,6 +77,10 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
 
 def scoring_task(config: Config, zoo: Zoo) -> Task:
     """The task that scores checkpoints: the configuration's own, else the one recorded in the zoo."""
+    if config.task is None and zoo.task is None:
+        raise InputError(
+            str(zoo.path), "no task", "one that scores checkpoints", "score the generated files with code of your own"
+        )
     return build_task(config.task) if config.task is not None else task_of(zoo)
 
 
