@@ -13,6 +13,7 @@ from rpg.section import Section
 from rpg.tasks.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
 from rpg.tasks.digits import DigitsConfig, DigitsTask
 from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -25,12 +26,14 @@ __all__ = [
     "DigitsTask",
     "Task",
     "TaskConfig",
+    "TimmFinetuneConfig",
+    "TimmFinetuneTask",
     "build_task",
     "task_of",
 ]
 
 TaskConfig: TypeAlias = Annotated[
-    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig, Field(discriminator="name")
+    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig, Field(discriminator="name")
 ]
 """Configuration of any task; its literal ``name`` tells which."""
 
@@ -57,6 +60,7 @@ _TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {
     "digits": (DigitsConfig, DigitsTask),
     "digits_subsets": (DigitsSubsetsConfig, DigitsSubsetsTask),
     "cifar10_subsets": (Cifar10SubsetsConfig, Cifar10SubsetsTask),
+    "finetune": (TimmFinetuneConfig, TimmFinetuneTask),
 }
 
 
