@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-RIDGE_PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0)
-KERNEL_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGE_PENALTIES = (1e-1, 1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0)
+KERNEL_PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 KERNEL_LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 

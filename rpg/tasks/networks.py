@@ -6,6 +6,7 @@ their spatial sizes derived from the image so that they also fit images smaller 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from tokenization.errors import InputError
 
-NetworkName = Literal["cnn", "vit", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"]
+NetworkName = Literal[
+    "cnn", "vit", "vit-coarse", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
+]  # fmt: skip
 
 
 class SmallCNN(nn.Module):
@@ -142,13 +145,13 @@ class NarrowAttention(nn.Module):
         return self.proj(rearrange(mixed, "b h t d -> b t (h d)"))
 
 
-def _vit(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
-    """A timm VisionTransformer of 16 tokens of width 32, depth 3, 4 heads."""
+def _vit(in_channels: int, image_size: int, num_classes: int, *, patches: int = 4) -> nn.Module:
+    """A timm VisionTransformer of ``patches``² tokens (and the class token) of width 32, depth 3, 4 heads."""
     from timm.models.vision_transformer import VisionTransformer  # imported here: slow, and few networks need it
 
     return VisionTransformer(
         img_size=image_size,
-        patch_size=max(1, image_size // 4),
+        patch_size=max(1, image_size // patches),
         in_chans=in_channels,
         num_classes=num_classes,
         embed_dim=32,
@@ -195,6 +198,7 @@ def _convnext_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Mo
 _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "cnn": SmallCNN,
     "vit": _vit,
+    "vit-coarse": functools.partial(_vit, patches=2),
     "convnet-mini": ConvNetMini,
     "mlp-mini": MLPMini,
     "resnet-mini": ResNetMini,

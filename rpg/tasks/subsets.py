@@ -5,6 +5,9 @@ T networks or tasks, C classes of the image set, B images.
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -213,3 +216,35 @@ def load_base(zoo: Zoo) -> dict[str, Tensor]:
     if not file.is_file():
         raise InputError(str(file), "no such file", "the zoo's base network", "collect the zoo again")
     return load_file(file)
+
+
+def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
+    """Make a zoo of the same networks with other held-out tasks, without training; files are linked, not copied.
+
+    Args:
+        source: a complete zoo of the same family, equal but for ``held_out`` and ``validation``.
+        path: the zoo to make.
+        task: the family with the wanted held-out tasks.
+
+    Raises:
+        InputError: the source is of another family or recipe, or there is a zoo already.
+    """
+    old = Zoo.open(source)
+    recorded, wanted = old.require_task(), task.config.model_dump(mode="json")
+    for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
+        if recorded.get(key) != wanted.get(key):
+            raise InputError(f"{old.path / 'zoo.json'}: task.{key}", repr(recorded.get(key)), repr(wanted.get(key)))
+    new = Zoo.create(path, task=wanted, condition=task.condition)
+    splits = task.splits()
+    (new.path / "checkpoints").mkdir(exist_ok=True)
+    for name in (BASE, *(entry.file for entry in old.entries)):
+        _link(old.path / name, new.path / name)
+    new.extend([dataclasses.replace(entry, split=splits[entry.run]) for entry in old.entries])
+    return new
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
