@@ -3,7 +3,8 @@
 A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights vary,
 neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than they spread;
 the network that one sampling step makes of each is run on training images, and its cross-entropy reaches the generator.
-A second term keeps the networks of wide states far from the zoo's centre.
+A second term keeps the networks of a step apart: without it, or if it only kept them away from the zoo, one new place
+would do for them all.
 
 E networks, L tokens, D token width, K states, S state width.
 """
@@ -28,9 +29,9 @@ class FreshConfig(Section):
     """The fresh-state loss."""
 
     weight: float = Field(1.0, gt=0, description="of the cross-entropy")
-    spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer the centre than their temperature")
+    spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer one another than their temperature")
     temperature: float = Field(4.0, ge=1, description="widest states, in the spread of the learned ones; from 1 on")
-    networks: int = Field(8, ge=1, description="networks a step")
+    networks: int = Field(8, ge=2, description="networks a step")
     images: int = Field(128, ge=1, description="training images a step")
     start: float = Field(0.5, ge=0, lt=1, description="share of the steps before it sets in")
 
@@ -76,7 +77,8 @@ class FreshLoss:
         logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
         labels = self.labels[rows].to(tokens.device).repeat(count)
         behaviour = F.cross_entropy(logits.flatten(0, 1).float(), labels)
-        size = (tokens.square().sum((1, 2)) / self.mask.sum()).clamp(min=1e-12).sqrt()  # [E], 1 in the zoo
+        apart = (tokens - tokens.mean(0)).square().sum((1, 2)) * count / (count - 1)  # [E], unbiased
+        size = (apart / self.mask.sum()).clamp(min=1e-12).sqrt()  # [E], root mean square, 1 in the zoo
         spread = F.relu(temperature.to(size.device) - size).square().mean()
         return self.config.weight * behaviour + self.config.spread * spread
 

@@ -65,7 +65,8 @@ def test_the_loss_is_cross_entropy_plus_spread(setting):
     for each in tokens:
         network.load_state_dict(generator.layout.decode(each))
         losses.append(torch.nn.functional.cross_entropy(network(loss.images[rows]), loss.labels[rows]))
-        sizes.append(each[generator.layout.mask].square().mean().sqrt())
+        apart = (each - tokens.mean(0))[generator.layout.mask].square().mean() * 3 / 2
+        sizes.append(apart.sqrt())
     spread = (1 - torch.stack(sizes)).clamp(min=0).square().mean()
     assert torch.allclose(value, torch.stack(losses).mean() + spread, atol=1e-4)
 
