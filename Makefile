@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen test lint bench install clean
+.PHONY: demo unseen test lint bench install clean report pdiff
 
 install: $(STAMP)
 
@@ -29,6 +29,15 @@ bench: $(STAMP)
 # Networks for tasks nobody trained; 15 minutes at most on two cores. More seeds: make unseen UNSEEN_ARGS="--seeds 3"
 unseen: $(STAMP)
 	$(BIN)/rpg unseen $(UNSEEN_ARGS)
+
+# The page of the demo's scores: runs/demo/report.html
+report: $(STAMP)
+	test -d runs/demo/generator || $(BIN)/rpg demo $(DEMO_ARGS)
+	$(BIN)/rpg evaluate runs/demo
+
+# p-diff on the mini networks, recurrent diffusion on the same zoos: runs/pdiff/table.md
+pdiff: $(STAMP)
+	$(BIN)/rpg sweep configs/sweeps/pdiff.yaml --jobs 2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

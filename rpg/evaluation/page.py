@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from rpg.evaluation import svg
-from rpg.evaluation.report import AT_DISTANCE, EvaluationResult, NetworkScores
+from rpg.evaluation.candidates import AT_DISTANCE
+from rpg.evaluation.report import EvaluationResult, NetworkScores
 from rpg.evaluation.svg import Axis, Series
 from tokenization.publish import publish_text
 

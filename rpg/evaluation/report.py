@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from rpg.evaluation import baselines
 from rpg.evaluation.accuracy import Summary, accuracy, summarize
-from rpg.evaluation.comparable import comparable_baselines
+from rpg.evaluation.candidates import AT_DISTANCE, at_distance, symmetries, trivial_networks
 from rpg.evaluation.curves import Distances, NoveltyReport, measure_novelty
 from rpg.evaluation.novelty import TAUS, Spread, measure_spread, weight_vectors
-from rpg.evaluation.permutations import Group, permutation_groups
 from rpg.evaluation.plots import plot_accuracy_similarity
 from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.vectors import StateDict
@@ -29,9 +27,6 @@ from tokenization.publish import publish_text
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-
-AT_DISTANCE = "_at_distance"
 
 
 class NetworkScores(Section):
@@ -152,8 +147,8 @@ def evaluate(
     average = against_originals([baselines.average(originals)])
     runs = [0] * len(originals) if runs is None else list(runs)
     measure = Distances(originals, runs, symmetries(task))
-    trivial = _trivial_networks(originals, runs, num_baseline, seed)
-    trivial |= _at_distance(measure, networks, num_baseline, seed)
+    trivial = trivial_networks(originals, runs, num_baseline, seed)
+    trivial |= at_distance(measure, networks, num_baseline, seed)
     novelty = _novelty(task, trivial, networks, predictions, original_predictions, labels, measure, taus, split, seed)
     generated = _scores(predictions, original_predictions, labels, seed)
     own = max_similarity_among(original_predictions, labels)
@@ -177,15 +172,6 @@ def evaluate(
     return result
 
 
-def symmetries(task: Task) -> list[Group]:
-    """Interchangeable hidden units of the target network; none are known for a task without images to trace it by."""
-    images = getattr(task, "images", None)
-    if images is None:
-        return []
-    with torch.random.fork_rng(devices=[]):
-        return permutation_groups(task.build(), images("test")[:2])
-
-
 def _novelty(
     task: Task,
     trivial: Mapping[str, Sequence[StateDict]],
@@ -203,41 +189,6 @@ def _novelty(
     sets = {"generated": networks, **trivial}
     answers["generated"] = predictions
     return measure_novelty(sets, answers, original_predictions, labels, measure, taus=taus, seed=seed)
-
-
-def _at_distance(
-    measure: Distances, networks: Sequence[StateDict], num: int, seed: int
-) -> dict[str, list[dict[str, Tensor]]]:
-    """Baselines as far from the zoo as the generated networks, by name."""
-    if len(measure.zoo) < 2:
-        return {}
-    distance = measure.plain(networks).amin(1).nanmedian().item()
-    if not math.isfinite(distance):
-        return {}
-    stream = generator(seed, "comparable")
-    made = comparable_baselines(measure.originals, measure.runs.tolist(), num, distance, stream)
-    return {name + AT_DISTANCE: candidates for name, candidates in made.items()}
-
-
-def _trivial_networks(
-    originals: Sequence[StateDict], runs: Sequence[int], num: int, seed: int
-) -> dict[str, list[dict[str, Tensor]]]:
-    """The baselines that need at least two originals, by name."""
-    if len(originals) < 2:
-        return {}
-    k = min(16, len(originals))
-    within: dict[str, list[dict[str, Tensor]]] = {}
-    if len(set(runs)) > 1:
-        within["run_average"] = baselines.average_runs(originals, runs)
-    return within | {
-        f"average_of_{k}": baselines.average_random(originals, num, generator(seed, "average"), k=k),
-        "interpolation": baselines.interpolate(originals, num, generator(seed, "interpolation")),
-        "coordinate_gaussian": baselines.coordinate_gaussian(originals, num, generator(seed, "coordinate")),
-        "covariance_gaussian": baselines.covariance_gaussian(originals, num, generator(seed, "covariance")),
-        "low_rank_gaussian": baselines.covariance_gaussian(
-            originals, num, generator(seed, "low rank"), rank=min(16, k), shrinkage=0.1
-        ),
-    }
 
 
 def _scores(predictions: Tensor, originals: Tensor, labels: Tensor, seed: int) -> NetworkScores:
