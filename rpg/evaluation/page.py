@@ -98,8 +98,8 @@ def _verdict(result: EvaluationResult) -> str:
         best = max(rivals, key=lambda name: rivals[name])
         than = "more than" if share > rivals[best] else "as many as" if share == rivals[best] else "fewer than"
         lines.append(
-            f"At τ = {novelty.taus[index]:g}, {100 * share:.0f} % of them are new and good: {than} of the best trivial "
-            f"baseline, {_name(best)}, with {100 * rivals[best]:.0f} %."
+            f"At τ = {novelty.taus[index]:g}, {100 * share:.0f} % of them are new and good, {than} the "
+            f"{100 * rivals[best]:.0f} % of the best trivial baseline, {_name(best)}."
         )
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
@@ -152,7 +152,7 @@ def _scatter(result: EvaluationResult) -> str:
     ]
     series.append(Series("generated", result.generated.similarities, result.generated.accuracies, GENERATED))
     text = "Accuracy of each network against its similarity to the nearest original, by kind; upper left is best."
-    similarity = Axis("similarity: greatest IoU of wrong predictions with an (other) original")
+    similarity = Axis("similarity to the nearest original (error IoU)")
     return _figure(svg.scatter(series, similarity, Axis("accuracy", percent=True), text), text)
 
 

@@ -186,7 +186,7 @@ def _picture(body: Sequence[str], across: _Scale, up: _Scale, description: str) 
     frame.append(
         f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{html.escape(across.axis.title)}</text>"
-        f'<text class="title" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
+        f'<text class="title up" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
         f"{html.escape(up.axis.title)}</text>"
     )
     label = html.escape(description, quote=True)
