@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,40 +127,31 @@ def evaluate(
     original_predictions = task.predict(originals, split)
     predictions = task.predict(networks, split)
 
-    def against_originals(candidates: Sequence[StateDict]) -> NetworkScores:
-        return _scores(task.predict(candidates, split), original_predictions, labels, seed)
-
-    noisy = [
-        NoiseScores(
-            sigma=sigma,
-            relative=relative,
-            **dict(
-                against_originals(
-                    baselines.add_noise(
-                        originals, num_baseline, sigma, generator(seed, "noise", index), relative=relative
-                    )
-                )
-            ),
-        )
-        for index, sigma in enumerate(noise)
-    ]
-    average = against_originals([baselines.average(originals)])
     runs = [0] * len(originals) if runs is None else list(runs)
     measure = Distances(originals, runs, symmetries(task))
+    noisy = {
+        f"noise_{sigma:g}": baselines.add_noise(
+            originals, num_baseline, sigma, generator(seed, "noise", index), relative=relative
+        )
+        for index, sigma in enumerate(noise)
+    }
     trivial = trivial_networks(originals, runs, num_baseline, seed)
     trivial |= at_distance(measure, networks, num_baseline, seed)
-    novelty = _novelty(task, trivial, networks, predictions, original_predictions, labels, measure, taus, split, seed)
-    generated = _scores(predictions, original_predictions, labels, seed)
+    sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
+    answers = {name: predictions if name == "generated" else task.predict(each, split) for name, each in sets.items()}
+    scores = {name: _scores(each, original_predictions, labels, seed) for name, each in answers.items()}
+    novelty = measure_novelty(sets, answers, original_predictions, labels, measure, taus=taus, seed=seed)
     own = max_similarity_among(original_predictions, labels)
+    average = scores["average"]
     result = EvaluationResult(
         split=split,
         num_images=len(labels),
         seed=seed,
         original=_summarized(accuracy(original_predictions, labels), own, seed),
         ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
-        noise=tuple(noisy),
-        baselines={name: against_originals(candidates) for name, candidates in trivial.items()},
-        generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(generated)),
+        noise=tuple(NoiseScores(sigma=sigma, relative=relative, **dict(scores[f"noise_{sigma:g}"])) for sigma in noise),
+        baselines={name: scores[name] for name in trivial},
+        generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(scores["generated"])),
         spread=measure_spread(*weight_vectors(originals, networks), original_predictions, predictions),
         novelty=novelty.curve() if novelty else None,
         novelty_details=novelty,
@@ -170,25 +161,6 @@ def evaluate(
         result.save(folder / "evaluation.json")
         plot_accuracy_similarity(result, folder / "scatter.png")
     return result
-
-
-def _novelty(
-    task: Task,
-    trivial: Mapping[str, Sequence[StateDict]],
-    networks: Sequence[StateDict],
-    predictions: Tensor,
-    original_predictions: Tensor,
-    labels: Tensor,
-    measure: Distances,
-    taus: Sequence[float],
-    split: str,
-    seed: int,
-) -> NoveltyReport | None:
-    """The novelty curves of the generated networks and of every baseline."""
-    answers = {name: task.predict(candidates, split) for name, candidates in trivial.items()}
-    sets = {"generated": networks, **trivial}
-    answers["generated"] = predictions
-    return measure_novelty(sets, answers, original_predictions, labels, measure, taus=taus, seed=seed)
 
 
 def _scores(predictions: Tensor, originals: Tensor, labels: Tensor, seed: int) -> NetworkScores:
