@@ -67,6 +67,7 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
         seed=seed,
         seconds_per_network=seconds,
         noise=config.evaluate.noise,
+        num_baseline=config.evaluate.num_baseline,
         split=config.evaluate.split,
         runs=[zoo.entries[index].run for index in indices],
         taus=config.evaluate.taus,
