@@ -1,4 +1,4 @@
-"""Write the README's table of files from the first line of every docstring and configuration; `--check` compares only."""
+"""Write the README's table of files from the first line of each file; `--check` compares only."""
 
 from __future__ import annotations
 

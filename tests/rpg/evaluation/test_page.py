@@ -98,7 +98,8 @@ def test_chromium_opens_it_without_an_error_or_a_request(run, tmp_path, window):
     log = tmp_path / "network.json"
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={window}", f"--log-net-log={log}",
+        "--disable-component-update", "--disable-sync", "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={window}", f"--log-net-log={log}",
         "--enable-logging=stderr", "--v=0", f"--screenshot={tmp_path / 'page.png'}", (run / "report.html").as_uri(),
     ]  # fmt: skip
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
