@@ -99,6 +99,8 @@ class Trainer:
         self.folder = RunFolder(config.run)
         self.zoo = zoo = Zoo.open(config.zoo)
         self._check(zoo)
+        # An earlier run of this process, perhaps one that failed, may have asked for another precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision(config.train.precision),
             gradient_accumulation_steps=config.train.gradient_accumulation,
@@ -317,7 +319,6 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=False)  # a later run may ask for another precision
         return self.folder.generator
 
 
