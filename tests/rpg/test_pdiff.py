@@ -120,14 +120,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, zoo, stop, monkeypa
 def test_the_autoencoder_learns_a_low_dimensional_zoo(tmp_path):
     make_zoo(tmp_path / "zoo", num=12)
     stages = {
-        "autoencoder": {"steps": 300, "learning_rate": 1e-2, "batch_size": 12},
+        "autoencoder": {"steps": 120, "learning_rate": 1e-2, "batch_size": 12},
         "latent": {"steps": 1, "learning_rate": 1e-3},
     }
     pdiff = {**stages, "latent_size": 16, "channels": (8, 16, 32, 32, 32)}
-    config = pdiff_config(tmp_path, pdiff=pdiff, train={"log_every": 300})
+    config = pdiff_config(tmp_path, pdiff=pdiff, train={"log_every": 120})
     losses = []
     train(config, progress=lambda done, total, loss: losses.append(loss))
-    assert losses[0] < 0.1  # the normalised values have mean square 1
+    assert losses[0] < 0.2  # the normalised values have mean square 1
 
 
 def test_only_the_included_tensors_are_generated(tmp_path, zoo):

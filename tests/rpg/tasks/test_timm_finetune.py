@@ -71,7 +71,7 @@ def test_pdiff_generates_them(folder, zoo):
     tree = {
         "run": str(folder / "run"), "zoo": str(zoo.path), "generator": "pdiff", "tokens": {"flatten": "flat"},
         "pdiff": {"autoencoder": stage, "latent": stage}, "generate": {"sampler": "ddim", "steps": 3},
-        "evaluate": {"num": 3}, "task": config_of(folder).model_dump(),
+        "evaluate": {"num": 3, "num_baseline": 2, "noise": (0.1,)}, "task": config_of(folder).model_dump(),
     }  # fmt: skip
     config = Config.parse(tree, "test")
     train(config)
