@@ -147,7 +147,7 @@ def layout_tables(layout: TokenLayout) -> list[RenderableType]:
 
 def generator_tables(config: Config, subject: estimate.Subject) -> list[RenderableType]:
     """Parameters of the generator, what a training step reads, and the memory of training and generation."""
-    from rpg.training import mixed_precision  # loads accelerate
+    from rpg.runtime import mixed_precision
 
     network = estimate.meta_network(config, subject)
     counts = estimate.parameters(network)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from rpg.fresh import FreshLoss
 from rpg.generator import Generator, Network, make_network
 from rpg.model import Batch, Loss
 from rpg.runs import RunFolder
+from rpg.runtime import StopSignal, mixed_precision
 from rpg.seeding import generator
 from rpg.tasks import build_task, task_of
 from tokenization.errors import InputError
@@ -337,46 +335,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def mixed_precision(precision: str) -> str | None:
-    """What accelerate is asked for; None leaves it to the launcher's own setting."""
-    if precision == "auto" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    if precision == "fp32" or (precision == "auto" and not fast_bf16()):
-        return "no"
-    return "bf16"
-
-
-def fast_bf16() -> bool:
-    """Whether bf16 matrix products are faster than fp32 ones on the device that will be used."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into ``requested`` while the context is open."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _request(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def __enter__(self) -> StopSignal:
-        self._before = {}
-        try:
-            for name in (signal.SIGTERM, signal.SIGINT):
-                self._before[name] = signal.signal(name, self._request)
-        except ValueError:  # not the main thread: signals are someone else's business
-            pass
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
 
 
 def _check_split(config: TrainConfig, world_size: int) -> None:
