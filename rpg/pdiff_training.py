@@ -73,6 +73,11 @@ class PDiffTrainer(Trainer):
         """Optimizer steps of both stages."""
         return self.config.pdiff.num_steps
 
+    def _check(self, zoo: Zoo) -> None:
+        super()._check(zoo)
+        if self.config.model.condition.kind != "none":
+            raise InputError("model.condition.kind", self.config.model.condition.kind, "none with generator pdiff")
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW with one group a stage."""
         network, stages = self.network, (self.config.pdiff.autoencoder, self.config.pdiff.latent)
@@ -84,11 +89,9 @@ class PDiffTrainer(Trainer):
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
-        """The zoo in memory. Raises InputError for several processes or a condition."""
+        """The zoo in memory. Raises InputError for several processes."""
         if world_size > 1:
             raise InputError("generator: pdiff", f"{world_size} processes", "one", "p-diff's networks are small")
-        if self.config.model.condition.kind != "none":
-            raise InputError("model.condition.kind", self.config.model.condition.kind, "none with generator pdiff")
         stages = self.config.pdiff.autoencoder, self.config.pdiff.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
