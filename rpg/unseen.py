@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.regression import Regression
 from rpg.evaluation.unseen import (
     Diversity,
     FlatSpace,
     SplitScores,
     TaskNetworks,
+    choose_regressions,
     measure_diversity,
     random_other,
     score_split,
@@ -83,40 +86,47 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
     generator = Generator.from_pretrained(run)
     zoo, task = Zoo.open(generator.config.zoo), subset_task(generator.config)
     choosing = image_split == "validation"
-    trained = generator.config.train.splits if not choosing else ("train",)
     networks = {split: networks_of(zoo, split) for split in ("train", "validation", "unseen")}
+    trained = ("train",) if choosing else generator.config.train.splits
     seen = _join([networks[split] for split in trained])
-    report: dict[str, Any] = {}
-    scored: dict[str, SplitScores] = {}
-    made: dict[str, dict[str, Stacked]] = {}
+    wanted = {"unseen": networks["validation" if choosing else "unseen"], "seen": seen}
     with single_threaded():
+        chosen = choose_regressions(task, networks["train"], networks["validation"])
+        regressions = {name: each for name, (each, _) in chosen.items()}
         probabilities = task.base_probabilities(zoo, image_split)
-        for name, originals in (("unseen", networks["validation" if choosing else "unseen"]), ("seen", seen)):
-            others, chosen = trivial_networks(
-                task, networks["train"], networks["validation"], seen, originals.bits, own=name == "seen"
-            )
-            made[name] = {
-                "original": originals.weights,
-                "generated": generate_for(generator, originals.bits, seed),
-                "no_condition": generate_for(generator, random_other(originals.bits, seen.bits, seed), seed),
-                **others,
-            }
+        made, scored = {}, {}
+        for name, originals in wanted.items():
+            made[name] = _all_networks(generator, seen, originals, regressions, seed, own=name == "seen")
             scored[name] = score_split(task, made[name], originals.bits, seen.bits, probabilities, image_split, seed)
-            report[name] = {key: value.model_dump(mode="json") for key, value in scored[name].methods.items()}
-            report["regressions"] = chosen
-        report |= _facts(generator, scored)
-        if not choosing:
-            report["diversity"] = diversity(generator, task, networks["unseen"].bits, seen, seed).model_dump(
-                mode="json"
-            )
-    if choosing:
-        return report
+        report = _report(generator, scored)
+        report["regressions"] = {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
+        if choosing:
+            return report
+        spread = diversity(generator, task, networks["unseen"].bits, seen, seed)
+        report["diversity"] = spread.model_dump(mode="json")
     plot_distance(scored["unseen"], run / "distance.png")
-    plot_parameters(
-        {name: (made[name]["original"], made[name]["generated"]) for name in ("seen", "unseen")}, run / "parameters.png"
-    )
+    pairs = {name: (made[name]["original"], made[name]["generated"]) for name in ("seen", "unseen")}
+    plot_parameters(pairs, run / "parameters.png")
     _write(run, report)
     return report
+
+
+def _all_networks(
+    generator: Generator,
+    seen: TaskNetworks,
+    originals: TaskNetworks,
+    regressions: dict[str, Regression],
+    seed: int,
+    own: bool,
+) -> dict[str, Stacked]:
+    """Every method's networks for the tasks of ``originals``."""
+    bits = originals.bits
+    return {
+        "original": originals.weights,
+        "generated": generate_for(generator, bits, seed),
+        "no_condition": generate_for(generator, random_other(bits, seen.bits, seed), seed),
+        **trivial_networks(seen, bits, regressions, own),
+    }
 
 
 def diversity(generator: Generator, task: SubsetTask, bits: Tensor, seen: TaskNetworks, seed: int) -> Diversity:
@@ -190,15 +200,15 @@ def _join(networks: Sequence[TaskNetworks]) -> TaskNetworks:
     return TaskNetworks(torch.cat([each.bits for each in networks]), weights)
 
 
-def _facts(generator: Generator, scored: dict[str, SplitScores]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "seed": generator.config.seed,
-        "train_seconds": generator.facts.get("training seconds"),
-        "facts": generator.facts,
+def _report(generator: Generator, scored: dict[str, SplitScores]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        name: {key: value.model_dump(mode="json") for key, value in scores.methods.items()}
+        for name, scores in scored.items()
     }
     for name, scores in scored.items():
-        facts[f"{name}_tasks"] = scores.model_dump(mode="json", exclude={"methods"})
-    return facts
+        report[f"{name}_tasks"] = scores.model_dump(mode="json", exclude={"methods"})
+    report |= {"seed": generator.config.seed, "train_seconds": generator.facts.get("training seconds")}
+    return {**report, "facts": generator.facts}
 
 
 def _headline(report: dict[str, Any]) -> dict[str, Any]:

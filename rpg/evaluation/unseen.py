@@ -6,14 +6,14 @@ It works on bits, stacked weights and a task that scores them; it knows no gener
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rpg.evaluation.accuracy import Summary, summarize
-from rpg.evaluation.regression import candidates, tune
+from rpg.evaluation.regression import Regression, candidates, tune
 from rpg.section import Section
 from rpg.seeding import generator
 from rpg.tasks.class_splits import hamming_to_nearest
@@ -97,23 +97,37 @@ class FlatSpace:
         }
 
 
-def trivial_networks(
-    task: ScoringTask, train: TaskNetworks, validation: TaskNetworks, seen: TaskNetworks, bits: Tensor, own: bool
-) -> tuple[dict[str, Stacked], dict[str, Any]]:
-    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``.
+def choose_regressions(
+    task: ScoringTask, train: TaskNetworks, validation: TaskNetworks
+) -> dict[str, tuple[Regression, float]]:
+    """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
 
-    Regressions are chosen by the validation tasks' accuracy on validation images, fitted on ``train`` alone, and then
-    fitted on ``seen``.
+    Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images.
+    """
+    space = FlatSpace(train.weights)
+    vectors = space.flatten(train.weights)
+
+    def score(predicted: Tensor) -> float:
+        return task.accuracies(space.unflatten(predicted), validation.bits, "validation").mean().item()
+
+    chosen = {
+        name: tune(regressions, train.bits, vectors, validation.bits, score)
+        for name, regressions in candidates().items()
+    }
+    chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
+    return chosen
+
+
+def trivial_networks(
+    seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
+) -> dict[str, Stacked]:
+    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``: stacked weights by method.
 
     Args:
-        task: scores.
-        train, validation: seen tasks to choose by.
         seen: all seen tasks.
         bits: the tasks to make networks for.
+        regressions: by the name they are reported under; fitted on ``seen`` here.
         own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
-
-    Returns:
-        Stacked weights by method, and what was chosen for each regression.
     """
     space = FlatSpace(seen.weights)
     vectors = space.flatten(seen.weights)
@@ -121,19 +135,9 @@ def trivial_networks(
         "nearest_seen": seen.select(nearest_rows(bits, seen.bits, own)).weights,
         "average": space.unflatten(vectors.mean(0).expand(len(bits), -1)),
     }
-    chosen: dict[str, Any] = {}
-    train_vectors = space.flatten(train.weights)
-
-    def score(predicted: Tensor) -> float:
-        return task.accuracies(space.unflatten(predicted), validation.bits, "validation").mean().item()
-
-    for name, regressions in candidates().items():
-        best, value = tune(regressions, train.bits, train_vectors, validation.bits, score)
-        chosen[name] = {**asdict(best), "validation_accuracy": value}
-        made[name] = space.unflatten(best.predict(seen.bits, vectors, bits))
-    degree = max((1, 2, 3), key=lambda each: chosen[f"ridge_degree_{each}"]["validation_accuracy"])
-    made["ridge"], chosen["ridge"] = made[f"ridge_degree_{degree}"], chosen[f"ridge_degree_{degree}"]
-    return made, chosen
+    for name, each in regressions.items():
+        made[name] = space.unflatten(each.predict(seen.bits, vectors, bits))
+    return made
 
 
 def nearest_rows(bits: Tensor, seen: Tensor, own: bool) -> Tensor:
