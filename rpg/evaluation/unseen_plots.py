@@ -73,7 +73,8 @@ def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path 
     for number, (split, pair) in enumerate(networks.items()):
         for offset, (kind, weights) in enumerate(zip(("original", "generated"), pair, strict=True)):
             axes = panels[2 * number + offset]
-            values = weights[name].flatten(1)[:TASKS_SHOWN][:, columns]
+            rows = torch.linspace(0, len(weights[name]) - 1, TASKS_SHOWN).long()  # tasks far apart
+            values = weights[name].flatten(1)[rows][:, columns]
             image = axes.imshow(values, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set_title(f"{split} tasks, {kind}", fontsize=9, loc="left")
             axes.set_yticks([])
