@@ -14,6 +14,7 @@ import yaml
 
 from rpg.config import Config
 from tokenization.errors import InputError
+from tokenization.publish import synchronise
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes.
@@ -114,12 +115,11 @@ def publish_folder(temporary: Path, target: Path, facts: dict[str, object]) -> N
     complete = temporary / COMPLETE
     complete.write_text(json.dumps(record, indent=1))
     for path in [*files.values(), complete]:
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        synchronise(path)
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-    sync_folder(target.parent)
+    synchronise(target.parent)
 
 
 def check_folder(path: Path) -> str | None:
@@ -147,15 +147,6 @@ def file_digest(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries (new and renamed files) to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_difference(old: object, new: object, path: tuple[str, ...] = ()) -> tuple[str, object, object] | None:
