@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,14 +25,32 @@ def summary(path: Path) -> str:
 
 
 def table() -> str:
-    """One line a file, in the order of the tree."""
+    """One line a file, in the order of the tree; files of one series, `NAME_VARIANT` all, share a line."""
     files = [
         path
         for folder, pattern in (("tokenization", "*.py"), ("rpg", "*.py"), ("scripts", "*.*"), ("configs", "*.yaml"))
         for path in sorted((ROOT / folder).rglob(pattern))
         if "__pycache__" not in path.parts and (path.suffix != ".py" or path.read_text().strip())
     ]
-    return "\n".join(f"| `{path.relative_to(ROOT).as_posix()}` | {summary(path)} |" for path in files)
+    rows = []
+    for key, group in itertools.groupby(files, key=series):
+        paths = list(group)
+        name = paths[0].relative_to(ROOT).as_posix()
+        text = summary(paths[0])
+        if len(paths) > 1:
+            variants = ",".join(path.stem.rpartition("_")[2] for path in paths)
+            name, text = f"{key[0]}_{{{variants}}}.yaml", key[1]
+        rows.append(f"| `{name}` | {text} |")
+    return "\n".join(rows)
+
+
+def series(path: Path) -> tuple[str, str]:
+    """Configurations `NAME_VARIANT.yaml` that say the same up to the last comma are one series."""
+    name, text = path.relative_to(ROOT).as_posix(), summary(path)
+    stem, common = path.stem.rpartition("_")[0], text.rpartition(", ")[0]
+    if path.suffix != ".yaml" or not stem or not common:
+        return name, text
+    return f"{path.parent.relative_to(ROOT).as_posix()}/{stem}", common
 
 
 def main() -> None:
