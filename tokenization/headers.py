@@ -208,6 +208,8 @@ def ties_of(header: Header, path: Path) -> dict[str, str]:
                 "an alias of a stored tensor",
                 _REWRITE,
             )
+    if ORDER_KEY in header.metadata:  # written by us: other metadata may well say the name of a tensor
+        return recorded
     implied = {
         alias: name
         for alias, name in header.metadata.items()

@@ -145,6 +145,12 @@ def test_ties_are_stored_once_and_come_back_as_one_tensor(tmp_path: Path) -> Non
     assert list(Checkpoint.open(tmp_path / "c.safetensors").state_dict()) == ["a", "b"]
 
 
+def test_metadata_that_says_the_name_of_a_tensor_is_no_tie(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.safetensors", {"weight": torch.ones(2)}, {"note": "weight"})
+    checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
+    assert checkpoint.ties == {} and list(checkpoint.tensors) == ["weight"]
+
+
 def test_ties_of_the_librarys_save_model(tmp_path: Path) -> None:
     network = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     network["b"].weight = network["a"].weight
