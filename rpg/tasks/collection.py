@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from rpg.section import Section
 from rpg.seeding import derive_seed, generator
+from rpg.tasks.augmentation import augment
 from rpg.tasks.images import ImageSplits, accuracy_of
 from tokenization.condition import ConditionSpec
 from tokenization.errors import InputError
@@ -40,9 +41,13 @@ class CollectionConfig(Section):
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of the training steps; checkpoints are fp32 in either case"
+    )
     finetune: tuple[str, ...] = Field(
         ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"
     )
+    augment: bool = Field(False, description="move, turn and scale the training images at random, in both phases")
 
 
 @contextmanager
@@ -158,7 +163,11 @@ def train_run(
     @single_threaded()
     def update(optimizer: torch.optim.Optimizer) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
-        _optimizer_step(network, optimizer, images[rows], labels[rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = F.cross_entropy(network.train()(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     # one-cycle: these networks converge in half the steps a plain cosine takes
     optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
@@ -203,10 +212,3 @@ def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Pa
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.0
     return chosen
-
-
-def _optimizer_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-    network.train()
-    optimizer.zero_grad()
-    F.cross_entropy(network(images), labels).backward()
-    optimizer.step()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from rpg.tasks.images import ImageSplits, predict_images
 from rpg.tasks.networks import NetworkName, build_network
 from tokenization.zoo import Zoo
 
+IMAGE_SIZE = 8  # as scikit-learn has them
 NUM_VALIDATION = 250
 NUM_TEST = 500
 SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
@@ -31,6 +33,7 @@ class DigitsConfig(CollectionConfig):
 
     name: Literal["digits"] = "digits"
     network: NetworkName = Field("cnn", description="the target network")
+    image_size: int = Field(IMAGE_SIZE, ge=IMAGE_SIZE, description="height and width to which the images are enlarged")
 
     @model_validator(mode="before")
     @classmethod
@@ -40,13 +43,19 @@ class DigitsConfig(CollectionConfig):
 
 
 @cache
-def load_splits() -> ImageSplits:
-    """The digits in a fixed stratified split of 1,047 training, 250 validation and 500 test images."""
+def load_splits(image_size: int = IMAGE_SIZE) -> ImageSplits:
+    """The digits in a fixed stratified split of 1,047 training, 250 validation and 500 test images.
+
+    Args:
+        image_size: height and width to which they are enlarged by bicubic interpolation.
+    """
     from sklearn.datasets import load_digits  # imported here: slow, and only needed with the data
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
+    if image_size != IMAGE_SIZE:
+        images = F.interpolate(images, size=image_size, mode="bicubic", align_corners=False)
     labels = torch.from_numpy(digits.target).long()
 
     def cut(rows: Tensor, num: int) -> list[Tensor]:
@@ -73,10 +82,10 @@ class DigitsTask:
 
     def __init__(self, config: DigitsConfig) -> None:
         self.config = config
-        self.splits = load_splits()
+        self.splits = load_splits(config.image_size)
 
     def build(self) -> nn.Module:
-        """The untrained target network: images [B, 1, 8, 8] → logits [B, 10].
+        """The untrained target network: images [B, 1, S, S] → logits [B, 10].
 
         Its weights are drawn from torch's global random state.
         """
@@ -112,7 +121,7 @@ class DigitsTask:
             return predict_images(network, state_dicts, self.images(split))
 
     def images(self, split: str = "test") -> Tensor:
-        """Standardised images of a split, float32 [images, 1, 8, 8]. Raises InputError for an unknown split."""
+        """Standardised images of a split, float32 [images, 1, S, S]. Raises InputError for an unknown split."""
         return self.splits.images[self.splits.check(split)]
 
     def labels(self, split: str = "test") -> Tensor:

@@ -1,7 +1,8 @@
 """Small image classifiers that serve as target networks.
 
-``cnn`` and ``vit`` are ours; the five ``*-mini`` networks follow p-diff (arXiv 2402.13144, appendix A.2), with
-their spatial sizes derived from the image so that they also fit images smaller than the paper's 32×32.
+``cnn`` and ``vit`` are ours and ``vit-tiny`` is timm's; the five ``*-mini`` networks follow p-diff
+(arXiv 2402.13144, appendix A.2), with their spatial sizes derived from the image so that they also fit images smaller
+than the paper's 32×32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tokenization.errors import InputError
 
 NetworkName = Literal[
-    "cnn", "vit", "vit-coarse", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
+    "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
 ]  # fmt: skip
 
 
@@ -161,6 +162,19 @@ def _vit(in_channels: int, image_size: int, num_classes: int, *, patches: int = 
     )
 
 
+def _vit_tiny(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """timm's ``vit_tiny_patch16_224`` (5.4 M parameters: width 192, depth 12, 3 heads) with 16 patches an image."""
+    from timm import create_model
+
+    return create_model(
+        "vit_tiny_patch16_224",
+        img_size=image_size,
+        patch_size=max(1, image_size // 4),
+        in_chans=in_channels,
+        num_classes=num_classes,
+    )
+
+
 def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     """p-diff's ViT-mini: 64 tokens of width 64, depth 4, 4 heads of width 8, feed-forward width 64."""
     from timm.models.vision_transformer import VisionTransformer
@@ -199,6 +213,7 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "cnn": SmallCNN,
     "vit": _vit,
     "vit-coarse": functools.partial(_vit, patches=2),
+    "vit-tiny": _vit_tiny,
     "convnet-mini": ConvNetMini,
     "mlp-mini": MLPMini,
     "resnet-mini": ResNetMini,

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 from rpg.tasks import DigitsConfig, DigitsTask, build_task, task_of
 from rpg.tasks.collection import CollectionConfig, train_run
@@ -37,6 +39,17 @@ def test_images_are_standardised_with_training_statistics_only():
     train = load_splits().images["train"]
     assert train.mean().abs() < 1e-6 and (train.std() - 1).abs() < 1e-6
     assert load_splits().images["test"].mean().abs() > 1e-6
+
+
+def test_enlarged_images_are_the_same_digits():
+    small, large = load_splits(), load_splits(32)
+    assert large.images["train"].mean().abs() < 1e-6 and (large.images["train"].std() - 1).abs() < 1e-6
+    for split, images in large.images.items():
+        assert images.shape[1:] == (1, 32, 32)
+        assert torch.equal(large.labels[split], small.labels[split])
+        shrunk = F.avg_pool2d(images, 4).flatten(1)
+        distances = torch.cdist(shrunk, small.images[split].flatten(1))
+        assert torch.equal(distances.argmin(1), torch.arange(len(images)))
 
 
 def test_collect_records_runs_steps_metrics_and_task(zoo):
@@ -125,6 +138,26 @@ def test_training_leaves_the_global_random_state_alone():
     next(iter(train_run(task.build, task.splits, short_config(train_steps=1), 0)))
     task.predict([])
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_bf16_training_stays_close_to_fp32_and_saves_fp32():
+    def trained(precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+        config = short_config(train_steps=20, steps=1, precision=precision)
+        task, before = build_task(config), []
+
+        def build() -> torch.nn.Module:
+            network = task.build()
+            before.append(parameters_to_vector(network.parameters()).detach().clone())
+            return network
+
+        _, network = next(iter(train_run(build, load_splits(), config, 0)))
+        assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+        return before[0], parameters_to_vector(network.parameters()).detach()
+
+    start, exact = trained("fp32")
+    same_start, rounded = trained("bf16")
+    assert torch.equal(start, same_start)
+    assert 0 < (rounded - exact).norm() < 0.2 * (exact - start).norm()
 
 
 def test_fine_tuning_starts_from_a_converged_network():

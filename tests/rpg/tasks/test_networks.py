@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ def build(name: str, **changes) -> nn.Module:
     [
         ("cnn", 3658),
         ("vit", 26762),
+        ("vit-tiny", 5345098),
         ("convnet-mini", 2486),
         ("mlp-mini", 5370),
         ("resnet-mini", 2802),
@@ -40,10 +42,22 @@ def test_convnext_mini_has_the_papers_size_at_the_papers_images():
     assert sum(parameter.numel() for parameter in network.parameters()) == 74970
 
 
-@pytest.mark.parametrize("name", ["cnn", "vit", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "vit", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"]
+)
 def test_networks_take_colour_images_of_other_sizes(name):
     network = build(name, in_channels=3, image_size=32, num_classes=5)
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_vit_tiny_is_timms():
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, in_chans=1, num_classes=10)
+    weights = theirs.state_dict()
+    assert sum(value.numel() for value in weights.values()) == 5356618
+    ours = build("vit-tiny", image_size=32)
+    ours.load_state_dict(weights)
+    images = torch.randn(3, 1, 32, 32)
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
 def test_narrow_attention_equals_torchs_when_as_wide():
