@@ -186,9 +186,9 @@ class Generator:
         shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
         sinks: dict[int, MemorySink] = {}
 
-        def watch(tile: Tile, step: int, rows: Tensor) -> None:
+        def watch(tile: Tile, step: int, rows: Callable[[], Tensor]) -> None:
             if step in shown:
-                sinks.setdefault(step, MemorySink(self.layout, num)).take(tile, rows.cpu())
+                sinks.setdefault(step, MemorySink(self.layout, num)).take(tile, rows().cpu())
 
         for _ in self.sampler().sample(request, watch):
             pass

@@ -46,7 +46,7 @@ class LatentSampler:
 
     @torch.inference_mode()
     def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its rows ``[G, L, D]``; ``watch`` sees what the latents decode to after every step."""
+        """Yield each tile with its rows ``[G, L, D]``; ``watch`` is told after every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             for first in range(0, request.num, GROUP):
                 tile = Tile(first, min(GROUP, request.num - first), 0, self.layout.num_tokens)
@@ -68,7 +68,7 @@ class LatentSampler:
 
         def tell(step: int, x: Tensor) -> None:
             if watch is not None:
-                watch(tile, step, self._rows(tile, x))
+                watch(tile, step, lambda: self._rows(tile, x))
 
         return self.network.objective.sample(
             predict,

@@ -44,8 +44,11 @@ class Request:
     temperature: float = 1.0
 
 
-Watch = Callable[[Tile, int, Tensor], None]
-"""Told of a tile, the step just taken and the rows ``[G, n, D]`` as they are then, noise included."""
+Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
+"""Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
+
+The rows are a function because p-diff has to decode them: most of a thousand steps are not looked at.
+"""
 
 
 class TokenSampler:
@@ -73,7 +76,7 @@ class TokenSampler:
 
     @torch.inference_mode()
     def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its denoised rows ``[G, n, D]``; ``watch`` sees them after every step."""
+        """Yield each tile with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         prototypes: list[Tensor] = []
         current = -1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -143,9 +146,11 @@ class TokenSampler:
             return torch.lerp(free, prediction, scale)
 
         def tell(step: int, x: Tensor) -> None:
+            def rows() -> Tensor:
+                return (x * mask).view(group, num_tokens, width)[: tile.num_networks, : tile.num_tokens]
+
             if watch is not None:
-                whole = (x * mask).view(group, num_tokens, width)
-                watch(tile, step, whole[: tile.num_networks, : tile.num_tokens])
+                watch(tile, step, rows)
 
         rows = self.network.objective.sample(
             predict,
