@@ -159,12 +159,14 @@ def train_run(
         network = build()
     draws = generator(config.seed, "batches", run)
     images, labels = splits.images["train"], splits.labels["train"]
+    background = float(images.min())
 
     @single_threaded()
     def update(optimizer: torch.optim.Optimizer) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
+        drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = F.cross_entropy(network.train()(images[rows]), labels[rows])
+            loss = F.cross_entropy(network.train()(drawn), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 from rpg.tasks import DigitsConfig, DigitsTask, build_task, task_of
+from rpg.tasks.augmentation import augment
 from rpg.tasks.collection import CollectionConfig, train_run
 from rpg.tasks.digits import load_splits
 from rpg.tasks.images import predict_images
@@ -241,3 +242,16 @@ def test_a_network_has_its_own_recipe_unless_told_otherwise():
     assert (given.train_steps, given.batch_size) == (3, 64)
     assert DigitsConfig.model_validate(given.model_dump()) == given
     assert DigitsConfig().train_steps == DigitsConfig(network="mlp-mini").train_steps == 800
+
+
+def test_training_on_moved_images_makes_networks_that_read_moved_images():
+    task = build_task(DigitsConfig(network="mlp-mini"))
+    images = task.images("validation")
+    moved = augment(images, torch.Generator().manual_seed(0), fill=float(images.min()))
+
+    def reads(**changes: bool) -> float:
+        config = CollectionConfig(train_steps=300, steps=1, batch_size=64, **changes)
+        _, network = next(iter(train_run(task.build, task.splits, config, 0)))
+        return (network.eval()(moved).argmax(1) == task.labels("validation")).double().mean().item()
+
+    assert reads(augment=True) > reads() + 0.03
