@@ -13,6 +13,8 @@ from tokenization.headers import read_json, tensor_at
 
 CONFIG_NAME = "adapter_config.json"
 
+_FACTOR = re.compile(r"\blora_(embedding_)?([AB])\b")
+
 # What decides the meaning of an adapter's tensors. Lists are compared as sets: PEFT writes them in any order.
 _FIELDS = (
     "peft_type",
@@ -70,6 +72,15 @@ def require_same_config(
             )
 
 
+def partner_of(name: str) -> tuple[str, str] | None:
+    """Of a LoRA factor: ``A`` or ``B``, and the name of the other factor; None of other tensors."""
+    match = _FACTOR.search(name)
+    if match is None or name.endswith(".bias"):
+        return None
+    start, end = match.span(2)
+    return match[2], name[:start] + ("B" if match[2] == "A" else "A") + name[end:]
+
+
 def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path) -> None:
     """Check that both factors of every low-rank update are there and of the configured rank.
 
@@ -83,12 +94,10 @@ def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping
     """
     pairs = 0
     for name, shape in shapes.items():
-        match = re.search(r"\blora_(embedding_)?([AB])\b", name)
-        if not match:
+        match, factor = _FACTOR.search(name), partner_of(name)
+        if match is None or factor is None:
             continue
-        side = match[2]
-        start, end = match.span(2)
-        partner = name[:start] + ("B" if side == "A" else "A") + name[end:]
+        side, partner = factor
         if partner not in shapes:
             raise InputError(
                 tensor_at(folder, partner), "no such tensor", f"one that goes with {name!r}", "save it anew"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenization import layout_file
+from tokenization.canonical import Canonical
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.normalization import LayerStatistics, Statistics, TensorSource
@@ -48,6 +49,7 @@ class TokenLayout:
         ties: ``{alias: name}``.
         statistics: the normalisation.
         constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
+        canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TokenLayout:
         statistics: Statistics,
         constant_source: TensorSource,
         constant_prefix: str = "",
+        canonical: Canonical | None = None,
     ) -> None:
         self.options = options
         self.names = tuple(names)
@@ -71,6 +74,7 @@ class TokenLayout:
         self.statistics = statistics
         self._constant_source = constant_source
         self._constant_prefix = constant_prefix
+        self.canonical = canonical
         self._reader: TokenReader | None = None
 
     @classmethod
@@ -91,9 +95,12 @@ class TokenLayout:
         indices = list(range(len(zoo))) if indices is None else [int(index) for index in indices]
         if not indices:
             raise InputError(str(zoo.path), "no checkpoint to measure", "at least one", "collect some")
-        checkpoints = [zoo.checkpoint(index) for index in indices]
-        layout = cls._planned(checkpoints[0], options, layout_file.open_base(zoo, options.base) or checkpoints[0])
-        layout.statistics = layout_file.fitted_statistics(zoo, indices, checkpoints, layout.layers, options)
+        first = zoo.checkpoint(indices[0])
+        layout = cls._planned(first, options, layout_file.open_base(zoo, options.base) or first)
+        layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
+        checkpoints = [layout.checkpoint(zoo, index) for index in indices]
+        form = layout.canonical.key if layout.canonical else None
+        layout.statistics = layout_file.fitted_statistics(zoo, indices, checkpoints, layout.layers, options, form)
         return layout
 
     @classmethod
@@ -153,14 +160,21 @@ class TokenLayout:
         """The normalisation of one layer."""
         return self.statistics.layer(index, self.layers[index].name)
 
+    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
+        """An entry of a zoo as it is cut into tokens: the zoo's own, its LoRA pairs in canonical form."""
+        return zoo.checkpoint(index) if self.canonical is None else self.canonical.checkpoint(zoo, index)
+
     def encode(self, source: Checkpoint | Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Cut a checkpoint or a state dict into normalised tokens ``[L, D]`` of ``dtype``; padding is 0.
+
+        LoRA pairs are brought into the layout's canonical form first.
 
         Raises:
             InputError: a tensor is missing or has another shape, or differs in a layer that does not vary in the zoo
                 (such a layer decodes to the zoo's values).
         """
         tokens = empty_huge((self.num_tokens, self.token_size), dtype)
+        source = source if self.canonical is None else self.canonical.apply(source)
         self.encode_into(tokens, source)
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
@@ -178,7 +192,10 @@ class TokenLayout:
         return tokens
 
     def encode_into(self, tokens: Tensor, source: Checkpoint | Mapping[str, Tensor]) -> None:
-        """``encode`` into ``tokens`` (``[L, D]``, contiguous), a layer that does not vary becoming 0 in any case."""
+        """``encode`` into ``tokens`` (``[L, D]``, contiguous), a layer that does not vary becoming 0 in any case.
+
+        LoRA pairs are taken to be in canonical form, as those of ``checkpoint`` are.
+        """
         # All rows with padding are cleared first; that is cheaper than finding every gap.
         num_values = self.runs.num_values(np.arange(self.num_tokens))
         tokens[torch.from_numpy(np.flatnonzero(num_values < self.token_size))] = 0

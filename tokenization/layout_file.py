@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenization.canonical import CACHE_FOLDER, Canonical, find_pairs, reference_name
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.fitting import fit_statistics
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "rpg.layout", 1
 LAYOUT_FILE, STATISTICS_FILE = "layout.json", "statistics.safetensors"
-CACHE_FOLDER = "cache"
 CONSTANT_PREFIX = "constant."
 NUMBERS = ("layer.centre", "layer.scale", "layer.variance_mean")
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -41,6 +41,7 @@ def save(layout: TokenLayout, folder: Path) -> None:
     statistics = layout.statistics
     specs = _specs(layout.layers, statistics.normalization)
     specs |= {CONSTANT_PREFIX + name: spec for name, spec in layout.constant_specs.items()}
+    specs |= _reference_specs(layout.canonical)
     metadata = {"format": FORMAT, "version": str(VERSION)}
     with TensorFile(folder / STATISTICS_FILE, specs, metadata) as file:
         _write_numbers(file, statistics)
@@ -50,6 +51,9 @@ def save(layout: TokenLayout, folder: Path) -> None:
                 statistics.release(layer.name)
         for name in layout.constant_specs:
             file.write(CONSTANT_PREFIX + name, 0, layout.constant(name))
+        if layout.canonical is not None and layout.canonical.reference is not None:
+            for name in _reference_specs(layout.canonical):
+                file.write(name, 0, layout.canonical.reference.flat(name))
     publish_text(folder / LAYOUT_FILE, json.dumps(_to_json(layout), indent=1) + "\n")
 
 
@@ -88,7 +92,28 @@ def load(folder: Path) -> dict[str, Any]:
     _require_specs(source, specs)
     statistics = _statistics(source, arguments.pop("normalization"))
     assert isinstance(options, TokenOptions)
-    return {**arguments, "statistics": statistics, "constant_source": source, "constant_prefix": CONSTANT_PREFIX}
+    return {
+        **arguments,
+        "statistics": statistics,
+        "constant_source": source,
+        "constant_prefix": CONSTANT_PREFIX,
+        "canonical": _canonical(source, layers, options),
+    }
+
+
+def _canonical(source: Checkpoint, layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:
+    pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
+    if not pairs:
+        return None
+    canonical = Canonical(options.lora_canonical, pairs, source if options.lora_canonical == "aligned" else None)
+    _require_specs(source, _reference_specs(canonical))
+    return canonical
+
+
+def _reference_specs(canonical: Canonical | None) -> dict[str, TensorSpec]:
+    if canonical is None or canonical.reference is None:
+        return {}
+    return {reference_name(layer.name): (torch.float32, layer.shape) for layer in canonical.layers}
 
 
 def _to_json(layout: TokenLayout) -> dict[str, Any]:
@@ -115,7 +140,8 @@ def _to_json(layout: TokenLayout) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    options = TokenOptions(**content["options"])
+    # A layout from before there was the option has its pairs as they were trained.
+    options = TokenOptions(**{"lora_canonical": "none", **content["options"]})
     names, layers, ties, constants = [], [], {}, {}
     for entry in content["tensors"]:
         name = entry["name"]
@@ -196,11 +222,20 @@ def open_base(zoo: Zoo, base: str | None) -> Checkpoint | None:
 
 
 def fitted_statistics(
-    zoo: Zoo, indices: Sequence[int], checkpoints: Sequence[Checkpoint], layers: Sequence[Layer], options: TokenOptions
+    zoo: Zoo,
+    indices: Sequence[int],
+    checkpoints: Sequence[Checkpoint],
+    layers: Sequence[Layer],
+    options: TokenOptions,
+    form: str | None,
 ) -> Statistics:
-    """The statistics of a zoo, from its cache or measured now. Arguments and errors as in ``TokenLayout.fit``."""
+    """The statistics of a zoo, from its cache or measured now. Arguments and errors as in ``TokenLayout.fit``.
+
+    ``form`` is the key of the canonical form that the checkpoints are in, if any.
+    """
     specs = _specs(layers, options.normalization)
     subject = [VERSION, zoo.digest(), list(indices), options.normalization, [layer.name for layer in layers]]
+    subject += [form] if form else []
     key = hashlib.sha256(json.dumps(subject).encode()).hexdigest()
     path = zoo.path / CACHE_FOLDER / f"statistics-{key[:16]}.safetensors"
     with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again

@@ -26,6 +26,7 @@ from tokenization.errors import InputError
 
 Normalization = Literal["residual", "layer", "none"]
 Flatten = Literal["layer", "channel", "flat"]
+CanonicalForm = Literal["svd", "aligned", "none"]
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BLOCK_VALUES = 1 << 15
@@ -46,6 +47,8 @@ class TokenOptions:
         flatten: ``layer`` (a token never crosses a layer), ``channel`` (nor an output channel), ``flat`` (crosses all).
         base: checkpoint that the tensors outside the tokens come from, a file of the zoo or a path; the zoo's first
             when null.
+        lora_canonical: one form for the factors of each LoRA pair, its product unchanged: ``svd`` (balanced, by
+            singular values), ``aligned`` (that rotated towards the zoo's mean), ``none`` (as they were trained).
 
     Raises:
         ValueError: an impossible value.
@@ -61,13 +64,16 @@ class TokenOptions:
     pack: bool = False
     flatten: Flatten = "layer"
     base: str | None = None
+    lora_canonical: CanonicalForm = "svd"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"size: found {self.size!r}, expected a whole number of values, 1 or more")
-        for field, choices in (("normalization", get_args(Normalization)), ("flatten", get_args(Flatten))):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field}: found {getattr(self, field)!r}, expected one of {', '.join(choices)}")
+        for field, kind in (("normalization", Normalization), ("flatten", Flatten), ("lora_canonical", CanonicalForm)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(
+                    f"{field}: found {getattr(self, field)!r}, expected one of {', '.join(get_args(kind))}"
+                )
         for field in ("include", "exclude"):
             patterns = getattr(self, field)
             if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):

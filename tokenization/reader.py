@@ -90,7 +90,7 @@ class TokenReader:
         self._clear_padding(rows.view(-1, self.layout.token_size), per_checkpoint.reshape(-1))
         groups = [self._groups(ids) for ids in (per_checkpoint if tokens.ndim == 2 else [tokens])]
         for place, number in enumerate(checkpoints.tolist()):
-            checkpoint = self.zoo.checkpoint(number)
+            checkpoint = self.layout.checkpoint(self.zoo, number)
             for group in groups[place if tokens.ndim == 2 else 0]:
                 self._read_group(rows[place], checkpoint, group)
         return rows
@@ -99,7 +99,8 @@ class TokenReader:
         assert self._cache is not None
         with self._lock:
             if checkpoint_id not in self._cached:
-                self.layout.encode_into(self._cache[checkpoint_id], self.zoo.checkpoint(checkpoint_id))
+                source = self.layout.checkpoint(self.zoo, checkpoint_id)
+                self.layout.encode_into(self._cache[checkpoint_id], source)
                 self._cached.add(checkpoint_id)
         return self._cache[checkpoint_id]
 
