@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -108,10 +109,10 @@ def run_sweep(path: Path | str, *, jobs: int = 1, say: Say = print) -> Path:
     """
     sweep, experiments = load_sweep(path)
     waiting = [experiment for experiment in experiments if not experiment.finished()]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
-    failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda name: say(f"{name}: zoo ready"))
-    failures |= _in_parallel("run", waiting, jobs, threads, lambda name: say(f"{name}: done"))
+    failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
+    failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
     rows = [row_of(experiment, failures.get(experiment.name)) for experiment in experiments]
     folder = Path(sweep.run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,26 +123,37 @@ def run_sweep(path: Path | str, *, jobs: int = 1, say: Say = print) -> Path:
     return folder / "table.md"
 
 
+def _num_threads() -> int:
+    """The threads to share out: as many as the environment allows, else one a core."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return int(allowed) if allowed.isdigit() else os.cpu_count() or 1
+
+
 def _in_parallel(
     step: str, experiments: list[Experiment], jobs: int, threads: int, finished: Callable[[str], None]
 ) -> dict[str, str]:
-    """Run a step of every experiment, each in a process of its own; return what went wrong, by name."""
+    """Run a step of every experiment, each in a process of its own; return what went wrong, by name.
+
+    ``finished`` receives "<name>: <seconds> s" of each that went well.
+    """
     failures: dict[str, str] = {}
     if not experiments:
         return failures
     with ThreadPoolExecutor(min(jobs, len(experiments))) as pool:
         futures = {pool.submit(_in_process, step, experiment, threads): experiment for experiment in experiments}
         for future in as_completed(futures):
-            name, failure = futures[future].name, future.result()
+            name = futures[future].name
+            failure, seconds = future.result()
             if failure is None:
-                finished(name)
+                finished(f"{name}: {seconds:.0f} s")
             else:
                 failures[name] = failure
     return failures
 
 
-def _in_process(step: str, experiment: Experiment, threads: int) -> str | None:
-    """Run one step of one experiment; what went wrong, in one line, or None."""
+def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | None, float]:
+    """Run one step of one experiment; what went wrong, in one line, or None, and the seconds it took."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         experiment.config.save(path)
@@ -152,10 +164,11 @@ def _in_process(step: str, experiment: Experiment, threads: int) -> str | None:
             stderr=subprocess.PIPE,
             text=True,
         )
+    seconds = time.perf_counter() - started
     if process.returncode == 0:
-        return None
+        return None, seconds
     lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-    return lines[-1].removeprefix("error: ")
+    return lines[-1].removeprefix("error: "), seconds
 
 
 def _step(step: str, path: str) -> None:
