@@ -13,6 +13,7 @@ from rpg.section import Section
 from rpg.tasks.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
 from rpg.tasks.digits import DigitsConfig, DigitsTask
 from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks.language import LanguageConfig, LanguageTask
 from rpg.tasks.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
@@ -24,6 +25,8 @@ __all__ = [
     "DigitsSubsetsConfig",
     "DigitsSubsetsTask",
     "DigitsTask",
+    "LanguageConfig",
+    "LanguageTask",
     "Task",
     "TaskConfig",
     "TimmFinetuneConfig",
@@ -33,7 +36,8 @@ __all__ = [
 ]
 
 TaskConfig: TypeAlias = Annotated[
-    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig, Field(discriminator="name")
+    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig | LanguageConfig,
+    Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""
 
@@ -60,6 +64,7 @@ _TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {
     "digits": (DigitsConfig, DigitsTask),
     "digits_subsets": (DigitsSubsetsConfig, DigitsSubsetsTask),
     "cifar10_subsets": (Cifar10SubsetsConfig, Cifar10SubsetsTask),
+    "language": (LanguageConfig, LanguageTask),
     "finetune": (TimmFinetuneConfig, TimmFinetuneTask),
 }
 

@@ -82,7 +82,7 @@ def finetune_many(
         last = number == len(config.stages) - 1
         for step in range(stage.steps):
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * _schedule(step, stage.steps)
+                group["lr"] = stage.learning_rate * schedule(step, stage.steps)
             images, classes = draw(config.batch_size)
             loss = task_losses(side(weights, images), bits[:, classes], config).sum()
             optimizer.zero_grad()
@@ -126,7 +126,8 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
     return weights
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate at ``step`` of ``steps``: a linear warm-up, and a cosine to 0."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

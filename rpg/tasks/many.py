@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +25,25 @@ from tokenization.checkpoint import Checkpoint, save_checkpoint
 from tokenization.manifest import ZooEntry
 from tokenization.zoo import Zoo, with_digest
 
+_METRIC = "metric/"
+
 
 class Trainable(Protocol):
     """What trains parts; it is sent to other processes, so it must pickle."""
 
-    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Tensor]:
-        """Train tasks; their checkpoints in the order of steps, and each one's validation accuracy ``[K, T]``."""
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
+        """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
+
+
+Write = Callable[[Path, int, int, Mapping[str, Tensor]], str]
+"""Writes a checkpoint into the zoo folder, given task and number of the checkpoint; its place in the zoo."""
+
+
+def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+    """A checkpoint as one safetensors file."""
+    name = f"checkpoints/{task:06d}-{number:02d}.safetensors"
+    save_checkpoint(folder / name, state_dict)
+    return name
 
 
 def collect_many(
@@ -43,6 +56,7 @@ def collect_many(
     processes: int | None = None,
     progress: Progress | None = None,
     limit: int | None = None,
+    write: Write = write_file,
 ) -> None:
     """Train what the zoo lacks and list it.
 
@@ -57,6 +71,7 @@ def collect_many(
         processes: parts trained at a time; as many as there are cores when None.
         progress: called with (tasks trained, tasks in all).
         limit: train at least this many tasks only.
+        write: puts a checkpoint into the zoo.
     """
     if len({entry.run for entry in zoo.entries}) == len(bits):
         return
@@ -83,9 +98,8 @@ def collect_many(
         listed = {entry.run for entry in zoo.entries}
         for number, tasks in enumerate(parts):
             if any(task not in listed for task in tasks):
-                _list_part(
-                    zoo, _file(folder, number), [task for task in tasks if task not in listed], tasks, bits, splits
-                )
+                wanted = [task for task in tasks if task not in listed]
+                _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
         if total == len(bits):
             shutil.rmtree(folder)
     place.wait_for_everyone()
@@ -116,33 +130,36 @@ def _train_parts(
 def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Path) -> None:
     if _file(folder, number).exists():  # by another process meanwhile
         return
-    checkpoints, accuracies = trainable.train_part(tasks, folder.parent)
+    checkpoints, metrics = trainable.train_part(tasks, folder.parent)
     tensors = {
         f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
     }
+    scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
     temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"
-    save_file({**tensors, "validation_accuracy": accuracies.double()}, temporary)
+    save_file({**tensors, **scores}, temporary)
     temporary.rename(_file(folder, number))
 
 
-def _list_part(zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str]) -> None:
+def _list_part(
+    zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str], write: Write
+) -> None:
     """Append the networks of a part to the zoo; the manifest grows by all of them or none."""
     tensors = load_file(file)
-    accuracies = tensors.pop("validation_accuracy")
+    metrics = {key.removeprefix(_METRIC): tensors.pop(key) for key in list(tensors) if key.startswith(_METRIC)}
     (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    num_checkpoints = len(next(iter(metrics.values())))
     entries = []
     for task in wanted:
         row = tasks.index(task)
-        for step in range(len(accuracies)):
-            name = f"checkpoints/{task:06d}-{step:02d}.safetensors"
-            prefix = f"{step}/"
-            save_checkpoint(
-                zoo.path / name,
-                {key.removeprefix(prefix): value[row] for key, value in tensors.items() if key.startswith(prefix)},
-            )
+        for number in range(num_checkpoints):
+            prefix = f"{number}/"
+            state_dict = {
+                key.removeprefix(prefix): value[row] for key, value in tensors.items() if key.startswith(prefix)
+            }
+            name = write(zoo.path, task, number, state_dict)
             entry = ZooEntry(
-                file=name, run=task, step=step + 1, condition=tuple(map(float, bits[task].tolist())),
-                metrics={"validation_accuracy": float(accuracies[step, row])}, split=splits[task],
+                file=name, run=task, step=number + 1, condition=tuple(map(float, bits[task].tolist())),
+                metrics={key: float(value[number, row]) for key, value in metrics.items()}, split=splits[task],
             )  # fmt: skip
             entries.append(with_digest(entry, Checkpoint.open(zoo.path / name)))
     zoo.extend(entries)

@@ -173,7 +173,7 @@ class SubsetTask:
         )  # fmt: skip
         return zoo if place.is_main_process else Zoo.open(path)
 
-    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Tensor]:
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
         """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
         bits = self.bits()[tasks].to(self.device)
         start = binary_start(load_file(folder / BASE), self.build(), bits.cpu(), self.config.fresh_head)
@@ -184,7 +184,8 @@ class SubsetTask:
             self.side, start, bits, lambda num: self.draw(num, stream, augmented=augmented), self.config.finetune
         )
         accuracies = torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
-        return [{name: value.cpu() for name, value in each.items()} for each in checkpoints], accuracies
+        on_cpu = [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
+        return on_cpu, {"validation_accuracy": accuracies}
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
         """Share of right answers of T stacked networks at their tasks ``[T, C]``, float64 ``[T]``."""

@@ -1,0 +1,190 @@
+"""Many LoRA or DoRA adapters of one base model in one forward pass.
+
+The base sees the rows of all adapters as one batch; what an adapter adds to a linear layer is two batched products.
+Nothing is copied per adapter but its own values, and any model that PEFT can adapt will do.
+T adapters, B rows of each, S token positions, V vocabulary, r rank, I inputs and O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.tasks.side_by_side import Stacked
+from tokenization.errors import InputError
+
+if TYPE_CHECKING:  # slow to import, and only needed once there are adapters
+    from peft import LoraConfig
+
+
+class AdapterConfig(Section):
+    """The adapters' form, as PEFT names it."""
+
+    kind: Literal["lora", "dora"] = Field("lora", description="dora: LoRA with a learned norm of every output")
+    r: int = Field(4, ge=1, description="rank")
+    alpha: float = Field(8.0, gt=0, description="the product B·A is scaled by alpha / r (rslora: alpha / sqrt(r))")
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs; with one adapter at a time only")
+    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+
+    def peft(self, base: str) -> LoraConfig:
+        """PEFT's configuration for the base of that name or path."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM", base_model_name_or_path=base, r=self.r, lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout, use_rslora=self.rslora, use_dora=self.kind == "dora",
+            target_modules=list(self.target_modules),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One adapted linear layer."""
+
+    module: nn.Module
+    name: str
+    scaling: float
+    dora: bool
+
+    def weight(self) -> Tensor:
+        """The base's weight ``[O, I]``; Conv1D keeps it the other way round."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight if isinstance(self.module, nn.Linear) else weight.T
+
+
+class AdapterBank:
+    """T adapters of one base as one function.
+
+    Args:
+        base: a causal language model; it is frozen, and left as it was otherwise.
+        config: the adapters' form.
+
+    Raises:
+        InputError: ``target_modules`` names no layer of the base.
+    """
+
+    def __init__(self, base: nn.Module, config: LoraConfig) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self.base = base.eval().requires_grad_(False)
+        with peft_on(base, config) as adapted:
+            names = {module: name for name, module in adapted.named_modules()}
+            layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+            self.sites = [
+                _Site(layer.get_base_layer(), names[layer], layer.scaling["default"], bool(config.use_dora))
+                for layer in layers
+            ]
+        accepted = inspect.signature(base.forward).parameters
+        self._keeps_logits = "logits_to_keep" in accepted
+
+    def start(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
+        """A fresh adapter under PEFT's names: A random, B zero, DoRA's norms those of the base."""
+        return fresh_adapter(self.base, config, seed)
+
+    def logits(self, weights: Stacked, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of T adapters, each on its own rows.
+
+        Differentiable in ``weights``.
+
+        Args:
+            weights: T adapters under PEFT's names.
+            ids: token ids ``[T, B, S]``, padded on the right.
+            keep: positions ``[K]`` whose logits are wanted; all when None.
+
+        Returns:
+            ``[T, B, K, V]``.
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if keep is not None and self._keeps_logits:
+            options["logits_to_keep"] = keep
+        with self._adapted(weights):
+            found = self.base(ids.flatten(0, 1), **options).logits  # [T·B, K, V]
+        if keep is not None and not self._keeps_logits:
+            found = found[:, keep]
+        return found.unflatten(0, ids.shape[:2])
+
+    @contextmanager
+    def _adapted(self, weights: Stacked) -> Iterator[None]:
+        handles = [site.module.register_forward_hook(functools.partial(_adapt, site, weights)) for site in self.sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adapt(site: _Site, weights: Stacked, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The layer's output with each adapter's part: W x + s B A x, in DoRA (arXiv 2402.09353) times m / |W + s B A|."""
+    x = inputs[0]
+    down = weights[f"{site.name}.lora_A.weight"].to(x.dtype)  # [T, r, I]
+    up = weights[f"{site.name}.lora_B.weight"].to(x.dtype)  # [T, O, r]
+    rows = x.reshape(len(down), -1, x.shape[-1])  # [T, B·S, I]
+    delta = torch.bmm(torch.bmm(rows, down.mT), up.mT) * site.scaling  # [T, B·S, O]
+    if not site.dora:
+        return output + delta.view(output.shape)
+    magnitude = weights[f"{site.name}.lora_magnitude_vector"].to(x.dtype)  # [T, O]
+    bias = module.bias if isinstance(module.bias, Tensor) else torch.zeros((), dtype=x.dtype, device=x.device)
+    linear = (output - bias).reshape(delta.shape)
+    scale = (magnitude / _norms(site, down, up))[:, None]  # [T, 1, O]
+    return (scale * (linear + delta)).view(output.shape) + bias
+
+
+@torch.no_grad()
+def _norms(site: _Site, down: Tensor, up: Tensor) -> Tensor:
+    """Norms of the rows of W + s B A ``[T, O]``, without making T such matrices.
+
+    They are constants to the gradient, as in PEFT (arXiv 2402.09353, section 4.3).
+    """
+    weight = site.weight().to(down.dtype)  # [O, I]
+    mixed = (up * (down @ weight.T).mT).sum(-1)  # [T, O]: b_o · A w_o
+    squared = ((up @ (down @ down.mT)) * up).sum(-1)  # [T, O]: b_oᵀ A Aᵀ b_o
+    return (weight.square().sum(1) + 2 * site.scaling * mixed + site.scaling**2 * squared).clamp(min=0).sqrt()
+
+
+@contextmanager
+def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
+    """PEFT's own model around ``base``; the base is as before when the block ends.
+
+    Raises:
+        InputError: PEFT finds nothing to adapt.
+    """
+    from peft import get_peft_model
+
+    try:
+        adapted = get_peft_model(base, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        found = str(sorted(config.target_modules or ()))
+        raise InputError("task.adapter.target_modules", found, "layers of the base", str(error).split(".")[0]) from None
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+
+
+def fresh_adapter(base: nn.Module, config: LoraConfig, seed: int) -> dict[str, Tensor]:
+    """An untrained adapter under PEFT's names; torch's global random state is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with peft_on(base, config) as adapted:
+            return adapter_state(adapted)
+
+
+def adapter_state(adapted: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the adapter of a PEFT model under PEFT's names, float32, on the CPU, copied."""
+    from peft import get_peft_model_state_dict
+
+    state: Mapping[str, Tensor] = get_peft_model_state_dict(adapted)
+    return {name: value.detach().float().cpu().clone() for name, value in state.items()}
