@@ -37,6 +37,9 @@ CACHE_FOLDER = "cache"
 MARK = "rpg.canonical"
 """Metadata of an opened canonical checkpoint: by which form it is one."""
 
+NO_PRODUCT = ("target_parameters", "kasa_config", "use_bdlora")
+"""Fields of PEFT's configuration under which an update is not ``B A``: stacked experts, a diagonal, blocks."""
+
 REFERENCE_CHECKPOINTS, REFERENCE_ROUNDS = 32, 3
 """Of how many adapters, spread over the zoo, the reference is the mean, and how often they are aligned to it anew."""
 
@@ -87,16 +90,18 @@ class Canonical:
         """The form that ``options.lora_canonical`` names for a zoo; None without it, or where there are no pairs.
 
         Raises:
-            InputError: the adapters hold experts stacked in one pair, which is no single product.
+            InputError: the adapters are of a variant of LoRA whose pairs are not simply multiplied.
         """
         pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
         if not pairs:
             return None
-        if (zoo.path / CONFIG_NAME).is_file() and read_adapter_config(zoo.path).get("target_parameters"):
-            raise InputError(
-                "tokens.lora_canonical", f"{options.lora_canonical!r} for adapters with target_parameters", "'none'",
-                "set it, as their pairs hold several products",
-            )  # fmt: skip
+        config = read_adapter_config(zoo.path) if (zoo.path / CONFIG_NAME).is_file() else {}
+        for field in NO_PRODUCT:
+            if config.get(field):
+                raise InputError(
+                    "tokens.lora_canonical", f"{options.lora_canonical!r} for adapters with {field}", "'none'",
+                    "set it, as their pairs are not simply multiplied",
+                )  # fmt: skip
         reference = _fitted_reference(zoo, indices, pairs) if options.lora_canonical == "aligned" else None
         return cls(options.lora_canonical, pairs, reference)
 

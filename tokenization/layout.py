@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenization import layout_file
-from tokenization.canonical import Canonical
+from tokenization.canonical import Canonical, find_pairs
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.normalization import LayerStatistics, Statistics, TensorSource
@@ -110,7 +110,10 @@ class TokenLayout:
         Raises:
             InputError: patterns that fit nothing, a tensor of a dtype that cannot be tokenised.
         """
-        return cls._planned(checkpoint, options, checkpoint)
+        layout = cls._planned(checkpoint, options, checkpoint)
+        pairs = find_pairs(layout.layers) if options.lora_canonical != "none" else ()
+        layout.canonical = Canonical("svd", pairs, None) if pairs else None  # the only one: nothing to align it with
+        return layout
 
     @classmethod
     def _planned(cls, checkpoint: Checkpoint, options: TokenOptions, base: Checkpoint) -> TokenLayout:

@@ -151,8 +151,8 @@ def test_peft_adapters(tmp_path: Path, use_dora: bool):
     original = load_file(path)
     with torch.no_grad():
         expected = network(ids).logits
-    for dtype in (torch.float32, torch.float64):
-        layout = through_tokens(zoo, TokenOptions(size=64, pack=True), 2, path, dtype)
+    for form, dtype in (("svd", torch.float32), ("aligned", torch.float64), ("none", torch.float64)):
+        layout = through_tokens(zoo, TokenOptions(64, pack=True, lora_canonical=form), 2, path, dtype)  # type: ignore[arg-type]
         assert {group.kind for group in layout.describe()} == {"adapter"}
         fresh = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
         with torch.no_grad():
