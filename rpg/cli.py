@@ -71,6 +71,18 @@ def collect(
 
 
 @app.command()
+def align(
+    zoo: Annotated[Path, typer.Argument(help="A zoo of several runs.")],
+    output: Annotated[Path, typer.Argument(help="The zoo to write.")],
+) -> None:
+    """Put the hidden units of all runs into one order (Git Re-Basin); every network computes what it did."""
+    from rpg.evaluation.alignment import align_zoo
+
+    made = align_zoo(zoo, output)
+    console.print(f"{len(made)} checkpoints of {made.num_runs} run(s) in {made.path}")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A zoo folder, a checkpoint of any kind, or a configuration.")],
     overrides: Overrides = None,
@@ -216,6 +228,27 @@ def unseen(
         report = run_unseen(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
     print_unseen(report, console)
     console.print(f"figures:  {settings.run}/evaluation.json\npictures: {settings.run}/distance.png, parameters.png")
+
+
+@app.command()
+def lora(
+    config: Annotated[Path | None, typer.Argument(help="Default: configs/lora/tiny.yaml.")] = None,
+    overrides: Overrides = None,
+    split: Annotated[
+        str | None, typer.Option(help="Only score a run: test, or validation (tasks and rows) to make choices by.")
+    ] = None,
+) -> None:
+    """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
+    from rpg.lora import evaluate_lora, print_lora, run_lora
+
+    settings = load(config or default_config("lora/tiny.yaml"), overrides)
+    if split is not None:
+        print_lora(evaluate_lora(settings.run, seed=settings.seed, split=split), console)
+        return
+    with progress_bar("training adapters") as collecting, progress_bar("training") as training:
+        report = run_lora(settings, progress={"collect": collecting, "train": training})
+    print_lora(report, console)
+    console.print(f"figures:  {settings.run}/evaluation.json")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from rpg.tasks.subsets import SubsetTask
 from rpg.training import train
 from rpg.workflow import collect
 from tokenization.errors import InputError
+from tokenization.layout import TokenLayout
 from tokenization.publish import publish_text
 from tokenization.zoo import Zoo
 
@@ -64,7 +66,7 @@ def run_unseen(config: Config, *, progress: dict[str, Callable[..., None]], seed
         reports.append(evaluate_unseen(run, seed=each.seed))
     report = {**reports[0], "collect_seconds": collected, "seconds": time.perf_counter() - started}
     report["seeds"] = [_headline(each) for each in reports]
-    _write(Path(config.run), report)
+    write_report(Path(config.run), report)
     return report
 
 
@@ -88,7 +90,7 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
     choosing = image_split == "validation"
     networks = {split: networks_of(zoo, split) for split in ("train", "validation", "unseen")}
     trained = ("train",) if choosing else generator.config.train.splits
-    seen = _join([networks[split] for split in trained])
+    seen = join([networks[split] for split in trained])
     wanted = {"unseen": networks["validation" if choosing else "unseen"], "seen": seen}
     with single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"])
@@ -107,7 +109,7 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
     plot_distance(scored["unseen"], run / "distance.png")
     pairs = {name: (made[name]["original"], made[name]["generated"]) for name in ("seen", "unseen")}
     plot_parameters(pairs, run / "parameters.png")
-    _write(run, report)
+    write_report(run, report)
     return report
 
 
@@ -143,8 +145,8 @@ def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) 
     return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
-def networks_of(zoo: Zoo, split: str) -> TaskNetworks:
-    """The last checkpoint of every task of a split.
+def networks_of(zoo: Zoo, split: str, layout: TokenLayout | None = None) -> TaskNetworks:
+    """The last checkpoint of every task of a split; with a layout as that cuts them, LoRA pairs in canonical form.
 
     Raises:
         InputError: the split is empty.
@@ -153,7 +155,14 @@ def networks_of(zoo: Zoo, split: str) -> TaskNetworks:
     if not last:
         raise InputError(str(zoo.path), f"no task of split {split!r}", "at least one", "change task.held_out")
     bits = torch.tensor([zoo.entries[index].condition for index in last.values()]).long()
-    return TaskNetworks(bits, stack([zoo.state_dict(index) for index in last.values()]))
+    read = zoo.checkpoint if layout is None else functools.partial(layout.checkpoint, zoo)
+    return TaskNetworks(bits, stack([read(index).state_dict() for index in last.values()]))
+
+
+def join(networks: Sequence[TaskNetworks]) -> TaskNetworks:
+    """All of them, one after the other."""
+    weights = {name: torch.cat([each.weights[name] for each in networks]) for name in networks[0].weights}
+    return TaskNetworks(torch.cat([each.bits for each in networks]), weights)
 
 
 def subset_task(config: Config) -> SubsetTask:
@@ -195,11 +204,6 @@ def print_unseen(report: dict[str, Any], console: Any) -> None:
         console.print(f"seed {each['seed']}: {each}", highlight=False)
 
 
-def _join(networks: Sequence[TaskNetworks]) -> TaskNetworks:
-    weights = {name: torch.cat([each.weights[name] for each in networks]) for name in networks[0].weights}
-    return TaskNetworks(torch.cat([each.bits for each in networks]), weights)
-
-
 def _report(generator: Generator, scored: dict[str, SplitScores]) -> dict[str, Any]:
     report: dict[str, Any] = {
         name: {key: value.model_dump(mode="json") for key, value in scores.methods.items()}
@@ -222,5 +226,6 @@ def _headline(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(run: Path, report: dict[str, Any]) -> None:
+def write_report(run: Path, report: dict[str, Any]) -> None:
+    """Write ``<run>/evaluation.json``."""
     publish_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

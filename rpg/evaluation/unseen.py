@@ -22,11 +22,15 @@ from rpg.tasks.side_by_side import Stacked
 NUM_WORST = 5
 
 
-class ScoringTask(Protocol):
-    """What scores stacked networks at their tasks."""
+class AccuracyTask(Protocol):
+    """What gives stacked networks one figure each, by which regressions are chosen."""
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
         """Share of right answers of each network at its task, ``[T]``."""
+
+
+class ScoringTask(AccuracyTask, Protocol):
+    """What scores stacked networks at their tasks."""
 
     def targets(self, conditions: Tensor, split: str) -> Tensor:
         """Right answers ``[T, images]``."""
@@ -98,7 +102,7 @@ class FlatSpace:
 
 
 def choose_regressions(
-    task: ScoringTask, train: TaskNetworks, validation: TaskNetworks
+    task: AccuracyTask, train: TaskNetworks, validation: TaskNetworks
 ) -> dict[str, tuple[Regression, float]]:
     """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
 

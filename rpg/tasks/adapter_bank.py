@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,7 +163,9 @@ def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
     from peft import get_peft_model
 
     try:
-        adapted = get_peft_model(base, config)  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # of what PEFT completes in the configuration by itself
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
         found = str(sorted(config.target_modules or ()))
         raise InputError("task.adapter.target_modules", found, "layers of the base", str(error).split(".")[0]) from None

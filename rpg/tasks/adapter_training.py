@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rpg.section import Section
 from rpg.tasks.adapter_bank import AdapterBank, adapter_state, peft_on
-from rpg.tasks.finetuning import schedule
+from rpg.tasks.finetuning import average_into, checkpoint_stretches, schedule
 from rpg.tasks.language_rows import IGNORED, Rows
 from rpg.tasks.side_by_side import Stacked
 
@@ -34,11 +34,15 @@ class AdapterTraining(Section):
     batch_size: int = Field(16, ge=1, description="rows a step")
     learning_rate: float = Field(1e-2, gt=0, description="after a short warm-up; falls to 0 along a cosine")
     weight_decay: float = Field(0.0, ge=0)
-    tail: float = Field(0.5, gt=0, le=1, description="the last share of the steps, whose mean weights are kept")
+    checkpoints: int = Field(1, ge=1, description="checkpoints kept of every adapter")
+    tail: float = Field(
+        0.5, gt=0, le=1, description="share of the steps, the last, that is cut into one stretch a checkpoint, each of "
+        "which is the mean of the weights over its stretch",
+    )  # fmt: skip
     gradient_checkpointing: bool = Field(False, description="with one adapter at a time: less memory, more time")
 
 
-def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining) -> Stacked:
+def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining) -> list[Stacked]:
     """Train T adapters at once.
 
     Args:
@@ -48,26 +52,28 @@ def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: Ad
         config: the recipe.
 
     Returns:
-        The mean weights over the tail.
+        ``config.checkpoints`` of each, in the order of their steps.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = _optimizer(list(weights.values()), config)
-    mean = _TailMean(config)
+    stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
+    kept: list[Stacked] = []
     for step in range(config.steps):
         rows = draw()
         loss = completion_losses(bank, weights, rows).sum()
         _update(optimizer, loss, step, config)
-        mean.take(step, weights)
-    return mean.weights
+        average_into(kept, stretches, step + 1, weights)
+    return kept
 
 
 def train_one(
     base: nn.Module, adapter: LoraConfig, start: Mapping[str, Tensor], draw: Draw, config: AdapterTraining
-) -> dict[str, Tensor]:
+) -> list[dict[str, Tensor]]:
     """Train one adapter by PEFT alone, in the base's own precision; returns what ``train_side_by_side`` does of one."""
     from peft import set_peft_model_state_dict
 
-    mean = _TailMean(config)
+    stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
+    kept: list[dict[str, Tensor]] = []
     with peft_on(base, adapter) as adapted:
         set_peft_model_state_dict(adapted, dict(start))
         if config.gradient_checkpointing:
@@ -81,12 +87,12 @@ def train_one(
             logits = adapted(rows.ids[0], use_cache=False).logits
             loss = token_losses(logits, rows.targets[0]).sum() / (rows.targets != IGNORED).sum()
             _update(optimizer, loss, step, config)
-            if mean.wants(step):
-                mean.take(step, adapter_state(adapted))
+            if step + 1 > stretches[0][0]:
+                average_into(kept, stretches, step + 1, adapter_state(adapted))
         adapted.eval()
         if config.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
-    return mean.weights
+    return kept
 
 
 def completion_losses(bank: AdapterBank, weights: Stacked, rows: Rows) -> Tensor:
@@ -115,22 +121,3 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, config: A
     optimizer.zero_grad()
     loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
     optimizer.step()
-
-
-class _TailMean:
-    """The running mean of the weights over the last share of the steps."""
-
-    def __init__(self, config: AdapterTraining) -> None:
-        self.first = min(round(config.steps * (1 - config.tail)), config.steps - 1)
-        self.weights: dict[str, Tensor] = {}
-
-    def wants(self, step: int) -> bool:
-        return step >= self.first
-
-    @torch.no_grad()
-    def take(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        if step == self.first:
-            self.weights = {name: value.detach().clone() for name, value in weights.items()}
-        elif step > self.first:
-            for name, mean in self.weights.items():
-                mean += (weights[name].detach() - mean) / (step - self.first + 1)

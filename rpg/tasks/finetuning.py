@@ -69,7 +69,7 @@ def finetune_many(
         tick: called after every step with the number done.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
-    stretches = _stretches(config)
+    stretches = checkpoint_stretches(config.stages[-1].steps, config.tail, config.checkpoints)
     kept: list[Stacked] = []
     done = 0
     for number, stage in enumerate(config.stages):
@@ -89,7 +89,7 @@ def finetune_many(
             loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
             optimizer.step()
             if last and step + 1 > stretches[0][0]:
-                _average(kept, stretches, step + 1, weights)
+                average_into(kept, stretches, step + 1, weights)
             done += 1
             tick(done)
     return kept
@@ -131,15 +131,16 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _stretches(config: FinetuneConfig) -> list[tuple[int, int]]:
-    """The steps (first excluded, last included) of the last stage that each checkpoint is the mean of."""
-    steps = config.stages[-1].steps
-    edges = [round(steps * (1 - config.tail * (1 - i / config.checkpoints))) for i in range(config.checkpoints + 1)]
+def checkpoint_stretches(steps: int, tail: float, checkpoints: int) -> list[tuple[int, int]]:
+    """The steps (first excluded, last included) that each checkpoint is the mean of: the tail, cut evenly."""
+    edges = [round(steps * (1 - tail * (1 - i / checkpoints))) for i in range(checkpoints + 1)]
     return [(min(first, last - 1), last) for first, last in itertools.pairwise(edges)]
 
 
 @torch.no_grad()
-def _average(kept: list[Stacked], stretches: list[tuple[int, int]], step: int, weights: Stacked) -> None:
+def average_into(
+    kept: list[Stacked], stretches: list[tuple[int, int]], step: int, weights: Mapping[str, Tensor]
+) -> None:
     """Take the weights after ``step`` into the running mean of its stretch."""
     for number, (first, last) in enumerate(stretches):
         if first < step <= last:

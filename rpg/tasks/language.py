@@ -185,13 +185,13 @@ class LanguageTask:
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
         """Train the adapters of one part; see :class:`rpg.tasks.many.Trainable`."""
-        weights = self.train(tasks)
-        scores = self._scores(weights, tasks, "validation")
-        metrics = {f"validation_{name}": value[None] for name, value in scores.items()}
-        return [{name: value.cpu() for name, value in weights.items()}], metrics
+        checkpoints = self.train(tasks)
+        scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
+        metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}
+        return [{name: value.cpu() for name, value in weights.items()} for weights in checkpoints], metrics
 
-    def train(self, tasks: list[int]) -> Stacked:
-        """Adapters ``[T, *shape]`` for tasks given by their places."""
+    def train(self, tasks: list[int]) -> list[Stacked]:
+        """Adapters ``[T, *shape]`` for tasks given by their places: every checkpoint, in the order of steps."""
         device = next(self.base.parameters()).device
         starts = [self._start(place) for place in tasks]
         if self.config.group == 1:
@@ -200,7 +200,7 @@ class LanguageTask:
                 train_one(self.base, adapter, start, self._draws([place], device), self.config.training)
                 for place, start in zip(tasks, starts, strict=True)
             ]
-            return stack(trained)
+            return [stack(each) for each in zip(*trained, strict=True)]
         start = {name: value.to(device) for name, value in stack(starts).items()}
         return train_side_by_side(self.bank, start, self._draws(tasks, device), self.config.training)
 
@@ -208,6 +208,10 @@ class LanguageTask:
         own = (place,) if self.config.start == "own" else ()
         seed = derive_seed(self.config.seed, "adapter", *own)
         return fresh_adapter(self.base, self.config.adapter.peft(self.config.base), seed)
+
+    def no_adapter(self) -> dict[str, Tensor]:
+        """An adapter that changes nothing."""
+        return self._start(0)
 
     def _draws(self, tasks: list[int], device: torch.device) -> Any:
         """Draws the next training rows of tasks: the same places in every task's file."""
@@ -228,7 +232,8 @@ class LanguageTask:
         config.save_pretrained(str(folder))
 
     def _write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
-        name = f"checkpoints/{self.tasks[task].path.stem}"
+        several = self.config.training.checkpoints > 1
+        name = f"checkpoints/{self.tasks[task].path.stem}" + (f"-{number:04d}" if several else "")
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
         save_checkpoint(folder / name / "adapter_model.safetensors", state_dict)
@@ -268,8 +273,15 @@ class LanguageTask:
 
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         found = str(error).splitlines()[0][:200]
         raise InputError("task.base", f"{name!r} ({found})", "a causal language model of transformers") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
