@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from rpg.behaviour import BehaviourConfig
+from rpg.evaluation.control import ControlConfig
 from rpg.evaluation.novelty import TAUS
 from rpg.fresh import FreshConfig
 from rpg.model import ModelConfig
@@ -70,6 +71,10 @@ class EvaluateConfig(Section):
     split: str = Field("test", description="images to score on; choose between recipes on validation")
     taus: tuple[float, ...] = Field(
         TAUS, description="distances of the novelty curve, in the zoo's median nearest-neighbour distances"
+    )
+    control: ControlConfig | None = Field(
+        None,
+        description="baselines at the generated networks' distance, trained on images: for generators that saw any",
     )
 
 

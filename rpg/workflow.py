@@ -71,6 +71,7 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
         split=config.evaluate.split,
         runs=[zoo.entries[index].run for index in indices],
         taus=config.evaluate.taus,
+        control=config.evaluate.control,
     )
     write_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
     return result

@@ -13,6 +13,7 @@ from torch import Tensor
 from rpg.evaluation import baselines
 from rpg.evaluation.accuracy import Summary, accuracy, summarize
 from rpg.evaluation.candidates import AT_DISTANCE, at_distance, symmetries, trivial_networks
+from rpg.evaluation.control import ControlConfig, finetuned_baselines
 from rpg.evaluation.curves import Distances, NoveltyReport, measure_novelty
 from rpg.evaluation.novelty import TAUS, Spread, measure_spread, weight_vectors
 from rpg.evaluation.plots import plot_accuracy_similarity
@@ -99,6 +100,7 @@ def evaluate(
     split: str = "test",
     runs: Sequence[int] | None = None,
     taus: Sequence[float] = TAUS,
+    control: ControlConfig | None = None,
 ) -> EvaluationResult:
     """Score generated networks beside the originals and the trivial baselines.
 
@@ -115,6 +117,7 @@ def evaluate(
         split: images to score on.
         runs: which training run each original is of; all of one when None.
         taus: distances of the novelty curve, in units of the zoo's median nearest-neighbour distance.
+        control: how baselines at the generated networks' distance are trained as a control; none when None.
 
     Raises:
         InputError: there are no originals or no generated networks, they do not fit the task, or the folder cannot
@@ -136,7 +139,8 @@ def evaluate(
         for index, sigma in enumerate(noise)
     }
     trivial = trivial_networks(originals, runs, num_baseline, seed)
-    trivial |= at_distance(measure, networks, num_baseline, seed)
+    near = at_distance(measure, networks, num_baseline, seed)
+    trivial |= near | (finetuned_baselines(task, near, control, seed) if control is not None else {})
     sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
     answers = {name: predictions if name == "generated" else task.predict(each, split) for name, each in sets.items()}
     scores = {name: _scores(each, original_predictions, labels, seed) for name, each in answers.items()}

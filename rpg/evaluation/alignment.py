@@ -1,0 +1,81 @@
+"""Bring the runs of a zoo into one order of their hidden units (Git Re-Basin, arXiv 2209.04836).
+
+Independent runs find the same units in other places. After alignment the runs lie nearer one another, averages and
+Gaussians over runs mean something, and a generator need not learn each run's own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rpg.evaluation.baselines import average
+from rpg.evaluation.candidates import symmetries
+from rpg.evaluation.curves import Distances
+from rpg.evaluation.matching import permute
+from rpg.evaluation.vectors import StateDict
+from rpg.tasks import task_of
+from tokenization.errors import InputError
+from tokenization.zoo import Zoo
+
+
+def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
+    """The order of the hidden units of each run, ``[group]`` permutations each.
+
+    The checkpoints of a run keep the order of their units, so that their mean stands for them. All runs are matched to
+    the first, then in turn to the mean of the others (section 3.2's merging of several models) until nothing changes.
+
+    Args:
+        measure: the zoo, and its groups of interchangeable units.
+        sweeps: how often every run is matched to the others' mean at most.
+    """
+    runs = measure.runs.tolist()
+    centres: dict[int, StateDict] = {
+        run: average([each for each, other in zip(measure.originals, runs, strict=True) if other == run])
+        for run in dict.fromkeys(runs)
+    }
+    matcher = measure.matcher
+    orders: dict[int, list[Tensor]] = {}
+    reference: StateDict = next(iter(centres.values()))
+    for sweep in range(sweeps + 1):
+        changed = False
+        for run, centre in centres.items():
+            if sweep and len(centres) > 1:
+                others = {other: order for other, order in orders.items() if other != run}
+                reference = average([permute(centres[other], measure.groups, order) for other, order in others.items()])
+            found = matcher.orders(reference, centre)
+            same = run in orders and all(bool((a == b).all()) for a, b in zip(found, orders[run], strict=True))
+            orders[run] = found
+            changed |= not same
+        if not changed:
+            break
+    return orders
+
+
+def align_zoo(source: Path | str, target: Path | str) -> Zoo:
+    """Write a zoo whose runs share one order of hidden units; every network computes what it did.
+
+    Raises:
+        InputError: there is a zoo at ``target``, or that at ``source`` has no task or no known symmetries.
+    """
+    zoo = Zoo.open(source)
+    task = task_of(zoo)
+    groups = symmetries(task)
+    if not groups:
+        raise InputError(str(zoo.path), "a network without known symmetries", "interchangeable hidden units")
+    originals: Sequence[StateDict] = [zoo.state_dict(index) for index in range(len(zoo))]
+    measure = Distances(originals, [entry.run for entry in zoo.entries], groups)
+    orders = run_orders(measure)
+    aligned = Zoo.create(target, task=zoo.task, condition=zoo.condition)
+    for entry, original in zip(zoo.entries, originals, strict=True):
+        aligned.append(
+            permute(original, measure.groups, orders[entry.run]),
+            run=entry.run,
+            step=entry.step,
+            condition=entry.condition,
+            metrics=entry.metrics,
+            split=entry.split,
+        )
+    return aligned

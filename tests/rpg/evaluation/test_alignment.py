@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpg.evaluation.alignment import align_zoo
+from rpg.evaluation.baselines import add_noise
+from rpg.evaluation.candidates import symmetries
+from rpg.evaluation.control import ControlConfig, finetune, finetuned_baselines
+from rpg.evaluation.matching import permute, random_orders
+from rpg.tasks import DigitsConfig, build_task, task_of
+from tokenization.errors import InputError
+from tokenization.zoo import Zoo
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory):
+    """A zoo of three runs: one training run, and twice the same run with its units in another order."""
+    folder = tmp_path_factory.mktemp("zoos")
+    config = DigitsConfig(network="mlp-mini", train_steps=150, steps=2, batch_size=64)
+    task = build_task(config)
+    run = task.collect(folder / "run")
+    zoo = Zoo.create(folder / "zoo", task=config.model_dump(mode="json"))
+    groups = symmetries(task)
+    for number in range(3):
+        orders = random_orders(groups, torch.Generator().manual_seed(number))
+        for index, entry in enumerate(run.entries):
+            network = permute(run.state_dict(index), groups, orders) if number else run.state_dict(index)
+            zoo.append(network, run=number, step=entry.step, metrics=entry.metrics)
+    return zoo
+
+
+def test_alignment_undoes_the_runs_own_orders_and_changes_no_answer(shuffled, tmp_path):
+    aligned = align_zoo(shuffled.path, tmp_path / "aligned")
+    assert [(e.run, e.step, e.metrics) for e in aligned.entries] == [
+        (e.run, e.step, e.metrics) for e in shuffled.entries
+    ]
+    assert aligned.task == shuffled.task
+    task = task_of(shuffled)
+    before, after = ([zoo.state_dict(index) for index in range(6)] for zoo in (shuffled, aligned))
+    assert torch.equal(task.predict(before), task.predict(after))
+    for step in range(2):
+        for run in (1, 2):
+            assert not torch.equal(before[step]["linear1.weight"], before[2 * run + step]["linear1.weight"])
+            assert all(torch.equal(after[step][name], after[2 * run + step][name]) for name in after[step])
+
+
+def test_alignment_overwrites_no_zoo_and_needs_symmetries(shuffled, tmp_path):
+    with pytest.raises(InputError):
+        align_zoo(shuffled.path, shuffled.path)
+    plain = Zoo.create(tmp_path / "plain")
+    plain.append({"w": torch.ones(3)}, run=0, step=1)
+    with pytest.raises(InputError, match="task"):
+        align_zoo(plain.path, tmp_path / "aligned")
+
+
+def test_the_control_trains_copies_of_the_baselines(shuffled):
+    task = task_of(shuffled)
+    originals = [shuffled.state_dict(index) for index in range(2)]
+    noisy = add_noise(originals, 3, 0.5, torch.Generator().manual_seed(0), relative=True)
+    kept = [{name: value.clone() for name, value in network.items()} for network in noisy]
+    made = finetuned_baselines(task, {"noise": noisy}, ControlConfig(steps=(0, 30), learning_rate=3e-3), seed=0)
+    assert set(made) == {"0_steps_from_noise", "30_steps_from_noise"}
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(made["0_steps_from_noise"], kept, strict=True) for n in a)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(noisy, kept, strict=True) for n in a)  # no source was changed
+    accuracy = {name: float((task.predict(each) == task.labels()).double().mean()) for name, each in made.items()}
+    assert accuracy["30_steps_from_noise"] > accuracy["0_steps_from_noise"] + 0.02
+
+
+def test_a_network_of_the_control_does_not_depend_on_the_others(shuffled):
+    task, config = task_of(shuffled), ControlConfig()
+    originals = [shuffled.state_dict(index) for index in range(2)]
+    alone, together = (
+        finetune(task, originals[:num], 5, config, torch.Generator().manual_seed(0))[0] for num in (1, 2)
+    )
+    assert all(torch.allclose(alone[name], together[name], atol=1e-4) for name in alone)
