@@ -2,22 +2,24 @@
 
 A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
 sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
-reaches the generator through them. E examples, L tokens, D token width, C condition values.
+reaches the generator through them. The right answers are the images' labels, or those of the zoo's shared base network
+(distillation, arXiv 1503.02531). E examples, L tokens, D token width, C condition values, B images, K classes.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rpg.section import Section
-from rpg.tasks.side_by_side import Stacked
+from rpg.tasks.side_by_side import Stacked, Teacher
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
+from tokenization.zoo import Zoo
 
 
 class BehaviourConfig(Section):
@@ -25,6 +27,9 @@ class BehaviourConfig(Section):
 
     weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
     images: int = Field(128, ge=1, description="training images a step")
+    target: Literal["labels", "base"] = Field(
+        "labels", description="right answers: the images' labels, or the base network's class probabilities"
+    )
     share: float = Field(0.5, gt=0, le=1, description="share of the batch whose tokens are all at the last time")
 
 
@@ -32,10 +37,21 @@ class BehaviourConfig(Section):
 class BehavingTask(Protocol):
     """A task that scores many networks at once, differentiably."""
 
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """The base network that all networks of the zoo started from."""
+
     def behaviour_losses(
-        self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
     ) -> Tensor:
-        """Loss ``[E]`` of E stacked networks at their tasks ``[E, C]`` on random training images."""
+        """Loss ``[E]`` of E stacked networks at their tasks ``[E, C]`` on random training images.
+
+        The right answers are the images' labels, or the teacher's.
+        """
 
 
 class BehaviourLoss:
@@ -44,18 +60,20 @@ class BehaviourLoss:
     Args:
         task: runs the networks.
         layout: decodes tokens.
-        config: weight and images.
+        config: weight, images and right answers.
+        zoo: holds the base network, where that gives the right answers.
 
     Raises:
-        InputError: the task cannot score many networks at once.
+        InputError: the task cannot score many networks at once, or the zoo has no base network.
     """
 
-    def __init__(self, task: object, layout: TokenLayout, config: BehaviourConfig) -> None:
+    def __init__(self, task: object, layout: TokenLayout, config: BehaviourConfig, zoo: Zoo) -> None:
         if not isinstance(task, BehavingTask):
             raise InputError(
                 "train.behaviour", f"task {type(task).__name__}", "a task of conditions, e.g. digits_subsets"
             )
         self.task, self.layout, self.config = task, layout, config
+        self.teacher = task.teacher(zoo) if config.target == "base" else None
         self.seconds = 0.0
         self._backward_started = 0.0
 
@@ -74,7 +92,7 @@ class BehaviourLoss:
         weights = self.layout.decode_batch(tokens)
         for name, value in self.layout.constants.items():
             weights[name] = value.to(tokens.device).expand(len(tokens), *value.shape)
-        losses = self.task.behaviour_losses(weights, conditions, self.config.images, stream)  # [E]
+        losses = self.task.behaviour_losses(weights, conditions, self.config.images, stream, self.teacher)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
         self.seconds += time.perf_counter() - started

@@ -157,7 +157,7 @@ class Trainer:
         if self.config.model.condition.kind == "none":
             raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
         task = build_task(self.config.task) if self.config.task is not None else task_of(self.zoo)
-        return BehaviourLoss(task, self.layout, settings)
+        return BehaviourLoss(task, self.layout, settings, self.zoo)
 
     def _build_fresh(self) -> FreshLoss | None:
         if self.config.train.fresh is None:

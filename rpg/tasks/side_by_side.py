@@ -8,7 +8,7 @@ T networks, B images, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.func import functional_call, vmap
 
 Stacked = dict[str, Tensor]
 """The tensors of T networks of one structure, ``[T, *shape]`` each."""
+
+Teacher = Callable[[Tensor], Tensor]
+"""Maps images ``[B, …]`` to class probabilities ``[B, classes]``."""
 
 
 class SideBySide:

@@ -26,7 +26,7 @@ from rpg.tasks.collection import Progress, open_zoo, single_threaded
 from rpg.tasks.finetuning import FinetuneConfig, binary_start, finetune_many
 from rpg.tasks.images import predict_images
 from rpg.tasks.many import collect_many
-from rpg.tasks.side_by_side import SideBySide, Stacked
+from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher
 from tokenization.checkpoint import save_checkpoint
 from tokenization.condition import ConditionSpec
 from tokenization.errors import InputError
@@ -137,10 +137,9 @@ class SubsetTask:
 
     def base_probabilities(self, zoo: Zoo, split: str = "test") -> Tensor:
         """Class probabilities ``[B, C]`` of the shared base network."""
-        network = self.network(self.num_classes).eval().to(self.device)
-        network.load_state_dict(load_base(zoo))
+        teacher = self.teacher(zoo)
         with torch.inference_mode():
-            return torch.cat([network(images).softmax(-1).cpu() for images in self.batches(split)])
+            return torch.cat([teacher(images).cpu() for images in self.batches(split)])
 
     def collect(
         self,
@@ -197,18 +196,34 @@ class SubsetTask:
         weights = {name: value.to(self.device) for name, value in weights.items()}
         return torch.cat([self.side.predict(weights, images).cpu() for images in self.batches(split)], 1)
 
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """The shared base network: images ``[B, …]`` → class probabilities ``[B, C]``. Raises InputError if missing."""
+        network = self.network(self.num_classes).eval().requires_grad_(False).to(self.device)
+        network.load_state_dict(load_base(zoo))
+        return lambda images: network(images.to(self.device)).softmax(-1)
+
     def behaviour_losses(
-        self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
+        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side.
         Differentiable in ``weights``.
         """
         images, classes = self.draw(num_images, stream, augmented=True)
-        device = conditions.device
-        logits = self.side(weights, images.to(device))  # [T, B, 2]
-        targets = conditions.long()[:, classes.to(device)]  # [T, B]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+        images = images.to(conditions.device)
+        logits = self.side(weights, images)  # [T, B, 2]
+        if teacher is None:
+            positive = conditions[:, classes.to(conditions.device)]  # [T, B]
+        else:
+            positive = conditions @ teacher(images).to(conditions).T  # [T, B]
+        score = logits[..., 1] - logits[..., 0]  # the log-odds of the two logits' softmax
+        return F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none").mean(1)
 
 
 def load_base(zoo: Zoo) -> dict[str, Tensor]:

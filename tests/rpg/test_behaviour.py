@@ -50,7 +50,7 @@ def test_the_loss_of_the_zoos_own_weights_is_their_cross_entropy(task, zoo):
     layout = TokenLayout.fit(zoo, TokenOptions())
     tokens = torch.stack([layout.encode(zoo.checkpoint(index)) for index in (0, 3)]).requires_grad_()
     conditions = torch.tensor([zoo.entries[index].condition for index in (0, 3)])
-    loss = BehaviourLoss(task, layout, BehaviourConfig(weight=2.0, images=64))
+    loss = BehaviourLoss(task, layout, BehaviourConfig(weight=2.0, images=64), zoo)
     value = loss(tokens, conditions, None, torch.Generator().manual_seed(7))
     images, classes = task.draw(64, torch.Generator().manual_seed(7), augmented=True)
     expected = 0.0
@@ -86,9 +86,11 @@ def test_splits_decide_what_is_trained_on(zoo, tmp_path):
     assert training_entries(zoo, config_of(zoo, tmp_path, splits=["train", "validation"])) == list(range(8))
 
 
-def test_impossible_uses_are_one_line(zoo, tmp_path):
+def test_impossible_uses_are_one_line(task, zoo, tmp_path):
     layout = TokenLayout.fit(zoo, TokenOptions())
     with pytest.raises(InputError, match="train.behaviour"):
-        BehaviourLoss(DigitsTask(DigitsConfig()), layout, BehaviourConfig())
+        BehaviourLoss(DigitsTask(DigitsConfig()), layout, BehaviourConfig(), zoo)
     with pytest.raises(InputError, match="train.tokens"):
         train(config_of(zoo, tmp_path, tokens=5), say=lambda text: None)
+    with pytest.raises(InputError, match="base.safetensors"):
+        BehaviourLoss(task, layout, BehaviourConfig(target="base"), zoo)

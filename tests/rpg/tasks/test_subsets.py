@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from rpg.tasks import build_task, many
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.digits_subsets import BaseConfig, DigitsSubsetsConfig, DigitsSubsetsTask
 from rpg.tasks.finetuning import FinetuneConfig, Stage
+from rpg.tasks.subsets import load_base
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -123,3 +125,19 @@ def test_behaviour_losses_are_differentiable_and_draw_training_images(task, monk
     loss.sum().backward()
     assert loss.shape == (1,) and all(value.grad.abs().sum() > 0 for value in weights.values())
     assert set(asked) == {"train"}
+
+
+def test_a_teachers_probabilities_are_summed_over_either_side(task, zoo):
+    """Against the loss of one network written out: cross-entropy of two logits with two probabilities."""
+    network = task.build()
+    weights = {name: value[None] for name, value in network.state_dict().items()}
+    bits = task.bits()[[5]].float()
+    loss = task.behaviour_losses(weights, bits, 32, torch.Generator().manual_seed(0), task.teacher(zoo))
+    images, _ = task.draw(32, torch.Generator().manual_seed(0), augmented=True)
+    base = task.network(10)
+    base.load_state_dict(load_base(zoo))
+    with torch.no_grad():
+        probabilities = base.eval()(images).softmax(-1)
+        positive = probabilities[:, bits[0].bool()].sum(1)
+        expected = F.cross_entropy(network.eval()(images), torch.stack([1 - positive, positive], 1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
