@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import rpg
@@ -120,13 +121,13 @@ def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: Eva
         "generator": f"{config.generator}, sha256 {generator.digest}",
         **{f"generator: {name}": value for name, value in generator.facts.items()},
         "zoo": f"{len(zoo.subset('train'))} checkpoints of {zoo.num_runs} run(s), digest {zoo.digest()}",
-        "task": json.dumps(zoo.task) if zoo.task else "none",
+        "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",
         "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "
         f"values, normalization {config.tokens.normalization}",
         "networks asked for": f"{num} with seed {seed}, {config.generate.steps} sampling steps",
         "seconds a network": result.generated.seconds_per_network,
         "command": f"rpg evaluate {config.run} --num {num} --seed {seed}",
-        "configuration": json.dumps(config.plain()),
+        "configuration": yaml.safe_dump(config.plain(), sort_keys=False),
         "software": f"rpg {rpg.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     }
     return {name: str(value) for name, value in rows.items()}

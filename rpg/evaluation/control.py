@@ -22,6 +22,9 @@ from rpg.tasks.finetuning import schedule
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
 
+CONTROL = "_steps_from_"
+"""Lies within the names of these networks: ``<steps>_steps_from_<baseline>``."""
+
 
 class ControlConfig(Section):
     """How baselines are trained as a control."""
@@ -40,7 +43,7 @@ def finetuned_baselines(
         InputError: the task has no images.
     """
     return {
-        f"{steps}_steps_from_{name}": finetune(task, networks, steps, config, generator(seed, "control", name, steps))
+        f"{steps}{CONTROL}{name}": finetune(task, networks, steps, config, generator(seed, "control", name, steps))
         for name, networks in sets.items()
         for steps in config.steps
     }

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rpg.evaluation import svg
 from rpg.evaluation.candidates import AT_DISTANCE
+from rpg.evaluation.control import CONTROL
+from rpg.evaluation.curves import NoveltyReport
 from rpg.evaluation.report import EvaluationResult, NetworkScores
 from rpg.evaluation.svg import Axis, Series
 from tokenization.publish import publish_text
@@ -92,16 +94,28 @@ def _verdict(result: EvaluationResult) -> str:
         lines.append(
             f"They {kind} {middle:.1f} of the zoo’s nearest-neighbour distances from the nearest original (median)."
         )
-        index = min(range(len(novelty.taus)), key=lambda i: abs(novelty.taus[i] - 2))
-        share = own.novel_and_performant[index]
-        rivals = {name: s.novel_and_performant[index] for name, s in novelty.sets.items() if name != "generated"}
-        best = max(rivals, key=lambda name: rivals[name])
-        than = "more than" if share > rivals[best] else "as many as" if share == rivals[best] else "fewer than"
-        lines.append(
-            f"At τ = {novelty.taus[index]:g}, {100 * share:.0f} % of them are new and good, {than} the "
-            f"{100 * rivals[best]:.0f} % of the best trivial baseline, {_name(best)}."
-        )
+        lines += _rivals(novelty)
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
+def _rivals(novelty: NoveltyReport) -> list[str]:
+    """How the generated networks do at τ = 2 beside the best of each kind of baselines, in words."""
+    index = min(range(len(novelty.taus)), key=lambda i: abs(novelty.taus[i] - 2))
+    shares = {name: each.novel_and_performant[index] for name, each in novelty.sets.items()}
+    share = shares.pop("generated")
+    control = {name for name in shares if CONTROL in name}
+    kinds = {
+        "trivial baseline": shares.keys() - control,
+        "trivial baseline as far from the zoo as they are": {n for n in shares if AT_DISTANCE in n} - control,
+        "baseline trained on images": control,
+    }
+    lines = [f"At τ = {novelty.taus[index]:g}, {100 * share:.0f} % of them are new and good."]
+    for kind, names in kinds.items():
+        if names:
+            best = max(sorted(names), key=lambda name: shares[name])
+            than = "more than" if share > shares[best] else "as many as" if share == shares[best] else "fewer than"
+            lines.append(f"That is {than} the {100 * shares[best]:.0f} % of the best {kind}, {_name(best)}.")
+    return [" ".join(lines)]
 
 
 def _accuracy_table(result: EvaluationResult) -> str:
@@ -160,16 +174,18 @@ def _novelty(result: EvaluationResult) -> str:
     novelty = result.novelty_details
     if novelty is None:
         return ""
-    names = sorted(novelty.sets, key=lambda name: (name == "generated", not name.endswith(AT_DISTANCE)))
+    names = sorted(novelty.sets, key=lambda name: (name == "generated", AT_DISTANCE in name))
     series = []
     for index, name in enumerate(names):
         each = novelty.sets[name]
         low, high = ([bounds[i] for bounds in each.ci95] for i in (0, 1)) if name == "generated" else ((), ())
         color = GENERATED if name == "generated" else 1 + index % 9
-        series.append(Series(_name(name), novelty.taus, each.novel_and_performant, color, low, high))
+        faint = name != "generated" and AT_DISTANCE not in name
+        series.append(Series(_name(name), novelty.taus, each.novel_and_performant, color, low, high, faint))
     text = (
         "Share of networks at least τ nearest-neighbour distances from every original (hidden units matched) and at "
-        f"least {100 * novelty.accuracy_threshold:.1f} % accurate, by kind; the band is the 95 % interval."
+        f"least {100 * novelty.accuracy_threshold:.1f} % accurate, by kind; the band is the 95 % interval. "
+        "Dashed: baselines at distances of their own."
     )
     chart = svg.lines(series, Axis("τ", log=True), Axis("new and good", 0.0, 1.0, percent=True), text)
     heads = ("networks", *(f"τ = {tau:g}" for tau in novelty.taus), "median distance", "disagreement", "coverage")
@@ -224,12 +240,12 @@ def _png(values: Tensor) -> str:
 
 
 def _trajectories(result: EvaluationResult, data: ReportData) -> str:
-    if not data.trajectories:
+    if len(data.trajectories) < 2:  # one step is no way
         return ""
     steps = [step for step, _ in data.trajectories]
     num = len(data.trajectories[0][1])
     series = [
-        Series(f"seed network {i}", steps, [float(values[i]) for _, values in data.trajectories], i) for i in range(num)
+        Series(f"network {i}", steps, [float(values[i]) for _, values in data.trajectories], i) for i in range(num)
     ]
     text = f"Accuracy on {result.split} images of {num} networks after each sampling step, noise included."
     return _figure(svg.lines(series, Axis("sampling step"), Axis("accuracy", 0.0, 1.0, percent=True), text), text)
@@ -261,7 +277,10 @@ def _losses(data: ReportData) -> str:
 
 
 def _provenance(data: ReportData) -> str:
-    rows = [(html.escape(key), html.escape(value)) for key, value in data.provenance.items()]
+    def cell(value: str) -> str:
+        return f"<pre>{html.escape(value.strip())}</pre>" if "\n" in value.strip() else html.escape(value)
+
+    rows = [(html.escape(key), cell(value)) for key, value in data.provenance.items()]
     return _table(("", ""), rows, "facts")
 
 

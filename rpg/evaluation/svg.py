@@ -21,6 +21,7 @@ class Series:
         x, y: coordinates; values that are not finite are left out.
         color: number of the page's palette colour.
         low, high: a band around the line, or empty.
+        dashed: a line of lesser weight.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Series:
     color: int
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def lines(series: Sequence[Series], x: Axis, y: Axis, description: str, *, marke
             body.append(f'<polygon class="c{each.color} band" points="{" ".join(there + back[::-1])}"/>')
         points = [(across(a), up(b)) for a, b in _finite(each)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        body.append(f'<polyline class="c{each.color} line" points="{path}"/>')
+        dashed = " dashed" if each.dashed else ""
+        body.append(f'<polyline class="c{each.color} line{dashed}" points="{path}"/>')
         if markers:
             shape = MARKERS[each.color % len(MARKERS)]
             body.append(f'<g class="c{each.color} point">{"".join(_marker(shape, a, b) for a, b in points)}</g>')
@@ -138,8 +141,9 @@ def legend(series: Sequence[Series]) -> str:
     items = []
     for each in series:
         shape = _marker(MARKERS[each.color % len(MARKERS)], 7, 7)
+        line = f'<line class="c{each.color} line dashed" x1="0" x2="14" y1="7" y2="7"/>' if each.dashed else ""
         items.append(
-            f'<li><svg viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">'
+            f'<li><svg viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{line}'
             f'<g class="c{each.color} point">{shape}</g></svg> {html.escape(each.label)}</li>'
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
