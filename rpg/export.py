@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenization.adapters import CONFIG_NAME, check_adapter_tensors, read_adapter_config
+from rpg.adapter_folder import WEIGHTS_NAME, write_side_files
+from tokenization.adapters import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
 from tokenization.checkpoint import Checkpoint, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.headers import read_json, tensor_at
@@ -51,7 +52,7 @@ def export(
         to: one of ``FORMS``.
         output: the file or folder to write; it must not be there yet.
         base: folder with the ``config.json`` (transformers) or ``adapter_config.json`` (PEFT; a zoo of adapters keeps
-            it, and is the default where ``source`` is a generator of one).
+            it; not needed where ``source`` is a PEFT folder or a generator of adapters).
         seed, condition, progress: of the generation, if ``source`` is a generator.
 
     Returns:
@@ -65,18 +66,24 @@ def export(
     if to not in FORMS:
         raise InputError("--to", repr(to), f"one of {', '.join(FORMS)}")
     _require_free(output, to)
-    with _checkpoint(source, output, seed, condition, progress) as (checkpoint, zoo):
+    with _checkpoint(source, output, seed, condition, progress) as checkpoint:
         if to == "timm":
             _save(checkpoint, output)
         elif to == "torch":
             _save_pickle(checkpoint, output)
         elif to == "transformers":
             files = _transformers_files(_base(base, None, "config.json"), checkpoint)
-            _write_folder(output, files, checkpoint, "model.safetensors")
+            with _folder(output) as temporary:
+                for file in files:
+                    shutil.copyfile(file, temporary / file.name)
+                _save(checkpoint, temporary / "model.safetensors")
         else:
-            folder = _base(base, zoo, CONFIG_NAME)
+            folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
             _require_adapter(checkpoint, folder)
-            _write_folder(output, [folder / CONFIG_NAME], checkpoint, "adapter_model.safetensors")
+            with _folder(output) as temporary:
+                config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+                write_side_files(temporary, config, checkpoint.metadata)
+                _save(checkpoint, temporary / WEIGHTS_NAME)
     return output
 
 
@@ -87,21 +94,21 @@ def _checkpoint(
     seed: int,
     condition: Sequence[float] | None,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Checkpoint, Path | None]]:
-    """The weights to export and, where they are generated now, the zoo of the generator."""
+) -> Iterator[Checkpoint]:
+    """The weights to export, generated now if need be."""
     path = Path(source)
     is_generator = path.is_dir() and ((path / "generator").is_dir() or (path / "layout.json").is_file())
     if path.exists() and not is_generator:
         if pickled_files(path):
             raise InputError(str(path), "a pickle", "a safetensors checkpoint", "it is in the form of torch already")
-        yield Checkpoint.open(path), None
+        yield Checkpoint.open(path)
         return
     from rpg.generator import Generator
 
     generator = Generator.from_pretrained(source)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=TEMPORARY_SUFFIX, dir=output.parent) as folder:
         generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)
-        yield Checkpoint.open(next(Path(folder).iterdir())), Path(generator.config.zoo)
+        yield Checkpoint.open(next(Path(folder).iterdir()))
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -182,15 +189,14 @@ def _require_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     check_adapter_tensors(shapes, read_adapter_config(folder), checkpoint.path)
 
 
-def _write_folder(output: Path, files: Sequence[Path], checkpoint: Checkpoint, weights: str) -> None:
-    """Publish a folder of copied files and the weights, whole or not at all."""
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, published whole or not at all."""
     temporary = output.with_name(f".{output.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        for file in files:
-            shutil.copyfile(file, temporary / file.name)
-        _save(checkpoint, temporary / weights)
+        yield temporary
         temporary.replace(output)
     except OSError as error:
         raise InputError(

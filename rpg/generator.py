@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rpg.adapter_folder import adapter_config_of
 from rpg.config import Config
 from rpg.model import RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
@@ -22,11 +23,15 @@ from rpg.pdiff_sampling import LatentSampler
 from rpg.runs import file_digest
 from rpg.sampling import Request, Tile, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
+from tokenization.adapters import CONFIG_NAME
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
 from tokenization.zoo import ConditionSpec
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
+OPTIONAL_FILES = (CONFIG_NAME,)
+"""What only some generators have: those of adapters PEFT's configuration."""
+
 StateDict = dict[str, Tensor]
 Network = RecurrentDiffusion | ParameterDiffusion
 
@@ -40,6 +45,7 @@ class Generator:
         network: the networks, with the averaged weights.
         condition: what its conditions mean; None when it takes none.
         facts: how it was trained, for the model card.
+        adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
     """
 
     def __init__(
@@ -49,12 +55,14 @@ class Generator:
         network: Network,
         condition: ConditionSpec | None = None,
         facts: dict[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
         self.network = network.eval().requires_grad_(False)
         self.condition = condition if config.model.condition.kind != "none" else None
         self.facts = facts or {}
+        self.adapter = adapter if adapter is not None else adapter_config_of(Path(config.zoo), layout)
         self.digest = ""
 
     # --- folder ---------------------------------------------------------------------------------------------
@@ -101,7 +109,8 @@ class Generator:
                 "the tensors that config.yaml describes",
                 "keep the folder's files together",
             ) from None
-        loaded = cls(config, layout, network.to(device), condition, metadata["facts"])
+        adapter = adapter_config_of(folder, layout)
+        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter)
         loaded.digest = _digest(folder)
         return loaded
 
@@ -120,6 +129,8 @@ class Generator:
         }
         tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
+        if self.adapter is not None:
+            (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
         (temporary / "README.md").write_text(_card(self))
         if target.exists():
             shutil.rmtree(target)
@@ -150,11 +161,12 @@ class Generator:
             seed: decides everything; network i of a seed is the same whatever ``num`` is.
             steps, sampler, eta, guidance_scale, state: override the ``generate`` section of the configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``.
-            output: a folder; networks then stream into safetensors files there, and their paths are returned.
+            output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
+                paths are returned.
             progress: called with (tokens done, tokens in all).
 
         Returns:
-            State dicts in memory, or the paths of the files in ``output``.
+            State dicts in memory, or the paths of the files or folders in ``output``.
 
         Raises:
             InputError: an impossible request.
@@ -242,7 +254,7 @@ class Generator:
     def _sink(self, request: Request, output: Path | str | None) -> MemorySink | FolderSink:
         if output is None:
             return MemorySink(self.layout, request.num)
-        return FolderSink(self.layout, Path(output), lambda index: self.provenance(request, index))
+        return FolderSink(self.layout, Path(output), lambda index: self.provenance(request, index), self.adapter)
 
     def provenance(self, request: Request, index: int) -> dict[str, str]:
         """The metadata of generated network ``index``."""
@@ -286,7 +298,7 @@ def _find_folder(path: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[*FILES, "README.md"]))
+        return Path(snapshot_download(str(path), allow_patterns=[*FILES, *OPTIONAL_FILES, "README.md"]))
     except Exception as error:  # the hub's many errors all mean: not to be had
         raise InputError(
             str(path),
@@ -298,8 +310,9 @@ def _find_folder(path: Path | str) -> Path:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in FILES:
-        digest.update(file_digest(folder / name).encode())
+    for name in FILES + OPTIONAL_FILES:
+        if (folder / name).is_file():
+            digest.update(file_digest(folder / name).encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
-from rpg.generator import FILES, Generator
+from rpg.generator import FILES, OPTIONAL_FILES, Generator
 from rpg.training import train
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint import save_checkpoint
@@ -87,8 +87,8 @@ def test_checkpoint_metadata(folder: Path, tmp_path: Path) -> None:
 
 def test_generator_folder(folder: Path) -> None:
     generator = folder / "run" / "generator"
-    assert documented("Generator folder") == [*FILES, "README.md"]
-    assert sorted(path.name for path in generator.iterdir()) == sorted(documented("Generator folder"))
+    assert documented("Generator folder") == [*FILES, "README.md", *OPTIONAL_FILES]
+    assert {path.name for path in generator.iterdir()} == set(documented("Generator folder")) - set(OPTIONAL_FILES)
     layout = read(generator / "layout.json")
     assert list(layout) == documented("layout.json") and layout["version"] == 1
     tensors = {key for entry in layout["tensors"] for key in entry}

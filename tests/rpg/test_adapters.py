@@ -1,0 +1,150 @@
+"""From a folder of PEFT adapters to new ones that PEFT loads by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpg.export import export
+from rpg.generator import Generator
+from rpg.training import train
+from tests.conftest import small_config
+from tests.rpg.test_export import TOKENS, tiny
+from tokenization.errors import InputError
+from tokenization.sources import collect_from
+
+MODULES = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+
+
+def base_at(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base model, saved on the first call and loaded as a user loads it."""
+    from transformers import AutoModelForCausalLM
+
+    if not folder.exists():
+        tiny(kind, 0).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def adapters_at(folder: Path, kind: str, num: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """Adapters as PEFT saves them, each away from its start."""
+    for seed in range(num):
+        settings = {"r": 2, "lora_alpha": 4, "target_modules": MODULES[kind], "fan_in_fan_out": kind == "gpt2"}
+        config = LoraConfig(**{**settings, "task_type": "CAUSAL_LM", **options})  # type: ignore[arg-type]
+        torch.manual_seed(seed)
+        network = get_peft_model(base_at(folder / "base", kind, dtype), config, autocast_adapter_dtype=False)
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.2 * torch.rand_like(parameter)
+        network.save_pretrained(folder / "adapters" / f"task{seed}")
+    return folder / "adapters"
+
+
+def generator_of(folder: Path, **sections: object) -> Generator:
+    """A generator trained for two steps on the adapters in ``folder``."""
+    collect_from(folder / "adapters", folder / "zoo")
+    config = small_config(folder, train={"steps": 2}, **sections)
+    return Generator.from_pretrained(train(config, overwrite=True, say=lambda _: None))
+
+
+def logits(network: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return network.eval()(TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generated_adapters_load_merge_and_stand_side_by_side(kind: str, use_dora: bool, tmp_path: Path) -> None:
+    adapters = adapters_at(tmp_path, kind, use_dora=use_dora)
+    folders = generator_of(tmp_path).generate(2, seed=3, output=tmp_path / "new")
+    assert [path.name for path in folders] == ["network-00000", "network-00001"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"network-00000", "network-00001"}
+    for folder in folders:
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert (folder / "adapter_config.json").read_bytes() == (adapters / "task0/adapter_config.json").read_bytes()
+    plain = logits(base_at(tmp_path / "base", kind))
+    network = PeftModel.from_pretrained(base_at(tmp_path / "base", kind), folders[0])
+    network.load_adapter(folders[1], adapter_name="second")
+    outputs = {}
+    for name in ("default", "second"):
+        network.set_adapter(name)
+        outputs[name] = logits(network)
+    assert (outputs["default"] - outputs["second"]).abs().max() > 1e-3
+    for folder, output in zip(folders, outputs.values(), strict=True):
+        assert torch.isfinite(output).all() and (output - plain).abs().max() > 1e-3
+        alone = PeftModel.from_pretrained(base_at(tmp_path / "base", kind), folder)
+        torch.testing.assert_close(logits(alone), output, rtol=0, atol=0)
+        torch.testing.assert_close(logits(alone.merge_and_unload()), output, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tensors_are_those_of_the_sources_in_shape_and_dtype(tmp_path: Path) -> None:
+    adapters = adapters_at(tmp_path, "llama", dtype=torch.bfloat16, use_dora=True, r=3)
+    (folder,) = generator_of(tmp_path).generate(1, output=tmp_path / "new")
+    sources, found = (load_file(path / "adapter_model.safetensors") for path in (adapters / "task0", Path(str(folder))))
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in sources.items()}
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == specs
+    assert torch.bfloat16 in {dtype for dtype, _ in specs.values()}
+    loaded = PeftModel.from_pretrained(base_at(tmp_path / "base", "llama", torch.bfloat16), folder)
+    assert torch.isfinite(logits(loaded)).all()
+
+
+def test_the_card_says_where_an_adapter_comes_from(tmp_path: Path) -> None:
+    adapters_at(tmp_path, "llama")
+    generator = generator_of(tmp_path)
+    (folder,) = generator.generate(1, seed=7, output=tmp_path / "new")
+    card = (Path(str(folder)) / "README.md").read_text()
+    assert card.startswith(f'---\nbase_model: "{tmp_path / "base"}"\nlibrary_name: peft\n---\n')
+    assert "| seed | 7 |" in card and generator.digest in card and "LoRA, rank 2, on down_proj, q_proj, v_proj" in card
+
+
+def test_the_configuration_travels_with_the_generator(tmp_path: Path) -> None:
+    adapters_at(tmp_path, "llama")
+    generator = generator_of(tmp_path)
+    expected = generator.generate(1, seed=1)[0]
+    moved = (tmp_path / "run" / "generator").rename(tmp_path / "moved")
+    (tmp_path / "zoo").rename(tmp_path / "elsewhere")
+    again = Generator.from_pretrained(moved)
+    Generator.from_pretrained(moved).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "adapter_config.json").read_bytes() == (moved / "adapter_config.json").read_bytes()
+    exported = export(moved, "peft", tmp_path / "exported", seed=1)
+    (folder,) = again.generate(1, seed=1, output=tmp_path / "new")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (exported / name).read_bytes() == (Path(str(folder)) / name).read_bytes(), name
+    stored = load_file(exported / "adapter_model.safetensors")
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    again_exported = export(str(folder), "peft", tmp_path / "again")  # a folder is its own base
+    assert load_file(again_exported / "adapter_model.safetensors").keys() == stored.keys()
+
+
+def test_a_second_generation_replaces_the_first_and_a_failed_one_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters_at(tmp_path, "llama")
+    generator = generator_of(tmp_path)
+    first = generator.generate(2, seed=1, output=tmp_path / "new")
+    before = load_file(Path(str(first[0])) / "adapter_model.safetensors")
+    generator.generate(2, seed=2, output=tmp_path / "new")
+    after = load_file(Path(str(first[0])) / "adapter_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.setattr("rpg.sinks.CheckpointWriter.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(3, seed=3, output=tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"network-00000", "network-00001"}
+    kept = load_file(Path(str(first[0])) / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], after[name]) for name in after)
+    assert not list((tmp_path / "new").rglob("*.partial"))
+
+
+def test_a_configuration_of_other_adapters_is_refused(tmp_path: Path) -> None:
+    adapters_at(tmp_path, "llama")
+    generator_of(tmp_path)
+    path = tmp_path / "run" / "generator" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 5}))
+    with pytest.raises(InputError, match="rank 2, expected 5"):
+        Generator.from_pretrained(tmp_path / "run")
