@@ -25,8 +25,9 @@ def comparable_baselines(
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Networks of every family, their median distance to the nearest original as near to ``distance`` as it can be.
 
-    Families: noise (relative to each layer), Gaussians with the zoo's variances and covariance, the same within a
-    random run, and extrapolation beyond pairs of a run.
+    Families: noise (relative to each layer), Gaussians with the zoo's variances, with their squares (which leave
+    alone what hardly varies in the zoo) and with its covariance, the same within a random run, and extrapolation beyond
+    pairs of a run.
 
     Args:
         originals: the zoo, at least two.
@@ -84,6 +85,10 @@ def _families(zoo: Tensor, runs: Tensor, scale: Tensor, num: int, generator: tor
     families = {
         "noise": (zoo[chosen], scale * torch.randn(num, size, generator=generator)),
         "coordinate_gaussian": (mean.expand(num, -1), zoo.std(0) * torch.randn(num, size, generator=generator)),
+        "sharpened_gaussian": (
+            mean.expand(num, -1),
+            zoo.var(0) / scale * torch.randn(num, size, generator=generator),
+        ),
         "covariance_gaussian": (
             mean.expand(num, -1),
             torch.randn(num, count, generator=generator) @ (zoo - mean) / (count - 1) ** 0.5,
@@ -93,8 +98,7 @@ def _families(zoo: Tensor, runs: Tensor, scale: Tensor, num: int, generator: tor
     if not repeated:
         return families
     if len(repeated) > 1:
-        families["run_coordinate_gaussian"] = _within_runs(zoo, runs, repeated, num, generator, independent=True)
-        families["run_covariance_gaussian"] = _within_runs(zoo, runs, repeated, num, generator, independent=False)
+        families |= _within_runs(zoo, runs, repeated, scale, num, generator)
     pairs = [_pair((runs == _pick(repeated, generator)).nonzero()[:, 0], generator) for _ in range(num)]
     first, second = (torch.stack([zoo[pair[i]] for pair in pairs]) for i in range(2))
     families["extrapolation"] = (first, second - first)
@@ -102,20 +106,22 @@ def _families(zoo: Tensor, runs: Tensor, scale: Tensor, num: int, generator: tor
 
 
 def _within_runs(
-    zoo: Tensor, runs: Tensor, choices: list[int], num: int, generator: torch.Generator, *, independent: bool
-) -> Family:
-    """A Gaussian around the mean of a random run, with that run's variances or covariance."""
-    bases, deviations = [], []
+    zoo: Tensor, runs: Tensor, choices: list[int], scale: Tensor, num: int, generator: torch.Generator
+) -> dict[str, Family]:
+    """Gaussians around the mean of a random run, with that run's variances, their squares, or its covariance."""
+    bases: list[Tensor] = []
+    deviations: dict[str, list[Tensor]] = {"coordinate": [], "sharpened": [], "covariance": []}
     for _ in range(num):
         rows = zoo[runs == _pick(choices, generator)]
         mean = rows.mean(0)
-        if independent:
-            deviation = rows.std(0) * torch.randn(len(mean), generator=generator)
-        else:
-            deviation = torch.randn(len(rows), generator=generator) @ (rows - mean) / (len(rows) - 1) ** 0.5
+        noise = torch.randn(len(mean), generator=generator)
         bases.append(mean)
-        deviations.append(deviation)
-    return torch.stack(bases), torch.stack(deviations)
+        deviations["coordinate"].append(rows.std(0) * noise)
+        deviations["sharpened"].append(rows.var(0) / scale * noise)
+        correlated = torch.randn(len(rows), generator=generator) @ (rows - mean)
+        deviations["covariance"].append(correlated / (len(rows) - 1) ** 0.5)
+    base = torch.stack(bases)
+    return {f"run_{kind}_gaussian": (base, torch.stack(rows)) for kind, rows in deviations.items()}
 
 
 def _pick(choices: list[int], generator: torch.Generator) -> int:

@@ -139,8 +139,7 @@ def test_comparable_baselines_lie_at_the_distance_asked_for(zoo):
     measure = Distances(originals, runs, [])
     distance = 5 * measure.unit()
     made = comparable_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
-    assert {"noise", "coordinate_gaussian", "covariance_gaussian", "run_covariance_gaussian", "extrapolation"} <= set(
-        made
-    )
-    for name in ("noise", "run_coordinate_gaussian", "run_covariance_gaussian", "extrapolation"):
+    gaussians = {"coordinate_gaussian", "sharpened_gaussian", "covariance_gaussian"}
+    assert set(made) == {"noise", "extrapolation", *gaussians, *(f"run_{name}" for name in gaussians)}
+    for name in ("noise", "extrapolation", *(f"run_{name}" for name in gaussians)):
         assert measure.plain(made[name]).amin(1).median().item() == pytest.approx(distance, rel=0.02), name
