@@ -21,7 +21,10 @@ from tokenization.zoo import Zoo
 
 @dataclass(frozen=True)
 class Rows:
-    """A process's share of one step's data, on the CPU (shapes as in :class:`rpg.model.Batch`)."""
+    """A process's share of one step's data, on the CPU (shapes as in :class:`rpg.model.Batch`).
+
+    ``seeds`` are of the examples' noise and times, ``group_seeds`` of the noise on each group's permutation state.
+    """
 
     samples: Tensor
     mask: Tensor
@@ -31,6 +34,7 @@ class Rows:
     conditions: Tensor | None
     dropped: Tensor | None
     seeds: list[int]
+    group_seeds: list[int]
 
 
 class BatchSampler:
@@ -97,6 +101,7 @@ class BatchSampler:
             conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
             dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
             seeds=seeds,
+            group_seeds=[derive_seed(self.config.seed, "state", step, repr(key)) for key in distinct],
         )
 
     def _condition(self, place: int) -> tuple[float, ...]:

@@ -29,12 +29,8 @@ class ExponentialMovingAverage:
         shadows = list(self.shadow.values())
         torch._foreach_lerp_(shadows, [live[name].detach().float() for name in self.shadow], 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The shadows, and the number of updates as ``num_updates``."""
-        return {**self.shadow, "num_updates": torch.tensor(self.num_updates)}
-
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the shadows and the number of updates back."""
+        """Take back the shadows, and the number of updates as ``num_updates``."""
         self.num_updates = int(state["num_updates"])
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 from rpg.pdiff import ParameterDiffusion
 from rpg.pdiff_sampling import flatten_tokens
 from rpg.seeding import generator, permutation
-from rpg.training import Trainer
+from rpg.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
 from tokenization.zoo import Zoo
@@ -89,9 +89,13 @@ class PDiffTrainer(Trainer):
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
-        """The zoo in memory. Raises InputError for several processes."""
-        if world_size > 1:
-            raise InputError("generator: pdiff", f"{world_size} processes", "one", "p-diff's networks are small")
+        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
+        if world_size > 1 or self.place.spread != "none":
+            found = f"{world_size} processes, or DeepSpeed"
+            raise InputError("generator: pdiff", found, "one, without", "p-diff's networks are small")
+        if self.config.train.compile or self.config.train.gradient_accumulation > 1:
+            found = "train.compile or train.gradient_accumulation"
+            raise InputError("generator: pdiff", found, "neither", "p-diff's networks are small")
         stages = self.config.pdiff.autoencoder, self.config.pdiff.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
@@ -120,12 +124,9 @@ class PDiffTrainer(Trainer):
             raise InputError(
                 f"step {step + 1}", f"a loss of {value}", "a finite one", f"lower pdiff.{name}.learning_rate"
             )
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backward_and_step(step, loss)
         if stage:
-            self.ema.update(self.averaged_parameters())
+            self.update_average()
         return value
 
     def _inputs(self, stage: int, step: int, examples: list[int]) -> tuple[Tensor, ...]:

@@ -11,17 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 
 from rpg.config import Config
 from tokenization.errors import InputError
-from tokenization.publish import synchronise
+from tokenization.publish import publish, synchronise
 
 COMPLETE = "complete.json"
-# What may change between the parts of a resumed run without changing what it computes.
+# What may change between the parts of a resumed run without changing what it computes, but for rounding.
 FREE_TO_CHANGE = {
     ("train", "save_every"),
     ("train", "keep"),
     ("train", "log_every"),
+    ("train", "gradient_accumulation"),
+    ("train", "compile"),
+    ("model", "backbone", "checkpointing"),
+    ("model", "denoiser", "checkpoint_rows"),
     ("generate",),
     ("evaluate",),
     ("run",),
@@ -65,7 +70,10 @@ class RunFolder:
                 shutil.rmtree(name, ignore_errors=True)
             self.metrics.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        config.save(saved)
+        for leftover in self.checkpoints.glob(".writing-*"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        with publish(saved) as temporary:
+            config.save(temporary)
 
     def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Publish ``checkpoints/step-<step>`` as ``write`` fills it; older ones beyond ``keep`` go.
@@ -80,11 +88,11 @@ class RunFolder:
             temporary.mkdir(parents=True)
             write(temporary)
             publish_folder(temporary, target, {"step": step})
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise InputError(
-                str(target), f"{error}", "room for a checkpoint", "free some space and continue with --resume"
-            ) from error
+            before = next((path.name for _, path in self.steps()), "no save")
+            cure = f"free some space and continue with --resume, from {before}"
+            raise InputError(str(target), f"{error}", "room for a checkpoint", cure) from error
         for _, old in self.steps()[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -27,16 +28,17 @@ def fast_bf16() -> bool:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into ``requested`` while the context is open."""
+    """Turns the first SIGTERM or SIGINT into ``requested`` while the context is open; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._before: dict[int, Any] = {}
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True
+        signal.signal(signum, self._before[signum])
 
     def __enter__(self) -> StopSignal:
-        self._before = {}
         try:
             for name in (signal.SIGTERM, signal.SIGINT):
                 self._before[name] = signal.signal(name, self._request)

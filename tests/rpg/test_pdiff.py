@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from rpg.config import Config
 from rpg.generator import Generator
 from rpg.pdiff import ConvDecoder, ConvEncoder, LatentDenoiser, ParameterDiffusion, PDiffConfig
 from rpg.pdiff_sampling import GROUP, flatten_tokens, unflatten_values
+from rpg.runs import RunFolder
 from rpg.training import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
@@ -99,19 +102,16 @@ def test_it_trains_saves_loads_and_generates(tmp_path, zoo, variational):
 
 
 @pytest.mark.parametrize("stop", [3, 10])  # in the first stage, in the second
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, zoo, stop, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, zoo, stop):
     whole = train(pdiff_config(tmp_path, run=str(tmp_path / "whole")))
     parts = pdiff_config(tmp_path, run=str(tmp_path / "parts"))
-    from rpg.pdiff_training import PDiffTrainer
 
-    steps = []
-    monkeypatch.setattr(PDiffTrainer, "any_process", lambda self, flag: len(steps) == stop)
-    original = PDiffTrainer.train_step
-    monkeypatch.setattr(
-        PDiffTrainer, "train_step", lambda self, step, rows: steps.append(step) or original(self, step, rows)
-    )
-    train(parts, say=lambda _: None)
-    monkeypatch.undo()
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done == stop - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    train(parts, progress=interrupt, say=lambda _: None)
+    assert RunFolder(parts.run).steps()[0][0] == stop
     resumed = train(parts, resume=True)
     first, second = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)

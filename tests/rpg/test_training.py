@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from rpg.batches import BatchSampler
+from rpg.optimizers import learning_rate
 from rpg.runs import RunFolder
-from rpg.training import learning_rate, train
+from rpg.training import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
@@ -114,7 +115,7 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_mixed(tmp_path, zoo):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, zoo, monkeypatch):
-    from rpg import training
+    from rpg import trainer as training
 
     real = training.to_batch
 

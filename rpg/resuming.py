@@ -1,0 +1,93 @@
+"""What a resume needs, whole and by name, so that any number of processes can go on with it, however they share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rpg.ema import ExponentialMovingAverage
+from rpg.shards import Shards
+from tokenization.errors import InputError
+from tokenization.publish import publish_text
+
+MODEL, AVERAGE, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+Tensors = dict[str, Tensor]
+
+
+def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards) -> dict[str, Tensors]:
+    """The files of a checkpoint; all processes must call it, as the functions below."""
+    return {
+        MODEL: gather_model(network, shards),
+        AVERAGE: {**gather_average(average, shards), "num_updates": torch.tensor(average.num_updates)},
+        OPTIMIZER: gather_optimizer(shards),
+    }
+
+
+def gather_model(network: nn.Module, shards: Shards) -> Tensors:
+    """The networks' whole state dict."""
+    whole = {name: shards.gather(value, shards.share(value)) for name, value in shards.parameters.items()}
+    buffers = {name: value for name, value in network.state_dict().items() if name not in whole}
+    return {**whole, **buffers}
+
+
+def gather_average(average: ExponentialMovingAverage, shards: Shards) -> Tensors:
+    """The whole averaged weights."""
+    return {name: shards.gather(shards.parameters[name], share) for name, share in average.shadow.items()}
+
+
+def gather_optimizer(shards: Shards) -> Tensors:
+    """The optimizer's state as ``KEY.NAME`` of each parameter NAME."""
+    states = shards.gather_states()
+    return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
+
+
+def write(folder: Path, files: dict[str, Tensors]) -> None:
+    """Write each file of whole tensors. Raises SafetensorError when the disk is full."""
+    for name, tensors in files.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / name)
+
+
+def load_model(folder: Path, network: nn.Module) -> None:
+    """Load the networks, which nothing has spread yet."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(str(folder), f"no {missing[0]}", "a checkpoint of this version", "start anew with --overwrite")
+    network.load_state_dict(dict(_tensors(folder / MODEL)))
+
+
+def load_average(folder: Path, average: ExponentialMovingAverage, shards: Shards) -> None:
+    """Load the moving average into each process's shares."""
+    average.load_state_dict(
+        {
+            name: shards.cut(shards.parameters[name], value) if name in average.shadow else value
+            for name, value in _tensors(folder / AVERAGE)
+        }
+    )
+
+
+def load_optimizer(folder: Path, shards: Shards) -> None:
+    """Load the optimizer's state into each process's shares."""
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in shards.parameters}
+    for name, value in _tensors(folder / OPTIMIZER):
+        key, _, parameter = name.partition(".")
+        states[parameter][key] = value
+    shards.load_states(states)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a file, not a dict)
+            yield name, file.get_tensor(name)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that the run goes on from, and a line that a kill cut short."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        publish_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))

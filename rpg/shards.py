@@ -1,0 +1,176 @@
+"""How a run's weights lie over its processes: each one's share of a tensor, and whole tensors put together again.
+
+What is saved is always whole, so that a run can go on with other processes than it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+States = Mapping[str, Mapping[str, Tensor]]  # whole optimizer state of each named parameter, by key
+
+
+class Shards:
+    """Every process holds every tensor: one process, DDP, and the parameters of ZeRO 1 and 2.
+
+    Args:
+        network: the networks, after whatever spreads them has been applied.
+        optimizer: theirs, unwrapped.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: Any) -> None:
+        self.parameters = dict(network.named_parameters())
+        self.optimizer = optimizer
+
+    def share(self, parameter: Tensor) -> Tensor:
+        """This process's part of a parameter, in fp32; it follows the parameter until the next step."""
+        return parameter.detach()
+
+    def gather(self, parameter: Tensor, share: Tensor) -> Tensor:
+        """The whole of what the processes hold shares of, shaped as ``parameter``; all of them must call it."""
+        return share
+
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This process's part of a whole tensor that is shaped as ``parameter``."""
+        return whole
+
+    def gather_states(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's whole state; all processes must call it. Numbers become 0-d int64 tensors."""
+        return {
+            name: {
+                key: self._gather_state(parameter, torch.as_tensor(value))
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_states(self, states: States) -> None:
+        """Take the optimizer's whole state back."""
+        content = self.optimizer.state_dict()
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        content["state"] = {
+            index: {key: self._cut_state(self.parameters[name], value) for key, value in states[name].items()}
+            for index, name in enumerate(order)
+            if states.get(name)
+        }
+        self.optimizer.load_state_dict(content)
+
+    def _gather_state(self, parameter: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    def _cut_state(self, parameter: Tensor, value: Tensor) -> Tensor | int:
+        return int(value) if value.dtype == torch.int64 and not value.ndim else value
+
+
+class FSDPShards(Shards):
+    """Fully sharded (FSDP2): parameters and optimizer state are DTensors, cut along their first dimension."""
+
+    def share(self, parameter: Any) -> Tensor:
+        """The local shard."""
+        return parameter.detach().to_local()
+
+    def gather(self, parameter: Any, share: Tensor) -> Tensor:
+        """The whole tensor, from all shards."""
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(
+            share, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        ).full_tensor()
+
+    def cut(self, parameter: Any, whole: Tensor) -> Tensor:
+        """The local shard of a whole tensor."""
+        return self._distribute(parameter, whole).to_local()
+
+    def _distribute(self, parameter: Any, whole: Tensor) -> Any:
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = whole.to(parameter.device)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def _gather_state(self, parameter: Tensor, value: Any) -> Tensor:
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+    def _cut_state(self, parameter: Tensor, value: Tensor) -> Any:
+        return self._distribute(parameter, value) if value.ndim else value
+
+
+class ZeROShards(Shards):
+    """DeepSpeed ZeRO 1 to 3 in fp32: AdamW's moments in flat partitions, at stage 3 the parameters too."""
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, network: nn.Module, optimizer: Any) -> None:
+        super().__init__(network, optimizer)
+        self.spread = hasattr(next(iter(self.parameters.values())), "ds_id")
+
+    def share(self, parameter: Tensor) -> Tensor:
+        """The parameter, at stage 3 its partition: ``[ceil(values / processes)]``, the last one padded."""
+        if not self.spread:
+            return parameter.detach()
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return safe_get_local_fp32_param(parameter).detach()
+
+    def gather(self, parameter: Any, share: Tensor) -> Tensor:
+        """The whole tensor, from all partitions."""
+        if not self.spread:
+            return share
+        parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, share.contiguous())
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This process's partition of a whole tensor."""
+        if not self.spread:
+            return whole
+        size = len(self.share(parameter))
+        part = whole.flatten()[torch.distributed.get_rank() * size :][:size]
+        return torch.nn.functional.pad(part, (0, size - len(part)))
+
+    def gather_states(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's whole moments of every parameter, and the steps it has made."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = {int(state["step"]) for state in self._base_states().values() if "step" in state}
+        if not steps:
+            return {}
+        (step,) = steps
+        return {
+            name: {
+                "step": torch.tensor(float(step)),
+                **{key: safe_get_full_optimizer_state(parameter, key) for key in self.MOMENTS},
+            }
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_states(self, states: States) -> None:
+        """Make the state of every partition, then fill in each parameter's part of it."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not any(states.values()):
+            return
+        (step,) = {float(state["step"]) for state in states.values()}  # every parameter is trained at every step
+        zero = self.optimizer
+        for partition in self._partitions():
+            moments = {key: torch.zeros_like(partition) for key in self.MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(step, device=partition.device), **moments}
+        if not self.spread:  # parameters have views of the partitions' state, made once
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items():
+            for key in self.MOMENTS:
+                safe_set_full_optimizer_state(parameter, states[name][key].to(parameter.device), key)
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors that the optimizer underneath steps."""
+        zero = self.optimizer
+        return zero.fp32_partitioned_groups_flat if self.spread else zero.single_partition_of_fp32_groups
+
+    def _base_states(self) -> Mapping[Tensor, Any]:
+        return self.optimizer.optimizer.state
