@@ -23,7 +23,7 @@ from rpg.tasks.adapter_training import AdapterTraining, completion_losses, train
 from rpg.tasks.collection import Progress, open_zoo
 from rpg.tasks.language_rows import Rows, RowsConfig, TaskFile, find_tasks, read_rows, stack_rows
 from rpg.tasks.many import collect_many
-from rpg.tasks.side_by_side import Stacked, stack
+from rpg.tasks.side_by_side import Stacked, Teacher, stack
 from rpg.tasks.symbols import SymbolsConfig, make_symbols
 from tokenization.adapters import CONFIG_NAME
 from tokenization.checkpoint import save_checkpoint
@@ -252,12 +252,21 @@ class LanguageTask:
         """Symbol accuracy of T adapters at their tasks ``[T, C]``, float64 ``[T]``."""
         return self.scores(weights, bits, split)["symbol_accuracy"]
 
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """Always raises: the base knows none of the tasks."""
+        raise InputError("train.behaviour.target", "'base'", "'labels'", "the base model does not know the tasks")
+
     def behaviour_losses(
-        self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T adapters at their tasks ``[T, C]`` on ``num_images`` random *training* rows each.
 
-        Differentiable in ``weights``.
+        Differentiable in ``weights``. ``teacher`` is always None, as this task has none.
         """
         rows = self._draw(self.places(conditions), num_images, stream, conditions.device)
         self.base.to(conditions.device)
