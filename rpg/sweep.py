@@ -134,7 +134,7 @@ def _in_parallel(
 ) -> dict[str, str]:
     """Run a step of every experiment, each in a process of its own; return what went wrong, by name.
 
-    ``finished`` receives "<name>: <seconds> s" of each that went well.
+    ``finished`` receives "<name>: <seconds> s (processor <seconds> s)" of each that went well.
     """
     failures: dict[str, str] = {}
     if not experiments:
@@ -143,16 +143,16 @@ def _in_parallel(
         futures = {pool.submit(_in_process, step, experiment, threads): experiment for experiment in experiments}
         for future in as_completed(futures):
             name = futures[future].name
-            failure, seconds = future.result()
+            failure, took = future.result()
             if failure is None:
-                finished(f"{name}: {seconds:.0f} s")
+                finished(f"{name}: {took}")
             else:
                 failures[name] = failure
     return failures
 
 
-def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | None, float]:
-    """Run one step of one experiment; what went wrong, in one line, or None, and the seconds it took."""
+def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | None, str]:
+    """Run one step of one experiment; what went wrong, in one line, or None, and the time it took."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -160,15 +160,14 @@ def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | 
         process = subprocess.run(
             [sys.executable, "-m", "rpg.sweep", step, str(path)],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
         )
-    seconds = time.perf_counter() - started
+    took = f"{time.perf_counter() - started:.0f} s"
     if process.returncode == 0:
-        return None, seconds
+        return None, f"{took} (processor {process.stdout.split()[-1]} s)"
     lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-    return lines[-1].removeprefix("error: "), seconds
+    return lines[-1].removeprefix("error: "), took
 
 
 def _step(step: str, path: str) -> None:
@@ -264,6 +263,7 @@ def _figure(value: float | None, factor: float) -> str:
 if __name__ == "__main__":
     try:
         _step(*sys.argv[1:])
+        print(f"{time.process_time():.0f}")  # what it would take on a core of its own; the parent reads the last word
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

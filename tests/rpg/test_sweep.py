@@ -32,7 +32,7 @@ def sweep(tmp_path: Path) -> Path:
 def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, sweep):
     said: list[str] = []
     table = run_sweep(sweep, jobs=2, say=said.append)
-    assert any(line.startswith("wide: ") and line.endswith(" s, done") for line in said)
+    assert any(line.startswith("wide: ") and line.endswith(" s), done") for line in said)
     assert any("tokens.include" in line for line in said)
     rows = json.loads((table.parent / "table.json").read_text())
     assert [row["name"] for row in rows] == ["wide", "broken"]
