@@ -8,11 +8,13 @@ width, H model width, S permutation-state width, C condition values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rpg.backbone import BackboneConfig, LSTMConfig, build_backbone
 from rpg.conditioning import ConditionConfig, ConditionEncoder
@@ -61,11 +63,11 @@ class Batch:
     num_last: int = 0  # how many of the first examples have all their tokens at the last time
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``).
 
-    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any.
+    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any. (A tuple,
+    since what spreads weights over processes looks for the forward pass's tensors in tuples, and not in data classes.)
     """
 
     mean: Tensor
@@ -164,6 +166,19 @@ class RecurrentDiffusion(nn.Module):
         """The denoiser's prediction ``[M, D]`` for noisy rows ``x`` ``[M, D]``; padding goes in and comes out as 0."""
         return self.denoiser(x * mask, time, context).float() * mask
 
+    def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`predict` from prototypes ``[M, H]``, recomputed in the backward pass if so configured."""
+        inputs = (x, time, prototypes, mask)
+        num_rows = self.config.denoiser.checkpoint_rows
+        if num_rows is None or not (self.training and torch.is_grad_enabled()):
+            return self._predict_whole(*inputs)
+        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
+        recompute = partial(checkpoint, self._predict_whole, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
+
+    def _predict_whole(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+        return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+
     def forward(self, batch: Batch, state_noise: Tensor | None = None) -> Loss:
         """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
         num_examples, num_sampled = batch.samples.shape[:2]
@@ -174,9 +189,7 @@ class RecurrentDiffusion(nn.Module):
         time = batch.time.flatten()  # [B·N]
         mask = batch.mask[None].expand(num_examples, -1, -1).flatten(0, 1)  # [B·N, D]
         noisy = self.objective.add_noise(x0, noise, time)
-        prediction = self.predict(
-            noisy, self.objective.network_time(time), self.denoiser.precompute(prototypes), mask
-        )  # [B·N, D]
+        prediction = self._predict_rows(noisy, self.objective.network_time(time), prototypes, mask)  # [B·N, D]
         error = (prediction - self.objective.target(x0, noise, time)).square() * mask
         per_row = error.sum(1) * self.objective.weight(time)  # [B·N]
         per_token = per_row.view(num_examples, num_sampled).mean(0)  # [N]

@@ -5,7 +5,20 @@ Shape letters: N sampled tokens, D token width, H model width.
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor, nn
+
+from rpg.section import Section
+
+
+class DenoiserSection(Section):
+    """The fields every denoiser has; ``kind`` and the rest belong to the subclasses."""
+
+    checkpoint_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Token rows recomputed together in the backward pass: less memory, more time. Null keeps all.",
+    )
 
 
 class Denoiser(nn.Module):

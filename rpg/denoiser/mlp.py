@@ -17,12 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.denoiser.base import Denoiser
+from rpg.denoiser.base import Denoiser, DenoiserSection
 from rpg.denoiser.time import TimeEmbedding
-from rpg.section import Section
 
 
-class MLPConfig(Section):
+class MLPConfig(DenoiserSection):
     """Size of the residual MLP."""
 
     kind: Literal["mlp"] = "mlp"

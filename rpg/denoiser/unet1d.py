@@ -15,12 +15,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.denoiser.base import Denoiser
+from rpg.denoiser.base import Denoiser, DenoiserSection
 from rpg.denoiser.time import TimeEmbedding
-from rpg.section import Section
 
 
-class UNet1dConfig(Section):
+class UNet1dConfig(DenoiserSection):
     """Size of the stack of 1-D convolutions."""
 
     kind: Literal["unet1d"] = "unet1d"

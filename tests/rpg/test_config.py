@@ -5,7 +5,7 @@ import pytest
 from rpg.config import Config
 from tokenization.errors import InputError
 
-CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path.parent.name != "sweeps")
+CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "accelerate"))
 
 
 def write(folder: Path, text: str) -> Path:
