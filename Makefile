@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen test lint bench install clean report pdiff
+.PHONY: demo unseen lora test lint bench install clean report pdiff
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ bench: $(STAMP)
 # Networks for tasks nobody trained; 15 minutes at most on two cores. More seeds: make unseen UNSEEN_ARGS="--seeds 3"
 unseen: $(STAMP)
 	$(BIN)/rpg unseen $(UNSEEN_ARGS)
+
+# LoRA adapters for tasks nobody trained; 20 minutes at most on two cores: runs/lora/evaluation.json
+lora: $(STAMP)
+	$(BIN)/rpg lora $(LORA_ARGS)
 
 # The page of the demo's scores: runs/demo/report.html
 report: $(STAMP)

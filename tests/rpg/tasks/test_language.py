@@ -10,12 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rpg.config import Config
 from rpg.tasks import build_task
 from rpg.tasks.language import LanguageConfig, LanguageTask
 from rpg.tasks.language_rows import IGNORED, RowsConfig, find_tasks, read_rows
 from rpg.tasks.symbols import SymbolsConfig, make_tokenizer, write_tasks
 from tests.conftest import small_config
 from tokenization.errors import InputError
+from tokenization.layout import TokenLayout
 from tokenization.zoo import Zoo
 
 SYMBOLS = {
@@ -115,6 +117,25 @@ def test_a_killed_collection_goes_on_where_it_stood(task, zoo, folder, monkeypat
     other = LanguageTask(config_in(folder, seed=1))
     with pytest.raises(InputError, match=r"task\.seed"):
         other.collect(folder / "killed")
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_the_papers_dora_configurations_on_a_small_base(task, folder, tmp_path, rank):
+    data = tmp_path / "rows"
+    data.mkdir()
+    (data / "commonsense.jsonl").write_bytes(next((folder / "tasks").glob("*.jsonl")).read_bytes())
+    config = Config.load(
+        f"configs/lora/dora_r{rank}.yaml",
+        [f"task.base={task.config.base}", f"task.data={data}", f"zoo={tmp_path / 'zoo'}", "task.training.steps=4",
+         "task.training.checkpoints=2", "task.training.tail=0.5", "task.rows.validation=4", "task.rows.test=4"],
+    )  # fmt: skip
+    zoo = build_task(config.task).collect(config.zoo)
+    assert [entry.step for entry in zoo.entries] == [1, 2] and zoo.entries[0].metrics["validation_perplexity"] > 1
+    shapes = {name: shape for name, (_, shape) in zoo.structure.tensors.items()}
+    assert sum("magnitude" in name for name in shapes) == 5
+    assert {shape[0] for name, shape in shapes.items() if "lora_A" in name} == {rank}
+    tokens = TokenLayout.fit(zoo, config.tokens).encode(zoo.checkpoint(1))
+    assert tokens.isfinite().all() and tokens.abs().sum() > 0
 
 
 @pytest.mark.slow
