@@ -115,7 +115,7 @@ def train(
 @app.command()
 def generate(
     run: RunFolder,
-    num: Annotated[int, typer.Option(help="How many networks.", min=1)] = 1,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many networks.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for the files (default: RUN/generated).")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps (default: the configuration's).")] = None,
@@ -134,12 +134,18 @@ def generate(
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     state: Annotated[str | None, typer.Option(help="stored or gaussian: which permutation states to draw.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu (default), cuda, …; of a launched process its own.")] = None,
 ) -> None:
-    """Write new checkpoints as safetensors that plain load_state_dict takes."""
-    from rpg.generator import Generator
+    """Write new checkpoints as safetensors that plain load_state_dict takes.
 
-    generator = Generator.from_pretrained(run, device)
+    On several devices: accelerate launch scripts/generate.py RUN -n NUM
+    """
+    from rpg.generator import Generator
+    from rpg.processes import join_processes
+
+    share, own_device = join_processes()
+    console.quiet = share.rank > 0
+    generator = Generator.from_pretrained(run, device or own_device)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:
         paths = generator.generate(
@@ -152,6 +158,7 @@ def generate(
             condition=vector,
             output=output or run / "generated",
             progress=advance,
+            share=share,
         )
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rpg.model import RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
 from rpg.pdiff_sampling import LatentSampler
 from rpg.runs import file_digest
-from rpg.sampling import Request, Tile, TokenSampler
+from rpg.sampling import Request, Share, Tile, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
 from tokenization.adapters import CONFIG_NAME
 from tokenization.errors import InputError
@@ -153,6 +154,7 @@ class Generator:
         state: str | None = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        share: Share | None = None,
     ) -> list[StateDict] | list[Path]:
         """Generate networks.
 
@@ -163,7 +165,8 @@ class Generator:
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
-            progress: called with (tokens done, tokens in all).
+            progress: called with (tokens done, tokens in all), of this process's share.
+            share: which of several processes this is, all of which call this alike and fill ``output`` together.
 
         Returns:
             State dicts in memory, or the paths of the files or folders in ``output``.
@@ -172,11 +175,13 @@ class Generator:
             InputError: an impossible request.
         """
         request = self._request(num, seed, steps, sampler, eta, guidance_scale, condition, state)
-        sink = self._sink(request, output)
-        total = num * self.layout.num_tokens
+        share = share or Share()
+        tokens = self.sampler()
+        sink = self._sink(request, output, share, tokens.shared(num, share))
+        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, share))
         done = 0
         with sink:
-            for tile, rows in self.sampler().sample(request):
+            for tile, rows in tokens.sample(request, share=share):
                 sink.take(tile, rows.cpu())
                 done += tile.num_networks * tile.num_tokens
                 if progress is not None:
@@ -251,10 +256,15 @@ class Generator:
             return LatentSampler(self.network, self.layout, settings.precision == "bf16")
         return TokenSampler(self.network, self.layout, settings.tile_tokens, settings.precision == "bf16")
 
-    def _sink(self, request: Request, output: Path | str | None) -> MemorySink | FolderSink:
-        if output is None:
-            return MemorySink(self.layout, request.num)
-        return FolderSink(self.layout, Path(output), lambda index: self.provenance(request, index), self.adapter)
+    def _sink(
+        self, request: Request, output: Path | str | None, share: Share, shared: range
+    ) -> MemorySink | FolderSink:
+        if output is not None:
+            facts = partial(self.provenance, request)
+            return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, share, shared)
+        if share.size > 1:
+            raise InputError("output", "none", "a folder that all processes fill together", "or start a single one")
+        return MemorySink(self.layout, request.num)
 
     def provenance(self, request: Request, index: int) -> dict[str, str]:
         """The metadata of generated network ``index``."""

@@ -162,8 +162,13 @@ class RecurrentDiffusion(nn.Module):
             vectors = vectors + self.config.state.noise * spread * noise
         return vectors
 
-    def predict(self, x: Tensor, time: Tensor, context: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """The denoiser's prediction ``[M, D]`` for noisy rows ``x`` ``[M, D]``; padding goes in and comes out as 0."""
+    def predict(self, x: Tensor, time: Tensor, context: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """The denoiser's prediction ``[M, D]`` for noisy rows ``x`` ``[M, D]``; padding goes in and comes out as 0.
+
+        ``mask`` ``[M, D]`` is 1 where a row holds values; None where all of them do.
+        """
+        if mask is None:
+            return self.denoiser(x, time, context).float()
         return self.denoiser(x * mask, time, context).float() * mask
 
     def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.pdiff import ParameterDiffusion
-from rpg.sampling import Request, Tile, Watch
+from rpg.sampling import Request, Share, Tile, Watch
 from rpg.seeding import derive_seed
 from tokenization.layout import TokenLayout
 
@@ -44,12 +44,24 @@ class LatentSampler:
         self.network, self.layout, self.bf16 = network, layout, bf16
         self.device = network.latent_mean.device
 
+    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+        """The tiles of ``num`` networks; each process takes whole ones."""
+        share = share or Share()
+        for first in range(0, num, GROUP):
+            if share.takes(first // GROUP):
+                yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
+
+    def shared(self, num: int, share: Share) -> range:
+        """The networks that several processes compute together: none."""
+        return range(0)
+
     @torch.inference_mode()
-    def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its rows ``[G, L, D]``; ``watch`` is told after every step."""
+    def sample(
+        self, request: Request, watch: Watch | None = None, share: Share | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``share`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for first in range(0, request.num, GROUP):
-                tile = Tile(first, min(GROUP, request.num - first), 0, self.layout.num_tokens)
+            for tile in self.tiles(request.num, share):
                 yield tile, self._rows(tile, self.latents(request, tile, watch))
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg.model import RecurrentDiffusion
 from rpg.seeding import derive_seed, generator
@@ -44,6 +45,21 @@ class Request:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of one of ``size`` processes that generate together; by default the whole.
+
+    Tiles do not depend on one another, so whoever computes one computes the same bytes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def takes(self, number: int) -> bool:
+        """Whether this process is the one for the thing of this number."""
+        return number % self.size == self.rank
+
+
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
@@ -62,25 +78,38 @@ class TokenSampler:
     """
 
     def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, tile_tokens: int, bf16: bool) -> None:
-        self.network, self.layout = network, layout
+        self.network, self.layout = low_precision_copy(network) if bf16 else network, layout
         self.tile_tokens, self.bf16 = tile_tokens, bf16
         self.device = network.position_embedding.device
 
-    def tiles(self, num: int) -> Iterator[Tile]:
-        """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile."""
-        length, size = self.layout.num_tokens, self.tile_tokens
-        group = max(1, size // length)
+    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+        """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile.
+
+        Of several processes each takes whole networks; those that are left over are split tile by tile (`shared`).
+        """
+        share = share or Share()
+        length, size, group = self.layout.num_tokens, self.tile_tokens, self._group_size()
+        shared = self.shared(num, share)
         for network in range(0, num, group):
-            for token in range(0, length, size if group == 1 else length):
-                yield Tile(network, min(group, num - network), token, min(size, length - token))
+            for number, token in enumerate(range(0, length, size if group == 1 else length)):
+                if share.takes(number if network in shared else network // group):
+                    yield Tile(network, min(group, num - network), token, min(size, length - token))
+
+    def shared(self, num: int, share: Share) -> range:
+        """The networks that several processes compute together."""
+        if self.tile_tokens >= self.layout.num_tokens:
+            return range(0)
+        return range(num // share.size * share.size, num)
 
     @torch.inference_mode()
-    def sample(self, request: Request, watch: Watch | None = None) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
+    def sample(
+        self, request: Request, watch: Watch | None = None, share: Share | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``share`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         prototypes: list[Tensor] = []
         current = -1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for tile in self.tiles(request.num):
+            for tile in self.tiles(request.num, share):
                 if tile.network != current:
                     prototypes, current = self._prototypes(request, tile.network), tile.network
                 yield tile, self._sample_tile(request, tile, prototypes, watch)[: tile.num_networks, : tile.num_tokens]
@@ -130,7 +159,7 @@ class TokenSampler:
         token_ids = torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
         stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, tile.token))
         noise = torch.randn(group * num_tokens, width, generator=stream, device=self.device)
-        mask = self.layout.mask_rows(token_ids).to(self.device, torch.float32).repeat(group, 1)  # [G·n, D]
+        mask = self._mask(token_ids, group)
         contexts = []
         for each in prototypes:
             rows = each[:, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
@@ -147,18 +176,40 @@ class TokenSampler:
 
         def tell(step: int, x: Tensor) -> None:
             def rows() -> Tensor:
-                return (x * mask).view(group, num_tokens, width)[: tile.num_networks, : tile.num_tokens]
+                return _masked(x, mask).view(group, num_tokens, width)[: tile.num_networks, : tile.num_tokens]
 
             if watch is not None:
                 watch(tile, step, rows)
 
         rows = self.network.objective.sample(
             predict,
-            noise * mask,
+            _masked(noise, mask),
             sampler=request.sampler,
             num_steps=request.steps,
             generator=stream,
             eta=request.eta,
             callback=tell,
         )
-        return (rows * mask).view(group, num_tokens, width)
+        return _masked(rows, mask).view(group, num_tokens, width)
+
+    def _mask(self, token_ids: Tensor, group: int) -> Tensor | None:
+        """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
+        mask = self.layout.mask_rows(token_ids)
+        return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
+
+
+def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
+
+
+def low_precision_copy(network: RecurrentDiffusion) -> RecurrentDiffusion:
+    """The network with the weights of its matrix products in bf16; everything else is shared with the original.
+
+    Autocast would round these weights anew at every step, since it keeps only what needs a gradient.
+    """
+    kept: dict[int, nn.Parameter | Tensor] = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                kept[id(parameter)] = nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
+    return copy.deepcopy(network, kept)

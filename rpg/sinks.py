@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rpg.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.sampling import Tile
+from rpg.sampling import Share, Tile
 from tokenization.layout import TokenLayout
 from tokenization.writer import CheckpointWriter
 
@@ -43,28 +44,47 @@ class FolderSink:
 
     Args:
         layout: how tokens become checkpoints.
-        folder: where the files go.
+        folder: where the files go; several processes must see the same one.
         metadata: gives the file metadata of network ``index``.
+        num: networks in all.
         adapter: text of ``adapter_config.json`` where the networks are adapters.
+        share: which of several processes this is.
+        shared: the networks whose tiles come from all processes; the first process makes and publishes their files.
     """
 
     def __init__(
-        self, layout: TokenLayout, folder: Path, metadata: Callable[[int], dict[str, str]], adapter: str | None = None
+        self,
+        layout: TokenLayout,
+        folder: Path,
+        metadata: Callable[[int], dict[str, str]],
+        num: int,
+        adapter: str | None = None,
+        share: Share | None = None,
+        shared: range = range(0),
     ) -> None:
-        self.layout, self.folder, self.metadata, self.adapter = layout, folder, metadata, adapter
-        self.paths: list[Path] = []
+        self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
+        self.share, self.shared = share or Share(), shared
         self.open: dict[int, CheckpointWriter] = {}
 
     def __enter__(self) -> FolderSink:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.share.size > 1:
+            first = self.share.rank == 0
+            self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        for index, writer in self.open.items():
-            writer.__exit__(kind, error, trace)
-            if self.adapter is not None:
-                with contextlib.suppress(OSError):  # an earlier adapter stays
-                    self._path(index).rmdir()
+        if kind is not None:
+            for index, writer in self.open.items():
+                writer.__exit__(kind, error, trace)
+                if self.adapter is not None:
+                    with contextlib.suppress(OSError):  # an earlier adapter stays
+                        self._path(index).rmdir()
+        elif self.share.size > 1:
+            torch.distributed.barrier()  # every tile is written before a shared file is published
+            for index in self.shared:
+                self._publish(index)
+            torch.distributed.barrier()  # every file is there before any process says so
 
     def take(self, tile: Tile, rows: Tensor) -> None:
         """Write the rows ``[G, n, D]`` of a tile to their places."""
@@ -72,12 +92,18 @@ class FolderSink:
             index = tile.network + offset
             if index not in self.open:
                 self.open[index] = self._writer(index)
-                self.paths.append(self._path(index))
             self.open[index].write(tile.token, rows[offset])
-            if tile.token + tile.num_tokens == self.layout.num_tokens:
-                if self.adapter is not None:
-                    write_side_files(self._path(index), self.adapter, self.metadata(index))
-                self.open.pop(index).close()
+            if index not in self.shared and tile.token + tile.num_tokens == self.layout.num_tokens:
+                self._publish(index)
+
+    def result(self) -> list[Path]:
+        """The files or folders of all networks, in their order."""
+        return [self._path(index) for index in range(self.num)]
+
+    def _publish(self, index: int) -> None:
+        if self.adapter is not None and (index not in self.shared or self.share.rank == 0):
+            write_side_files(self._path(index), self.adapter, self.metadata(index))
+        self.open.pop(index).close()
 
     def _path(self, index: int) -> Path:
         return self.folder / (f"network-{index:05d}" + (".safetensors" if self.adapter is None else ""))
@@ -89,7 +115,3 @@ class FolderSink:
                 path.mkdir()
             path = path / WEIGHTS_NAME
         return CheckpointWriter(path, self.layout, self.metadata(index))
-
-    def result(self) -> list[Path]:
-        """The files or folders, in the order of the networks."""
-        return self.paths

@@ -1,4 +1,7 @@
-"""Generate networks; for `accelerate launch scripts/generate.py RUN [--num N] [--seed S]`."""
+"""Generate networks; for `accelerate launch scripts/generate.py RUN [-n NUM] [--seed SEED]`.
+
+All processes fill one folder. (Launchers take `--num` for an option of their own; `-n` is the same.)
+"""
 
 import sys
 

@@ -194,6 +194,7 @@ class CheckpointWriter:
                 centre = transform.centre_at(slice(source + begin, source + end))
                 part[begin:end] = transform.denormalize(values[place + begin : place + end], centre)
             self._put(layer.name, source, part)
+            layout.statistics.release(layer.name)
         self._file.write_bytes(b"\1" * len(rows), self._file.size + first_token)
 
     def close(self) -> None:

@@ -97,8 +97,10 @@ class MLPDenoiser(Denoiser):
         """Predict; see :meth:`Denoiser.forward`."""
         embedded = F.silu(self.time(time))  # [N or 1, W]
         (modulation,) = context  # [N, M]
-        modulation = modulation + (self.time_modulation(embedded) + self.identity)  # [N, M]
-        parts = iter(modulation.chunk(self.num_modulations, dim=-1))  # [N, W] each
+        of_time = self.time_modulation(embedded) + self.identity  # [N or 1, M]
+        # Summed when they are needed, piece by piece: [N, M] would not stay in a processor's cache.
+        pieces = (each.chunk(self.num_modulations, dim=-1) for each in (modulation, of_time))
+        parts = (prototype + time for prototype, time in zip(*pieces, strict=True))  # [N, W] each
         x_t = x
         x = self.input(x)  # [N, W]
         for block in self.blocks:

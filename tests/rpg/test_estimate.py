@@ -112,7 +112,7 @@ def test_generation_memory_grows_with_the_tile_and_not_with_the_zoo(tmp_path: Pa
         estimate.generation_memory(small_config(tmp_path, generate={"tile_tokens": tile}), subject)
         for tile in (12, 120)
     )
-    assert large.tile == pytest.approx(10 * small.tile, rel=0.02)
+    assert large.tile == pytest.approx(10 * small.tile, rel=0.05)
     assert small.weights == large.weights and 10 * small.prototypes == large.prototypes
     assert small.total == small.weights + small.prototypes + max(small.backbone, small.tile)
 
