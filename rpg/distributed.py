@@ -62,6 +62,10 @@ class Place:
             found = f"{settings.optimizer} under DeepSpeed or FSDP"
             raise InputError("train.optimizer", found, "adamw", "its moments are spread over the processes there")
 
+    def __str__(self) -> str:
+        ways = {"none": "each with all weights", "zero": "weights spread by DeepSpeed", "fsdp": "weights spread by FSDP"}
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {ways[self.spread]}"
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks."""

@@ -53,6 +53,8 @@ class Trainer:
             resuming.load_optimizer(saved, self.shards)
         self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.place)
         self.accelerator.init_trackers("tensorboard")
+        if self.place.world_size > 1 or self.place.spread != "none":
+            self.say(str(self.place))
 
     @property
     def num_steps(self) -> int:
