@@ -30,7 +30,7 @@ WAYS = {
 
 
 def launch(way: str, *command: str, environment: dict[str, str] | None = None) -> str:
-    launcher = [str(BIN / "accelerate"), "launch", "--config_file", f"configs/accelerate/{way}.yaml"]
+    launcher = [str(BIN / "accelerate-launch"), "--config_file", f"configs/accelerate/{way}.yaml"]
     result = subprocess.run(
         [*launcher, *command], env={**ENVIRONMENT, **(environment or {})}, timeout=300, capture_output=True, text=True
     )
