@@ -20,9 +20,11 @@ from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.collection import single_threaded
-from tokenization.publish import publish, publish_text
+from tokenization.errors import InputError
+from tokenization.publish import publish_text
 
 MARKER, EQUALS, PAD, END = "*", "=", "<pad>", "<end>"
+MADE_OF = "symbols.json"
 
 
 class SymbolsConfig(Section):
@@ -41,18 +43,25 @@ class SymbolsConfig(Section):
 
 
 def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> None:
-    """Write the base model's folder, the tasks' JSONL files and their table ``conditions.csv``; what is there stays."""
-    write_tasks(config, data, seed)
-    if not (base / "config.json").is_file():
-        write_base(config, base, seed)
+    """Write the base model's folder, and the tasks' JSONL files with their table ``conditions.csv``.
+
+    What is there already stays.
+
+    Raises:
+        InputError: there are files of other symbols.
+    """
+    for folder, write in ((data, write_tasks), (base, write_base)):
+        made_of = json.dumps({"seed": seed, **config.model_dump(mode="json")})
+        if not (folder / MADE_OF).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write(config, folder, seed)
+            publish_text(folder / MADE_OF, made_of)  # last: what is half done is done again
+        elif (found := (folder / MADE_OF).read_text()) != made_of:
+            raise InputError(str(folder / MADE_OF), found, made_of, "remove the folder, or name another")
 
 
 def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
-    """One file a task, named by its bits; the table of conditions comes last."""
-    table = data / "conditions.csv"
-    if table.is_file():
-        return
-    data.mkdir(parents=True, exist_ok=True)
+    """One file a task, named by its bits, and the table of conditions."""
     names = symbols(config)
     strings = random_strings(config.symbols, config.rows, config.length, seed)
     lines = ["file," + ",".join(f"condition.{name}" for name in names)]
@@ -60,7 +69,7 @@ def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
         name = "".join(map(str, bits)) + ".jsonl"
         publish_text(data / name, "".join(_row(string, bits, names) for string in strings.tolist()))
         lines.append(",".join([name, *map(str, bits)]))
-    publish_text(table, "\n".join(lines) + "\n")
+    publish_text(data / "conditions.csv", "\n".join(lines) + "\n")
 
 
 def symbols(config: SymbolsConfig) -> str:
@@ -80,17 +89,12 @@ def _row(string: list[int], bits: list[int], names: str) -> str:
 
 
 def write_base(config: SymbolsConfig, base: Path, seed: int) -> None:
-    """Pretrain the base and save it as transformers does, with its tokenizer; config.json comes last."""
-    base.mkdir(parents=True, exist_ok=True)
+    """Pretrain the base and save it as transformers does, with its tokenizer."""
     tokenizer = make_tokenizer(config)
     with single_threaded():
         model = pretrain(config, tokenizer, seed)
     tokenizer.save_pretrained(base)
     model.save_pretrained(base)
-    text = (base / "config.json").read_text()
-    (base / "config.json").unlink()
-    with publish(base / "config.json") as temporary:
-        temporary.write_text(text)
 
 
 def make_tokenizer(config: SymbolsConfig) -> Any:

@@ -114,8 +114,8 @@ def test_a_killed_collection_goes_on_where_it_stood(task, zoo, folder, monkeypat
     resumed = task.collect(folder / "killed", processes=1)
     assert trained == [[0, 1, 2, 3], [4, 5]]
     assert resumed.digest() == zoo.digest()
-    other = LanguageTask(config_in(folder, seed=1))
-    with pytest.raises(InputError, match=r"task\.seed"):
+    other = LanguageTask(config_in(folder, start="own"))
+    with pytest.raises(InputError, match=r"task\.start"):
         other.collect(folder / "killed")
 
 
@@ -229,6 +229,7 @@ ROW = '{"prompt": "ab=", "completion": "ab"}\n'
         (lambda folder: LanguageTask(config_in(folder, base=str(folder / "tasks"), symbols=None)).base, r"task\.base"),
         (lambda folder: LanguageTask(config_in(folder, unseen=6)).tasks, "task.unseen"),
         (lambda folder: LanguageTask(config_in(folder)).labels(), "rpg lora"),
+        (lambda folder: LanguageTask(config_in(folder, symbols={**SYMBOLS, "length": 4})).tasks, "symbols.json"),
         (lambda folder: build_task({"name": "language", "base": "x"}), "task.data"),
     ],
 )
