@@ -14,6 +14,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.model import Batch
 from rpg.seeding import derive_seed, generator, permutation
+from rpg.texts import text_table
 from tokenization.layout import TokenLayout
 from tokenization.reader import TokenReader
 from tokenization.zoo import Zoo
@@ -60,6 +61,10 @@ class BatchSampler:
         self.conditions: Tensor | None = None
         if config.model.condition.kind != "none":
             self.conditions = torch.tensor([zoo.entries[index].condition for index in self.indices])
+            if config.model.condition.kind == "text":
+                self.conditions = text_table(zoo, config.model.condition.encoder).conditions[
+                    self.conditions[:, 0].long()
+                ]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -130,6 +135,19 @@ class BatchSampler:
 def training_entries(zoo: Zoo, config: Config) -> list[int]:
     """The entries of the zoo that are trained on, in its order."""
     return sorted(index for split in dict.fromkeys(config.train.splits) for index in zoo.subset(split))
+
+
+def condition_size(zoo: Zoo, config: Config) -> int:
+    """How many values a condition is to the networks (for ``class``: how many classes); 0 without one.
+
+    Raises:
+        InputError: of ``text``: as `text_table` does.
+    """
+    if zoo.condition is None or config.model.condition.kind == "none":
+        return 0
+    if config.model.condition.kind == "text":
+        return text_table(zoo, config.model.condition.encoder).vectors.shape[1]
+    return zoo.condition.size
 
 
 def state_ids(zoo: Zoo, config: Config) -> Tensor:

@@ -41,7 +41,12 @@ def collect(
     source: Annotated[str | None, typer.Option("--from", help="Your own checkpoints: a folder or a glob.")] = None,
     zoo: Annotated[Path | None, typer.Option(help="With --from: the zoo folder to make.")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="With --from: CSV or JSONL with file, run, step, condition of each checkpoint.")
+        Path | None,
+        typer.Option(
+            "--table",
+            "--conditions",
+            help="With --from: CSV or JSONL with file, run, step, condition of each checkpoint.",
+        ),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="With --from: regular expression on file names with groups run, step, condition.")
@@ -127,16 +132,20 @@ def generate(
         str | None, typer.Option(help="The task's positive classes by name or number, e.g. 1,3,5 or cat,dog.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="The task in words: class names, or any text with a model.")
+        str | None, typer.Option(help="The task in words: any text, or class names where the condition is binary.")
     ] = None,
     prompt_model: Annotated[
-        str | None, typer.Option(help="Language model or sentence encoder for --prompt: a name or a local path.")
+        str | None,
+        typer.Option(
+            help="Language model or sentence encoder for --prompt: a name or a local path (of a generator that takes "
+            "texts: where its own encoder is)."
+        ),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     state: Annotated[str | None, typer.Option(help="stored or gaussian: which permutation states to draw.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default), cuda, …; of a launched process its own.")] = None,
 ) -> None:
-    """Write new checkpoints as safetensors that plain load_state_dict takes.
+    """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch scripts/generate.py RUN -n NUM
     """
@@ -300,12 +309,18 @@ def parse_condition(text: str | None) -> list[float] | None:
 
 def choose_condition(
     generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
-) -> list[float] | None:
+) -> list[float] | str | None:
     """The condition that is asked for by values, classes or words; words are shown as the vector they became."""
     given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
     if len(given) > 1:
         raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
-    vector, spec = parse_condition(condition), generator.condition
+    spec = generator.condition
+    if prompt is not None and generator.texts is not None:
+        generator.texts = generator.texts.with_encoder(prompt_model)
+        return prompt
+    if spec is not None and spec.kind == "class" and condition in spec.names:
+        return [float(spec.names.index(condition))]
+    vector = parse_condition(condition)
     if classes is None and prompt is None:
         family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
         if family and vector is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg.batches import state_ids
+from rpg.batches import condition_size, state_ids
 from rpg.config import Config
 from rpg.generator import Network, make_network
 from rpg.model import Batch, RecurrentDiffusion
@@ -53,9 +53,8 @@ class Subject:
         """The zoo as ``config`` cuts it; no values are read. Raises InputError as ``TokenLayout.plan`` does."""
         layout = TokenLayout.plan(zoo.checkpoint(0), config.tokens)
         states = state_ids(zoo, config)
-        conditioned = zoo.condition is not None and config.model.condition.kind != "none"
-        size = zoo.condition.size if zoo.condition is not None and conditioned else 0
-        return cls(layout, len(zoo), int(states.max()) + 1 if len(states) else 1, size)
+        num_states = int(states.max()) + 1 if len(states) else 1
+        return cls(layout, len(zoo), num_states, condition_size(zoo, config))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rpg.adapter_folder import adapter_config_of
+from rpg.conditioning import requested_conditions, requested_texts
 from rpg.config import Config
 from rpg.model import RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
@@ -24,14 +25,15 @@ from rpg.pdiff_sampling import LatentSampler
 from rpg.runs import file_digest
 from rpg.sampling import Request, Share, Tile, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
+from rpg.texts import TEXTS_FILE, TextTable, text_table
 from tokenization.adapters import CONFIG_NAME
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
-from tokenization.zoo import ConditionSpec
+from tokenization.zoo import ConditionSpec, Zoo
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
-OPTIONAL_FILES = (CONFIG_NAME,)
-"""What only some generators have: those of adapters PEFT's configuration."""
+OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE)
+"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them."""
 
 StateDict = dict[str, Tensor]
 Network = RecurrentDiffusion | ParameterDiffusion
@@ -47,6 +49,7 @@ class Generator:
         condition: what its conditions mean; None when it takes none.
         facts: how it was trained, for the model card.
         adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
+        texts: the texts it was trained with and their vectors, if its conditions are texts; those of the zoo when None.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Generator:
         condition: ConditionSpec | None = None,
         facts: dict[str, Any] | None = None,
         adapter: str | None = None,
+        texts: TextTable | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -64,6 +68,9 @@ class Generator:
         self.condition = condition if config.model.condition.kind != "none" else None
         self.facts = facts or {}
         self.adapter = adapter if adapter is not None else adapter_config_of(Path(config.zoo), layout)
+        self.texts = texts
+        if texts is None and self.condition is not None and self.condition.kind == "text":
+            self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest = ""
 
     # --- folder ---------------------------------------------------------------------------------------------
@@ -100,7 +107,9 @@ class Generator:
             ) from None
         spec = metadata["condition"]
         condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
-        network = make_network(config, layout, metadata["num_states"], condition.size if condition else 0)
+        texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
+        size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
+        network = make_network(config, layout, metadata["num_states"], size)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -111,7 +120,7 @@ class Generator:
                 "keep the folder's files together",
             ) from None
         adapter = adapter_config_of(folder, layout)
-        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter)
+        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts)
         loaded.digest = _digest(folder)
         return loaded
 
@@ -132,6 +141,8 @@ class Generator:
         save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
         if self.adapter is not None:
             (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
+        if self.texts is not None:
+            self.texts.save(temporary / TEXTS_FILE)
         (temporary / "README.md").write_text(_card(self))
         if target.exists():
             shutil.rmtree(target)
@@ -150,7 +161,7 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+        condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         state: str | None = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -162,7 +173,8 @@ class Generator:
             num: how many.
             seed: decides everything; network i of a seed is the same whatever ``num`` is.
             steps, sampler, eta, guidance_scale, state: override the ``generate`` section of the configuration.
-            condition: one vector ``[C]`` for all networks or one each ``[num, C]``.
+            condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
+                also one text, or one each.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
             progress: called with (tokens done, tokens in all), of this process's share.
@@ -229,25 +241,10 @@ class Generator:
             eta=defaults.eta if eta is None else eta,
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             state=state or defaults.state,
-            conditions=self._conditions(condition, num),
+            conditions=requested_conditions(condition, num, self.condition, self.texts),
+            texts=requested_texts(condition, num),
             temperature=self.config.generate.temperature,
         )
-
-    def _conditions(self, condition: Any, num: int) -> Tensor | None:
-        if self.condition is None:
-            if condition is not None:
-                raise InputError("condition", "a condition", "none", "this generator was trained without one")
-            return None
-        width = 1 if self.condition.kind == "class" else self.condition.size
-        if condition is None:
-            raise InputError("condition", "none", f"{width} values ({self.condition.kind})", "say what to generate for")
-        values = torch.as_tensor(condition, dtype=torch.float32)
-        values = values.expand(num, -1) if values.ndim == 1 else values
-        if values.shape != (num, width):
-            raise InputError("condition", f"{list(values.shape)} values", f"[{num}, {width}]")
-        if self.condition.kind == "binary" and not ((values == 0) | (values == 1)).all():
-            raise InputError("condition", "values other than 0 and 1", "a binary vector")
-        return values
 
     def sampler(self) -> TokenSampler | LatentSampler:
         """What turns requests into tiles of tokens."""
@@ -280,6 +277,8 @@ class Generator:
             "temperature": request.temperature,
             "condition": None if request.conditions is None else request.conditions[index].tolist(),
         }
+        if request.texts is not None:
+            facts["condition"] = request.texts[index]
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 
@@ -290,7 +289,7 @@ def make_network(config: Config, layout: TokenLayout, num_states: int = 1, condi
         config: the experiment.
         layout: how checkpoints become tokens.
         num_states: permutation states.
-        condition_size: values of a condition; 0 without one.
+        condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
     if config.generator == "pdiff":
         return ParameterDiffusion(config.pdiff, layout.num_values)

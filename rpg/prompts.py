@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.tasks.class_splits import bits_of_classes, check_bits
+from rpg.texts import load_pretrained, mean_hidden
 from tokenization.errors import InputError
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
@@ -57,18 +58,16 @@ def describe_bits(bits: Tensor, classes: Sequence[str]) -> str:
 
 
 def _scores(prompt: str, classes: Sequence[str], model: str) -> Tensor:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        causal = any(name.endswith("ForCausalLM") or "LMHead" in name for name in config.architectures or [])
-        network = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(model).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError("--prompt-model", repr(model), "a transformers model's name or local path", reason) from None
+    def is_causal(config: Any) -> bool:
+        return any(name.endswith("ForCausalLM") or "LMHead" in name for name in config.architectures or [])
+
+    network, tokenizer = load_pretrained(
+        model, "--prompt-model", lambda config: AutoModelForCausalLM if is_causal(config) else AutoModel
+    )
     with torch.inference_mode():
-        if causal:
+        if is_causal(network.config):
             return _ask(prompt, classes, network, tokenizer)
         return _compare(prompt, classes, network, tokenizer)
 
@@ -90,9 +89,7 @@ def _compare(prompt: str, classes: Sequence[str], network: Any, tokenizer: Any) 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer([prompt, *classes], padding=True, return_tensors="pt")
-    hidden = network(**batch).last_hidden_state  # [1 + C, words, width]
-    mask = batch["attention_mask"][..., None].to(hidden.dtype)
-    vectors = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    vectors = F.normalize(mean_hidden(network(**batch), batch["attention_mask"], "--prompt-model"), dim=-1)
     similarity = vectors[1:] @ vectors[0]  # [C]
     ordered = similarity.sort().values
     gap = (ordered[1:] - ordered[:-1]).argmax()

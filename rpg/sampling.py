@@ -43,6 +43,7 @@ class Request:
     state: str
     conditions: Tensor | None  # [num, C]
     temperature: float = 1.0
+    texts: tuple[str, ...] | None = None  # what the conditions were made of
 
 
 @dataclass(frozen=True)

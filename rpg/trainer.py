@@ -12,7 +12,7 @@ import torch
 
 from rpg import resuming
 from rpg.auxiliary import AuxiliaryLosses
-from rpg.batches import BatchSampler, Rows, state_ids, to_batch, training_entries
+from rpg.batches import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
 from rpg.behaviour import num_at_last_time
 from rpg.config import Config
 from rpg.distributed import Place
@@ -218,10 +218,9 @@ class Trainer:
 def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> Network:
     """The untrained networks for a zoo, initialised from the seed."""
     num_states = int(state_ids(zoo, config).max()) + 1
-    condition_size = zoo.condition.size if zoo.condition and config.model.condition.kind != "none" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return make_network(config, layout, num_states, condition_size)
+        return make_network(config, layout, num_states, condition_size(zoo, config))
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:

@@ -94,8 +94,10 @@ def read_name(pattern: str, name: str) -> dict[str, Any]:
     return {key: text for key, text in match.groupdict().items() if text is not None}
 
 
-def label_of(row: Mapping[str, Any], where: str) -> Label:
+def label_of(row: Mapping[str, Any], where: str, kind: ConditionKind | None = None) -> Label:
     """Read the columns ``run, step, split, condition, condition.NAME, metrics``; every other one is a metric.
+
+    Conditions of the kind ``text`` are taken as they are, "3 cats" too.
 
     Raises:
         InputError: a value is of the wrong kind; names the column.
@@ -109,7 +111,9 @@ def label_of(row: Mapping[str, Any], where: str) -> Label:
             components[key.removeprefix(_CONDITION_PREFIX)] = _number(value, f"{where}: {key}")
         elif key not in ("file", "run", "step", "split", "condition"):
             metrics[key.removeprefix(_METRIC_PREFIX)] = _number(value, f"{where}: {key}")
-    condition = _condition(row["condition"], f"{where}: condition") if "condition" in row else None
+    condition: tuple[float, ...] | str | None = None
+    if "condition" in row:
+        condition = str(row["condition"]) if kind == "text" else _condition(row["condition"], f"{where}: condition")
     if components and condition is not None:
         raise InputError(f"{where}: condition", "it twice", f"it alone, or {_CONDITION_PREFIX}NAME columns")
     step = _number(row.get("step", 0), f"{where}: step")

@@ -82,12 +82,13 @@ def collect_from(
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
     """
     zoo_path = Path(zoo_path)
-    labelled = _labelled(source, zoo_path, table, pattern)
-    labels = [label for _, label in labelled]
     exists = (zoo_path / "zoo.json").exists()
-    if exists:
-        zoo = Zoo.open(zoo_path, repair=True)
-    else:
+    zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
+    wanted = zoo.condition or condition
+    kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
+    labelled = _labelled(source, zoo_path, table, pattern, kind)
+    labels = [label for _, label in labelled]
+    if not exists:
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
@@ -170,7 +171,11 @@ def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) 
 
 
 def _labelled(
-    source: Path | str | Sequence[Path | str], zoo_path: Path, table: Path | str | None, pattern: str | None
+    source: Path | str | Sequence[Path | str],
+    zoo_path: Path,
+    table: Path | str | None,
+    pattern: str | None,
+    kind: ConditionKind | None,
 ) -> list[tuple[Path, Label]]:
     sources = [source] if isinstance(source, str | Path) else list(source)
     rows: list[tuple[Path, str, dict[str, Any]]] = []
@@ -193,7 +198,7 @@ def _labelled(
             raise InputError(f"{where}: file", f"{row['file']!r} a second time", f"it in {seen[path.resolve()]} alone")
         seen[path.resolve()] = where
         named = read_name(pattern, path.as_posix()) if pattern is not None else {}
-        labelled.append((path, label_of({**named, **row}, where)))
+        labelled.append((path, label_of({**named, **row}, where, kind)))
     return labelled
 
 

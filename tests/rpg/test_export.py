@@ -161,7 +161,11 @@ def test_peft_loads_the_adapter(use_dora: bool, tmp_path: Path) -> None:
     zoo = collect_from(tmp_path / "mine", tmp_path / "zoo")
     file = generated(zoo, tmp_path / "network.safetensors")
     output = export(file, "peft", tmp_path / "adapter", base=tmp_path / "zoo")
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     loaded = PeftModel.from_pretrained(tiny("llama", 0), output)
     reference = get_peft_model(tiny("llama", 0), options)
     state = {
