@@ -43,6 +43,7 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
         if saved is not None:
+            self.say(f"going on after step {self.step} of {self.num_steps}")
             resuming.load_model(saved, self.network)
         if config.train.compile:
             self.compile()

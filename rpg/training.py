@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rpg.config import Config
 from rpg.runtime import StopSignal
 from rpg.trainer import Trainer
@@ -69,10 +71,10 @@ def _disk_errors(run: str) -> Iterator[None]:
     """A full or failing disk, met anywhere in a run, as one line."""
     try:
         yield
-    except OSError as error:
-        found = f"{error.strerror or error}"
+    except (OSError, SafetensorError) as error:
+        where, found = getattr(error, "filename", None) or run, getattr(error, "strerror", None) or str(error)
         cure = "the last save is kept; put that right and continue with --resume"
-        raise InputError(str(error.filename or run), found, "a disk to read from and write to", cure) from error
+        raise InputError(str(where), found, "a disk to read from and write to", cure) from error
 
 
 def _trainer_of(config: Config) -> type[Trainer]:
