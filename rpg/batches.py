@@ -15,6 +15,7 @@ from rpg.config import Config
 from rpg.model import Batch
 from rpg.seeding import derive_seed, generator, permutation
 from rpg.texts import text_table
+from tokenization.condition import WITHHELD
 from tokenization.layout import TokenLayout
 from tokenization.reader import TokenReader
 from tokenization.zoo import Zoo
@@ -92,7 +93,7 @@ class BatchSampler:
         seeds = [derive_seed(self.config.seed, "example", step, first + i) for i in range(share)]
         samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
         keys = [
-            (int(self.states[place]), self._condition(place), self._dropped(step, first + i))
+            (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i))
             for i, place in enumerate(chosen)
         ]
         distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
@@ -109,8 +110,14 @@ class BatchSampler:
             group_seeds=[derive_seed(self.config.seed, "state", step, repr(key)) for key in distinct],
         )
 
-    def _condition(self, place: int) -> tuple[float, ...]:
-        return () if self.conditions is None else tuple(self.conditions[place].tolist())
+    def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
+        if self.conditions is None:
+            return ()
+        condition, rate = self.conditions[place], self.config.model.condition.withhold
+        if rate > 0:
+            stream = generator(self.config.seed, "withhold", step, example)
+            condition = condition.masked_fill(torch.rand(len(condition), generator=stream) < rate, WITHHELD)
+        return tuple(condition.tolist())
 
     def _dropped(self, step: int, example: int) -> bool:
         rate = self.config.model.condition.dropout

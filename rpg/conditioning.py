@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rpg.section import Section
@@ -27,10 +27,20 @@ class ConditionConfig(Section):
         None, description="of text: a sentence encoder for transformers, by name or local path; its vectors are kept"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of training examples that see no condition (guidance)")
+    withhold: float = Field(
+        0.0, ge=0, lt=1, description="share of a binary condition's bits that a training example is not told; "
+        "train.behaviour passes over the images of their classes"
+    )  # fmt: skip
     inject: Literal["both", "backbone", "last_tokens"] = Field(
         "both", description="backbone input and denoiser; backbone input only; only the last tokens' backbone input"
     )
     last_tokens: int = Field(8, ge=1, description="with inject last_tokens: how many tokens see the condition")
+
+    @model_validator(mode="after")
+    def _only_bits_are_withheld(self) -> ConditionConfig:
+        if self.withhold and self.kind != "binary":
+            raise ValueError("withhold needs kind: binary")
+        return self
 
 
 class ConditionEncoder(nn.Module):

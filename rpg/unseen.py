@@ -131,10 +131,12 @@ def _all_networks(
     }
 
 
-def diversity(generator: Generator, task: SubsetTask, bits: Tensor, seen: TaskNetworks, seed: int) -> Diversity:
-    """Several networks for each of some unseen tasks."""
+def diversity(
+    generator: Generator, task: SubsetTask, bits: Tensor, seen: TaskNetworks, seed: int, **options: Any
+) -> Diversity:
+    """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.generate` takes them."""
     bits = bits[:NUM_DIVERSITY_TASKS]
-    draws = [generate_for(generator, bits, 1000 * (seed + 1) + number) for number in range(NUM_DRAWS)]
+    draws = [generate_for(generator, bits, 1000 * (seed + 1) + number, **options) for number in range(NUM_DRAWS)]
     vectors = FlatSpace(seen.weights).flatten(seen.weights)
     spread = vectors.std(0).square().mean().sqrt().item()
     return measure_diversity(task, draws, bits, spread)

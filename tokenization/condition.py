@@ -11,6 +11,10 @@ from tokenization.errors import InputError
 ConditionKind = Literal["binary", "class", "vector", "text"]
 
 
+WITHHELD = 0.5
+"""What stands for a bit of a binary condition that is not told: halfway between 0 and 1."""
+
+
 @dataclass(frozen=True)
 class ConditionSpec:
     """What the condition of an entry means.

@@ -28,7 +28,7 @@ from rpg.tasks.images import predict_images
 from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher
 from tokenization.checkpoint import save_checkpoint
-from tokenization.condition import ConditionSpec
+from tokenization.condition import WITHHELD, ConditionSpec
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -212,18 +212,22 @@ class SubsetTask:
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
-        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side.
-        Differentiable in ``weights``.
+        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side;
+        classes whose bit is withheld count for neither. Differentiable in ``weights``.
         """
         images, classes = self.draw(num_images, stream, augmented=True)
         images = images.to(conditions.device)
-        logits = self.side(weights, images)  # [T, B, 2]
         if teacher is None:
-            positive = conditions[:, classes.to(conditions.device)]  # [T, B]
+            probabilities = F.one_hot(classes, self.num_classes).to(conditions)  # [B, C]
         else:
-            positive = conditions @ teacher(images).to(conditions).T  # [T, B]
+            probabilities = teacher(images).to(conditions)  # [B, C]
+        told = (conditions != WITHHELD).to(conditions)  # [T, C]
+        share = told @ probabilities.T  # [T, B] probability of the classes whose bit is told
+        positive = (told * conditions) @ probabilities.T / share.clamp(min=1e-6)  # [T, B]
+        logits = self.side(weights, images)  # [T, B, 2]
         score = logits[..., 1] - logits[..., 0]  # the log-odds of the two logits' softmax
-        return F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none").mean(1)
+        losses = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")  # [T, B]
+        return (losses * share).sum(1) / share.sum(1).clamp(min=1)
 
 
 def load_base(zoo: Zoo) -> dict[str, Tensor]:

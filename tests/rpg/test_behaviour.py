@@ -9,6 +9,7 @@ from rpg.diffusion import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks.digits import DigitsConfig, DigitsTask
 from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
 from rpg.training import train
+from tokenization.condition import WITHHELD
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout, TokenOptions
 from tokenization.zoo import Zoo
@@ -94,3 +95,16 @@ def test_impossible_uses_are_one_line(task, zoo, tmp_path):
         train(config_of(zoo, tmp_path, tokens=5), say=lambda text: None)
     with pytest.raises(InputError, match="base.safetensors"):
         BehaviourLoss(task, layout, BehaviourConfig(target="base"), zoo)
+
+
+def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
+    config = config_of(zoo, tmp_path)
+    condition = config.model.condition.model_copy(update={"withhold": 0.3})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"condition": condition})})
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config)
+    drawn = torch.cat([sampler.load(step).conditions for step in range(40)])
+    assert set(drawn.unique().tolist()) == {0.0, WITHHELD, 1.0}
+    assert (drawn == WITHHELD).float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert (drawn == WITHHELD).any(0).all()
+    with pytest.raises(InputError, match="withhold"):
+        Config.parse({"model": {"condition": {"kind": "vector", "withhold": 0.3}}}, "test")

@@ -8,6 +8,7 @@ from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.digits_subsets import BaseConfig, DigitsSubsetsConfig, DigitsSubsetsTask
 from rpg.tasks.finetuning import FinetuneConfig, Stage
 from rpg.tasks.subsets import load_base
+from tokenization.condition import WITHHELD
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -141,3 +142,18 @@ def test_a_teachers_probabilities_are_summed_over_either_side(task, zoo):
         positive = probabilities[:, bits[0].bool()].sum(1)
         expected = F.cross_entropy(network.eval()(images), torch.stack([1 - positive, positive], 1))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_classes_whose_bit_is_withheld_count_for_neither_side(task, zoo):
+    """As if the images of those classes had not been drawn."""
+    weights = {name: value[None] for name, value in task.build().state_dict().items()}
+    bits = task.bits()[[5]].float()
+    bits[0, [2, 7]] = WITHHELD
+    loss = task.behaviour_losses(weights, bits, 64, torch.Generator().manual_seed(0))
+    images, classes = task.draw(64, torch.Generator().manual_seed(0), augmented=True)
+    told = (classes != 2) & (classes != 7)
+    assert 0 < told.sum() < 64
+    expected = F.cross_entropy(task.build().eval()(images[told]), bits[0].long()[classes[told]])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    taught = task.behaviour_losses(weights, bits, 64, torch.Generator().manual_seed(0), task.teacher(zoo))
+    assert taught.isfinite().all()
