@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from rpg.batches import BatchSampler
 from rpg.config import Config
 from rpg.generator import Generator
 from rpg.training import train
 from tests.conftest import make_zoo, small_config
+from tokenization.layout import TokenLayout
+from tokenization.zoo import Zoo
 
 BIN = Path(sys.executable).parent
 LAUNCHED = str(Path(__file__).with_name("launched.py"))
@@ -68,6 +71,20 @@ def demanding_config(folder: Path, run: str) -> Config:
     return small_config(folder, run=str(folder / run), model=model, train=training)
 
 
+def poisoned_config(folder: Path, run: str) -> tuple[Config, int]:
+    """One checkpoint's values cannot be squared. Also returns the step, from 1, in which a process meets it."""
+    path = folder / "poisoned"
+    if not path.exists():
+        zoo = make_zoo(path)
+        state = zoo.state_dict(0)
+        state["3.bias"].fill_(1e30)
+        zoo.append(state, run=0, step=9)
+    zoo = Zoo.open(path)
+    config = small_config(folder, run=str(folder / run), zoo=str(path), tokens={"normalization": "none"})
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
+    return config, next(step + 1 for step in range(2) if len(zoo) - 1 in sampler.examples(step))
+
+
 def keep_first_save(run: Path) -> None:
     for later in sorted((run / "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
@@ -88,13 +105,18 @@ def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     if way.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     environment, spread = WAYS[way]
-    whole, resumed = (demanding_config(reference, f"{way}-{run}") for run in ("whole", "resumed"))
+    whole, resumed, steep = (demanding_config(reference, f"{way}-{run}") for run in ("whole", "resumed", "steep"))
+    poisoned, step = poisoned_config(reference, f"{way}-poisoned")
     shutil.copytree(reference / "one", resumed.run)
     keep_first_save(Path(resumed.run))
-    for config in (whole, resumed):
+    for config in (whole, resumed, poisoned, steep):
         config.save(f"{config.run}.yaml")
-    said = launch(way, LAUNCHED, f"{whole.run}.yaml", f"+{resumed.run}.yaml", environment=environment)
-    assert said.count(spread) == 2
+    runs = [f"{whole.run}.yaml", f"+{resumed.run}.yaml", f"{poisoned.run}.yaml", f"!{steep.run}.yaml"]
+    said = launch(way, LAUNCHED, *runs, environment=environment)
+    assert said.count(spread) == len(runs)
+    every = int(spread.split()[0])  # process says it
+    assert said.count(f"error: step {step}, layer '3.bias': found a loss that is not finite") == every
+    assert said.count("error: step 1: found a gradient that is not finite") == every
     assert_close(whole.run, reference / "one")
     assert_close(resumed.run, reference / "one")
     keep_first_save(Path(whole.run))  # and back to one process
