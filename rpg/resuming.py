@@ -50,7 +50,14 @@ def gather_optimizer(shards: Shards) -> Tensors:
 def write(folder: Path, files: dict[str, Tensors]) -> None:
     """Write each file of whole tensors. Raises SafetensorError when the disk is full."""
     for name, tensors in files.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / name)
+        seen: set[int] = set()
+        content = {}
+        for key, value in tensors.items():
+            value = value.detach().cpu().contiguous()
+            # 8-bit AdamW's tables are one tensor for all parameters, which the format does not allow.
+            content[key] = value.clone() if value.numel() and value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+        save_file(content, folder / name)
 
 
 def load_model(folder: Path, network: nn.Module) -> None:
