@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpg.section import Section
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, generator, permutation
 from rpg.tasks.class_splits import HeldOut, RandomSplit, all_tasks, assign_splits
 from rpg.tasks.collection import Progress, open_zoo, single_threaded
 from rpg.tasks.finetuning import FinetuneConfig, binary_start, finetune_many
@@ -39,6 +39,7 @@ class SubsetsConfig(Section):
     """Fields that every family of binary tasks shares."""
 
     seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
+    tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
     held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
     validation: int = Field(100, ge=0, description="seen tasks kept for choices")
     finetune: FinetuneConfig = FinetuneConfig()
@@ -112,8 +113,13 @@ class SubsetTask:
             return self.network(2)
 
     def bits(self) -> Tensor:
-        """Every task of the family, ``[T, C]``."""
-        return all_tasks(self.num_classes)
+        """The tasks of the family in the order of their numbers, ``[T, C]``. Raises InputError if there are too few."""
+        bits, wanted = all_tasks(self.num_classes), self.config.tasks
+        if wanted is None:
+            return bits
+        if wanted > len(bits):
+            raise InputError("task.tasks", str(wanted), f"at most {len(bits)}")
+        return bits[permutation(len(bits), self.config.seed, "tasks")[:wanted].sort().values]
 
     def splits(self) -> list[str]:
         """The split of every task: ``train``, ``validation`` or ``unseen``."""
@@ -162,7 +168,7 @@ class SubsetTask:
         """
         place = PartialState()
         with place.main_process_first():
-            zoo = open_zoo(path, self.config.model_dump(mode="json"), condition=self.condition)
+            zoo = open_zoo(path, self.config.model_dump(mode="json"), {"tasks": None}, self.condition)
             if place.is_main_process and not (zoo.path / BASE).exists():
                 with single_threaded():
                     save_checkpoint(zoo.path / BASE, self.train_base())

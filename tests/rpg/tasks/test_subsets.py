@@ -20,6 +20,7 @@ CONFIG = DigitsSubsetsConfig(
     validation=4,
 )
 NUM_TASKS = 20
+ALL_BITS = DigitsSubsetsTask.bits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,6 +105,14 @@ def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
     assert made == ["part-00000.safetensors", "part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second
     monkeypatch.undo()
     assert task.collect(path, processes=1).digest() == zoo.digest()
+
+
+def test_a_family_may_be_cut_to_some_of_its_tasks():
+    some = ALL_BITS(DigitsSubsetsTask(CONFIG.model_copy(update={"tasks": 300})))
+    assert len(some) == 300 == len(some.unique(dim=0))
+    assert not torch.equal(some, all_tasks(10)[:300])
+    with pytest.raises(InputError, match="at most 1022"):
+        ALL_BITS(DigitsSubsetsTask(CONFIG.model_copy(update={"tasks": 2000})))
 
 
 def test_labels_of_a_family_and_another_configuration_are_one_line(task, zoo):
