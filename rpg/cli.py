@@ -103,6 +103,32 @@ def inspect(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a GPU: 24GB or a100; shows the largest target network that fits.")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="The target network, by timm's name; needs no zoo.")] = None,
+    checkpoints: Annotated[int | None, typer.Option(help="In a zoo that is not there yet (default: 50).")] = None,
+    condition_size: Annotated[int | None, typer.Option(help="Values of a condition, if no zoo tells.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes that share a training step.", min=1)] = 1,
+) -> None:
+    """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
+    from rpg.planning import find_subject, largest_network, make_plan, parse_memory
+    from rpg.tables import plan_tables
+
+    settings = load(config, overrides)
+    subject = find_subject(settings, network=network, num_checkpoints=checkpoints, condition_size=condition_size)
+    made = make_plan(settings, subject, num_processes=processes)
+    largest = largest_network(settings, subject, parse_memory(memory)) if memory else None
+    layout = subject.layout
+    console.print(f"{layout.num_values:,} values in {layout.num_tokens:,} tokens of {layout.token_size:,}")
+    for table in plan_tables(made, largest):
+        console.print(table)
+
+
+@app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,

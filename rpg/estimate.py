@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from rpg.batches import condition_size, state_ids
 from rpg.config import Config
+from rpg.diffusion import build_objective
 from rpg.generator import Network, make_network
 from rpg.model import Batch, RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
 from rpg.pdiff_sampling import GROUP
 from rpg.peak import LiveBytes, fake_copy, fake_mode
+from rpg.sampling import low_precision_copy
 from tokenization.layout import TokenLayout
 from tokenization.reader import TokenReader
 from tokenization.zoo import Zoo
@@ -78,20 +80,27 @@ class TrainingMemory(Memory):
     Attributes:
         weights: parameters and buffers, fp32.
         gradients: of every parameter, fp32.
-        moments: AdamW's two.
-        average: the weights' moving average.
+        optimizer: AdamW's two moments, of 4 bytes each or of 1.
+        ema: the weights' moving average.
         activations: what the forward and the backward pass hold at their peak, gradients apart.
-        rows: this step's token rows, its noise, and the next step's rows.
-        cache: the encoded zoo, where it is small enough to be kept.
+        batch: the token rows that are computed at a time, and their noise.
+        waiting: rows that are read ahead, always in the host's memory.
+        cache: the encoded zoo, where it is small enough to be kept; in the host's memory too.
     """
 
     weights: int
     gradients: int
-    moments: int
-    average: int
+    optimizer: int
+    ema: int
     activations: int
-    rows: int
+    batch: int
+    waiting: int
     cache: int
+
+    @property
+    def on_device(self) -> int:
+        """The part of the peak that an accelerator has to hold."""
+        return self.total - self.waiting - self.cache
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class GenerationMemory(Memory):
     """Peak memory of generation into files. The residual means are read from the memory map and let go.
 
     Attributes:
-        weights: parameters and buffers, fp32.
+        weights: parameters and buffers, fp32, and in bf16 once more what is multiplied in bf16.
         prototypes: of one network, or of the networks of one tile.
         backbone: what the backbone holds beyond them while it computes them.
         tile: the rows that are denoised together and what the denoiser makes of them.
@@ -127,6 +136,14 @@ def meta_network(config: Config, subject: Subject) -> Network:
         return RecurrentDiffusion(
             config.model, positions, layout.token_size, subject.num_states, subject.condition_size
         )
+
+
+def fake_network(network: Network, config: Config) -> Network:
+    """Give a `meta_network` shapes on the CPU, in place; call it in a fake mode."""
+    fake_copy(network)
+    if isinstance(network, RecurrentDiffusion):
+        network.objective = build_objective(config.model.diffusion)  # its tables would be on the meta device
+    return network
 
 
 def parameters(network: nn.Module) -> dict[str, int]:
@@ -174,30 +191,33 @@ def training_memory(config: Config, subject: Subject, *, bf16: bool = False, num
         bf16: whether it computes in bf16 (autocast).
         num_processes: processes the batch is split over.
     """
-    network = meta_network(config, subject)
-    gradients = _num_bytes(network.parameters())
-    weights = gradients + _num_bytes(network.buffers())
-    averaged = network.denoiser if isinstance(network, ParameterDiffusion) else network
+    network = meta_network(config, subject).train()
     with fake_mode():
-        fake_copy(network).train()
-        inputs = _fake_inputs(config, subject, network, num_processes)
+        network = fake_network(network, config)
+        gradients = _num_bytes(network.parameters())
+        weights = gradients + _num_bytes(network.buffers())
+        averaged = network.denoiser if isinstance(network, ParameterDiffusion) else network
+        inputs = fake_inputs(config, subject, network, num_processes)
         with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = network(*inputs)
             (loss if isinstance(loss, Tensor) else loss.mean).backward()
-        rows = _num_bytes(vars(inputs[0]).values() if isinstance(inputs[0], Batch) else inputs)
+        batch = _num_bytes(vars(inputs[0]).values() if isinstance(inputs[0], Batch) else inputs)
+        moments = sum(_moment_bytes(config.train.optimizer, each) for each in network.parameters())
+    waiting = 0
     if isinstance(network, RecurrentDiffusion):
         # The rows of this step's other parts and of the next step wait their turn.
         per_process = math.ceil(rows_per_step(config, subject) / num_processes)
-        waiting = 2 * per_process - per_process // config.train.gradient_accumulation
-        rows += waiting * subject.layout.token_size * FLOAT_BYTES
+        num_rows = 2 * per_process - per_process // config.train.gradient_accumulation
+        waiting = num_rows * subject.layout.token_size * FLOAT_BYTES
     return TrainingMemory(
         weights=weights,
         gradients=gradients,
-        moments=2 * gradients,
-        average=_num_bytes(averaged.parameters()),
+        optimizer=moments,
+        ema=_num_bytes(averaged.parameters()),
         activations=max(0, live.peak - gradients),
-        rows=rows,
+        batch=batch,
+        waiting=waiting,
         cache=cache_bytes(config, subject),
     )
 
@@ -206,9 +226,12 @@ def training_memory(config: Config, subject: Subject, *, bf16: bool = False, num
 def generation_memory(config: Config, subject: Subject) -> GenerationMemory:
     """Peak memory of generating into files, however many networks."""
     network = meta_network(config, subject).eval()
-    weights = _num_bytes(network.parameters()) + _num_bytes(network.buffers())
     with fake_mode(), torch.autocast("cpu", torch.bfloat16, enabled=config.generate.precision == "bf16"):
-        fake_copy(network)
+        network = fake_network(network, config)
+        weights = _num_bytes(network.parameters()) + _num_bytes(network.buffers())
+        if isinstance(network, RecurrentDiffusion) and config.generate.precision == "bf16":
+            network = low_precision_copy(network)
+            weights += _num_bytes(each for each in network.parameters() if each.dtype == torch.bfloat16)
         if isinstance(network, ParameterDiffusion):
             with LiveBytes() as live:
                 values = network.decode_standardised(torch.empty(GROUP, network.config.latent_size))
@@ -225,11 +248,10 @@ def _recurrent_generation(
     layout, settings = subject.layout, config.generate
     group = max(1, settings.tile_tokens // layout.num_tokens)
     num_rows = group * layout.num_tokens if group > 1 else min(settings.tile_tokens, layout.num_tokens)
-    num_passes = 2 if subject.condition_size and settings.guidance_scale != 1 else 1
     states = torch.empty(group, config.model.state.width) if network.state is not None else None
-    conditions = _fake_conditions(config, subject, group)
+    conditions = fake_conditions(config, subject, group)
     with LiveBytes() as live:
-        prototypes = [network.prototypes(states, conditions) for _ in range(num_passes)]
+        prototypes = [network.prototypes(states, conditions) for _ in range(num_passes(config, subject))]
     kept = _num_bytes(prototypes)
     backbone = max(0, live.peak - kept)
     with LiveBytes() as live:
@@ -242,17 +264,29 @@ def _recurrent_generation(
     return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak)
 
 
+def num_passes(config: Config, subject: Subject) -> int:
+    """Predictions a sampling step makes of each token: two under classifier-free guidance."""
+    return 2 if subject.condition_size and config.generate.guidance_scale != 1 else 1
+
+
 def held_bytes(layout: TokenLayout) -> int:
     """What each network adds when networks are generated into memory: its tokens and its state dict."""
     return layout.num_tokens * layout.token_size * FLOAT_BYTES + checkpoint_bytes(layout)
+
+
+def _moment_bytes(optimizer: str, parameter: Tensor) -> int:
+    """AdamW's two moments of a parameter; in 8 bits (arXiv 2110.02861) a block of 256 shares a scale of 4 bytes."""
+    if optimizer == "adamw8bit" and parameter.numel() >= 4096:
+        return 2 * (parameter.numel() + FLOAT_BYTES * math.ceil(parameter.numel() / 256))
+    return 2 * FLOAT_BYTES * parameter.numel()
 
 
 def _num_bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def _fake_inputs(config: Config, subject: Subject, network: Network, num_processes: int) -> tuple[Any, ...]:
-    """Arguments for ``network.forward`` in the shapes of one process's part of a step."""
+def fake_inputs(config: Config, subject: Subject, network: Network, num_processes: int) -> tuple[Any, ...]:
+    """Arguments for ``network.forward`` in the shapes of one process's part of a step; call it in a fake mode."""
     if isinstance(network, ParameterDiffusion):
         num_examples = config.pdiff.autoencoder.batch_size
         values = (num_examples, subject.layout.num_values)
@@ -270,18 +304,19 @@ def _fake_inputs(config: Config, subject: Subject, network: Network, num_process
         samples=torch.empty(rows),
         mask=torch.empty(rows[1:]),
         token_ids=zeros(num_sampled),
-        time=torch.empty(rows[:2]),
+        time=network.objective.sample_time(num_examples * num_sampled, None).view(rows[:2]),
         noise=torch.empty(rows),
         group=zeros(num_examples),
         states=zeros(num_groups),
-        conditions=_fake_conditions(config, subject, num_groups),
+        conditions=fake_conditions(config, subject, num_groups),
         dropped=torch.zeros(num_groups, dtype=torch.bool) if subject.condition_size else None,
     )
     noisy_states = network.state is not None and config.model.state.noise > 0
     return batch, torch.empty(num_groups, config.model.state.width) if noisy_states else None
 
 
-def _fake_conditions(config: Config, subject: Subject, num_groups: int) -> Tensor | None:
+def fake_conditions(config: Config, subject: Subject, num_groups: int) -> Tensor | None:
+    """Conditions ``[num_groups, C]`` as they come from a zoo; None without any."""
     if not subject.condition_size:
         return None
     return torch.empty(num_groups, 1 if config.model.condition.kind == "class" else subject.condition_size)

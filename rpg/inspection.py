@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
-from torch import Tensor
 
-from rpg import estimate
 from rpg.config import Config
-from rpg.tasks import build_task
+from rpg.estimate import Subject
+from rpg.planning import find_subject, make_plan
+from rpg.tables import facts_table, format_bytes, plan_tables
 from tokenization.checkpoint import Checkpoint, read_state_dict
 from tokenization.errors import InputError
-from tokenization.headers import TensorInfo
 from tokenization.layout import TokenLayout
+from tokenization.outline import outline
 from tokenization.pickled import pickled_files
 from tokenization.verification import verify_round_trip
 from tokenization.zoo import Zoo
@@ -60,37 +59,15 @@ def _config_file(path: Path) -> Path | None:
 
 
 def _inspect_config(config: Config, verify: bool) -> list[RenderableType]:
-    if config.task is not None and not (Path(config.zoo) / "zoo.json").exists() and not verify:
-        # Nothing is collected yet; the layers are those of the network that will be.
-        checkpoint = outline(build_task(config.task).build().state_dict(), Path(config.zoo))
-        subject = estimate.Subject(TokenLayout.plan(checkpoint, config.tokens))
-        first: RenderableType = f"{config.zoo}: no zoo yet; one run of the task's network is assumed"
-        checks: list[RenderableType] = []
-    else:
+    if (Path(config.zoo) / "zoo.json").exists() or verify or config.task is None:
         zoo = Zoo.open(config.zoo)
-        subject = estimate.Subject.of(zoo, config)
-        first = zoo_table(zoo)
+        subject = Subject.of(zoo, config)
+        first: RenderableType = zoo_table(zoo)
         checks = _verified(zoo, config) if verify else []
-    return [first, *layout_tables(subject.layout), *checks, *generator_tables(config, subject)]
-
-
-def outline(state_dict: Mapping[str, Tensor], path: Path) -> Checkpoint:
-    """A checkpoint's names, dtypes and shapes without values; ``path`` names it in errors.
-
-    The tensors may be on the meta device.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    ties: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state_dict.items():
-        # As `find_ties` does, but by storage: on the meta device no tensor has an address.
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
-        if key in first and tensor.numel():
-            ties[name] = first[key]
-        else:
-            first[key] = name
-            tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, 0)
-    return Checkpoint(path, tensors, ties, list(state_dict), True, {}, {})
+    else:
+        subject, checks = find_subject(config), []
+        first = f"{config.zoo}: no zoo yet; {subject.num_checkpoints:,} checkpoints of the task's network are assumed"
+    return [first, *layout_tables(subject.layout), *checks, *plan_tables(make_plan(config, subject))]
 
 
 def zoo_table(zoo: Zoo) -> Table:
@@ -100,7 +77,7 @@ def zoo_table(zoo: Zoo) -> Table:
     splits = Counter(entry.split for entry in zoo.entries)
     steps = [entry.step for entry in zoo.entries]
     outside = sum(entry.external for entry in zoo.entries)
-    table = _facts("zoo")
+    table = facts_table("zoo")
     table.add_row("folder", str(zoo.path))
     table.add_row("checkpoints", f"{len(zoo):,}" + (f" ({outside:,} of them outside the folder)" if outside else ""))
     table.add_row("on disk", format_bytes(num_bytes))
@@ -117,7 +94,7 @@ def zoo_table(zoo: Zoo) -> Table:
 
 def checkpoint_table(checkpoint: Checkpoint) -> Table:
     """What one checkpoint holds."""
-    table = _facts("checkpoint")
+    table = facts_table("checkpoint")
     table.add_row("path", str(checkpoint.path))
     if checkpoint.sizes:
         table.add_row("on disk", format_bytes(sum(checkpoint.sizes.values())))
@@ -137,7 +114,7 @@ def layout_tables(layout: TokenLayout) -> list[RenderableType]:
     table.add_section()
     totals = (len(layout.layers), layout.num_values, layout.num_tokens)
     table.add_row("all", *(f"{total:,}" for total in totals), f"{layout.padding_share:.1%}")
-    outside = _facts("outside the tokens")
+    outside = facts_table("outside the tokens")
     constants = [name for name in layout.names if name in layout.constant_specs]
     outside.add_row("constants", f"{len(constants):,}" + (f": {_names(constants)}" if constants else ""))
     ties = [f"{alias} = {name}" for alias, name in layout.ties.items()]
@@ -145,59 +122,15 @@ def layout_tables(layout: TokenLayout) -> list[RenderableType]:
     return [table, outside]
 
 
-def generator_tables(config: Config, subject: estimate.Subject) -> list[RenderableType]:
-    """Parameters of the generator, what a training step reads, and the memory of training and generation."""
-    from rpg.runtime import mixed_precision
-
-    network = estimate.meta_network(config, subject)
-    counts = estimate.parameters(network)
-    total = sum(counts.values())
-    values = subject.layout.num_values
-    parameters = _facts("generator's parameters")
-    for component, count in counts.items():
-        parameters.add_row(component, f"{count:,}")
-    parameters.add_section()
-    parameters.add_row("all", f"{total:,} ({total / values:.3g} times the values it generates)")
-    bf16 = mixed_precision(config.train.precision) == "bf16"
-    training = estimate.training_memory(config, subject, bf16=bf16)
-    rows, cached = estimate.rows_per_step(config, subject), "; kept in memory once read" if training.cache else ""
-    step = _facts("training step")
-    step.add_row("rows", f"{rows:,} of {subject.layout.token_size:,} values, {config.train.batch_size:,} checkpoints")
-    step.add_row("read", f"{format_bytes(estimate.bytes_read_per_step(config, subject))}{cached}")
-    step.add_row("precision", "bf16" if bf16 else "fp32")
-    generation = estimate.generation_memory(config, subject)
-    writing = _memory("memory to generate into files", generation)
-    writing.add_row("a network in memory", f"{format_bytes(estimate.held_bytes(subject.layout))} more")
-    return [parameters, step, _memory("memory to train", training), writing]
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes in the largest fitting binary unit, such as ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} TiB"
-
-
 def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
     zoo.verify()
     trip = verify_round_trip(zoo, TokenLayout.fit(zoo, config.tokens))
-    table = _facts("verified")
+    table = facts_table("verified")
     table.add_row("digests, structure, finite values", f"{trip.num_checkpoints:,} checkpoints")
     exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
     exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")
     return [table]
-
-
-def _memory(title: str, memory: estimate.Memory) -> Table:
-    table = _facts(title)
-    for component, num_bytes in memory.components().items():
-        table.add_row(component, format_bytes(num_bytes))
-    table.add_section()
-    table.add_row("peak", format_bytes(memory.total))
-    return table
 
 
 def _with_tensors(table: Table, checkpoint: Checkpoint) -> Table:
@@ -225,10 +158,3 @@ def _condition(zoo: Zoo) -> str:
 def _names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MOST_NAMES])
     return shown if len(names) <= MOST_NAMES else f"{shown}, … ({len(names) - MOST_NAMES:,} more)"
-
-
-def _facts(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, min_width=32)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

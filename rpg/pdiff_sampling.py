@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.pdiff import ParameterDiffusion
-from rpg.sampling import Request, Share, Tile, Watch
+from rpg.sampling import Request, Share, Tile, Watch, inference
 from rpg.seeding import derive_seed
 from tokenization.layout import TokenLayout
 
@@ -55,14 +55,14 @@ class LatentSampler:
         """The networks that several processes compute together: none."""
         return range(0)
 
-    @torch.inference_mode()
     def sample(
         self, request: Request, watch: Watch | None = None, share: Share | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``share`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for tile in self.tiles(request.num, share):
-                yield tile, self._rows(tile, self.latents(request, tile, watch))
+        for tile in self.tiles(request.num, share):
+            with inference(self.device, self.bf16):
+                rows = self._rows(tile, self.latents(request, tile, watch))
+            yield tile, rows
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
         values = self.network.decode_standardised(latents)  # [GROUP, d]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +70,17 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, tensor: Tensor) -> None:
         """Drop what was counted for a storage of no bytes."""
         self._known.pop(tensor.untyped_storage()._cdata, None)
+
+
+def peak_resident_bytes() -> int:
+    """The highest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held when it started this process
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 def fake_copy(network: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,18 +103,18 @@ class TokenSampler:
             return range(0)
         return range(num // share.size * share.size, num)
 
-    @torch.inference_mode()
     def sample(
         self, request: Request, watch: Watch | None = None, share: Share | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``share`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         prototypes: list[Tensor] = []
         current = -1
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for tile in self.tiles(request.num, share):
+        for tile in self.tiles(request.num, share):
+            with inference(self.device, self.bf16):
                 if tile.network != current:
                     prototypes, current = self._prototypes(request, tile.network), tile.network
-                yield tile, self._sample_tile(request, tile, prototypes, watch)[: tile.num_networks, : tile.num_tokens]
+                rows = self._sample_tile(request, tile, prototypes, watch)
+            yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
     def _group_size(self) -> int:
         return max(1, self.tile_tokens // self.layout.num_tokens)
@@ -197,6 +198,16 @@ class TokenSampler:
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
         mask = self.layout.mask_rows(token_ids)
         return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
+
+
+@contextlib.contextmanager
+def inference(device: torch.device, bf16: bool) -> Iterator[None]:
+    """No gradients, and bf16 where it is asked for; enter it for each tile anew.
+
+    It must not span a generator's yields: leaving inference mode takes autocast away for good.
+    """
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        yield
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -183,7 +183,7 @@ def experiment(tmp_path: Path) -> Path:
 def test_inspect_a_configuration(rpg: Run, experiment: Path) -> None:
     code, out, err = rpg("inspect", experiment, "--set", "train.tokens=4")
     assert (code, err) == (0, "")
-    for part in ("6", "backbone", "denoiser", "state", "moments", "activations", "tile", "16 of 16 values"):
+    for part in ("6", "backbone", "denoiser", "state", "optimizer", "activations", "tile", "16 of 16 values"):
         assert part in out
     assert not (experiment.parent / "run").exists() and not (experiment.parent / "zoo" / "cache").exists()
 

@@ -94,3 +94,18 @@ def test_weights_rounded_once_give_what_autocast_gives(run):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         one, two = (each.predict(x, time, each.denoiser.precompute(prototype), None) for each in (network, copy))
     assert one.abs().max() > 0.1 and torch.equal(one, two)
+
+
+def test_every_tile_is_computed_in_the_precision_asked_for(run, monkeypatch):
+    """Not only the first: a generator that yields out of inference mode loses autocast."""
+    generator = Generator.from_pretrained(run)
+    sampler = TokenSampler(generator.network, generator.layout, 5, bf16=True)
+    seen = []
+    predict = sampler.network.predict
+    monkeypatch.setattr(
+        sampler.network, "predict", lambda *a: (seen.append(torch.is_autocast_enabled("cpu")), predict(*a))[1]
+    )
+    request = generator._request(2, 0, None, None, None, None, None, None)
+    tiles = list(sampler.sample(request))
+    assert len(tiles) == 6 and len(seen) == 6 * request.steps and all(seen)
+    assert not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,197 @@
+"""Whole large networks on this machine: seconds, memory and FLOPs of our recipe, and those of the paper's.
+
+The zoos are random checkpoints and the generators untrained: what is measured does not depend on the values.
+
+python scripts/bench_scale.py [--networks vit_base convnext_large] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_tokenization import make_zoo
+
+from rpg.cli import default_config
+from rpg.config import Config
+from rpg.denoiser import build_denoiser
+from rpg.diffusion import build_objective
+from rpg.estimate import Subject
+from rpg.flops import generation_flops
+from rpg.generator import Generator
+from rpg.peak import peak_resident_bytes
+from rpg.samplers import randn
+from rpg.seeding import generator as stream
+from rpg.trainer import Trainer, build_network
+from tokenization.layout import TokenLayout
+from tokenization.zoo import Zoo
+
+NETWORKS = {"vit_base": "vit_base_patch16_224", "convnext_large": "convnext_large"}
+"""timm's names of the target networks."""
+
+PAPER_TOKENS = 32
+"""Tokens of the paper's denoiser that are timed together; its cost is proportional to their number."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--steps", type=int, default=10, help="sampling steps")
+    parser.add_argument("--training-steps", type=int, default=8, help="steps whose wait for data is measured; 0: none")
+    parser.add_argument("--folder", type=Path, help="where the zoos are, or are made and kept; else a temporary one")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.networks:
+            folder = (arguments.folder or Path(temporary)) / name
+            figures[name] = measure(name, folder, arguments.steps, arguments.training_steps)
+            print(json.dumps({name: figures[name]}, indent=2), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def measure(name: str, folder: Path, steps: int, training_steps: int) -> dict[str, Any]:
+    """All figures of one network; each group in a process of its own, so that memory is counted apart."""
+    alone(prepare, name, folder)
+    figures = alone(generate, folder, steps) | alone(chunk_times, name, folder)
+    figures |= flops(name, folder, steps)
+    if training_steps:
+        figures |= alone(data_wait, name, folder, training_steps)
+    return figures
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def recipe(kind: str, name: str, folder: Path, *overrides: str) -> Config:
+    """Our configuration (``large``) or the paper's (``paper``) for a network."""
+    places = [f"zoo={folder / 'zoo'}", f"run={folder / 'run'}"]
+    return Config.load(default_config(f"{kind}/{name}.yaml"), [*places, *overrides])
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Two random checkpoints, and an untrained generator that has seen their statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    zoo = make_zoo(folder / "zoo", 2, NETWORKS[name])
+    config = recipe("large", name, folder)
+    layout = TokenLayout.fit(zoo, config.tokens)
+    network = build_network(config, layout, zoo)
+    for parameter in network.parameters():
+        if not parameter.any():  # untrained, the last layer is zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    Generator(config, layout, network).save_pretrained(folder / "generator")
+
+
+def generate(folder: Path, steps: int) -> dict[str, float]:
+    """Seconds of one whole network into a file, loading apart; the highest resident memory, loading included."""
+    generator = Generator.from_pretrained(folder / "generator")
+    started = time.perf_counter()
+    generator.generate(1, steps=steps, output=folder / "generated")
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_rss_gib": peak_resident_bytes() / 2**30,
+        "generator_parameters": sum(parameter.numel() for parameter in generator.network.parameters()),
+        "network_values": generator.layout.num_values,
+        "tokens": generator.layout.num_tokens,
+    }
+
+
+def chunk_times(name: str, folder: Path, repeats: int = 3) -> dict[str, float]:
+    """Milliseconds of one denoiser call per token, both recipes in turn in this process; the fastest of a few.
+
+    Each recipe has the number of tokens a call and the precision that suit it best: the paper's is timed in both.
+    """
+    ours = recipe("large", name, folder)
+    paper = recipe("paper", name, folder)
+    candidates = {
+        "ours": (ours, ours.generate.tile_tokens, True),
+        "paper_fp32": (paper, PAPER_TOKENS, False),
+        "paper_bf16": (paper, PAPER_TOKENS, True),
+    }
+    calls = {label: denoiser_call(*candidate) for label, candidate in candidates.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(repeats + 1):
+        for label, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[label].append((time.perf_counter() - started) / candidates[label][1])
+    best = {label: 1000 * min(times[1:]) for label, times in seconds.items()}
+    figures = {f"token_step_ms_{label}": milliseconds for label, milliseconds in best.items()}
+    return {"chunk_time_ratio": min(best["paper_fp32"], best["paper_bf16"]) / best["ours"], **figures}
+
+
+def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], None]:
+    """One step of ``num_tokens`` tokens: what is called is timed."""
+    size = config.tokens.size
+    # The prototypes are as wide as the backbone's output; its depth does not matter here.
+    backbone = config.model.backbone
+    width = (getattr(backbone, "widths", None) or [backbone.d_model])[-1]
+    denoiser = build_denoiser(config.model.denoiser, size, width).eval().requires_grad_(False)
+    if bf16:
+        for module in denoiser.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.bfloat16()
+    objective = build_objective(config.model.diffusion)
+    x = randn((num_tokens, size), stream(0, "bench"), "cpu")
+    time_ = torch.as_tensor(objective.last_time)
+    network_time = objective.network_time(time_).float().expand(num_tokens)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        context = denoiser.precompute(torch.randn(num_tokens, width))
+
+    def call() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            denoiser(x, network_time, context).float()
+
+    return call
+
+
+def flops(name: str, folder: Path, steps: int) -> dict[str, float]:
+    """FLOPs of one network by both recipes: the paper's with its own number of steps."""
+    zoo = Zoo.open(folder / "zoo")
+    counts = {}
+    for kind, num_steps in (("large", steps), ("paper", None)):
+        config = recipe(kind, name, folder)
+        counts[kind] = generation_flops(config, Subject.of(zoo, config), num_steps).total
+    return {
+        "tflop": counts["large"] / 1e12,
+        "paper_tflop": counts["paper"] / 1e12,
+        "flops_ratio": counts["paper"] / counts["large"],
+    }
+
+
+def data_wait(name: str, folder: Path, num_steps: int) -> dict[str, float]:
+    """Seconds of a training step of our recipe, and the longest (p99) wait for its data as a share of the step."""
+    config = recipe("large", name, folder, f"train.steps={num_steps + 1}")
+    trainer = Trainer(config, resume=False, overwrite=True, say=print)
+    waits, steps = [], []
+    batches = iter(trainer.sampler.prefetch(0, trainer.num_steps))
+    for _ in range(num_steps + 1):
+        started = time.perf_counter()
+        step, parts = next(batches)
+        waits.append(time.perf_counter() - started)
+        trainer.train_step(step, parts)
+        steps.append(time.perf_counter() - started)
+    del batches, trainer
+    gc.collect()
+    shares = torch.tensor(waits[1:]) / torch.tensor(steps[1:])  # nothing could be read ahead of the first step
+    return {
+        "training_step_seconds": float(torch.tensor(steps[1:]).median()),
+        "training_rows": config.train.batch_size * (config.train.tokens or 0),
+        "data_wait_share_p99": float(shares.quantile(0.99)),
+        "training_peak_rss_gib": peak_resident_bytes() / 2**30,
+    }
+
+
+if __name__ == "__main__":
+    main()
