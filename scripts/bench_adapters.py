@@ -49,7 +49,7 @@ def make_sources(folder: Path, num: int, layers: int, rank: int) -> int:
             state[name] = (values + (kind == "lora_magnitude_vector")).bfloat16()
         target = folder / f"adapter{index}"
         target.mkdir(parents=True)
-        config.save_pretrained(target)
+        config.save_pretrained(str(target))
         save_file(state, target / "adapter_model.safetensors", {"format": "pt"})
     return sum(like.numel() for like in names.values())
 

@@ -31,6 +31,13 @@ _FIELDS = (
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "alora_invocation_tokens",
 )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rpg import cli
 from rpg.export import export
 from rpg.generator import Generator
 from rpg.training import train
@@ -148,3 +152,141 @@ def test_a_configuration_of_other_adapters_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 5}))
     with pytest.raises(InputError, match="rank 2, expected 5"):
         Generator.from_pretrained(tmp_path / "run")
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line: the line of its error, or nothing."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["rpg", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            assert exit_.code in (0, 2), exit_.code
+        error = capsys.readouterr().err
+        assert not error or (error.startswith("error: ") and error.count("\n") == 1), error
+        return error
+
+    return run
+
+
+def test_from_a_folder_of_adapters_to_a_new_one(
+    tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = adapters_at(tmp_path, "gpt2")
+    monkeypatch.chdir(tmp_path)
+    lines = [f"adapters/task{index},{index % 2},{1 - index % 2}" for index in range(3)]
+    Path("conditions.csv").write_text("\n".join(["file,condition.polite,condition.long", *lines]))
+    assert not command("collect", "--from", "adapters/*", "--conditions", "conditions.csv", "--zoo", "zoo")
+    config = small_config(tmp_path, model={"condition": {"kind": "binary"}}, train={"steps": 2})
+    config.save("config.yaml")
+    assert not command("train", "config.yaml")
+    assert not command("inspect", "zoo", "--verify")
+    assert not command("generate", "run", "--condition", "1,0", "--num", 2)
+    assert (adapters / "task0" / "adapter_config.json").read_text() == Path(
+        "run/generated/network-00001/adapter_config.json"
+    ).read_text()
+    network = PeftModel.from_pretrained(base_at(tmp_path / "base", "gpt2"), "run/generated/network-00001")
+    assert torch.isfinite(logits(network)).all()
+
+
+def change_config(**fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def change_weights(change: Callable[[str, Tensor], Tensor | None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor.contiguous() for name, tensor in changed.items() if tensor is not None}, path)
+
+    return apply
+
+
+def save_other(config: PeftConfig) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        shutil.rmtree(folder)
+        get_peft_model(tiny("llama", 0), config).save_pretrained(folder)
+
+    return save
+
+
+def cut(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DOWN = "layers.0.mlp.down_proj"
+WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "another base": (
+        change_config(base_model_name_or_path="mistral"),
+        ("adapter_config.json: base_model_name_or_path: found 'mistral', expected", "as in adapters/task"),
+    ),
+    "another base's shapes": (
+        change_weights(lambda name, tensor: torch.cat([tensor] * 2, 1) if "lora_A" in name else tensor),
+        (f"{DOWN}.lora_A.weight': found shape [2, 48], expected [2, 24]",),
+    ),
+    "another rank": (change_config(r=8), ("adapter_config.json: r: found 8, expected 2 as in",)),
+    "tensors of another rank": (
+        change_weights(lambda name, tensor: tensor[:1] if "lora_A" in name else tensor[:, :1]),
+        (f"{DOWN}.lora_A.weight': found shape [1, 24], expected [2, 24]",),
+    ),
+    "no B": (
+        change_weights(lambda name, tensor: None if f"{DOWN}.lora_B" in name else tensor),
+        (f"{DOWN}.lora_B.weight': found no such tensor",),
+    ),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        ("found adapter_config.json without weights",),
+    ),
+    "no configuration": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        ("found no adapter_config.json, expected it beside the adapter's weights",),
+    ),
+    "half the weights": (cut, ("expected a complete safetensors file",)),
+    "half the configuration": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"r": 2, '),
+        ("adapter_config.json: found no readable JSON",),
+    ),
+    "DoRA": (
+        save_other(LoraConfig(r=2, target_modules=MODULES["llama"], use_dora=True)),
+        ("adapter_config.json", "as in adapters/task"),
+    ),
+    "IA3": (
+        save_other(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("peft_type: found 'IA3', expected 'LORA'",),
+    ),
+    "prompt tuning": (
+        save_other(PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", num_layers=2, token_dim=16)),
+        ("peft_type: found 'PROMPT_TUNING', expected 'LORA'",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapters_at(tmp_path_factory.mktemp("sound"), "llama", num=2)
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_adapter_is_one_line_that_names_it(
+    fault: str, sound: Path, tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, words = WRONG[fault]
+    for number in (0, 1):  # the first is what the others are compared with
+        shutil.copytree(sound, tmp_path / str(number) / "adapters")
+        monkeypatch.chdir(tmp_path / str(number))
+        change(Path(f"adapters/task{number}"))
+        error = command("collect", "--from", "adapters/*", "--zoo", "zoo")
+        assert error and not Path("zoo").exists(), error
+        if number == 1:
+            assert "adapters/task1" in error and all(part in error for part in words), error
