@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--form", default="svd", help="tokens.lora_canonical")
+    parser.add_argument("--form", default="aligned", help="tokens.lora_canonical")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     folder = arguments.folder

@@ -64,7 +64,7 @@ class TokenOptions:
     pack: bool = False
     flatten: Flatten = "layer"
     base: str | None = None
-    lora_canonical: CanonicalForm = "svd"
+    lora_canonical: CanonicalForm = "aligned"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:

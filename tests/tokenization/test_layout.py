@@ -282,7 +282,7 @@ def test_layout_json_has_the_keys_it_has_always_had(tmp_path: Path):
             "pack": False,
             "flatten": "layer",
             "base": None,
-            "lora_canonical": "svd",
+            "lora_canonical": "aligned",
         },
         "normalization": "none",
         "num_tokens": 2,
