@@ -39,7 +39,9 @@ class TrainConfig(Section):
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     gradient_accumulation: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments of 8 bits (bitsandbytes)")
-    compile: bool = Field(False, description="compile the networks (torch.compile): slow to start, faster steps")
+    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
+        None, description="backend of torch.compile for the networks; inductor: a slow start, then faster steps"
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the weight average that is saved")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is faster so")
     save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")

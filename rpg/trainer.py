@@ -77,8 +77,8 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile the networks in place, each on its first call."""
-        self.network.backbone.compile()
-        self.network.denoiser.compile()
+        for part in (self.network.backbone, self.network.denoiser):
+            part.compile(backend=self.config.train.compile)
 
     def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters whose moving average is what the generator folder holds."""

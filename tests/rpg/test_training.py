@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from rpg.batches import BatchSampler
-from rpg.optimizers import learning_rate
 from rpg.runs import RunFolder
 from rpg.training import train
 from tests.conftest import make_zoo, small_config
@@ -93,13 +92,6 @@ def test_impossible_requests_are_named(tmp_path, zoo):
     Zoo.create(empty)
     with pytest.raises(InputError, match="no checkpoint"):
         train(small_config(tmp_path, zoo=str(empty)), overwrite=True)
-
-
-def test_the_learning_rate_warms_up_and_ends_near_zero():
-    config = small_config(Path("x"), train={"steps": 100, "warmup_steps": 10, "learning_rate": 1.0}).train
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates)
-    assert rates[54] == pytest.approx(0.52, abs=0.02) and rates[-1] < 0.001
 
 
 def test_a_conditional_generator_trains_with_dropout(tmp_path):
