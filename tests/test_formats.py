@@ -118,6 +118,13 @@ def test_run_folder(folder: Path) -> None:
     assert {path.name for path in run.iterdir()} == set(documented("Run folder"))
     for line in (run / "metrics.jsonl").read_text().splitlines():
         assert list(json.loads(line)) == documented("metrics.jsonl")
+    save = run / "checkpoints" / "step-00000002"
+    assert {path.name for path in save.iterdir()} == set(documented("checkpoints"))
+    assert list(read(save / "complete.json")) == ["step", "files"]
+    parameters = keys_of(save / "model.safetensors")
+    assert sorted(keys_of(save / "ema.safetensors")) == sorted([*parameters, "num_updates"])
+    moments = [f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in parameters]
+    assert sorted(keys_of(save / "optimizer.safetensors")) == sorted(moments)
     (step,) = (run / "checkpoints").iterdir()
     assert re.fullmatch(r"step-\d{8}", step.name)
     listed = read(step / "complete.json")["files"]
