@@ -124,9 +124,13 @@ def layout_tables(layout: TokenLayout) -> list[RenderableType]:
 
 def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
     zoo.verify()
-    trip = verify_round_trip(zoo, TokenLayout.fit(zoo, config.tokens))
+    layout = TokenLayout.fit(zoo, config.tokens)
+    trip = verify_round_trip(zoo, layout)
     table = facts_table("verified")
     table.add_row("digests, structure, finite values", f"{trip.num_checkpoints:,} checkpoints")
+    if layout.canonical is not None:
+        count = len(layout.canonical.pairs)
+        table.add_row("LoRA pairs", f"{count:,} in canonical form ({layout.canonical.form}), their products the same")
     exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
     exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")

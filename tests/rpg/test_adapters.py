@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from rpg import cli
 from rpg.export import export
 from rpg.generator import Generator
+from rpg.inspection import _verified
 from rpg.training import train
 from tests.conftest import small_config
 from tests.rpg.test_export import TOKENS, tiny
 from tokenization.errors import InputError
 from tokenization.sources import collect_from
+from tokenization.zoo import Zoo
 
 MODULES = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
@@ -187,6 +189,8 @@ def test_from_a_folder_of_adapters_to_a_new_one(
     config.save("config.yaml")
     assert not command("train", "config.yaml")
     assert not command("inspect", "zoo", "--verify")
+    (table,) = _verified(Zoo.open("zoo"), config)
+    assert "6 in canonical form (aligned)" in str([list(column.cells) for column in table.columns])  # type: ignore[union-attr]
     assert not command("generate", "run", "--condition", "1,0", "--num", 2)
     assert (adapters / "task0" / "adapter_config.json").read_text() == Path(
         "run/generated/network-00001/adapter_config.json"
