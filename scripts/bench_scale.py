@@ -53,7 +53,6 @@ def main() -> None:
         for name in arguments.networks:
             folder = (arguments.folder or Path(temporary)) / name
             figures[name] = measure(name, folder, arguments.steps, arguments.training_steps)
-            print(json.dumps({name: figures[name]}, indent=2), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -61,10 +60,17 @@ def main() -> None:
 def measure(name: str, folder: Path, steps: int, training_steps: int) -> dict[str, Any]:
     """All figures of one network; each group in a process of its own, so that memory is counted apart."""
     alone(prepare, name, folder)
-    figures = alone(generate, folder, steps) | alone(chunk_times, name, folder)
-    figures |= flops(name, folder, steps)
-    if training_steps:
-        figures |= alone(data_wait, name, folder, training_steps)
+    groups: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
+        (generate, (folder, steps)),
+        (chunk_times, (name, folder)),
+        (flops, (name, folder, steps)),
+        (data_wait, (name, folder, training_steps)),
+    ]
+    figures: dict[str, Any] = {}
+    for function, parameters in groups[: 4 if training_steps else 3]:
+        found = alone(function, *parameters)
+        print(name, json.dumps(found), flush=True)
+        figures |= found
     return figures
 
 
@@ -96,10 +102,11 @@ def prepare(name: str, folder: Path) -> None:
 def generate(folder: Path, steps: int) -> dict[str, float]:
     """Seconds of one whole network into a file, loading apart; the highest resident memory, loading included."""
     generator = Generator.from_pretrained(folder / "generator")
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     generator.generate(1, steps=steps, output=folder / "generated")
     return {
         "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - processor,  # of all threads; says more where others compute too
         "peak_rss_gib": peak_resident_bytes() / 2**30,
         "generator_parameters": sum(parameter.numel() for parameter in generator.network.parameters()),
         "network_values": generator.layout.num_values,

@@ -13,6 +13,7 @@ from rpg.section import Section
 from rpg.tasks.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
 from rpg.tasks.digits import DigitsConfig, DigitsTask
 from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks.imagenet import ImageNetConfig, ImageNetTask
 from rpg.tasks.language import LanguageConfig, LanguageTask
 from rpg.tasks.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
 from tokenization.errors import InputError
@@ -25,6 +26,8 @@ __all__ = [
     "DigitsSubsetsConfig",
     "DigitsSubsetsTask",
     "DigitsTask",
+    "ImageNetConfig",
+    "ImageNetTask",
     "LanguageConfig",
     "LanguageTask",
     "Task",
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 TaskConfig: TypeAlias = Annotated[
-    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig | LanguageConfig,
+    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig | ImageNetConfig | LanguageConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""
@@ -66,6 +69,7 @@ _TASKS: dict[str, tuple[type[Section], Callable[[Any], Task]]] = {
     "cifar10_subsets": (Cifar10SubsetsConfig, Cifar10SubsetsTask),
     "language": (LanguageConfig, LanguageTask),
     "finetune": (TimmFinetuneConfig, TimmFinetuneTask),
+    "imagenet": (ImageNetConfig, ImageNetTask),
 }
 
 

@@ -104,7 +104,7 @@ class TimmFinetuneTask:
             raise InputError("split", repr(split), "one of train, test")
         if split not in self._datasets:
             try:
-                self._datasets[split] = self._open(split)
+                self._datasets[split] = self.open_split(split)
             except (RuntimeError, FileNotFoundError) as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(
@@ -112,12 +112,13 @@ class TimmFinetuneTask:
                 ) from None
         return self._datasets[split]
 
-    def _open(self, split: str) -> Any:
+    def open_split(self, split: str) -> Any:
+        """Images and labels of ``train`` or ``test``, as torchvision reads them."""
         from torchvision import datasets, transforms
 
         size = self.config.image_size
         crop = [transforms.RandomResizedCrop(size)] if split == "train" else [transforms.Resize((size, size))]
-        steps = [*crop, transforms.Lambda(_to_rgb), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        steps = [*crop, transforms.Lambda(to_rgb), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         transform, root = transforms.Compose(steps), self.config.data
         train = split == "train"
         match self.config.dataset:
@@ -136,7 +137,8 @@ class TimmFinetuneTask:
             case "food101":
                 return datasets.Food101(root, split, transform)
 
-    def _batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on the task's device; those of ``train`` in an order that seed and ``parts`` decide."""
         train = split == "train"
         loader: Any = torch.utils.data.DataLoader(
             self.dataset(split),
@@ -204,7 +206,7 @@ class TimmFinetuneTask:
         """Optimizer steps with AdamW and a cosine; yield the number of each after it."""
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-        batches = itertools.chain.from_iterable(self._batches("train", epoch) for epoch in itertools.count())
+        batches = itertools.chain.from_iterable(self.batches("train", epoch) for epoch in itertools.count())
         for step, (images, labels) in enumerate(itertools.islice(batches, num_steps), 1):
             optimizer.zero_grad()
             F.cross_entropy(network(images), labels).backward()
@@ -230,7 +232,7 @@ class TimmFinetuneTask:
                     )
             networks.append({name: value.to(self.device) for name, value in {**base, **state_dict}.items()})
         answers: list[list[Tensor]] = [[] for _ in networks]
-        for images, _ in self._batches(split):
+        for images, _ in self.batches(split):
             for rows, weights in zip(answers, networks, strict=True):
                 logits = torch.func.functional_call(network, weights, (images,))
                 rows.append(logits.argmax(1).where(logits.isfinite().all(1), 0).cpu())
@@ -242,8 +244,9 @@ class TimmFinetuneTask:
         for name in ("targets", "labels", "_labels"):
             if hasattr(dataset, name):
                 return torch.as_tensor(getattr(dataset, name), dtype=torch.long)
-        return torch.cat([labels.cpu() for _, labels in self._batches(split)])
+        return torch.cat([labels.cpu() for _, labels in self.batches(split)])
 
 
-def _to_rgb(image: Any) -> Any:
+def to_rgb(image: Any) -> Any:
+    """An image of any mode in three channels."""
     return image.convert("RGB")

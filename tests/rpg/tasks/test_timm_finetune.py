@@ -61,7 +61,7 @@ def test_predictions_are_those_of_the_base_network_with_the_tensors_in_it(folder
     network = task.build().eval()
     network.load_state_dict({**read_state_dict(folder / "base.safetensors"), **zoo.state_dict(4)})
     with torch.no_grad():
-        expected = torch.cat([network(images).argmax(1) for images, _ in task._batches("test")])
+        expected = torch.cat([network(images).argmax(1) for images, _ in task.batches("test")])
     assert torch.equal(predictions[0], expected)
     assert (predictions == labels).double().mean() > 0.7
 
