@@ -294,6 +294,19 @@ def lora(
 
 
 @app.command()
+def score(
+    config: ConfigFile,
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders.", metavar="ADAPTER…")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="Rows of every task's file: test or validation.")] = "test",
+) -> None:
+    """Score LoRA or DoRA adapters on the held-out rows of every task of a configuration."""
+    from rpg.lora import print_scores, score_folders
+
+    print_scores(score_folders(load(config, overrides), adapters, split), console)
+
+
+@app.command()
 def demo(
     config: Annotated[Path | None, typer.Option(help="Configuration (default: configs/digits.yaml).")] = None,
     overrides: Overrides = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rpg.tasks.side_by_side import Stacked, repeat
 from rpg.training import train
 from rpg.unseen import generate_for, join, networks_of, write_report
 from rpg.workflow import collect
+from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -119,6 +120,34 @@ def language_task(config: Config) -> LanguageTask:
             "the comparison's regressions are on bits; train and generate work with any",
         )  # fmt: skip
     return task
+
+
+def score_folders(
+    config: Config, folders: Sequence[Path], split: str = "test"
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Score PEFT folders on every task of a configuration: figures by folder and task.
+
+    Raises:
+        InputError: the task is not `language`, or a folder holds no adapter of its form.
+    """
+    task = build_task(config.task) if config.task is not None else None
+    if not isinstance(task, LanguageTask):
+        raise InputError("task.name", "none" if config.task is None else config.task.name, "language")
+    return {str(folder): task.score(Checkpoint.open(folder).state_dict(), split) for folder in folders}
+
+
+def print_scores(scores: dict[str, dict[str, dict[str, float]]], console: Any) -> None:
+    """Print the scores of adapters, one row an adapter and task."""
+    from rich.table import Table
+
+    table = Table(title="held-out rows")
+    for column in ("adapter", "task", "symbols %", "exact %", "perplexity"):
+        table.add_column(column, justify="left" if column in ("adapter", "task") else "right")
+    for folder, tasks in scores.items():
+        for name, found in tasks.items():
+            shares = [f"{100 * found[metric]:.2f}" for metric in ("symbol_accuracy", "exact_match")]
+            table.add_row(Path(folder).name, name, *shares, f"{found['perplexity']:.4g}")
+    console.print(table)
 
 
 def print_lora(report: dict[str, Any], console: Any) -> None:

@@ -248,6 +248,24 @@ class LanguageTask:
     def _scores(self, weights: Stacked, tasks: list[int], split: str) -> AdapterScores:
         return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], self.config.score_rows)
 
+    def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
+        """One adapter, under PEFT's names, on every task: figures by task's name.
+
+        Raises:
+            InputError: a tensor of this task's adapters is missing or of another shape.
+        """
+        for name, like in self._start(0).items():
+            found = list(adapter[name].shape) if name in adapter else None
+            if found != list(like.shape):
+                shown = "no such tensor" if found is None else f"shape {found}"
+                raise InputError(f"tensor {name!r}", shown, f"shape {list(like.shape)}", "check task.adapter")
+        weights = {name: value[None] for name, value in adapter.items()}
+        figures = {}
+        for place, task in enumerate(self.tasks):
+            scores = self._scores(weights, [place], split)
+            figures[task.path.stem] = {name: value.item() for name, value in scores.items()}
+        return figures
+
     def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
         """Symbol accuracy of T adapters at their tasks ``[T, C]``, float64 ``[T]``."""
         return self.scores(weights, bits, split)["symbol_accuracy"]

@@ -1,17 +1,20 @@
 """Adapters for unseen tasks, the whole experiment on fourteen tasks in seconds."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.generator import Generator
-from rpg.lora import evaluate_lora, language_task, run_lora
+from rpg.lora import evaluate_lora, language_task, print_scores, run_lora, score_folders
 from rpg.tasks import many
+from rpg.tasks.adapter_bank import AdapterConfig
 from rpg.tasks.language import LanguageTask
 from rpg.tasks.side_by_side import stack
 from rpg.unseen import generate_for, networks_of
@@ -136,6 +139,33 @@ def test_generated_ones_are_of_the_zoos_structure(experiment):
     assert {name: tuple(value.shape[1:]) for name, value in made.items()} == {
         name: shape for name, (_, shape) in structure.tensors.items()
     }
+
+
+def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
+    config, _ = experiment
+    generator, task = Generator.from_pretrained(config.run), language_task(config)
+    bits = torch.tensor([[0, 1, 1, 0]])
+    (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
+    expected = task.scores(generate_for(generator, bits, 3), bits)
+    found = score_folders(config, [folder])[str(folder)]
+    assert len(found) == 14 and found["0110"] == pytest.approx({name: each.item() for name, each in expected.items()})
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), folder)
+    ids = task.rows(0)["test"].ids
+    ours = task.bank.logits(generate_for(generator, bits, 3), ids[None])[0]
+    assert torch.allclose(model(ids).logits, ours, atol=1e-4)
+    print_scores({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
+    assert "0110" in text.getvalue()
+
+
+def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
+    config, _ = experiment
+    zoo = Zoo.open(config.zoo)
+    other = config.model_copy(
+        update={"task": config.task.model_copy(update={"adapter": AdapterConfig(r=2, target_modules=("k_proj",))})}
+    )
+    with pytest.raises(InputError, match="k_proj") as caught:
+        score_folders(other, [zoo.file(0)])
+    assert "\n" not in str(caught.value)
 
 
 def test_other_tasks_are_refused(tmp_path):
