@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
+from rpg.backbone.mamba2 import Mamba2
 from rpg.config import TrainConfig
 from rpg.runtime import mixed_precision
 from rpg.shards import FSDPShards, Shards, ZeROShards
@@ -63,7 +64,11 @@ class Place:
             raise InputError("train.optimizer", found, "adamw", "its moments are spread over the processes there")
 
     def __str__(self) -> str:
-        ways = {"none": "each with all weights", "zero": "weights spread by DeepSpeed", "fsdp": "weights spread by FSDP"}
+        ways = {
+            "none": "each with all weights",
+            "zero": "weights spread by DeepSpeed",
+            "fsdp": "weights spread by FSDP",
+        }
         return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {ways[self.spread]}"
 
     @property
@@ -87,6 +92,8 @@ class Place:
             _fully_shard(network.to(self.device))
             model, optimizer = network, self.accelerator.prepare_optimizer(build_optimizer())
         else:
+            if self.spread == "zero":
+                _keep_together(network)
             model, optimizer = self.accelerator.prepare(network, build_optimizer())
         shards = {"none": Shards, "fsdp": FSDPShards, "zero": ZeROShards}[self.spread]
         return model, optimizer, shards(network, optimizer.optimizer)
@@ -173,6 +180,15 @@ def _deepspeed_on_cpu() -> list[Any]:
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return [InitProcessGroupKwargs(backend="gloo")]
+
+
+def _keep_together(network: nn.Module) -> None:
+    """Have ZeRO-3 gather all weights of a Mamba-2 layer as one: its kernels take those of its parts by themselves."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in network.modules():
+        if isinstance(module, Mamba2):
+            set_z3_leaf_module(module, True)
 
 
 def _fully_shard(network: Any) -> None:
