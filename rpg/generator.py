@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rpg.adapter_folder import adapter_config_of
+from rpg.card import model_card
 from rpg.conditioning import requested_conditions, requested_texts
 from rpg.config import Config
 from rpg.model import RecurrentDiffusion
@@ -143,7 +144,7 @@ class Generator:
             (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
         if self.texts is not None:
             self.texts.save(temporary / TEXTS_FILE)
-        (temporary / "README.md").write_text(_card(self))
+        (temporary / "README.md").write_text(model_card(self))
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -323,37 +324,3 @@ def _digest(folder: Path) -> str:
         if (folder / name).is_file():
             digest.update(file_digest(folder / name).encode())
     return digest.hexdigest()
-
-
-def _networks(config: Config) -> str:
-    if config.generator == "pdiff":
-        kind = "variational autoencoder" if config.pdiff.variational else "autoencoder and latent diffusion"
-        return f"p-diff (arXiv 2402.13144): {kind}, latent of {config.pdiff.latent_size} values."
-    model = config.model
-    return (
-        "Recurrent diffusion (arXiv 2501.11587).\n"
-        f"Objective: {model.diffusion.kind}, backbone: {model.backbone.kind}, denoiser: {model.denoiser.kind}."
-    )
-
-
-def _card(source: Generator) -> str:
-    layout, config = source.layout, source.config
-    facts = "\n".join(f"| {name} | {value} |" for name, value in source.facts.items())
-    condition = f"{source.condition.kind}, {source.condition.size} values" if source.condition else "none"
-    return f"""# Generator of neural-network weights
-
-Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
-{layout.token_size}). Condition: {condition}. Normalization: {config.tokens.normalization}.
-{_networks(config)}
-
-| training | |
-| --- | --- |
-{facts}
-
-```python
-from rpg import Generator
-networks = Generator.from_pretrained("this/folder").generate(num=4, seed=0)
-```
-
-Whether these networks are new as well as good is measured by `rpg evaluate`, not promised here.
-"""

@@ -103,6 +103,7 @@ def test_the_tensors_are_those_of_the_sources_in_shape_and_dtype(tmp_path: Path)
 def test_the_card_says_where_an_adapter_comes_from(tmp_path: Path) -> None:
     adapters_at(tmp_path, "llama")
     generator = generator_of(tmp_path)
+    assert f"adapters of {tmp_path / 'base'}, written" in (tmp_path / "run" / "generator" / "README.md").read_text()
     (folder,) = generator.generate(1, seed=7, output=tmp_path / "new")
     card = (Path(str(folder)) / "README.md").read_text()
     assert card.startswith(f'---\nbase_model: "{tmp_path / "base"}"\nlibrary_name: peft\n---\n')

@@ -172,6 +172,7 @@ def test_the_texts_travel_with_the_generator(run: Path) -> None:
     with safe_open(file, "pt") as opened:
         assert sorted(opened.metadata()) == sorted(documented("texts.safetensors"))
         assert json.loads(opened.metadata()["texts"]) == sorted(TEXTS) and list(opened.keys()) == ["vectors"]
+    assert f"through the sentence encoder {run / 'encoder'}" in (file.parent / "README.md").read_text()
 
 
 def test_a_new_prompt_goes_through_the_same_encoder(run: Path, tmp_path: Path) -> None:
