@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,31 +20,43 @@ MODEL, AVERAGE, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "op
 Tensors = dict[str, Tensor]
 
 
-def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards) -> dict[str, Tensors]:
-    """The files of a checkpoint; all processes must call it, as the functions below."""
-    return {
-        MODEL: gather_model(network, shards),
-        AVERAGE: {**gather_average(average, shards), "num_updates": torch.tensor(average.num_updates)},
-        OPTIMIZER: gather_optimizer(shards),
+def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards, *, keep: bool) -> dict[str, Tensors]:
+    """The files of a checkpoint, on the CPU; all processes must call it, as the functions below.
+
+    Args:
+        network: the networks.
+        average: their averaged weights.
+        shards: how both, and the optimizer's state, lie over the processes.
+        keep: whether this process wants them; without, it takes part in putting each tensor together, and forgets it.
+    """
+    optimizer = ((f"{key}.{name}", value) for name, state in shards.gather_states() for key, value in state.items())
+    files = {
+        MODEL: gather_model(network, shards, keep=keep),
+        AVERAGE: gather_average(average, shards, keep=keep),
+        OPTIMIZER: _keep(optimizer, keep),
     }
+    files[AVERAGE]["num_updates"] = torch.tensor(average.num_updates)
+    return files
 
 
-def gather_model(network: nn.Module, shards: Shards) -> Tensors:
+def gather_model(network: nn.Module, shards: Shards, *, keep: bool) -> Tensors:
     """The networks' whole state dict."""
-    whole = {name: shards.gather(value, shards.share(value)) for name, value in shards.parameters.items()}
-    buffers = {name: value for name, value in network.state_dict().items() if name not in whole}
-    return {**whole, **buffers}
+    names = shards.parameters
+    whole = ((name, shards.gather(value, shards.share(value))) for name, value in names.items())
+    buffers = ((name, value) for name, value in network.state_dict().items() if name not in names)
+    return _keep(whole, keep) | _keep(buffers, keep)
 
 
-def gather_average(average: ExponentialMovingAverage, shards: Shards) -> Tensors:
+def gather_average(average: ExponentialMovingAverage, shards: Shards, *, keep: bool) -> Tensors:
     """The whole averaged weights."""
-    return {name: shards.gather(shards.parameters[name], share) for name, share in average.shadow.items()}
+    return _keep(
+        ((name, shards.gather(shards.parameters[name], share)) for name, share in average.shadow.items()), keep
+    )
 
 
-def gather_optimizer(shards: Shards) -> Tensors:
-    """The optimizer's state as ``KEY.NAME`` of each parameter NAME."""
-    states = shards.gather_states()
-    return {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
+def _keep(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Tensors:
+    """One after the other, so that no device ever holds more than one that is put together."""
+    return {name: value.detach().cpu() for name, value in tensors if keep}
 
 
 def write(folder: Path, files: dict[str, Tensors]) -> None:
@@ -53,7 +65,7 @@ def write(folder: Path, files: dict[str, Tensors]) -> None:
         seen: set[int] = set()
         content = {}
         for key, value in tensors.items():
-            value = value.detach().cpu().contiguous()
+            value = value.contiguous()
             # 8-bit AdamW's tables are one tensor for all parameters, which the format does not allow.
             content[key] = value.clone() if value.numel() and value.data_ptr() in seen else value
             seen.add(value.data_ptr())

@@ -5,7 +5,7 @@ What is saved is always whole, so that a run can go on with other processes than
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,15 +38,14 @@ class Shards:
         """This process's part of a whole tensor that is shaped as ``parameter``."""
         return whole
 
-    def gather_states(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's whole state; all processes must call it. Numbers become 0-d int64 tensors."""
-        return {
-            name: {
-                key: self._gather_state(parameter, torch.as_tensor(value))
-                for key, value in self.optimizer.state.get(parameter, {}).items()
-            }
-            for name, parameter in self.parameters.items()
-        }
+    def gather_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The optimizer's whole state, parameter by parameter; all processes must go through it.
+
+        Numbers become 0-d int64 tensors.
+        """
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            yield name, {key: self._gather_state(parameter, torch.as_tensor(value)) for key, value in state.items()}
 
     def load_states(self, states: States) -> None:
         """Take the optimizer's whole state back."""
@@ -133,21 +132,17 @@ class ZeROShards(Shards):
         part = whole.flatten()[torch.distributed.get_rank() * size :][:size]
         return torch.nn.functional.pad(part, (0, size - len(part)))
 
-    def gather_states(self) -> dict[str, dict[str, Tensor]]:
+    def gather_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """AdamW's whole moments of every parameter, and the steps it has made."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = {int(state["step"]) for state in self._base_states().values() if "step" in state}
+        steps = {int(state["step"]) for state in self.optimizer.optimizer.state.values() if "step" in state}
         if not steps:
-            return {}
+            return
         (step,) = steps
-        return {
-            name: {
-                "step": torch.tensor(float(step)),
-                **{key: safe_get_full_optimizer_state(parameter, key) for key in self.MOMENTS},
-            }
-            for name, parameter in self.parameters.items()
-        }
+        for name, parameter in self.parameters.items():
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self.MOMENTS}
+            yield name, {"step": torch.tensor(float(step)), **moments}
 
     def load_states(self, states: States) -> None:
         """Make the state of every partition, then fill in each parameter's part of it."""
@@ -171,6 +166,3 @@ class ZeROShards(Shards):
         """The flat fp32 tensors that the optimizer underneath steps."""
         zero = self.optimizer
         return zero.fp32_partitioned_groups_flat if self.spread else zero.single_partition_of_fp32_groups
-
-    def _base_states(self) -> Mapping[Tensor, Any]:
-        return self.optimizer.optimizer.state

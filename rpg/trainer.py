@@ -181,7 +181,7 @@ class Trainer:
 
     def save(self, done: int) -> None:
         """Publish everything that a resume needs."""
-        files = resuming.gather(self.network, self.ema, self.shards)
+        files = resuming.gather(self.network, self.ema, self.shards, keep=self.place.is_main)
         keep = self.config.train.keep
         self.place.on_main(lambda: self.folder.save(done, lambda folder: resuming.write(folder, files), keep))
 
@@ -197,8 +197,8 @@ class Trainer:
 
     def finish(self, seconds: float) -> Path:
         """Write the generator folder from the averaged weights."""
-        weights = resuming.gather_model(self.network, self.shards)
-        weights |= resuming.gather_average(self.ema, self.shards)
+        weights = resuming.gather_model(self.network, self.shards, keep=self.place.is_main)
+        weights |= resuming.gather_average(self.ema, self.shards, keep=self.place.is_main)
         self.place.on_main(lambda: self._write_generator(weights, seconds))
         for tracker in self.accelerator.trackers:
             tracker.finish()
