@@ -230,3 +230,27 @@ def test_an_encoder_that_is_not_named_or_not_there_is_one_line(tmp_path: Path) -
         with pytest.raises(InputError, match=words) as caught:
             train(config_of(tmp_path, encoder), overwrite=True, say=lambda _: None)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_a_class_is_asked_for_by_name_or_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    names = ["cat", "dog", "ship"]
+    for index in range(6):
+        name = f"{names[index % 3]}{index}.safetensors"
+        save_file({"w": torch.randn(32) + index % 3}, tmp_path / "mine" / name)
+    collect_from(tmp_path / "mine", tmp_path / "zoo", pattern=r"(?P<condition>[a-z]+)\d\.")
+    train(small_config(tmp_path, model={"condition": {"kind": "class"}}, train={"steps": 2}), say=lambda _: None)
+    for name, wanted in (("named", "dog"), ("numbered", "1"), ("other", "cat")):
+        arguments = ("generate", tmp_path / "run", "--output", tmp_path / name, "--condition", wanted)
+        assert not command(monkeypatch, capsys, *arguments)
+    named, numbered, other = (
+        load_file(tmp_path / name / "network-00000.safetensors")["w"] for name in ("named", "numbered", "other")
+    )
+    assert torch.equal(named, numbered) and not torch.equal(named, other)
+    for wanted, words in (("3", "a whole number from 0 to 2"), ("0.5", "a whole number"), ("bird", "'bird'")):
+        error = command(monkeypatch, capsys, "generate", tmp_path / "run", "--condition", wanted)
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    with pytest.raises(InputError, match="1 texts, expected 1 values"):
+        Generator.from_pretrained(tmp_path / "run").generate(1, condition="dog")
