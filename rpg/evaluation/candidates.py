@@ -19,6 +19,9 @@ from rpg.tasks import Task
 AT_DISTANCE = "_at_distance"
 """Ends the names of baselines that lie as far from the zoo as the generated networks."""
 
+STARTS = tuple(name + AT_DISTANCE for name in ("noise", "coordinate_gaussian", "run_coordinate_gaussian"))
+"""Those that the control trains: the best places to start from, of each kind."""
+
 
 def symmetries(task: Task) -> list[Group]:
     """Interchangeable hidden units of the target network; none are known for a task without images to trace it by."""

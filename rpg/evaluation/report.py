@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg.evaluation import baselines
 from rpg.evaluation.accuracy import Summary, accuracy, summarize
-from rpg.evaluation.candidates import AT_DISTANCE, at_distance, symmetries, trivial_networks
+from rpg.evaluation.candidates import AT_DISTANCE, STARTS, at_distance, symmetries, trivial_networks
 from rpg.evaluation.control import ControlConfig, finetuned_baselines
 from rpg.evaluation.curves import Distances, NoveltyReport, measure_novelty
 from rpg.evaluation.novelty import TAUS, Spread, measure_spread, weight_vectors
@@ -140,7 +140,9 @@ def evaluate(
     }
     trivial = trivial_networks(originals, runs, num_baseline, seed)
     near = at_distance(measure, networks, num_baseline, seed)
-    trivial |= near | (finetuned_baselines(task, near, control, seed) if control is not None else {})
+    trivial |= near
+    if control is not None:
+        trivial |= finetuned_baselines(task, {name: near[name] for name in STARTS if name in near}, control, seed)
     sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
     answers = {name: predictions if name == "generated" else task.predict(each, split) for name, each in sets.items()}
     scores = {name: _scores(each, original_predictions, labels, seed) for name, each in answers.items()}
