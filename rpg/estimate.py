@@ -112,17 +112,19 @@ class GenerationMemory(Memory):
         prototypes: of one network, or of the networks of one tile.
         backbone: what the backbone holds beyond them while it computes them.
         tile: the rows that are denoised together and what the denoiser makes of them.
+        loading: the fp32 weights as they are and as they are read, before anything else.
     """
 
     weights: int
     prototypes: int
     backbone: int
     tile: int
+    loading: int
 
     @property
     def total(self) -> int:
-        """Peak in bytes: the backbone is done when the first tile begins."""
-        return self.weights + self.prototypes + max(self.backbone, self.tile)
+        """Peak in bytes: the backbone is done when the first tile begins, and loading before both."""
+        return max(self.loading, self.weights + self.prototypes + max(self.backbone, self.tile))
 
 
 def meta_network(config: Config, subject: Subject) -> Network:
@@ -199,9 +201,11 @@ def training_memory(config: Config, subject: Subject, *, bf16: bool = False, num
         averaged = network.denoiser if isinstance(network, ParameterDiffusion) else network
         inputs = fake_inputs(config, subject, network, num_processes)
         with LiveBytes() as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = network(*inputs)
-            (loss if isinstance(loss, Tensor) else loss.mean).backward()
+            for _ in range(min(2, config.train.gradient_accumulation)):  # a second part finds the first one's gradients
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = network(*inputs)
+                (loss if isinstance(loss, Tensor) else loss.mean).backward()
+                del loss
         batch = _num_bytes(vars(inputs[0]).values() if isinstance(inputs[0], Batch) else inputs)
         moments = sum(_moment_bytes(config.train.optimizer, each) for each in network.parameters())
     waiting = 0
@@ -229,6 +233,7 @@ def generation_memory(config: Config, subject: Subject) -> GenerationMemory:
     with fake_mode(), torch.autocast("cpu", torch.bfloat16, enabled=config.generate.precision == "bf16"):
         network = fake_network(network, config)
         weights = _num_bytes(network.parameters()) + _num_bytes(network.buffers())
+        loading = weights + _num_bytes(network.parameters())
         if isinstance(network, RecurrentDiffusion) and config.generate.precision == "bf16":
             network = low_precision_copy(network)
             weights += _num_bytes(each for each in network.parameters() if each.dtype == torch.bfloat16)
@@ -237,12 +242,12 @@ def generation_memory(config: Config, subject: Subject) -> GenerationMemory:
                 values = network.decode_standardised(torch.empty(GROUP, network.config.latent_size))
                 del values
             rows = GROUP * subject.layout.num_tokens * subject.layout.token_size * FLOAT_BYTES
-            return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + rows)
-        return _recurrent_generation(config, subject, network, weights)
+            return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + rows, loading=loading)
+        return _recurrent_generation(config, subject, network, weights, loading)
 
 
 def _recurrent_generation(
-    config: Config, subject: Subject, network: RecurrentDiffusion, weights: int
+    config: Config, subject: Subject, network: RecurrentDiffusion, weights: int, loading: int
 ) -> GenerationMemory:
     """`generation_memory` of a network of fake tensors."""
     layout, settings = subject.layout, config.generate
@@ -261,7 +266,7 @@ def _recurrent_generation(
         time = torch.empty(()).expand(num_rows)
         predictions = [network.predict(held[0], time, context, held[1]) for context in contexts]
     del predictions
-    return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak)
+    return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak, loading=loading)
 
 
 def num_passes(config: Config, subject: Subject) -> int:
