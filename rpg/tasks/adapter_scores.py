@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.tasks.adapter_bank import AdapterBank
-from rpg.tasks.adapter_training import token_losses
 from rpg.tasks.language_rows import IGNORED, Rows, stack_rows
 from rpg.tasks.side_by_side import Stacked
 
@@ -74,3 +74,17 @@ def _counts(bank: AdapterBank, weights: Stacked, rows: Rows, device: torch.devic
         torch.full_like(exact.sum(1), exact.shape[1]),
     ]
     return torch.stack([each.double() for each in sums], 1).cpu()
+
+
+def completion_losses(bank: AdapterBank, weights: Stacked, rows: Rows) -> Tensor:
+    """Mean cross-entropy of the completions' tokens ``[T]`` of T adapters, each on its own rows ``[T, B, S]``."""
+    keep = rows.scored
+    targets = rows.targets[..., keep]  # [T, B, K]
+    losses = token_losses(bank.logits(weights, rows.ids, keep), targets)
+    return losses.sum((1, 2)) / (targets != IGNORED).sum((1, 2))
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every position ``[…, K, V]``, ``[…, K]`` → ``[…, K]``; 0 where there is no target."""
+    losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape)

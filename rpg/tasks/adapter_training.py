@@ -6,16 +6,16 @@ T tasks, B rows, S token positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from rpg.section import Section
 from rpg.tasks.adapter_bank import AdapterBank, adapter_state, peft_on
+from rpg.tasks.adapter_scores import completion_losses, score_adapters, token_losses
 from rpg.tasks.finetuning import average_into, checkpoint_stretches, schedule
 from rpg.tasks.language_rows import IGNORED, Rows
 from rpg.tasks.side_by_side import Stacked
@@ -39,10 +39,17 @@ class AdapterTraining(Section):
         0.5, gt=0, le=1, description="share of the steps, the last, that is cut into one stretch a checkpoint, each of "
         "which is the mean of the weights over its stretch",
     )  # fmt: skip
+    until: float | None = Field(
+        None, gt=0, le=1, description="exact match on validation rows at which an adapter is kept as it is; steps is "
+        "the most",
+    )  # fmt: skip
+    check_every: int = Field(10, ge=1, description="with until: steps between looks at the validation rows")
     gradient_checkpointing: bool = Field(False, description="with one adapter at a time: less memory, more time")
 
 
-def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining) -> list[Stacked]:
+def train_side_by_side(
+    bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining, check: Sequence[Rows] = ()
+) -> list[Stacked]:
     """Train T adapters at once.
 
     Args:
@@ -50,6 +57,7 @@ def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: Ad
         start: ``[T, *shape]`` under PEFT's names.
         draw: the next rows.
         config: the recipe.
+        check: validation rows of each, with ``config.until``.
 
     Returns:
         ``config.checkpoints`` of each, in the order of their steps.
@@ -58,22 +66,32 @@ def train_side_by_side(bank: AdapterBank, start: Stacked, draw: Draw, config: Ad
     optimizer = _optimizer(list(weights.values()), config)
     stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
     kept: list[Stacked] = []
+    stopper = _Stopper(config, len(check))
     for step in range(config.steps):
         rows = draw()
         loss = completion_losses(bank, weights, rows).sum()
         _update(optimizer, loss, step, config)
-        average_into(kept, stretches, step + 1, weights)
-    return kept
+        if config.until is None:
+            average_into(kept, stretches, step + 1, weights)
+        elif stopper.looks(step) and stopper.take(weights, score_adapters(bank, weights, check)["exact_match"]):
+            break
+    return kept if config.until is None else [stopper.kept]
 
 
 def train_one(
-    base: nn.Module, adapter: LoraConfig, start: Mapping[str, Tensor], draw: Draw, config: AdapterTraining
+    base: nn.Module,
+    adapter: LoraConfig,
+    start: Mapping[str, Tensor],
+    draw: Draw,
+    config: AdapterTraining,
+    check: Sequence[Rows] = (),
 ) -> list[dict[str, Tensor]]:
     """Train one adapter by PEFT alone, in the base's own precision; returns what ``train_side_by_side`` does of one."""
     from peft import set_peft_model_state_dict
 
     stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
     kept: list[dict[str, Tensor]] = []
+    stopper = _Stopper(config, len(check))
     with peft_on(base, adapter) as adapted:
         set_peft_model_state_dict(adapted, dict(start))
         if config.gradient_checkpointing:
@@ -87,26 +105,16 @@ def train_one(
             logits = adapted(rows.ids[0], use_cache=False).logits
             loss = token_losses(logits, rows.targets[0]).sum() / (rows.targets != IGNORED).sum()
             _update(optimizer, loss, step, config)
-            if step + 1 > stretches[0][0]:
+            if config.until is None and step + 1 > stretches[0][0]:
                 average_into(kept, stretches, step + 1, adapter_state(adapted))
+            elif config.until is not None and stopper.looks(step):
+                state = {name: value[None] for name, value in adapter_state(adapted).items()}
+                if stopper.take(state, _exact_match(adapted, check[0], config.batch_size)[None]):
+                    break
         adapted.eval()
         if config.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
-    return kept
-
-
-def completion_losses(bank: AdapterBank, weights: Stacked, rows: Rows) -> Tensor:
-    """Mean cross-entropy of the completions' tokens ``[T]`` of T adapters, each on its own rows ``[T, B, S]``."""
-    keep = rows.scored
-    targets = rows.targets[..., keep]  # [T, B, K]
-    losses = token_losses(bank.logits(weights, rows.ids, keep), targets)
-    return losses.sum((1, 2)) / (targets != IGNORED).sum((1, 2))
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every position ``[…, K, V]``, ``[…, K]`` → ``[…, K]``; 0 where there is no target."""
-    losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(targets.shape)
+    return kept if config.until is None else [{name: value[0] for name, value in stopper.kept.items()}]
 
 
 def _optimizer(parameters: list[Any], config: AdapterTraining) -> torch.optim.Optimizer:
@@ -121,3 +129,40 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, config: A
     optimizer.zero_grad()
     loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
     optimizer.step()
+
+
+class _Stopper:
+    """Keeps every adapter as it was when it first reached ``config.until``, or as it is at the end."""
+
+    def __init__(self, config: AdapterTraining, num: int) -> None:
+        self.config = config
+        self.done = torch.zeros(num, dtype=torch.bool)
+        self.kept: Stacked = {}
+
+    def looks(self, step: int) -> bool:
+        """Whether the adapters are looked at after ``step``."""
+        return (step + 1) % self.config.check_every == 0 or step + 1 == self.config.steps
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor], exact_match: Tensor) -> bool:
+        """Look at them, ``exact_match`` ``[T]``; whether all are done."""
+        for name, value in weights.items():
+            if name not in self.kept:
+                self.kept[name] = value.detach().clone()
+            self.kept[name][~self.done] = value.detach()[~self.done]
+        assert self.config.until is not None
+        self.done |= exact_match >= self.config.until
+        return bool(self.done.all())
+
+
+@torch.inference_mode()
+def _exact_match(adapted: nn.Module, rows: Rows, rows_at_once: int) -> Tensor:
+    """Share of rows that the model completes right, as ``score_adapters`` counts them."""
+    adapted.eval()
+    right = []
+    for first in range(0, len(rows), rows_at_once):
+        part = rows[first : first + rows_at_once]
+        answers = adapted(part.ids, use_cache=False).logits.argmax(-1)
+        right.append(((answers == part.targets) | (part.targets == IGNORED)).all(-1))
+    adapted.train()
+    return torch.cat(right).double().mean().cpu()

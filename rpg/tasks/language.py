@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.adapter_bank import AdapterBank, AdapterConfig, fresh_adapter
-from rpg.tasks.adapter_scores import AdapterScores, score_adapters
-from rpg.tasks.adapter_training import AdapterTraining, completion_losses, train_one, train_side_by_side
+from rpg.tasks.adapter_scores import AdapterScores, completion_losses, score_adapters
+from rpg.tasks.adapter_training import AdapterTraining, train_one, train_side_by_side
 from rpg.tasks.collection import Progress, open_zoo
 from rpg.tasks.language_rows import Rows, RowsConfig, TaskFile, find_tasks, read_rows, stack_rows
 from rpg.tasks.many import collect_many
@@ -70,6 +70,8 @@ class LanguageTask:
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
+        if config.training.until is not None and config.training.checkpoints > 1:
+            raise InputError("task.training.until", "set with several checkpoints", "one", "leave one of them out")
         if config.group > 1 and (config.adapter.dropout or config.training.gradient_checkpointing):
             field = "adapter.dropout" if config.adapter.dropout else "training.gradient_checkpointing"
             raise InputError(f"task.{field}", "set with task.group > 1", "one adapter at a time", "set task.group: 1")
@@ -194,15 +196,16 @@ class LanguageTask:
         """Adapters ``[T, *shape]`` for tasks given by their places: every checkpoint, in the order of steps."""
         device = next(self.base.parameters()).device
         starts = [self._start(place) for place in tasks]
+        check = [self.rows(place)["validation"].to(device) for place in tasks]
         if self.config.group == 1:
             adapter = self.config.adapter.peft(self.config.base)
             trained = [
-                train_one(self.base, adapter, start, self._draws([place], device), self.config.training)
-                for place, start in zip(tasks, starts, strict=True)
+                train_one(self.base, adapter, start, self._draws([place], device), self.config.training, [rows])
+                for place, start, rows in zip(tasks, starts, check, strict=True)
             ]
             return [stack(each) for each in zip(*trained, strict=True)]
         start = {name: value.to(device) for name, value in stack(starts).items()}
-        return train_side_by_side(self.bank, start, self._draws(tasks, device), self.config.training)
+        return train_side_by_side(self.bank, start, self._draws(tasks, device), self.config.training, check)
 
     def _start(self, place: int) -> dict[str, Tensor]:
         own = (place,) if self.config.start == "own" else ()
@@ -221,8 +224,7 @@ class LanguageTask:
     def _draw(self, tasks: list[int], num: int, stream: torch.Generator, device: torch.device) -> Rows:
         numbers = torch.randint(2**40, (num,), generator=stream)
         found = [self.rows(place)["train"] for place in tasks]
-        rows = stack_rows([each[numbers % len(each)] for each in found])
-        return Rows(rows.ids.to(device), rows.targets.to(device), rows.end)
+        return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
     def _write_config(self, folder: Path) -> None:
         config = self.config.adapter.peft(self.config.base)

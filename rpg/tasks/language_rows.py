@@ -65,6 +65,10 @@ class Rows:
     def __getitem__(self, rows: Any) -> Rows:
         return Rows(self.ids[rows], self.targets[rows], self.end)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same on ``device``."""
+        return Rows(self.ids.to(device), self.targets.to(device), self.end)
+
     @property
     def scored(self) -> Tensor:
         """Positions at which any row has a target, ``[K]`` ascending."""

@@ -6,8 +6,8 @@ from peft import set_peft_model_state_dict
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rpg.tasks.adapter_bank import AdapterBank, AdapterConfig, adapter_state, fresh_adapter, peft_on
-from rpg.tasks.adapter_scores import score_adapters
-from rpg.tasks.adapter_training import AdapterTraining, completion_losses, train_one, train_side_by_side
+from rpg.tasks.adapter_scores import completion_losses, score_adapters
+from rpg.tasks.adapter_training import AdapterTraining, _Stopper, train_one, train_side_by_side
 from rpg.tasks.language_rows import IGNORED, Rows
 from rpg.tasks.side_by_side import stack
 from tokenization.errors import InputError
@@ -105,6 +105,33 @@ def test_trained_side_by_side_as_by_peft_alone(kind):
                 assert torch.allclose(ours[key][number], value, atol=1e-4), key
     b = next(key for key in together[0] if "lora_B" in key)
     assert together[1][b].abs().sum() > together[0][b].abs().sum() > 0
+
+
+def test_an_adapter_is_kept_as_it_was_when_good_enough():
+    stopper = _Stopper(AdapterTraining(steps=25, until=0.9, check_every=10), 2)
+    assert [step for step in range(25) if stopper.looks(step)] == [9, 19, 24]
+    weights = {"w": torch.zeros(2, 3)}
+    for value, exact, ended in ((1.0, [0.95, 0.2], False), (2.0, [0.1, 0.5], False), (3.0, [0.1, 0.9], True)):
+        weights["w"].fill_(value)
+        assert stopper.take(weights, torch.tensor(exact)) is ended
+    assert stopper.kept["w"][:, 0].tolist() == [1.0, 3.0]
+
+
+def test_ended_early_side_by_side_as_by_peft_alone():
+    base, config = made("lora", "llama")
+    targets = torch.full((2, 3, 4), 5)
+    targets[1] = torch.tensor([7, 8, 9])[:, None]  # by row: takes longer to learn
+    ids = torch.randint(VOCABULARY, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    rows = Rows(ids, targets, 1)
+    starts = [fresh_adapter(base, config, seed) for seed in range(2)]
+    bank = AdapterBank(base, config)
+    training = AdapterTraining(steps=60, learning_rate=3e-2, until=1.0, check_every=5)
+    (kept,) = train_side_by_side(bank, stack(starts), lambda: rows, training, [rows[0], rows[1]])
+    for number, start in enumerate(starts):
+        own = rows[number : number + 1]
+        (alone,) = train_one(base, config, start, lambda own=own: own, training, [own[0]])
+        assert all(torch.allclose(kept[key][number], value, atol=1e-3) for key, value in alone.items())
+    assert score_adapters(bank, kept, [rows[0], rows[1]])["exact_match"][0] == 1
 
 
 def test_gradient_checkpointing_changes_nothing():
