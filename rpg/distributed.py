@@ -88,6 +88,9 @@ class Place:
         Returns:
             What to call in the forward pass, the optimizer, and how to put whole tensors together.
         """
+        if self.spread != "none":
+            for parameter in network.parameters():  # convolutions' weights may lie channels last, which neither cuts
+                parameter.data = parameter.data.contiguous()
         if self.spread == "fsdp":
             _fully_shard(network.to(self.device))
             model, optimizer = network, self.accelerator.prepare_optimizer(build_optimizer())
