@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rpg.section import Section
 from rpg.seeding import derive_seed, generator
-from rpg.tasks.adapter_bank import AdapterBank, AdapterConfig, fresh_adapter
+from rpg.tasks.adapter_bank import AdapterBank, AdapterConfig, fresh_adapter, peft_on
 from rpg.tasks.adapter_scores import AdapterScores, completion_losses, score_adapters
 from rpg.tasks.adapter_training import AdapterTraining, train_one, train_side_by_side
 from rpg.tasks.collection import Progress, open_zoo
@@ -228,8 +228,8 @@ class LanguageTask:
 
     def _write_config(self, folder: Path) -> None:
         config = self.config.adapter.peft(self.config.base)
-        with_base = AdapterBank(self.base, config)  # PEFT completes the configuration from the base
-        assert with_base.sites
+        with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
+            pass
         config.inference_mode = True
         config.save_pretrained(str(folder))
 
