@@ -194,6 +194,7 @@ def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     for block in network.blocks:
         block.attn = NarrowAttention(64, num_heads=4, head_width=8)
     # a token is one pixel of 8×8 images: beside its embedding timm's 0.02 would hide where it lies for long
+    assert network.pos_embed is not None
     nn.init.normal_(network.pos_embed, std=0.5)
     return network
 
