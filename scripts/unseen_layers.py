@@ -1,0 +1,38 @@
+"""Which layers of the networks generated for unseen tasks differ from task to task: unseen_layers.py RUN."""
+
+import sys
+from pathlib import Path
+
+from rpg.generator import Generator
+from rpg.tasks.collection import single_threaded
+from rpg.unseen import generate_for, networks_of, subset_task
+from tokenization.errors import InputError
+from tokenization.zoo import Zoo
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise InputError("unseen_layers", f"{len(sys.argv) - 1} arguments", "RUN")
+    generator = Generator.from_pretrained(Path(sys.argv[1]))
+    task, originals = subset_task(generator.config), networks_of(Zoo.open(generator.config.zoo), "unseen")
+    with single_threaded():
+        made = generate_for(generator, originals.bits, generator.config.seed)
+        print("| tensor | spread over tasks, originals | generated |\n| --- | --- | --- |")
+        for name, value in made.items():
+            spreads = [each.std(0).square().mean().sqrt().item() for each in (originals.weights[name], value)]
+            print(f"| {name} | {spreads[0]:.4f} | {spreads[1]:.4f} |")
+        base = task.network(task.num_classes).state_dict()
+        head = {name for name, value in made.items() if value.shape[1:] != base[name].shape}  # the classifier
+        mixed = {
+            name: value if name in head else value.mean(0, keepdim=True).expand_as(value)
+            for name, value in made.items()
+        }
+        for what, weights in (("whole networks", made), ("own classifiers, mean of the rest", mixed)):
+            print(f"{what}: {task.accuracies(weights, originals.bits, 'validation').mean():.2%} on validation images")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
