@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from tokenization.errors import InputError
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# These two warn as soon as another library imports them, whether or not they are used.
+for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 app = typer.Typer(
     help="Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work.",
