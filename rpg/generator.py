@@ -23,13 +23,13 @@ from rpg.config import Config
 from rpg.model import RecurrentDiffusion
 from rpg.pdiff import ParameterDiffusion
 from rpg.pdiff_sampling import LatentSampler
-from rpg.runs import file_digest
 from rpg.sampling import Request, Share, Tile, TokenSampler
 from rpg.sinks import FolderSink, MemorySink
 from rpg.texts import TEXTS_FILE, TextTable, text_table
 from tokenization.adapters import CONFIG_NAME
 from tokenization.errors import InputError
 from tokenization.layout import TokenLayout
+from tokenization.publish import file_digest
 from tokenization.zoo import ConditionSpec, Zoo
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 from rpg.config import Config
 from tokenization.errors import InputError
-from tokenization.publish import publish, synchronise
+from tokenization.publish import file_digest, publish, synchronise
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
@@ -146,15 +145,6 @@ def check_folder(path: Path) -> str | None:
         if file_digest(file) != digest:
             return f"{name} is damaged"
     return None
-
-
-def file_digest(path: Path) -> str:
-    """The file's sha256."""
-    with path.open("rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_difference(old: object, new: object, path: tuple[str, ...] = ()) -> tuple[str, object, object] | None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from tokenization.checkpoint import Checkpoint, find_ties
 from tokenization.errors import InputError
 from tokenization.headers import tensor_at
+from tokenization.publish import file_digest
 
 _CHUNK_VALUES = 1 << 22
-_CHUNK_BYTES = 1 << 24
 _CURE = "a zoo holds one network structure: leave this checkpoint out"
 
 
@@ -161,14 +161,10 @@ def digest_of(checkpoint: Checkpoint) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(_CHUNK_BYTES):
-                digest.update(block)
+        return file_digest(path)
     except OSError as error:
         raise InputError(str(path), f"an unreadable file ({error.strerror})", "a checkpoint") from error
-    return digest.hexdigest()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
