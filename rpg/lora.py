@@ -10,15 +10,14 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.evaluation.adapters import score_adapter_split
-from rpg.evaluation.regression import Regression
-from rpg.evaluation.unseen import TaskNetworks, choose_regressions, random_other, trivial_networks
+from rpg.evaluation.unseen import choose_regressions
 from rpg.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.collection import single_threaded
 from rpg.tasks.language import LanguageTask
-from rpg.tasks.side_by_side import Stacked, repeat
+from rpg.tasks.side_by_side import repeat
 from rpg.training import train
-from rpg.unseen import generate_for, join, networks_of, write_report
+from rpg.unseen import all_networks, join, networks_of, write_report
 from rpg.workflow import collect
 from tokenization.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -74,7 +73,8 @@ def evaluate_lora(run: Path | str, *, seed: int = 0, split: str = "test") -> dic
         chosen = choose_regressions(task, train_tasks, validation)
         regressions = {name: chosen[name][0] for name in ("ridge", "kernel_ridge")}
         for name, originals in wanted.items():
-            adapters = _all_adapters(generator, task, seen, originals, regressions, seed, own=name == "seen")
+            extra = {"no_adapter": repeat(task.no_adapter(), len(originals.bits))}
+            adapters = all_networks(generator, seen, originals, regressions, seed, own=name == "seen", extra=extra)
             scored = score_adapter_split(task, adapters, originals.bits, seen.bits, split, seed)
             report[name] = {key: value.model_dump(mode="json") for key, value in scored.methods.items()}
             report[f"{name}_tasks"] = scored.model_dump(mode="json", exclude={"methods"})
@@ -86,26 +86,6 @@ def evaluate_lora(run: Path | str, *, seed: int = 0, split: str = "test") -> dic
     if not choosing:
         write_report(run, report)
     return report
-
-
-def _all_adapters(
-    generator: Generator,
-    task: LanguageTask,
-    seen: TaskNetworks,
-    originals: TaskNetworks,
-    regressions: dict[str, Regression],
-    seed: int,
-    own: bool,
-) -> dict[str, Stacked]:
-    """Every method's adapters for the tasks of ``originals``."""
-    bits = originals.bits
-    return {
-        "original": originals.weights,
-        "generated": generate_for(generator, bits, seed),
-        "no_condition": generate_for(generator, random_other(bits, seen.bits, seed), seed),
-        "no_adapter": repeat(task.no_adapter(), len(bits)),
-        **trivial_networks(seen, bits, regressions, own),
-    }
 
 
 def language_task(config: Config) -> LanguageTask:

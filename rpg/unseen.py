@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
         probabilities = task.base_probabilities(zoo, image_split)
         made, scored = {}, {}
         for name, originals in wanted.items():
-            made[name] = _all_networks(generator, seen, originals, regressions, seed, own=name == "seen")
+            made[name] = all_networks(generator, seen, originals, regressions, seed, own=name == "seen")
             scored[name] = score_split(task, made[name], originals.bits, seen.bits, probabilities, image_split, seed)
         report = _report(generator, scored)
         report["regressions"] = {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
@@ -113,20 +113,22 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
     return report
 
 
-def _all_networks(
+def all_networks(
     generator: Generator,
     seen: TaskNetworks,
     originals: TaskNetworks,
     regressions: dict[str, Regression],
     seed: int,
     own: bool,
+    extra: Mapping[str, Stacked] | None = None,
 ) -> dict[str, Stacked]:
-    """Every method's networks for the tasks of ``originals``."""
+    """Every method's networks for the tasks of ``originals``, ``extra`` methods among them."""
     bits = originals.bits
     return {
         "original": originals.weights,
         "generated": generate_for(generator, bits, seed),
         "no_condition": generate_for(generator, random_other(bits, seen.bits, seed), seed),
+        **(extra or {}),
         **trivial_networks(seen, bits, regressions, own),
     }
 
