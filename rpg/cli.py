@@ -142,6 +142,7 @@ def train(
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
     from rpg.training import train as run
 
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several launched processes one speaks
     with progress_bar("training") as advance:
         folder = run(load(config, overrides), resume=resume, overwrite=overwrite, progress=advance, say=console.print)
     console.print(f"generator in {folder}")
@@ -181,6 +182,7 @@ def generate(
     """
     from rpg.generator import Generator
     from rpg.processes import join_processes
+    from rpg.prompts import choose_condition
 
     share, own_device = join_processes()
     console.quiet = share.rank > 0
@@ -220,6 +222,7 @@ def export(
 ) -> None:
     """Write weights in the form that timm, transformers or PEFT loads by itself."""
     from rpg.export import export as write
+    from rpg.prompts import parse_condition
 
     with progress_bar("generating") as advance:
         path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
@@ -338,51 +341,6 @@ def default_config(name: str) -> Path:
     package = Path(__file__).parent
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
-
-
-def parse_condition(text: str | None) -> list[float] | None:
-    """Comma-separated values as numbers."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError("--condition", repr(text), "comma-separated numbers", "for example 1,0,0,1") from None
-
-
-def choose_condition(
-    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
-) -> list[float] | str | None:
-    """The condition that is asked for by values, classes or words; words are shown as the vector they became."""
-    given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
-    if len(given) > 1:
-        raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
-    spec = generator.condition
-    if prompt is not None and generator.texts is not None:
-        generator.texts = generator.texts.with_encoder(prompt_model)
-        return prompt
-    if spec is not None and spec.kind == "class" and condition in spec.names:
-        return [float(spec.names.index(condition))]
-    vector = parse_condition(condition)
-    if classes is None and prompt is None:
-        family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
-        if family and vector is not None:
-            from rpg.tasks.class_splits import check_bits
-
-            check_bits(vector, spec.size, "--condition")
-        return vector
-    from rpg.prompts import bits_of_prompt, describe_bits
-    from rpg.tasks.class_splits import bits_of_classes
-
-    if spec is None or spec.kind != "binary" or not spec.names:
-        found = "a generator without named classes"
-        raise InputError(f"--{given[0] if given else 'classes'}", found, "one for binary tasks", "use --condition")
-    if classes is not None:
-        bits = bits_of_classes(classes.split(","), spec.names)
-    else:
-        bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
-    console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
-    return bits.float().tolist()
 
 
 def main() -> None:

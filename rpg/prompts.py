@@ -1,4 +1,4 @@
-"""Text → the binary vector of a task: which classes does a prompt mean?
+"""What a user asks for → the condition of a generator; of a text, which classes does it mean?
 
 A plain list of class names needs no model. Anything else is decided by a transformers model, class by class: a causal
 language model is asked yes or no, a sentence encoder compares the prompt with the class names. C classes.
@@ -14,12 +14,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rpg.console import console
 from rpg.tasks.class_splits import bits_of_classes, check_bits
 from rpg.texts import load_pretrained, mean_hidden
 from tokenization.errors import InputError
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
 NEUTRAL = "the things in this list"
+
+
+def parse_condition(text: str | None) -> list[float] | None:
+    """Comma-separated values as numbers. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--condition", repr(text), "comma-separated numbers", "for example 1,0,0,1") from None
+
+
+def choose_condition(
+    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
+) -> list[float] | str | None:
+    """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
+
+    Args:
+        generator: a :class:`rpg.generator.Generator`; of one that takes texts the sentence encoder is set.
+        condition: comma-separated values, or the name of a class.
+        classes: comma-separated names or numbers of the positive classes.
+        prompt: the task in words.
+        prompt_model: language model or sentence encoder for the prompt.
+
+    Raises:
+        InputError: more than one is given, or what is given is no condition of this generator.
+    """
+    given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
+    if len(given) > 1:
+        raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
+    spec = generator.condition
+    if prompt is not None and generator.texts is not None:
+        generator.texts = generator.texts.with_encoder(prompt_model)
+        return prompt
+    if spec is not None and spec.kind == "class" and condition in spec.names:
+        return [float(spec.names.index(condition))]
+    vector = parse_condition(condition)
+    if classes is None and prompt is None:
+        family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
+        if family and vector is not None:
+            check_bits(vector, spec.size, "--condition")
+        return vector
+    if spec is None or spec.kind != "binary" or not spec.names:
+        found = "a generator without named classes"
+        raise InputError(f"--{given[0] if given else 'classes'}", found, "one for binary tasks", "use --condition")
+    if classes is not None:
+        bits = bits_of_classes(classes.split(","), spec.names)
+    else:
+        bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
+    console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
+    return bits.float().tolist()
 
 
 def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import rpg
 from rpg.evaluation.accuracy import accuracy
 from rpg.evaluation.baselines import coordinate_gaussian, covariance_gaussian
-from rpg.evaluation.novelty import nearest_within, weight_vectors
+from rpg.evaluation.novelty import distances, gram, nearest_within, weight_vectors
 from rpg.evaluation.page import ReportData, write_page
 from rpg.evaluation.report import EvaluationResult
 from rpg.evaluation.vectors import StateDict
@@ -89,15 +89,16 @@ def _components(
 ) -> tuple[dict[str, Tensor], float]:
     """First two principal components of the zoo, other networks projected on them, and what share they explain."""
     mean = zoo.mean(0)
-    deviations = (zoo - mean).double()
-    values, vectors = torch.linalg.eigh(deviations @ deviations.T)  # K × K, never values × values
-    axes = deviations.T @ vectors[:, -2:].flip(1) / values[-2:].flip(0).clamp(min=1e-12).sqrt()  # [V, 2]
+    deviations = zoo - mean
+    values, vectors = torch.linalg.eigh(gram(deviations))  # K × K, never values × values
+    scaled = vectors[:, -2:].flip(1) / values[-2:].flip(0).clamp(min=1e-12).sqrt()
+    axes = deviations.T @ scaled.float()  # [V, 2]
     kinds = {"original": zoo, "generated": generated, "average of all originals": mean[None]}
     gaussians = {"coordinate gaussian": coordinate_gaussian, "covariance gaussian": covariance_gaussian}
     for name, make in gaussians.items():
         kinds[name] = weight_vectors(originals, make(originals, 50, stream_of(seed, name)))[1]
     explained = float(values[-2:].sum() / values.clamp(min=0).sum().clamp(min=1e-12))
-    return {name: ((kind - mean).double() @ axes).float() for name, kind in kinds.items()}, explained
+    return {name: (kind - mean) @ axes for name, kind in kinds.items()}, explained
 
 
 def _heatmap(zoo: Tensor, generated: Tensor) -> tuple[list[str], Tensor]:
@@ -106,7 +107,7 @@ def _heatmap(zoo: Tensor, generated: Tensor) -> tuple[list[str], Tensor]:
     mean, spread = zoo.mean(0)[columns], (zoo - zoo.mean(0)).square().mean().sqrt().clamp(min=1e-12)
     labels, rows = [], []
     for index in range(min(2, len(generated))):
-        order = torch.cdist(generated[index : index + 1], zoo)[0].argsort()[:3]
+        order = distances(generated[index : index + 1], zoo)[0].argsort()[:3]
         labels.append(f"generated {index + 1}")
         rows.append(generated[index, columns])
         for rank, row in enumerate(order.tolist()):

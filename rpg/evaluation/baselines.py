@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rpg.evaluation.novelty import gram
 from rpg.evaluation.vectors import StateDict, VectorSpace
 from tokenization.errors import InputError
 
@@ -128,8 +129,7 @@ def covariance_gaussian(
     vectors = space.flatten(state_dicts)
     mean = _mean(vectors)
     deviations = vectors - mean
-    gram = deviations.double() @ deviations.double().T
-    directions = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].float()  # [K, rank], greatest first
+    directions = torch.linalg.eigh(gram(deviations)).eigenvectors.flip(1)[:, :rank].float()  # [K, rank], greatest first
     coefficients = torch.randn(num, directions.shape[1], generator=generator) @ directions.T
     correlated = coefficients @ deviations / max(len(vectors) - 1, 1) ** 0.5
     independent = _std(vectors) * torch.randn(num, space.size, generator=generator)

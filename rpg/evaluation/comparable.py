@@ -39,9 +39,10 @@ def comparable_baselines(
     space = VectorSpace(originals)
     zoo = space.flatten(originals)
     scale = space.layer_scale(zoo)
+    normalised = zoo / scale
     result = {}
     for name, (base, deviation) in _families(zoo, torch.as_tensor(list(runs)), scale, num, generator).items():
-        strength = strength_for(base / scale, deviation / scale, zoo / scale, distance)
+        strength = strength_for(base / scale, deviation / scale, normalised, distance)
         result[name] = space.unflatten(base + strength * deviation)
     return result
 

@@ -22,6 +22,9 @@ from rpg.section import Section
 
 NUM_RESAMPLES = 2000
 
+ROWS = 16
+"""Matched networks that are held at a time."""
+
 
 class SetNovelty(Section):
     """How new one kind of networks is; distances are in units of the zoo's median nearest-neighbour distance."""
@@ -90,17 +93,18 @@ class Distances:
         if not self.groups:
             return plain
         result = plain.clone()
-        bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo)
-        for row, network in enumerate(networks):
-            if not bool(torch.isfinite(plain[row]).all()):
-                continue
-            for run in self.runs.unique().tolist():
-                members = (self.runs == run).nonzero()[:, 0]
-                if bool((bounds[row, members] >= result[row].min()).all()):
-                    continue  # no order of the units can bring it nearer than another original is
-                aligned = self.matcher.match(self.originals[int(members[0])], network)
-                reached = distances(self.vectors([aligned]), self.zoo[members])[0]
-                result[row, members] = torch.minimum(result[row, members], reached)
+        finite = torch.isfinite(plain).all(1)
+        runs = self.runs.unique().tolist()
+        bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo) if len(runs) > 1 else plain
+        for run in runs:
+            members = (self.runs == run).nonzero()[:, 0]
+            zoo, wanted = self.zoo, finite
+            if len(runs) > 1:  # leave out where no order of the units can bring it nearer than another original is
+                zoo, wanted = zoo[members], finite & (bounds[:, members] < result.amin(1, keepdim=True)).any(1)
+            for rows in wanted.nonzero()[:, 0].split(ROWS):
+                aligned = self.matcher.match_all(self.originals[int(members[0])], [networks[int(i)] for i in rows])
+                place = rows[:, None], members[None]
+                result[place] = torch.minimum(result[place], distances(self.vectors(aligned), zoo))
         return result
 
     @cached_property

@@ -56,6 +56,8 @@ class Matcher:
         for index, group in enumerate(self.groups):
             for member in group.members:
                 self.axes.setdefault(member.tensor, []).append((index, member.axis, member.repeat))
+        # a group that shares no tensor with another is solved for good the first time
+        self.coupled = [any(len(self.axes[m.tensor]) > 1 for m in group.members) for group in self.groups]
 
     def orders(self, reference: StateDict, network: StateDict) -> list[Tensor]:
         """Orders that bring ``network`` nearest to ``reference``, by coordinate descent.
@@ -64,25 +66,32 @@ class Matcher:
         input on and uses only tensors whose other axes are solved already, so that a permuted copy of the reference
         itself is found whatever the permutation is.
         """
-        left, right = self._scaled(reference), self._scaled(network)
+        return self._orders(self._scaled(reference), self._scaled(network))
+
+    def match(self, reference: StateDict, network: StateDict) -> dict[str, Tensor]:
+        """``network`` with its units in the order nearest to the reference's."""
+        return self.match_all(reference, [network])[0]
+
+    def match_all(self, reference: StateDict, networks: Sequence[StateDict]) -> list[dict[str, Tensor]]:
+        """Each network with its units in the order nearest to the reference's."""
+        left = self._scaled(reference)
+        return [permute(each, self.groups, self._orders(left, self._scaled(each))) for each in networks]
+
+    def _orders(self, left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> list[Tensor]:
         orders: list[np.ndarray | None] = [None] * len(self.groups)
         for sweep in range(self.sweeps):
             changed = False
-            for index, group in enumerate(self.groups):
-                gain = self._gain(left, right, index, orders)
-                order = linear_sum_assignment(gain, maximize=True)[1]
+            for index in range(len(self.groups)):
                 before = orders[index]
-                changed |= before is None or gain[np.arange(group.size), before].sum() < gain[
-                    np.arange(group.size), order
-                ].sum() * (1 - 1e-9)
+                if before is not None and not self.coupled[index]:
+                    continue
+                gain = self._gain(left, right, index, orders)
+                order = assignment(gain)
+                changed |= before is None or _total(gain, order) > _total(gain, before) + 1e-9 * np.abs(gain).sum()
                 orders[index] = order
             if sweep and not changed:
                 break
         return [torch.from_numpy(np.asarray(order)) for order in orders]
-
-    def match(self, reference: StateDict, network: StateDict) -> dict[str, Tensor]:
-        """``network`` with its units in the order nearest to the reference's."""
-        return permute(network, self.groups, self.orders(reference, network))
 
     def _scaled(self, state_dict: StateDict) -> dict[str, np.ndarray]:
         return {name: state_dict[name].double().numpy() / self.scales.get(name, 1.0) for name in self.axes}
@@ -94,7 +103,10 @@ class Matcher:
         index: int,
         orders: Sequence[np.ndarray | None],
     ) -> np.ndarray:
-        """Inner products ``[size, size]`` of the reference's units with the network's, over all their weights."""
+        """How near the network's units ``[size, columns]`` are to the reference's ``[size, rows]``, over all weights.
+
+        Half the squared distance, negative and less half the square of the reference's unit: ``a·b − b²/2``.
+        """
         group = self.groups[index]
         gain = np.zeros((group.size, group.size))
         for member in group.members:
@@ -105,8 +117,25 @@ class Matcher:
             for other, axis, repeat in others:
                 value = np.take(value, _expand(orders[other], repeat), axis=axis)  # type: ignore[arg-type]
             first = _units(left[member.tensor], member.axis, member.repeat)
-            gain += first @ _units(value, member.axis, member.repeat).T
+            second = _units(value, member.axis, member.repeat)
+            gain += first @ second.T - 0.5 * np.square(second).sum(1)
         return gain
+
+
+def assignment(gain: np.ndarray) -> np.ndarray:
+    """The column of each row, all different, that make the sum of ``gain`` ``[n, n]`` greatest.
+
+    Where the best columns of all rows differ they are the answer, and the search, which takes n³, is not needed: so it
+    is with networks that are near one another.
+    """
+    best = gain.argmax(1)
+    if np.bincount(best, minlength=len(gain)).max(initial=0) <= 1:
+        return best
+    return linear_sum_assignment(gain, maximize=True)[1]
+
+
+def _total(gain: np.ndarray, order: np.ndarray) -> float:
+    return float(gain[np.arange(len(order)), order].sum())
 
 
 def _expand(order: np.ndarray, repeat: int) -> np.ndarray:

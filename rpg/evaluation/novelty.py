@@ -14,6 +14,9 @@ from rpg.section import Section
 LARGE = 1 << 14
 """Values from which on distances are computed by matrix products."""
 
+CHUNK = 1 << 18
+"""Values of each network that are converted to float64 at a time."""
+
 TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 """Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
 
@@ -68,13 +71,25 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     if first.shape[1] < LARGE:
         return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
     center = second.mean(0)
-    a, b = (first - center).double(), (second - center).double()
-    squares = a.square().sum(1)[:, None] + b.square().sum(1)[None]
-    result = (squares - 2 * a @ b.T).clamp(min=0)
-    small = (result < 1e-8 * squares).nonzero()
-    if len(small):
-        result[small[:, 0], small[:, 1]] = (a[small[:, 0]] - b[small[:, 1]]).square().sum(1)
+    squares = torch.zeros(len(first), len(second), dtype=torch.float64)
+    products = torch.zeros_like(squares)
+    for a, b, middle in zip(*(each.split(CHUNK, -1) for each in (first, second, center)), strict=True):
+        a, b = (a - middle).double(), (b - middle).double()
+        squares += a.square().sum(1)[:, None] + b.square().sum(1)[None]
+        products += a @ b.T
+    result = (squares - 2 * products).clamp(min=0)
+    for row, column in (result < 1e-8 * squares).nonzero().tolist():
+        result[row, column] = (first[row] - second[column]).double().square().sum()
     return result.sqrt().float()
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """Inner products of every pair, [A, values] → float64 [A, A], without a float64 copy of all values."""
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for part in vectors.split(CHUNK, 1):
+        part = part.double()
+        total += part @ part.T
+    return total
 
 
 def nearest(vectors: Tensor, zoo: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.cli import choose_condition
 from rpg.config import Config
 from rpg.evaluation.unseen import FlatSpace, base_summed, measure_diversity, nearest_rows
 from rpg.generator import Generator
+from rpg.prompts import choose_condition
 from rpg.tasks import many
 from rpg.tasks.class_splits import ClassPairSplit, all_tasks
 from rpg.tasks.digits_subsets import DigitsSubsetsTask
@@ -18,7 +18,7 @@ from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
 METHODS = {
-    "original", "generated", "nearest_seen", "ridge", "kernel_ridge", "base_summed", "average", "no_condition",
+    "original", "generated", "nearest_seen", "ridge", "kernel_ridge", "base_summed", "average", "no_condition", "start",
     "ridge_degree_1", "ridge_degree_2", "ridge_degree_3",
 }  # fmt: skip
 

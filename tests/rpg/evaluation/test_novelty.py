@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rpg.evaluation import novelty
 from rpg.evaluation.novelty import (
     disagreement,
     distances,
+    gram,
     measure_spread,
     nearest,
     nearest_within,
@@ -36,6 +38,19 @@ def test_small_distances_between_large_vectors_are_exact():
     others = zoo.clone()
     others[:, 0] += 1e-3
     torch.testing.assert_close(distances(others, zoo), torch.full((30, 30), 1e-3), rtol=0.01, atol=0)
+
+
+def test_distances_of_large_networks_are_those_of_small_ones(monkeypatch):
+    stream = torch.Generator().manual_seed(0)
+    zoo = 100 + torch.randn(7, 5000, generator=stream)
+    others = torch.cat([zoo[:2], zoo[:3] + 1e-3 * torch.randn(3, 5000, generator=stream)])
+    expected = distances(others, zoo)
+    monkeypatch.setattr(novelty, "LARGE", 1000)
+    monkeypatch.setattr(novelty, "CHUNK", 700)
+    found = distances(others, zoo)
+    torch.testing.assert_close(found, expected)
+    assert found[0, 0] == found[1, 1] == 0
+    torch.testing.assert_close(gram(zoo), zoo.double() @ zoo.double().T)
 
 
 def test_nearest_neighbours_by_hand():

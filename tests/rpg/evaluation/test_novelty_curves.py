@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from rpg.evaluation.comparable import comparable_baselines
 from rpg.evaluation.curves import Distances, measure_novelty
-from rpg.evaluation.matching import Matcher, permute, random_orders
+from rpg.evaluation.matching import Matcher, assignment, permute, random_orders
 from rpg.evaluation.permutations import permutation_groups
 from rpg.tasks import DigitsConfig, build_task
 from rpg.tasks.networks import build_network
@@ -65,6 +67,35 @@ def test_matching_never_makes_the_fit_worse(groups):
         return sum(float((first[key] * network[key]).sum()) for key in first)
 
     assert fit(matched) > fit(second)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.5, 3.0])
+def test_assignment_is_the_best_one_with_and_without_a_search(noise):
+    stream = np.random.default_rng(0)
+    units = stream.normal(size=(60, 8))
+    order = stream.permutation(60)
+    shuffled = units[order] + noise * stream.normal(size=units.shape)
+    gain = units @ shuffled.T - 0.5 * np.square(shuffled).sum(1)
+    found, rows = assignment(gain), np.arange(60)
+    assert sorted(found) == list(rows)
+    assert gain[rows, found].sum() == pytest.approx(gain[linear_sum_assignment(gain, maximize=True)].sum())
+    if noise == 0.01:
+        assert (order[found] == rows).all()
+
+
+def test_matching_many_at_once_is_matching_each(zoo, groups):
+    originals, runs, fresh = zoo
+    measure = Distances(originals, runs, groups["cnn"])
+    networks = [*fresh, originals[4]]
+    plain = measure.plain(networks)
+    matched = measure.matched(networks, plain)
+    assert bool((matched <= plain).all()) and matched[3, 4] == 0
+    first = {run: runs.index(run) for run in runs}
+    for row, network in enumerate(networks[:3]):
+        aligned = [measure.matcher.match(originals[first[run]], network) for run in runs]
+        alone = torch.stack([measure.plain([each])[0, column] for column, each in enumerate(aligned)])
+        nearest = torch.minimum(alone, plain[row]).min()
+        assert matched[row].min() == pytest.approx(float(nearest))
 
 
 def test_computation_that_is_not_known_has_no_symmetries():
