@@ -23,7 +23,7 @@ from rpg.unseen import networks_of, subset_task
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class LinearHead:
