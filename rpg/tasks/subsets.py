@@ -168,6 +168,7 @@ class SubsetTask:
         """
         place = PartialState()
         with place.main_process_first():
+            self.classes("train")  # images that are missing are missed before there is a folder
             zoo = open_zoo(path, self.config.model_dump(mode="json"), {"tasks": None}, self.condition)
             if place.is_main_process and not (zoo.path / BASE).exists():
                 with single_threaded():

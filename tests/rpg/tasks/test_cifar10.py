@@ -106,6 +106,13 @@ def test_what_is_missing_is_one_line(root, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_without_images_no_zoo_is_left(root, tmp_path):
+    task = Cifar10SubsetsTask(config_of(root).model_copy(update={"root": "nowhere"}))
+    with pytest.raises(InputError, match="nowhere"):
+        task.collect(tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
 def test_the_papers_recipe_is_the_default():
     task = Config.load("configs/cifar10_unseen.yaml").task
     head, everything = task.finetune.stages
