@@ -14,7 +14,10 @@ console = Console()
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar that appears with its first report; yields its callback (done, total, loss=None)."""
+    """A progress bar that appears with its first report; yields its callback (done, total, loss=None).
+
+    A report after the last one begins a line of its own: several runs, one after the other.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,6 +37,7 @@ def progress_bar(title: str) -> Iterator[Any]:
         bar.update(tasks[0], completed=done, total=total, note="" if loss is None else f"loss {loss:.4f}")
         if done >= total:
             bar.stop()
+            tasks.clear()
 
     try:
         yield advance
