@@ -142,7 +142,6 @@ def train(
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
     from rpg.training import train as run
 
-    console.quiet = os.environ.get("RANK", "0") != "0"  # of several launched processes one speaks
     with progress_bar("training") as advance:
         folder = run(load(config, overrides), resume=resume, overwrite=overwrite, progress=advance, say=console.print)
     console.print(f"generator in {folder}")
@@ -185,7 +184,6 @@ def generate(
     from rpg.prompts import choose_condition
 
     share, own_device = join_processes()
-    console.quiet = share.rank > 0
     generator = Generator.from_pretrained(run, device or own_device)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:

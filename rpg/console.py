@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
+"""Where the command line speaks; of several launched processes the first one does."""
 
 
 @contextlib.contextmanager

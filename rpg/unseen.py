@@ -31,7 +31,7 @@ from rpg.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.collection import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
-from rpg.tasks.subsets import SubsetTask
+from rpg.tasks.subsets import SubsetTask, load_base
 from rpg.training import train
 from rpg.workflow import collect
 from tokenization.errors import InputError
@@ -95,10 +95,10 @@ def evaluate_unseen(run: Path | str, *, seed: int = 0, image_split: str = "test"
     with single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"])
         regressions = {name: each for name, (each, _) in chosen.items()}
-        probabilities = task.base_probabilities(zoo, image_split)
+        base, probabilities = load_base(zoo), task.base_probabilities(zoo, image_split)
         made, scored = {}, {}
         for name, originals in wanted.items():
-            extra = {"start": task.starts(zoo, originals.bits)}
+            extra = {"start": task.starts(base, originals.bits)}
             made[name] = all_networks(generator, seen, originals, regressions, seed, own=name == "seen", extra=extra)
             scored[name] = score_split(task, made[name], originals.bits, seen.bits, probabilities, image_split, seed)
         report = _report(generator, scored)

@@ -19,7 +19,7 @@ from rpg.seeding import generator
 from rpg.tasks.collection import single_threaded
 from rpg.tasks.side_by_side import Stacked
 from rpg.tasks.subsets import SubsetTask, load_base
-from rpg.unseen import networks_of, subset_task
+from rpg.unseen import subset_task
 from tokenization.errors import InputError
 from tokenization.zoo import Zoo
 
@@ -60,10 +60,14 @@ class Experiment:
         self.zoo, self.task = Zoo.open(self.config.zoo), subset_task(self.config)
         self.teacher = self.task.teacher(self.zoo) if settings.target == "base" else None
 
+    def bits(self, split: str) -> Tensor:
+        """The tasks of a split, ``[T, C]``."""
+        return torch.tensor([self.zoo.entries[index].condition for index in self.zoo.subset(split)]).long()
+
     def fit(self, splits: Sequence[str], rate: float) -> LinearHead:
         """Train on the tasks of some splits."""
         model = LinearHead(self.task, load_base(self.zoo))
-        seen = torch.cat([networks_of(self.zoo, split).bits for split in splits])
+        seen = torch.cat([self.bits(split) for split in splits])
         stream = generator(self.config.seed, "linear head")
         optimizer = torch.optim.AdamW([*model.body.values(), *model.head.values()], lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=self.steps + 1)
@@ -79,7 +83,7 @@ class Experiment:
     @torch.inference_mode()
     def score(self, model: LinearHead, split: str, images: str) -> Tensor:
         """Accuracy of every task of a split."""
-        bits = networks_of(self.zoo, split).bits
+        bits = self.bits(split)
         return self.task.accuracies(model(bits), bits, images)
 
 

@@ -182,7 +182,7 @@ class SubsetTask:
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
         """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
         bits = self.bits()[tasks].to(self.device)
-        start = self._starts(load_file(folder / BASE), bits.cpu())
+        start = self.starts(load_file(folder / BASE), bits.cpu())
         start = {name: value.to(self.device) for name, value in start.items()}
         stream = generator(self.config.seed, "fine-tuning")  # the same images for every part
         augmented = self.config.finetune.augment
@@ -193,11 +193,8 @@ class SubsetTask:
         on_cpu = [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
         return on_cpu, {"validation_accuracy": accuracies}
 
-    def starts(self, zoo: Zoo, bits: Tensor) -> Stacked:
-        """The weights from which each task ``[T, C]`` was fine-tuned. Raises InputError if the zoo has no base."""
-        return self._starts(load_base(zoo), bits)
-
-    def _starts(self, base: Mapping[str, Tensor], bits: Tensor) -> Stacked:
+    def starts(self, base: Mapping[str, Tensor], bits: Tensor) -> Stacked:
+        """The weights from which each task ``[T, C]`` is fine-tuned, made of the shared base network's."""
         return binary_start(base, self.build(), bits, self.config.fresh_head)
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
