@@ -8,7 +8,7 @@ from tokenization.errors import InputError
 
 if TYPE_CHECKING:
     from rpg.config import Config
-    from rpg.generator import Generator
+    from rpg.generation.generator import Generator
 
 __all__ = ["Config", "Generator", "InputError"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Import the heavy parts when they are first asked for, so that ``rpg --help`` is quick."""
     if name == "Generator":
-        from rpg.generator import Generator
+        from rpg.generation.generator import Generator
 
         return Generator
     if name == "Config":

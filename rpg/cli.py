@@ -11,8 +11,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg.console import console, progress_bar
-from tokenization.condition import ConditionKind
 from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -62,7 +62,7 @@ def collect(
 ) -> None:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
     if source is not None:
-        from tokenization.sources import collect_from
+        from tokenization.zoo.importing import collect_from
 
         if zoo is None:
             raise InputError("--zoo", "nothing", "the zoo folder to make", "for example --zoo runs/zoos/mine")
@@ -70,7 +70,7 @@ def collect(
             kind = cast(ConditionKind | None, condition)
             made = collect_from(source, zoo, table=table, pattern=pattern, condition=kind, progress=advance)
     elif config is not None:
-        from rpg.workflow import collect as collect_task
+        from rpg.experiments.single import collect as collect_task
 
         with progress_bar("collecting") as advance:
             made = collect_task(load(config, overrides), progress=advance)
@@ -100,7 +100,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Show layers, tokens, padding, sizes and memory before anything is trained."""
-    from rpg.inspection import inspect as describe
+    from rpg.planning.inspect import inspect as describe
 
     for table in describe(path, overrides or [], verify=verify):
         console.print(table)
@@ -119,8 +119,8 @@ def plan(
     processes: Annotated[int, typer.Option(help="Processes that share a training step.", min=1)] = 1,
 ) -> None:
     """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
-    from rpg.planning import find_subject, largest_network, make_plan, parse_memory
-    from rpg.tables import plan_tables
+    from rpg.planning.plan import find_subject, largest_network, make_plan, parse_memory
+    from rpg.planning.tables import plan_tables
 
     settings = load(config, overrides)
     subject = find_subject(settings, network=network, num_checkpoints=checkpoints, condition_size=condition_size)
@@ -140,7 +140,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the run that is there.")] = False,
 ) -> None:
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
-    from rpg.training import train as run
+    from rpg.training.loop import train as run
 
     with progress_bar("training") as advance:
         folder = run(load(config, overrides), resume=resume, overwrite=overwrite, progress=advance, say=console.print)
@@ -179,9 +179,9 @@ def generate(
 
     On several devices: accelerate launch scripts/generate.py RUN -n NUM
     """
-    from rpg.generator import Generator
-    from rpg.processes import join_processes
-    from rpg.prompts import choose_condition
+    from rpg.generation.conditions import choose_condition
+    from rpg.generation.generator import Generator
+    from rpg.training.processes import join_processes
 
     share, own_device = join_processes()
     generator = Generator.from_pretrained(run, device or own_device)
@@ -219,8 +219,8 @@ def export(
     condition: Annotated[str | None, typer.Option(help="Its condition: comma-separated values.")] = None,
 ) -> None:
     """Write weights in the form that timm, transformers or PEFT loads by itself."""
-    from rpg.export import export as write
-    from rpg.prompts import parse_condition
+    from rpg.generation.conditions import parse_condition
+    from rpg.generation.export import export as write
 
     with progress_bar("generating") as advance:
         path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
@@ -234,8 +234,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the generated networks.")] = 0,
 ) -> None:
     """Score generated networks beside originals and trivial baselines."""
-    from rpg.evaluation.report import print_table
-    from rpg.workflow import evaluate_run
+    from rpg.evaluation.evaluate import print_table
+    from rpg.experiments.single import evaluate_run
 
     print_table(evaluate_run(run, num=num, seed=seed))
     for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
@@ -248,7 +248,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(help="Experiments at a time.", min=1)] = 1,
 ) -> None:
     """Run a list of overrides (resumable, in parallel) and write one table."""
-    from rpg.sweep import run_sweep
+    from rpg.experiments.sweep import run_sweep
 
     table = run_sweep(file, jobs=jobs, say=console.print)
     console.print(table.read_text(), markup=False, soft_wrap=True)
@@ -265,7 +265,7 @@ def unseen(
     ] = None,
 ) -> None:
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
-    from rpg.unseen import evaluate_unseen, print_unseen, run_unseen
+    from rpg.experiments.held_out_tasks import evaluate_unseen, print_unseen, run_unseen
 
     settings = load(config or default_config("digits_unseen.yaml"), overrides)
     if split is not None:
@@ -286,7 +286,7 @@ def lora(
     ] = None,
 ) -> None:
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
-    from rpg.lora import evaluate_lora, print_lora, run_lora
+    from rpg.experiments.lora import evaluate_lora, print_lora, run_lora
 
     settings = load(config or default_config("lora/tiny.yaml"), overrides)
     if split is not None:
@@ -306,7 +306,7 @@ def score(
     split: Annotated[str, typer.Option(help="Rows of every task's file: test or validation.")] = "test",
 ) -> None:
     """Score LoRA or DoRA adapters on the held-out rows of every task of a configuration."""
-    from rpg.lora import print_scores, score_folders
+    from rpg.experiments.lora import print_scores, score_folders
 
     print_scores(score_folders(load(config, overrides), adapters, split), console)
 
@@ -317,8 +317,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole job on real handwritten digits: zoo, training, generation, scores."""
-    from rpg.evaluation.report import print_table
-    from rpg.workflow import run_all
+    from rpg.evaluation.evaluate import print_table
+    from rpg.experiments.single import run_all
 
     settings = load(config or default_config("digits.yaml"), [f"run={Path('runs/demo')}", *(overrides or [])])
     with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:

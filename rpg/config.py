@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from rpg.behaviour import BehaviourConfig
 from rpg.evaluation.control import ControlConfig
 from rpg.evaluation.novelty import TAUS
-from rpg.fresh import FreshConfig
-from rpg.model import ModelConfig
-from rpg.pdiff import PDiffConfig
+from rpg.models.pdiff import PDiffConfig
+from rpg.models.recurrent_diffusion import ModelConfig
 from rpg.section import Section
 from rpg.tasks import TaskConfig
+from rpg.training.losses.behaviour import BehaviourConfig
+from rpg.training.losses.fresh import FreshConfig
 from tokenization.errors import InputError
-from tokenization.layout import TokenOptions
+from tokenization.layout.layout import TokenOptions
 
 
 class TrainConfig(Section):

@@ -18,10 +18,10 @@ import torch
 
 from rpg.cli import default_config
 from rpg.config import Config
-from rpg.evaluation.accuracy import accuracy
-from rpg.generator import Generator
-from rpg.training import train
-from rpg.workflow import collect, generate_timed, scoring_task
+from rpg.evaluation.metrics import accuracy
+from rpg.experiments.single import collect, generate_timed, scoring_task
+from rpg.generation.generator import Generator
+from rpg.training.loop import train
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from bench_scale import NETWORKS, alone, prepare, recipe
 
-from rpg.estimate import Subject
-from rpg.generator import Generator
-from rpg.planning import make_plan
-from rpg.trainer import Trainer
-from tokenization.zoo import Zoo
+from rpg.generation.generator import Generator
+from rpg.planning.memory import Subject
+from rpg.planning.plan import make_plan
+from rpg.training.trainer import Trainer
+from tokenization.zoo.zoo import Zoo
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71}
 """Dense bf16 matrix products, from the vendor's data sheets; the first name found in the device's counts."""

@@ -25,7 +25,7 @@ def build(name: str) -> nn.Module:
     """Build a candidate of the agreed size."""
     torch.manual_seed(0)
     if name.startswith("ours"):
-        from rpg.backbone.mamba2 import Mamba2
+        from rpg.models.backbone.mamba2 import Mamba2
 
         return Mamba2(WIDTH, chunk_size=CANDIDATES[name])
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer

@@ -21,17 +21,17 @@ from bench_tokenization import make_zoo
 
 from rpg.cli import default_config
 from rpg.config import Config
-from rpg.denoiser import build_denoiser
-from rpg.diffusion import build_objective
-from rpg.estimate import Subject
-from rpg.flops import generation_flops
-from rpg.generator import Generator
-from rpg.peak import peak_resident_bytes
-from rpg.samplers import randn
+from rpg.diffusion.objectives import build_objective
+from rpg.diffusion.samplers import randn
+from rpg.generation.generator import Generator
+from rpg.models.denoiser import build_denoiser
+from rpg.planning.flops import generation_flops
+from rpg.planning.memory import Subject
+from rpg.planning.peak import peak_resident_bytes
 from rpg.seeding import generator as stream
-from rpg.trainer import Trainer, build_network
-from tokenization.layout import TokenLayout
-from tokenization.zoo import Zoo
+from rpg.training.trainer import Trainer, build_network
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
 
 NETWORKS = {"vit_base": "vit_base_patch16_224", "convnext_large": "convnext_large"}
 """timm's names of the target networks."""

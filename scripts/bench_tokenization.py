@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenization.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-from tokenization.layout import TokenLayout, TokenOptions
-from tokenization.reader import TokenReader
-from tokenization.writer import CheckpointWriter, TensorFile
-from tokenization.zoo import Zoo
+from tokenization.layout.layout import TokenLayout, TokenOptions
+from tokenization.layout.reader import TokenReader
+from tokenization.layout.writer import CheckpointWriter, TensorFile
+from tokenization.zoo.zoo import Zoo
 
 PAPER_SIZES = {
     "resnet18": 8192,

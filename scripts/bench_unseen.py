@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from rpg.generator import Generator
+from rpg.generation.generator import Generator
 from rpg.tasks.class_splits import all_tasks
 from tokenization.errors import InputError
 

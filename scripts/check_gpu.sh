@@ -59,5 +59,5 @@ done
 
 launch single_gpu 1 compiled --set train.steps=40 --set train.compile=inductor
 compare compiled
-"$bin/python" -m pytest -q tests/rpg/test_mamba2.py tests/rpg/test_backbone.py tests/rpg/test_denoiser.py
+"$bin/python" -m pytest -q tests/rpg/models/test_mamba2.py tests/rpg/models/test_backbone.py tests/rpg/models/test_denoiser.py
 echo "all that could be checked is right"

@@ -19,12 +19,12 @@ from rich.table import Table
 
 from rpg.cli import default_config
 from rpg.config import Config
-from rpg.estimate import Subject
-from rpg.generator import Generator
-from rpg.peak import peak_resident_bytes
-from rpg.planning import make_plan
-from rpg.training import train
-from tokenization.zoo import Zoo
+from rpg.generation.generator import Generator
+from rpg.planning.memory import Subject
+from rpg.planning.peak import peak_resident_bytes
+from rpg.planning.plan import make_plan
+from rpg.training.loop import train
+from tokenization.zoo.zoo import Zoo
 
 MAMBA = "model.backbone={kind: mamba2, d_model: 512, num_layers: 2}"
 UNET = "model.denoiser={kind: unet1d, channels: [1, 8, 16, 8, 1]}"

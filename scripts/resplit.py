@@ -3,8 +3,8 @@
 import sys
 
 from rpg.config import Config
-from rpg.tasks.subsets import resplit
-from rpg.unseen import subset_task
+from rpg.experiments.held_out_tasks import subset_task
+from rpg.tasks.images.subsets import resplit
 from tokenization.errors import InputError
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.accuracy import summarize
+from rpg.evaluation.metrics import summarize
+from rpg.experiments.held_out_tasks import subset_task
 from rpg.seeding import generator
-from rpg.tasks.collection import single_threaded
+from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.images.subsets import SubsetTask, load_base
 from rpg.tasks.side_by_side import Stacked
-from rpg.tasks.subsets import SubsetTask, load_base
-from rpg.unseen import subset_task
 from tokenization.errors import InputError
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 

@@ -4,11 +4,11 @@ import sys
 import time
 from pathlib import Path
 
-from rpg.generator import Generator
-from rpg.tasks.collection import single_threaded
-from rpg.unseen import diversity, generate_for, networks_of, subset_task
+from rpg.experiments.held_out_tasks import diversity, generate_for, networks_of, subset_task
+from rpg.generation.generator import Generator
+from rpg.tasks.images.collection import single_threaded
 from tokenization.errors import InputError
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
-from tokenization.zoo import ConditionSpec, Zoo
+from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 torch.set_num_threads(1)
 

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
-from rpg.generator import FILES, OPTIONAL_FILES, Generator
-from rpg.training import train
+from rpg.generation.generator import FILES, OPTIONAL_FILES, Generator
+from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
-from tokenization.checkpoint import save_checkpoint
-from tokenization.layout import TokenLayout, TokenOptions
-from tokenization.manifest import ZooEntry
-from tokenization.zoo import ConditionSpec, Zoo
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.layout.layout import TokenLayout, TokenOptions
+from tokenization.zoo.manifest import ZooEntry
+from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
 

@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
-from rpg.generator import Generator
-from rpg.tasks.networks import build_network
-from rpg.training import train
+from rpg.generation.generator import Generator
+from rpg.tasks.images.networks import build_network
+from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
-from tests.rpg.test_adapters import adapters_at
-from tests.rpg.test_pdiff import pdiff_config
-from tokenization.sources import collect_from
-from tokenization.zoo import Zoo
+from tests.rpg.generation.test_adapters import adapters_at
+from tests.rpg.models.test_pdiff import pdiff_config
+from tokenization.zoo.importing import collect_from
+from tokenization.zoo.zoo import Zoo
 
 RECORD = Path(__file__).parent / "golden" / "record.json"
 STEPS = 20

@@ -16,8 +16,8 @@ class InputError(ValueError):
         cure: what to do about it; left out when empty.
     """
 
-    def __init__(self, where: str, found: str, expected: str = "", cure: str = "") -> None:
-        text = f"{where}: found {found}"
+    def __init__(self, where: str, found: str = "", expected: str = "", cure: str = "") -> None:
+        text = f"{where}: found {found}" if found else where
         if expected:
             text += f", expected {expected}"
         if cure:

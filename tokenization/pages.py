@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint
 
 HUGE_PAGE = 2 << 20
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rpg.evaluation.baselines import average
 from rpg.evaluation.candidates import symmetries
-from rpg.evaluation.curves import Distances
-from rpg.evaluation.matching import permute
+from rpg.evaluation.novelty_curve import Distances
+from rpg.evaluation.rebasin import permute
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks import task_of
 from tokenization.errors import InputError
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 
 def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:

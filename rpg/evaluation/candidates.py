@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation import baselines
-from rpg.evaluation.comparable import comparable_baselines
-from rpg.evaluation.curves import Distances
+from rpg.evaluation.distance_matched import comparable_baselines
+from rpg.evaluation.novelty_curve import Distances
 from rpg.evaluation.permutations import Group, permutation_groups
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import generator

@@ -18,7 +18,7 @@ from rpg.evaluation.vectors import StateDict
 from rpg.section import Section
 from rpg.seeding import generator
 from rpg.tasks import Task
-from rpg.tasks.finetuning import schedule
+from rpg.tasks.images.finetuning import schedule
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenization.publish import publish
+from tokenization.files import publish
 
 if TYPE_CHECKING:
-    from rpg.evaluation.report import EvaluationResult, NetworkScores
+    from rpg.evaluation.evaluate import EvaluationResult, NetworkScores
 
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for print without colour.
 ORIGINAL, GENERATED, AVERAGE = "#0072B2", "#D55E00", "#000000"

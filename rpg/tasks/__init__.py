@@ -10,14 +10,14 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from rpg.section import Section
-from rpg.tasks.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
-from rpg.tasks.digits import DigitsConfig, DigitsTask
-from rpg.tasks.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
-from rpg.tasks.imagenet import ImageNetConfig, ImageNetTask
-from rpg.tasks.language import LanguageConfig, LanguageTask
-from rpg.tasks.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
+from rpg.tasks.images.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask
+from rpg.tasks.images.digits import DigitsConfig, DigitsTask
+from rpg.tasks.images.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks.images.imagenet import ImageNetConfig, ImageNetTask
+from rpg.tasks.images.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
+from rpg.tasks.language.language import LanguageConfig, LanguageTask
 from tokenization.errors import InputError
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 __all__ = [
     "Cifar10SubsetsConfig",

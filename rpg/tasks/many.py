@@ -19,11 +19,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rpg.tasks.collection import Progress, single_threaded
+from rpg.tasks.images.collection import Progress, single_threaded
 from rpg.tasks.side_by_side import Stacked
-from tokenization.checkpoint import Checkpoint, save_checkpoint
-from tokenization.manifest import ZooEntry
-from tokenization.zoo import Zoo, with_digest
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.zoo.manifest import ZooEntry
+from tokenization.zoo.zoo import Zoo, with_digest
 
 _METRIC = "metric/"
 

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rpg import cli
-from rpg.generator import FILES
-from rpg.training import train
+from rpg.generation.generator import FILES
+from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 COMMANDS = [str(command.name or command.callback.__name__) for command in cli.app.registered_commands]  # type: ignore[union-attr]
 

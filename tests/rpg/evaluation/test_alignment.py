@@ -7,10 +7,10 @@ from rpg.evaluation.alignment import align_zoo
 from rpg.evaluation.baselines import add_noise
 from rpg.evaluation.candidates import symmetries
 from rpg.evaluation.control import ControlConfig, finetune, finetuned_baselines
-from rpg.evaluation.matching import permute, random_orders
+from rpg.evaluation.rebasin import permute, random_orders
 from rpg.tasks import DigitsConfig, build_task, task_of
 from tokenization.errors import InputError
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from rpg.evaluation.comparable import comparable_baselines
-from rpg.evaluation.curves import Distances, measure_novelty
-from rpg.evaluation.matching import Matcher, assignment, permute, random_orders
+from rpg.evaluation.distance_matched import comparable_baselines
+from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import permutation_groups
+from rpg.evaluation.rebasin import Matcher, assignment, permute, random_orders
 from rpg.tasks import DigitsConfig, build_task
-from rpg.tasks.networks import build_network
+from rpg.tasks.images.networks import build_network
 
 MATCHABLE = {"cnn": 3, "convnet-mini": 4, "mlp-mini": 2, "resnet-mini": 6, "vit-mini": 4, "convnext-mini": 7}
 TASK = build_task(DigitsConfig())

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rpg.generator import Generator
+from rpg.experiments.single import evaluate_run
+from rpg.generation.generator import Generator
 from rpg.tasks import DigitsConfig, build_task
-from rpg.training import train
-from rpg.workflow import evaluate_run
+from rpg.training.loop import train
 from tests.conftest import small_config
-from tokenization.zoo import Zoo
+from tokenization.zoo.zoo import Zoo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from rpg.evaluation.baselines import covariance_gaussian
-from rpg.evaluation.report import EvaluationResult, evaluate, print_table
+from rpg.evaluation.evaluate import EvaluationResult, evaluate, print_table
 from rpg.tasks import DigitsConfig, build_task
 from tokenization.errors import InputError
 

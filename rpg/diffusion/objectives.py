@@ -1,0 +1,272 @@
+"""Objectives: how tokens are noised, what the denoiser predicts and how tokens are sampled.
+
+Shape letters: N sampled tokens, D token width. Times have shape ``[N]`` and the objective's own unit; only
+``network_time`` is on the scale 0 … 1000. Nothing here holds parameters or global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rpg.diffusion import samplers
+from rpg.diffusion.samplers import Callback, Predict
+from rpg.section import Section
+from tokenization.errors import InputError
+
+
+class FlowConfig(Section):
+    """Flow matching on straight lines between tokens (t = 0) and noise (t = 1)."""
+
+    kind: Literal["flow"] = "flow"
+    prediction: Literal["velocity", "sample"] = Field(
+        "sample", description="What the denoiser predicts: the velocity e - x0, or the clean token x0."
+    )
+    time_mean: float = Field(1.0, description="Mean of the normal whose sigmoid is the training time.")
+    time_std: float = Field(1.0, gt=0, description="Standard deviation of the normal whose sigmoid is the time.")
+    weight_cap: float = Field(4.0, gt=0, description="Upper bound of the loss weight 1/t² of sample prediction.")
+    time_shift: float = Field(
+        1.0, gt=0, description="Spacing of the sampling steps: 1 is uniform, larger is denser near the noise."
+    )
+
+
+class DDPMConfig(Section):
+    """Denoising diffusion in T steps with linearly growing noise."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    prediction: Literal["epsilon", "sample", "velocity"] = Field(
+        "epsilon", description="What the denoiser predicts: the noise, the clean token x0, or the velocity between."
+    )
+    num_steps: int = Field(1000, ge=1, description="Number of noise levels T.")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="Variance added by the first step.")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="Variance added by the last step.")
+
+
+class Objective:
+    """The interface of every objective."""
+
+    samplers: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
+    prediction: str
+
+    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+        """Draw training times ``[num]``.
+
+        Args:
+            num: N.
+            generator: source of the draw; its device is where the draw happens.
+            device: where the times are wanted.
+        """
+        raise NotImplementedError
+
+    @property
+    def last_time(self) -> float:
+        """The time at which sampling starts: noise alone, or nearly so."""
+        raise NotImplementedError
+
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Noise tokens ``[N, D]`` with standard normal ``noise`` ``[N, D]`` to the time ``[N]``: x_t ``[N, D]``."""
+        raise NotImplementedError
+
+    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """What the denoiser shall predict for x_t, ``[N, D]``."""
+        raise NotImplementedError
+
+    def weight(self, time: Tensor) -> Tensor:
+        """The weight ``[N]`` of each token's squared error in the loss."""
+        raise NotImplementedError
+
+    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """The clean tokens ``[N, D]`` that a prediction ``[N, D]`` at time ``[N]`` (or a scalar) implies."""
+        raise NotImplementedError
+
+    def network_time(self, time: Tensor) -> Tensor:
+        """The time on the scale 0 … 1000 that every denoiser takes, same shape."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        *,
+        sampler: str,
+        num_steps: int,
+        generator: torch.Generator | None = None,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Turn noise into tokens.
+
+        Args:
+            predict: maps (x_t ``[N, D]``, scalar network time) to the prediction ``[N, D]``.
+            noise: standard normal, ``[N, D]``.
+            sampler: one of ``self.samplers``.
+            num_steps: number of steps.
+            generator: source of the noise of stochastic samplers.
+            eta: stochasticity of ``ddim``: 0 none, 1 that of ``ddpm``. Other samplers have no use for it.
+            callback: called after every step with its index and x_t.
+
+        Returns:
+            x₀, ``[N, D]``.
+
+        Raises:
+            InputError: no such sampler, or a number of steps it cannot take.
+        """
+        if sampler not in self.samplers:
+            expected = "one of " + ", ".join(self.samplers)
+            raise InputError("sampler", sampler, expected, "the samplers depend on the objective")
+        if num_steps < 1:
+            raise InputError("num_steps", str(num_steps), "at least 1")
+        run = self.samplers[sampler]
+        optional = {} if callback is None else {"callback": callback}
+        # Autocast may leave predictions in a lower precision; the samplers' arithmetic keeps that of the noise.
+        return run(
+            self,
+            lambda x_t, network_time: predict(x_t, network_time).to(x_t.dtype),
+            noise,
+            num_steps=num_steps,
+            generator=generator,
+            eta=eta,
+            **optional,
+        )
+
+
+class Flow(Objective):
+    """Flow matching (arXiv 2210.02747) along x_t = (1 - t) x₀ + t e; the time runs from 0 (tokens) to 1 (noise)."""
+
+    samplers: ClassVar = {"euler": samplers.euler, "heun": samplers.heun}
+
+    def __init__(self, config: FlowConfig) -> None:
+        self.config = config
+        self.prediction = config.prediction
+
+    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+        """Draw times in (0, 1): the sigmoid of a normal (arXiv 2403.03206, section 3.1)."""
+        normal = samplers.randn((num,), generator, device)  # [N]
+        return torch.sigmoid(normal * self.config.time_std + self.config.time_mean)  # [N]
+
+    @property
+    def last_time(self) -> float:
+        """1."""
+        return 1.0
+
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Interpolate: (1 - t) x₀ + t e, ``[N, D]``."""
+        return torch.lerp(x0, noise, _column(time))  # [N, D]
+
+    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """x₀, or the velocity e - x₀, ``[N, D]``."""
+        return x0 if self.prediction == "sample" else noise - x0  # [N, D]
+
+    def weight(self, time: Tensor) -> Tensor:
+        """``[N]``: one for the velocity; for x₀ the 1/t² that makes it so, capped since it diverges at t = 0."""
+        if self.prediction == "velocity":
+            return torch.ones_like(time)  # [N]
+        # The cap is applied to t rather than to 1/t², which is infinite at zero.
+        return time.clamp(min=self.config.weight_cap**-0.5) ** -2  # [N]
+
+    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """The prediction itself, or x_t - t v, ``[N, D]``."""
+        return prediction if self.prediction == "sample" else x_t - _column(time) * prediction  # [N, D]
+
+    def network_time(self, time: Tensor) -> Tensor:
+        """1000 t."""
+        return 1000 * time
+
+    def sampling_times(self, num_steps: int, device: torch.device) -> Tensor:
+        """Times of a sampler, from exactly 1 down to exactly 0, ``[num_steps + 1]``.
+
+        Spaced by the shift of arXiv 2403.03206, equation 23.
+        """
+        u = torch.linspace(1, 0, num_steps + 1, device=device)  # [num_steps + 1]
+        shift = self.config.time_shift
+        return shift * u / (1 + (shift - 1) * u)  # [num_steps + 1]
+
+
+class DDPM(Objective):
+    """Denoising diffusion (arXiv 2006.11239): x_t = √ᾱ x₀ + √(1 - ᾱ) e; the time is an integer from 0 to T - 1."""
+
+    samplers: ClassVar = {"ddpm": samplers.ddpm, "ddim": samplers.ddim, "dpm-solver++": samplers.dpm_solver}
+
+    def __init__(self, config: DDPMConfig) -> None:
+        self.config = config
+        self.prediction = config.prediction
+        betas = torch.linspace(config.beta_start, config.beta_end, config.num_steps, dtype=torch.float64)  # [T]
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()  # [T]
+
+    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+        """Draw times uniformly from 0 … T - 1, ``[N]`` int64."""
+        source = torch.device(device) if generator is None else generator.device
+        return torch.randint(self.config.num_steps, (num,), generator=generator, device=source).to(device)  # [N]
+
+    @property
+    def last_time(self) -> float:
+        """T - 1."""
+        return self.config.num_steps - 1
+
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """√ᾱ x₀ + √(1 - ᾱ) e, ``[N, D]``."""
+        signal, sigma = self._scales(time)  # [N, 1]
+        return signal * x0 + sigma * noise  # [N, D]
+
+    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noise e, x₀, or the velocity √ᾱ e - √(1 - ᾱ) x₀ (arXiv 2202.00512), ``[N, D]``."""
+        if self.prediction == "epsilon":
+            return noise  # [N, D]
+        if self.prediction == "sample":
+            return x0  # [N, D]
+        signal, sigma = self._scales(time)  # [N, 1]
+        return signal * noise - sigma * x0  # [N, D]
+
+    def weight(self, time: Tensor) -> Tensor:
+        """Ones, ``[N]``: the "simple" loss (arXiv 2006.11239, equation 14)."""
+        return torch.ones(time.shape, device=time.device)  # [N]
+
+    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """Solve for x₀, ``[N, D]``."""
+        if self.prediction == "sample":
+            return prediction  # [N, D]
+        signal, sigma = self._scales(time)  # [N, 1]
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / signal  # [N, D]
+        return signal * x_t - sigma * prediction  # [N, D]
+
+    def network_time(self, time: Tensor) -> Tensor:
+        """The step itself for T = 1000, else stretched to 0 … 1000."""
+        return time * (1000 / self.config.num_steps)
+
+    def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
+        """Times of a sampler in descending order, ``[num_steps]`` int64.
+
+        The first is T - 1, the noise the denoiser was trained on, and the step after the last ends at the clean
+        token ("trailing" in arXiv 2305.08891, table 2).
+
+        Raises:
+            InputError: more steps than noise levels.
+        """
+        total = self.config.num_steps
+        if num_steps > total:
+            raise InputError("num_steps", str(num_steps), f"at most the objective's num_steps, {total}")
+        remaining = torch.arange(num_steps, 0, -1, device=device)  # [num_steps]
+        return (remaining * total + num_steps // 2) // num_steps - 1  # [num_steps]
+
+    def _scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 - ᾱ), ``[N, 1]`` or scalars."""
+        alpha = _column(self.alphas_cumprod.to(time.device)[time])  # [N, 1]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def _column(time: Tensor) -> Tensor:
+    """Align ``[N]`` with ``[N, D]``; a scalar stays one."""
+    return time[:, None] if time.dim() else time
+
+
+ObjectiveConfig = Annotated[FlowConfig | DDPMConfig, Field(discriminator="kind")]
+
+
+def build_objective(config: FlowConfig | DDPMConfig) -> Objective:
+    """Build the objective a configuration describes."""
+    return Flow(config) if isinstance(config, FlowConfig) else DDPM(config)

@@ -1,0 +1,203 @@
+"""The share of networks that are both new and good, at growing distances from the zoo.
+
+New: at least τ times as far from every original as the originals' own median distance to their nearest neighbour, after
+hidden units have been matched. Good: at least as accurate as the zoo's median network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rpg.evaluation.metrics import Summary, summarize
+from rpg.evaluation.novelty import TAUS, distances
+from rpg.evaluation.permutations import Group
+from rpg.evaluation.rebasin import Matcher
+from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.section import Section
+
+NUM_RESAMPLES = 2000
+
+ROWS = 16
+"""Matched networks that are held at a time."""
+
+
+class SetNovelty(Section):
+    """How new one kind of networks is; distances are in units of the zoo's median nearest-neighbour distance."""
+
+    plain_distance: Summary = Field(description="to the nearest original")
+    matched_distance: Summary = Field(description="the same after matching hidden units")
+    plain_distances: tuple[float, ...]
+    matched_distances: tuple[float, ...]
+    novel_and_performant: tuple[float, ...] = Field(description="share, for each τ")
+    ci95: tuple[tuple[float, float], ...] = Field(description="95 % bootstrap interval over the networks, for each τ")
+    disagreement: float = Field(description="share of images answered unlike the nearest original, mean")
+    coverage: float = Field(description="share of originals that are the nearest of at least one network")
+
+
+class NoveltyReport(Section):
+    """Everything behind the novelty curve."""
+
+    unit: float = Field(description="the originals' median distance to their nearest neighbour, layers normalised")
+    accuracy_threshold: float = Field(description="the originals' median accuracy")
+    groups: int = Field(description="groups of hidden units that could be matched; 0 where none are known")
+    taus: tuple[float, ...]
+    sets: dict[str, SetNovelty]
+
+    def curve(self) -> dict[str, list[float]]:
+        """``{"tau": […], "<networks>": […], …}``."""
+        shares = {name: list(each.novel_and_performant) for name, each in self.sets.items()}
+        return {"tau": list(self.taus), **shares}
+
+
+class Distances:
+    """Distances of networks to the originals of a zoo, plain and after matching.
+
+    Args:
+        originals: the zoo.
+        runs: which training run each is of. Checkpoints of a run keep the order of their units, so that a network is
+            matched to one checkpoint of each run and the order found serves them all.
+        groups: from ``permutation_groups``.
+    """
+
+    def __init__(self, originals: Sequence[StateDict], runs: Sequence[int], groups: Sequence[Group]) -> None:
+        self.originals, self.runs = list(originals), torch.as_tensor(list(runs))
+        self.space = VectorSpace(originals)
+        vectors = self.space.flatten(originals)
+        self.scale = self.space.layer_scale(vectors)
+        self.zoo = vectors / self.scale
+        scales = {slot.name: float(self.scale[slot.start]) for slot in self.space.slots}
+        # a group counts only where what it permutes varies in the zoo
+        self.groups = [group for group in groups if any(member.tensor in scales for member in group.members)]
+        self.matcher = Matcher(self.groups, {**self._fixed_scales(), **scales})
+
+    def _fixed_scales(self) -> dict[str, float]:
+        """Tensors that no network changes weigh next to nothing: a unit order that only they contradict is free."""
+        first = self.originals[0]
+        return {m.tensor: 1e3 * float(first[m.tensor].abs().max() + 1e-12) for g in self.groups for m in g.members}
+
+    def vectors(self, networks: Sequence[StateDict]) -> Tensor:
+        """Normalised values ``[num, V]``."""
+        return self.space.flatten(networks) / self.scale
+
+    def plain(self, networks: Sequence[StateDict]) -> Tensor:
+        """``[num, K]``."""
+        return distances(self.vectors(networks), self.zoo)
+
+    def matched(self, networks: Sequence[StateDict], plain: Tensor) -> Tensor:
+        """``[num, K]``, never more than ``plain``."""
+        if not self.groups:
+            return plain
+        result = plain.clone()
+        finite = torch.isfinite(plain).all(1)
+        runs = self.runs.unique().tolist()
+        bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo) if len(runs) > 1 else plain
+        for run in runs:
+            members = (self.runs == run).nonzero()[:, 0]
+            zoo, wanted = self.zoo, finite
+            if len(runs) > 1:  # leave out where no order of the units can bring it nearer than another original is
+                zoo, wanted = zoo[members], finite & (bounds[:, members] < result.amin(1, keepdim=True)).any(1)
+            for rows in wanted.nonzero()[:, 0].split(ROWS):
+                aligned = self.matcher.match_all(self.originals[int(members[0])], [networks[int(i)] for i in rows])
+                place = rows[:, None], members[None]
+                result[place] = torch.minimum(result[place], distances(self.vectors(aligned), zoo))
+        return result
+
+    @cached_property
+    def _sorted_zoo(self) -> Tensor:
+        return self._sorted(self.zoo)
+
+    def _sorted(self, vectors: Tensor) -> Tensor:
+        """Every layer's values in ascending order: their distance is a lower bound for any permutation."""
+        return torch.cat([vectors[:, slot.start : slot.stop].sort(1).values for slot in self.space.slots], 1)
+
+    def unit(self) -> float:
+        """Median distance of an original to its nearest neighbour, after matching."""
+        chosen = torch.linspace(0, len(self.zoo) - 1, min(len(self.zoo), 64)).round().long().unique()
+        networks = [self.originals[int(index)] for index in chosen]
+        among = distances(self.zoo[chosen], self.zoo)
+        among[torch.arange(len(chosen)), chosen] = float("inf")
+        nearest = torch.stack([among[:, self.runs == run].amin(1) for run in self.runs.unique().tolist()]).T
+        lonely = torch.tensor([int((self.runs == self.runs[int(i)]).sum()) == 1 for i in chosen])
+        if bool(lonely.any()) and self.groups:  # runs of one checkpoint: their neighbours are of other runs
+            plain = self.plain(networks)
+            plain[torch.arange(len(chosen)), chosen] = 1e30
+            return self.matched_without_self(networks, plain, chosen).amin(1).median().item()
+        return nearest.amin(1).median().item()
+
+    def matched_without_self(self, networks: Sequence[StateDict], plain: Tensor, own: Tensor) -> Tensor:
+        """``matched`` of originals, their own place left out."""
+        result = self.matched(networks, plain)
+        result[torch.arange(len(own)), own] = float("inf")
+        return result
+
+
+def measure_novelty(
+    sets: Mapping[str, Sequence[StateDict]],
+    predictions: Mapping[str, Tensor],
+    original_predictions: Tensor,
+    labels: Tensor,
+    measure: Distances,
+    *,
+    taus: Sequence[float] = TAUS,
+    seed: int = 0,
+) -> NoveltyReport | None:
+    """Score every kind of networks.
+
+    Args:
+        sets: networks by kind.
+        predictions: ``[num, images]`` by kind.
+        original_predictions: ``[K, images]``.
+        labels: ``[images]``.
+        measure: the zoo.
+        taus: distances in units of the zoo's median nearest-neighbour distance.
+        seed: decides the bootstrap.
+
+    Returns:
+        None where the zoo has no spread to measure by.
+    """
+    if len(measure.zoo) < 2:
+        return None
+    unit = measure.unit()
+    if not unit > 0:
+        return None
+    threshold = (original_predictions == labels).double().mean(1).median().item()
+    scored = {}
+    for name, networks in sets.items():
+        plain = measure.plain(networks)
+        matched = measure.matched(networks, plain)
+        nearest = matched.nan_to_num(float("inf")).argmin(1)
+        good = (predictions[name] == labels).double().mean(1) >= threshold - 1e-9
+        far = _finite(matched.amin(1) / unit)
+        hits = torch.stack([good & (far >= tau) for tau in taus]).double()  # [taus, num]
+        scored[name] = SetNovelty(
+            plain_distance=summarize(_finite(plain.amin(1) / unit), seed),
+            matched_distance=summarize(far, seed),
+            plain_distances=tuple(_finite(plain.amin(1) / unit).tolist()),
+            matched_distances=tuple(far.tolist()),
+            novel_and_performant=tuple(hits.mean(1).tolist()),
+            ci95=_bootstrap(hits, seed),
+            disagreement=(predictions[name] != original_predictions[nearest]).double().mean().item(),
+            coverage=len(nearest.unique()) / len(measure.zoo),
+        )
+    return NoveltyReport(
+        unit=unit, accuracy_threshold=threshold, groups=len(measure.groups), taus=tuple(taus), sets=scored
+    )
+
+
+def _finite(values: Tensor) -> Tensor:
+    """A network with values that are not finite is nowhere: it counts as a copy."""
+    return torch.where(torch.isfinite(values), values, torch.zeros_like(values)).double()
+
+
+def _bootstrap(hits: Tensor, seed: int) -> tuple[tuple[float, float], ...]:
+    num = hits.shape[1]
+    rows = torch.randint(num, (NUM_RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return tuple(
+        (low.item(), high.item()) for low, high in (torch.quantile(each[rows].mean(1), bounds) for each in hits)
+    )

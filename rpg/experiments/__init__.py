@@ -1,0 +1,1 @@
+"""Experiments: collect, train, generate and score in a row."""

@@ -1,0 +1,148 @@
+"""What a user asks for → the condition of a generator; of a text, which classes does it mean?
+
+A plain list of class names needs no model. Anything else is decided by a transformers model, class by class: a causal
+language model is asked yes or no, a sentence encoder compares the prompt with the class names. C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpg.console import console
+from rpg.generation.text_encoder import load_pretrained, mean_hidden
+from rpg.tasks.class_splits import bits_of_classes, check_bits
+from tokenization.errors import InputError
+
+QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
+NEUTRAL = "the things in this list"
+
+
+def parse_condition(text: str | None) -> list[float] | None:
+    """Comma-separated values as numbers. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--condition", repr(text), "comma-separated numbers", "for example 1,0,0,1") from None
+
+
+def choose_condition(
+    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
+) -> list[float] | str | None:
+    """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
+
+    Args:
+        generator: a :class:`rpg.generation.generator.Generator`; of one that takes texts the sentence encoder is set.
+        condition: comma-separated values, or the name of a class.
+        classes: comma-separated names or numbers of the positive classes.
+        prompt: the task in words.
+        prompt_model: language model or sentence encoder for the prompt.
+
+    Raises:
+        InputError: more than one is given, or what is given is no condition of this generator.
+    """
+    given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
+    if len(given) > 1:
+        raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
+    spec = generator.condition
+    if prompt is not None and generator.texts is not None:
+        generator.texts = generator.texts.with_encoder(prompt_model)
+        return prompt
+    if spec is not None and spec.kind == "class" and condition in spec.names:
+        return [float(spec.names.index(condition))]
+    vector = parse_condition(condition)
+    if classes is None and prompt is None:
+        family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
+        if family and vector is not None:
+            check_bits(vector, spec.size, "--condition")
+        return vector
+    if spec is None or spec.kind != "binary" or not spec.names:
+        found = "a generator without named classes"
+        raise InputError(f"--{given[0] if given else 'classes'}", found, "one for binary tasks", "use --condition")
+    if classes is not None:
+        bits = bits_of_classes(classes.split(","), spec.names)
+    else:
+        bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
+    console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
+    return bits.float().tolist()
+
+
+def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None) -> Tensor:
+    """The task that a prompt asks for, ``[C]`` int64.
+
+    Args:
+        prompt: a list of class names or numbers (``cat, dog and frog``), or any text if there is a model.
+        classes: names of the classes.
+        model: name or local path of a causal language model or a sentence encoder, for transformers.
+
+    Raises:
+        InputError: the prompt selects no class or every class, is no list and there is no model, or the model cannot
+            be loaded.
+    """
+    words = [word for word in re.split(r"[\s,;+&]+|\band\b|\bor\b", prompt) if word]
+    if not words:
+        raise InputError("--prompt", "nothing", f"classes among {', '.join(classes)}")
+    known = {name.lower() for name in classes} | {str(index) for index in range(len(classes))}
+    if all(word.lower() in known for word in words):
+        return bits_of_classes(words, classes, "--prompt")
+    if model is None:
+        raise InputError(
+            "--prompt",
+            repr(prompt),
+            f"a list of {', '.join(classes)}",
+            "or name a language model or sentence encoder with --prompt-model",
+        )
+    scores = _scores(prompt, classes, model)  # [C], positive means yes
+    return check_bits((scores > 0).long(), len(classes), f"--prompt {prompt!r}")
+
+
+def describe_bits(bits: Tensor, classes: Sequence[str]) -> str:
+    """The vector and its positive classes, to be shown before it is used."""
+    chosen = [name for name, bit in zip(classes, bits.tolist(), strict=True) if bit]
+    return f"{','.join(str(int(bit)) for bit in bits.tolist())} ({', '.join(chosen)})"
+
+
+def _scores(prompt: str, classes: Sequence[str], model: str) -> Tensor:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    def is_causal(config: Any) -> bool:
+        return any(name.endswith("ForCausalLM") or "LMHead" in name for name in config.architectures or [])
+
+    network, tokenizer = load_pretrained(
+        model, "--prompt-model", lambda config: AutoModelForCausalLM if is_causal(config) else AutoModel
+    )
+    with torch.inference_mode():
+        if is_causal(network.config):
+            return _ask(prompt, classes, network, tokenizer)
+        return _compare(prompt, classes, network, tokenizer)
+
+
+def _ask(prompt: str, classes: Sequence[str], network: Any, tokenizer: Any) -> Tensor:
+    """How much likelier "yes" becomes by the prompt than by words that say nothing, ``[C]``."""
+
+    def preference(name: str, what: str) -> float:
+        question = tokenizer(QUESTION.format(name=name, prompt=what), return_tensors="pt").input_ids
+        logits = network(question).logits[0, -1].float()
+        yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (" yes", " no"))
+        return float(logits[yes] - logits[no])
+
+    return torch.tensor([preference(name, prompt) - preference(name, NEUTRAL) for name in classes])
+
+
+def _compare(prompt: str, classes: Sequence[str], network: Any, tokenizer: Any) -> Tensor:
+    """Cosine similarity of prompt and class names, less the middle of the widest gap among them, ``[C]``."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer([prompt, *classes], padding=True, return_tensors="pt")
+    vectors = F.normalize(mean_hidden(network(**batch), batch["attention_mask"], "--prompt-model"), dim=-1)
+    similarity = vectors[1:] @ vectors[0]  # [C]
+    ordered = similarity.sort().values
+    gap = (ordered[1:] - ordered[:-1]).argmax()
+    return similarity - (ordered[gap] + ordered[gap + 1]) / 2

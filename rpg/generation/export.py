@@ -1,0 +1,206 @@
+"""Generated weights in the forms that timm, transformers, PEFT and plain torch load without any code of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.safetensors import read_json, tensor_at
+from tokenization.errors import InputError
+from tokenization.files import TEMPORARY_SUFFIX, publish
+from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
+
+FORMS = ("timm", "transformers", "peft", "torch")
+
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+"""What else a transformers folder needs: generation settings, tokenizer, chat template. Code is never copied."""
+
+
+def export(
+    source: Path | str,
+    to: str,
+    output: Path | str,
+    *,
+    base: Path | str | None = None,
+    seed: int = 0,
+    condition: Sequence[float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write one network in the form that ``to`` names.
+
+    ================  ==========================================================================================
+    to                what is written, and who loads it
+    ================  ==========================================================================================
+    ``timm``          a safetensors file: ``timm.create_model(name, checkpoint_path=file)``
+    ``transformers``  a folder, configuration and tokenizer as in ``base``: ``AutoModel.from_pretrained(folder)``
+    ``peft``          an adapter folder, its configuration as in ``base``: ``PeftModel.from_pretrained(net, folder)``
+    ``torch``         a pickle of tensors (.pth): ``network.load_state_dict(torch.load(file))``
+    ================  ==========================================================================================
+
+    Args:
+        source: a checkpoint (as `rpg generate` writes it), or a run or generator folder to generate a network with.
+        to: one of ``FORMS``.
+        output: the file or folder to write; it must not be there yet.
+        base: folder with the ``config.json`` (transformers) or ``adapter_config.json`` (PEFT; a zoo of adapters keeps
+            it; not needed where ``source`` is a PEFT folder or a generator of adapters).
+        seed, condition, progress: of the generation, if ``source`` is a generator.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        InputError: there is no such form or source, ``output`` is in the way, ``base`` is missing or does not fit the
+            weights, or the disk refuses; nothing is left behind then.
+    """
+    output = Path(output)
+    if to not in FORMS:
+        raise InputError("--to", repr(to), f"one of {', '.join(FORMS)}")
+    _require_free(output, to)
+    with _checkpoint(source, output, seed, condition, progress) as checkpoint:
+        if to == "timm":
+            _save(checkpoint, output)
+        elif to == "torch":
+            _save_pickle(checkpoint, output)
+        elif to == "transformers":
+            files = _transformers_files(_base(base, None, "config.json"), checkpoint)
+            with _folder(output) as temporary:
+                for file in files:
+                    shutil.copyfile(file, temporary / file.name)
+                _save(checkpoint, temporary / "model.safetensors")
+        else:
+            folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
+            _require_adapter(checkpoint, folder)
+            with _folder(output) as temporary:
+                config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+                write_side_files(temporary, config, checkpoint.metadata)
+                _save(checkpoint, temporary / WEIGHTS_NAME)
+    return output
+
+
+@contextlib.contextmanager
+def _checkpoint(
+    source: Path | str,
+    output: Path,
+    seed: int,
+    condition: Sequence[float] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Checkpoint]:
+    """The weights to export, generated now if need be."""
+    path = Path(source)
+    is_generator = path.is_dir() and ((path / "generator").is_dir() or (path / "layout.json").is_file())
+    if path.exists() and not is_generator:
+        if pickled_files(path):
+            raise InputError(str(path), "a pickle", "a safetensors checkpoint", "it is in the form of torch already")
+        yield Checkpoint.open(path)
+        return
+    from rpg.generation.generator import Generator
+
+    generator = Generator.from_pretrained(source)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=TEMPORARY_SUFFIX, dir=output.parent) as folder:
+        generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)
+        yield Checkpoint.open(next(Path(folder).iterdir()))
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every key of the state dict in the memory map; tied keys are one tensor."""
+    stored = {name: checkpoint.flat(name).view(info.shape) for name, info in checkpoint.tensors.items()}
+    return {name: stored[checkpoint.ties.get(name, name)] for name in checkpoint.order}
+
+
+def _save(checkpoint: Checkpoint, path: Path) -> None:
+    save_checkpoint(path, _tensors(checkpoint), checkpoint.metadata, materialize_ties=True)
+
+
+def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
+    with publish(path) as temporary:
+        try:
+            torch.save(checkpoint.state_dict(), temporary)  # copies: a view would be saved with its whole file
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(None, str(error).splitlines()[0]) from error
+
+
+def _require_free(output: Path, to: str) -> None:
+    suffix = {"timm": ".safetensors", "torch": ".pth"}.get(to, "")
+    if suffix and output.suffix != suffix:
+        raise InputError(f"--output {output}", f"the ending {output.suffix!r}", repr(suffix), f"as --to {to} writes it")
+    if output.is_dir() and not suffix and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise InputError(f"--output {output}", "something there already", "a new path", "choose another")
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}", f"no folder {output.parent}", "an existing one", "make it")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"--output {output}", "a folder that may not be written", "a writable one", "choose another")
+
+
+def _base(base: Path | str | None, default: Path | None, config: str) -> Path:
+    folder = Path(base) if base is not None else default
+    if folder is None:
+        raise InputError("--base", "nothing", f"the folder with the {config}", "name it")
+    if not (folder / config).is_file():
+        raise InputError(f"--base {folder}", f"no {config}", f"a folder with {config}", "name another with --base")
+    return folder
+
+
+def _transformers_files(base: Path, checkpoint: Checkpoint) -> list[Path]:
+    """The files of ``base`` that go with the weights. Raises InputError if its own weights are of another structure."""
+    read_json(base / "config.json")
+    weights = [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]
+    if weights:
+        _require_alike(checkpoint, Checkpoint.open(base))
+    return sorted(
+        path
+        for path in base.iterdir()
+        if path.is_file() and path.suffix in _SIDE_SUFFIXES and not path.name.endswith(".index.json")
+    )
+
+
+def _require_alike(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Raise InputError for a tensor of the base that the weights lack: transformers would draw it at random."""
+    names = set(checkpoint.order)
+    for name in base.order:
+        expected = list(base.info(name).shape)
+        if name not in names:
+            raise InputError(
+                tensor_at(checkpoint.path, name),
+                "no such tensor",
+                f"one of shape {expected} as in {base.path}",
+                "name the base that the zoo was made from",
+            )
+        found = list(checkpoint.info(name).shape)
+        if found != expected:
+            raise InputError(
+                tensor_at(checkpoint.path, name), f"shape {found}", f"{expected} as in {base.path}", "name its own base"
+            )
+
+
+def _require_adapter(checkpoint: Checkpoint, folder: Path) -> None:
+    shapes: Mapping[str, tuple[int, ...]] = {name: checkpoint.info(name).shape for name in checkpoint.order}
+    check_adapter_tensors(shapes, read_adapter_config(folder), checkpoint.path)
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, published whole or not at all."""
+    temporary = output.with_name(f".{output.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(output)
+    except OSError as error:
+        raise InputError(
+            str(output), f"an error on writing ({error.strerror})", "a writable place", "choose another"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

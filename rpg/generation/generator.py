@@ -1,0 +1,326 @@
+"""The generator: layout, networks and averaged weights; loaded from a folder, sampled into checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.generation.adapter_folder import adapter_config_of
+from rpg.generation.model_card import model_card
+from rpg.generation.outputs import FolderSink, MemorySink
+from rpg.generation.pdiff_sampler import LatentSampler
+from rpg.generation.sampler import Request, Share, Tile, TokenSampler
+from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
+from rpg.models.conditioning import requested_conditions, requested_texts
+from rpg.models.pdiff import ParameterDiffusion
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from tokenization.errors import InputError
+from tokenization.files import file_digest
+from tokenization.layout.layout import TokenLayout
+from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.zoo import ConditionSpec, Zoo
+
+FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
+OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE)
+"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them."""
+
+StateDict = dict[str, Tensor]
+Network = RecurrentDiffusion | ParameterDiffusion
+
+
+class Generator:
+    """A trained generator of checkpoints.
+
+    Args:
+        config: the experiment it was trained by.
+        layout: how tokens become checkpoints.
+        network: the networks, with the averaged weights.
+        condition: what its conditions mean; None when it takes none.
+        facts: how it was trained, for the model card.
+        adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
+        texts: the texts it was trained with and their vectors, if its conditions are texts; those of the zoo when None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: TokenLayout,
+        network: Network,
+        condition: ConditionSpec | None = None,
+        facts: dict[str, Any] | None = None,
+        adapter: str | None = None,
+        texts: TextTable | None = None,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.network = network.eval().requires_grad_(False)
+        self.condition = condition if config.model.condition.kind != "none" else None
+        self.facts = facts or {}
+        self.adapter = adapter if adapter is not None else adapter_config_of(Path(config.zoo), layout)
+        self.texts = texts
+        if texts is None and self.condition is not None and self.condition.kind == "text":
+            self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
+        self.digest = ""
+
+    # --- folder ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> Generator:
+        """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
+
+        Raises:
+            InputError: a file is missing or damaged, or does not fit the others.
+        """
+        folder = _find_folder(path)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise InputError(
+                    str(folder),
+                    f"no {name}",
+                    f"a generator folder with {', '.join(FILES)}",
+                    "train again or copy the whole folder",
+                )
+        config = Config.load(folder / "config.yaml")
+        layout = TokenLayout.load(folder)
+        weights = folder / "model.safetensors"
+        try:
+            with safe_open(weights, "pt") as file:
+                metadata = json.loads((file.metadata() or {})["rpg"])
+            state = load_file(weights)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(
+                str(weights),
+                f"an unreadable file ({error})",
+                "the weights of a generator",
+                "train again or copy the folder again",
+            ) from None
+        spec = metadata["condition"]
+        condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
+        texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
+        size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
+        network = make_network(config, layout, metadata["num_states"], size)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(
+                str(weights),
+                str(error).splitlines()[-1].strip(),
+                "the tensors that config.yaml describes",
+                "keep the folder's files together",
+            ) from None
+        adapter = adapter_config_of(folder, layout)
+        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts)
+        loaded.digest = _digest(folder)
+        return loaded
+
+    def save_pretrained(self, path: Path | str) -> Path:
+        """Write the generator folder; one that is there already is replaced whole."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.config.save(temporary / "config.yaml")
+        self.layout.save(temporary)
+        metadata = {
+            "condition": asdict(self.condition) if self.condition else None,
+            "num_states": self.network.num_states,
+            "facts": self.facts,
+        }
+        tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
+        if self.adapter is not None:
+            (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
+        if self.texts is not None:
+            self.texts.save(temporary / TEXTS_FILE)
+        (temporary / "README.md").write_text(model_card(self))
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        self.digest = _digest(target)
+        return target
+
+    # --- sampling -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        num: int = 1,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+        state: str | None = None,
+        output: Path | str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        share: Share | None = None,
+    ) -> list[StateDict] | list[Path]:
+        """Generate networks.
+
+        Args:
+            num: how many.
+            seed: decides everything; network i of a seed is the same whatever ``num`` is.
+            steps, sampler, eta, guidance_scale, state: override the ``generate`` section of the configuration.
+            condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
+                also one text, or one each.
+            output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
+                paths are returned.
+            progress: called with (tokens done, tokens in all), of this process's share.
+            share: which of several processes this is, all of which call this alike and fill ``output`` together.
+
+        Returns:
+            State dicts in memory, or the paths of the files or folders in ``output``.
+
+        Raises:
+            InputError: an impossible request.
+        """
+        request = self._request(num, seed, steps, sampler, eta, guidance_scale, condition, state)
+        share = share or Share()
+        tokens = self.sampler()
+        sink = self._sink(request, output, share, tokens.shared(num, share))
+        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, share))
+        done = 0
+        with sink:
+            for tile, rows in tokens.sample(request, share=share):
+                sink.take(tile, rows.cpu())
+                done += tile.num_networks * tile.num_tokens
+                if progress is not None:
+                    progress(done, total)
+        return sink.result()
+
+    def trajectories(self, num: int = 5, *, seed: int = 0, points: int = 20) -> list[tuple[int, list[StateDict]]]:
+        """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
+
+        Args:
+            num: networks; network i is the one that ``generate`` makes of the same seed.
+            seed: decides everything.
+            points: how many steps to show at most, spread evenly over the sampling, its last among them.
+
+        Raises:
+            InputError: the generator takes a condition, which would have to be chosen.
+        """
+        request = self._request(num, seed, None, None, None, None, None, None)
+        shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
+        sinks: dict[int, MemorySink] = {}
+
+        def watch(tile: Tile, step: int, rows: Callable[[], Tensor]) -> None:
+            if step in shown:
+                sinks.setdefault(step, MemorySink(self.layout, num)).take(tile, rows().cpu())
+
+        for _ in self.sampler().sample(request, watch):
+            pass
+        return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
+
+    def _request(self, num, seed, steps, sampler, eta, guidance_scale, condition, state) -> Request:
+        defaults = self.config.generate
+        sampler = sampler or defaults.sampler or next(iter(self.network.objective.samplers))
+        steps = defaults.steps if steps is None else steps
+        if num < 1:
+            raise InputError("num", str(num), "at least 1")
+        if steps < 1:
+            raise InputError("steps", str(steps), "at least 1")
+        if sampler not in self.network.objective.samplers:
+            raise InputError("sampler", repr(sampler), f"one of {', '.join(self.network.objective.samplers)}")
+        return Request(
+            num=num,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            eta=defaults.eta if eta is None else eta,
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            state=state or defaults.state,
+            conditions=requested_conditions(condition, num, self.condition, self.texts),
+            texts=requested_texts(condition, num),
+            temperature=self.config.generate.temperature,
+        )
+
+    def sampler(self) -> TokenSampler | LatentSampler:
+        """What turns requests into tiles of tokens."""
+        settings = self.config.generate
+        if isinstance(self.network, ParameterDiffusion):
+            return LatentSampler(self.network, self.layout, settings.precision == "bf16")
+        return TokenSampler(self.network, self.layout, settings.tile_tokens, settings.precision == "bf16")
+
+    def _sink(
+        self, request: Request, output: Path | str | None, share: Share, shared: range
+    ) -> MemorySink | FolderSink:
+        if output is not None:
+            facts = partial(self.provenance, request)
+            return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, share, shared)
+        if share.size > 1:
+            raise InputError("output", "none", "a folder that all processes fill together", "or start a single one")
+        return MemorySink(self.layout, request.num)
+
+    def provenance(self, request: Request, index: int) -> dict[str, str]:
+        """The metadata of generated network ``index``."""
+        facts: dict[str, Any] = {
+            "generator": self.digest,
+            "seed": request.seed,
+            "index": index,
+            "sampler": request.sampler,
+            "steps": request.steps,
+            "eta": request.eta,
+            "guidance_scale": request.guidance_scale,
+            "state": request.state,
+            "temperature": request.temperature,
+            "condition": None if request.conditions is None else request.conditions[index].tolist(),
+        }
+        if request.texts is not None:
+            facts["condition"] = request.texts[index]
+        return {"format": "pt", "rpg.provenance": json.dumps(facts)}
+
+
+def make_network(config: Config, layout: TokenLayout, num_states: int = 1, condition_size: int = 0) -> Network:
+    """The untrained networks of the generator that ``config`` names, drawn from torch's global random state.
+
+    Args:
+        config: the experiment.
+        layout: how checkpoints become tokens.
+        num_states: permutation states.
+        condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
+    """
+    if config.generator == "pdiff":
+        return ParameterDiffusion(config.pdiff, layout.num_values)
+    return RecurrentDiffusion(config.model, layout.positions, layout.token_size, num_states, condition_size)
+
+
+def _find_folder(path: Path | str) -> Path:
+    folder = Path(path)
+    if (folder / "generator").is_dir():
+        return folder / "generator"
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        raise InputError(str(path), "no such folder", "a run folder, a generator folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[*FILES, *OPTIONAL_FILES, "README.md"]))
+    except Exception as error:  # the hub's many errors all mean: not to be had
+        raise InputError(
+            str(path),
+            "neither a folder nor a repository of the hub that can be reached",
+            "a run folder, a generator folder or a hub id",
+            type(error).__name__,
+        ) from None
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in FILES + OPTIONAL_FILES:
+        if (folder / name).is_file():
+            digest.update(file_digest(folder / name).encode())
+    return digest.hexdigest()

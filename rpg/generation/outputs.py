@@ -1,0 +1,117 @@
+"""Where generated tokens go, tile by tile: into memory, or straight into their places on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.generation.sampler import Share, Tile
+from tokenization.layout.layout import TokenLayout
+from tokenization.layout.writer import CheckpointWriter
+
+
+class MemorySink:
+    """Collects tiles and decodes them into state dicts."""
+
+    def __init__(self, layout: TokenLayout, num: int) -> None:
+        self.layout = layout
+        self.tokens = torch.empty(num, layout.num_tokens, layout.token_size)
+
+    def __enter__(self) -> MemorySink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def take(self, tile: Tile, rows: Tensor) -> None:
+        """Keep the rows ``[G, n, D]`` of a tile."""
+        self.tokens[tile.network : tile.network + tile.num_networks, tile.token : tile.token + tile.num_tokens] = rows
+
+    def result(self) -> list[dict[str, Tensor]]:
+        """One state dict a network."""
+        return [self.layout.decode(tokens) for tokens in self.tokens]
+
+
+class FolderSink:
+    """Streams tiles into one safetensors file (adapters: one PEFT folder) a network, which appears when it is whole.
+
+    Args:
+        layout: how tokens become checkpoints.
+        folder: where the files go; several processes must see the same one.
+        metadata: gives the file metadata of network ``index``.
+        num: networks in all.
+        adapter: text of ``adapter_config.json`` where the networks are adapters.
+        share: which of several processes this is.
+        shared: the networks whose tiles come from all processes; the first process makes and publishes their files.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        folder: Path,
+        metadata: Callable[[int], dict[str, str]],
+        num: int,
+        adapter: str | None = None,
+        share: Share | None = None,
+        shared: range = range(0),
+    ) -> None:
+        self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
+        self.share, self.shared = share or Share(), shared
+        self.open: dict[int, CheckpointWriter] = {}
+
+    def __enter__(self) -> FolderSink:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.share.size > 1:
+            first = self.share.rank == 0
+            self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            for index, writer in self.open.items():
+                writer.__exit__(kind, error, trace)
+                if self.adapter is not None:
+                    with contextlib.suppress(OSError):  # an earlier adapter stays
+                        self._path(index).rmdir()
+        elif self.share.size > 1:
+            torch.distributed.barrier()  # every tile is written before a shared file is published
+            for index in self.shared:
+                self._publish(index)
+            torch.distributed.barrier()  # every file is there before any process says so
+
+    def take(self, tile: Tile, rows: Tensor) -> None:
+        """Write the rows ``[G, n, D]`` of a tile to their places."""
+        for offset in range(tile.num_networks):
+            index = tile.network + offset
+            if index not in self.open:
+                self.open[index] = self._writer(index)
+            self.open[index].write(tile.token, rows[offset])
+            if index not in self.shared and tile.token + tile.num_tokens == self.layout.num_tokens:
+                self._publish(index)
+
+    def result(self) -> list[Path]:
+        """The files or folders of all networks, in their order."""
+        return [self._path(index) for index in range(self.num)]
+
+    def _publish(self, index: int) -> None:
+        if self.adapter is not None and (index not in self.shared or self.share.rank == 0):
+            write_side_files(self._path(index), self.adapter, self.metadata(index))
+        self.open.pop(index).close()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / (f"network-{index:05d}" + (".safetensors" if self.adapter is None else ""))
+
+    def _writer(self, index: int) -> CheckpointWriter:
+        path = self._path(index)
+        if self.adapter is not None:
+            with contextlib.suppress(FileExistsError):  # a file in the way is the writer's error
+                path.mkdir()
+            path = path / WEIGHTS_NAME
+        return CheckpointWriter(path, self.layout, self.metadata(index))

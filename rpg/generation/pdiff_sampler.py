@@ -1,0 +1,93 @@
+"""From a request to tokens by p-diff: noise → latents → decoder → values → tokens.
+
+G networks of a tile, L tokens of a checkpoint, D token width, d values of a flattened checkpoint, Z latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rpg.generation.sampler import Request, Share, Tile, Watch, inference
+from rpg.models.pdiff import ParameterDiffusion
+from rpg.seeding import derive_seed
+from tokenization.layout.layout import TokenLayout
+
+GROUP = 16
+"""Networks computed together; part of what decides the bytes."""
+
+
+def flatten_tokens(layout: TokenLayout, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
+    return tokens.flatten(-2)[..., layout.mask.flatten()]
+
+
+def unflatten_values(layout: TokenLayout, values: Tensor) -> Tensor:
+    """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
+    tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
+    tokens[..., layout.mask.flatten().to(values.device)] = values
+    return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
+
+
+class LatentSampler:
+    """Samples latents and decodes them, in tiles of whole networks.
+
+    Args:
+        network: the networks, in evaluation mode.
+        layout: of the checkpoints.
+        bf16: compute in bf16 (autocast) instead of fp32.
+    """
+
+    def __init__(self, network: ParameterDiffusion, layout: TokenLayout, bf16: bool) -> None:
+        self.network, self.layout, self.bf16 = network, layout, bf16
+        self.device = network.latent_mean.device
+
+    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+        """The tiles of ``num`` networks; each process takes whole ones."""
+        share = share or Share()
+        for first in range(0, num, GROUP):
+            if share.takes(first // GROUP):
+                yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
+
+    def shared(self, num: int, share: Share) -> range:
+        """The networks that several processes compute together: none."""
+        return range(0)
+
+    def sample(
+        self, request: Request, watch: Watch | None = None, share: Share | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``share`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
+        for tile in self.tiles(request.num, share):
+            with inference(self.device, self.bf16):
+                rows = self._rows(tile, self.latents(request, tile, watch))
+            yield tile, rows
+
+    def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
+        values = self.network.decode_standardised(latents)  # [GROUP, d]
+        return unflatten_values(self.layout, values[: tile.num_networks])
+
+    def latents(self, request: Request, tile: Tile, watch: Watch | None = None) -> Tensor:
+        """Standardised latents of a tile, filled up with networks that nobody asked for, ``[GROUP, Z]``."""
+        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, 0))
+        noise = torch.randn(GROUP, self.network.config.latent_size, generator=stream, device=self.device)
+        if self.network.config.variational:
+            return noise
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            return self.network.denoiser(x, time.expand(len(x))).float()
+
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                watch(tile, step, lambda: self._rows(tile, x))
+
+        return self.network.objective.sample(
+            predict,
+            noise,
+            sampler=request.sampler,
+            num_steps=request.steps,
+            generator=stream,
+            eta=request.eta,
+            callback=tell,
+        )

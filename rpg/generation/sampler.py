@@ -1,0 +1,227 @@
+"""From a request to denoised tokens, tile by tile.
+
+A tile is computed in one shape whatever is asked, from random numbers of its own: same seed, same configuration, same
+device type → same bytes, however many networks are asked for and wherever its neighbours are computed.
+
+G networks of a tile, L tokens of a checkpoint, D token width, H model width, S state width, C condition values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.seeding import derive_seed, generator
+from tokenization.layout.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens that are computed together: networks ``network``… and tokens ``token``… of each."""
+
+    network: int
+    num_networks: int
+    token: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one call of ``generate``, every default filled in."""
+
+    num: int
+    seed: int
+    sampler: str
+    steps: int
+    eta: float
+    guidance_scale: float
+    state: str
+    conditions: Tensor | None  # [num, C]
+    temperature: float = 1.0
+    texts: tuple[str, ...] | None = None  # what the conditions were made of
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of one of ``size`` processes that generate together; by default the whole.
+
+    Tiles do not depend on one another, so whoever computes one computes the same bytes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def takes(self, number: int) -> bool:
+        """Whether this process is the one for the thing of this number."""
+        return number % self.size == self.rank
+
+
+Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
+"""Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
+
+The rows are a function because p-diff has to decode them: most of a thousand steps are not looked at.
+"""
+
+
+class TokenSampler:
+    """Denoises tokens tile by tile.
+
+    Args:
+        network: the networks, in evaluation mode.
+        layout: of the checkpoints.
+        tile_tokens: tokens computed together.
+        bf16: compute in bf16 (autocast) instead of fp32.
+    """
+
+    def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, tile_tokens: int, bf16: bool) -> None:
+        self.network, self.layout = low_precision_copy(network) if bf16 else network, layout
+        self.tile_tokens, self.bf16 = tile_tokens, bf16
+        self.device = network.position_embedding.device
+
+    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+        """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile.
+
+        Of several processes each takes whole networks; those that are left over are split tile by tile (`shared`).
+        """
+        share = share or Share()
+        length, size, group = self.layout.num_tokens, self.tile_tokens, self._group_size()
+        shared = self.shared(num, share)
+        for network in range(0, num, group):
+            for number, token in enumerate(range(0, length, size if group == 1 else length)):
+                if share.takes(number if network in shared else network // group):
+                    yield Tile(network, min(group, num - network), token, min(size, length - token))
+
+    def shared(self, num: int, share: Share) -> range:
+        """The networks that several processes compute together."""
+        if self.tile_tokens >= self.layout.num_tokens:
+            return range(0)
+        return range(num // share.size * share.size, num)
+
+    def sample(
+        self, request: Request, watch: Watch | None = None, share: Share | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``share`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
+        prototypes: list[Tensor] = []
+        current = -1
+        for tile in self.tiles(request.num, share):
+            with inference(self.device, self.bf16):
+                if tile.network != current:
+                    prototypes, current = self._prototypes(request, tile.network), tile.network
+                rows = self._sample_tile(request, tile, prototypes, watch)
+            yield tile, rows[: tile.num_networks, : tile.num_tokens]
+
+    def _group_size(self) -> int:
+        return max(1, self.tile_tokens // self.layout.num_tokens)
+
+    def _prototypes(self, request: Request, first: int) -> list[Tensor]:
+        """Prototypes ``[G or 1, L, H]`` of the tile's networks: with the condition and, under guidance, without.
+
+        G is always the full tile, short ones repeat their last network: the arithmetic must not depend on ``num``.
+        """
+        group = [min(first + i, request.num - 1) for i in range(self._group_size())]
+        vectors = self._state_vectors(request, group)
+        if request.conditions is None:
+            return [self.network.prototypes(vectors)]
+        conditions = request.conditions[group].to(self.device)
+        kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
+        if request.guidance_scale == 1:
+            return [self.network.prototypes(vectors, conditions, kept)]
+        return [self.network.prototypes(vectors, conditions, drop) for drop in (kept, ~kept)]
+
+    def _state_vectors(self, request: Request, networks: list[int]) -> Tensor | None:
+        """Permutation states ``[G, S]``, drawn from the table or a Gaussian fitted to it; one row if all share it."""
+        if self.network.state is None:
+            return None
+        table = self.network.state.weight.detach()
+        if len(table) == 1:
+            return table
+        streams = [generator(request.seed, "state", network) for network in networks]
+        if request.state == "stored":
+            drawn = torch.tensor([int(torch.randint(len(table), (), generator=stream)) for stream in streams])
+            return table[drawn.to(table.device)]
+        centred = table - table.mean(0)  # [K, S]
+        # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
+        weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
+        return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
+
+    def _sample_tile(
+        self, request: Request, tile: Tile, prototypes: list[Tensor], watch: Watch | None = None
+    ) -> Tensor:
+        """Denoise one tile, padded to its full shape: ``[G, n, D]``."""
+        length, size = self.layout.num_tokens, self.tile_tokens
+        group, width = self._group_size(), self.layout.token_size
+        num_tokens = length if group > 1 else min(size, length)
+        # A short last tile repeats its last token, so that every tile has one shape.
+        token_ids = torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
+        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, tile.token))
+        noise = torch.randn(group * num_tokens, width, generator=stream, device=self.device)
+        mask = self._mask(token_ids, group)
+        contexts = []
+        for each in prototypes:
+            rows = each[:, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
+            contexts.append(self.network.denoiser.precompute(rows))
+        scale = request.guidance_scale
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            times = time.expand(len(x))
+            prediction = self.network.predict(x, times, contexts[0], mask)
+            if len(contexts) == 1:
+                return prediction
+            free = self.network.predict(x, times, contexts[1], mask)
+            return torch.lerp(free, prediction, scale)
+
+        def tell(step: int, x: Tensor) -> None:
+            def rows() -> Tensor:
+                return _masked(x, mask).view(group, num_tokens, width)[: tile.num_networks, : tile.num_tokens]
+
+            if watch is not None:
+                watch(tile, step, rows)
+
+        rows = self.network.objective.sample(
+            predict,
+            _masked(noise, mask),
+            sampler=request.sampler,
+            num_steps=request.steps,
+            generator=stream,
+            eta=request.eta,
+            callback=tell,
+        )
+        return _masked(rows, mask).view(group, num_tokens, width)
+
+    def _mask(self, token_ids: Tensor, group: int) -> Tensor | None:
+        """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
+        mask = self.layout.mask_rows(token_ids)
+        return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
+
+
+@contextlib.contextmanager
+def inference(device: torch.device, bf16: bool) -> Iterator[None]:
+    """No gradients, and bf16 where it is asked for; enter it for each tile anew.
+
+    It must not span a generator's yields: leaving inference mode takes autocast away for good.
+    """
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        yield
+
+
+def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
+
+
+def low_precision_copy(network: RecurrentDiffusion) -> RecurrentDiffusion:
+    """The network with the weights of its matrix products in bf16; everything else is shared with the original.
+
+    Autocast would round these weights anew at every step, since it keeps only what needs a gradient.
+    """
+    kept: dict[int, nn.Parameter | Tensor] = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                kept[id(parameter)] = nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
+    return copy.deepcopy(network, kept)

@@ -1,0 +1,214 @@
+"""Texts as conditions: a frozen sentence encoder makes a vector of each, once.
+
+T texts, E width of the encoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenization.errors import InputError
+from tokenization.files import publish
+from tokenization.lora.canonical import CACHE_FOLDER
+from tokenization.zoo.zoo import Zoo
+
+TEXTS_FILE = "texts.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Texts and their vectors.
+
+    What sentences have in common fills most of a vector, so that conditions are what is left: less the texts' mean,
+    by the root mean square of the rest.
+
+    Attributes:
+        encoder: name or local path of the sentence encoder.
+        fingerprint: SHA-256 (hexadecimal) of its weights and tokenizer.
+        texts: all different.
+        vectors: ``[T, E]`` float32, of unit mean square.
+    """
+
+    encoder: str
+    fingerprint: str
+    texts: tuple[str, ...]
+    vectors: Tensor
+
+    @functools.cached_property
+    def conditions(self) -> Tensor:
+        """What the networks are given for each text, ``[T, E]``, of unit mean square over all texts."""
+        return self._centred(self.vectors)
+
+    def _centred(self, vectors: Tensor) -> Tensor:
+        centre = self.vectors.mean(0)
+        scale = (self.vectors - centre).square().mean().sqrt()
+        return (vectors - centre) / scale if scale > 0 else vectors  # a single text is all that it can be
+
+    def condition(self, text: str) -> Tensor:
+        """What the networks are given for a text, ``[E]``; one that is not in the table is encoded now.
+
+        Raises:
+            InputError: the encoder cannot be loaded, or is not the one that made the table.
+        """
+        if text in self.texts:
+            return self.conditions[self.texts.index(text)]
+        encoder = SentenceEncoder(self.encoder, "--prompt-model")
+        if encoder.fingerprint != self.fingerprint:
+            raise InputError(
+                f"--prompt-model {self.encoder}", "other weights than those that the generator was trained with",
+                "the same sentence encoder", "name it",
+            )  # fmt: skip
+        return self._centred(encoder.vectors([text]))[0]
+
+    def with_encoder(self, encoder: str | None) -> TextTable:
+        """The table with the place where the encoder is now."""
+        return self if encoder is None else replace(self, encoder=encoder)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file. Raises InputError when the disk refuses."""
+        metadata = {"encoder": self.encoder, "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
+        with publish(path) as temporary:
+            save_file({"vectors": self.vectors.contiguous()}, temporary, {"format": "pt", **metadata})
+
+    @classmethod
+    def load(cls, path: Path) -> TextTable:
+        """Read what ``save`` wrote. Raises InputError if it is missing or damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, vectors = file.metadata(), file.get_tensor("vectors")
+            texts = tuple(json.loads(metadata["texts"]))
+            if len(texts) != len(vectors):
+                raise ValueError(f"{len(texts)} texts for {len(vectors)} vectors")
+            return cls(metadata["encoder"], metadata["fingerprint"], texts, vectors)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                str(path), f"an unreadable file ({error})", "the texts of a generator", "copy the folder again"
+            ) from None
+
+
+def text_table(zoo: Zoo, encoder: str | None) -> TextTable:
+    """The vectors of a zoo's texts: from its folder ``cache``, by the encoder's name, or computed now.
+
+    Raises:
+        InputError: the zoo has no texts, no encoder is named, or it cannot be loaded.
+    """
+    if zoo.condition is None or zoo.condition.kind != "text":
+        found = zoo.condition.kind if zoo.condition else "none"
+        raise InputError(f"{zoo.path}: condition", found, "text", "collect it with --condition text")
+    if not encoder:
+        raise InputError(
+            "model.condition.encoder", "nothing", "name or local path of a sentence encoder for transformers",
+            "for example sentence-transformers/all-MiniLM-L6-v2",
+        )  # fmt: skip
+    texts = zoo.condition.names
+    key = hashlib.sha256(json.dumps([VERSION, encoder, texts]).encode()).hexdigest()
+    path = zoo.path / CACHE_FOLDER / f"texts-{key[:24]}.safetensors"
+    with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
+        return TextTable.load(path)
+    network = SentenceEncoder(encoder, "model.condition.encoder")
+    table = TextTable(encoder, network.fingerprint, texts, network.vectors(texts))
+    with contextlib.suppress(InputError, OSError):  # a zoo that may not be written
+        path.parent.mkdir(exist_ok=True)
+        table.save(path)
+    return table
+
+
+class SentenceEncoder:
+    """A frozen transformers model whose mean last hidden state stands for a text.
+
+    Args:
+        name: for ``AutoModel.from_pretrained``: a name on the hub or a local path.
+        where: the option to name in errors.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        from transformers import AutoModel
+
+        network, self.tokenizer = load_pretrained(name, where, lambda config: AutoModel)
+        self.network: nn.Module = network.get_encoder() if network.config.is_encoder_decoder else network
+        lengths = (self.tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None))
+        self.max_length = min(length for length in (*lengths, 1 << 20) if length)
+        self.where = f"{where} {name}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of weights and tokenizer."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        digest.update(vocabulary.encode())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Each text's vector, ``[T, E]``, one by one: no text's depends on another's length.
+
+        Raises:
+            InputError: a text has no token, or the model gives no hidden states.
+        """
+        rows = []
+        for text in texts:
+            ids = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length)["input_ids"]
+            if not ids.numel():
+                raise InputError(self.where, f"no token in {text!r}", "a text that its tokenizer knows")
+            rows.append(mean_hidden(self.network(input_ids=ids), torch.ones_like(ids), self.where)[0])
+        vectors = torch.stack(rows)
+        return (F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5).clone()
+
+
+def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
+    """A transformers model in float32, frozen, and its tokenizer.
+
+    Args:
+        name: a name on the hub or a local path.
+        where: the option to name in errors.
+        choose: from its configuration to the class that loads it.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        network = choose(config).from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(where, repr(name), "a transformers model's name or local path", reason) from None
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+    return network.eval().requires_grad_(False), tokenizer
+
+
+def mean_hidden(output: Any, attention_mask: Tensor, where: str) -> Tensor:
+    """The mean of the last hidden states ``[B, words, E]`` over each text's words, ``[B, E]``."""
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise InputError(where, "a model without last hidden states", "a text encoder", "name another")
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,1 @@
+"""Networks: recurrent diffusion and p-diff. No files, no trainer."""

@@ -1,0 +1,36 @@
+"""Backbones: from embedded positions to prototypes, one signature for all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rpg.models.backbone.base import Backbone
+from rpg.models.backbone.lstm import LSTMBackbone, LSTMConfig
+from rpg.models.backbone.mamba2 import Mamba2Backbone, Mamba2Config
+from rpg.models.backbone.none import NoneBackbone, NoneConfig
+from rpg.models.backbone.transformer import TransformerBackbone, TransformerConfig
+
+BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "LSTMConfig",
+    "Mamba2Config",
+    "NoneConfig",
+    "TransformerConfig",
+    "build_backbone",
+]
+
+
+def build_backbone(config: LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig) -> Backbone:
+    """Build the backbone a configuration describes, randomly initialised from torch's global generator."""
+    if isinstance(config, LSTMConfig):
+        return LSTMBackbone(config)
+    if isinstance(config, Mamba2Config):
+        return Mamba2Backbone(config)
+    if isinstance(config, TransformerConfig):
+        return TransformerBackbone(config)
+    return NoneBackbone(config)

@@ -1,0 +1,219 @@
+"""Mamba-2 backbone: the paper's, and the one for checkpoints of thousands of tokens.
+
+A layer has the parameter names and shapes of ``mamba_ssm.Mamba2``, whose kernels it runs on CUDA where they are
+installed; elsewhere it is plain PyTorch. Weights trained with one load into the other.
+Shape letters: B examples, L tokens of a checkpoint, H model width; I inner width (expand · H), A heads, P width of
+a head, S width of the state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from rpg.models.backbone.base import Backbone, BackboneSection
+from rpg.models.backbone.ssd import chunked_scan
+
+
+class Mamba2Config(BackboneSection):
+    """A stack of Mamba-2 layers. The paper's is plain: ``residual`` and ``norm`` false."""
+
+    kind: Literal["mamba2"] = "mamba2"
+    num_layers: int = Field(2, ge=1, description="Number of Mamba-2 layers.")
+    widths: tuple[int, ...] | None = Field(
+        None,
+        description="Width of every layer where they differ, joined by linear layers; d_model is the first and "
+        "num_layers their number. The last is the width of the prototypes.",
+    )
+    d_state: int = Field(128, ge=1, description="Width of the state of a head.")
+    d_conv: int = Field(4, ge=1, description="Width of the causal convolution before the recurrence.")
+    expand: int = Field(2, ge=1, description="Inner width of a layer, in multiples of its width.")
+    headdim: int = Field(64, ge=1, description="Width of a head; must divide the inner width.")
+    chunk_size: int = Field(64, ge=1, description="Tokens the recurrence takes at once; no effect on the result.")
+    residual: bool = Field(True, description="Add the input of every layer to its output.")
+    norm: bool = Field(True, description="Normalise the input of every layer (RMS norm).")
+
+    @property
+    def layer_widths(self) -> tuple[int, ...]:
+        """Width of every layer."""
+        return self.widths or (self.d_model,) * self.num_layers
+
+    @property
+    def d_output(self) -> int:
+        """Width of the prototypes the backbone writes."""
+        return self.layer_widths[-1]
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> Self:
+        widths = self.layer_widths
+        if (len(widths), widths[0]) != (self.num_layers, self.d_model):
+            raise ValueError(
+                f"widths: found {list(widths)}, expected num_layers {self.num_layers} of them, the first d_model "
+                f"{self.d_model}; change either"
+            )
+        for width in widths:
+            if width < 1 or self.expand * width % self.headdim:
+                raise ValueError(
+                    f"headdim: found {self.headdim}, expected a divisor of expand times the width, "
+                    f"{self.expand * width}; change either"
+                )
+        return self
+
+
+@functools.cache
+def fused_scan() -> Callable[..., Tensor] | None:
+    """The kernel of ``mamba_ssm`` for a whole layer, or None where it (or the convolution it needs) is missing."""
+    try:
+        import causal_conv1d  # noqa: F401
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+    except ImportError:
+        return None
+    return mamba_split_conv1d_scan_combined
+
+
+class Mamba2(nn.Module):
+    """One Mamba-2 layer (arXiv 2405.21060): projection, causal convolution, state-space recurrence, gate.
+
+    Args:
+        d_model: H.
+        d_state: S.
+        d_conv: width of the convolution.
+        expand: I / H.
+        headdim: P.
+        chunk_size: tokens the recurrence takes at once.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        self.d_state = d_state
+        self.headdim = headdim
+        self.chunk_size = chunk_size
+        self.num_heads = self.d_inner // headdim
+        self.d_xbc = self.d_inner + 2 * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_xbc + self.num_heads, bias=False)
+        self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, d_conv, groups=self.d_xbc, padding=d_conv - 1)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as ``mamba_ssm.Mamba2`` does: decay rates in 1 … 16, step sizes log-uniform in 0.001 … 0.1."""
+        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            module.reset_parameters()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()  # [A]
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
+        self.D.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, L, H]`` to ``[B, L, H]``; output i depends on the inputs up to i only."""
+        zxbcdt = self.in_proj(x)  # [B, L, 2I + 2S + A]
+        a = -self.A_log.float().exp()  # [A]
+        # The convolution's kernel wants rows of a multiple of eight values and a width of two to four.
+        fusible = zxbcdt.is_cuda and zxbcdt.shape[-1] % 8 == 0 and self.conv1d.kernel_size[0] in (2, 3, 4)
+        kernel = fused_scan() if fusible else None
+        if kernel is not None:
+            return self._forward_fused(kernel, zxbcdt, a)
+        z, xbc, dt = zxbcdt.split([self.d_inner, self.d_xbc, self.num_heads], dim=-1)
+        xbc = self.conv1d(xbc.transpose(1, 2))[..., : x.shape[1]]  # [B, I + 2S, L]
+        xbc = F.silu(xbc).transpose(1, 2).float()  # [B, L, I + 2S]
+        inner, b, c = xbc.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        inner = inner.unflatten(-1, (self.num_heads, self.headdim))  # [B, L, A, P]
+        dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, L, A]
+        y = chunked_scan(inner, dt, a, b, c, self.chunk_size)  # [B, L, A, P]
+        y = torch.addcmul(y, inner, self.D[:, None]).flatten(2)  # [B, L, I]
+        # Not self.norm(…): an fp32 input with bf16 parameters would miss the fused implementation.
+        y = F.rms_norm(y * F.silu(z), (self.d_inner,), self.norm.weight.float(), self.norm.eps)  # [B, L, I]
+        return self.out_proj(y.to(z.dtype))  # [B, L, H]
+
+    def _forward_fused(self, kernel: Callable[..., Tensor], zxbcdt: Tensor, a: Tensor) -> Tensor:
+        """The same by the kernels of ``mamba_ssm``: ``[B, L, 2I + 2S + A]`` and ``[A]`` to ``[B, L, H]``."""
+        # The kernels need a chunk of a power of two of at least 16; 256 is what they are tuned for.
+        return kernel(
+            zxbcdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            a,
+            D=self.D,
+            chunk_size=256,
+            activation="silu",
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.eps,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=None,
+            headdim=self.headdim,
+            ngroups=1,
+            norm_before_gate=False,
+        )
+
+
+class Mamba2Layer(nn.Module):
+    """A Mamba-2 layer, optionally with RMS norm before it and a residual connection around it."""
+
+    def __init__(self, mixer: Mamba2, d_model: int, residual: bool, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5) if norm else nn.Identity()
+        self.mixer = mixer
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, L, H]`` to ``[B, L, H]``."""
+        y = self.mixer(self.norm(x))  # [B, L, H]
+        return x + y if self.residual else y  # [B, L, H]
+
+
+class Mamba2Backbone(Backbone):
+    """Prototypes from Mamba-2 layers that read the positions in the checkpoint's order."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config.d_model, config.d_output, config.checkpointing)
+        self.layers = nn.ModuleList(self._layer(config, width) for width in config.layer_widths)
+        # joints[i] leads from layer i to layer i + 1.
+        self.joints = nn.ModuleList(
+            nn.Identity() if width == following else nn.Linear(width, following)
+            for width, following in pairwise(config.layer_widths)
+        )
+
+    @staticmethod
+    def _layer(config: Mamba2Config, width: int) -> Mamba2Layer:
+        mixer = Mamba2(
+            width,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+            headdim=config.headdim,
+            chunk_size=config.chunk_size,
+        )
+        return Mamba2Layer(mixer, width, config.residual, config.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, L, d_model]`` to ``[B, L, d_output]``."""
+        for index, layer in enumerate(self.layers):
+            if index:
+                x = self.joints[index - 1](x)  # [B, L, H of the layer]
+            x = self.run_layer(layer, x)  # [B, L, H of the layer]
+        return x

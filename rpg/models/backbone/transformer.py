@@ -1,0 +1,72 @@
+"""Causal transformer backbone.
+
+Pre-norm blocks; the positions come with the input, so the blocks add none.
+Shape letters: B examples, L tokens of a checkpoint, H model width; A attention heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from rpg.models.backbone.base import Backbone, BackboneSection
+
+
+class TransformerConfig(BackboneSection):
+    """A stack of pre-norm transformer blocks with causal attention."""
+
+    kind: Literal["transformer"] = "transformer"
+    num_layers: int = Field(2, ge=1, description="Number of transformer blocks.")
+    num_heads: int = Field(4, ge=1, description="Attention heads; must divide d_model.")
+    expand: int = Field(4, ge=1, description="Hidden width of the feed-forward part, in multiples of d_model.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads: found {self.num_heads}, expected a divisor of d_model {self.d_model}; change either"
+            )
+        return self
+
+
+class TransformerBlock(nn.Module):
+    """Causal self-attention and a feed-forward part, each behind a layer norm and inside a residual."""
+
+    def __init__(self, d_model: int, num_heads: int, expand: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.attention_out = nn.Linear(d_model, d_model)
+        self.mlp_norm = nn.LayerNorm(d_model)
+        self.mlp_in = nn.Linear(d_model, expand * d_model)
+        self.mlp_out = nn.Linear(expand * d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, L, H]`` to ``[B, L, H]``."""
+        qkv = self.qkv(self.attention_norm(x))  # [B, L, 3H]
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, A, L, K] each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, A, L, K]
+        x = x + self.attention_out(y.transpose(1, 2).flatten(2))  # [B, L, H]
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))  # [B, L, H]
+
+
+class TransformerBackbone(Backbone):
+    """Prototypes from causal attention over the positions."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.d_model, checkpointing=config.checkpointing)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config.d_model, config.num_heads, config.expand) for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, L, H]`` to ``[B, L, H]``; output i depends on the inputs up to i only."""
+        for layer in self.layers:
+            x = self.run_layer(layer, x)  # [B, L, H]
+        return self.norm(x)  # [B, L, H]

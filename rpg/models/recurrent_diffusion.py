@@ -1,0 +1,218 @@
+"""Recurrent diffusion (RPG, arXiv 2501.11587): prototypes from positions, states and conditions; a
+diffusion loss per token. No files, no trainer.
+
+B examples, G distinct (state, condition) pairs, L tokens of a checkpoint, N sampled tokens, D token
+width, H model width, S permutation-state width, C condition values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder
+from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
+from rpg.models.embeddings import sinusoid_1d, sinusoid_2d
+from rpg.section import Section
+
+
+class StateConfig(Section):
+    """The permutation state: which training run, or which checkpoint, the weights came from."""
+
+    of: Literal["none", "run", "checkpoint"] = Field("run", description="what has a learned embedding of its own")
+    width: int = Field(64, ge=1, description="width of the embedding")
+    noise: float = Field(
+        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
+    )
+
+
+class ModelConfig(Section):
+    """The networks of the generator."""
+
+    position: Literal["2d", "1d", "learned", "none"] = Field(
+        "2d", description="(layer, token) sinusoid; 1-D sinusoid; learned; no position embedding"
+    )
+    state: StateConfig = StateConfig()
+    condition: ConditionConfig = ConditionConfig()
+    backbone: BackboneConfig = LSTMConfig()
+    denoiser: DenoiserConfig = MLPConfig()
+    diffusion: ObjectiveConfig = FlowConfig()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's data, on the model's device."""
+
+    samples: Tensor  # [B, N, D] normalised tokens x0, padding 0
+    mask: Tensor  # [N, D] 1 where a token holds values
+    token_ids: Tensor  # [N] long
+    time: Tensor  # [B, N] the objective's unit
+    noise: Tensor  # [B, N, D]
+    group: Tensor  # [B] long, each example's row of states, conditions and dropped
+    states: Tensor  # [G] long
+    conditions: Tensor | None  # [G, C]
+    dropped: Tensor | None  # [G] bool: the condition is withheld
+    num_last: int = 0  # how many of the first examples have all their tokens at the last time
+
+
+class Loss(NamedTuple):
+    """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``).
+
+    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any. (A tuple,
+    since what spreads weights over processes looks for the forward pass's tensors in tuples, and not in data classes.)
+    """
+
+    mean: Tensor
+    per_token: Tensor
+    samples: Tensor | None = None
+
+
+class RecurrentDiffusion(nn.Module):
+    """The generator's networks.
+
+    Args:
+        config: the networks' configuration.
+        positions: ``[L, 2]`` long, (layer index, token index in the layer).
+        token_size: D.
+        num_states: size of the table of permutation states (1 when all checkpoints share one).
+        condition_size: C, or the number of classes; 0 without a condition.
+    """
+
+    position_embedding: Tensor
+
+    def __init__(
+        self, config: ModelConfig, positions: Tensor, token_size: int, num_states: int = 1, condition_size: int = 0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_tokens = len(positions)
+        self.token_size = token_size
+        self.condition_size = condition_size
+        self.backbone = build_backbone(config.backbone)
+        width, d_prototype = self.backbone.d_model, self.backbone.d_output
+        self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype)
+        self.objective: Objective = build_objective(config.diffusion)
+        learned, embedding = _position_embedding(config.position, positions, width)
+        if learned:
+            self.position_embedding = nn.Parameter(embedding)
+        else:
+            self.register_buffer("position_embedding", embedding, persistent=False)
+        self.state = nn.Embedding(num_states, config.state.width) if config.state.of != "none" else None
+        self.state_projection = nn.Linear(config.state.width, width) if self.state is not None else None
+        self.condition: ConditionEncoder | None = None
+        self.denoiser_condition: nn.Module | None = None
+        if config.condition.kind != "none":
+            self.condition = ConditionEncoder(config.condition.kind, condition_size, width)
+            if config.condition.inject == "both":
+                self.denoiser_condition = nn.Linear(width, d_prototype)
+
+    @property
+    def num_states(self) -> int:
+        """Size of the table of permutation states; 1 without one."""
+        return self.state.num_embeddings if self.state is not None else 1
+
+    def prototypes(
+        self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None
+    ) -> Tensor:
+        """Prototypes ``[G, L, H]`` of G (state, condition) pairs.
+
+        Args:
+            states: ``[G, S]`` state embeddings (not ids, so that fresh ones can be given), or None.
+            conditions: ``[G, C]``, or None.
+            dropped: ``[G]`` bool, where the condition is withheld.
+        """
+        num_groups = len(states) if states is not None else len(conditions) if conditions is not None else 1
+        x = self.position_embedding[None].expand(num_groups, -1, -1)  # [G, L, H]
+        if self.state_projection is not None:
+            assert states is not None
+            x = x + self.state_projection(states)[:, None]
+        embedded = None
+        if self.condition is not None:
+            assert conditions is not None
+            embedded = self.condition(conditions, dropped)  # [G, H]
+            if self.config.condition.inject == "last_tokens":
+                last = (
+                    torch.arange(self.num_tokens, device=x.device)
+                    >= self.num_tokens - self.config.condition.last_tokens
+                )
+                x = x + embedded[:, None] * last[None, :, None]
+            else:
+                x = x + embedded[:, None]
+        prototypes = self.backbone(x)  # [G, L, H]
+        if self.denoiser_condition is not None:
+            assert embedded is not None
+            prototypes = prototypes + self.denoiser_condition(embedded)[:, None]
+        return prototypes
+
+    def state_vectors(self, states: Tensor, noise: Tensor | None = None) -> Tensor | None:
+        """Embeddings ``[G, S]`` of state ids ``[G]``; ``noise`` ``[G, S]`` of unit variance is scaled by the config."""
+        if self.state is None:
+            return None
+        vectors = self.state(states)
+        if noise is not None and self.config.state.noise:
+            spread = self.state.weight.detach().std(0) if self.state.num_embeddings > 1 else 1.0
+            vectors = vectors + self.config.state.noise * spread * noise
+        return vectors
+
+    def predict(self, x: Tensor, time: Tensor, context: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """The denoiser's prediction ``[M, D]`` for noisy rows ``x`` ``[M, D]``; padding goes in and comes out as 0.
+
+        ``mask`` ``[M, D]`` is 1 where a row holds values; None where all of them do.
+        """
+        if mask is None:
+            return self.denoiser(x, time, context).float()
+        return self.denoiser(x * mask, time, context).float() * mask
+
+    def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`predict` from prototypes ``[M, H]``, recomputed in the backward pass if so configured."""
+        inputs = (x, time, prototypes, mask)
+        num_rows = self.config.denoiser.checkpoint_rows
+        if num_rows is None or not (self.training and torch.is_grad_enabled()):
+            return self._predict_whole(*inputs)
+        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
+        recompute = partial(checkpoint, self._predict_whole, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
+
+    def _predict_whole(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+        return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+
+    def forward(self, batch: Batch, state_noise: Tensor | None = None) -> Loss:
+        """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
+        num_examples, num_sampled = batch.samples.shape[:2]
+        states = self.state_vectors(batch.states, state_noise)
+        prototypes = self.prototypes(states, batch.conditions, batch.dropped)  # [G, L, H]
+        prototypes = prototypes[:, batch.token_ids][batch.group].flatten(0, 1)  # [B·N, H]
+        x0, noise = batch.samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
+        time = batch.time.flatten()  # [B·N]
+        mask = batch.mask[None].expand(num_examples, -1, -1).flatten(0, 1)  # [B·N, D]
+        noisy = self.objective.add_noise(x0, noise, time)
+        prediction = self._predict_rows(noisy, self.objective.network_time(time), prototypes, mask)  # [B·N, D]
+        error = (prediction - self.objective.target(x0, noise, time)).square() * mask
+        per_row = error.sum(1) * self.objective.weight(time)  # [B·N]
+        per_token = per_row.view(num_examples, num_sampled).mean(0)  # [N]
+        mean = per_token.sum() / batch.mask.sum()
+        samples = None
+        if batch.num_last:
+            rows = batch.num_last * num_sampled
+            samples = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
+            samples = samples.view(batch.num_last, num_sampled, -1)
+        return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), samples)
+
+
+def _position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:
+    """Whether the embedding is learned, and its (initial) value ``[L, H]``."""
+    if kind == "2d":
+        return False, sinusoid_2d(positions, width)
+    if kind == "1d":
+        return False, sinusoid_1d(torch.arange(len(positions)), width)
+    if kind == "learned":
+        return True, torch.randn(len(positions), width) * 0.02
+    return False, torch.zeros(len(positions), width)

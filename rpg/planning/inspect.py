@@ -1,0 +1,164 @@
+"""What a zoo, a checkpoint or a configuration holds and needs, as tables, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from rpg.config import Config
+from rpg.planning.memory import Subject
+from rpg.planning.plan import find_subject, make_plan
+from rpg.planning.tables import facts_table, format_bytes, plan_tables
+from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
+from tokenization.checkpoint.outline import outline
+from tokenization.checkpoint.pickles import pickled_files
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.layout.verify import verify_round_trip
+from tokenization.zoo.zoo import Zoo
+
+MOST_NAMES = 6
+"""Names that are listed one by one; more are only counted."""
+
+
+def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = False) -> list[RenderableType]:
+    """Describe a zoo folder, a checkpoint of any kind, or a configuration with its zoo and its generator.
+
+    Args:
+        path: a folder with ``zoo.json``; a YAML configuration or a run or generator folder, which hold one; anything
+            else is opened as a checkpoint.
+        overrides: ``section.field=value`` over the configuration, or over the defaults (``tokens.size=8192``).
+        verify: read the whole zoo: digests, finite values, and the way into tokens and back.
+
+    Raises:
+        InputError: there is nothing of the kind, it is broken, or the configuration does not fit it.
+    """
+    path = Path(path)
+    if file := _config_file(path):
+        return _inspect_config(Config.load(file, list(overrides)), verify)
+    config = Config.defaults(list(overrides))
+    if (path / "zoo.json").is_file():
+        zoo = Zoo.open(path)
+        layout = TokenLayout.plan(zoo.checkpoint(0), config.tokens)
+        return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
+    if verify:
+        raise InputError(f"--verify: {path}", "a checkpoint", "a zoo, or the configuration of one")
+    checkpoint = outline(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
+    return [checkpoint_table(checkpoint), *layout_tables(TokenLayout.plan(checkpoint, config.tokens))]
+
+
+def _config_file(path: Path) -> Path | None:
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    inside = path / "config.yaml"
+    return inside if inside.is_file() and not (path / "zoo.json").exists() else None
+
+
+def _inspect_config(config: Config, verify: bool) -> list[RenderableType]:
+    if (Path(config.zoo) / "zoo.json").exists() or verify or config.task is None:
+        zoo = Zoo.open(config.zoo)
+        subject = Subject.of(zoo, config)
+        first: RenderableType = zoo_table(zoo)
+        checks = _verified(zoo, config) if verify else []
+    else:
+        subject, checks = find_subject(config), []
+        first = f"{config.zoo}: no zoo yet; {subject.num_checkpoints:,} checkpoints of the task's network are assumed"
+    return [first, *layout_tables(subject.layout), *checks, *plan_tables(make_plan(config, subject))]
+
+
+def zoo_table(zoo: Zoo) -> Table:
+    """What the checkpoints are, how many and how large. Raises InputError if the zoo is empty."""
+    checkpoint = zoo.checkpoint(0)
+    num_bytes = sum(entry.size or sum(zoo.checkpoint(i).sizes.values()) for i, entry in enumerate(zoo.entries))
+    splits = Counter(entry.split for entry in zoo.entries)
+    steps = [entry.step for entry in zoo.entries]
+    outside = sum(entry.external for entry in zoo.entries)
+    table = facts_table("zoo")
+    table.add_row("folder", str(zoo.path))
+    table.add_row("checkpoints", f"{len(zoo):,}" + (f" ({outside:,} of them outside the folder)" if outside else ""))
+    table.add_row("on disk", format_bytes(num_bytes))
+    table.add_row("task", _task(zoo))
+    table.add_row("runs", f"{zoo.num_runs:,}" + (f": {_names(zoo.runs)}" if zoo.runs else ""))
+    table.add_row("steps", f"{min(steps)} … {max(steps)}")
+    table.add_row("splits", ", ".join(f"{name} {count:,}" for name, count in splits.items()))
+    table.add_row("condition", _condition(zoo))
+    for name in sorted({name for entry in zoo.entries for name in entry.metrics}):
+        values = [entry.metrics[name] for entry in zoo.entries if name in entry.metrics]
+        table.add_row(name, f"mean {sum(values) / len(values):.4g}, best {max(values):.4g}, least {min(values):.4g}")
+    return _with_tensors(table, checkpoint)
+
+
+def checkpoint_table(checkpoint: Checkpoint) -> Table:
+    """What one checkpoint holds."""
+    table = facts_table("checkpoint")
+    table.add_row("path", str(checkpoint.path))
+    if checkpoint.sizes:
+        table.add_row("on disk", format_bytes(sum(checkpoint.sizes.values())))
+    for key, text in sorted(checkpoint.metadata.items()):
+        table.add_row(key, text if len(text) <= 200 else f"{text[:200]}…")
+    return _with_tensors(table, checkpoint)
+
+
+def layout_tables(layout: TokenLayout) -> list[RenderableType]:
+    """The tokens by kind of layer, and what is outside them."""
+    table = Table(title=f"{layout.num_tokens:,} tokens of {layout.token_size:,} values", title_justify="left")
+    for column in ("layers", "tensors", "values", "tokens", "padding"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for group in layout.describe():
+        counts = (group.tensors, group.values, group.tokens)
+        table.add_row(group.kind, *(f"{count:,}" for count in counts), f"{group.padding_share:.1%}")
+    table.add_section()
+    totals = (len(layout.layers), layout.num_values, layout.num_tokens)
+    table.add_row("all", *(f"{total:,}" for total in totals), f"{layout.padding_share:.1%}")
+    outside = facts_table("outside the tokens")
+    constants = [name for name in layout.names if name in layout.constant_specs]
+    outside.add_row("constants", f"{len(constants):,}" + (f": {_names(constants)}" if constants else ""))
+    ties = [f"{alias} = {name}" for alias, name in layout.ties.items()]
+    outside.add_row("ties", f"{len(ties):,}" + (f": {_names(ties)}" if ties else ""))
+    return [table, outside]
+
+
+def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
+    zoo.verify()
+    layout = TokenLayout.fit(zoo, config.tokens)
+    trip = verify_round_trip(zoo, layout)
+    table = facts_table("verified")
+    table.add_row("digests, structure, finite values", f"{trip.num_checkpoints:,} checkpoints")
+    if layout.canonical is not None:
+        count = len(layout.canonical.pairs)
+        table.add_row("LoRA pairs", f"{count:,} in canonical form ({layout.canonical.form}), their products the same")
+    exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
+    exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
+    table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")
+    return [table]
+
+
+def _with_tensors(table: Table, checkpoint: Checkpoint) -> Table:
+    infos = checkpoint.tensors.values()
+    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+    table.add_row("tensors", f"{len(infos):,} ({', '.join(f'{count:,} {name}' for name, count in dtypes.items())})")
+    table.add_row("values", f"{sum(info.num_values for info in infos):,}")
+    return table
+
+
+def _task(zoo: Zoo) -> str:
+    if zoo.task is None:
+        return "none"
+    arguments = ", ".join(f"{key} {value}" for key, value in zoo.task.items() if key != "name")
+    return f"{zoo.task.get('name')}" + (f" ({arguments})" if arguments else "")
+
+
+def _condition(zoo: Zoo) -> str:
+    if zoo.condition is None:
+        return "none"
+    names = f": {_names(zoo.condition.names)}" if zoo.condition.names else ""
+    return f"{zoo.condition.kind} of {zoo.condition.size}{names}"
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown}, … ({len(names) - MOST_NAMES:,} more)"

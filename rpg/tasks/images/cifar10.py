@@ -1,0 +1,185 @@
+"""The tasks ``cifar10_subsets``: every two-way grouping of the ten CIFAR-10 classes, by fine-tuning timm's ViT-Tiny.
+
+The recipe is that of arXiv 2501.11587 (section 5): from ImageNet weights, the head first and then everything, focal
+loss, five checkpoints a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator, permutation
+from rpg.tasks.images.finetuning import FinetuneConfig, Stage
+from rpg.tasks.images.images import ImageSplits
+from rpg.tasks.images.subsets import SubsetsConfig, SubsetTask
+from tokenization.errors import InputError
+
+MEAN, STD = 0.5, 0.5
+"""What timm's ViT-Tiny was trained with."""
+
+CROP_PADDING = 4
+
+
+class ProbeConfig(Section):
+    """How the shared base gets its ten-way head: a linear probe on the ImageNet network."""
+
+    steps: int = Field(180, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    batch_size: int = Field(500, ge=1)
+
+
+PAPER_FINETUNING = FinetuneConfig(
+    stages=(
+        Stage(steps=180, learning_rate=1e-2, weight_decay=0.1, only=("head.*",)),  # 2 epochs of 45,000 images
+        Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
+    ),
+    batch_size=500,
+    loss="focal",
+    checkpoints=5,
+    tail=0.05,
+)
+
+
+class Cifar10SubsetsConfig(SubsetsConfig):
+    """Which of two groups of CIFAR-10 classes an image belongs to: 1,022 tasks."""
+
+    name: Literal["cifar10_subsets"] = "cifar10_subsets"
+    root: str = Field("data/cifar10", description="folder that holds cifar-10-batches-py")
+    download: bool = Field(False, description="let torchvision fetch the images into root")
+    network: str = Field("vit_tiny_patch16_224", description="a timm network without dropout and batch norm")
+    pretrained: bool = Field(True, description="start from timm's ImageNet weights")
+    image_size: int = Field(224, ge=1, description="what the 32×32 images are enlarged to")
+    num_validation: int = Field(5000, ge=1, description="training images kept for choices")
+    eval_batch: int = Field(250, ge=1, description="images enlarged and scored at a time")
+    probe: ProbeConfig = ProbeConfig()
+    fresh_head: bool = Field(True, description="start every task's head at random, as the paper does")
+    finetune: FinetuneConfig = PAPER_FINETUNING
+    group: int = Field(4, ge=1, description="tasks trained side by side in one process")
+
+
+class Cifar10SubsetsTask(SubsetTask):
+    """Collects and scores ViTs for groups of CIFAR-10 classes; on a GPU if there is one.
+
+    Args:
+        config: images, network and recipe.
+
+    Raises:
+        InputError: there is no CIFAR-10 under ``config.root``.
+    """
+
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    config: Cifar10SubsetsConfig
+
+    def __init__(self, config: Cifar10SubsetsConfig) -> None:
+        super().__init__(config)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def data(self) -> ImageSplits:
+        """The raw images, uint8 ``[B, 3, 32, 32]``, by split."""
+        train, test = self._load(True), self._load(False)
+        if not len(train[1]) > self.config.num_validation:
+            raise InputError("task.num_validation", str(self.config.num_validation), f"fewer than {len(train[1])}")
+        order = permutation(len(train[1]), self.config.seed, "validation images")
+        rows = {"validation": order[: self.config.num_validation], "train": order[self.config.num_validation :]}
+        images = {name: train[0][index] for name, index in rows.items()}
+        labels = {name: train[1][index] for name, index in rows.items()}
+        return ImageSplits({**images, "test": test[0]}, {**labels, "test": test[1]}, 10)
+
+    def _load(self, train: bool) -> tuple[Tensor, Tensor]:
+        from torchvision.datasets import CIFAR10  # imported here: slow, and only needed with the data
+
+        root = self.config.root
+        try:
+            found = CIFAR10(root, train=train, download=self.config.download)
+        except (RuntimeError, OSError) as error:
+            raise InputError(
+                f"task.root {root}",
+                str(error).splitlines()[0],
+                "a folder with cifar-10-batches-py",
+                "set task.root to it, or task.download=true to fetch it",
+            ) from None
+        return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+
+    def network(self, num_outputs: int) -> nn.Module:
+        """timm's network with that many logits; ImageNet weights come with :meth:`train_base` only."""
+        return self._timm(num_outputs, pretrained=False)
+
+    def _timm(self, num_outputs: int, pretrained: bool) -> nn.Module:
+        import timm
+
+        size: dict[str, Any] = {"img_size": self.config.image_size} if "vit" in self.config.network else {}
+        try:
+            return timm.create_model(self.config.network, pretrained=pretrained, num_classes=num_outputs, **size)
+        except Exception as error:  # timm and the hub raise many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"task.network {self.config.network}",
+                reason,
+                "a timm network",
+                "task.pretrained=false needs no weights",
+            ) from None
+
+    def enlarge(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, 32, 32]`` → standardised float32 ``[B, 3, image_size, image_size]`` on the device."""
+        values = (images.to(self.device).float() / 255 - MEAN) / STD
+        size = self.config.image_size
+        return F.interpolate(values, size=(size, size), mode="bicubic", align_corners=False)
+
+    def images(self, split: str = "test") -> Tensor:
+        """All images of a split, enlarged; use :meth:`batches` where memory matters."""
+        return self.enlarge(self.data.images[self.data.check(split)])
+
+    def batches(self, split: str) -> Iterator[Tensor]:
+        """The images of a split, enlarged some at a time."""
+        for part in self.data.images[self.data.check(split)].split(self.config.eval_batch):
+            yield self.enlarge(part)
+
+    def classes(self, split: str = "test") -> Tensor:
+        """Classes of a split's images, int64 ``[B]``."""
+        return self.data.labels[self.data.check(split)]
+
+    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Draw training images, enlarged, and their classes; altered ones are flipped and cropped at random."""
+        images, classes = self.data.images["train"], self.data.labels["train"]
+        rows = torch.randint(len(images), (num,), generator=stream)
+        chosen = images[rows]
+        if augmented:
+            chosen = _flip_and_crop(chosen, stream)
+        return self.enlarge(chosen), classes[rows].to(self.device)
+
+    def train_base(self) -> dict[str, Tensor]:
+        """ImageNet weights with a ten-way head trained on them (the base of ``base_summed``)."""
+        config: ProbeConfig = self.config.probe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "base"))
+            network = self._timm(self.num_classes, self.config.pretrained).to(self.device).eval()
+        stream = generator(self.config.seed, "base images")
+        head = network.get_classifier()  # type: ignore[operator]
+        optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
+        for _ in range(config.steps):
+            images, classes = self.draw(config.batch_size, stream, augmented=True)
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), classes).backward()
+            optimizer.step()
+        return {name: value.detach().cpu() for name, value in network.state_dict().items()}
+
+
+def _flip_and_crop(images: Tensor, stream: torch.Generator) -> Tensor:
+    """Each image mirrored by chance and cut out of itself with a border of ``CROP_PADDING`` pixels."""
+    num, _, height, width = images.shape
+    flip = torch.rand(num, generator=stream) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    top, left = torch.randint(2 * CROP_PADDING + 1, (2, num), generator=stream)
+    rows = top[:, None] + torch.arange(height)  # [B, H]
+    columns = left[:, None] + torch.arange(width)  # [B, W]
+    return padded[torch.arange(num)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

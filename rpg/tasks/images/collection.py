@@ -1,0 +1,216 @@
+"""Collecting a zoo the way RPG and p-diff do: train to convergence, then save after every fine-tuning step.
+
+p-diff (arXiv 2402.13144, section 3.1 and appendix A.1) and RPG (arXiv 2501.11587) both train a network to
+convergence, fine-tune it further with a larger learning rate, and keep the checkpoint of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator
+from rpg.tasks.images.augmentation import augment
+from rpg.tasks.images.images import ImageSplits, accuracy_of
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.zoo import Zoo
+
+Progress = Callable[[int, int], None]
+"""Called with the optimizer steps done and their total over all runs."""
+
+
+class CollectionConfig(Section):
+    """How the checkpoints of a zoo are trained."""
+
+    seed: int = Field(0, ge=0, description="decides the initial weights and the order of the images of every run")
+    runs: int = Field(1, ge=1, description="independent training runs")
+    steps: int = Field(128, ge=1, description="fine-tuning steps of a run; one checkpoint is saved after each")
+    train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
+    batch_size: int = Field(128, ge=1, description="images a step")
+    learning_rate: float = Field(5e-3, gt=0, description="peak of the one-cycle schedule to convergence")
+    finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
+    weight_decay: float = Field(0.05, ge=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of the training steps; checkpoints are fp32 in either case"
+    )
+    finetune: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"
+    )
+    augment: bool = Field(False, description="move, turn and scale the training images at random, in both phases")
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread: faster for networks this small, and the bits do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def open_zoo(
+    path: Path | str,
+    task: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    condition: ConditionSpec | None = None,
+) -> Zoo:
+    """Open the zoo at ``path`` to complete it, or create an empty one for ``task`` and ``condition``.
+
+    ``defaults`` stand for fields that a zoo of an earlier version does not record.
+
+    Raises:
+        InputError: the zoo there was collected with another configuration, which must not be mixed in.
+    """
+    path = Path(path)
+    if not (path / "zoo.json").exists():
+        return Zoo.create(path, task=task, condition=condition)
+    zoo = Zoo.open(path, repair=True)
+    recorded = {**(defaults or {}), **zoo.require_task()}
+    for key in sorted(task.keys() | recorded.keys()):
+        if recorded.get(key) != task.get(key):
+            raise InputError(
+                f"{path / 'zoo.json'}: task.{key}",
+                repr(recorded.get(key)),
+                f"{task.get(key)!r} as configured",
+                "choose another folder, or remove this one to collect anew",
+            )
+    return zoo
+
+
+@single_threaded()
+def collect_runs(
+    zoo: Zoo,
+    build: Callable[[], nn.Module],
+    splits: ImageSplits,
+    config: CollectionConfig,
+    *,
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> None:
+    """Append every checkpoint that ``zoo`` still lacks.
+
+    A run is decided by ``config.seed`` and its number alone. One that a kill cut short is therefore trained again
+    from its start, and only the checkpoints that are missing are appended.
+
+    Args:
+        zoo: where checkpoints go; entries hold ``run``, ``step`` (1 … ``config.steps``) and ``validation_accuracy``.
+        build: makes the untrained network from torch's global random state.
+        splits: images; ``train`` is trained on and ``validation`` measured.
+        config: the recipe.
+        progress: called after every optimizer step.
+        limit: stop once the zoo holds this many checkpoints.
+    """
+    saved = {(entry.run, entry.step) for entry in zoo.entries}
+    run_length = config.train_steps + config.steps
+    total = config.runs * run_length
+
+    for run in range(config.runs):
+        missing = {step for step in range(1, config.steps + 1) if (run, step) not in saved}
+        if not missing:
+            continue
+        if limit is not None and len(zoo) >= limit:
+            return
+
+        def tick(done: int, before: int = run * run_length) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        for step, network in train_run(build, splits, config, run, tick):
+            if step in missing:
+                metrics = {"validation_accuracy": accuracy_of(network, splits, "validation")}
+                zoo.append(network.state_dict(), run=run, step=step, metrics=metrics)
+            if limit is not None and len(zoo) >= limit:
+                return
+    if progress is not None:  # runs that were complete have not ticked
+        progress(total, total)
+
+
+def train_run(
+    build: Callable[[], nn.Module],
+    splits: ImageSplits,
+    config: CollectionConfig,
+    run: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[int, nn.Module]]:
+    """Train one run; yield (step, network) after every fine-tuning step. The network is the same object throughout.
+
+    Args:
+        build: makes the untrained network from torch's global random state, which is restored afterwards.
+        splits: images to train on (``train``).
+        config: the recipe.
+        run: number of the run.
+        tick: called after every optimizer step with the number done.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initialisation", run))
+        network = build()
+    draws = generator(config.seed, "batches", run)
+    images, labels = splits.images["train"], splits.labels["train"]
+    background = float(images.min())
+
+    @single_threaded()
+    def update(optimizer: torch.optim.Optimizer) -> None:
+        rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
+        drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = F.cross_entropy(network.train()(drawn), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    # one-cycle: these networks converge in half the steps a plain cosine takes
+    optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.train_steps + 1)
+    for step in range(1, config.train_steps + 1):
+        update(optimizer)
+        schedule.step()
+        tick(step)
+
+    # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
+    optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
+    for step in range(1, config.steps + 1):
+        update(optimizer)
+        tick(config.train_steps + step)
+        yield step, network
+
+
+def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=config.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]:
+    """Freeze the parameters that no pattern names; return the others.
+
+    With frozen parameters the batch norms keep their running statistics too: what is not fine-tuned stays as it is.
+
+    Raises:
+        InputError: a pattern names no parameter.
+    """
+    named = dict(network.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise InputError("task.finetune", repr(pattern), "a glob pattern of parameter names", ", ".join(named))
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+    chosen = [parameter for parameter in named.values() if parameter.requires_grad]
+    if len(chosen) < len(named):
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
+    return chosen

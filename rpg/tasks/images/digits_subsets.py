@@ -1,0 +1,95 @@
+"""The tasks ``digits_subsets``: every two-way grouping of the ten handwritten digits."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator
+from rpg.tasks.images.augmentation import augment
+from rpg.tasks.images.digits import load_splits
+from rpg.tasks.images.networks import NetworkName, build_network
+from rpg.tasks.images.subsets import SubsetsConfig, SubsetTask
+
+POOL_COPIES = 40
+"""Altered copies of every training image, made once: drawing from them is cheaper than altering each batch."""
+
+
+class BaseConfig(Section):
+    """How the shared base network is trained: AdamW, one-cycle schedule, altered images."""
+
+    steps: int = Field(3000, ge=1)
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class DigitsSubsetsConfig(SubsetsConfig):
+    """Which of two groups of digits an image belongs to: 1,022 tasks."""
+
+    name: Literal["digits_subsets"] = "digits_subsets"
+    network: NetworkName = Field("cnn", description="the target network; one without dropout and batch norm")
+    base: BaseConfig = BaseConfig()
+
+
+class DigitsSubsetsTask(SubsetTask):
+    """Collects and scores networks for groups of digits.
+
+    Args:
+        config: the network, the held-out tasks and the recipe.
+    """
+
+    class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+    def network(self, num_outputs: int) -> nn.Module:
+        """The untrained network: images [B, 1, 8, 8] → logits [B, num_outputs]."""
+        return build_network(self.config.network, in_channels=1, image_size=8, num_classes=num_outputs)
+
+    def images(self, split: str = "test") -> Tensor:
+        """Standardised images of a split, float32 [B, 1, 8, 8]. Raises InputError for an unknown split."""
+        splits = load_splits()
+        return splits.images[splits.check(split)]
+
+    def classes(self, split: str = "test") -> Tensor:
+        """Digits of a split's images, int64 [B]. Raises InputError for an unknown split."""
+        splits = load_splits()
+        return splits.labels[splits.check(split)]
+
+    @cached_property
+    def pool(self) -> Tensor:
+        """Altered training images, ``[POOL_COPIES · n, 1, 8, 8]``, copy after copy."""
+        images = self.images("train")
+        stream = generator(self.config.seed, "augmentation")
+        return torch.cat([augment(images, stream, fill=float(images.min())) for _ in range(POOL_COPIES)])
+
+    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Draw training images ``[num, 1, 8, 8]``, altered or as they are, and their digits ``[num]``."""
+        classes = self.classes("train")
+        images = self.pool if augmented else self.images("train")
+        rows = torch.randint(len(images), (num,), generator=stream)
+        return images[rows], classes[rows % len(classes)]
+
+    def train_base(self) -> dict[str, Tensor]:
+        """Train the shared base network on the ten digits."""
+        config: BaseConfig = self.config.base
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "base"))
+            network = self.network(self.num_classes)
+        stream = generator(self.config.seed, "base images")
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
+        for _ in range(config.steps):
+            images, classes = self.draw(config.batch_size, stream, augmented=True)
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), classes).backward()
+            optimizer.step()
+            schedule.step()
+        return network.state_dict()

@@ -1,0 +1,205 @@
+"""The task ``imagenet``: the paper's zoos of whole networks, from timm's pretrained weights and a folder of images.
+
+RPG (arXiv 2501.11587) takes a converged network, fine-tunes all of it for one more epoch and keeps 50 checkpoints of
+that epoch. The images are yours (ImageNet or any other set of as many classes); nothing is downloaded but the weights,
+and not those either where ``weights`` names a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed
+from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.images.images import check_structure
+from rpg.tasks.images.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
+from tokenization.checkpoint.checkpoint import read_state_dict
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+
+class ImageNetConfig(Section):
+    """A timm network, a folder of images, and the epochs in which its checkpoints are saved."""
+
+    name: Literal["imagenet"] = "imagenet"
+    network: str = Field("vit_base_patch16_224", description="a timm model")
+    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
+    weights: str | None = Field(None, description="file to start from instead, of any kind that holds a state dict")
+    data: str = Field("data/imagenet", description="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    num_classes: int = Field(1000, ge=2, description="classes of the data; the network's head has as many logits")
+    image_size: int = Field(224, ge=1)
+    seed: int = Field(0, ge=0)
+    epochs: float = Field(1.0, gt=0, description="epochs of fine-tuning")
+    checkpoints: int = Field(50, ge=1, description="saved at even distances in them, the last step among them")
+    learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
+    weight_decay: float = Field(0.05, ge=0)
+    batch_size: int = Field(128, ge=1)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; checkpoints are fp32 in either case")
+    workers: int = Field(0, ge=0, description="processes that read images")
+    device: str = Field("auto", description="cpu, cuda, …")
+
+
+class ImageNetTask:
+    """Collects zoos of whole networks and scores them.
+
+    Args:
+        config: what and how.
+    """
+
+    def __init__(self, config: ImageNetConfig) -> None:
+        self.config = config
+        common = set(TimmFinetuneConfig.model_fields) & set(ImageNetConfig.model_fields) - {"name"}
+        shared = {name: getattr(config, name) for name in common}
+        # Reading batches and taking steps is as in the task `finetune`.
+        self._tuning = _FolderTask(TimmFinetuneConfig(**shared))
+        self.device = self._tuning.device
+
+    def build(self) -> nn.Module:
+        """The target network, untrained, on torch's default device. Raises InputError if timm does not know it."""
+        import timm
+
+        self._check_network()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
+            return timm.create_model(self.config.network, num_classes=self.config.num_classes)
+
+    def start(self) -> nn.Module:
+        """The network that fine-tuning begins with.
+
+        Raises:
+            InputError: its weights cannot be had, or do not fit.
+        """
+        network = self.build()
+        if self.config.weights is not None:
+            state_dict: Mapping[str, Tensor] = read_state_dict(Path(self.config.weights))
+        elif self.config.pretrained:
+            state_dict = self._pretrained()
+        else:
+            return network
+        check_structure(state_dict, network.state_dict(), f"task.weights: {self.config.weights or self.config.network}")
+        network.load_state_dict(state_dict)
+        return network
+
+    def _pretrained(self) -> Mapping[str, Tensor]:
+        import timm
+
+        try:
+            made = timm.create_model(self.config.network, pretrained=True, num_classes=self.config.num_classes)
+        except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
+            cure = "name a file as task.weights, or set task.pretrained to false"
+            raise InputError("task.pretrained", type(error).__name__, "weights from the hub", cure) from None
+        return made.state_dict()
+
+    def steps(self) -> list[int]:
+        """The optimizer steps after which a checkpoint is saved, ascending.
+
+        Raises:
+            InputError: there are fewer steps than checkpoints.
+        """
+        per_epoch = math.ceil(len(self._tuning.dataset("train")) / self.config.batch_size)
+        total, count = round(self.config.epochs * per_epoch), self.config.checkpoints
+        if total < count:
+            raise InputError(
+                "task.checkpoints", str(count), f"at most one a step: {total} steps", "raise task.epochs or lower it"
+            )
+        return [round((index + 1) * total / count) for index in range(count)]
+
+    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
+        """Fine-tune the whole network and save its checkpoints with their training loss.
+
+        A collection that a kill cut short is trained again from its start; only what is missing is saved.
+
+        Raises:
+            InputError: images or weights are not there, or the zoo at ``path`` is another one.
+        """
+        self._check_network()
+        self._check_classes()
+        wanted = self.steps()
+        zoo = open_zoo(path, self.config.model_dump(mode="json"))
+        saved = {entry.step for entry in zoo.entries}
+        if saved >= set(wanted):
+            return zoo
+        network = self.start().to(self.device).train()
+        torch.manual_seed(derive_seed(self.config.seed, "finetune"))
+        random.seed(derive_seed(self.config.seed, "images"))  # timm's random crops draw from Python's own generator
+        for step, loss in itertools.islice(self._train(network), wanted[-1]):
+            if step in wanted and step not in saved:
+                state_dict = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+                zoo.append(state_dict, run=0, step=step, metrics={"training_loss": loss})
+            if progress is not None:
+                progress(step, wanted[-1])
+            if limit is not None and len(zoo) >= limit:
+                break
+        return zoo
+
+    def _train(self, network: nn.Module) -> Iterable[tuple[int, float]]:
+        settings = self.config
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        batches = itertools.chain.from_iterable(self._tuning.batches("train", epoch) for epoch in itertools.count())
+        for step, (images, labels) in enumerate(batches, 1):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                loss = torch.nn.functional.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield step, loss.item()
+
+    def _check_network(self) -> None:
+        import timm
+
+        if not timm.is_model(self.config.network):
+            raise InputError("task.network", repr(self.config.network), "a timm model", "see timm.list_models()")
+
+    def _check_classes(self) -> None:
+        found = len(self._tuning.classes)
+        if found != self.config.num_classes:
+            where = f"task.data: {self.config.data}"
+            raise InputError(where, f"{found} classes", f"{self.config.num_classes}", "set task.num_classes")
+
+    @torch.inference_mode()
+    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
+        """Predicted classes of each network, int64 [num, images]; 0 where a logit is not finite.
+
+        Raises:
+            InputError: a state dict does not fit the network; names the tensor.
+        """
+        network = self.build().eval().to(self.device)
+        expected = network.state_dict()
+        answers = []
+        for index, state_dict in enumerate(state_dicts):
+            check_structure(state_dict, expected, f"network {index}")
+            network.load_state_dict(state_dict)
+            rows = [network(images) for images, _ in self._tuning.batches(split)]
+            answers.append(torch.cat([x.argmax(1).where(x.isfinite().all(1), 0).cpu() for x in rows]))
+        return torch.stack(answers) if answers else torch.empty(0, 0, dtype=torch.long)
+
+    def labels(self, split: str = "test") -> Tensor:
+        """Right classes, int64 [images]."""
+        return self._tuning.labels(split)
+
+
+class _FolderTask(TimmFinetuneTask):
+    """Images by folder, ``test`` being what ImageNet calls ``val``, prepared as timm does for the network."""
+
+    def open_split(self, split: str) -> Any:
+        import timm
+        from torchvision import datasets
+
+        size = self.config.image_size
+        known = timm.get_pretrained_cfg(self.config.network)
+        prepared = timm.data.resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
+        prepared["input_size"] = (3, size, size)
+        transform = timm.data.create_transform(**prepared, is_training=split == "train", color_jitter=0.0)
+        return datasets.ImageFolder(Path(self.config.data) / {"test": "val"}.get(split, split), transform)

@@ -1,0 +1,281 @@
+"""A family of binary tasks over one labelled image set, all fine-tuned from one shared base network.
+
+T networks or tasks, C classes of the image set, B images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator, permutation
+from rpg.tasks.class_splits import HeldOut, RandomSplit, all_tasks, assign_splits
+from rpg.tasks.images.collection import Progress, open_zoo, single_threaded
+from rpg.tasks.images.finetuning import FinetuneConfig, binary_start, finetune_many
+from rpg.tasks.images.images import predict_images
+from rpg.tasks.many import collect_many
+from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.errors import InputError
+from tokenization.zoo.condition import WITHHELD, ConditionSpec
+from tokenization.zoo.zoo import Zoo
+
+BASE = "base.safetensors"
+
+
+class SubsetsConfig(Section):
+    """Fields that every family of binary tasks shares."""
+
+    seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
+    tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
+    held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
+    validation: int = Field(100, ge=0, description="seen tasks kept for choices")
+    finetune: FinetuneConfig = FinetuneConfig()
+    fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
+    group: int = Field(32, ge=1, description="tasks trained side by side in one process")
+
+
+class SubsetTask:
+    """What is common to the families; a subclass brings images and networks.
+
+    Args:
+        config: the family.
+    """
+
+    class_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.device = torch.device("cpu")
+        self._side: SideBySide | None = None
+
+    # --- what a subclass provides ------------------------------------------------------------------------------
+
+    def network(self, num_outputs: int) -> nn.Module:
+        """The untrained network with that many logits, drawn from torch's global random state."""
+        raise NotImplementedError
+
+    def images(self, split: str = "test") -> Tensor:
+        """Standardised images of a split, float32 ``[B, C, S, S]``."""
+        raise NotImplementedError
+
+    def batches(self, split: str) -> Iterator[Tensor]:
+        """The images of a split in parts that fit into memory."""
+        yield self.images(split)
+
+    def classes(self, split: str = "test") -> Tensor:
+        """The classes of a split's images, int64 ``[B]``."""
+        raise NotImplementedError
+
+    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Draw training images ``[num, …]`` and their classes ``[num]``."""
+        raise NotImplementedError
+
+    def train_base(self) -> dict[str, Tensor]:
+        """The shared base network, with one logit a class."""
+        raise NotImplementedError
+
+    # --- the task interface ------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+        return ConditionSpec("binary", self.num_classes, self.class_names)
+
+    @property
+    def side(self) -> SideBySide:
+        """The target network as a function of many state dicts."""
+        if self._side is None:
+            self._side = SideBySide(self.build().to(self.device))
+        return self._side
+
+    def build(self) -> nn.Module:
+        """The untrained target network: two logits, negative and positive."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
+            return self.network(2)
+
+    def bits(self) -> Tensor:
+        """The tasks of the family in the order of their numbers, ``[T, C]``. Raises InputError if there are too few."""
+        bits, wanted = all_tasks(self.num_classes), self.config.tasks
+        if wanted is None:
+            return bits
+        if wanted > len(bits):
+            raise InputError("task.tasks", str(wanted), f"at most {len(bits)}")
+        return bits[permutation(len(bits), self.config.seed, "tasks")[:wanted].sort().values]
+
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+        return assign_splits(self.bits(), self.config.held_out, self.config.validation, self.config.seed)
+
+    def targets(self, conditions: Tensor, split: str = "test") -> Tensor:
+        """Right answers 0 or 1 of each task on a split's images: ``[T, C]`` → int64 ``[T, B]``."""
+        return conditions.long()[:, self.classes(split)]
+
+    def labels(self, split: str = "test") -> Tensor:
+        """Always raises: the right answers depend on the task."""
+        raise InputError(
+            "task", f"{self.config.name}, a family of tasks", "a single task", "score it with `rpg unseen`"
+        )
+
+    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
+        """Answers 0 or 1 of each network, int64 ``[T, B]``. Raises InputError for state dicts that do not fit."""
+        with single_threaded():
+            networks = [dict(each) for each in state_dicts]
+            return torch.cat([predict_images(self.build(), networks, part.cpu()) for part in self.batches(split)], 1)
+
+    def base_probabilities(self, zoo: Zoo, split: str = "test") -> Tensor:
+        """Class probabilities ``[B, C]`` of the shared base network."""
+        teacher = self.teacher(zoo)
+        with torch.inference_mode():
+            return torch.cat([teacher(images).cpu() for images in self.batches(split)])
+
+    def collect(
+        self,
+        path: Path | str,
+        *,
+        progress: Progress | None = None,
+        limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:
+        """Train the base and every task's network; a zoo that is partly there is completed.
+
+        Args:
+            path: the zoo folder, on a disk that all processes share.
+            progress: called with (tasks trained, tasks in all).
+            limit: train only so many tasks, rounded up to whole groups.
+            processes: parts trained at a time.
+
+        Raises:
+            InputError: the zoo there was collected with another configuration.
+        """
+        place = PartialState()
+        with place.main_process_first():
+            self.classes("train")  # images that are missing are missed before there is a folder
+            zoo = open_zoo(path, self.config.model_dump(mode="json"), {"tasks": None}, self.condition)
+            if place.is_main_process and not (zoo.path / BASE).exists():
+                with single_threaded():
+                    save_checkpoint(zoo.path / BASE, self.train_base())
+        collect_many(
+            zoo, self, self.bits(), self.splits(), self.config.group,
+            processes=processes, progress=progress, limit=limit,
+        )  # fmt: skip
+        return zoo if place.is_main_process else Zoo.open(path)
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
+        """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        bits = self.bits()[tasks].to(self.device)
+        start = self.starts(load_file(folder / BASE), bits.cpu())
+        start = {name: value.to(self.device) for name, value in start.items()}
+        stream = generator(self.config.seed, "fine-tuning")  # the same images for every part
+        augmented = self.config.finetune.augment
+        checkpoints = finetune_many(
+            self.side, start, bits, lambda num: self.draw(num, stream, augmented=augmented), self.config.finetune
+        )
+        accuracies = torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
+        on_cpu = [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
+        return on_cpu, {"validation_accuracy": accuracies}
+
+    def starts(self, base: Mapping[str, Tensor], bits: Tensor) -> Stacked:
+        """The weights from which each task ``[T, C]`` is fine-tuned, made of the shared base network's."""
+        return binary_start(base, self.build(), bits, self.config.fresh_head)
+
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
+        """Share of right answers of T stacked networks at their tasks ``[T, C]``, float64 ``[T]``."""
+        answers = self.probabilities(weights, split).argmax(-1)
+        return (answers == self.targets(bits.cpu(), split)).double().mean(1)
+
+    def probabilities(self, weights: Stacked, split: str) -> Tensor:
+        """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""
+        weights = {name: value.to(self.device) for name, value in weights.items()}
+        return torch.cat([self.side.predict(weights, images).cpu() for images in self.batches(split)], 1)
+
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """The shared base network: images ``[B, …]`` → class probabilities ``[B, C]``. Raises InputError if missing."""
+        network = self.network(self.num_classes).eval().requires_grad_(False).to(self.device)
+        network.load_state_dict(load_base(zoo))
+        return lambda images: network(images.to(self.device)).softmax(-1)
+
+    def behaviour_losses(
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
+        """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
+
+        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side;
+        classes whose bit is withheld count for neither. Differentiable in ``weights``.
+        """
+        images, classes = self.draw(num_images, stream, augmented=True)
+        images = images.to(conditions.device)
+        if teacher is None:
+            probabilities = F.one_hot(classes, self.num_classes).to(conditions)  # [B, C]
+        else:
+            probabilities = teacher(images).to(conditions)  # [B, C]
+        told = (conditions != WITHHELD).to(conditions)  # [T, C]
+        share = told @ probabilities.T  # [T, B] probability of the classes whose bit is told
+        positive = (told * conditions) @ probabilities.T / share.clamp(min=1e-6)  # [T, B]
+        logits = self.side(weights, images)  # [T, B, 2]
+        score = logits[..., 1] - logits[..., 0]  # the log-odds of the two logits' softmax
+        losses = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")  # [T, B]
+        return (losses * share).sum(1) / share.sum(1).clamp(min=1)
+
+
+def load_base(zoo: Zoo) -> dict[str, Tensor]:
+    """The shared base network of a zoo. Raises InputError if it has none."""
+    file = zoo.path / BASE
+    if not file.is_file():
+        raise InputError(str(file), "no such file", "the zoo's base network", "collect the zoo again")
+    return load_file(file)
+
+
+def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
+    """Make a zoo of the same networks with other held-out tasks, without training; files are linked, not copied.
+
+    Args:
+        source: a complete zoo of the same family, equal but for ``held_out`` and ``validation``.
+        path: the zoo to make.
+        task: the family with the wanted held-out tasks.
+
+    Raises:
+        InputError: the source is of another family or recipe, or there is a zoo already.
+    """
+    old = Zoo.open(source)
+    recorded, wanted = old.require_task(), task.config.model_dump(mode="json")
+    for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
+        if recorded.get(key) != wanted.get(key):
+            raise InputError(f"{old.path / 'zoo.json'}: task.{key}", repr(recorded.get(key)), repr(wanted.get(key)))
+    new = Zoo.create(path, task=wanted, condition=task.condition)
+    splits = task.splits()
+    (new.path / "checkpoints").mkdir(exist_ok=True)
+    for name in (BASE, *(entry.file for entry in old.entries)):
+        _link(old.path / name, new.path / name)
+    new.extend([dataclasses.replace(entry, split=splits[entry.run]) for entry in old.entries])
+    return new
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,252 @@
+"""The task ``finetune``: a timm network on a data set of yours, whose last norm layers are fine-tuned and saved.
+
+p-diff's default (arXiv 2402.13144, section 3.1): train the whole network, or take a pretrained one, then fine-tune the
+last two normalisation layers and keep their parameters after each step. The zoo holds the fine-tuned parameters alone;
+everything else is in one base checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator
+from rpg.tasks.images.collection import Progress, open_zoo
+from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+DatasetName = Literal["folder", "cifar10", "cifar100", "stl10", "flowers102", "pets", "food101"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class TimmFinetuneConfig(Section):
+    """A timm network, a data set, and how one is fitted to the other."""
+
+    name: Literal["finetune"] = "finetune"
+    network: str = Field("resnet18", description="a timm model")
+    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
+    data: str = Field("data", description="folder of the data set; it is never downloaded")
+    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png")
+    image_size: int = Field(224, ge=1)
+    base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
+    seed: int = Field(0, ge=0)
+    train_epochs: int = Field(10, ge=0, description="epochs of the whole network; 0 to keep the pretrained one")
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    steps: int = Field(300, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
+    finetune_learning_rate: float = Field(3e-2, gt=0)
+    finetune: tuple[str, ...] = Field((), description="patterns of what is fine-tuned; empty: the last norm layers")
+    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
+    batch_size: int = Field(128, ge=1)
+    workers: int = Field(0, ge=0, description="processes that read images")
+    device: str = Field("auto", description="cpu, cuda, …")
+
+
+def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:
+    """Names of the parameters of the last ``num`` normalisation layers, in the order in which they are registered."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    norms = [
+        name for name, module in network.named_modules() if isinstance(module, kinds) and module.weight is not None
+    ]
+    return tuple(f"{name}.{kind}" for name in norms[-num:] for kind in ("weight", "bias"))
+
+
+class TimmFinetuneTask:
+    """Collects zoos of fine-tuned parameters and scores them inside the base network."""
+
+    def __init__(self, config: TimmFinetuneConfig) -> None:
+        self.config = config
+        self.device = torch.device(
+            config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        self._datasets: dict[str, Any] = {}
+
+    def build(self) -> nn.Module:
+        """The target network with as many logits as the data set has classes, with timm's weights if so configured.
+
+        Raises:
+            InputError: timm has no such network, or its weights cannot be had.
+        """
+        import timm
+
+        classes = len(self.classes)
+        if not timm.is_model(self.config.network):
+            raise InputError("task.network", repr(self.config.network), "a timm model", "see timm.list_models()")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
+            try:
+                return timm.create_model(self.config.network, pretrained=self.config.pretrained, num_classes=classes)
+            except OSError as error:
+                raise InputError(
+                    "task.pretrained", f"{type(error).__name__}", "weights from the hub", "set pretrained to false"
+                ) from None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        found = getattr(self.dataset("train"), "classes", None)
+        return tuple(found) if found is not None else tuple(map(str, range(102)))  # flowers102 names none
+
+    def dataset(self, split: str) -> Any:
+        """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
+        if split not in ("train", "test"):
+            raise InputError("split", repr(split), "one of train, test")
+        if split not in self._datasets:
+            try:
+                self._datasets[split] = self.open_split(split)
+            except (RuntimeError, FileNotFoundError) as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(
+                    f"task.data: {self.config.data}", reason, f"the data set {self.config.dataset}"
+                ) from None
+        return self._datasets[split]
+
+    def open_split(self, split: str) -> Any:
+        """Images and labels of ``train`` or ``test``, as torchvision reads them."""
+        from torchvision import datasets, transforms
+
+        size = self.config.image_size
+        crop = [transforms.RandomResizedCrop(size)] if split == "train" else [transforms.Resize((size, size))]
+        steps = [*crop, transforms.Lambda(to_rgb), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        transform, root = transforms.Compose(steps), self.config.data
+        train = split == "train"
+        match self.config.dataset:
+            case "folder":
+                return datasets.ImageFolder(Path(root) / split, transform)
+            case "cifar10":
+                return datasets.CIFAR10(root, train, transform)
+            case "cifar100":
+                return datasets.CIFAR100(root, train, transform)
+            case "stl10":
+                return datasets.STL10(root, split, transform=transform)
+            case "flowers102":
+                return datasets.Flowers102(root, split, transform)
+            case "pets":
+                return datasets.OxfordIIITPet(root, "trainval" if train else "test", transform=transform)
+            case "food101":
+                return datasets.Food101(root, split, transform)
+
+    def batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on the task's device; those of ``train`` in an order that seed and ``parts`` decide."""
+        train = split == "train"
+        loader: Any = torch.utils.data.DataLoader(
+            self.dataset(split),
+            self.config.batch_size,
+            shuffle=train,
+            num_workers=self.config.workers,
+            generator=generator(self.config.seed, "batches", *parts) if train else None,
+        )
+        for images, labels in loader:
+            yield images.to(self.device), labels.to(self.device)
+
+    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
+        """Train the base network if there is none yet, fine-tune it, save the fine-tuned parameters of each step.
+
+        Raises:
+            InputError: the data set is not there, or the zoo at ``path`` is another one.
+        """
+        self.dataset("train")
+        defaults = TimmFinetuneConfig().model_dump(mode="json")
+        zoo = open_zoo(path, self.config.model_dump(mode="json"), defaults)
+        saved = {entry.step for entry in zoo.entries}
+        if saved >= set(range(1, self.config.steps + 1)):
+            return zoo
+        network = self._base_network().to(self.device)
+        chosen = self.config.finetune or last_norms(network, self.config.num_norms)
+        parameters = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
+        if not parameters:
+            raise InputError("task.finetune", repr(chosen), "patterns of parameter names")
+        network.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        network.eval()  # what is not fine-tuned stays, running statistics included
+        torch.manual_seed(derive_seed(self.config.seed, "finetune"))
+        steps = self._train_steps(
+            network, list(parameters.values()), self.config.steps, self.config.finetune_learning_rate
+        )
+        for step in steps:
+            if step not in saved:
+                zoo.append({n: p.detach().cpu().clone() for n, p in parameters.items()}, run=0, step=step)
+            if progress is not None:
+                progress(step, self.config.steps)
+            if limit is not None and len(zoo) >= limit:
+                break
+        return zoo
+
+    def _base_network(self) -> nn.Module:
+        """The whole network before fine-tuning: read from ``base``, or trained and written there."""
+        network, path = self.build(), Path(self.config.base)
+        if path.is_file():
+            network.load_state_dict(read_state_dict(path))
+            return network
+        if self.config.train_epochs:
+            network.to(self.device).train()
+            torch.manual_seed(derive_seed(self.config.seed, "train"))
+            total = self.config.train_epochs * math.ceil(len(self.dataset("train")) / self.config.batch_size)
+            for _ in self._train_steps(network, list(network.parameters()), total, self.config.learning_rate):
+                pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, {name: value.cpu() for name, value in network.state_dict().items()})
+        return network
+
+    def _train_steps(
+        self, network: nn.Module, parameters: list[nn.Parameter], num_steps: int, learning_rate: float
+    ) -> Iterator[int]:
+        """Optimizer steps with AdamW and a cosine; yield the number of each after it."""
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.config.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        batches = itertools.chain.from_iterable(self.batches("train", epoch) for epoch in itertools.count())
+        for step, (images, labels) in enumerate(itertools.islice(batches, num_steps), 1):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+            yield step
+
+    @torch.inference_mode()
+    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
+        """Predicted classes of the base network with each state dict's tensors in it, int64 [num, images].
+
+        Raises:
+            InputError: there is no base checkpoint, or a tensor does not fit.
+        """
+        network = self.build().to(self.device).eval()
+        base = read_state_dict(Path(self.config.base))
+        networks = []
+        for state_dict in state_dicts:
+            for name, value in state_dict.items():
+                if name not in base or base[name].shape != value.shape:
+                    raise InputError(
+                        f"tensor {name!r}", f"shape {tuple(value.shape)}", "a tensor of the target network"
+                    )
+            networks.append({name: value.to(self.device) for name, value in {**base, **state_dict}.items()})
+        answers: list[list[Tensor]] = [[] for _ in networks]
+        for images, _ in self.batches(split):
+            for rows, weights in zip(answers, networks, strict=True):
+                logits = torch.func.functional_call(network, weights, (images,))
+                rows.append(logits.argmax(1).where(logits.isfinite().all(1), 0).cpu())
+        return torch.stack([torch.cat(rows) for rows in answers]) if answers else torch.empty(0, 0, dtype=torch.long)
+
+    def labels(self, split: str = "test") -> Tensor:
+        """Right classes, int64 [images]."""
+        dataset = self.dataset(split)
+        for name in ("targets", "labels", "_labels"):
+            if hasattr(dataset, name):
+                return torch.as_tensor(getattr(dataset, name), dtype=torch.long)
+        return torch.cat([labels.cpu() for _, labels in self.batches(split)])
+
+
+def to_rgb(image: Any) -> Any:
+    """An image of any mode in three channels."""
+    return image.convert("RGB")

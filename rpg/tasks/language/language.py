@@ -1,0 +1,316 @@
+"""The task `language`: LoRA or DoRA adapters of one language model, one for each JSONL file.
+
+T adapters or tasks, C condition values, B rows, S token positions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from pydantic import Field
+from torch import Tensor, nn
+
+from rpg.section import Section
+from rpg.seeding import derive_seed, generator
+from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.language.adapter_bank import AdapterBank, AdapterConfig, fresh_adapter, peft_on
+from rpg.tasks.language.adapter_scores import AdapterScores, completion_losses, score_adapters
+from rpg.tasks.language.adapter_training import AdapterTraining, train_one, train_side_by_side
+from rpg.tasks.language.rows import Rows, RowsConfig, TaskFile, find_tasks, read_rows, stack_rows
+from rpg.tasks.language.symbols import SymbolsConfig, make_symbols
+from rpg.tasks.many import collect_many
+from rpg.tasks.side_by_side import Stacked, Teacher, stack
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.errors import InputError
+from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.zoo import Zoo
+
+
+class LanguageConfig(Section):
+    """A base model, tasks for it, and how an adapter is trained for each."""
+
+    name: Literal["language"] = "language"
+    seed: int = Field(0, ge=0, description="decides splits of tasks, starts of adapters and the order of rows")
+    base: str = Field(description="the base model: a local folder, or a name on the hub")
+    data: str = Field(description="folder of JSONL files, one a task, rows with prompt and completion")
+    conditions: str | None = Field(
+        None, description="table with file, condition or condition.NAME, split; without it the stems are the conditions"
+    )
+    symbols: SymbolsConfig | None = Field(None, description="first make base and data: symbol strings")
+    unseen: int = Field(50, ge=0, description="tasks that no generator sees, where the table has no split")
+    validation: int = Field(20, ge=0, description="seen tasks kept for choices, where the table has no split")
+    rows: RowsConfig = RowsConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    training: AdapterTraining = AdapterTraining()
+    start: Literal["shared", "own"] = Field(
+        "shared", description="all adapters start from the same random A, or each from its own"
+    )
+    group: int = Field(32, ge=1, description="adapters trained side by side; 1: each by PEFT alone")
+    processes: int | None = Field(
+        None, ge=1, description="groups trained at a time; as many as cores when null, one with a GPU"
+    )
+    score_rows: int = Field(2048, ge=1, description="rows of all adapters together in a forward pass of scoring")
+
+
+class LanguageTask:
+    """Trains and scores adapters.
+
+    Args:
+        config: the tasks.
+
+    Raises:
+        InputError: the files, the table or the base are not there or not right.
+    """
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config = config
+        if config.training.until is not None and config.training.checkpoints > 1:
+            raise InputError("task.training.until", "set with several checkpoints", "one", "leave one of them out")
+        if config.group > 1 and (config.adapter.dropout or config.training.gradient_checkpointing):
+            field = "adapter.dropout" if config.adapter.dropout else "training.gradient_checkpointing"
+            raise InputError(f"task.{field}", "set with task.group > 1", "one adapter at a time", "set task.group: 1")
+        self._rows: dict[int, dict[str, Rows]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "_rows": {}}  # workers load the base themselves
+
+    # --- what the files say ----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _found(self) -> tuple[list[TaskFile], ConditionSpec]:
+        config = self.config
+        table = config.conditions
+        if config.symbols is not None:
+            make_symbols(config.symbols, Path(config.base), Path(config.data), config.seed)
+            table = table or str(Path(config.data) / "conditions.csv")
+        return find_tasks(config.data, table, config.unseen, config.validation, config.seed)
+
+    @property
+    def tasks(self) -> list[TaskFile]:
+        """Every task, in the order of table or files."""
+        return self._found[0]
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+        return self._found[1]
+
+    def conditions(self) -> Tensor:
+        """Every task's condition, ``[T, C]``."""
+        return torch.tensor([task.condition for task in self.tasks])
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[float, ...], int]:
+        return {task.condition: place for place, task in reversed(list(enumerate(self.tasks)))}
+
+    def places(self, conditions: Tensor) -> list[int]:
+        """The tasks that conditions ``[T, C]`` stand for. Raises InputError for one that no task has."""
+        keys = [tuple(row) for row in conditions.double().tolist()]
+        for key in keys:
+            if key not in self._places:
+                raise InputError("condition", str(list(key)), "that of a task", "there are no rows to run it on")
+        return [self._places[key] for key in keys]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        from transformers import AutoTokenizer
+
+        _ = self._found  # a base that is made here is there then
+        return _pretrained(AutoTokenizer, self.config.base)
+
+    @functools.cached_property
+    def base(self) -> nn.Module:
+        """The base model, frozen, in the precision it is stored in."""
+        from transformers import AutoModelForCausalLM
+
+        _ = self._found
+        model = _pretrained(AutoModelForCausalLM, self.config.base, dtype="auto")
+        return model.to(PartialState().device).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def bank(self) -> AdapterBank:
+        """Runs many adapters."""
+        return AdapterBank(self.base, self.config.adapter.peft(self.config.base))
+
+    def rows(self, place: int) -> dict[str, Rows]:
+        """The rows of a task by split, tokenised once."""
+        if place not in self._rows:
+            self._rows[place] = read_rows(self.tasks[place].path, self.tokenizer, self.config.rows)
+        return self._rows[place]
+
+    def build(self) -> nn.Module:
+        """The base model."""
+        return self.base
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def collect(
+        self,
+        path: Path | str,
+        *,
+        progress: Progress | None = None,
+        limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:
+        """Train every task's adapter; a zoo that is partly there is completed.
+
+        The zoo's checkpoints are PEFT folders, named as the tasks' files.
+
+        Args:
+            path: the zoo folder, on a disk that all processes share.
+            progress: called with (tasks trained, tasks in all).
+            limit: train only so many tasks, rounded up to whole groups.
+            processes: groups trained at a time; the configuration's when None.
+
+        Raises:
+            InputError: the zoo there was collected with another configuration.
+        """
+        place = PartialState()
+        with place.main_process_first():
+            recorded = self.config.model_dump(mode="json", exclude={"processes", "score_rows"})
+            zoo = open_zoo(path, recorded, condition=self.condition)
+            if place.is_main_process:
+                self._write_config(zoo.path)
+        processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
+        collect_many(
+            zoo, self, self.conditions(), [task.split for task in self.tasks], self.config.group,
+            processes=processes, progress=progress, limit=limit, write=self._write,
+        )  # fmt: skip
+        return zoo if place.is_main_process else Zoo.open(path)
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
+        """Train the adapters of one part; see :class:`rpg.tasks.many.Trainable`."""
+        checkpoints = self.train(tasks)
+        scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
+        metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}
+        return [{name: value.cpu() for name, value in weights.items()} for weights in checkpoints], metrics
+
+    def train(self, tasks: list[int]) -> list[Stacked]:
+        """Adapters ``[T, *shape]`` for tasks given by their places: every checkpoint, in the order of steps."""
+        device = next(self.base.parameters()).device
+        starts = [self._start(place) for place in tasks]
+        check = [self.rows(place)["validation"].to(device) for place in tasks]
+        if self.config.group == 1:
+            adapter = self.config.adapter.peft(self.config.base)
+            trained = [
+                train_one(self.base, adapter, start, self._draws([place], device), self.config.training, [rows])
+                for place, start, rows in zip(tasks, starts, check, strict=True)
+            ]
+            return [stack(each) for each in zip(*trained, strict=True)]
+        start = {name: value.to(device) for name, value in stack(starts).items()}
+        return train_side_by_side(self.bank, start, self._draws(tasks, device), self.config.training, check)
+
+    def _start(self, place: int) -> dict[str, Tensor]:
+        own = (place,) if self.config.start == "own" else ()
+        seed = derive_seed(self.config.seed, "adapter", *own)
+        return fresh_adapter(self.base, self.config.adapter.peft(self.config.base), seed)
+
+    def no_adapter(self) -> dict[str, Tensor]:
+        """An adapter that changes nothing."""
+        return self._start(0)
+
+    def _draws(self, tasks: list[int], device: torch.device) -> Any:
+        """Draws the next training rows of tasks: the same places in every task's file."""
+        stream = generator(self.config.seed, "fine-tuning")  # the same for every part
+        return lambda: self._draw(tasks, self.config.training.batch_size, stream, device)
+
+    def _draw(self, tasks: list[int], num: int, stream: torch.Generator, device: torch.device) -> Rows:
+        numbers = torch.randint(2**40, (num,), generator=stream)
+        found = [self.rows(place)["train"] for place in tasks]
+        return stack_rows([each[numbers % len(each)] for each in found]).to(device)
+
+    def _write_config(self, folder: Path) -> None:
+        config = self.config.adapter.peft(self.config.base)
+        with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
+            pass
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+
+    def _write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+        several = self.config.training.checkpoints > 1
+        name = f"checkpoints/{self.tasks[task].path.stem}" + (f"-{number:04d}" if several else "")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
+        save_checkpoint(folder / name / "adapter_model.safetensors", state_dict)
+        return name
+
+    # --- scoring ---------------------------------------------------------------------------------------------------
+
+    def scores(self, weights: Stacked, conditions: Tensor, split: str = "test") -> AdapterScores:
+        """Exact match, symbol accuracy and perplexity of T adapters at their tasks ``[T, C]``, each ``[T]``."""
+        return self._scores(weights, self.places(conditions), split)
+
+    def _scores(self, weights: Stacked, tasks: list[int], split: str) -> AdapterScores:
+        return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], self.config.score_rows)
+
+    def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
+        """One adapter, under PEFT's names, on every task: figures by task's name.
+
+        Raises:
+            InputError: a tensor of this task's adapters is missing or of another shape.
+        """
+        for name, like in self._start(0).items():
+            found = list(adapter[name].shape) if name in adapter else None
+            if found != list(like.shape):
+                shown = "no such tensor" if found is None else f"shape {found}"
+                raise InputError(f"tensor {name!r}", shown, f"shape {list(like.shape)}", "check task.adapter")
+        weights = {name: value[None] for name, value in adapter.items()}
+        figures = {}
+        for place, task in enumerate(self.tasks):
+            scores = self._scores(weights, [place], split)
+            figures[task.path.stem] = {name: value.item() for name, value in scores.items()}
+        return figures
+
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
+        """Symbol accuracy of T adapters at their tasks ``[T, C]``, float64 ``[T]``."""
+        return self.scores(weights, bits, split)["symbol_accuracy"]
+
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """Always raises: the base knows none of the tasks."""
+        raise InputError("train.behaviour.target", "'base'", "'labels'", "the base model does not know the tasks")
+
+    def behaviour_losses(
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
+        """Cross-entropy ``[T]`` of T adapters at their tasks ``[T, C]`` on ``num_images`` random *training* rows each.
+
+        Differentiable in ``weights``. ``teacher`` is always None, as this task has none.
+        """
+        rows = self._draw(self.places(conditions), num_images, stream, conditions.device)
+        self.base.to(conditions.device)
+        return completion_losses(self.bank, weights, rows)
+
+    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
+        """Always raises: an adapter answers with text, not with classes."""
+        raise InputError("task", "language, whose answers are texts", "a task of images", "score it with `rpg lora`")
+
+    def labels(self, split: str = "test") -> Tensor:
+        """Always raises, as ``predict``."""
+        raise InputError("task", "language, whose answers are texts", "a task of images", "score it with `rpg lora`")
+
+
+def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        found = str(error).splitlines()[0][:200]
+        raise InputError("task.base", f"{name!r} ({found})", "a causal language model of transformers") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()

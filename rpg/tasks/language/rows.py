@@ -1,0 +1,219 @@
+"""Language tasks on disk: one JSONL file a task, each row a ``prompt`` and the ``completion`` that is right.
+
+T tasks, B rows, S token positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rpg.section import Section
+from rpg.seeding import permutation
+from tokenization.checkpoint.safetensors import natural_key
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_table, resolve_condition
+
+IGNORED = -100
+"""Target of a position that is not scored, as in torch's cross-entropy."""
+
+SPLITS = ("train", "validation", "unseen")
+
+
+class RowsConfig(Section):
+    """Which rows of every file are kept from training, and how long a row may be."""
+
+    validation: int = Field(64, ge=1, description="the rows before the test rows; choices are made on them")
+    test: int = Field(128, ge=1, description="the last rows of every file")
+    max_tokens: int = Field(1024, ge=2, description="longest row, prompt and completion together")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task: its file, what it is conditioned on, and whether a generator may learn from it."""
+
+    path: Path
+    condition: tuple[float, ...]
+    split: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows, padded on the right.
+
+    Attributes:
+        ids: ``[B, S]`` int64.
+        targets: the token that follows each position ``[B, S]``; ``IGNORED`` but where a completion follows.
+        end: the token that closes every completion.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> Rows:
+        return Rows(self.ids[rows], self.targets[rows], self.end)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on ``device``."""
+        return Rows(self.ids.to(device), self.targets.to(device), self.end)
+
+    @property
+    def scored(self) -> Tensor:
+        """Positions at which any row has a target, ``[K]`` ascending."""
+        return (self.targets != IGNORED).flatten(0, -2).any(0).nonzero()[:, 0]
+
+
+def stack_rows(parts: Sequence[Rows]) -> Rows:
+    """Rows of T tasks, as many of each: ``[T, B, S]``, padded to the longest."""
+    length = max(part.ids.shape[-1] for part in parts)
+
+    def padded(tensor: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=value)
+
+    ids = torch.stack([padded(part.ids, part.end) for part in parts])
+    return Rows(ids, torch.stack([padded(part.targets, IGNORED) for part in parts]), parts[0].end)
+
+
+def find_tasks(
+    data: Path | str, table: Path | str | None, num_unseen: int, num_validation: int, seed: int
+) -> tuple[list[TaskFile], ConditionSpec]:
+    """The tasks of a folder and what their conditions mean.
+
+    Args:
+        data: folder of ``*.jsonl``.
+        table: CSV or JSONL with ``file`` (a name in the folder), ``condition`` or ``condition.NAME`` columns and
+            perhaps ``split``. Without it a file's stem is its condition: bits if all are of 0 and 1, else a class.
+        num_unseen, num_validation: tasks drawn for these splits where the table has no ``split``.
+        seed: of the draw.
+
+    Raises:
+        InputError: no files, a bad table, an unknown split, or none left to train on.
+    """
+    folder = Path(data)
+    labelled = _from_table(folder, Path(table)) if table is not None else _from_stems(folder)
+    labels = [label for _, label, _ in labelled]
+    spec = infer_condition(labels)
+    if spec is None:
+        raise InputError(str(table), "no condition", "a column condition, or columns condition.NAME")
+    given = any(has_split for _, _, has_split in labelled)
+    splits = [label.split for label in labels] if given else _drawn(len(labels), num_unseen, num_validation, seed)
+    tasks = []
+    for (path, label, _), split in zip(labelled, splits, strict=True):
+        if split not in SPLITS:
+            raise InputError(f"{label.where}: split", repr(split), f"one of {', '.join(SPLITS)}")
+        condition = resolve_condition(label, spec)
+        assert condition is not None
+        tasks.append(TaskFile(path, condition, split))
+    return tasks, spec
+
+
+def _from_table(folder: Path, table: Path) -> list[tuple[Path, Label, bool]]:
+    found = []
+    for where, row in read_table(table):
+        path = folder / row["file"]
+        if not path.is_file():
+            raise InputError(f"{where}: file", repr(row["file"]), f"a file in {folder}")
+        found.append((path, label_of(row, where), "split" in row))
+    return found
+
+
+def _from_stems(folder: Path) -> list[tuple[Path, Label, bool]]:
+    paths = sorted(folder.glob("*.jsonl"), key=lambda path: natural_key(path.name))
+    if not paths:
+        raise InputError(str(folder), "no *.jsonl", "one a task, rows with prompt and completion", "check task.data")
+    stems = [path.stem for path in paths]
+    binary = all(set(stem) <= {"0", "1"} and len(stem) == len(stems[0]) for stem in stems)
+    labels = [Label(str(path), condition=tuple(map(float, path.stem)) if binary else f"{path.stem}") for path in paths]
+    return [(path, label, False) for path, label in zip(paths, labels, strict=True)]
+
+
+def _drawn(num: int, num_unseen: int, num_validation: int, seed: int) -> list[str]:
+    if num_unseen + num_validation >= num:
+        found = f"{num} tasks, {num_unseen} unseen and {num_validation} for validation"
+        raise InputError("task.unseen", found, "at least one task to train on")
+    splits = ["train"] * num
+    order = permutation(num, seed, "unseen tasks").tolist()
+    for place in order[:num_unseen]:
+        splits[place] = "unseen"
+    for place in order[num_unseen : num_unseen + num_validation]:
+        splits[place] = "validation"
+    return splits
+
+
+def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]:
+    """Tokenise a task's rows, by split: ``train``, ``validation`` and ``test``.
+
+    Prompt and completion are tokenised apart and joined as they are; a completion ends with the end-of-text token.
+
+    Raises:
+        InputError: a line is no row, is too long, or there are too few.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError("task.base", "a tokenizer without an end-of-text token", "one with it")
+    rows = [_tokenised(each, where, tokenizer, config.max_tokens) for where, each in _lines(path)]
+    kept = config.validation + config.test
+    if len(rows) <= kept:
+        raise InputError(str(path), f"{len(rows)} rows", f"more than the {kept} that are kept for scoring")
+    first = len(rows) - kept
+    return {
+        "train": _padded(rows[:first], end),
+        "validation": _padded(rows[first : first + config.validation], end),
+        "test": _padded(rows[first + config.validation :], end),
+    }
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"an unreadable file ({error})", "JSONL in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(where, f"no JSON ({error})", "one object a line") from None
+        for key in ("prompt", "completion"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise InputError(where, f"no text {key!r}", "texts prompt and completion")
+        if not row["completion"]:
+            raise InputError(where, "an empty completion", "the right answer")
+        found.append((where, row))
+    return found
+
+
+def _tokenised(row: dict[str, str], where: str, tokenizer: Any, max_tokens: int) -> tuple[list[int], int]:
+    """The ids of a row and where its completion begins."""
+    prompt = tokenizer(row["prompt"]).input_ids
+    ids = prompt + tokenizer(row["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    if len(ids) > max_tokens:
+        raise InputError(where, f"{len(ids)} tokens", f"at most {max_tokens}", "raise task.rows.max_tokens")
+    if not prompt:
+        raise InputError(where, "a prompt of no token", "at least one")
+    return ids, len(prompt)
+
+
+def _padded(rows: Sequence[tuple[list[int], int]], end: int) -> Rows:
+    length = max(len(ids) for ids, _ in rows) - 1  # nothing follows the last token
+    tokens = torch.full((len(rows), length), end)
+    targets = torch.full((len(rows), length), IGNORED)
+    for number, (ids, first) in enumerate(rows):
+        tokens[number, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[number, first - 1 : len(ids) - 1] = torch.tensor(ids[first:])
+    return Rows(tokens, targets, end)

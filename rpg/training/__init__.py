@@ -1,0 +1,1 @@
+"""Training: loop, trainer, data, losses, run folder, processes."""

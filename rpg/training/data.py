@@ -1,0 +1,201 @@
+"""Which token rows a training step sees: decided by (seed, step) alone, so that a resumed run, and a run
+on another number of processes, sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.generation.text_encoder import text_table
+from rpg.models.recurrent_diffusion import Batch
+from rpg.seeding import derive_seed, generator, permutation
+from tokenization.layout.layout import TokenLayout
+from tokenization.layout.reader import TokenReader
+from tokenization.zoo.condition import WITHHELD
+from tokenization.zoo.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A process's share of one step's data, on the CPU (shapes as in :class:`rpg.models.recurrent_diffusion.Batch`).
+
+    ``seeds`` are of the examples' noise and times, ``group_seeds`` of the noise on each group's permutation state.
+    """
+
+    samples: Tensor
+    mask: Tensor
+    token_ids: Tensor
+    group: Tensor
+    states: Tensor
+    conditions: Tensor | None
+    dropped: Tensor | None
+    seeds: list[int]
+    group_seeds: list[int]
+
+
+class BatchSampler:
+    """Draws the rows of each step from a zoo.
+
+    Args:
+        zoo: the checkpoints.
+        layout: how they are cut into tokens.
+        config: the experiment.
+        rank, world_size: this process, of how many; the batch is split evenly among them.
+
+    Raises:
+        InputError: the batch cannot be split evenly.
+    """
+
+    def __init__(self, zoo: Zoo, layout: TokenLayout, config: Config, rank: int = 0, world_size: int = 1) -> None:
+        self.config = config
+        self.layout = layout
+        self.indices = training_entries(zoo, config)
+        self.rank, self.world_size = rank, world_size
+        self.reader = TokenReader(zoo, layout)
+        self.states = state_ids(zoo, config)
+        self.conditions: Tensor | None = None
+        if config.model.condition.kind != "none":
+            self.conditions = torch.tensor([zoo.entries[index].condition for index in self.indices])
+            if config.model.condition.kind == "text":
+                self.conditions = text_table(zoo, config.model.condition.encoder).conditions[
+                    self.conditions[:, 0].long()
+                ]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def examples(self, step: int) -> list[int]:
+        """Places in ``indices`` of the whole batch of ``step``: epoch after epoch, each in its own random order."""
+        batch_size, count = self.config.train.batch_size, len(self.indices)
+        places = range(step * batch_size, (step + 1) * batch_size)
+        orders = {epoch: permutation(count, self.config.seed, "epoch", epoch) for epoch in {p // count for p in places}}
+        return [int(orders[place // count][place % count]) for place in places]
+
+    def token_ids(self, step: int) -> Tensor:
+        """The sampled tokens of ``step``, ``[N]`` ascending; all of them when the config says so."""
+        total, wanted = self.layout.num_tokens, self.config.train.tokens
+        if wanted is None or wanted >= total:
+            return torch.arange(total)
+        return permutation(total, self.config.seed, "tokens", step)[:wanted].sort().values
+
+    def load(self, step: int, part: int = 0) -> Rows:
+        """Read part ``part`` (of ``gradient_accumulation``) of this process's share of ``step``."""
+        share = self.config.train.batch_size // self.world_size // self.config.train.gradient_accumulation
+        first = (self.rank * self.config.train.gradient_accumulation + part) * share
+        chosen = self.examples(step)[first : first + share]
+        token_ids = self.token_ids(step)
+        seeds = [derive_seed(self.config.seed, "example", step, first + i) for i in range(share)]
+        samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
+        keys = [
+            (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i))
+            for i, place in enumerate(chosen)
+        ]
+        distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        has_condition = self.conditions is not None
+        return Rows(
+            samples=samples,
+            mask=self.layout.mask_rows(token_ids).float(),
+            token_ids=token_ids,
+            group=torch.tensor([distinct[key] for key in keys]),
+            states=torch.tensor([key[0] for key in distinct]),
+            conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
+            dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
+            seeds=seeds,
+            group_seeds=[derive_seed(self.config.seed, "state", step, repr(key)) for key in distinct],
+        )
+
+    def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
+        if self.conditions is None:
+            return ()
+        condition, rate = self.conditions[place], self.config.model.condition.withhold
+        if rate > 0:
+            stream = generator(self.config.seed, "withhold", step, example)
+            condition = condition.masked_fill(torch.rand(len(condition), generator=stream) < rate, WITHHELD)
+        return tuple(condition.tolist())
+
+    def _dropped(self, step: int, example: int) -> bool:
+        rate = self.config.model.condition.dropout
+        return rate > 0 and float(torch.rand((), generator=generator(self.config.seed, "drop", step, example))) < rate
+
+    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows]]]:
+        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes."""
+        parts = range(self.config.train.gradient_accumulation)
+
+        def read(step: int) -> list[Rows]:
+            return [self.load(step, part) for part in parts]
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(read, first_step) if first_step < last_step else None
+            for step in range(first_step, last_step):
+                assert future is not None
+                rows = future.result()
+                future = pool.submit(read, step + 1) if step + 1 < last_step else None
+                yield step, rows
+
+
+def training_entries(zoo: Zoo, config: Config) -> list[int]:
+    """The entries of the zoo that are trained on, in its order."""
+    return sorted(index for split in dict.fromkeys(config.train.splits) for index in zoo.subset(split))
+
+
+def condition_size(zoo: Zoo, config: Config) -> int:
+    """How many values a condition is to the networks (for ``class``: how many classes); 0 without one.
+
+    Raises:
+        InputError: of ``text``: as `text_table` does.
+    """
+    if zoo.condition is None or config.model.condition.kind == "none":
+        return 0
+    if config.model.condition.kind == "text":
+        return text_table(zoo, config.model.condition.encoder).vectors.shape[1]
+    return zoo.condition.size
+
+
+def state_ids(zoo: Zoo, config: Config) -> Tensor:
+    """The permutation state of every training checkpoint, ``[K]`` long."""
+    indices = training_entries(zoo, config)
+    if config.model.state.of == "checkpoint":
+        return torch.arange(len(indices))
+    if config.model.state.of == "run":
+        runs = {run: i for i, run in enumerate(dict.fromkeys(zoo.entries[index].run for index in indices))}
+        return torch.tensor([runs[zoo.entries[index].run] for index in indices])
+    return torch.zeros(len(indices), dtype=torch.long)
+
+
+def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> Batch:
+    """Move rows to ``device`` and draw each example's noise and times there, from its own seed.
+
+    The tokens of the first ``num_last`` examples are all at the objective's last time.
+    """
+    num_examples, num_sampled, width = rows.samples.shape
+    noise = torch.empty(num_examples, num_sampled, width, device=device)
+    times = []
+    for i, seed in enumerate(rows.seeds):
+        stream = torch.Generator(device).manual_seed(seed)
+        times.append(objective.sample_time(num_sampled, stream, device))
+        noise[i].normal_(generator=stream)
+
+    for each in times[:num_last]:
+        each.fill_(objective.last_time)
+
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    return Batch(
+        samples=rows.samples.to(device, non_blocking=True),
+        mask=rows.mask.to(device, non_blocking=True),
+        token_ids=rows.token_ids.to(device),
+        time=torch.stack(times),
+        noise=noise,
+        group=rows.group.to(device),
+        states=rows.states.to(device),
+        conditions=move(rows.conditions),
+        dropped=move(rows.dropped),
+        num_last=num_last,
+    )

@@ -1,0 +1,85 @@
+"""Training: the loop. What a step does and what is saved is the trainer's (rpg/training/trainer.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rpg.config import Config
+from rpg.training.runtime import StopSignal
+from rpg.training.trainer import Trainer
+from tokenization.errors import InputError
+
+Progress = Callable[[int, int, float], None]
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_seconds: float | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Train a generator on the zoo of ``config`` and write it to ``<run>/generator``.
+
+    SIGTERM and SIGINT save a checkpoint and end the run; ``resume`` continues it exactly, on any number of processes.
+
+    Args:
+        config: the experiment.
+        resume: go on from the newest complete checkpoint of the run folder, if there is one.
+        overwrite: discard the run that is in the run folder.
+        max_seconds: stop, as if interrupted, once the loop has run that long.
+        progress: called by the main process with (steps done, steps in all, loss) at every logged step.
+        say: receives the notices of one line.
+
+    Returns:
+        The generator folder.
+
+    Raises:
+        InputError: the zoo, the configuration, the launcher or the run folder does not allow it, the loss is not
+            finite, or the disk is full. The newest checkpoint stays whole in every case.
+    """
+    started = time.monotonic()
+    with StopSignal() as stop, _disk_errors(config.run):
+        trainer = _trainer_of(config)(config, resume=resume, overwrite=overwrite, say=say)
+        for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
+            loss = trainer.train_step(step, parts)
+            done = step + 1
+            finished = done == trainer.num_steps
+            ended = stop.requested or (max_seconds is not None and time.monotonic() - started > max_seconds)
+            stopping = not finished and trainer.place.any(ended)
+            if done % config.train.log_every == 0 or finished or stopping:
+                loss = trainer.log(done, loss)
+                if progress is not None and trainer.place.is_main:
+                    progress(done, trainer.num_steps, loss)
+            if done % config.train.save_every == 0 or finished or stopping:
+                trainer.save(done)
+            if stopping:
+                trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
+                break
+        return trainer.finish(time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _disk_errors(run: str) -> Iterator[None]:
+    """A full or failing disk, met anywhere in a run, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where, found = getattr(error, "filename", None) or run, getattr(error, "strerror", None) or str(error)
+        cure = "the last save is kept; put that right and continue with --resume"
+        raise InputError(str(where), found, "a disk to read from and write to", cure) from error
+
+
+def _trainer_of(config: Config) -> type[Trainer]:
+    if config.generator == "pdiff":
+        from rpg.training.pdiff_trainer import PDiffTrainer
+
+        return PDiffTrainer
+    return Trainer

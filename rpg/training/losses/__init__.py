@@ -1,0 +1,1 @@
+"""Losses beside the denoiser's own."""

@@ -1,0 +1,88 @@
+"""Losses beside the denoiser's own: generated networks are run, and what they answer is scored."""
+
+from __future__ import annotations
+
+import torch
+
+from rpg.config import Config
+from rpg.generation.generator import Network
+from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
+from rpg.seeding import generator
+from rpg.tasks import build_task, task_of
+from rpg.training.distributed import Place
+from rpg.training.losses.behaviour import BehaviourLoss
+from rpg.training.losses.fresh import FreshLoss
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
+
+
+class AuxiliaryLosses:
+    """The sum of the losses that ``train.behaviour`` and ``train.fresh`` ask for; 0 without either.
+
+    Args:
+        config: the experiment.
+        zoo: names the task where the configuration has none.
+        layout: decodes tokens.
+        network: the generator's networks.
+        place: the process that computes.
+
+    Raises:
+        InputError: the task, the sampled tokens, the conditions or the processes do not allow it.
+    """
+
+    def __init__(self, config: Config, zoo: Zoo, layout: TokenLayout, network: Network, place: Place) -> None:
+        self.config = config
+        self.place = place
+        self.behaviour = self._build_behaviour(zoo, layout)
+        self.fresh = self._build_fresh(zoo, layout, network)
+
+    def _build_behaviour(self, zoo: Zoo, layout: TokenLayout) -> BehaviourLoss | None:
+        settings = self.config.train.behaviour
+        if settings is None or not settings.weight:
+            return None
+        if self.config.train.tokens is not None and self.config.train.tokens < layout.num_tokens:
+            raise InputError(
+                "train.tokens", str(self.config.train.tokens), "null with train.behaviour: a whole network"
+            )
+        if self.config.model.condition.kind == "none":
+            raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
+        return BehaviourLoss(self._task(zoo), layout, settings, zoo)
+
+    def _build_fresh(self, zoo: Zoo, layout: TokenLayout, network: Network) -> FreshLoss | None:
+        if self.config.train.fresh is None:
+            return None
+        if self.place.world_size > 1 or self.place.spread != "none":
+            raise InputError("train.fresh", f"{self.place.world_size} processes, or DeepSpeed", "one, without")
+        assert isinstance(network, RecurrentDiffusion)
+        return FreshLoss(network, self._task(zoo), layout, self.config.train.fresh)
+
+    def _task(self, zoo: Zoo):
+        return build_task(self.config.task) if self.config.task is not None else task_of(zoo)
+
+    def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
+        """The losses of a step of this process, given its batch and what the denoiser made of it."""
+        return self._behaviour_of(step, batch, loss) + self._fresh_of(step)
+
+    def _behaviour_of(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
+        if self.behaviour is None:
+            return 0.0
+        assert loss.samples is not None and batch.conditions is not None
+        rows = batch.group[: batch.num_last]
+        dropped = None if batch.dropped is None else batch.dropped[rows]
+        stream = generator(self.config.seed, "behaviour", step, self.place.rank)
+        return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
+
+    def _fresh_of(self, step: int) -> torch.Tensor | float:
+        """The fresh-state loss, once it has set in."""
+        settings = self.config.train.fresh
+        if self.fresh is None or settings is None or step < settings.start * self.config.train.steps:
+            return 0.0
+        with self.place.accelerator.autocast():
+            return self.fresh(generator(self.config.seed, "fresh", step))
+
+    def facts(self, seconds: float) -> dict[str, str]:
+        """What the model card says of the losses, after ``seconds`` of training."""
+        if self.behaviour is None:
+            return {}
+        return {"behaviour loss, share of training seconds": self.behaviour.share_of(seconds)}

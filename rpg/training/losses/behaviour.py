@@ -1,0 +1,116 @@
+"""Behaviour loss: the predicted weights are run, and what they answer on seen tasks' training images is scored.
+
+A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
+sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
+reaches the generator through them. The right answers are the images' labels, or those of the zoo's shared base network
+(distillation, arXiv 1503.02531). E examples, L tokens, D token width, C condition values, B images, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rpg.section import Section
+from rpg.tasks.side_by_side import Stacked, Teacher
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
+
+
+class BehaviourConfig(Section):
+    """The behaviour loss; weight 0 keeps its share of the batch at the last time and asks no behaviour of it."""
+
+    weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
+    images: int = Field(128, ge=1, description="training images a step")
+    target: Literal["labels", "base"] = Field(
+        "labels", description="right answers: the images' labels, or the base network's class probabilities"
+    )
+    share: float = Field(0.5, gt=0, le=1, description="share of the batch whose tokens are all at the last time")
+
+
+@runtime_checkable
+class BehavingTask(Protocol):
+    """A task that scores many networks at once, differentiably."""
+
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """The base network that all networks of the zoo started from."""
+
+    def behaviour_losses(
+        self,
+        weights: Stacked,
+        conditions: Tensor,
+        num_images: int,
+        stream: torch.Generator,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
+        """Loss ``[E]`` of E stacked networks at their tasks ``[E, C]`` on random training images.
+
+        The right answers are the images' labels, or the teacher's.
+        """
+
+
+class BehaviourLoss:
+    """Scores predicted tokens by what the decoded networks do.
+
+    Args:
+        task: runs the networks.
+        layout: decodes tokens.
+        config: weight, images and right answers.
+        zoo: holds the base network, where that gives the right answers.
+
+    Raises:
+        InputError: the task cannot score many networks at once, or the zoo has no base network.
+    """
+
+    def __init__(self, task: object, layout: TokenLayout, config: BehaviourConfig, zoo: Zoo) -> None:
+        if not isinstance(task, BehavingTask):
+            raise InputError(
+                "train.behaviour", f"task {type(task).__name__}", "a task of conditions, e.g. digits_subsets"
+            )
+        self.task, self.layout, self.config = task, layout, config
+        self.teacher = task.teacher(zoo) if config.target == "base" else None
+        self.seconds = 0.0
+        self._backward_started = 0.0
+
+    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, stream: torch.Generator) -> Tensor:
+        """The weighted mean loss.
+
+        Args:
+            tokens: predicted x₀, ``[E, L, D]``.
+            conditions: ``[E, C]``.
+            dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
+            stream: draws the images, on the CPU.
+        """
+        started = time.perf_counter()
+        if tokens.requires_grad:
+            tokens.register_hook(self._end_backward)
+        weights = self.layout.decode_batch(tokens)
+        for name, value in self.layout.constants.items():
+            weights[name] = value.to(tokens.device).expand(len(tokens), *value.shape)
+        losses = self.task.behaviour_losses(weights, conditions, self.config.images, stream, self.teacher)  # [E]
+        kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
+        loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
+        self.seconds += time.perf_counter() - started
+        if loss.requires_grad:
+            loss.register_hook(self._start_backward)
+        return loss
+
+    def _start_backward(self, gradient: Tensor) -> None:
+        self._backward_started = time.perf_counter()
+
+    def _end_backward(self, gradient: Tensor) -> None:
+        self.seconds += time.perf_counter() - self._backward_started
+
+    def share_of(self, seconds: float) -> str:
+        """What it cost, forward and backward, as a share of a run's seconds."""
+        return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
+
+
+def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:
+    """How many of a batch's first examples are put at the last time."""
+    return 0 if config is None else max(1, round(config.share * num_examples))

@@ -1,0 +1,102 @@
+"""Fresh-state loss: networks of permutation states that no checkpoint has shall work, and lie apart.
+
+A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights vary,
+neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than they spread;
+the network that one sampling step makes of each is run on training images, and its cross-entropy reaches the generator.
+A second term keeps the networks of a step apart: without it, or if it only kept them away from the zoo, one new place
+would do for them all.
+
+E networks, L tokens, D token width, K states, S state width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.section import Section
+from rpg.tasks.side_by_side import SideBySide
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+
+
+class FreshConfig(Section):
+    """The fresh-state loss."""
+
+    weight: float = Field(1.0, gt=0, description="of the cross-entropy")
+    spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer one another than their temperature")
+    temperature: float = Field(4.0, ge=1, description="widest states, in the spread of the learned ones; from 1 on")
+    networks: int = Field(8, ge=2, description="networks a step")
+    images: int = Field(128, ge=1, description="training images a step")
+    start: float = Field(0.5, ge=0, lt=1, description="share of the steps before it sets in")
+
+
+class FreshLoss:
+    """Scores networks of fresh states.
+
+    Args:
+        network: the generator's networks.
+        task: its target network, training images and labels.
+        layout: decodes tokens; residual normalisation, so that 1 is the zoo's own root mean square deviation.
+        config: weights and sizes.
+
+    Raises:
+        InputError: there is no table of states to draw around, or the task has no images.
+    """
+
+    def __init__(self, network: RecurrentDiffusion, task: Any, layout: TokenLayout, config: FreshConfig) -> None:
+        if network.num_states < 2:
+            raise InputError("train.fresh", f"{network.num_states} permutation state", "two or more", "see model.state")
+        if network.condition is not None:
+            raise InputError("train.fresh", "a condition", "model.condition.kind none", "use train.behaviour")
+        if not hasattr(task, "images"):
+            raise InputError("train.fresh", f"task {type(task).__name__}", "a task with images")
+        if layout.options.normalization != "residual":
+            raise InputError("train.fresh", f"tokens.normalization {layout.options.normalization}", "residual")
+        self.network, self.layout, self.config = network, layout, config
+        self.images, self.labels = task.images("train"), task.labels("train")
+        self.networks = SideBySide(task.build())
+        self.mask = layout.mask.float()
+        self.constants = layout.constants
+
+    def __call__(self, stream: torch.Generator) -> Tensor:
+        """The weighted loss of one step; ``stream`` (on the CPU) draws states, noise and images."""
+        count = self.config.networks
+        temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=stream)  # [E]
+        noise = torch.randn(count, *self.mask.shape, generator=stream)  # [E, L, D]
+        tokens = self.one_step(self.states(temperature, stream), noise).float()  # [E, L, D]
+        weights = self.layout.decode_batch(tokens)
+        for name, value in self.constants.items():
+            weights[name] = value.to(tokens.device).expand(count, *value.shape)
+        rows = torch.randint(len(self.labels), (self.config.images,), generator=stream)
+        logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
+        labels = self.labels[rows].to(tokens.device).repeat(count)
+        behaviour = F.cross_entropy(logits.flatten(0, 1).float(), labels)
+        apart = (tokens - tokens.mean(0)).square().sum((1, 2)) * count / (count - 1)  # [E], unbiased
+        size = (apart / self.mask.sum()).clamp(min=1e-12).sqrt()  # [E], root mean square, 1 in the zoo
+        spread = F.relu(temperature.to(size.device) - size).square().mean()
+        return self.config.weight * behaviour + self.config.spread * spread
+
+    def states(self, temperature: Tensor, stream: torch.Generator) -> Tensor:
+        """Fresh states ``[E, S]``: the learned ones' Gaussian, each widened by its temperature ``[E]``."""
+        assert self.network.state is not None
+        table = self.network.state.weight.detach()  # [K, S]
+        weights = torch.randn(len(temperature), len(table), generator=stream).to(table.device)
+        deviation = weights @ (table - table.mean(0)) / len(table) ** 0.5
+        return table.mean(0) + temperature.to(table.device)[:, None] * deviation
+
+    def one_step(self, states: Tensor, noise: Tensor) -> Tensor:
+        """The tokens ``[E, L, D]`` that one sampling step makes of noise ``[E, L, D]``."""
+        objective, mask = self.network.objective, self.mask.to(states.device)
+        prototypes = self.network.prototypes(states).flatten(0, 1)  # [E·L, H]
+        rows = (noise.to(states.device) * mask).flatten(0, 1)  # [E·L, D]
+        last = objective.last_time
+        time = torch.full((len(rows),), last, device=states.device)
+        context = self.network.denoiser.precompute(prototypes)
+        prediction = self.network.predict(rows, objective.network_time(time), context, mask.repeat(len(states), 1))
+        return objective.to_sample(rows, prediction, time).view_as(noise)

@@ -1,0 +1,153 @@
+"""Training of p-diff: the autoencoder first, then the diffusion of its latents, as one resumable run.
+
+B examples, K training checkpoints, d values of a flattened checkpoint, Z latent width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rpg.generation.pdiff_sampler import flatten_tokens
+from rpg.models.pdiff import ParameterDiffusion
+from rpg.seeding import generator, permutation
+from rpg.training.trainer import Trainer
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
+
+
+class VectorSampler:
+    """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
+
+    Args:
+        zoo: the checkpoints; those of the split ``train`` are held, 4·K·d bytes.
+        layout: how they are normalised, and which values are chosen.
+        seed: decides the order.
+        batch_sizes: of each step, by stage.
+        stage_steps: optimizer steps of the first stage.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self, zoo: Zoo, layout: TokenLayout, seed: int, batch_sizes: tuple[int, int], stage_steps: int
+    ) -> None:
+        indices = zoo.subset("train")
+        self.vectors = torch.stack([flatten_tokens(layout, layout.encode(zoo.checkpoint(i))) for i in indices])
+        self.seed, self.batch_sizes, self.stage_steps = seed, batch_sizes, stage_steps
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def examples(self, step: int) -> list[int]:
+        """Checkpoints of ``step``: epoch after epoch of its stage, each in its own random order."""
+        stage = int(step >= self.stage_steps)
+        size, count = self.batch_sizes[stage], len(self)
+        first = (step - stage * self.stage_steps) * size
+        places = range(first, first + size)
+        orders = {e: permutation(count, self.seed, "epoch", stage, e) for e in {place // count for place in places}}
+        return [int(orders[place // count][place % count]) for place in places]
+
+    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield each step with its examples."""
+        for step in range(first_step, last_step):
+            yield step, self.examples(step)
+
+
+class PDiffTrainer(Trainer):
+    """The state of a p-diff run.
+
+    One optimizer serves both stages: it passes over parameters without a gradient, which are those of the other stage.
+    The averaged weights are the denoiser's alone, since latents are measured with the autoencoder as trained.
+    """
+
+    network: ParameterDiffusion
+    sampler: VectorSampler
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of both stages."""
+        return self.config.pdiff.num_steps
+
+    def _check(self, zoo: Zoo) -> None:
+        super()._check(zoo)
+        if self.config.model.condition.kind != "none":
+            raise InputError("model.condition.kind", self.config.model.condition.kind, "none with generator pdiff")
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW with one group a stage."""
+        network, stages = self.network, (self.config.pdiff.autoencoder, self.config.pdiff.latent)
+        first = [*network.encoder.parameters(), *network.decoder.parameters()]
+        groups = [
+            {"params": parameters, "lr": stage.learning_rate, "weight_decay": stage.weight_decay}
+            for parameters, stage in zip((first, list(network.denoiser.parameters())), stages, strict=True)
+        ]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+    def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
+        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
+        if world_size > 1 or self.place.spread != "none":
+            found = f"{world_size} processes, or DeepSpeed"
+            raise InputError("generator: pdiff", found, "one, without", "p-diff's networks are small")
+        if self.config.train.compile or self.config.train.gradient_accumulation > 1:
+            found = "train.compile or train.gradient_accumulation"
+            raise InputError("generator: pdiff", found, "neither", "p-diff's networks are small")
+        stages = self.config.pdiff.autoencoder, self.config.pdiff.latent
+        sizes = (stages[0].batch_size, stages[1].batch_size)
+        self._latents: Tensor | None = None
+        return VectorSampler(self.zoo, self.layout, self.config.seed, sizes, stages[0].steps)
+
+    def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The denoiser's parameters."""
+        return ((f"denoiser.{name}", parameter) for name, parameter in self.network.denoiser.named_parameters())
+
+    def learning_rate(self, step: int) -> float:
+        """A cosine to 0 in each stage."""
+        first, second = self.config.pdiff.autoencoder, self.config.pdiff.latent
+        stage, done = (first, step) if step < first.steps else (second, step - first.steps)
+        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * done / stage.steps))
+
+    def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
+        """One optimizer step of the stage that ``step`` is in; returns its loss."""
+        stage = int(step >= self.config.pdiff.autoencoder.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.model.train()
+        loss = self.model(stage, *self._inputs(stage, step, examples))
+        value = loss.item()
+        if not math.isfinite(value):
+            name = ("autoencoder", "latent")[stage]
+            raise InputError(
+                f"step {step + 1}", f"a loss of {value}", "a finite one", f"lower pdiff.{name}.learning_rate"
+            )
+        self.backward_and_step(step, loss)
+        if stage:
+            self.update_average()
+        return value
+
+    def _inputs(self, stage: int, step: int, examples: list[int]) -> tuple[Tensor, ...]:
+        """The tensors of a step's loss, their random numbers decided by (seed, step)."""
+        device, latent_size = self.accelerator.device, self.config.pdiff.latent_size
+        stream = generator(self.config.seed, "pdiff", step)
+        noise = torch.randn(len(examples), latent_size, generator=stream)
+        if stage == 0:
+            values = self.sampler.vectors[examples]
+            parameter_noise = torch.randn(values.shape, generator=stream)
+            return values.to(device), parameter_noise.to(device), noise.to(device)
+        time = self.network.objective.sample_time(len(examples), stream, device)
+        return self.latents()[examples], noise.to(device), time
+
+    @torch.no_grad()
+    def latents(self) -> Tensor:
+        """Latents of all training checkpoints by the trained encoder, ``[K, Z]``; measured when first asked for."""
+        if self._latents is None:
+            with self.accelerator.autocast():
+                chunks = self.sampler.vectors.split(self.config.pdiff.autoencoder.batch_size)
+                encoded = [self.network.encode(chunk.to(self.accelerator.device))[0] for chunk in chunks]
+            self._latents = torch.cat(encoded)
+            self.network.measure_latents(self._latents)
+        return self._latents

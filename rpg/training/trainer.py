@@ -1,0 +1,231 @@
+"""The state of a training run and its step: everything around the loop in rpg/training/loop.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rpg.config import Config
+from rpg.generation.generator import Generator, Network, make_network
+from rpg.training import checkpointing as resuming
+from rpg.training.data import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
+from rpg.training.distributed import Place
+from rpg.training.ema import ExponentialMovingAverage
+from rpg.training.losses.auxiliary import AuxiliaryLosses
+from rpg.training.losses.behaviour import num_at_last_time
+from rpg.training.optim import build_optimizer, learning_rate
+from rpg.training.run_folder import RunFolder
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
+
+
+class Trainer:
+    """The state of a training run of recurrent diffusion, and its step; p-diff's overrides what differs."""
+
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.folder = RunFolder(config.run)
+        self.zoo = zoo = Zoo.open(config.zoo)
+        self._check(zoo)
+        self.place = Place(config.train, str(self.folder.path))
+        self.accelerator = self.place.accelerator
+        self.say = say if self.place.is_main else lambda _: None
+        self.place.on_main(lambda: self.folder.start(config, resume=resume, overwrite=overwrite))
+        self.layout = TokenLayout.fit(zoo, config.tokens, indices=training_entries(zoo, config))
+        self.sampler = self.build_sampler(self.place.rank, self.place.world_size)
+        self.network = self.build_network()
+        self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        self.step, saved = self._newest() if resume else (0, None)
+        if saved is not None:
+            self.say(f"going on after step {self.step} of {self.num_steps}")
+            resuming.load_model(saved, self.network)
+        if config.train.compile:
+            self.compile()
+        self.model, self.optimizer, self.shards = self.place.prepare(self.network, self.build_optimizer)
+        self.ema = ExponentialMovingAverage(self._averaged_shares(), config.train.ema_decay)
+        if saved is not None:
+            resuming.load_average(saved, self.ema, self.shards)
+            resuming.load_optimizer(saved, self.shards)
+        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.place)
+        self.accelerator.init_trackers("tensorboard")
+        if self.place.world_size > 1 or self.place.spread != "none":
+            self.say(str(self.place))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.steps
+
+    def build_network(self) -> Any:
+        """The untrained networks."""
+        return build_network(self.config, self.layout, self.zoo)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """That of the configuration, over all parameters."""
+        return build_optimizer(self.config.train, self.network.parameters())
+
+    def build_sampler(self, rank: int, world_size: int) -> Any:
+        """What reads the rows of each step."""
+        _check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
+        return BatchSampler(self.zoo, self.layout, self.config, rank, world_size)
+
+    def compile(self) -> None:
+        """Compile the networks in place, each on its first call."""
+        for part in (self.network.backbone, self.network.denoiser):
+            part.compile(backend=self.config.train.compile)
+
+    def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters whose moving average is what the generator folder holds."""
+        return self.network.named_parameters()
+
+    def _averaged_shares(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self.shards.share(parameter)) for name, parameter in self.averaged_parameters())
+
+    def update_average(self) -> None:
+        """Move the averaged weights towards those of the last step."""
+        self.ema.update(self._averaged_shares())
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of ``step``."""
+        return learning_rate(self.config.train, step)
+
+    def _check(self, zoo: Zoo) -> None:
+        if not training_entries(zoo, self.config):
+            raise InputError(str(zoo.path), "no checkpoint to train on", "at least one", "fill it with `rpg collect`")
+        wanted = self.config.model.condition.kind
+        if wanted == "none":
+            return
+        found = zoo.condition.kind if zoo.condition else "none"
+        if found != wanted:
+            raise InputError(f"{zoo.path}: condition", found, wanted, "set model.condition.kind to what the zoo holds")
+
+    def train_step(self, step: int, parts: list[Rows]) -> float:
+        """One optimizer step over the step's rows; returns the loss of this process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.model.train()
+        total = 0.0
+        for rows in parts:
+            num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
+            batch = to_batch(rows, self.network.objective, self.place.device, num_last)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    loss = self.model(batch, self._state_noise(rows))
+                mean = loss.mean + self.auxiliary(step, batch, loss)
+                value = mean.item()
+                self.check_finite(step, value, batch.token_ids[~torch.isfinite(loss.per_token)])
+                self.backward_and_step(step, mean)
+            total += value / len(parts)
+        self.update_average()
+        return total
+
+    def backward_and_step(self, step: int, loss: torch.Tensor) -> None:
+        """Add the gradients of ``loss``; with those of a step's last part, step the optimizer.
+
+        Raises:
+            InputError: the gradients are not finite; the parameters are as they were.
+        """
+        self.accelerator.backward(loss)  # under DeepSpeed this clips and steps too, or skips what is not finite
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
+            skipped = self.place.spread == "zero" and self.optimizer.step_was_skipped
+            if skipped or (norm is not None and not math.isfinite(float(norm))):
+                raise InputError(
+                    f"step {step + 1}",
+                    "a gradient that is not finite",
+                    "finite gradients",
+                    "lower train.learning_rate or set train.precision to fp32",
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _state_noise(self, rows: Rows) -> torch.Tensor | None:
+        """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
+        if self.network.state is None or not self.config.model.state.noise:
+            return None
+        device, width = self.place.device, self.config.model.state.width
+        streams = [torch.Generator(device).manual_seed(seed) for seed in rows.group_seeds]
+        return torch.stack([torch.randn(width, generator=stream, device=device) for stream in streams])
+
+    def check_finite(self, step: int, loss: float, bad_tokens: torch.Tensor) -> None:
+        """See to it that every process's loss is finite before any of them goes on.
+
+        Raises:
+            InputError: on all processes; it names the step and the layer of one of ``bad_tokens`` (ids, ``[n]`` long).
+        """
+        code = 0 if math.isfinite(loss) else 1 if not len(bad_tokens) else 2 + int(bad_tokens[0])
+        code = int(self.place.reduce(code, "max"))
+        if not code:
+            return
+        where = f"step {step + 1}"
+        if code > 1:
+            where += f", layer {self.layout.layers[int(self.layout.positions[code - 2, 0])].name!r}"
+        cure = "the weights of the last save are kept; lower train.learning_rate or check the zoo with `rpg inspect`"
+        raise InputError(where, "a loss that is not finite", "a finite loss", cure)
+
+    def log(self, done: int, loss: float) -> float:
+        """Append the loss, averaged over processes, to ``metrics.jsonl`` and to TensorBoard; returns it."""
+        loss = self.place.reduce(loss, "sum") / self.place.world_size
+        values = {"loss": loss, "learning_rate": self.learning_rate(done - 1)}
+        if self.place.is_main:
+            self.accelerator.log(values, step=done)
+            with self.folder.metrics.open("a") as handle:
+                handle.write(json.dumps({"step": done, **values}) + "\n")
+        return loss
+
+    def save(self, done: int) -> None:
+        """Publish everything that a resume needs."""
+        files = resuming.gather(self.network, self.ema, self.shards, keep=self.place.is_main)
+        keep = self.config.train.keep
+        self.place.on_main(lambda: self.folder.save(done, lambda folder: resuming.write(folder, files), keep))
+
+    def _newest(self) -> tuple[int, Path | None]:
+        """The checkpoint to go on from; the main process chooses, and cuts the metrics off after it."""
+
+        def choose() -> tuple[int, Path | None]:
+            step, path = self.folder.newest(self.say) or (0, None)
+            resuming.truncate_metrics(self.folder.metrics, step)
+            return step, path
+
+        return self.place.decide(choose)
+
+    def finish(self, seconds: float) -> Path:
+        """Write the generator folder from the averaged weights."""
+        weights = resuming.gather_model(self.network, self.shards, keep=self.place.is_main)
+        weights |= resuming.gather_average(self.ema, self.shards, keep=self.place.is_main)
+        self.place.on_main(lambda: self._write_generator(weights, seconds))
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return self.folder.generator
+
+    def _write_generator(self, weights: dict[str, torch.Tensor], seconds: float) -> None:
+        network = self.build_network()
+        network.load_state_dict(weights)
+        facts: dict[str, Any] = {
+            "training seconds": round(seconds, 1),
+            "parameters": self.num_parameters,
+            "training checkpoints": len(self.sampler),
+            **self.auxiliary.facts(seconds),
+        }
+        Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
+
+
+def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> Network:
+    """The untrained networks for a zoo, initialised from the seed."""
+    num_states = int(state_ids(zoo, config).max()) + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return make_network(config, layout, num_states, condition_size(zoo, config))
+
+
+def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
+    parts = world_size * accumulation
+    if batch_size % parts:
+        expected = f"a multiple of processes x gradient_accumulation = {parts}"
+        raise InputError("train.batch_size", str(batch_size), expected)

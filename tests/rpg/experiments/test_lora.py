@@ -1,0 +1,178 @@
+"""Adapters for unseen tasks, the whole experiment on fourteen tasks in seconds."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from rpg.config import Config
+from rpg.experiments.held_out_tasks import generate_for, networks_of
+from rpg.experiments.lora import evaluate_lora, language_task, print_scores, run_lora, score_folders
+from rpg.generation.generator import Generator
+from rpg.tasks import many
+from rpg.tasks.language.adapter_bank import AdapterConfig
+from rpg.tasks.language.language import LanguageTask
+from rpg.tasks.side_by_side import stack
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+METHODS = {
+    "original", "generated", "no_condition", "no_adapter", "nearest_seen", "average", "ridge", "kernel_ridge",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    symbols = {
+        "symbols": 4, "length": 3, "rows": 32, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "steps": 60,
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    tree = {
+        "run": str(folder / "run"),
+        "zoo": str(folder / "zoo"),
+        "task": {
+            "name": "language", "base": str(folder / "base"), "data": str(folder / "tasks"), "symbols": symbols,
+            "unseen": 4, "validation": 3, "rows": {"validation": 8, "test": 12}, "adapter": {"r": 2}, "group": 14,
+            "training": {"steps": 20, "batch_size": 8, "learning_rate": 0.05},
+        },
+        "tokens": {"size": 32},
+        "model": {
+            "state": {"of": "none"}, "condition": {"kind": "binary"},
+            "backbone": {"kind": "lstm", "d_model": 16}, "denoiser": {"kind": "mlp", "width": 16, "hidden": 16},
+        },
+        "train": {
+            "splits": ["train", "validation"], "steps": 4, "batch_size": 4, "warmup_steps": 0, "precision": "fp32",
+            "behaviour": {"images": 4},
+        },
+        "generate": {"steps": 1},
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(many, "_cores", lambda: 1)
+        config = Config.parse(tree, "test")
+        yield config, run_lora(config, progress={})
+
+
+def test_the_report_has_what_was_promised(experiment):
+    config, report = experiment
+    saved = json.loads((Path(config.run) / "evaluation.json").read_text())
+    assert saved == json.loads(json.dumps(report))
+    for split, num in (("unseen", 4), ("seen", 10)):
+        assert set(saved[split]) == METHODS
+        for figures in saved[split].values():
+            for name in ("symbol_accuracy", "exact_match", "perplexity"):
+                each, summary = figures["each"][name], figures[name]
+                assert len(each) == num and summary["mean"] == pytest.approx(sum(each) / num)
+                assert summary["min"] == min(each)
+                assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
+        assert len(saved[f"{split}_tasks"]["tasks"]) == num
+    accuracy = {name: each["symbol_accuracy"]["mean"] for name, each in saved["unseen"].items()}
+    assert saved["share_of_originals"] == pytest.approx(accuracy["generated"] / accuracy["original"])
+    assert accuracy["original"] > accuracy["no_adapter"]
+    assert set(saved["seen_tasks"]["hamming_to_seen"]) == {0} and min(saved["unseen_tasks"]["hamming_to_seen"]) > 0
+
+
+def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
+    config, report = experiment
+    zoo, task = Zoo.open(config.zoo), language_task(config)
+    index = zoo.subset("unseen")[2]
+    rows = task.rows(index)["test"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), zoo.file(index)).eval()
+    symbols = (rows.targets >= 0) & (rows.targets != rows.end)
+    right = (model(rows.ids).logits.argmax(-1) == rows.targets) & symbols
+    expected = (right.sum() / symbols.sum()).item()
+    assert report["unseen"]["original"]["each"]["symbol_accuracy"][2] == pytest.approx(expected, abs=0.01)
+
+
+def test_canonical_adapters_are_the_same_adapters(experiment):
+    config, _ = experiment
+    zoo, task = Zoo.open(config.zoo), language_task(config)
+    layout = Generator.from_pretrained(config.run).layout
+    assert layout.canonical is not None
+    canonical = networks_of(zoo, "unseen", layout)
+    plain = networks_of(zoo, "unseen")
+    name = next(name for name in plain.weights if "lora_A" in name)
+    assert not torch.allclose(canonical.weights[name], plain.weights[name])
+    ours, theirs = (task.scores(each.weights, each.bits)["perplexity"] for each in (canonical, plain))
+    assert torch.allclose(ours, theirs, rtol=1e-3)
+
+
+def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
+    config, _ = experiment
+    asked = []
+    real = LanguageTask._scores
+    monkeypatch.setattr(
+        LanguageTask,
+        "_scores",
+        lambda self, weights, tasks, split: asked.append((split, set(tasks))) or real(self, weights, tasks, split),
+    )
+    before = (Path(config.run) / "evaluation.json").read_text()
+    report = evaluate_lora(config.run, split="validation")
+    zoo = Zoo.open(config.zoo)
+    unseen = {zoo.entries[index].run for index in zoo.subset("unseen")}
+    assert {split for split, _ in asked} == {"validation"}
+    assert not any(tasks & unseen for _, tasks in asked)
+    assert [list(bits) for bits in report["unseen_tasks"]["tasks"]] == networks_of(zoo, "validation").bits.tolist()
+    assert (Path(config.run) / "evaluation.json").read_text() == before
+
+
+def test_no_adapter_is_the_base(experiment):
+    config, report = experiment
+    task = language_task(config)
+    base = AutoModelForCausalLM.from_pretrained(config.task.base)
+    ids = task.rows(0)["test"].ids
+    logits = task.bank.logits(stack([task.no_adapter()]), ids[None])[0]
+    assert torch.allclose(logits, base(ids).logits, atol=1e-5)
+    assert report["unseen"]["no_adapter"]["exact_match"]["mean"] < report["unseen"]["original"]["exact_match"]["mean"]
+
+
+def test_generated_ones_are_of_the_zoos_structure(experiment):
+    config, _ = experiment
+    generator = Generator.from_pretrained(config.run)
+    made = generate_for(generator, torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]), 0)
+    structure = Zoo.open(config.zoo).structure
+    assert {name: tuple(value.shape[1:]) for name, value in made.items()} == {
+        name: shape for name, (_, shape) in structure.tensors.items()
+    }
+
+
+def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
+    config, _ = experiment
+    generator, task = Generator.from_pretrained(config.run), language_task(config)
+    bits = torch.tensor([[0, 1, 1, 0]])
+    (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
+    expected = task.scores(generate_for(generator, bits, 3), bits)
+    found = score_folders(config, [folder])[str(folder)]
+    assert len(found) == 14 and found["0110"] == pytest.approx({name: each.item() for name, each in expected.items()})
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), folder)
+    ids = task.rows(0)["test"].ids
+    ours = task.bank.logits(generate_for(generator, bits, 3), ids[None])[0]
+    assert torch.allclose(model(ids).logits, ours, atol=1e-4)
+    print_scores({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
+    assert "0110" in text.getvalue()
+
+
+def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
+    config, _ = experiment
+    zoo = Zoo.open(config.zoo)
+    other = config.model_copy(
+        update={"task": config.task.model_copy(update={"adapter": AdapterConfig(r=2, target_modules=("k_proj",))})}
+    )
+    with pytest.raises(InputError, match="k_proj") as caught:
+        score_folders(other, [zoo.file(0)])
+    assert "\n" not in str(caught.value)
+
+
+def test_other_tasks_are_refused(tmp_path):
+    with pytest.raises(InputError, match="task.name"):
+        language_task(Config.load("configs/digits.yaml"))
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    task = {"name": "language", "base": "none", "data": str(tmp_path), "unseen": 1, "validation": 1}
+    with pytest.raises(InputError, match="kind class"):
+        language_task(Config.parse({"task": task}, "test"))

@@ -1,0 +1,167 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.config import Config
+from rpg.evaluation.held_out import FlatSpace, base_summed, measure_diversity, nearest_rows
+from rpg.experiments.held_out_tasks import evaluate_unseen, generate_for, networks_of, run_unseen, subset_task
+from rpg.generation.conditions import choose_condition
+from rpg.generation.generator import Generator
+from rpg.tasks import many
+from rpg.tasks.class_splits import ClassPairSplit, all_tasks
+from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.subsets import resplit
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+METHODS = {
+    "original", "generated", "nearest_seen", "ridge", "kernel_ridge", "base_summed", "average", "no_condition", "start",
+    "ridge_degree_1", "ridge_degree_2", "ridge_degree_3",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """The whole experiment on twenty tasks, in seconds."""
+    folder = tmp_path_factory.mktemp("unseen")
+    tree = {
+        "run": str(folder / "run"),
+        "zoo": str(folder / "zoo"),
+        "task": {
+            "name": "digits_subsets", "held_out": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
+            "base": {"steps": 60}, "finetune": {"stages": [{"steps": 10}], "batch_size": 32},
+        },
+        "model": {
+            "state": {"of": "none"}, "condition": {"kind": "binary"},
+            "backbone": {"kind": "lstm", "d_model": 16}, "denoiser": {"kind": "mlp", "width": 16, "hidden": 16},
+        },
+        "train": {
+            "splits": ["train", "validation"], "steps": 4, "batch_size": 4, "warmup_steps": 0,
+            "behaviour": {"images": 8},
+        },
+        "generate": {"steps": 1},
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
+        patch.setattr(many, "_cores", lambda: 1)
+        config = Config.parse(tree, "test")
+        report = run_unseen(config, progress={}, seeds=2)
+        yield config, report
+
+
+def test_the_report_has_what_was_promised(experiment):
+    config, report = experiment
+    folder = Path(config.run)
+    saved = json.loads((folder / "evaluation.json").read_text())
+    assert saved == json.loads(json.dumps(report))
+    for split, num in (("unseen", 5), ("seen", 15)):
+        assert set(saved[split]) == METHODS
+        for scores in saved[split].values():
+            accuracies, summary = scores["accuracies"], scores["accuracy"]
+            assert len(accuracies) == num
+            assert summary["mean"] == pytest.approx(sum(accuracies) / num) and summary["min"] == min(accuracies)
+            assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
+        assert len(saved[f"{split}_tasks"]["tasks"]) == len(saved[f"{split}_tasks"]["hamming_to_seen"]) == num
+    assert set(saved["seen_tasks"]["hamming_to_seen"]) == {0} and min(saved["unseen_tasks"]["hamming_to_seen"]) > 0
+    assert saved["train_seconds"] > 0 and [each["seed"] for each in saved["seeds"]] == [0, 1]
+    assert (folder / "distance.png").exists() and (folder / "parameters.png").exists()
+
+
+def test_figures_are_those_of_the_networks(experiment):
+    config, report = experiment
+    zoo, task = Zoo.open(config.zoo), subset_task(config)
+    index = zoo.subset("unseen")[2]
+    condition = torch.tensor([zoo.entries[index].condition])
+    answers = task.predict([zoo.state_dict(index)])
+    expected = (answers == task.targets(condition)).double().mean().item()
+    assert report["unseen"]["original"]["accuracies"][2] == pytest.approx(expected, abs=0.003)
+    worst = report["unseen_tasks"]["worst"][0]
+    assert worst["accuracy"] == min(report["unseen"]["generated"]["accuracies"])
+    shares = torch.tensor(worst["accuracy_of_class"])
+    counts = torch.bincount(task.classes("test"), minlength=10)
+    assert (shares * counts).sum().item() / 500 == pytest.approx(worst["accuracy"])
+
+
+def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experiment, monkeypatch):
+    config, _ = experiment
+    asked = set()
+    real = DigitsSubsetsTask.images
+    monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
+    path = Path(config.run) / "evaluation.json"
+    before = path.read_text()
+    report = evaluate_unseen(config.run, image_split="validation")
+    validation = networks_of(Zoo.open(config.zoo), "validation").bits.tolist()
+    assert [list(task) for task in report["unseen_tasks"]["tasks"]] == validation
+    assert asked == {"validation"} and path.read_text() == before
+
+
+def test_nearest_other_and_summed_probabilities():
+    seen = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    assert nearest_rows(seen, seen, own=False).tolist() == [0, 1, 2]
+    assert nearest_rows(seen, seen, own=True).tolist() == [1, 0, 0]
+
+    class Task:
+        def targets(self, bits, split):
+            return bits[:, torch.tensor([0, 2])]
+
+    probabilities = torch.tensor([[0.3, 0.3, 0.4], [0.3, 0.1, 0.6]])  # images of classes 0 and 2
+    assert base_summed(Task(), probabilities, torch.tensor([[1, 1, 0], [1, 0, 0]]), "test").tolist() == [1.0, 0.5]
+
+
+def test_equal_draws_have_no_diversity(experiment):
+    config, _ = experiment
+    generator, task = Generator.from_pretrained(config.run), subset_task(config)
+    bits = task.bits()[:3]
+    draw = generate_for(generator, bits, 0)
+    diversity = measure_diversity(task, [draw, draw, draw], bits, 1.0)
+    assert diversity.disagreement == 0 and diversity.weight_spread == 0
+    assert math.isclose(diversity.mean_accuracy, diversity.ensemble_accuracy)
+    space = FlatSpace(draw)
+    again = space.unflatten(space.flatten(draw))
+    assert all(torch.equal(again[name], value) for name, value in draw.items())
+
+
+def test_another_split_of_the_same_networks(experiment, tmp_path):
+    config, _ = experiment
+    other = config.task.model_copy(update={"held_out": ClassPairSplit(pair=(1, 2)), "validation": 2})
+    task = DigitsSubsetsTask(type(other).model_validate(other.model_dump()))
+    zoo = resplit(config.zoo, tmp_path / "zoo", task)
+    assert all((entry.condition[1] == entry.condition[2]) == (entry.split == "unseen") for entry in zoo.entries)
+    assert zoo.digest() == Zoo.open(config.zoo).digest()
+    changed = DigitsSubsetsTask(other.model_validate({**other.model_dump(), "seed": 3}))
+    with pytest.raises(InputError, match="task.seed"):
+        resplit(config.zoo, tmp_path / "other", changed)
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({"condition": "1,0"}, "2 values"),
+        ({"condition": "1,0,0,0,0,0,0,0,0,0.5"}, "zeros and ones"),
+        ({"condition": "0,0,0,0,0,0,0,0,0,0"}, "no positive class"),
+        ({"condition": "1,1,1,1,1,1,1,1,1,1"}, "every class positive"),
+        ({"classes": "one,eleven"}, "'eleven'"),
+        ({"prompt": "all odd digits"}, "--prompt-model"),
+        ({"classes": "one", "prompt": "one"}, "one of them"),
+    ],
+)
+def test_bad_requests_are_one_line(experiment, asked, words):
+    generator = Generator.from_pretrained(experiment[0].run)
+    request = {"condition": None, "classes": None, "prompt": None, "prompt_model": None, **asked}
+    with pytest.raises(InputError, match=words) as caught:
+        choose_condition(generator, **request)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_become_the_vector(experiment, capsys):
+    generator = Generator.from_pretrained(experiment[0].run)
+    vector = choose_condition(generator, None, "1,3,five", None, None)
+    assert vector == [0, 1, 0, 1, 0, 1, 0, 0, 0, 0]
+
+
+def test_other_tasks_are_refused():
+    with pytest.raises(InputError, match="family of binary tasks"):
+        subset_task(Config.load("configs/digits.yaml"))

@@ -1,0 +1,151 @@
+"""Denoisers: the split of the computation changes nothing, the cost is what it claims."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from rpg.models.denoiser import DenoiserConfig, MLPConfig, UNet1dConfig, build_denoiser
+from rpg.models.denoiser.time import time_sinusoid
+
+SMALL = [
+    MLPConfig(width=16, hidden=24, depth=2),
+    MLPConfig(width=16, hidden=24, depth=2, skip=True),
+    UNet1dConfig(channels=(1, 4, 8, 1), d_time=16),
+]
+
+
+def randomised(config, token_size=12, d_prototype=20):
+    """A denoiser whose output layer is not zero."""
+    torch.manual_seed(0)
+    denoiser = build_denoiser(config, token_size, d_prototype)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return denoiser
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_shared_time_equals_time_per_token(config):
+    denoiser = randomised(config)
+    x, context = torch.randn(5, 12), denoiser.precompute(torch.randn(5, 20))
+    expanded = torch.tensor(321.0).expand(5)
+    assert expanded.stride(0) == 0
+    torch.testing.assert_close(denoiser(x, expanded, context), denoiser(x, expanded.contiguous(), context))
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_tokens_are_independent(config):
+    denoiser = randomised(config)
+    x, prototype, time = torch.randn(6, 12), torch.randn(6, 20), torch.rand(6) * 1000
+    whole = denoiser(x, time, denoiser.precompute(prototype))
+    context = denoiser.precompute(prototype)
+    assert all(len(tensor) == 6 for tensor in context)
+    part = denoiser(x[2:4], time[2:4], tuple(tensor[2:4] for tensor in context))
+    torch.testing.assert_close(part, whole[2:4])
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_every_input_and_parameter_matters(config):
+    denoiser = randomised(config)
+    x, prototype = torch.randn(6, 12, requires_grad=True), torch.randn(6, 20, requires_grad=True)
+    time = (torch.rand(6) * 1000).requires_grad_()
+    denoiser(x, time, denoiser.precompute(prototype)).square().sum().backward()
+    for tensor in (x, prototype, time, *denoiser.parameters()):
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_runs_under_autocast(config):
+    denoiser = randomised(config)
+    x, prototype, time = torch.randn(6, 12), torch.randn(6, 20), torch.rand(6) * 1000
+    expected = denoiser(x, time, denoiser.precompute(prototype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = denoiser(x, time, denoiser.precompute(prototype))
+        found.float().square().sum().backward()
+    assert (found.float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_mlp_starts_at_zero():
+    denoiser = build_denoiser(MLPConfig(), 32, 256)
+    output = denoiser(torch.randn(4, 32), torch.rand(4) * 1000, denoiser.precompute(torch.randn(4, 256)))
+    assert (output == 0).all()
+
+
+def test_mlp_modulates_as_written_out():
+    denoiser = randomised(MLPConfig(width=16, hidden=24, depth=1))
+    x, prototype, time = torch.randn(3, 12), torch.randn(3, 20), torch.rand(3) * 1000
+    modulation = denoiser.prototype_modulation(F.silu(prototype))
+    modulation = modulation + denoiser.time_modulation(F.silu(denoiser.time(time)))
+    shift, scale, gate, last_shift, last_scale = modulation.split(16, dim=-1)
+    h = denoiser.input(x)
+    (block,) = denoiser.blocks
+    y = block.output(F.silu(block.hidden(F.layer_norm(h, (16,)) * (1 + scale) + shift)))
+    h = h + gate * y
+    expected = denoiser.output(F.layer_norm(h, (16,)) * (1 + last_scale) + last_shift)
+    torch.testing.assert_close(denoiser(x, time, denoiser.precompute(prototype)), expected)
+
+
+@pytest.mark.parametrize(("d_prototype", "mapped"), [(12, False), (20, True)])
+def test_unet1d_is_the_plain_stack_of_conv1d(d_prototype, mapped):
+    config = UNet1dConfig(channels=(1, 4, 8, 1), d_time=16)
+    denoiser = randomised(config, d_prototype=d_prototype)
+    assert isinstance(denoiser.prototype, torch.nn.Linear) is mapped
+    x, prototype, time = torch.randn(3, 12), torch.randn(3, d_prototype), torch.rand(3) * 1000
+    scales = denoiser.time_scale(F.silu(denoiser.time(time)))[:, :, None].split((1, 4, 8), dim=1)
+    h, added = x[:, None], denoiser.prototype(prototype)[:, None]
+    for index, (convolution, scale) in enumerate(zip(denoiser.convolutions, scales, strict=True)):
+        h = F.conv1d((h + added) * scale, convolution.weight[:, :, 0], convolution.bias, padding=3)
+        h = F.leaky_relu(h, 0.1) if index < 2 else h
+    torch.testing.assert_close(denoiser(x, time, denoiser.precompute(prototype)), h[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def counted_flops(denoiser, num_tokens: int, token_size: int, d_prototype: int) -> int:
+    context = denoiser.precompute(torch.zeros(num_tokens, d_prototype))
+    time = torch.tensor(0.0).expand(num_tokens)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(torch.zeros(num_tokens, token_size), time, context)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", [*SMALL, MLPConfig(), UNet1dConfig(channels=(1, 64, 96, 64, 1))])
+def test_flops_per_token_are_those_counted(config):
+    denoiser = build_denoiser(config, 128, 256)
+    # Of a second and third token: the first pays for the time they share.
+    additional = counted_flops(denoiser, 3, 128, 256) - counted_flops(denoiser, 2, 128, 256)
+    assert additional == denoiser.flops_per_token()
+
+
+def test_unet1d_costs_what_the_paper_pays():
+    with torch.device("meta"):
+        denoiser = build_denoiser(UNet1dConfig(), 8192, 8192)
+    assert denoiser.flops_per_token() == 14 * 8192 * 20544
+    assert round(denoiser.flops_per_token() / 1e9, 2) == 2.36
+
+
+def test_mlp_stays_small_where_tokens_are_wide():
+    with torch.device("meta"):
+        denoiser = build_denoiser(MLPConfig(width=512, hidden=1024), 16_384, 512)
+    assert max(parameter.numel() for parameter in denoiser.parameters()) == 16_384 * 512
+
+
+def test_time_sinusoid_endpoints_and_wavelengths():
+    x = time_sinusoid(torch.tensor([0.0, 500.0]), 8)
+    torch.testing.assert_close(x[0], torch.tensor([1.0] * 4 + [0.0] * 4))
+    angle = 500 * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])
+    torch.testing.assert_close(x[1], torch.cat([angle.cos(), angle.sin()]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"kind": "unet1d", "kernel_size": 6}, "kernel_size"),
+        ({"kind": "unet1d", "channels": [2, 4, 1]}, "channels"),
+        ({"kind": "mlp", "width": 0}, "width"),
+    ],
+)
+def test_impossible_configurations_name_the_field(section, field):
+    with pytest.raises(ValidationError, match=field):
+        TypeAdapter(DenoiserConfig).validate_python(section)

@@ -1,0 +1,153 @@
+"""Plans: FLOPs against closed forms, structures without a zoo, and the largest network that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rpg.cli import default_config
+from rpg.config import Config
+from rpg.planning import memory as estimate
+from rpg.planning.flops import count_flops, generation_flops, training_flops
+from rpg.planning.memory import Subject
+from rpg.planning.plan import CUDA_BYTES, GIB, find_subject, largest_network, make_plan, parse_memory
+from tests.conftest import make_zoo, small_config
+from tokenization.errors import InputError
+
+WIDTH, HIDDEN, DEPTH, D, TIME = 32, 64, 2, 16, 256
+
+
+def config_of(folder: Path, **sections) -> Config:
+    model = {
+        "backbone": {"kind": "lstm", "d_model": WIDTH, "num_layers": 2},
+        "denoiser": {"kind": "mlp", "width": WIDTH, "hidden": HIDDEN, "depth": DEPTH},
+    }
+    return small_config(folder, **{"model": model, "train": {"tokens": 5, "batch_size": 4}, **sections})
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    make_zoo(tmp_path / "zoo")
+    return find_subject(config_of(tmp_path))
+
+
+def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, subject):
+    config = config_of(tmp_path)
+    found = generation_flops(config, subject)
+    length, tile = subject.layout.num_tokens, config.generate.tile_tokens
+    state = 2 * config.model.state.width * WIDTH
+    assert found.backbone == state + 2 * 8 * length * WIDTH * (WIDTH + WIDTH)  # two layers, four gates, x and h
+    num_modulations = 3 * DEPTH + 2
+    assert found.once == 2 * WIDTH * num_modulations * WIDTH
+    once_a_step = 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # the embedding of the time
+    denoiser = estimate.meta_network(config, subject).denoiser
+    assert found.step == denoiser.flops_per_token() + once_a_step // tile
+    assert found.total == found.backbone + length * (found.once + config.generate.steps * found.step)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "unet1d"])
+def test_counted_flops_of_a_denoiser_call_are_the_closed_form(tmp_path, subject, kind):
+    """For a very long tile, so that nothing computed once a step is left."""
+    config = config_of(tmp_path, model={"denoiser": {"kind": kind}}, generate={"tile_tokens": 1 << 20})
+    closed = estimate.meta_network(config, subject).denoiser.flops_per_token()
+    assert generation_flops(config, subject).step == pytest.approx(closed, rel=1e-3)
+
+
+def test_a_training_step_costs_three_forward_passes(tmp_path, subject):
+    config = config_of(tmp_path)
+    rows = 4 * 5
+    assert estimate.rows_per_step(config, subject) == rows
+    length, groups, num_modulations = subject.layout.num_tokens, subject.num_states, 3 * DEPTH + 2
+    forward = groups * (2 * config.model.state.width * WIDTH + 16 * length * WIDTH * 2 * WIDTH)
+    forward += rows * 2 * WIDTH * num_modulations * WIDTH  # of the prototypes
+    forward += rows * 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # of every row's own time
+    forward += rows * estimate.meta_network(config, subject).denoiser.flops_per_token()
+    # The inputs, the times' sinusoids and the noisy rows, need no gradient; the position embedding neither.
+    needless = rows * 2 * WIDTH * (TIME + D)
+    assert training_flops(config, subject) == pytest.approx(3 * forward - needless, rel=0.02)
+    parts = config_of(tmp_path, train={"tokens": 5, "batch_size": 4, "gradient_accumulation": 2})
+    # The backbone runs for each part, here for as many states as before.
+    assert training_flops(parts, subject) > training_flops(config, subject)
+
+
+def test_real_operations_are_counted_as_fake_ones():
+    network = nn.LSTM(8, 6, batch_first=True)
+    with count_flops() as counter:
+        network(torch.zeros(3, 5, 8))[0].sum().backward()
+    assert counter.get_total_flops() == 3 * 8 * 3 * 5 * 6 * (8 + 6)
+
+
+def test_a_timm_network_needs_no_zoo(tmp_path):
+    config = Config.load(default_config("large/convnext_atto.yaml"), [f"zoo={tmp_path / 'none'}"])
+    by_name, by_task = find_subject(config, network="resnet18", num_checkpoints=7), find_subject(config)
+    assert by_name.layout.num_values == 11_699_112 and by_name.num_states == 7
+    assert by_task.layout.num_values == 3_695_520 and by_task.num_states == 50
+    plan = make_plan(config, by_task)
+    assert sum(plan.parameters.values()) * 4 == plan.training.gradients
+    assert plan.training.on_device == plan.training.total - plan.training.waiting - plan.training.cache
+    halves = make_plan(config, by_task, num_processes=2).training
+    assert halves.batch < plan.training.batch and halves.optimizer == plan.training.optimizer
+
+
+def test_our_recipe_costs_fifty_times_less_and_is_smaller_than_its_network(tmp_path):
+    flops = {}
+    for kind in ("large", "paper"):
+        config = Config.load(default_config(f"{kind}/convnext_large.yaml"), [f"zoo={tmp_path / 'none'}"])
+        found = find_subject(config)
+        flops[kind] = generation_flops(config, found).total
+        if kind == "large":
+            plan = make_plan(config, found)
+            assert sum(plan.parameters.values()) <= 197_767_336 == found.layout.num_values
+            assert estimate.rows_per_step(config, found) >= 2048 and plan.training.total <= 24e9
+    assert flops["paper"] >= 50 * flops["large"]
+
+
+def test_moments_of_eight_bits(tmp_path):
+    config = Config.load(default_config("large/convnext_atto.yaml"), [f"zoo={tmp_path / 'none'}"])
+    small = Config.load(
+        default_config("large/convnext_atto.yaml"), [f"zoo={tmp_path / 'none'}", "train.optimizer=adamw8bit"]
+    )
+    subject = find_subject(config)
+    full, eighth = (estimate.training_memory(each, subject).optimizer for each in (config, small))
+    assert 0.25 < eighth / full < 0.26
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "expected"),
+    [
+        ({}, {}, "no zoo"),
+        ({"network": "resnet19"}, {}, "a timm model"),
+        ({"network": "resnet18"}, {"model": {"condition": {"kind": "binary"}}}, "--condition-size"),
+    ],
+)
+def test_what_is_not_known_is_asked_for(tmp_path, arguments, changes, expected):
+    with pytest.raises(InputError, match=expected):
+        find_subject(config_of(tmp_path, **changes), **arguments)
+
+
+def test_the_largest_network_fits_and_a_larger_one_does_not(tmp_path, subject):
+    config = config_of(tmp_path)
+    memory = CUDA_BYTES + (64 << 20)
+    largest = largest_network(config, subject, memory)
+    assert largest.num_bytes <= memory and largest.num_values == largest.num_tokens * D
+    more = largest_network(config, subject, 2 * memory - CUDA_BYTES)
+    assert 1.8 < more.num_tokens / largest.num_tokens < 2.2
+    edge = largest_network(config, subject, largest.num_bytes)
+    assert edge.num_tokens == pytest.approx(largest.num_tokens, rel=0.02)
+    assert largest_network(config, subject, CUDA_BYTES).num_values == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24GB", 24 * 10**9), ("24 GiB", 24 * GIB), ("80", 80 * GIB), ("512MiB", 512 << 20), ("RTX4090", 24 * GIB)],
+)
+def test_memory_is_a_size_or_a_gpu(text, expected):
+    assert parse_memory(text) == expected
+
+
+def test_other_memory_is_refused():
+    with pytest.raises(InputError, match="a100"):
+        parse_memory("much")

@@ -1,0 +1,98 @@
+"""Zoos of whole timm networks from a folder of images, which the tests make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rpg.tasks import ImageNetConfig, build_task, task_of
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of three classes by folder, as ImageNet lies on disk: red, green and blue ones."""
+    root = tmp_path_factory.mktemp("imagenet")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for channel in range(3):
+            (root / split / f"n{channel}").mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 60, (40, 50, 3))
+                pixels[..., channel] += 150
+                Image.fromarray(pixels.astype("uint8")).save(root / split / f"n{channel}" / f"{index}.jpg")
+    return root
+
+
+def config_of(folder: Path, **changes) -> ImageNetConfig:
+    settings = {
+        "network": "resnet10t", "pretrained": False, "data": str(folder), "num_classes": 3, "image_size": 32,
+        "checkpoints": 4, "epochs": 4, "batch_size": 8, "learning_rate": 2e-3,
+    }  # fmt: skip
+    return ImageNetConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def zoo(folder, tmp_path_factory):
+    return build_task(config_of(folder)).collect(tmp_path_factory.mktemp("zoo"))
+
+
+def test_the_zoo_holds_whole_networks_at_even_steps(folder, zoo):
+    task = build_task(config_of(folder))
+    assert [entry.step for entry in zoo.entries] == [3, 6, 9, 12]  # 24 images are three batches an epoch
+    for index in range(4):
+        task.build().load_state_dict(zoo.state_dict(index), strict=True)
+    first, last = zoo.state_dict(0), zoo.state_dict(3)
+    assert all(not torch.equal(first[name], last[name]) for name, value in first.items() if value.numel() > 1)
+    assert zoo.entries[3].metrics["training_loss"] < zoo.entries[0].metrics["training_loss"]
+
+
+def test_a_collection_that_was_cut_short_is_completed_to_the_same_bits(folder, zoo, tmp_path):
+    task = build_task(config_of(folder))
+    assert len(task.collect(tmp_path / "zoo", limit=2)) == 2
+    again = task.collect(tmp_path / "zoo")
+    assert [entry.sha256 for entry in again.entries] == [entry.sha256 for entry in zoo.entries]
+
+
+def test_predictions_are_those_of_the_network_and_its_training_shows(folder, zoo):
+    task = task_of(zoo)
+    labels = task.labels()
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    state_dict = zoo.state_dict(3)
+    predictions = task.predict([state_dict, {name: torch.nan * v for name, v in state_dict.items()}])
+    network = task.build().eval()
+    network.load_state_dict(state_dict)
+    images = torch.stack([image for image, _ in task._tuning.dataset("test")])
+    with torch.no_grad():
+        assert torch.equal(predictions[0], network(images).argmax(1))
+    assert not predictions[1].any() and images.shape == (12, 3, 32, 32)
+    with pytest.raises(InputError, match="network 0"):
+        task.predict([{}])
+
+
+def test_fine_tuning_starts_from_a_file(folder, tmp_path):
+    network = build_task(config_of(folder, seed=5)).build()
+    save_checkpoint(tmp_path / "start.safetensors", network.state_dict())
+    started = build_task(config_of(folder, weights=str(tmp_path / "start.safetensors"))).start()
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in started.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"network": "resnet11"}, "a timm model"),
+        ({"num_classes": 4}, "num_classes"),
+        ({"checkpoints": 13}, "task.checkpoints"),
+        ({"data": "nowhere"}, "task.data"),
+        ({"weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(folder, tmp_path, changes, expected):
+    with pytest.raises(InputError, match=expected) as caught:
+        build_task(config_of(folder, **changes)).collect(tmp_path / "zoo")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,168 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from rpg.tasks import build_task, many
+from rpg.tasks.class_splits import all_tasks
+from rpg.tasks.images.digits_subsets import BaseConfig, DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks.images.finetuning import FinetuneConfig, Stage
+from rpg.tasks.images.subsets import load_base
+from tokenization.errors import InputError
+from tokenization.zoo.condition import WITHHELD
+from tokenization.zoo.zoo import Zoo
+
+CONFIG = DigitsSubsetsConfig(
+    base=BaseConfig(steps=30),
+    finetune=FinetuneConfig(stages=(Stage(steps=4),), batch_size=16, checkpoints=2),
+    group=6,
+    held_out={"kind": "random", "num": 5},
+    validation=4,
+)
+NUM_TASKS = 20
+ALL_BITS = DigitsSubsetsTask.bits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks():
+    """The first twenty tasks stand for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:NUM_TASKS])
+        yield
+
+
+@pytest.fixture(scope="module")
+def task(few_tasks):
+    return DigitsSubsetsTask(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def zoo(task, tmp_path_factory):
+    return task.collect(tmp_path_factory.mktemp("zoo") / "zoo", processes=1)
+
+
+def test_a_zoo_holds_every_task_with_its_split_and_condition(task, zoo):
+    assert len(zoo) == 2 * NUM_TASKS and zoo.num_runs == NUM_TASKS
+    assert zoo.condition == task.condition
+    assert len(zoo.subset("unseen")) == 10 and len(zoo.subset("validation")) == 8
+    for entry in zoo.entries[:: len(zoo) // 7]:
+        assert list(entry.condition) == task.bits()[entry.run].tolist()
+    assert not (zoo.path / "parts").exists()
+    zoo.verify()
+
+
+def test_what_the_zoo_records_is_what_the_networks_score(task, zoo):
+    index = zoo.subset("unseen")[3]
+    entry = zoo.entries[index]
+    bits = torch.tensor([entry.condition])
+    answers = task.predict([zoo.state_dict(index)], "validation")
+    accuracy = (answers == task.targets(bits, "validation")).double().mean().item()
+    assert accuracy == pytest.approx(entry.metrics["validation_accuracy"], abs=0.005)
+
+
+def test_a_killed_collection_goes_on_where_it_stood(task, zoo, tmp_path, monkeypatch):
+    trained = []
+    real = DigitsSubsetsTask.train_part
+
+    def dying(self, tasks, folder):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(tasks[0])
+        return real(self, tasks, folder)
+
+    monkeypatch.setattr(DigitsSubsetsTask, "train_part", dying)
+    with pytest.raises(KeyboardInterrupt):
+        task.collect(tmp_path / "zoo", processes=1)
+    base = load_file(tmp_path / "zoo" / "base.safetensors")
+    monkeypatch.setattr(
+        DigitsSubsetsTask,
+        "train_part",
+        lambda self, tasks, folder: trained.append(tasks[0]) or real(self, tasks, folder),
+    )
+    resumed = task.collect(tmp_path / "zoo", processes=1)
+    assert trained == [0, 6, 12, 18]  # none twice
+    assert all(torch.equal(value, load_file(zoo.path / "base.safetensors")[name]) for name, value in base.items())
+    assert resumed.digest() == zoo.digest()
+
+
+def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
+    """Two launched processes, one after the other: each trains its own half."""
+
+    class Place:
+        num_processes = 2
+
+        def __init__(self, rank):
+            self.process_index, self.is_main_process = rank, rank == 0
+
+        def wait_for_everyone(self):
+            pass
+
+    path = tmp_path / "zoo"
+    task.collect(path, processes=1, limit=1)  # base and first part
+    monkeypatch.setattr(many, "PartialState", lambda: Place(1))
+    many.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
+    made = sorted(file.name for file in (path / "parts").iterdir())
+    assert made == ["part-00000.safetensors", "part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second
+    monkeypatch.undo()
+    assert task.collect(path, processes=1).digest() == zoo.digest()
+
+
+def test_a_family_may_be_cut_to_some_of_its_tasks():
+    some = ALL_BITS(DigitsSubsetsTask(CONFIG.model_copy(update={"tasks": 300})))
+    assert len(some) == 300 == len(some.unique(dim=0))
+    assert not torch.equal(some, all_tasks(10)[:300])
+    with pytest.raises(InputError, match="at most 1022"):
+        ALL_BITS(DigitsSubsetsTask(CONFIG.model_copy(update={"tasks": 2000})))
+
+
+def test_labels_of_a_family_and_another_configuration_are_one_line(task, zoo):
+    with pytest.raises(InputError, match="rpg unseen"):
+        task.labels()
+    other = build_task({**CONFIG.model_dump(mode="json"), "seed": 5})
+    with pytest.raises(InputError, match="seed"):
+        other.collect(zoo.path)
+
+
+def test_behaviour_losses_are_differentiable_and_draw_training_images(task, monkeypatch):
+    asked = []
+    real = DigitsSubsetsTask.classes
+    monkeypatch.setattr(
+        DigitsSubsetsTask, "classes", lambda self, split="test": asked.append(split) or real(self, split)
+    )
+    weights = {name: value[None].clone().requires_grad_() for name, value in task.build().state_dict().items()}
+    bits = task.bits()[[5]].float()
+    loss = task.behaviour_losses(weights, bits, 32, torch.Generator().manual_seed(0))
+    loss.sum().backward()
+    assert loss.shape == (1,) and all(value.grad.abs().sum() > 0 for value in weights.values())
+    assert set(asked) == {"train"}
+
+
+def test_a_teachers_probabilities_are_summed_over_either_side(task, zoo):
+    """Against the loss of one network written out: cross-entropy of two logits with two probabilities."""
+    network = task.build()
+    weights = {name: value[None] for name, value in network.state_dict().items()}
+    bits = task.bits()[[5]].float()
+    loss = task.behaviour_losses(weights, bits, 32, torch.Generator().manual_seed(0), task.teacher(zoo))
+    images, _ = task.draw(32, torch.Generator().manual_seed(0), augmented=True)
+    base = task.network(10)
+    base.load_state_dict(load_base(zoo))
+    with torch.no_grad():
+        probabilities = base.eval()(images).softmax(-1)
+        positive = probabilities[:, bits[0].bool()].sum(1)
+        expected = F.cross_entropy(network.eval()(images), torch.stack([1 - positive, positive], 1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_classes_whose_bit_is_withheld_count_for_neither_side(task, zoo):
+    """As if the images of those classes had not been drawn."""
+    weights = {name: value[None] for name, value in task.build().state_dict().items()}
+    bits = task.bits()[[5]].float()
+    bits[0, [2, 7]] = WITHHELD
+    loss = task.behaviour_losses(weights, bits, 64, torch.Generator().manual_seed(0))
+    images, classes = task.draw(64, torch.Generator().manual_seed(0), augmented=True)
+    told = (classes != 2) & (classes != 7)
+    assert 0 < told.sum() < 64
+    expected = F.cross_entropy(task.build().eval()(images[told]), bits[0].long()[classes[told]])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    taught = task.behaviour_losses(weights, bits, 64, torch.Generator().manual_seed(0), task.teacher(zoo))
+    assert taught.isfinite().all()

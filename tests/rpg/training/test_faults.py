@@ -1,0 +1,186 @@
+"""Kills, signals, full disks, damaged files and losses that are not finite: what is saved stays whole and usable."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rpg.config import Config
+from rpg.training.loop import train
+from rpg.training.run_folder import RunFolder
+from rpg.training.trainer import Trainer
+from tests.conftest import small_config
+from tokenization.errors import InputError
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "generator" / "model.safetensors")
+
+
+def assert_same_run(run: str | Path, other: str | Path) -> None:
+    """Bit-equal weights and the same logged losses, once each."""
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    lines, expected = ((Path(each) / "metrics.jsonl").read_text().splitlines() for each in (run, other))
+    assert [json.loads(line) for line in lines] == [json.loads(line) for line in expected]
+
+
+class ForkServer:
+    """Starts training processes that can really be killed."""
+
+    def __init__(self) -> None:
+        script, environment = str(Path(__file__).with_name("forking.py")), {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, script], stdin=-1, stdout=-1, text=True, env={**environment, "PYTHONPATH": "."}
+        )
+        self._answer("ready")
+
+    def _answer(self, event: str) -> int:
+        assert self.server.stdout is not None
+        word, number = self.server.stdout.readline().split()
+        assert word == event
+        return int(number)
+
+    def start(self, config: Config) -> int:
+        """Returns the process's id."""
+        assert self.server.stdin is not None
+        path = f"{config.run}.yaml"
+        config.save(path)
+        self.server.stdin.write(path + "\n")
+        self.server.stdin.flush()
+        return self._answer("started")
+
+    def finish(self) -> int:
+        """Wait for the process; returns its exit status, -9 after a SIGKILL."""
+        return self._answer("ended")
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.server.communicate("")
+
+
+def long_config(folder: Path, run: str) -> Config:
+    """Some seconds of training and many saves."""
+    return small_config(folder, run=str(folder / run), train={"steps": 90, "save_every": 3, "log_every": 2})
+
+
+def test_twenty_kills_at_random_points_change_nothing(tmp_path, zoo, forks):
+    whole, killed = long_config(tmp_path, "whole"), long_config(tmp_path, "killed")
+    started = time.monotonic()
+    forks.start(whole)
+    assert forks.finish() == 0
+    seconds = time.monotonic() - started
+    clock, folder, kills, saved = random.Random(0), RunFolder(killed.run), 0, 0
+    while kills < 20:
+        process = forks.start(killed)
+        time.sleep(clock.uniform(0, seconds / 6))
+        with contextlib.suppress(ProcessLookupError):  # it was done
+            os.kill(process, signal.SIGKILL)
+        status = forks.finish()
+        newest = folder.newest()
+        assert newest is None or newest[0] >= saved  # a save is never lost
+        said = re.search(r"going on after step (\d+)", Path(f"{killed.run}.log").read_text())
+        assert not said or int(said[1]) == saved  # and it went on from the last one
+        saved = newest[0] if newest else 0
+        kills += status == -signal.SIGKILL
+        if status == 0:  # done before its kill: once more from the beginning
+            assert_same_run(killed.run, whole.run)
+            killed, saved = long_config(tmp_path, f"killed-{kills}"), 0
+            folder = RunFolder(killed.run)
+    forks.start(killed)
+    assert forks.finish() == 0
+    assert_same_run(killed.run, whole.run)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_with_exit_code_0(tmp_path, zoo, forks, name):
+    config = long_config(tmp_path, "run")
+    process, folder = forks.start(config), RunFolder(config.run)
+    while not folder.steps():
+        time.sleep(0.01)
+    os.kill(process, getattr(signal, name))
+    assert forks.finish() == 0
+    stopped = re.search(
+        r"stopped after step (\d+) of 90; continue with --resume", Path(f"{config.run}.log").read_text()
+    )
+    assert stopped and folder.newest()[0] == int(stopped[1])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, zoo):
+    config = small_config(tmp_path)
+    train(config)
+    folder = RunFolder(config.run)
+    (newest, path), (older, _) = folder.steps()
+    victim = path / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    before, said = weights(config.run), []
+    train(config, resume=True, say=said.append)
+    assert "model.safetensors" in said[0] and "falling back" in said[0]
+    assert said[1] == f"going on after step {older} of {newest}"
+    assert all(torch.equal(value, before[name]) for name, value in weights(config.run).items())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+@pytest.mark.parametrize(("limit", "place"), [(40_000, r"step-00000010.*from step-00000005"), (700, "run.*last save")])
+def test_a_full_disk_keeps_the_save_before(tmp_path, zoo, limit, place):
+    """The kernel refuses files beyond ``limit`` bytes: the optimizer's state, or a line of the log."""
+    whole, config = (small_config(tmp_path, run=str(tmp_path / run)) for run in ("whole", "run"))
+    train(whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(done: int, total: int, loss: float) -> None:
+        if done == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    try:
+        with pytest.raises(InputError, match=place) as caught:
+            train(config, progress=fill, say=lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
+    assert RunFolder(config.run).newest()[0] == 5
+    train(config, resume=True, say=lambda _: None)
+    assert_same_run(config.run, whole.run)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, zoo, part):
+    """It names step and layer, and no parameter has changed, whichever part of an accumulated batch it is in."""
+    config = small_config(tmp_path, train={"gradient_accumulation": 2})
+    trainer = Trainer(config, resume=False, overwrite=False, say=lambda _: None)
+    steps = trainer.sampler.prefetch(0, 3)
+    for step, parts in steps:
+        if step == 2:
+            break
+        trainer.train_step(step, parts)
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    parts[part].samples[:, -1] = float("nan")
+    with pytest.raises(InputError, match=r"step 3, layer '3\.bias': found a loss that is not finite"):
+        trainer.train_step(step, parts)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, zoo):
+    trainer = Trainer(small_config(tmp_path), resume=False, overwrite=False, say=lambda _: None)
+    trainer.network.denoiser.input.bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    _, parts = next(trainer.sampler.prefetch(0, 1))
+    with pytest.raises(InputError, match="step 1: found a gradient that is not finite"):
+        trainer.train_step(0, parts)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rpg.training.data import BatchSampler
+from rpg.training.loop import train
+from rpg.training.run_folder import RunFolder
+from tests.conftest import make_zoo, small_config
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.zoo import Zoo
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "generator" / "model.safetensors")
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("state", [{"of": "run"}, {"of": "checkpoint", "noise": 0.3}])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, state):
+    whole = small_config(tmp_path, model={"state": state}, run=str(tmp_path / "whole"))
+    train(whole)
+    parts = small_config(tmp_path, model={"state": state}, run=str(tmp_path / "parts"))
+    train(parts, max_seconds=0)  # stops after its first step
+    assert RunFolder(parts.run).steps()[0][0] == 1
+    train(parts, resume=True)
+    assert_same_bits(weights(whole.run), weights(parts.run))
+
+    def losses(run: str) -> list[dict]:
+        return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+    assert losses(whole.run) == losses(parts.run)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (5, 100000000, 20):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    assert [step for step, _ in folder.steps()] == [100000000, 20, 5]
+
+
+def test_a_run_that_is_there_is_neither_overwritten_nor_mixed(tmp_path, zoo):
+    config = small_config(tmp_path)
+    train(config)
+    with pytest.raises(InputError, match="--resume"):
+        train(config)
+    with pytest.raises(InputError, match=r"train\.learning_rate"):
+        train(small_config(tmp_path, train={"learning_rate": 0.5}), resume=True)
+
+
+def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
+    config = small_config(tmp_path, tokens={"size": 8}, train={"tokens": 5})
+    layout = TokenLayout.fit(zoo, config.tokens)
+    whole = BatchSampler(zoo, layout, config).load(7)
+    halves = [BatchSampler(zoo, layout, config, rank, 2).load(7) for rank in range(2)]
+    assert torch.equal(torch.cat([half.samples for half in halves]), whole.samples)
+    assert halves[0].seeds + halves[1].seeds == whole.seeds
+    assert all(torch.equal(half.token_ids, whole.token_ids) for half in halves)
+
+
+def test_an_epoch_visits_every_checkpoint_once(tmp_path, zoo):
+    config = small_config(tmp_path, train={"batch_size": 3})
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
+    for epoch in range(3):
+        assert sorted(sampler.examples(2 * epoch) + sampler.examples(2 * epoch + 1)) == list(range(6))
+
+
+def test_gradient_accumulation_gives_the_same_run(tmp_path, zoo):
+    results = []
+    for parts in (1, 2):
+        config = small_config(tmp_path, run=str(tmp_path / str(parts)), train={"gradient_accumulation": parts})
+        train(config)
+        results.append(weights(config.run))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_impossible_requests_are_named(tmp_path, zoo):
+    with pytest.raises(InputError, match=r"train\.batch_size"):
+        train(small_config(tmp_path, train={"batch_size": 3, "gradient_accumulation": 2}))
+    with pytest.raises(InputError, match="condition"):
+        train(small_config(tmp_path, model={"condition": {"kind": "binary"}}), overwrite=True)
+    empty = tmp_path / "empty"
+    Zoo.create(empty)
+    with pytest.raises(InputError, match="no checkpoint"):
+        train(small_config(tmp_path, zoo=str(empty)), overwrite=True)
+
+
+def test_a_conditional_generator_trains_with_dropout(tmp_path):
+    make_zoo(tmp_path / "zoo", num=8, condition_size=3)
+    config = small_config(tmp_path, model={"condition": {"kind": "binary", "dropout": 0.5}})
+    train(config)
+    assert "condition.null" in weights(config.run)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors and pickles, opened lazily, checked, saved atomically."""

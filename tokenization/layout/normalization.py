@@ -1,0 +1,162 @@
+"""The arithmetic between values and tokens.
+
+A token value is ``y = (f(x) - centre) / scale``. In the mode ``layer`` centre and scale are the mean and the standard
+deviation of a tensor over the zoo (the paper's, arXiv 2501.11587 section 3.1); in ``residual`` the centre is each
+parameter's mean over the zoo and the scale the root mean square of what remains, one number a layer; in ``none``
+``y = x``. ``f`` is the identity but for running variances, where ``f(v) = log(v / (0.95 mean v) + 0.05)``.
+
+A layer that is the same in the whole zoo has the scale 0: its tokens are 0 and it decodes to the zoo's values whatever
+the tokens say, so that a generator's noise never reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.layout.placement import Layer, Normalization
+from tokenization.pages import release_pages
+
+VARIANCE_SHARE, VARIANCE_OFFSET = 0.95, 0.05
+LARGEST_LOG = 80.0
+"""Generated log variances are cut here: e^80 is still finite in float32."""
+
+
+class TensorSource(Protocol):
+    """Named flat tensors; a `Checkpoint` is one, and reads them from its memory map."""
+
+    def flat(self, name: str) -> Tensor:
+        """All values of a tensor, 1-D."""
+        ...
+
+
+class MemorySource:
+    """Named flat tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def flat(self, name: str) -> Tensor:
+        """All values of a tensor, 1-D."""
+        return self.tensors[name].reshape(-1)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's way between values and tokens.
+
+    Attributes:
+        centre: a number, or one for each value, ``[num_values]`` (``residual``).
+        scale: 0 for a layer without variation.
+        variance_mean: the layer's mean where it goes through the logarithm, else 0.
+        identity: values are copied as they are.
+    """
+
+    centre: float | Tensor
+    scale: float
+    variance_mean: float = 0.0
+    identity: bool = False
+
+    def centre_at(self, where: Any) -> float | Tensor:
+        """The centres of the values at ``where``, an index into the flattened layer."""
+        return self.centre[where] if isinstance(self.centre, Tensor) else self.centre
+
+    def centre_window(self, num_runs: int, run_length: int) -> Callable[[Any], float | Tensor]:
+        """A function from an index into the layer as ``[num_runs, run_length]`` to the centres there."""
+        centre = self.centre
+        if not isinstance(centre, Tensor):
+            return lambda where: centre
+        window = centre.view(num_runs, run_length)
+        return lambda where: window[where]
+
+    def normalize(self, values: Tensor, centre: float | Tensor) -> Tensor:
+        """Values in the stored dtype → tokens, elementwise; float64 unless identity.
+
+        Args:
+            values: any shape.
+            centre: ``self.centre``, or the part of it that belongs to ``values``, in their shape.
+        """
+        if self.identity:
+            return values
+        tokens = values.to(torch.float64, copy=True)
+        if self.variance_mean:
+            tokens.clamp_(min=0).mul_(1 / (VARIANCE_SHARE * self.variance_mean)).add_(VARIANCE_OFFSET).log_()
+        return tokens.sub_(centre).mul_(1 / self.scale if self.scale else 0.0)
+
+    def denormalize(self, tokens: Tensor, centre: float | Tensor) -> Tensor:
+        """Tokens → values, the inverse of ``normalize``; float64 unless identity. Variances are cut at 0.
+
+        What is too small beside the centre for the tokens' dtype to tell from 0 becomes 0: zeros stay zeros.
+        """
+        if self.identity:
+            return tokens
+        values = self.denormalize_as(tokens.to(torch.float64), centre)
+        if not self.scale:
+            return values
+        resolution = max(torch.finfo(tokens.dtype).eps * 0.500001, 2.0**-51)
+        if self.variance_mean:
+            return torch.hardshrink(values, 16 * resolution * VARIANCE_OFFSET * self.variance_mean)
+        if isinstance(centre, Tensor):
+            return values.masked_fill_(values.abs() <= centre.abs() * resolution, 0)
+        return torch.hardshrink(values, resolution * abs(centre))
+
+    def denormalize_as(self, tokens: Tensor, centre: float | Tensor) -> Tensor:
+        """``denormalize`` in the tokens' own dtype, differentiable."""
+        if self.identity:
+            return tokens
+        # A generator's NaN or infinity must not reach a layer that never varies.
+        values = tokens * self.scale + centre if self.scale else torch.zeros_like(tokens) + centre
+        if self.variance_mean:
+            values = values.clamp(max=LARGEST_LOG).exp() - VARIANCE_OFFSET
+            values = (values * (VARIANCE_SHARE * self.variance_mean)).clamp(min=0)
+        return values
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of all layers.
+
+    Attributes:
+        normalization: the mode.
+        centre, scale, variance_mean: as in `LayerStatistics`, ``[K]`` float64; the centre is 0 in ``residual``.
+        means: per-parameter means under ``centre.<layer name>`` (``residual``), else None.
+    """
+
+    normalization: Normalization
+    centre: Tensor
+    scale: Tensor
+    variance_mean: Tensor
+    means: TensorSource | None = None
+
+    @classmethod
+    def identity(cls, num_layers: int) -> Statistics:
+        """Those of the mode ``none``."""
+        zeros = torch.zeros(num_layers, dtype=torch.float64)
+        return cls("none", zeros, torch.ones_like(zeros), zeros)
+
+    def layer(self, index: int, name: str) -> LayerStatistics:
+        """One layer's statistics; per-parameter means stay in their memory map."""
+        if self.normalization == "none":
+            return LayerStatistics(0.0, 1.0, identity=True)
+        centre = float(self.centre[index]) if self.means is None else self.means.flat(mean_name(name))
+        return LayerStatistics(centre, float(self.scale[index]), float(self.variance_mean[index]))
+
+    def release(self, layer_name: str) -> None:
+        """Let go of the pages that a layer's per-parameter means take."""
+        if isinstance(self.means, Checkpoint):
+            release_pages(self.means, mean_name(layer_name))
+
+
+def mean_name(layer_name: str) -> str:
+    """Under which name a layer's per-parameter means are stored."""
+    return f"centre.{layer_name}"
+
+
+def mean_dtype(layer: Layer) -> torch.dtype:
+    """In which dtype they are stored: wide enough that rounding them costs nothing that matters."""
+    return torch.float64 if layer.dtype == torch.float64 else torch.float32

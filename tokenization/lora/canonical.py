@@ -1,0 +1,250 @@
+"""Adapters whose LoRA pairs all have one form, so that the runs of a zoo compare value by value.
+
+The canonical factors of a zoo's adapters are computed once and kept in its folder ``cache``; tokens are read from them
+as from any other file. A pair keeps its product ``B A`` up to the rounding of the stored dtype; whatever else an
+adapter holds (DoRA magnitudes, biases) stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.safetensors import tensor_at
+from tokenization.checkpoint.structure import digest_of
+from tokenization.errors import InputError
+from tokenization.layout.normalization import TensorSource
+from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
+from tokenization.layout.writer import TensorFile
+from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
+from tokenization.lora.low_rank import align_factors, balanced_factors
+from tokenization.pages import release_pages
+from tokenization.zoo.zoo import Zoo
+
+VERSION = 1
+CACHE_FOLDER = "cache"
+MARK = "rpg.canonical"
+"""Metadata of an opened canonical checkpoint: by which form it is one."""
+
+NO_PRODUCT = ("target_parameters", "kasa_config", "use_bdlora")
+"""Fields of PEFT's configuration under which an update is not ``B A``: stacked experts, a diagonal, blocks."""
+
+REFERENCE_CHECKPOINTS, REFERENCE_ROUNDS = 32, 3
+"""Of how many adapters, spread over the zoo, the reference is the mean, and how often they are aligned to it anew."""
+
+
+def reference_name(layer_name: str) -> str:
+    """Under which name a layer of the reference is stored."""
+    return f"reference.{layer_name}"
+
+
+def find_pairs(layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
+    """The layers ``(A [r, in], B [out, r])`` of each LoRA update of a linear or embedding layer.
+
+    Those of convolutions are left out: in a grouped one the components cannot be mixed.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    pairs = []
+    for a in layers:
+        side, partner = partner_of(a.name) or ("", "")
+        b = by_name.get(partner)
+        if side == "A" and b is not None and len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
+            pairs.append((a, b))
+    return tuple(pairs)
+
+
+class Canonical:
+    """Brings adapters of one structure into canonical form.
+
+    Args:
+        form: ``svd`` or ``aligned``.
+        pairs: as `find_pairs` gives them.
+        reference: of ``aligned``, what pairs are rotated to, float32 under `reference_name`; None for ``svd``.
+    """
+
+    def __init__(
+        self, form: CanonicalForm, pairs: Sequence[tuple[Layer, Layer]], reference: TensorSource | None
+    ) -> None:
+        self.form = form
+        self.pairs = tuple(pairs)
+        self.reference = reference
+        self._start()
+
+    def _start(self) -> None:
+        self._opened: tuple[Zoo | None, dict[int, Checkpoint]] = (None, {})
+        self._lock = threading.Lock()
+
+    @classmethod
+    def fit(cls, zoo: Zoo, indices: Sequence[int], layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:
+        """The form that ``options.lora_canonical`` names for a zoo; None without it, or where there are no pairs.
+
+        Raises:
+            InputError: the adapters are of a variant of LoRA whose pairs are not simply multiplied.
+        """
+        pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
+        if not pairs:
+            return None
+        config = read_adapter_config(zoo.path) if (zoo.path / CONFIG_NAME).is_file() else {}
+        for field in NO_PRODUCT:
+            if config.get(field):
+                raise InputError(
+                    "tokens.lora_canonical", f"{options.lora_canonical!r} for adapters with {field}", "'none'",
+                    "set it, as their pairs are not simply multiplied",
+                )  # fmt: skip
+        reference = _fitted_reference(zoo, indices, pairs) if options.lora_canonical == "aligned" else None
+        return cls(options.lora_canonical, pairs, reference)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """SHA-256 (hexadecimal) of all that decides the form."""
+        digest = hashlib.sha256(json.dumps([VERSION, self.form, [layer.name for layer in self.layers]]).encode())
+        if self.reference is not None:
+            for layer in self.layers:
+                digest.update(self.reference.flat(reference_name(layer.name)).contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of all pairs."""
+        return [layer for pair in self.pairs for layer in pair]
+
+    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
+        """An entry of a zoo in canonical form: its pairs from the zoo's cache, made if need be, the rest as it is.
+
+        It is kept for the next call.
+
+        Raises:
+            InputError: the checkpoint is broken, or there is no place to write.
+        """
+        with self._lock:
+            if self._opened[0] is not zoo:
+                self._opened = (zoo, {})
+            opened = self._opened[1]
+            if index not in opened:
+                opened[index] = self._open(zoo, index)
+            return opened[index]
+
+    def _open(self, zoo: Zoo, index: int) -> Checkpoint:
+        original = zoo.checkpoint(index)
+        subject = [self.key, zoo.entries[index].sha256 or digest_of(original)]
+        name = f"canonical-{hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:24]}.safetensors"
+        cached = _cached(zoo, name) or self._write(original, zoo, name)
+        tensors = {n: cached.tensors.get(n, info) for n, info in original.tensors.items()}
+        sizes = {**original.sizes, **cached.sizes}
+        metadata = {**original.metadata, MARK: self.key}
+        return Checkpoint(original.path, tensors, original.ties, original.order, original.ordered, metadata, sizes)
+
+    def apply(self, source: Checkpoint | Mapping[str, Tensor]) -> Checkpoint | Mapping[str, Tensor]:
+        """An adapter in canonical form, in memory; one that ``checkpoint`` gave is returned as it is.
+
+        A pair that is missing or of another shape is left alone.
+        """
+        if isinstance(source, Checkpoint):
+            if source.metadata.get(MARK) == self.key:
+                return source
+            source = {name: source.flat(name).view(info.shape) for name, info in source.tensors.items()}
+        result = dict(source)
+        for pair in self.pairs:
+            if all(layer.name in result and tuple(result[layer.name].shape) == layer.shape for layer in pair):
+                values = [result[layer.name].detach().cpu() for layer in pair]
+                for layer, factor in zip(pair, self._factors(pair, values), strict=True):
+                    result[layer.name] = factor.to(layer.dtype)
+        return result
+
+    def _write(self, original: Checkpoint, zoo: Zoo, name: str) -> Checkpoint:
+        specs = {layer.name: (layer.dtype, layer.shape) for layer in self.layers}
+        with _open_new(zoo, name, specs) as file:
+            for pair in self.pairs:
+                for layer, factor in zip(pair, self._factors(pair, *_values(original, pair)), strict=True):
+                    file.write(layer.name, 0, factor.to(layer.dtype))
+                    release_pages(original, layer.name)
+        return Checkpoint.open(file.path)
+
+    def _factors(self, pair: tuple[Layer, Layer], values: Sequence[Tensor], where: str = "") -> tuple[Tensor, Tensor]:
+        """The canonical ``(A, B)`` of a pair's ``values``, float64."""
+        for layer, tensor in zip(pair, values, strict=True):
+            if not bool(torch.isfinite(tensor).all()):
+                at = tensor_at(where, layer.name) if where else f"tensor {layer.name!r}"
+                raise InputError(at, "NaN or infinite values", "finite weights", "leave the checkpoint out of the zoo")
+        a, b = balanced_factors(*values)
+        if self.reference is None:
+            return a, b
+        return align_factors(a, b, *(self.reference.flat(reference_name(x.name)).view(x.shape) for x in pair))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"form": self.form, "pairs": self.pairs, "reference": self.reference}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[Layer, Layer]]) -> Checkpoint:
+    """The mean of aligned adapters (generalised Procrustes analysis, Gower 1975), from the cache or made now."""
+    step = max(1, -(-len(indices) // REFERENCE_CHECKPOINTS))
+    checkpoints = [zoo.checkpoint(index) for index in indices[::step]]
+    digests = [zoo.entries[index].sha256 or digest_of(zoo.checkpoint(index)) for index in indices[::step]]
+    subject = [VERSION, digests, [layer.name for pair in pairs for layer in pair]]
+    name = f"reference-{hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:24]}.safetensors"
+    if cached := _cached(zoo, name):
+        return cached
+    form = Canonical("svd", pairs, None)
+    specs = {reference_name(layer.name): (torch.float32, layer.shape) for layer in form.layers}
+    with _open_new(zoo, name, specs) as file:
+        for pair in pairs:
+            factors = [form._factors(pair, *_values(checkpoint, pair)) for checkpoint in checkpoints]
+            for layer, mean in zip(pair, _mean_of_aligned(factors), strict=True):
+                file.write(reference_name(layer.name), 0, mean.float())
+                for checkpoint in checkpoints:
+                    release_pages(checkpoint, layer.name)
+    return Checkpoint.open(file.path)
+
+
+def _values(checkpoint: Checkpoint, pair: tuple[Layer, Layer]) -> tuple[list[Tensor], str]:
+    return [checkpoint.flat(layer.name).view(layer.shape) for layer in pair], str(checkpoint.path)
+
+
+def _mean_of_aligned(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    mean_a, mean_b = factors[0]
+    for _ in range(REFERENCE_ROUNDS):
+        aligned = [align_factors(a, b, mean_a, mean_b) for a, b in factors]
+        mean_a, mean_b = (torch.stack(side).mean(0) for side in zip(*aligned, strict=True))
+    return mean_a, mean_b
+
+
+def _cached(zoo: Zoo, name: str) -> Checkpoint | None:
+    """A whole file of the cache: they are published whole, under names that say what is in them."""
+    for folder in _folders(zoo):
+        with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
+            return Checkpoint.open(folder / name)
+    return None
+
+
+def _open_new(zoo: Zoo, name: str, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> TensorFile:
+    """A new file of the cache; of this process alone where the zoo may not be written."""
+    try:
+        (zoo.path / CACHE_FOLDER).mkdir(exist_ok=True)
+        return TensorFile(zoo.path / CACHE_FOLDER / name, specs)
+    except (OSError, InputError):
+        return TensorFile(Path(_scratch().name) / name, specs)
+
+
+def _folders(zoo: Zoo) -> Iterator[Path]:
+    yield zoo.path / CACHE_FOLDER
+    if _scratch.cache_info().currsize:
+        yield Path(_scratch().name)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="rpg-")

@@ -1,0 +1,1 @@
+"""Zoos: folders of checkpoints of one structure, collected or imported."""

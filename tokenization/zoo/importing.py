@@ -1,0 +1,288 @@
+"""A user's own checkpoints become a zoo: safetensors where they lie, pickles converted once."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
+from tokenization.checkpoint.pickles import SUFFIXES, pickled_files
+from tokenization.checkpoint.safetensors import natural_key, read_json
+from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.errors import InputError
+from tokenization.files import publish_text
+from tokenization.lora.adapter import (
+    CONFIG_NAME,
+    check_adapter_tensors,
+    is_adapter,
+    read_adapter_config,
+    require_same_config,
+)
+from tokenization.zoo.condition import ConditionKind, ConditionSpec
+from tokenization.zoo.manifest import ZooEntry, entry_of
+from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
+from tokenization.zoo.zoo import Zoo, with_digest
+
+CONVERTED_NAME = re.compile(r"[0-9]{6}\.safetensors")
+"""How `Zoo.append` names files in ``checkpoints/``."""
+
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_FOLDER_FILES = {
+    stem + suffix
+    for stem in ("model", "diffusion_pytorch_model", "pytorch_model")
+    for suffix in (".safetensors", ".bin", *_INDEX_SUFFIXES)
+}
+"""A folder that holds one of these is one checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted)."""
+
+    path: Path
+    label: Label
+    entry: ZooEntry | None = None
+
+
+def collect_from(
+    source: Path | str | Sequence[Path | str],
+    zoo_path: Path | str,
+    *,
+    table: Path | str | None = None,
+    pattern: str | None = None,
+    condition: ConditionSpec | ConditionKind | None = None,
+    task: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Zoo:
+    """Make a zoo of checkpoints that exist, or add those that are not yet in it.
+
+    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are
+    converted into the zoo, so that a killed collection resumes with the first that is missing.
+
+    Args:
+        source: a folder (searched at any depth), a glob, or several of them.
+        zoo_path: the zoo; made if it is not there. It may be the source folder itself.
+        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``,
+            ``split``, ``condition`` (or ``condition.NAME`` columns); other columns are metrics. Its rows choose
+            the checkpoints.
+        pattern: regular expression on each path whose named groups mean the same as the columns; a table's
+            columns go first. Without a run from either, every checkpoint is a run of its own.
+        condition: what the conditions mean, or their kind; inferred if left out.
+        task: the zoo's task, for a new zoo.
+        progress: called with (checked, total) checkpoints.
+
+    Raises:
+        InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
+    """
+    zoo_path = Path(zoo_path)
+    exists = (zoo_path / "zoo.json").exists()
+    zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
+    wanted = zoo.condition or condition
+    kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
+    labelled = _labelled(source, zoo_path, table, pattern, kind)
+    labels = [label for _, label in labelled]
+    if not exists:
+        spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
+        zoo = Zoo(zoo_path, task=task, condition=spec)
+    known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
+    labelled = [(path, label) for path, label in labelled if str(path.resolve()) not in known]
+    runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
+    runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
+    sources, adapter = _checked(labelled, zoo, runs, progress)
+    if not sources:
+        return zoo
+    if not exists:
+        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs)
+    elif runs != zoo.runs:
+        zoo.rename_runs(runs)
+    if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
+        publish_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
+    _write(zoo, sources, runs)
+    return zoo
+
+
+def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[Path]:
+    """The checkpoints (files, or folders that hold one) that a folder or glob stands for, ``step2`` before ``step10``.
+
+    Args:
+        source: an existing path, or a glob.
+        zoo_path: a zoo whose own files are no sources: those it converted, and all if it lies in the source.
+
+    Raises:
+        InputError: there are none.
+    """
+    text = str(source)
+    matches = [Path(text)] if os.path.exists(text) else [Path(match) for match in glob.glob(text, recursive=True)]
+    if not matches:
+        raise InputError(text, "nothing", "a folder or glob of checkpoints", "check the path")
+    found: dict[Path, None] = {}
+    for path in sorted(matches, key=lambda path: natural_key(path.as_posix())):
+        if path.is_dir():
+            found |= dict.fromkeys(_search(path, zoo_path))
+        elif path.name.startswith("adapter_model.") and is_adapter(path.parent):
+            found[path.parent] = None
+        else:
+            found[path] = None
+    # A glob such as ** matches a folder and its files alike.
+    found = {path: None for path in found if path.is_dir() or path.parent not in found}
+    if zoo_path is not None:
+        own = (zoo_path / "checkpoints").resolve()
+        found = {
+            path: None for path in found if path.resolve().parent != own or not CONVERTED_NAME.fullmatch(path.name)
+        }
+    if not found:
+        raise InputError(text, "no checkpoint", f"safetensors, or {', '.join(SUFFIXES)}", "check the path")
+    return list(found)
+
+
+def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) -> list[Path]:
+    seen = set() if seen is None else seen
+    seen.add(folder.resolve())  # links may lead in circles
+    try:
+        children = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise InputError(str(folder), f"an unreadable folder ({error.strerror})", "a folder of checkpoints") from error
+    names = {child.name for child in children}
+    if is_adapter(folder) or not names.isdisjoint(_FOLDER_FILES):
+        found = [folder]
+    else:
+        indices = [child for child in children if child.name.endswith(_INDEX_SUFFIXES)]
+        shards: set[str] = set()
+        for index in indices:
+            content = read_json(index)
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            shards |= set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        files = [child for child in children if child.suffix in (".safetensors", *SUFFIXES) and not child.is_dir()]
+        found = [*indices, *(file for file in files if file.name not in shards)]
+        found.sort(key=lambda path: natural_key(path.name))
+    for child in children:
+        if not child.is_dir() or child.name.startswith(".") or child.resolve() in seen:
+            continue
+        if zoo_path is None or child.resolve() != zoo_path.resolve():
+            found += _search(child, zoo_path, seen)
+    return found
+
+
+def _labelled(
+    source: Path | str | Sequence[Path | str],
+    zoo_path: Path,
+    table: Path | str | None,
+    pattern: str | None,
+    kind: ConditionKind | None,
+) -> list[tuple[Path, Label]]:
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    rows: list[tuple[Path, str, dict[str, Any]]] = []
+    if table is None:
+        for item in sources:
+            rows += [(path, str(path), {}) for path in find_checkpoints(item, zoo_path)]
+    else:
+        folders = [Path(table).parent, *(Path(item) for item in sources)]
+        for where, row in read_table(Path(table)):
+            path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
+            if path is None:
+                raise InputError(f"{where}: file", repr(row["file"]), "a checkpoint beside the table or in the source")
+            rows.append((path, where, row))
+    labelled = []
+    seen: dict[Path, str] = {}
+    for path, where, row in rows:
+        if path.resolve() in seen:
+            if table is None:
+                continue
+            raise InputError(f"{where}: file", f"{row['file']!r} a second time", f"it in {seen[path.resolve()]} alone")
+        seen[path.resolve()] = where
+        named = read_name(pattern, path.as_posix()) if pattern is not None else {}
+        labelled.append((path, label_of({**named, **row}, where, kind)))
+    return labelled
+
+
+def _checked(
+    labelled: list[tuple[Path, Label]],
+    zoo: Zoo,
+    runs: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[_Source], Path | None]:
+    """Read every checkpoint; the sources with the entries of those to be adopted, and the first adapter's config."""
+    expected = zoo.structure if zoo.entries else None
+    reference: tuple[dict[str, Any], Path] | None = None
+    if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
+        reference = (read_adapter_config(zoo.path), zoo.path)
+    sources = []
+    for index, (path, label) in enumerate(labelled):
+        where = str(path)
+        fields = _fields(path, label, zoo, runs)
+        config = read_adapter_config(path) if is_adapter(path) else None
+        if config is not None:
+            reference = reference or (config, path)
+            require_same_config(config, path, *reference)
+        if pickled_files(path):
+            state_dict = _in_order(read_state_dict(path), expected)
+            structure = Structure.of_state_dict(state_dict)
+            check_values(state_dict, where)
+            entry = None
+        else:
+            checkpoint = Checkpoint.open(path)
+            structure = Structure.of_checkpoint(checkpoint)
+            entry = _adopted(checkpoint, zoo, fields)
+            if expected is not None:
+                expected.require(structure, where)
+            check_checkpoint_values(checkpoint, where)
+            entry = with_digest(entry, checkpoint)
+        if config is not None:
+            check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
+        expected = expected or structure
+        expected.require(structure, where)
+        sources.append(_Source(path, label, entry))
+        if progress is not None:
+            progress(index + 1, len(labelled))
+    return sources, reference[1] / CONFIG_NAME if reference else None
+
+
+def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
+    adopted: list[ZooEntry] = []
+    for item in sources:
+        if item.entry is not None:
+            adopted.append(item.entry)
+            continue
+        zoo.extend(adopted)
+        adopted = []
+        state_dict = _in_order(read_state_dict(item.path), zoo.structure if zoo.entries else None)
+        zoo.append(state_dict, source=str(item.path.resolve()), **_fields(item.path, item.label, zoo, runs))
+    zoo.extend(adopted)
+
+
+def _fields(path: Path, label: Label, zoo: Zoo, runs: list[str]) -> dict[str, Any]:
+    return {
+        "run": runs.index(_run_name(path, label)),
+        "step": label.step,
+        "condition": resolve_condition(label, zoo.condition),
+        "metrics": label.metrics,
+        "split": label.split,
+    }
+
+
+def _run_name(path: Path, label: Label) -> str:
+    # Weights of unknown origin may be permuted against each other: none share a run unless the user says so.
+    return label.run if label.run is not None else path.as_posix()
+
+
+def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEntry:
+    # Not resolved: the hub's cache links readable names to blobs that have none.
+    absolute, folder = Path(os.path.abspath(checkpoint.path)), Path(os.path.abspath(zoo.path))
+    inside = absolute.is_relative_to(folder) and all(zoo.contains(file) for file in checkpoint.sizes)
+    file = absolute.relative_to(folder).as_posix() if inside else str(absolute)
+    return entry_of({**fields, "file": file, "external": not inside}, str(checkpoint.path))
+
+
+def _in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:
+    """A converted state dict in the zoo's order, so that pickles and safetensors mix."""
+    if structure is None:
+        return dict(state_dict)
+    names = [name for name in [*structure.tensors, *structure.ties] if name in state_dict]
+    return {name: state_dict[name] for name in names} | dict(state_dict)

@@ -1,0 +1,212 @@
+"""What is known of a user's own checkpoints: run, step, split, condition and scores, from a table or from names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenization.checkpoint.safetensors import natural_key
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionKind, ConditionSpec
+
+_CONDITION_PREFIX = "condition."
+_METRIC_PREFIX = "metrics."
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is known of one checkpoint. ``condition`` is a tuple of numbers, or a class or text by name."""
+
+    where: str
+    run: str | None = None
+    step: int = 0
+    split: str = "train"
+    condition: tuple[float, ...] | str | None = None
+    condition_names: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV or JSONL file with a column ``file``: ``[(where, row)]``.
+
+    Raises:
+        InputError: the table is unreadable, empty or without that column; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(str(path), f"an unreadable table ({reason})", "a CSV or JSONL file") from error
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True)
+        try:
+            for row in reader:
+                where = f"{path}: line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(where, "another number of fields", f"{len(reader.fieldnames or ())} as in line 1")
+                rows.append((where, {key: value for key, value in row.items() if value != ""}))
+        except csv.Error as error:
+            raise InputError(f"{path}: line {reader.line_num}", f"no CSV ({error})", "a CSV table") from error
+    elif path.suffix in (".jsonl", ".json"):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            where = f"{path}: line {number}"
+            try:
+                parsed = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(where, f"no complete JSON ({error})", "one JSON object a line") from error
+            if not isinstance(parsed, dict):
+                raise InputError(where, f"a value of type {type(parsed).__name__}", "one JSON object a line")
+            rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
+    else:
+        raise InputError(str(path), f"the ending {path.suffix!r}", "a table in .csv or .jsonl")
+    if not rows:
+        raise InputError(str(path), "no rows", "one per checkpoint")
+    for where, row in rows:
+        if not isinstance(row.get("file"), str):
+            raise InputError(where, "no file", "a column 'file' that names the checkpoint")
+    return rows
+
+
+def read_name(pattern: str, name: str) -> dict[str, Any]:
+    """What the named groups of a regular expression find in a file's name.
+
+    Raises:
+        InputError: the expression is none or has no named groups, or does not match.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError("pattern", repr(pattern), "a regular expression", str(error)) from error
+    if not compiled.groupindex:
+        raise InputError("pattern", repr(pattern), "named groups, such as (?P<run>[0-9]+)")
+    match = compiled.search(name)
+    if match is None:
+        raise InputError(name, "a name that does not match", f"the pattern {pattern!r}", "mend the pattern")
+    return {key: text for key, text in match.groupdict().items() if text is not None}
+
+
+def label_of(row: Mapping[str, Any], where: str, kind: ConditionKind | None = None) -> Label:
+    """Read the columns ``run, step, split, condition, condition.NAME, metrics``; every other one is a metric.
+
+    Conditions of the kind ``text`` are taken as they are, "3 cats" too.
+
+    Raises:
+        InputError: a value is of the wrong kind; names the column.
+    """
+    metrics: dict[str, float] = {}
+    components: dict[str, float] = {}
+    for key, value in row.items():
+        if key == "metrics" and isinstance(value, dict):
+            metrics |= {name: _number(item, f"{where}: metrics.{name}") for name, item in value.items()}
+        elif key.startswith(_CONDITION_PREFIX):
+            components[key.removeprefix(_CONDITION_PREFIX)] = _number(value, f"{where}: {key}")
+        elif key not in ("file", "run", "step", "split", "condition"):
+            metrics[key.removeprefix(_METRIC_PREFIX)] = _number(value, f"{where}: {key}")
+    condition: tuple[float, ...] | str | None = None
+    if "condition" in row:
+        condition = str(row["condition"]) if kind == "text" else _condition(row["condition"], f"{where}: condition")
+    if components and condition is not None:
+        raise InputError(f"{where}: condition", "it twice", f"it alone, or {_CONDITION_PREFIX}NAME columns")
+    step = _number(row.get("step", 0), f"{where}: step")
+    if step != int(step) or step < 0:
+        raise InputError(f"{where}: step", repr(row["step"]), "a whole number from 0 on")
+    return Label(
+        where,
+        run=str(row["run"]) if "run" in row else None,
+        step=int(step),
+        split=str(row.get("split", "train")),
+        condition=tuple(components.values()) if components else condition,
+        condition_names=tuple(components),
+        metrics=metrics,
+    )
+
+
+def infer_condition(labels: Sequence[Label], kind: ConditionKind | None = None) -> ConditionSpec | None:
+    """What the conditions of all checkpoints amount to.
+
+    Names become classes (``kind="text"``: texts), single whole numbers class indices. Several numbers are a binary
+    vector if all are 0 or 1, else a real vector.
+
+    Raises:
+        InputError: some have a condition and others none, or they are of different kinds or lengths.
+    """
+    given = [label for label in labels if label.condition is not None]
+    if not given:
+        if kind is not None and labels:
+            raise InputError(f"{labels[0].where}: condition", "none", f"one ({kind})", "add the column")
+        return None
+    first = given[0]
+    for label in labels:
+        if label.condition is None:
+            raise InputError(f"{label.where}: condition", "none", "one, as others have it", "give all or none")
+        if isinstance(label.condition, str) != isinstance(first.condition, str):
+            raise InputError(f"{label.where}: condition", repr(label.condition), f"the kind of {first.condition!r}")
+        if not isinstance(label.condition, str) and len(label.condition) != len(first.condition or ()):
+            found = f"{len(label.condition)} numbers"
+            raise InputError(f"{label.where}: condition", found, f"{len(first.condition or ())} as in {first.where}")
+        if label.condition_names != first.condition_names:
+            raise InputError(f"{label.where}: condition", "other columns", f"those of {first.where}")
+    if isinstance(first.condition, str):
+        if kind not in (None, "class", "text"):
+            raise InputError(f"{first.where}: condition", repr(first.condition), f"numbers ({kind})")
+        names = sorted({str(label.condition) for label in given}, key=natural_key)
+        return ConditionSpec(kind or "class", len(names), tuple(names))
+    values = [value for label in given for value in label.condition or () if not isinstance(value, str)]
+    length = len(first.condition or ())
+    if kind is None and length == 1 and not first.condition_names and all(v >= 0 and v == int(v) for v in values):
+        kind = "class"
+    elif kind is None:
+        kind = "binary" if set(values) <= {0.0, 1.0} else "vector"
+    if kind in ("binary", "vector"):
+        return ConditionSpec(kind, length, first.condition_names)
+    return ConditionSpec(kind, int(max(values)) + 1)
+
+
+def resolve_condition(label: Label, spec: ConditionSpec | None) -> tuple[float, ...] | None:
+    """A label's condition as the numbers of a zoo entry. Raises InputError if it does not fit the specification."""
+    condition = label.condition
+    if isinstance(condition, str):
+        if spec is None or spec.kind not in ("class", "text") or condition not in spec.names:
+            expected = "no condition" if spec is None else f"one of {', '.join(spec.names) or 'its numbers'}"
+            raise InputError(f"{label.where}: condition", repr(condition), expected)
+        condition = (float(spec.names.index(condition)),)
+    if spec is not None:
+        spec.require(condition, label.where)
+    elif condition is not None:
+        raise InputError(f"{label.where}: condition", "one", "none, as the zoo has none")
+    return condition
+
+
+def _condition(value: Any, where: str) -> tuple[float, ...] | str:
+    """Numbers from a list, or from a text such as ``1 0 1`` or ``[1, 0, 1]``; any other text is a name."""
+    if isinstance(value, list):
+        return tuple(_number(item, where) for item in value)
+    if not isinstance(value, str):
+        return (_number(value, where),)
+    parts = re.split(r"[\s,;]+", value.strip().strip("[]()").strip())
+    try:
+        float(parts[0])
+    except ValueError:
+        return value
+    return tuple(_number(part, where) for part in parts)
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise InputError(where, repr(value), "a finite number") from error
+    return number
