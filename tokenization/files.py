@@ -1,10 +1,11 @@
-"""Files that appear complete or not at all."""
+"""Files and folders that appear complete or not at all, their digests, and hints about memory pages."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
-def publish(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; put it in place when the block ends without an error.
 
     The bytes are on the disk (fsync) before the name is, so that neither a kill nor a power cut leaves a
@@ -27,36 +28,103 @@ def publish(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
+    with _cleaned_up(path, temporary):
+        yield temporary
+        synchronise(temporary)
+        os.replace(temporary, path)
+        synchronise(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; put it in the place of ``path`` when the block ends without an error.
+
+    All its files are on the disk before the name is. A folder that was there is moved aside, removed only when the
+    new one is in place, and brought back by `recover_folder` if the process was killed in between. Parents are made.
+
+    Raises:
+        InputError: the folder cannot be written (no space, no permission, a file in its place).
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    with _cleaned_up(path, temporary):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(None, "there is a file of this name")
+        recover_folder(path)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for part in [*temporary.rglob("*"), temporary]:
+            synchronise(part)
+        if path.exists():  # a folder that is not empty cannot be replaced in one step
+            os.replace(path, _aside(path))
         try:
-            yield temporary
-            synchronise(temporary)
             os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        except OSError:
+            recover_folder(path)
             raise
         synchronise(path.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            str(path),
-            f"an error on writing ({reason})",
-            "a writable place with enough space",
-            "free some or choose another",
-        ) from error
+    shutil.rmtree(_aside(path), ignore_errors=True)
 
 
-def publish_text(path: Path | str, text: str) -> None:
-    """Write a UTF-8 text file atomically. Raises InputError as ``publish`` does."""
-    with publish(path) as temporary:
+def recover_folder(path: Path | str) -> None:
+    """Undo what a kill in the last steps of `atomic_folder` left: afterwards ``path`` is the old or the new folder.
+
+    Call it before a folder that may have been replaced is read; it costs one look at the disk. Raises OSError.
+    """
+    path = Path(path)
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(aside, path)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file atomically. Raises InputError as `atomic_file` does."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in ``folder``."""
+    """Delete the temporary files and folders that a killed process left in ``folder``."""
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def writing_failed(path: Path | str, error: Exception) -> InputError:
+    """What to raise where ``path`` could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    cure = "free some or choose another"
+    return InputError(str(path), f"an error on writing ({reason})", "a writable place with enough space", cure)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _cleaned_up(path: Path, temporary: Path) -> Iterator[None]:
+    """Remove ``temporary`` after an error, and say which ``path`` could not be written."""
+    try:
+        yield
+    except BaseException as error:
+        _remove(temporary)
+        if isinstance(error, OSError | SafetensorError):
+            raise writing_failed(path, error) from error
+        raise
 
 
 def synchronise(path: Path) -> None:
@@ -77,3 +145,6 @@ def file_digest(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+publish, publish_text = atomic_file, write_text  # their former names, until no caller has them
