@@ -181,9 +181,9 @@ def generate(
     """
     from rpg.generation.conditions import choose_condition
     from rpg.generation.generator import Generator
-    from rpg.training.processes import join_processes
+    from rpg.generation.partition import join_processes
 
-    share, own_device = join_processes()
+    partition, own_device = join_processes()
     generator = Generator.from_pretrained(run, device or own_device)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:
@@ -197,7 +197,7 @@ def generate(
             condition=vector,
             output=output or run / "generated",
             progress=advance,
-            share=share,
+            partition=partition,
         )
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
 

@@ -20,8 +20,9 @@ from rpg.config import Config
 from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink
+from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
-from rpg.generation.sampler import Request, Share, Tile, TokenSampler
+from rpg.generation.sampler import Request, Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models.conditioning import requested_conditions, requested_texts
 from rpg.models.pdiff import ParameterDiffusion
@@ -166,7 +167,7 @@ class Generator:
         state: str | None = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
-        share: Share | None = None,
+        partition: Partition | None = None,
     ) -> list[StateDict] | list[Path]:
         """Generate networks.
 
@@ -178,8 +179,8 @@ class Generator:
                 also one text, or one each.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
-            progress: called with (tokens done, tokens in all), of this process's share.
-            share: which of several processes this is, all of which call this alike and fill ``output`` together.
+            progress: called with (tokens done, tokens in all), of this process's part.
+            partition: which of several processes this is, all of which call this alike and fill ``output`` together.
 
         Returns:
             State dicts in memory, or the paths of the files or folders in ``output``.
@@ -188,13 +189,13 @@ class Generator:
             InputError: an impossible request.
         """
         request = self._request(num, seed, steps, sampler, eta, guidance_scale, condition, state)
-        share = share or Share()
+        partition = partition or Partition()
         tokens = self.sampler()
-        sink = self._sink(request, output, share, tokens.shared(num, share))
-        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, share))
+        sink = self._sink(request, output, partition, tokens.shared(num, partition))
+        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, partition))
         done = 0
         with sink:
-            for tile, rows in tokens.sample(request, share=share):
+            for tile, rows in tokens.sample(request, partition=partition):
                 sink.take(tile, rows.cpu())
                 done += tile.num_networks * tile.num_tokens
                 if progress is not None:
@@ -255,12 +256,12 @@ class Generator:
         return TokenSampler(self.network, self.layout, settings.tile_tokens, settings.precision == "bf16")
 
     def _sink(
-        self, request: Request, output: Path | str | None, share: Share, shared: range
+        self, request: Request, output: Path | str | None, partition: Partition, shared: range
     ) -> MemorySink | FolderSink:
         if output is not None:
             facts = partial(self.provenance, request)
-            return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, share, shared)
-        if share.size > 1:
+            return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, partition, shared)
+        if partition.size > 1:
             raise InputError("output", "none", "a folder that all processes fill together", "or start a single one")
         return MemorySink(self.layout, request.num)
 

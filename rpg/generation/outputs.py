@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.generation.sampler import Share, Tile
+from rpg.generation.partition import Partition
+from rpg.generation.sampler import Tile
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.writer import CheckpointWriter
 
@@ -48,7 +49,7 @@ class FolderSink:
         metadata: gives the file metadata of network ``index``.
         num: networks in all.
         adapter: text of ``adapter_config.json`` where the networks are adapters.
-        share: which of several processes this is.
+        partition: which of several processes this is.
         shared: the networks whose tiles come from all processes; the first process makes and publishes their files.
     """
 
@@ -59,17 +60,17 @@ class FolderSink:
         metadata: Callable[[int], dict[str, str]],
         num: int,
         adapter: str | None = None,
-        share: Share | None = None,
+        partition: Partition | None = None,
         shared: range = range(0),
     ) -> None:
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
-        self.share, self.shared = share or Share(), shared
+        self.partition, self.shared = partition or Partition(), shared
         self.open: dict[int, CheckpointWriter] = {}
 
     def __enter__(self) -> FolderSink:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.share.size > 1:
-            first = self.share.rank == 0
+        if self.partition.size > 1:
+            first = self.partition.rank == 0
             self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
         return self
 
@@ -80,7 +81,7 @@ class FolderSink:
                 if self.adapter is not None:
                     with contextlib.suppress(OSError):  # an earlier adapter stays
                         self._path(index).rmdir()
-        elif self.share.size > 1:
+        elif self.partition.size > 1:
             torch.distributed.barrier()  # every tile is written before a shared file is published
             for index in self.shared:
                 self._publish(index)
@@ -101,7 +102,7 @@ class FolderSink:
         return [self._path(index) for index in range(self.num)]
 
     def _publish(self, index: int) -> None:
-        if self.adapter is not None and (index not in self.shared or self.share.rank == 0):
+        if self.adapter is not None and (index not in self.shared or self.partition.rank == 0):
             write_side_files(self._path(index), self.adapter, self.metadata(index))
         self.open.pop(index).close()
 

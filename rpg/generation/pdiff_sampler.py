@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rpg.generation.sampler import Request, Share, Tile, Watch, inference
+from rpg.generation.partition import Partition
+from rpg.generation.sampler import Request, Tile, Watch, inference
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import derive_seed
 from tokenization.layout.layout import TokenLayout
@@ -44,22 +45,22 @@ class LatentSampler:
         self.network, self.layout, self.bf16 = network, layout, bf16
         self.device = network.latent_mean.device
 
-    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+    def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
         """The tiles of ``num`` networks; each process takes whole ones."""
-        share = share or Share()
+        partition = partition or Partition()
         for first in range(0, num, GROUP):
-            if share.takes(first // GROUP):
+            if partition.takes(first // GROUP):
                 yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
 
-    def shared(self, num: int, share: Share) -> range:
+    def shared(self, num: int, partition: Partition) -> range:
         """The networks that several processes compute together: none."""
         return range(0)
 
     def sample(
-        self, request: Request, watch: Watch | None = None, share: Share | None = None
+        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``share`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
-        for tile in self.tiles(request.num, share):
+        """Yield each tile of ``partition`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
+        for tile in self.tiles(request.num, partition):
             with inference(self.device, self.bf16):
                 rows = self._rows(tile, self.latents(request, tile, watch))
             yield tile, rows

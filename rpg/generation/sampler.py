@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rpg.generation.partition import Partition
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, generator
 from tokenization.layout.layout import TokenLayout
@@ -47,21 +48,6 @@ class Request:
     texts: tuple[str, ...] | None = None  # what the conditions were made of
 
 
-@dataclass(frozen=True)
-class Share:
-    """The part of one of ``size`` processes that generate together; by default the whole.
-
-    Tiles do not depend on one another, so whoever computes one computes the same bytes.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def takes(self, number: int) -> bool:
-        """Whether this process is the one for the thing of this number."""
-        return number % self.size == self.rank
-
-
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
@@ -84,32 +70,32 @@ class TokenSampler:
         self.tile_tokens, self.bf16 = tile_tokens, bf16
         self.device = network.position_embedding.device
 
-    def tiles(self, num: int, share: Share | None = None) -> Iterator[Tile]:
+    def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
         """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile.
 
         Of several processes each takes whole networks; those that are left over are split tile by tile (`shared`).
         """
-        share = share or Share()
+        partition = partition or Partition()
         length, size, group = self.layout.num_tokens, self.tile_tokens, self._group_size()
-        shared = self.shared(num, share)
+        shared = self.shared(num, partition)
         for network in range(0, num, group):
             for number, token in enumerate(range(0, length, size if group == 1 else length)):
-                if share.takes(number if network in shared else network // group):
+                if partition.takes(number if network in shared else network // group):
                     yield Tile(network, min(group, num - network), token, min(size, length - token))
 
-    def shared(self, num: int, share: Share) -> range:
+    def shared(self, num: int, partition: Partition) -> range:
         """The networks that several processes compute together."""
         if self.tile_tokens >= self.layout.num_tokens:
             return range(0)
-        return range(num // share.size * share.size, num)
+        return range(num // partition.size * partition.size, num)
 
     def sample(
-        self, request: Request, watch: Watch | None = None, share: Share | None = None
+        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``share`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
+        """Yield each tile of ``partition`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         prototypes: list[Tensor] = []
         current = -1
-        for tile in self.tiles(request.num, share):
+        for tile in self.tiles(request.num, partition):
             with inference(self.device, self.bf16):
                 if tile.network != current:
                     prototypes, current = self._prototypes(request, tile.network), tile.network

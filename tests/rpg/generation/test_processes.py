@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import Share, TokenSampler, low_precision_copy
+from rpg.generation.partition import Partition
+from rpg.generation.sampler import TokenSampler, low_precision_copy
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
@@ -56,14 +57,14 @@ def test_the_shares_of_all_processes_are_every_tile_once(run, num, tile_tokens):
     generator = Generator.from_pretrained(run)
     sampler = TokenSampler(generator.network, generator.layout, tile_tokens, bf16=False)
     whole = list(sampler.tiles(num))
-    parts = [list(sampler.tiles(num, Share(rank, 3))) for rank in range(3)]
+    parts = [list(sampler.tiles(num, Partition(rank, 3))) for rank in range(3)]
     assert sorted((tile for part in parts for tile in part), key=lambda t: (t.network, t.token)) == whole
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_several_processes_need_a_folder(run):
     with pytest.raises(InputError, match="output"):
-        Generator.from_pretrained(run).generate(2, share=Share(0, 2))
+        Generator.from_pretrained(run).generate(2, partition=Partition(0, 2))
 
 
 def test_many_networks_take_the_memory_of_few(run, tmp_path):
