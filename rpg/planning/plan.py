@@ -16,7 +16,7 @@ from rpg.planning import memory as estimate
 from rpg.planning.flops import GenerationFlops, generation_flops, training_flops
 from rpg.planning.memory import GenerationMemory, Subject, TrainingMemory
 from rpg.tasks import build_task
-from rpg.training.runtime import mixed_precision
+from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.outline import outline
 from tokenization.errors import InputError

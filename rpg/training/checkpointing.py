@@ -1,4 +1,4 @@
-"""What a resume needs, whole and by name, so that any number of processes can go on with it, however they share it."""
+"""What a resume needs, whole and by name, so that any number of processes can go on with it, however they shard it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards
 def gather_model(network: nn.Module, shards: Shards, *, keep: bool) -> Tensors:
     """The networks' whole state dict."""
     names = shards.parameters
-    whole = ((name, shards.gather(value, shards.share(value))) for name, value in names.items())
+    whole = ((name, shards.gather(value, shards.local_shard(value))) for name, value in names.items())
     buffers = ((name, value) for name, value in network.state_dict().items() if name not in names)
     return _keep(whole, keep) | _keep(buffers, keep)
 
@@ -81,7 +81,7 @@ def load_model(folder: Path, network: nn.Module) -> None:
 
 
 def load_average(folder: Path, average: ExponentialMovingAverage, shards: Shards) -> None:
-    """Load the moving average into each process's shares."""
+    """Load the moving average into each process's shards."""
     average.load_state_dict(
         {
             name: shards.cut(shards.parameters[name], value) if name in average.shadow else value
@@ -91,7 +91,7 @@ def load_average(folder: Path, average: ExponentialMovingAverage, shards: Shards
 
 
 def load_optimizer(folder: Path, shards: Shards) -> None:
-    """Load the optimizer's state into each process's shares."""
+    """Load the optimizer's state into each process's shards."""
     states: dict[str, dict[str, Tensor]] = {name: {} for name in shards.parameters}
     for name, value in _tensors(folder / OPTIMIZER):
         key, _, parameter = name.partition(".")

@@ -15,14 +15,13 @@ from torch import nn
 
 from rpg.config import TrainConfig
 from rpg.models.backbone.mamba2 import Mamba2
-from rpg.training.runtime import mixed_precision
 from rpg.training.sharding import FSDPShards, Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
 
 
-class Place:
+class DistributedContext:
     """The processes of a run, as ``rpg train``, ``torchrun`` or ``accelerate launch`` started them.
 
     Args:
@@ -162,6 +161,23 @@ class Place:
             torch_autocast={"enabled": precision == "bf16", "dtype": "bfloat16"},
         )
         self.accelerator.gradient_accumulation_steps = settings.gradient_accumulation
+
+
+def mixed_precision(precision: str) -> str | None:
+    """What accelerate is asked for, given ``train.precision``; None leaves it to the launcher's own setting."""
+    if precision == "auto" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    if precision == "fp32" or (precision == "auto" and not fast_bf16()):
+        return "no"
+    return "bf16"
+
+
+def fast_bf16() -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones on the device that will be used."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
 
 
 def _asked(variable: str) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from safetensors import SafetensorError
 
 from rpg.config import Config
-from rpg.training.runtime import StopSignal
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 
@@ -46,17 +48,17 @@ def train(
             finite, or the disk is full. The newest checkpoint stays whole in every case.
     """
     started = time.monotonic()
-    with StopSignal() as stop, _disk_errors(config.run):
+    with stop_signal() as stop_requested, _disk_errors(config.run):
         trainer = _trainer_of(config)(config, resume=resume, overwrite=overwrite, say=say)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)
             done = step + 1
             finished = done == trainer.num_steps
-            ended = stop.requested or (max_seconds is not None and time.monotonic() - started > max_seconds)
-            stopping = not finished and trainer.place.any(ended)
+            ended = stop_requested() or (max_seconds is not None and time.monotonic() - started > max_seconds)
+            stopping = not finished and trainer.distributed.any(ended)
             if done % config.train.log_every == 0 or finished or stopping:
                 loss = trainer.log(done, loss)
-                if progress is not None and trainer.place.is_main:
+                if progress is not None and trainer.distributed.is_main:
                     progress(done, trainer.num_steps, loss)
             if done % config.train.save_every == 0 or finished or stopping:
                 trainer.save(done)
@@ -64,6 +66,27 @@ def train(
                 trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
         return trainer.finish(time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGTERM or SIGINT has asked to stop; a second signal acts as usual."""
+    # In other threads than the main one signals are someone else's business.
+    ours = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in ours}
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, handlers[signal.Signals(number)])
+
+    try:
+        for number in ours:
+            signal.signal(number, receive)
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

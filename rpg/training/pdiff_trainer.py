@@ -90,7 +90,7 @@ class PDiffTrainer(Trainer):
 
     def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
         """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
-        if world_size > 1 or self.place.spread != "none":
+        if world_size > 1 or self.distributed.spread != "none":
             found = f"{world_size} processes, or DeepSpeed"
             raise InputError("generator: pdiff", found, "one, without", "p-diff's networks are small")
         if self.config.train.compile or self.config.train.gradient_accumulation > 1:

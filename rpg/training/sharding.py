@@ -1,4 +1,4 @@
-"""How a run's weights lie over its processes: each one's share of a tensor, and whole tensors put together again.
+"""How a run's weights lie over its processes: each one's shard of a tensor, and whole tensors put together again.
 
 What is saved is always whole, so that a run can go on with other processes than it began with.
 """
@@ -26,13 +26,13 @@ class Shards:
         self.parameters = dict(network.named_parameters())
         self.optimizer = optimizer
 
-    def share(self, parameter: Tensor) -> Tensor:
+    def local_shard(self, parameter: Tensor) -> Tensor:
         """This process's part of a parameter, in fp32; it follows the parameter until the next step."""
         return parameter.detach()
 
-    def gather(self, parameter: Tensor, share: Tensor) -> Tensor:
-        """The whole of what the processes hold shares of, shaped as ``parameter``; all of them must call it."""
-        return share
+    def gather(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """The whole of what the processes hold shards of, shaped as ``parameter``; all of them must call it."""
+        return shard
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor that is shaped as ``parameter``."""
@@ -69,17 +69,17 @@ class Shards:
 class FSDPShards(Shards):
     """Fully sharded (FSDP2): parameters and optimizer state are DTensors, cut along their first dimension."""
 
-    def share(self, parameter: Any) -> Tensor:
+    def local_shard(self, parameter: Any) -> Tensor:
         """The local shard."""
         return parameter.detach().to_local()
 
-    def gather(self, parameter: Any, share: Tensor) -> Tensor:
+    def gather(self, parameter: Any, shard: Tensor) -> Tensor:
         """The whole tensor, from all shards."""
         from torch.distributed.tensor import DTensor
 
         mesh, placements = parameter.device_mesh, parameter.placements
         return DTensor.from_local(
-            share, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         ).full_tensor()
 
     def cut(self, parameter: Any, whole: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class ZeROShards(Shards):
         super().__init__(network, optimizer)
         self.spread = hasattr(next(iter(self.parameters.values())), "ds_id")
 
-    def share(self, parameter: Tensor) -> Tensor:
+    def local_shard(self, parameter: Tensor) -> Tensor:
         """The parameter, at stage 3 its partition: ``[ceil(values / processes)]``, the last one padded."""
         if not self.spread:
             return parameter.detach()
@@ -116,19 +116,19 @@ class ZeROShards(Shards):
 
         return safe_get_local_fp32_param(parameter).detach()
 
-    def gather(self, parameter: Any, share: Tensor) -> Tensor:
+    def gather(self, parameter: Any, shard: Tensor) -> Tensor:
         """The whole tensor, from all partitions."""
         if not self.spread:
-            return share
-        parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, share.contiguous())
+            return shard
+        parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, shard.contiguous())
         return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This process's partition of a whole tensor."""
         if not self.spread:
             return whole
-        size = len(self.share(parameter))
+        size = len(self.local_shard(parameter))
         part = whole.flatten()[torch.distributed.get_rank() * size :][:size]
         return torch.nn.functional.pad(part, (0, size - len(part)))
 

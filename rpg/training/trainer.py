@@ -12,9 +12,9 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator, Network, make_network
-from rpg.training import checkpointing as resuming
+from rpg.training import checkpointing
 from rpg.training.data import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
-from rpg.training.distributed import Place
+from rpg.training.distributed import DistributedContext
 from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
@@ -33,29 +33,29 @@ class Trainer:
         self.folder = RunFolder(config.run)
         self.zoo = zoo = Zoo.open(config.zoo)
         self._check(zoo)
-        self.place = Place(config.train, str(self.folder.path))
-        self.accelerator = self.place.accelerator
-        self.say = say if self.place.is_main else lambda _: None
-        self.place.on_main(lambda: self.folder.start(config, resume=resume, overwrite=overwrite))
+        self.distributed = DistributedContext(config.train, str(self.folder.path))
+        self.accelerator = self.distributed.accelerator
+        self.say = say if self.distributed.is_main else lambda _: None
+        self.distributed.on_main(lambda: self.folder.start(config, resume=resume, overwrite=overwrite))
         self.layout = TokenLayout.fit(zoo, config.tokens, indices=training_entries(zoo, config))
-        self.sampler = self.build_sampler(self.place.rank, self.place.world_size)
+        self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
         if saved is not None:
             self.say(f"going on after step {self.step} of {self.num_steps}")
-            resuming.load_model(saved, self.network)
+            checkpointing.load_model(saved, self.network)
         if config.train.compile:
             self.compile()
-        self.model, self.optimizer, self.shards = self.place.prepare(self.network, self.build_optimizer)
-        self.ema = ExponentialMovingAverage(self._averaged_shares(), config.train.ema_decay)
+        self.model, self.optimizer, self.shards = self.distributed.prepare(self.network, self.build_optimizer)
+        self.ema = ExponentialMovingAverage(self._averaged_shards(), config.train.ema_decay)
         if saved is not None:
-            resuming.load_average(saved, self.ema, self.shards)
-            resuming.load_optimizer(saved, self.shards)
-        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.place)
+            checkpointing.load_average(saved, self.ema, self.shards)
+            checkpointing.load_optimizer(saved, self.shards)
+        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.distributed)
         self.accelerator.init_trackers("tensorboard")
-        if self.place.world_size > 1 or self.place.spread != "none":
-            self.say(str(self.place))
+        if self.distributed.world_size > 1 or self.distributed.spread != "none":
+            self.say(str(self.distributed))
 
     @property
     def num_steps(self) -> int:
@@ -84,12 +84,12 @@ class Trainer:
         """The parameters whose moving average is what the generator folder holds."""
         return self.network.named_parameters()
 
-    def _averaged_shares(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self.shards.share(parameter)) for name, parameter in self.averaged_parameters())
+    def _averaged_shards(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self.shards.local_shard(parameter)) for name, parameter in self.averaged_parameters())
 
     def update_average(self) -> None:
         """Move the averaged weights towards those of the last step."""
-        self.ema.update(self._averaged_shares())
+        self.ema.update(self._averaged_shards())
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of ``step``."""
@@ -113,7 +113,7 @@ class Trainer:
         total = 0.0
         for rows in parts:
             num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
-            batch = to_batch(rows, self.network.objective, self.place.device, num_last)
+            batch = to_batch(rows, self.network.objective, self.distributed.device, num_last)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
                     loss = self.model(batch, self._state_noise(rows))
@@ -134,7 +134,7 @@ class Trainer:
         self.accelerator.backward(loss)  # under DeepSpeed this clips and steps too, or skips what is not finite
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
-            skipped = self.place.spread == "zero" and self.optimizer.step_was_skipped
+            skipped = self.distributed.spread == "zero" and self.optimizer.step_was_skipped
             if skipped or (norm is not None and not math.isfinite(float(norm))):
                 raise InputError(
                     f"step {step + 1}",
@@ -149,7 +149,7 @@ class Trainer:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
         if self.network.state is None or not self.config.model.state.noise:
             return None
-        device, width = self.place.device, self.config.model.state.width
+        device, width = self.distributed.device, self.config.model.state.width
         streams = [torch.Generator(device).manual_seed(seed) for seed in rows.group_seeds]
         return torch.stack([torch.randn(width, generator=stream, device=device) for stream in streams])
 
@@ -160,7 +160,7 @@ class Trainer:
             InputError: on all processes; it names the step and the layer of one of ``bad_tokens`` (ids, ``[n]`` long).
         """
         code = 0 if math.isfinite(loss) else 1 if not len(bad_tokens) else 2 + int(bad_tokens[0])
-        code = int(self.place.reduce(code, "max"))
+        code = int(self.distributed.reduce(code, "max"))
         if not code:
             return
         where = f"step {step + 1}"
@@ -171,9 +171,9 @@ class Trainer:
 
     def log(self, done: int, loss: float) -> float:
         """Append the loss, averaged over processes, to ``metrics.jsonl`` and to TensorBoard; returns it."""
-        loss = self.place.reduce(loss, "sum") / self.place.world_size
+        loss = self.distributed.reduce(loss, "sum") / self.distributed.world_size
         values = {"loss": loss, "learning_rate": self.learning_rate(done - 1)}
-        if self.place.is_main:
+        if self.distributed.is_main:
             self.accelerator.log(values, step=done)
             with self.folder.metrics.open("a") as handle:
                 handle.write(json.dumps({"step": done, **values}) + "\n")
@@ -181,25 +181,25 @@ class Trainer:
 
     def save(self, done: int) -> None:
         """Publish everything that a resume needs."""
-        files = resuming.gather(self.network, self.ema, self.shards, keep=self.place.is_main)
-        keep = self.config.train.keep
-        self.place.on_main(lambda: self.folder.save(done, lambda folder: resuming.write(folder, files), keep))
+        files = checkpointing.gather(self.network, self.ema, self.shards, keep=self.distributed.is_main)
+        write, keep = (lambda folder: checkpointing.write(folder, files)), self.config.train.keep
+        self.distributed.on_main(lambda: self.folder.save(done, write, keep))
 
     def _newest(self) -> tuple[int, Path | None]:
         """The checkpoint to go on from; the main process chooses, and cuts the metrics off after it."""
 
         def choose() -> tuple[int, Path | None]:
             step, path = self.folder.newest(self.say) or (0, None)
-            resuming.truncate_metrics(self.folder.metrics, step)
+            checkpointing.truncate_metrics(self.folder.metrics, step)
             return step, path
 
-        return self.place.decide(choose)
+        return self.distributed.decide(choose)
 
     def finish(self, seconds: float) -> Path:
         """Write the generator folder from the averaged weights."""
-        weights = resuming.gather_model(self.network, self.shards, keep=self.place.is_main)
-        weights |= resuming.gather_average(self.ema, self.shards, keep=self.place.is_main)
-        self.place.on_main(lambda: self._write_generator(weights, seconds))
+        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
+        weights |= checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+        self.distributed.on_main(lambda: self._write_generator(weights, seconds))
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.folder.generator

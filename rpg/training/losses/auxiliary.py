@@ -9,7 +9,7 @@ from rpg.generation.generator import Network
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import generator
 from rpg.tasks import build_task, task_of
-from rpg.training.distributed import Place
+from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
 from rpg.training.losses.fresh import FreshLoss
 from tokenization.errors import InputError
@@ -25,15 +25,17 @@ class AuxiliaryLosses:
         zoo: names the task where the configuration has none.
         layout: decodes tokens.
         network: the generator's networks.
-        place: the process that computes.
+        distributed: the processes of the run.
 
     Raises:
         InputError: the task, the sampled tokens, the conditions or the processes do not allow it.
     """
 
-    def __init__(self, config: Config, zoo: Zoo, layout: TokenLayout, network: Network, place: Place) -> None:
+    def __init__(
+        self, config: Config, zoo: Zoo, layout: TokenLayout, network: Network, distributed: DistributedContext
+    ) -> None:
         self.config = config
-        self.place = place
+        self.distributed = distributed
         self.behaviour = self._build_behaviour(zoo, layout)
         self.fresh = self._build_fresh(zoo, layout, network)
 
@@ -52,8 +54,8 @@ class AuxiliaryLosses:
     def _build_fresh(self, zoo: Zoo, layout: TokenLayout, network: Network) -> FreshLoss | None:
         if self.config.train.fresh is None:
             return None
-        if self.place.world_size > 1 or self.place.spread != "none":
-            raise InputError("train.fresh", f"{self.place.world_size} processes, or DeepSpeed", "one, without")
+        if self.distributed.world_size > 1 or self.distributed.spread != "none":
+            raise InputError("train.fresh", f"{self.distributed.world_size} processes, or DeepSpeed", "one, without")
         assert isinstance(network, RecurrentDiffusion)
         return FreshLoss(network, self._task(zoo), layout, self.config.train.fresh)
 
@@ -70,7 +72,7 @@ class AuxiliaryLosses:
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
-        stream = generator(self.config.seed, "behaviour", step, self.place.rank)
+        stream = generator(self.config.seed, "behaviour", step, self.distributed.rank)
         return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
 
     def _fresh_of(self, step: int) -> torch.Tensor | float:
@@ -78,7 +80,7 @@ class AuxiliaryLosses:
         settings = self.config.train.fresh
         if self.fresh is None or settings is None or step < settings.start * self.config.train.steps:
             return 0.0
-        with self.place.accelerator.autocast():
+        with self.distributed.accelerator.autocast():
             return self.fresh(generator(self.config.seed, "fresh", step))
 
     def facts(self, seconds: float) -> dict[str, str]:
