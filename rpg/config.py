@@ -18,7 +18,7 @@ from rpg.evaluation.novelty import TAUS
 from rpg.models.pdiff import PDiffConfig
 from rpg.models.recurrent_diffusion import ModelConfig
 from rpg.section import Section
-from rpg.tasks import TaskConfig
+from rpg.tasks.config import TaskConfig
 from rpg.training.losses.behaviour import BehaviourConfig
 from rpg.training.losses.fresh import FreshConfig
 from tokenization.errors import InputError

@@ -7,39 +7,13 @@ With C classes there are 2^C − 2 tasks (all-negative and all-positive ones ask
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from rpg.seeding import permutation
+from rpg.tasks.images.config import HammingWeightSplit, HeldOut, RandomSplit
 from tokenization.errors import InputError
-
-
-class RandomSplit(Section):
-    """Tasks drawn at random are held out."""
-
-    kind: Literal["random"] = "random"
-    num: int = Field(200, ge=1, description="unseen tasks")
-
-
-class HammingWeightSplit(Section):
-    """All tasks with given numbers of positive classes are held out."""
-
-    kind: Literal["hamming_weight"] = "hamming_weight"
-    weights: tuple[int, ...] = Field((3, 7), min_length=1, description="numbers of positive classes")
-
-
-class ClassPairSplit(Section):
-    """All tasks that put two given classes on one side, both positive or both negative, are held out."""
-
-    kind: Literal["class_pair"] = "class_pair"
-    pair: tuple[int, int] = Field((3, 8), description="two classes, counted from 0")
-
-
-HeldOut = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(discriminator="kind")]
 
 
 def all_tasks(num_classes: int) -> Tensor:
@@ -48,9 +22,7 @@ def all_tasks(num_classes: int) -> Tensor:
     return (numbers[:, None] >> torch.arange(num_classes)) & 1
 
 
-def assign_splits(
-    bits: Tensor, held_out: RandomSplit | HammingWeightSplit | ClassPairSplit, num_validation: int, seed: int
-) -> list[str]:
+def assign_splits(bits: Tensor, held_out: HeldOut, num_validation: int, seed: int) -> list[str]:
     """The split of every task: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
 
     Args:
@@ -74,7 +46,7 @@ def assign_splits(
     return splits
 
 
-def _unseen(bits: Tensor, held_out: RandomSplit | HammingWeightSplit | ClassPairSplit, seed: int) -> Tensor:
+def _unseen(bits: Tensor, held_out: HeldOut, seed: int) -> Tensor:
     num_classes = bits.shape[1]
     if isinstance(held_out, RandomSplit):
         unseen = torch.zeros(len(bits), dtype=torch.bool)

@@ -8,61 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator, permutation
-from rpg.tasks.images.finetuning import FinetuneConfig, Stage
+from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.images import ImageSplits
-from rpg.tasks.images.subsets import SubsetsConfig, SubsetTask
+from rpg.tasks.images.subsets import SubsetTask
 from tokenization.errors import InputError
 
 MEAN, STD = 0.5, 0.5
 """What timm's ViT-Tiny was trained with."""
 
 CROP_PADDING = 4
-
-
-class ProbeConfig(Section):
-    """How the shared base gets its ten-way head: a linear probe on the ImageNet network."""
-
-    steps: int = Field(180, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
-    batch_size: int = Field(500, ge=1)
-
-
-PAPER_FINETUNING = FinetuneConfig(
-    stages=(
-        Stage(steps=180, learning_rate=1e-2, weight_decay=0.1, only=("head.*",)),  # 2 epochs of 45,000 images
-        Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
-    ),
-    batch_size=500,
-    loss="focal",
-    checkpoints=5,
-    tail=0.05,
-)
-
-
-class Cifar10SubsetsConfig(SubsetsConfig):
-    """Which of two groups of CIFAR-10 classes an image belongs to: 1,022 tasks."""
-
-    name: Literal["cifar10_subsets"] = "cifar10_subsets"
-    root: str = Field("data/cifar10", description="folder that holds cifar-10-batches-py")
-    download: bool = Field(False, description="let torchvision fetch the images into root")
-    network: str = Field("vit_tiny_patch16_224", description="a timm network without dropout and batch norm")
-    pretrained: bool = Field(True, description="start from timm's ImageNet weights")
-    image_size: int = Field(224, ge=1, description="what the 32×32 images are enlarged to")
-    num_validation: int = Field(5000, ge=1, description="training images kept for choices")
-    eval_batch: int = Field(250, ge=1, description="images enlarged and scored at a time")
-    probe: ProbeConfig = ProbeConfig()
-    fresh_head: bool = Field(True, description="start every task's head at random, as the paper does")
-    finetune: FinetuneConfig = PAPER_FINETUNING
-    group: int = Field(4, ge=1, description="tasks trained side by side in one process")
 
 
 class Cifar10SubsetsTask(SubsetTask):
@@ -158,7 +119,7 @@ class Cifar10SubsetsTask(SubsetTask):
 
     def train_base(self) -> dict[str, Tensor]:
         """ImageNet weights with a ten-way head trained on them (the base of ``base_summed``)."""
-        config: ProbeConfig = self.config.probe
+        config = self.config.probe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
             network = self._timm(self.num_classes, self.config.pretrained).to(self.device).eval()

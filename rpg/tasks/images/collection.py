@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.augmentation import augment
+from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -27,27 +26,6 @@ from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and their total over all runs."""
-
-
-class CollectionConfig(Section):
-    """How the checkpoints of a zoo are trained."""
-
-    seed: int = Field(0, ge=0, description="decides the initial weights and the order of the images of every run")
-    runs: int = Field(1, ge=1, description="independent training runs")
-    steps: int = Field(128, ge=1, description="fine-tuning steps of a run; one checkpoint is saved after each")
-    train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
-    batch_size: int = Field(128, ge=1, description="images a step")
-    learning_rate: float = Field(5e-3, gt=0, description="peak of the one-cycle schedule to convergence")
-    finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
-    weight_decay: float = Field(0.05, ge=0)
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the training steps; checkpoints are fp32 in either case"
-    )
-    finetune: tuple[str, ...] = Field(
-        ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"
-    )
-    augment: bool = Field(False, description="move, turn and scale the training images at random, in both phases")
 
 
 @contextmanager

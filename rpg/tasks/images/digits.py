@@ -5,45 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rpg.tasks.images.collection import CollectionConfig, Progress, collect_runs, open_zoo, single_threaded
+from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, single_threaded
+from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig
 from rpg.tasks.images.images import ImageSplits, predict_images
-from rpg.tasks.images.networks import NetworkName, build_network
+from rpg.tasks.images.networks import build_network
 from tokenization.zoo.zoo import Zoo
 
-IMAGE_SIZE = 8  # as scikit-learn has them
 NUM_VALIDATION = 250
 NUM_TEST = 500
 SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
 
-RECIPES: dict[str, dict[str, Any]] = {
-    # chosen on the validation images: with the general recipe it stays at 93 %
-    "vit": {"train_steps": 1500, "batch_size": 64, "finetune_learning_rate": 5e-4},
-}
-
-
-class DigitsConfig(CollectionConfig):
-    """Handwritten digits and the network that is trained on them."""
-
-    name: Literal["digits"] = "digits"
-    network: NetworkName = Field("cnn", description="the target network")
-    image_size: int = Field(IMAGE_SIZE, ge=IMAGE_SIZE, description="height and width to which the images are enlarged")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_recipe(cls, given: Any) -> Any:
-        """Fields that are not given take the network's own recipe, where it has one."""
-        return {**RECIPES.get(str(given.get("network")), {}), **given} if isinstance(given, dict) else given
-
 
 @cache
-def load_splits(image_size: int = IMAGE_SIZE) -> ImageSplits:
+def load_splits(image_size: int = DIGITS_SIZE) -> ImageSplits:
     """The digits in a fixed stratified split of 1,047 training, 250 validation and 500 test images.
 
     Args:
@@ -54,7 +33,7 @@ def load_splits(image_size: int = IMAGE_SIZE) -> ImageSplits:
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
-    if image_size != IMAGE_SIZE:
+    if image_size != DIGITS_SIZE:
         images = F.interpolate(images, size=image_size, mode="bicubic", align_corners=False)
     labels = torch.from_numpy(digits.target).long()
 

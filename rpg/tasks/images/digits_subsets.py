@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.augmentation import augment
+from rpg.tasks.images.config import DigitsSubsetsConfig
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.images.networks import NetworkName, build_network
-from rpg.tasks.images.subsets import SubsetsConfig, SubsetTask
+from rpg.tasks.images.networks import build_network
+from rpg.tasks.images.subsets import SubsetTask
 
 POOL_COPIES = 40
 """Altered copies of every training image, made once: drawing from them is cheaper than altering each batch."""
-
-
-class BaseConfig(Section):
-    """How the shared base network is trained: AdamW, one-cycle schedule, altered images."""
-
-    steps: int = Field(3000, ge=1)
-    batch_size: int = Field(256, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class DigitsSubsetsConfig(SubsetsConfig):
-    """Which of two groups of digits an image belongs to: 1,022 tasks."""
-
-    name: Literal["digits_subsets"] = "digits_subsets"
-    network: NetworkName = Field("cnn", description="the target network; one without dropout and batch norm")
-    base: BaseConfig = BaseConfig()
 
 
 class DigitsSubsetsTask(SubsetTask):
@@ -45,6 +26,7 @@ class DigitsSubsetsTask(SubsetTask):
         config: the network, the held-out tasks and the recipe.
     """
 
+    config: DigitsSubsetsConfig
     class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
     def network(self, num_outputs: int) -> nn.Module:
@@ -77,7 +59,7 @@ class DigitsSubsetsTask(SubsetTask):
 
     def train_base(self) -> dict[str, Tensor]:
         """Train the shared base network on the ten digits."""
-        config: BaseConfig = self.config.base
+        config = self.config.base
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
             network = self.network(self.num_classes)

@@ -10,44 +10,18 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
+from rpg.tasks.images.config import FinetuneConfig
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]
 """Draws B training images ``[B, …]`` and their classes ``[B]``."""
 
 WARMUP_STEPS = 10
-
-
-class Stage(Section):
-    """A stretch of fine-tuning with a learning rate that warms up and falls to 0 along a cosine."""
-
-    steps: int = Field(200, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    only: tuple[str, ...] = Field(("*",), min_length=1, description="patterns of the tensors that are trained")
-
-
-class FinetuneConfig(Section):
-    """How the base network is fine-tuned for each task."""
-
-    stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
-    batch_size: int = Field(128, ge=1)
-    augment: bool = Field(True, description="move, turn and scale the images at random")
-    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss (arXiv 1708.02002)")
-    checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
-    tail: float = Field(
-        0.5, gt=0, le=1, description="share of the last stage that is cut into one stretch a checkpoint, "
-        "each of which is the mean of the weights over its stretch",
-    )  # fmt: skip
 
 
 def finetune_many(

@@ -12,41 +12,19 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
 from rpg.tasks.images.images import check_structure
-from rpg.tasks.images.timm_finetune import TimmFinetuneConfig, TimmFinetuneTask
+from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
-
-
-class ImageNetConfig(Section):
-    """A timm network, a folder of images, and the epochs in which its checkpoints are saved."""
-
-    name: Literal["imagenet"] = "imagenet"
-    network: str = Field("vit_base_patch16_224", description="a timm model")
-    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
-    weights: str | None = Field(None, description="file to start from instead, of any kind that holds a state dict")
-    data: str = Field("data/imagenet", description="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
-    num_classes: int = Field(1000, ge=2, description="classes of the data; the network's head has as many logits")
-    image_size: int = Field(224, ge=1)
-    seed: int = Field(0, ge=0)
-    epochs: float = Field(1.0, gt=0, description="epochs of fine-tuning")
-    checkpoints: int = Field(50, ge=1, description="saved at even distances in them, the last step among them")
-    learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
-    weight_decay: float = Field(0.05, ge=0)
-    batch_size: int = Field(128, ge=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; checkpoints are fp32 in either case")
-    workers: int = Field(0, ge=0, description="processes that read images")
-    device: str = Field("auto", description="cpu, cuda, …")
 
 
 class ImageNetTask:

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from tokenization.errors import InputError
-
-NetworkName = Literal[
-    "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
-]  # fmt: skip
 
 
 class SmallCNN(nn.Module):

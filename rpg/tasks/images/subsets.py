@@ -15,15 +15,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator, permutation
-from rpg.tasks.class_splits import HeldOut, RandomSplit, all_tasks, assign_splits
+from rpg.tasks.class_splits import all_tasks, assign_splits
 from rpg.tasks.images.collection import Progress, open_zoo, single_threaded
-from rpg.tasks.images.finetuning import FinetuneConfig, binary_start, finetune_many
+from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher
@@ -33,18 +31,6 @@ from tokenization.zoo.condition import WITHHELD, ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 BASE = "base.safetensors"
-
-
-class SubsetsConfig(Section):
-    """Fields that every family of binary tasks shares."""
-
-    seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
-    tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
-    held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
-    validation: int = Field(100, ge=0, description="seen tasks kept for choices")
-    finetune: FinetuneConfig = FinetuneConfig()
-    fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
-    group: int = Field(32, ge=1, description="tasks trained side by side in one process")
 
 
 class SubsetTask:

@@ -12,45 +12,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.images.config import TimmFinetuneConfig
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-DatasetName = Literal["folder", "cifar10", "cifar100", "stl10", "flowers102", "pets", "food101"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class TimmFinetuneConfig(Section):
-    """A timm network, a data set, and how one is fitted to the other."""
-
-    name: Literal["finetune"] = "finetune"
-    network: str = Field("resnet18", description="a timm model")
-    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
-    data: str = Field("data", description="folder of the data set; it is never downloaded")
-    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png")
-    image_size: int = Field(224, ge=1)
-    base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
-    seed: int = Field(0, ge=0)
-    train_epochs: int = Field(10, ge=0, description="epochs of the whole network; 0 to keep the pretrained one")
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(5e-4, ge=0)
-    steps: int = Field(300, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
-    finetune_learning_rate: float = Field(3e-2, gt=0)
-    finetune: tuple[str, ...] = Field((), description="patterns of what is fine-tuned; empty: the last norm layers")
-    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
-    batch_size: int = Field(128, ge=1)
-    workers: int = Field(0, ge=0, description="processes that read images")
-    device: str = Field("auto", description="cpu, cuda, …")
 
 
 def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:

@@ -13,13 +13,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
+from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.side_by_side import Stacked
 from tokenization.errors import InputError
 
@@ -27,25 +26,15 @@ if TYPE_CHECKING:  # slow to import, and only needed once there are adapters
     from peft import LoraConfig
 
 
-class AdapterConfig(Section):
-    """The adapters' form, as PEFT names it."""
+def peft_config(config: AdapterConfig, base: str) -> LoraConfig:
+    """PEFT's configuration of adapters for the base of that name or path."""
+    from peft import LoraConfig
 
-    kind: Literal["lora", "dora"] = Field("lora", description="dora: LoRA with a learned norm of every output")
-    r: int = Field(4, ge=1, description="rank")
-    alpha: float = Field(8.0, gt=0, description="the product B·A is scaled by alpha / r (rslora: alpha / sqrt(r))")
-    rslora: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs; with one adapter at a time only")
-    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-
-    def peft(self, base: str) -> LoraConfig:
-        """PEFT's configuration for the base of that name or path."""
-        from peft import LoraConfig
-
-        return LoraConfig(
-            task_type="CAUSAL_LM", base_model_name_or_path=base, r=self.r, lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout, use_rslora=self.rslora, use_dora=self.kind == "dora",
-            target_modules=list(self.target_modules),
-        )  # fmt: skip
+    return LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=base, r=config.r, lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout, use_rslora=config.rslora, use_dora=config.kind == "dora",
+        target_modules=list(config.target_modules),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.tasks.images.finetuning import average_into, checkpoint_stretches, schedule
 from rpg.tasks.language.adapter_bank import AdapterBank, adapter_state, peft_on
 from rpg.tasks.language.adapter_scores import completion_losses, score_adapters, token_losses
+from rpg.tasks.language.config import AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows
 from rpg.tasks.side_by_side import Stacked
 
@@ -25,26 +24,6 @@ if TYPE_CHECKING:
 
 Draw = Callable[[], Rows]
 """The next training rows of T tasks, ``[T, B, S]``."""
-
-
-class AdapterTraining(Section):
-    """How an adapter is trained from its start."""
-
-    steps: int = Field(120, ge=1)
-    batch_size: int = Field(16, ge=1, description="rows a step")
-    learning_rate: float = Field(1e-2, gt=0, description="after a short warm-up; falls to 0 along a cosine")
-    weight_decay: float = Field(0.0, ge=0)
-    checkpoints: int = Field(1, ge=1, description="checkpoints kept of every adapter")
-    tail: float = Field(
-        0.5, gt=0, le=1, description="share of the steps, the last, that is cut into one stretch a checkpoint, each of "
-        "which is the mean of the weights over its stretch",
-    )  # fmt: skip
-    until: float | None = Field(
-        None, gt=0, le=1, description="exact match on validation rows at which an adapter is kept as it is; steps is "
-        "the most",
-    )  # fmt: skip
-    check_every: int = Field(10, ge=1, description="with until: steps between looks at the validation rows")
-    gradient_checkpointing: bool = Field(False, description="with one adapter at a time: less memory, more time")
 
 
 def train_side_by_side(

@@ -8,21 +8,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from pydantic import Field
 from torch import Tensor, nn
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.collection import Progress, open_zoo
-from rpg.tasks.language.adapter_bank import AdapterBank, AdapterConfig, fresh_adapter, peft_on
+from rpg.tasks.language.adapter_bank import AdapterBank, fresh_adapter, peft_config, peft_on
 from rpg.tasks.language.adapter_scores import AdapterScores, completion_losses, score_adapters
-from rpg.tasks.language.adapter_training import AdapterTraining, train_one, train_side_by_side
-from rpg.tasks.language.rows import Rows, RowsConfig, TaskFile, find_tasks, read_rows, stack_rows
-from rpg.tasks.language.symbols import SymbolsConfig, make_symbols
+from rpg.tasks.language.adapter_training import train_one, train_side_by_side
+from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows
+from rpg.tasks.language.symbols import make_symbols
 from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
@@ -30,32 +29,6 @@ from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
-
-
-class LanguageConfig(Section):
-    """A base model, tasks for it, and how an adapter is trained for each."""
-
-    name: Literal["language"] = "language"
-    seed: int = Field(0, ge=0, description="decides splits of tasks, starts of adapters and the order of rows")
-    base: str = Field(description="the base model: a local folder, or a name on the hub")
-    data: str = Field(description="folder of JSONL files, one a task, rows with prompt and completion")
-    conditions: str | None = Field(
-        None, description="table with file, condition or condition.NAME, split; without it the stems are the conditions"
-    )
-    symbols: SymbolsConfig | None = Field(None, description="first make base and data: symbol strings")
-    unseen: int = Field(50, ge=0, description="tasks that no generator sees, where the table has no split")
-    validation: int = Field(20, ge=0, description="seen tasks kept for choices, where the table has no split")
-    rows: RowsConfig = RowsConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    training: AdapterTraining = AdapterTraining()
-    start: Literal["shared", "own"] = Field(
-        "shared", description="all adapters start from the same random A, or each from its own"
-    )
-    group: int = Field(32, ge=1, description="adapters trained side by side; 1: each by PEFT alone")
-    processes: int | None = Field(
-        None, ge=1, description="groups trained at a time; as many as cores when null, one with a GPU"
-    )
-    score_rows: int = Field(2048, ge=1, description="rows of all adapters together in a forward pass of scoring")
 
 
 class LanguageTask:
@@ -137,7 +110,7 @@ class LanguageTask:
     @functools.cached_property
     def bank(self) -> AdapterBank:
         """Runs many adapters."""
-        return AdapterBank(self.base, self.config.adapter.peft(self.config.base))
+        return AdapterBank(self.base, peft_config(self.config.adapter, self.config.base))
 
     def rows(self, place: int) -> dict[str, Rows]:
         """The rows of a task by split, tokenised once."""
@@ -198,7 +171,7 @@ class LanguageTask:
         starts = [self._start(place) for place in tasks]
         check = [self.rows(place)["validation"].to(device) for place in tasks]
         if self.config.group == 1:
-            adapter = self.config.adapter.peft(self.config.base)
+            adapter = peft_config(self.config.adapter, self.config.base)
             trained = [
                 train_one(self.base, adapter, start, self._draws([place], device), self.config.training, [rows])
                 for place, start, rows in zip(tasks, starts, check, strict=True)
@@ -210,7 +183,7 @@ class LanguageTask:
     def _start(self, place: int) -> dict[str, Tensor]:
         own = (place,) if self.config.start == "own" else ()
         seed = derive_seed(self.config.seed, "adapter", *own)
-        return fresh_adapter(self.base, self.config.adapter.peft(self.config.base), seed)
+        return fresh_adapter(self.base, peft_config(self.config.adapter, self.config.base), seed)
 
     def no_adapter(self) -> dict[str, Tensor]:
         """An adapter that changes nothing."""
@@ -227,7 +200,7 @@ class LanguageTask:
         return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
     def _write_config(self, folder: Path) -> None:
-        config = self.config.adapter.peft(self.config.base)
+        config = peft_config(self.config.adapter, self.config.base)
         with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
             pass
         config.inference_mode = True

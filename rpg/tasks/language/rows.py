@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from rpg.seeding import permutation
+from rpg.tasks.language.config import RowsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -26,14 +25,6 @@ IGNORED = -100
 """Target of a position that is not scored, as in torch's cross-entropy."""
 
 SPLITS = ("train", "validation", "unseen")
-
-
-class RowsConfig(Section):
-    """Which rows of every file are kept from training, and how long a row may be."""
-
-    validation: int = Field(64, ge=1, description="the rows before the test rows; choices are made on them")
-    test: int = Field(128, ge=1, description="the last rows of every file")
-    max_tokens: int = Field(1024, ge=2, description="longest row, prompt and completion together")
 
 
 @dataclass(frozen=True)

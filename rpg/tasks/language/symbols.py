@@ -13,33 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.language.config import SymbolsConfig
 from tokenization.errors import InputError
 from tokenization.files import publish_text
 
 MARKER, EQUALS, PAD, END = "*", "=", "<pad>", "<end>"
 MADE_OF = "symbols.json"
-
-
-class SymbolsConfig(Section):
-    """The strings, and the base that copies them."""
-
-    symbols: int = Field(8, ge=2, le=26, description="different symbols; 2^symbols − 2 tasks")
-    length: int = Field(8, ge=1, description="symbols of a string")
-    rows: int = Field(512, ge=3, description="strings; the same ones in every task's file")
-    hidden: int = Field(128, ge=4)
-    intermediate: int = Field(448, ge=4)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    steps: int = Field(400, ge=1, description="pretraining steps")
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
 
 
 def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> None:

@@ -15,7 +15,7 @@ from rpg.experiments.held_out_tasks import generate_for, networks_of
 from rpg.experiments.lora import evaluate_lora, language_task, print_scores, run_lora, score_folders
 from rpg.generation.generator import Generator
 from rpg.tasks import many
-from rpg.tasks.language.adapter_bank import AdapterConfig
+from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.side_by_side import stack
 from tokenization.errors import InputError

@@ -11,7 +11,8 @@ from rpg.experiments.held_out_tasks import evaluate_unseen, generate_for, networ
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks import many
-from rpg.tasks.class_splits import ClassPairSplit, all_tasks
+from rpg.tasks.class_splits import all_tasks
+from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
 from rpg.tasks.images.subsets import resplit
 from tokenization.errors import InputError

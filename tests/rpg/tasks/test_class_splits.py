@@ -2,15 +2,13 @@ import pytest
 import torch
 
 from rpg.tasks.class_splits import (
-    ClassPairSplit,
-    HammingWeightSplit,
-    RandomSplit,
     all_tasks,
     assign_splits,
     bits_of_classes,
     check_bits,
     hamming_to_nearest,
 )
+from rpg.tasks.images.config import ClassPairSplit, HammingWeightSplit, RandomSplit
 from tokenization.errors import InputError
 
 NAMES = ("cat", "dog", "ship")

@@ -4,8 +4,9 @@ from torch import nn
 
 from rpg.config import Config
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
-from rpg.tasks.images.digits import DigitsConfig, DigitsTask
-from rpg.tasks.images.digits_subsets import DigitsSubsetsConfig, DigitsSubsetsTask
+from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
+from rpg.tasks.images.digits import DigitsTask
+from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
 from rpg.training.losses.behaviour import BehaviourConfig, BehaviourLoss, num_at_last_time

@@ -9,8 +9,8 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from rpg.config import Config
-from rpg.tasks.images.cifar10 import Cifar10SubsetsConfig, Cifar10SubsetsTask, ProbeConfig, _flip_and_crop
-from rpg.tasks.images.finetuning import FinetuneConfig, Stage
+from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
+from rpg.tasks.images.config import Cifar10SubsetsConfig, FinetuneConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
 
 

@@ -5,8 +5,8 @@ from safetensors.torch import load_file
 
 from rpg.tasks import build_task, many
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.images.digits_subsets import BaseConfig, DigitsSubsetsConfig, DigitsSubsetsTask
-from rpg.tasks.images.finetuning import FinetuneConfig, Stage
+from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
+from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
 from rpg.tasks.images.subsets import load_base
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD

@@ -5,9 +5,10 @@ import torch
 from peft import set_peft_model_state_dict
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rpg.tasks.language.adapter_bank import AdapterBank, AdapterConfig, adapter_state, fresh_adapter, peft_on
+from rpg.tasks.language.adapter_bank import AdapterBank, adapter_state, fresh_adapter, peft_config, peft_on
 from rpg.tasks.language.adapter_scores import completion_losses, score_adapters
-from rpg.tasks.language.adapter_training import AdapterTraining, _Stopper, train_one, train_side_by_side
+from rpg.tasks.language.adapter_training import _Stopper, train_one, train_side_by_side
+from rpg.tasks.language.config import AdapterConfig, AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows
 from rpg.tasks.side_by_side import stack
 from tokenization.errors import InputError
@@ -39,7 +40,7 @@ BASES = {"llama": (llama, ("q_proj", "v_proj", "down_proj")), "gpt2": (gpt2, ("c
 
 def made(kind, name, **changes):
     build, modules = BASES[name]
-    return build(), AdapterConfig(kind=kind, r=3, target_modules=modules, **changes).peft("base")
+    return build(), peft_config(AdapterConfig(kind=kind, r=3, target_modules=modules, **changes), "base")
 
 
 def random_adapters(base, config, num):

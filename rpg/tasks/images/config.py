@@ -1,0 +1,220 @@
+"""Configuration of the image tasks: what is collected and how it is trained. Nothing here computes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rpg.section import Section
+
+DIGITS_SIZE = 8
+"""Height and width of scikit-learn's digits."""
+
+NetworkName = Literal[
+    "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
+]  # fmt: skip
+
+
+class CollectionConfig(Section):
+    """How the checkpoints of a zoo are trained."""
+
+    seed: int = Field(0, ge=0, description="decides the initial weights and the order of the images of every run")
+    runs: int = Field(1, ge=1, description="independent training runs")
+    steps: int = Field(128, ge=1, description="fine-tuning steps of a run; one checkpoint is saved after each")
+    train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
+    batch_size: int = Field(128, ge=1, description="images a step")
+    learning_rate: float = Field(5e-3, gt=0, description="peak of the one-cycle schedule to convergence")
+    finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
+    weight_decay: float = Field(0.05, ge=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of the training steps; checkpoints are fp32 in either case"
+    )
+    finetune: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"
+    )
+    augment: bool = Field(False, description="move, turn and scale the training images at random, in both phases")
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # chosen on the validation images: with the general recipe it stays at 93 %
+    "vit": {"train_steps": 1500, "batch_size": 64, "finetune_learning_rate": 5e-4},
+}
+
+
+class DigitsConfig(CollectionConfig):
+    """Handwritten digits and the network that is trained on them."""
+
+    name: Literal["digits"] = "digits"
+    network: NetworkName = Field("cnn", description="the target network")
+    image_size: int = Field(
+        DIGITS_SIZE, ge=DIGITS_SIZE, description="height and width to which the images are enlarged"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_recipe(cls, given: Any) -> Any:
+        """Fields that are not given take the network's own recipe, where it has one."""
+        return {**RECIPES.get(str(given.get("network")), {}), **given} if isinstance(given, dict) else given
+
+
+class RandomSplit(Section):
+    """Tasks drawn at random are held out."""
+
+    kind: Literal["random"] = "random"
+    num: int = Field(200, ge=1, description="unseen tasks")
+
+
+class HammingWeightSplit(Section):
+    """All tasks with given numbers of positive classes are held out."""
+
+    kind: Literal["hamming_weight"] = "hamming_weight"
+    weights: tuple[int, ...] = Field((3, 7), min_length=1, description="numbers of positive classes")
+
+
+class ClassPairSplit(Section):
+    """All tasks that put two given classes on one side, both positive or both negative, are held out."""
+
+    kind: Literal["class_pair"] = "class_pair"
+    pair: tuple[int, int] = Field((3, 8), description="two classes, counted from 0")
+
+
+HeldOut = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(discriminator="kind")]
+
+
+class Stage(Section):
+    """A stretch of fine-tuning with a learning rate that warms up and falls to 0 along a cosine."""
+
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    only: tuple[str, ...] = Field(("*",), min_length=1, description="patterns of the tensors that are trained")
+
+
+class FinetuneConfig(Section):
+    """How the base network is fine-tuned for each task."""
+
+    stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
+    batch_size: int = Field(128, ge=1)
+    augment: bool = Field(True, description="move, turn and scale the images at random")
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss (arXiv 1708.02002)")
+    checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
+    tail: float = Field(
+        0.5, gt=0, le=1, description="share of the last stage that is cut into one stretch a checkpoint, "
+        "each of which is the mean of the weights over its stretch",
+    )  # fmt: skip
+
+
+class SubsetsConfig(Section):
+    """Fields that every family of binary tasks shares."""
+
+    seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
+    tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
+    held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
+    validation: int = Field(100, ge=0, description="seen tasks kept for choices")
+    finetune: FinetuneConfig = FinetuneConfig()
+    fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
+    group: int = Field(32, ge=1, description="tasks trained side by side in one process")
+
+
+class BaseConfig(Section):
+    """How the shared base network is trained: AdamW, one-cycle schedule, altered images."""
+
+    steps: int = Field(3000, ge=1)
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class DigitsSubsetsConfig(SubsetsConfig):
+    """Which of two groups of digits an image belongs to: 1,022 tasks."""
+
+    name: Literal["digits_subsets"] = "digits_subsets"
+    network: NetworkName = Field("cnn", description="the target network; one without dropout and batch norm")
+    base: BaseConfig = BaseConfig()
+
+
+class ProbeConfig(Section):
+    """How the shared base gets its ten-way head: a linear probe on the ImageNet network."""
+
+    steps: int = Field(180, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    batch_size: int = Field(500, ge=1)
+
+
+PAPER_FINETUNING = FinetuneConfig(
+    stages=(
+        Stage(steps=180, learning_rate=1e-2, weight_decay=0.1, only=("head.*",)),  # 2 epochs of 45,000 images
+        Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
+    ),
+    batch_size=500,
+    loss="focal",
+    checkpoints=5,
+    tail=0.05,
+)
+
+
+class Cifar10SubsetsConfig(SubsetsConfig):
+    """Which of two groups of CIFAR-10 classes an image belongs to: 1,022 tasks."""
+
+    name: Literal["cifar10_subsets"] = "cifar10_subsets"
+    root: str = Field("data/cifar10", description="folder that holds cifar-10-batches-py")
+    download: bool = Field(False, description="let torchvision fetch the images into root")
+    network: str = Field("vit_tiny_patch16_224", description="a timm network without dropout and batch norm")
+    pretrained: bool = Field(True, description="start from timm's ImageNet weights")
+    image_size: int = Field(224, ge=1, description="what the 32×32 images are enlarged to")
+    num_validation: int = Field(5000, ge=1, description="training images kept for choices")
+    eval_batch: int = Field(250, ge=1, description="images enlarged and scored at a time")
+    probe: ProbeConfig = ProbeConfig()
+    fresh_head: bool = Field(True, description="start every task's head at random, as the paper does")
+    finetune: FinetuneConfig = PAPER_FINETUNING
+    group: int = Field(4, ge=1, description="tasks trained side by side in one process")
+
+
+DatasetName = Literal["folder", "cifar10", "cifar100", "stl10", "flowers102", "pets", "food101"]
+
+
+class TimmFinetuneConfig(Section):
+    """A timm network, a data set, and how one is fitted to the other."""
+
+    name: Literal["finetune"] = "finetune"
+    network: str = Field("resnet18", description="a timm model")
+    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
+    data: str = Field("data", description="folder of the data set; it is never downloaded")
+    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png")
+    image_size: int = Field(224, ge=1)
+    base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
+    seed: int = Field(0, ge=0)
+    train_epochs: int = Field(10, ge=0, description="epochs of the whole network; 0 to keep the pretrained one")
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    steps: int = Field(300, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
+    finetune_learning_rate: float = Field(3e-2, gt=0)
+    finetune: tuple[str, ...] = Field((), description="patterns of what is fine-tuned; empty: the last norm layers")
+    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
+    batch_size: int = Field(128, ge=1)
+    workers: int = Field(0, ge=0, description="processes that read images")
+    device: str = Field("auto", description="cpu, cuda, …")
+
+
+class ImageNetConfig(Section):
+    """A timm network, a folder of images, and the epochs in which its checkpoints are saved."""
+
+    name: Literal["imagenet"] = "imagenet"
+    network: str = Field("vit_base_patch16_224", description="a timm model")
+    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
+    weights: str | None = Field(None, description="file to start from instead, of any kind that holds a state dict")
+    data: str = Field("data/imagenet", description="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+    num_classes: int = Field(1000, ge=2, description="classes of the data; the network's head has as many logits")
+    image_size: int = Field(224, ge=1)
+    seed: int = Field(0, ge=0)
+    epochs: float = Field(1.0, gt=0, description="epochs of fine-tuning")
+    checkpoints: int = Field(50, ge=1, description="saved at even distances in them, the last step among them")
+    learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
+    weight_decay: float = Field(0.05, ge=0)
+    batch_size: int = Field(128, ge=1)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; checkpoints are fp32 in either case")
+    workers: int = Field(0, ge=0, description="processes that read images")
+    device: str = Field("auto", description="cpu, cuda, …")

@@ -1,0 +1,58 @@
+"""The tasks by name. A task's module is imported when the first task of its kind is built, and no sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rpg.section import Section
+from rpg.tasks.base import Task
+from rpg.tasks.config import TaskConfig
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+TASKS = {
+    "digits": "rpg.tasks.images.digits:DigitsTask",
+    "digits_subsets": "rpg.tasks.images.digits_subsets:DigitsSubsetsTask",
+    "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
+    "language": "rpg.tasks.language.language:LanguageTask",
+    "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
+    "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",
+}
+"""Module and class of the task that each ``name`` of a configuration stands for."""
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(TaskConfig)
+
+
+def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
+    """Make a task from its configuration, or from the plain values of one.
+
+    Raises:
+        InputError: there is no such task, or a field is unknown or impossible.
+    """
+    known: Any = config if isinstance(config, Section) else _parse(config)
+    module, _, name = TASKS[known.name].partition(":")
+    return getattr(import_module(module), name)(known)
+
+
+def _parse(values: Mapping[str, Any]) -> Any:
+    if values.get("name") not in TASKS:
+        raise InputError("task.name", repr(values.get("name")), f"one of {', '.join(TASKS)}")
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("task", *first["loc"][1:])))  # the first part is the union's tag
+        raise InputError(field, repr(first["input"]), first["msg"].lower()) from None
+
+
+def task_of(zoo: Zoo) -> Task:
+    """The task that collected ``zoo``, from what the zoo itself records.
+
+    Raises:
+        InputError: the zoo records no task (a user's own checkpoints), or one this version does not know.
+    """
+    return build_task(zoo.require_task())
