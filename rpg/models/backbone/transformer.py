@@ -11,7 +11,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from rpg.models.backbone.base import Backbone, BackboneSection
 
@@ -25,7 +24,7 @@ class TransformerConfig(BackboneSection):
     expand: int = Field(4, ge=1, description="Hidden width of the feed-forward part, in multiples of d_model.")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> TransformerConfig:
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads: found {self.num_heads}, expected a divisor of d_model {self.d_model}; change either"

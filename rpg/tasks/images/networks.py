@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from tokenization.errors import InputError
@@ -136,9 +135,10 @@ class NarrowAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, tokens, width] → [B, tokens, width]; the signature is the one timm's blocks call."""
-        query, key, value = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        # [B, tokens, 3 · heads · head width] → three of [B, heads, tokens, head width]
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
-        return self.proj(rearrange(mixed, "b h t d -> b t (h d)"))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _vit(in_channels: int, image_size: int, num_classes: int, *, patches: int = 4) -> nn.Module:
