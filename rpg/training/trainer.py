@@ -12,6 +12,7 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator, Network, make_network
+from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.training import checkpointing
 from rpg.training.data import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
 from rpg.training.distributed import DistributedContext
@@ -56,6 +57,9 @@ class Trainer:
         self.accelerator.init_trackers("tensorboard")
         if self.distributed.world_size > 1 or self.distributed.spread != "none":
             self.say(str(self.distributed))
+        kernels = describe_kernels(self.network, self.distributed.device)
+        if kernels is not None:
+            self.say(kernels)
 
     @property
     def num_steps(self) -> int:

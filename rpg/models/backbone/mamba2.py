@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from rpg.models.backbone.base import Backbone, BackboneSection
 from rpg.models.backbone.ssd import chunked_scan
@@ -53,7 +52,7 @@ class Mamba2Config(BackboneSection):
         return self.layer_widths[-1]
 
     @model_validator(mode="after")
-    def _widths_agree(self) -> Self:
+    def _widths_agree(self) -> Mamba2Config:
         widths = self.layer_widths
         if (len(widths), widths[0]) != (self.num_layers, self.d_model):
             raise ValueError(
@@ -132,9 +131,7 @@ class Mamba2(nn.Module):
         """Map ``[B, L, H]`` to ``[B, L, H]``; output i depends on the inputs up to i only."""
         zxbcdt = self.in_proj(x)  # [B, L, 2I + 2S + A]
         a = -self.A_log.float().exp()  # [A]
-        # The convolution's kernel wants rows of a multiple of eight values and a width of two to four.
-        fusible = zxbcdt.is_cuda and zxbcdt.shape[-1] % 8 == 0 and self.conv1d.kernel_size[0] in (2, 3, 4)
-        kernel = fused_scan() if fusible else None
+        kernel = self.kernel(zxbcdt.device)
         if kernel is not None:
             return self._forward_fused(kernel, zxbcdt, a)
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_xbc, self.num_heads], dim=-1)
@@ -148,6 +145,12 @@ class Mamba2(nn.Module):
         # Not self.norm(…): an fp32 input with bf16 parameters would miss the fused implementation.
         y = F.rms_norm(y * F.silu(z), (self.d_inner,), self.norm.weight.float(), self.norm.eps)  # [B, L, I]
         return self.out_proj(y.to(z.dtype))  # [B, L, H]
+
+    def kernel(self, device: torch.device) -> Callable[..., Tensor] | None:
+        """The kernel that computes this layer on ``device``; None: plain PyTorch does."""
+        # The convolution's kernel wants rows of a multiple of eight values and a width of two to four.
+        fits = self.in_proj.out_features % 8 == 0 and self.conv1d.kernel_size[0] in (2, 3, 4)
+        return fused_scan() if device.type == "cuda" and fits else None
 
     def _forward_fused(self, kernel: Callable[..., Tensor], zxbcdt: Tensor, a: Tensor) -> Tensor:
         """The same by the kernels of ``mamba_ssm``: ``[B, L, 2I + 2S + A]`` and ``[A]`` to ``[B, L, H]``."""
@@ -217,3 +220,14 @@ class Mamba2Backbone(Backbone):
                 x = self.joints[index - 1](x)  # [B, L, H of the layer]
             x = self.run_layer(layer, x)  # [B, L, H of the layer]
         return x
+
+
+def describe_kernels(network: nn.Module, device: torch.device) -> str | None:
+    """How the Mamba-2 layers of a network are computed on ``device``, as one line; None where it has none."""
+    layers = [module for module in network.modules() if isinstance(module, Mamba2)]
+    if not layers:
+        return None
+    if all(layer.kernel(device) for layer in layers):
+        return "Mamba-2 layers run on the kernels of mamba_ssm"
+    missing = device.type == "cuda" and fused_scan() is None
+    return "Mamba-2 layers run in plain PyTorch" + "; faster with pip install rpg[mamba]" * missing

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpg.models.backbone import mamba2
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.models.backbone.ssd import chunked_scan
 
@@ -120,3 +121,16 @@ def test_bf16_is_close_to_fp32(autocast):
         found = layer.bfloat16()(x.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() / expected.norm() < 0.02
+
+
+def test_which_way_the_layers_are_computed_is_said(monkeypatch):
+    network = nn.Sequential(nn.Linear(8, 8), Mamba2(32, d_state=16, headdim=16))  # rows of 164 values: no kernel
+    fitting = nn.Sequential(Mamba2(64, d_state=16, headdim=16))  # rows of 296 values
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(mamba2, "fused_scan", lambda: None)
+    assert mamba2.describe_kernels(network[:1], cuda) is None
+    assert mamba2.describe_kernels(fitting, torch.device("cpu")) == "Mamba-2 layers run in plain PyTorch"
+    assert "pip install rpg[mamba]" in mamba2.describe_kernels(fitting, cuda)
+    monkeypatch.setattr(mamba2, "fused_scan", lambda: F.silu)
+    assert mamba2.describe_kernels(fitting, cuda) == "Mamba-2 layers run on the kernels of mamba_ssm"
+    assert mamba2.describe_kernels(network, cuda) == "Mamba-2 layers run in plain PyTorch"
