@@ -234,7 +234,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the generated networks.")] = 0,
 ) -> None:
     """Score generated networks beside originals and trivial baselines."""
-    from rpg.evaluation.evaluate import print_table
+    from rpg.evaluation.tables import print_table
     from rpg.experiments.single import evaluate_run
 
     print_table(evaluate_run(run, num=num, seed=seed))
@@ -317,7 +317,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole job on real handwritten digits: zoo, training, generation, scores."""
-    from rpg.evaluation.evaluate import print_table
+    from rpg.evaluation.tables import print_table
     from rpg.experiments.single import run_all
 
     settings = load(config or default_config("digits.yaml"), [f"run={Path('runs/demo')}", *(overrides or [])])

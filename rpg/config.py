@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from rpg.evaluation.control import ControlConfig
-from rpg.evaluation.novelty import TAUS
+from rpg.evaluation.config import EvaluateConfig
 from rpg.models.pdiff import PDiffConfig
 from rpg.models.recurrent_diffusion import ModelConfig
 from rpg.section import Section
@@ -64,22 +63,6 @@ class GenerateConfig(Section):
     temperature: float = Field(1.0, gt=0, description="spread of gaussian states, in that of the learned ones")
     tile_tokens: int = Field(512, ge=1, description="tokens computed together; part of what decides the bytes")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks")
-
-
-class EvaluateConfig(Section):
-    """Scoring of generated networks."""
-
-    num: int = Field(50, ge=1, description="networks to generate and score")
-    num_baseline: int = Field(50, ge=2, description="networks to make for each trivial baseline")
-    noise: tuple[float, ...] = Field((0.01, 0.05, 0.15), description="relative σ of the noise-added baseline")
-    split: str = Field("test", description="images to score on; choose between recipes on validation")
-    taus: tuple[float, ...] = Field(
-        TAUS, description="distances of the novelty curve, in the zoo's median nearest-neighbour distances"
-    )
-    control: ControlConfig | None = Field(
-        None,
-        description="baselines at the generated networks' distance, trained on images: for generators that saw any",
-    )
 
 
 class Config(Section):

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rpg.evaluation.baselines import average
-from rpg.evaluation.candidates import symmetries
 from rpg.evaluation.novelty_curve import Distances
+from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks import task_of

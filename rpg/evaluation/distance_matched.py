@@ -20,7 +20,7 @@ Family = tuple[Tensor, Tensor]
 """Bases and deviations of the networks, ``[N, V]`` each."""
 
 
-def comparable_baselines(
+def distance_matched_baselines(
     originals: Sequence[StateDict], runs: Sequence[int], num: int, distance: float, generator: torch.Generator
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Networks of every family, their median distance to the nearest original as near to ``distance`` as it can be.

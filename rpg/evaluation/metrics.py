@@ -41,14 +41,18 @@ def summarize(values: Tensor | Iterable[float], seed: int = 0) -> Summary:
     """
     values = torch.as_tensor(values if isinstance(values, Tensor) else list(values), dtype=torch.float64)
     assert values.ndim == 1 and len(values), "nothing to summarise"
-    num = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(num, (NUM_RESAMPLES, num), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Summary(
         mean=values.mean().item(),
         max=values.max().item(),
         min=values.min().item(),
-        std=values.std().item() if num > 1 else 0.0,
-        ci95=(low, high),
+        std=values.std().item() if len(values) > 1 else 0.0,
+        ci95=bootstrap_interval(values, seed),
     )
+
+
+def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of ``values``, float64 [num]; ``seed`` decides the resamples."""
+    num = len(values)
+    rows = torch.randint(num, (NUM_RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(values[rows].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -8,39 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rpg.evaluation.results import Spread
 from rpg.evaluation.vectors import StateDict, VectorSpace
-from rpg.section import Section
 
 LARGE = 1 << 14
 """Values from which on distances are computed by matrix products."""
 
 CHUNK = 1 << 14
 """Values of each network that are converted to float64 at a time: few enough to stay in the processor's cache."""
-
-TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
-"""Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
-
-
-class Spread(Section):
-    """Generated networks against the zoo's own spread; 1 means alike.
-
-    Attributes:
-        mean_squared_deviation_ratio: mean squared distance from the zoo's average, generated over original. Far
-            below 1 the generator has collapsed to the average; with high accuracy above 1 it may be noise around it.
-        nearest_distance_ratio: median distance to the nearest original, generated over original (an original's
-            nearest is another one). Near 0 the generator copies.
-        diversity_ratio: median distance to the nearest other network of the same set, generated over original. Near
-            0 the generated networks are copies of each other. None for fewer than two.
-        disagreement: share of images that a generated network and its nearest original (in weights) answer
-            differently, mean over the generated.
-
-    A ratio is None where a generated network has values that are not finite.
-    """
-
-    mean_squared_deviation_ratio: float | None
-    nearest_distance_ratio: float | None
-    diversity_ratio: float | None
-    disagreement: float
 
 
 def weight_vectors(

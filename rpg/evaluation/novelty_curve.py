@@ -10,48 +10,18 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.evaluation.metrics import Summary, summarize
-from rpg.evaluation.novelty import TAUS, distances
+from rpg.evaluation.config import TAUS
+from rpg.evaluation.metrics import accuracy, bootstrap_interval, summarize
+from rpg.evaluation.novelty import distances
 from rpg.evaluation.permutations import Group
 from rpg.evaluation.rebasin import Matcher
+from rpg.evaluation.results import NoveltyReport, SetNovelty
 from rpg.evaluation.vectors import StateDict, VectorSpace
-from rpg.section import Section
-
-NUM_RESAMPLES = 2000
 
 ROWS = 16
 """Matched networks that are held at a time."""
-
-
-class SetNovelty(Section):
-    """How new one kind of networks is; distances are in units of the zoo's median nearest-neighbour distance."""
-
-    plain_distance: Summary = Field(description="to the nearest original")
-    matched_distance: Summary = Field(description="the same after matching hidden units")
-    plain_distances: tuple[float, ...]
-    matched_distances: tuple[float, ...]
-    novel_and_performant: tuple[float, ...] = Field(description="share, for each τ")
-    ci95: tuple[tuple[float, float], ...] = Field(description="95 % bootstrap interval over the networks, for each τ")
-    disagreement: float = Field(description="share of images answered unlike the nearest original, mean")
-    coverage: float = Field(description="share of originals that are the nearest of at least one network")
-
-
-class NoveltyReport(Section):
-    """Everything behind the novelty curve."""
-
-    unit: float = Field(description="the originals' median distance to their nearest neighbour, layers normalised")
-    accuracy_threshold: float = Field(description="the originals' median accuracy")
-    groups: int = Field(description="groups of hidden units that could be matched; 0 where none are known")
-    taus: tuple[float, ...]
-    sets: dict[str, SetNovelty]
-
-    def curve(self) -> dict[str, list[float]]:
-        """``{"tau": […], "<networks>": […], …}``."""
-        shares = {name: list(each.novel_and_performant) for name, each in self.sets.items()}
-        return {"tau": list(self.taus), **shares}
 
 
 class Distances:
@@ -165,13 +135,13 @@ def measure_novelty(
     unit = measure.unit()
     if not unit > 0:
         return None
-    threshold = (original_predictions == labels).double().mean(1).median().item()
+    threshold = accuracy(original_predictions, labels).median().item()
     scored = {}
     for name, networks in sets.items():
         plain = measure.plain(networks)
         matched = measure.matched(networks, plain)
         nearest = matched.nan_to_num(float("inf")).argmin(1)
-        good = (predictions[name] == labels).double().mean(1) >= threshold - 1e-9
+        good = accuracy(predictions[name], labels) >= threshold - 1e-9
         far = _finite(matched.amin(1) / unit)
         hits = torch.stack([good & (far >= tau) for tau in taus]).double()  # [taus, num]
         scored[name] = SetNovelty(
@@ -180,7 +150,7 @@ def measure_novelty(
             plain_distances=tuple(_finite(plain.amin(1) / unit).tolist()),
             matched_distances=tuple(far.tolist()),
             novel_and_performant=tuple(hits.mean(1).tolist()),
-            ci95=_bootstrap(hits, seed),
+            ci95=tuple(bootstrap_interval(each, seed) for each in hits),
             disagreement=(predictions[name] != original_predictions[nearest]).double().mean().item(),
             coverage=len(nearest.unique()) / len(measure.zoo),
         )
@@ -192,12 +162,3 @@ def measure_novelty(
 def _finite(values: Tensor) -> Tensor:
     """A network with values that are not finite is nowhere: it counts as a copy."""
     return torch.where(torch.isfinite(values), values, torch.zeros_like(values)).double()
-
-
-def _bootstrap(hits: Tensor, seed: int) -> tuple[tuple[float, float], ...]:
-    num = hits.shape[1]
-    rows = torch.randint(num, (NUM_RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return tuple(
-        (low.item(), high.item()) for low, high in (torch.quantile(each[rows].mean(1), bounds) for each in hits)
-    )

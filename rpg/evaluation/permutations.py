@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpg.tasks import Task
+
 ELEMENTWISE = {"relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "tanh", "sigmoid", "hardtanh", "dropout",
                "clone", "contiguous", "alias", "to", "_assert_tensor_metadata"}  # fmt: skip
 POOLING = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
@@ -114,6 +116,15 @@ def permutation_groups(network: nn.Module, example: Tensor) -> list[Group]:
     for node in exported.graph.nodes:
         walk.visit(node)
     return walk.groups.free()
+
+
+def symmetries(task: Task) -> list[Group]:
+    """Interchangeable hidden units of a task's network; none are known for a task without images to trace it by."""
+    images = getattr(task, "images", None)
+    if images is None:
+        return []
+    with torch.random.fork_rng(devices=[]):
+        return permutation_groups(task.build(), images("test")[:2])
 
 
 class _Walk:

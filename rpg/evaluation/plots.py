@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rpg.evaluation.results import EvaluationResult, NetworkScores
 from tokenization.files import publish
-
-if TYPE_CHECKING:
-    from rpg.evaluation.evaluate import EvaluationResult, NetworkScores
 
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for print without colour.
 ORIGINAL, GENERATED, AVERAGE = "#0072B2", "#D55E00", "#000000"

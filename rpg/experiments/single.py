@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
-from rpg.evaluation.evaluate import EvaluationResult, evaluate
+from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_report
+from rpg.evaluation.results import EvaluationResult
 from rpg.generation.generator import Generator
 from rpg.tasks import Task, build_task, task_of
 from rpg.training.loop import train
@@ -63,16 +64,12 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
         task,
         [zoo.state_dict(index) for index in indices],
         networks,
-        folder=run,
+        config.evaluate,
+        runs=[zoo.entries[index].run for index in indices],
         seed=seed,
         seconds_per_network=seconds,
-        noise=config.evaluate.noise,
-        num_baseline=config.evaluate.num_baseline,
-        split=config.evaluate.split,
-        runs=[zoo.entries[index].run for index in indices],
-        taus=config.evaluate.taus,
-        control=config.evaluate.control,
     )
+    save_evaluation(result, run)
     write_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
     return result
 

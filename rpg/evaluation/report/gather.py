@@ -14,10 +14,10 @@ from torch import Tensor
 
 import rpg
 from rpg.evaluation.baselines import coordinate_gaussian, covariance_gaussian
-from rpg.evaluation.evaluate import EvaluationResult
 from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.novelty import distances, gram, nearest_within, weight_vectors
 from rpg.evaluation.report.page import ReportData, write_page
+from rpg.evaluation.results import EvaluationResult
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
 from rpg.seeding import generator as stream_of

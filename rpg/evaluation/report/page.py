@@ -12,12 +12,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rpg.evaluation.candidates import AT_DISTANCE
-from rpg.evaluation.control import CONTROL
-from rpg.evaluation.evaluate import EvaluationResult, NetworkScores
-from rpg.evaluation.novelty_curve import NoveltyReport
 from rpg.evaluation.report import svg
 from rpg.evaluation.report.svg import Axis, Series
+from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM, EvaluationResult, NetworkScores, NoveltyReport
 from tokenization.files import publish_text
 
 STYLE = (Path(__file__).parent / "page.css").read_text()
@@ -103,7 +100,7 @@ def _rivals(novelty: NoveltyReport) -> list[str]:
     index = min(range(len(novelty.taus)), key=lambda i: abs(novelty.taus[i] - 2))
     shares = {name: each.novel_and_performant[index] for name, each in novelty.sets.items()}
     share = shares.pop("generated")
-    control = {name for name in shares if CONTROL in name}
+    control = {name for name in shares if TRAINED_FROM in name}
     kinds = {
         "trivial baseline": shares.keys() - control,
         "trivial baseline as far from the zoo as they are": {n for n in shares if AT_DISTANCE in n} - control,

@@ -5,9 +5,10 @@ import torch
 
 from rpg.evaluation.alignment import align_zoo
 from rpg.evaluation.baselines import add_noise
-from rpg.evaluation.candidates import symmetries
-from rpg.evaluation.control import ControlConfig, finetune, finetuned_baselines
+from rpg.evaluation.config import ControlConfig
+from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute, random_orders
+from rpg.evaluation.trained_baselines import finetune, finetuned_baselines
 from rpg.tasks import DigitsConfig, build_task, task_of
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from rpg.evaluation.distance_matched import comparable_baselines
+from rpg.evaluation.distance_matched import distance_matched_baselines
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import permutation_groups
 from rpg.evaluation.rebasin import Matcher, assignment, permute, random_orders
@@ -165,11 +165,11 @@ def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
     assert Distances(originals, list(range(5)), []).unit() == pytest.approx(1 / float(scale))
 
 
-def test_comparable_baselines_lie_at_the_distance_asked_for(zoo):
+def test_distance_matched_baselines_lie_at_the_distance_asked_for(zoo):
     originals, runs, _ = zoo
     measure = Distances(originals, runs, [])
     distance = 5 * measure.unit()
-    made = comparable_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
+    made = distance_matched_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
     gaussians = {"coordinate_gaussian", "sharpened_gaussian", "covariance_gaussian"}
     assert set(made) == {"noise", "extrapolation", *gaussians, *(f"run_{name}" for name in gaussians)}
     for name in ("noise", "extrapolation", *(f"run_{name}" for name in gaussians)):

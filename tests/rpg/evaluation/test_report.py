@@ -8,7 +8,10 @@ import torch
 from rich.console import Console
 
 from rpg.evaluation.baselines import covariance_gaussian
-from rpg.evaluation.evaluate import EvaluationResult, evaluate, print_table
+from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.evaluate import evaluate, save_evaluation
+from rpg.evaluation.results import EvaluationResult
+from rpg.evaluation.tables import print_table
 from rpg.tasks import DigitsConfig, build_task
 from tokenization.errors import InputError
 
@@ -30,6 +33,8 @@ def planted(*answers: list[float]) -> list[dict[str, torch.Tensor]]:
 ORIGINALS = planted([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0])
 GENERATED = planted([0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0])
 
+FIVE = EvaluateConfig(num_baseline=5)
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -43,12 +48,13 @@ def real(digits, tmp_path_factory):
     zoo = digits.collect(folder / "zoo")
     originals = [zoo.state_dict(index) for index in range(len(zoo))]
     generated = covariance_gaussian(originals, 6, torch.Generator().manual_seed(0))
-    result = evaluate(digits, originals, generated, folder=folder, seconds_per_network=0.25, num_baseline=5)
+    result = evaluate(digits, originals, generated, FIVE, seconds_per_network=0.25)
+    save_evaluation(result, folder)
     return folder, originals, generated, result
 
 
 def test_scores_of_planted_answers():
-    result = evaluate(PlantedTask(), ORIGINALS, GENERATED, noise=(0.0,), seconds_per_network=0.5)
+    result = evaluate(PlantedTask(), ORIGINALS, GENERATED, EvaluateConfig(noise=(0.0,)), seconds_per_network=0.5)
     assert result.original.accuracies == (0.75, 0.5) and result.original.similarities == (0.5, 0.5)
     assert result.generated.accuracies == (0.75, 0.75, 1.0)
     assert result.generated.similarities == (1.0, 0.0, 0.0)
@@ -87,15 +93,15 @@ def test_strong_noise_is_less_accurate_and_less_similar(real):
 
 def test_same_seed_same_result(real, digits):
     _, originals, generated, result = real
-    again = evaluate(digits, originals, generated, seconds_per_network=0.25, num_baseline=5)
+    again = evaluate(digits, originals, generated, FIVE, seconds_per_network=0.25)
     assert again == result
-    assert evaluate(digits, originals, generated, seed=1, num_baseline=5).noise[2] != result.noise[2]
+    assert evaluate(digits, originals, generated, FIVE, seed=1).noise[2] != result.noise[2]
 
 
 def test_evaluation_leaves_the_networks_as_they_were(digits, real):
     _, originals, generated, _ = real
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in (*originals, *generated)]
-    evaluate(digits, originals, generated, num_baseline=2, noise=(0.1,))
+    evaluate(digits, originals, generated, EvaluateConfig(num_baseline=2, noise=(0.1,)))
     for state, copy in zip((*originals, *generated), before, strict=True):
         assert all(torch.equal(state[name], copy[name]) for name in copy)
 
@@ -123,7 +129,7 @@ def test_table_shows_every_kind_and_fits_a_terminal(real):
 def test_a_lone_original_and_a_lone_broken_network_can_be_scored(digits):
     original = digits.build().state_dict()
     broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in original.items()}
-    result = evaluate(digits, [original], [broken], num_baseline=2)
+    result = evaluate(digits, [original], [broken], EvaluateConfig(num_baseline=2))
     assert result.baselines == {} and result.spread is None
     assert EvaluationResult.model_validate_json(result.model_dump_json()) == result
     print_table(result, Console(file=io.StringIO()))
@@ -139,5 +145,6 @@ def test_nothing_to_score_is_refused(digits):
 def test_a_folder_that_cannot_be_written_is_named(digits, tmp_path):
     (tmp_path / "file").write_text("")
     weights = digits.build().state_dict()
+    result = evaluate(digits, [weights], [weights], EvaluateConfig(num_baseline=2, noise=()))
     with pytest.raises(InputError, match=r"evaluation\.json"):
-        evaluate(digits, [weights], [weights], folder=tmp_path / "file", num_baseline=1, noise=())
+        save_evaluation(result, tmp_path / "file")

@@ -11,27 +11,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
+from rpg.evaluation.config import ControlConfig
+from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
-from rpg.section import Section
 from rpg.seeding import generator
 from rpg.tasks import Task
 from rpg.tasks.images.finetuning import schedule
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
 
-CONTROL = "_steps_from_"
-"""Lies within the names of these networks: ``<steps>_steps_from_<baseline>``."""
-
-
-class ControlConfig(Section):
-    """How baselines are trained as a control."""
-
-    steps: tuple[int, ...] = Field((48,), min_length=1, description="gradient steps of each network; a control each")
-    learning_rate: float = Field(3e-3, gt=0, description="AdamW's, after a warm-up; a cosine to 0 follows")
-    batch_size: int = Field(128, ge=1, description="training images a step")
+START_NAMES = tuple(name + AT_DISTANCE for name in ("noise", "coordinate_gaussian", "run_coordinate_gaussian"))
+"""The baselines that are trained: the best places to start from, of each kind."""
 
 
 def finetuned_baselines(
@@ -43,14 +35,14 @@ def finetuned_baselines(
         InputError: the task has no images.
     """
     return {
-        f"{steps}{CONTROL}{name}": finetune(task, networks, steps, config, generator(seed, "control", name, steps))
+        f"{steps}{TRAINED_FROM}{name}": finetune(task, networks, steps, config, generator(seed, "control", name, steps))
         for name, networks in sets.items()
         for steps in config.steps
     }
 
 
 def finetune(
-    task: Task, networks: Sequence[StateDict], steps: int, config: ControlConfig, stream: torch.Generator
+    task: Task, networks: Sequence[StateDict], steps: int, config: ControlConfig, rng: torch.Generator
 ) -> list[dict[str, Tensor]]:
     """Networks after ``steps`` of AdamW on the task's training images; none shares memory with those given.
 
@@ -61,7 +53,7 @@ def finetune(
         networks: where they start.
         steps: 0 or more.
         config: learning rate and images a step.
-        stream: draws the images, on the CPU; all networks see the same ones.
+        rng: draws the images, on the CPU; all networks see the same ones.
 
     Raises:
         InputError: the task has no images.
@@ -77,7 +69,7 @@ def finetune(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps)
-        rows = torch.randint(len(labels), (config.batch_size,), generator=stream)
+        rows = torch.randint(len(labels), (config.batch_size,), generator=rng)
         logits = side(weights, images[rows])  # [T, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(networks)))
         optimizer.zero_grad()

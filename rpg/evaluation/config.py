@@ -1,0 +1,34 @@
+"""The ``evaluate:`` section of a configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from rpg.section import Section
+
+TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+"""Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
+
+
+class ControlConfig(Section):
+    """How baselines are trained as a control."""
+
+    steps: tuple[int, ...] = Field((48,), min_length=1, description="gradient steps of each network; a control each")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW's, after a warm-up; a cosine to 0 follows")
+    batch_size: int = Field(128, ge=1, description="training images a step")
+
+
+class EvaluateConfig(Section):
+    """Scoring of generated networks."""
+
+    num: int = Field(50, ge=1, description="networks to generate and score")
+    num_baseline: int = Field(50, ge=2, description="networks to make for each trivial baseline")
+    noise: tuple[float, ...] = Field((0.01, 0.05, 0.15), description="relative σ of the noise-added baseline")
+    split: str = Field("test", description="images to score on; choose between recipes on validation")
+    taus: tuple[float, ...] = Field(
+        TAUS, description="distances of the novelty curve, in the zoo's median nearest-neighbour distances"
+    )
+    control: ControlConfig | None = Field(
+        None,
+        description="baselines at the generated networks' distance, trained on images: for generators that saw any",
+    )

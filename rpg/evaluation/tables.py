@@ -1,0 +1,79 @@
+"""The comparison of an evaluation in the terminal."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rpg.evaluation.results import AT_DISTANCE, EvaluationResult, NetworkScores, NoveltyReport, Spread
+
+TAUS_SHOWN = (1, 2, 3, 4, 6, 12)
+
+
+def print_table(result: EvaluationResult, console: Console | None = None) -> None:
+    """Print the comparison, one row a kind of network, then spread and novelty.
+
+    Args:
+        result: what ``evaluate`` measured.
+        console: where to print; standard output when None.
+    """
+    console = console or Console()
+    console.print(_accuracy_table(result))
+    console.print("IoU: similarity of wrong predictions to the most similar (other) original's, mean over the networks")
+    if result.spread is not None:
+        console.print(f"generated over original: {_spread_line(result.spread)}", highlight=False)
+    if result.novelty_details is not None:
+        console.print(_novelty_table(result.novelty_details))
+
+
+def _accuracy_table(result: EvaluationResult) -> Table:
+    table = Table(title=f"accuracy (%) on {result.num_images} {result.split} images")
+    table.add_column("networks", no_wrap=True)
+    for name in ("count", "mean", "best", "min", "IoU", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, scores: NetworkScores, seconds: str = "", style: str = "") -> None:
+        figures = (scores.accuracy.mean, scores.accuracy.max, scores.accuracy.min)
+        percent = [f"{100 * figure:.1f}" for figure in figures]
+        table.add_row(name, str(scores.count), *percent, f"{scores.similarity.mean:.2f}", seconds, style=style)
+
+    row("original", result.original)
+    average = f"{100 * result.ensemble.accuracy:.1f}"
+    table.add_row('weight average ("ensemble")', "1", average, "", "", f"{result.ensemble.similarity:.2f}", "")
+    for noise in result.noise:
+        row(f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else ""), noise)
+    for name, scores in result.baselines.items():
+        if not name.endswith(AT_DISTANCE):
+            row(name.replace("_", " "), scores)
+    seconds = result.generated.seconds_per_network
+    row("generated", result.generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
+    return table
+
+
+def _spread_line(spread: Spread) -> str:
+    ratios = (
+        ("squared deviation from the zoo's average", spread.mean_squared_deviation_ratio),
+        ("distance to the nearest original", spread.nearest_distance_ratio),
+        ("distance to the nearest of its own kind", spread.diversity_ratio),
+    )
+    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios if ratio is not None)
+
+
+def _novelty_table(novelty: NoveltyReport) -> Table:
+    """The novelty curves, those of the baselines at the generated networks' distance first."""
+    columns = [i for i, tau in enumerate(novelty.taus) if tau in TAUS_SHOWN] or list(range(len(novelty.taus)))
+    table = Table(title=f"new and good (%): accuracy at least {100 * novelty.accuracy_threshold:.1f} and distance over")
+    table.add_column("networks", no_wrap=True)
+    for index in columns:
+        table.add_column(f"{novelty.taus[index]:g}", justify="right", no_wrap=True)
+    table.add_column("median", justify="right", no_wrap=True)
+    for name in sorted(novelty.sets, key=lambda name: (name != "generated", not name.endswith(AT_DISTANCE))):
+        each = novelty.sets[name]
+        shares = [f"{100 * each.novel_and_performant[index]:.0f}" for index in columns]
+        distance = f"{torch.tensor(each.matched_distances).median():.1f}"
+        label = name.removesuffix(AT_DISTANCE) + (" *" if name.endswith(AT_DISTANCE) else "")
+        style = "bold" if name == "generated" else ""
+        table.add_row(label.replace("_", " "), *shares, distance, style=style)
+    table.caption = "distances in the zoo's median nearest-neighbour distances; * at the generated networks' distance"
+    return table
