@@ -42,12 +42,14 @@ class RunFolder:
         self.generator = self.path / "generator"
         self.metrics = self.path / "metrics.jsonl"
 
-    def start(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder ready, or make sure that the run in it is the one to go on with.
+    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Make sure that a run may begin here, or that the one in the folder is the one to go on with.
 
         Raises:
             InputError: there is a run already and neither flag is set, or ``config`` differs from its own.
+            OSError: the folder cannot be made.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         saved = self.path / "config.yaml"
         if saved.exists() and not resume and not overwrite:
             raise InputError(
@@ -64,7 +66,11 @@ class RunFolder:
                     "the run's own configuration",
                     "resume with it, or start anew with --overwrite",
                 )
-        elif saved.exists():
+
+    def start(self, config: Config, *, resume: bool) -> None:
+        """Make the folder ready; without ``resume`` the run that is in it goes."""
+        saved = self.path / "config.yaml"
+        if saved.exists() and not resume:
             for name in (self.checkpoints, self.generator, self.path / "tensorboard"):
                 shutil.rmtree(name, ignore_errors=True)
             self.metrics.unlink(missing_ok=True)

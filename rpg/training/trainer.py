@@ -37,7 +37,7 @@ class Trainer:
         self.distributed = DistributedContext(config.train, str(self.folder.path))
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
-        self.distributed.on_main(lambda: self.folder.start(config, resume=resume, overwrite=overwrite))
+        self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
         self.layout = TokenLayout.fit(zoo, config.tokens, indices=training_entries(zoo, config))
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
@@ -54,6 +54,8 @@ class Trainer:
             checkpointing.load_average(saved, self.ema, self.shards)
             checkpointing.load_optimizer(saved, self.shards)
         self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.distributed)
+        # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
+        self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
         if self.distributed.world_size > 1 or self.distributed.spread != "none":
             self.say(str(self.distributed))
