@@ -137,6 +137,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
+    if not isinstance(parent, str):
+        raise InputError(f"{path}: extends is {parent!r}; name one file, relative to this one.")
     return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
 
 

@@ -72,7 +72,7 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
         raise InputError(str(path), "no such file", "a sweep file", "see configs/sweeps for examples")
     try:
         sweep = SweepConfig.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(str(path), f"invalid YAML ({error})", "a sweep file") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.adapter_folder import adapter_config_of
+from rpg.generation.devices import parse_device
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink
 from rpg.generation.partition import Partition
@@ -82,8 +83,9 @@ class Generator:
         """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
 
         Raises:
-            InputError: a file is missing or damaged, or does not fit the others.
+            InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
         """
+        device = parse_device(device)
         folder = _find_folder(path)
         for name in FILES:
             if not (folder / name).is_file():
@@ -228,18 +230,13 @@ class Generator:
     def _request(self, num, seed, steps, sampler, eta, guidance_scale, condition, state) -> Request:
         defaults = self.config.generate
         sampler = sampler or defaults.sampler or next(iter(self.network.objective.samplers))
-        steps = defaults.steps if steps is None else steps
-        if num < 1:
-            raise InputError("num", str(num), "at least 1")
-        if steps < 1:
-            raise InputError("steps", str(steps), "at least 1")
         if sampler not in self.network.objective.samplers:
             raise InputError("sampler", repr(sampler), f"one of {', '.join(self.network.objective.samplers)}")
         return Request(
             num=num,
             seed=seed,
             sampler=sampler,
-            steps=steps,
+            steps=defaults.steps if steps is None else steps,
             eta=defaults.eta if eta is None else eta,
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             state=state or defaults.state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.generation.partition import Partition
 from rpg.generation.sampler import Tile
+from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.writer import CheckpointWriter
 
@@ -68,7 +70,7 @@ class FolderSink:
         self.open: dict[int, CheckpointWriter] = {}
 
     def __enter__(self) -> FolderSink:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         if self.partition.size > 1:
             first = self.partition.rank == 0
             self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
@@ -116,3 +118,14 @@ class FolderSink:
                 path.mkdir()
             path = path / WEIGHTS_NAME
         return CheckpointWriter(path, self.layout, self.metadata(index))
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder to write into. Raises InputError, before anything is computed, if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = "a file is there" if folder.is_file() else (error.strerror or str(error)).lower()
+        raise InputError(f"The folder {folder} cannot be made ({found}); choose another with --output.") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"The folder {folder} may not be written to; choose another with --output.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rpg.generation.partition import Partition
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, generator
+from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 
 
@@ -46,6 +48,15 @@ class Request:
     conditions: Tensor | None  # [num, C]
     temperature: float = 1.0
     texts: tuple[str, ...] | None = None  # what the conditions were made of
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.state not in ("stored", "gaussian"):
+            raise InputError(f"There is no permutation state {self.state!r}; choose stored or gaussian.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
 
 
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]

@@ -19,46 +19,16 @@ from rpg import cli
 from rpg.generation.generator import FILES
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
+from tests.rpg.conftest import Run, refused
 from tokenization.zoo.zoo import Zoo
 
 COMMANDS = [str(command.name or command.callback.__name__) for command in cli.app.registered_commands]  # type: ignore[union-attr]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def rpg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rpg", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return int(str(code or 0)), out, err
-
-    return run
 
 
 def rpg_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "rpg.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=60)
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Exit code 2, at most a progress bar on standard output, one line on standard error that names the parts."""
-    code, out, err = result
-    assert code == 2, err
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert all("/" in line and "%" not in line for line in out.splitlines()), out
-    for part in parts:
-        assert part in err
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -83,6 +53,7 @@ def test_help_lists_the_commands_and_is_quick(rpg: Run) -> None:
     listing = "import sys, rpg.cli; print(' '.join(name for name in ('torch', 'transformers') if name in sys.modules))"
     process = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, timeout=60)
     assert process.stdout.strip() == "", "the command line loads these before it knows what is asked"
+    assert rpg() == rpg("--help")
 
 
 # --- collect ------------------------------------------------------------------------------------------------------

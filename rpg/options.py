@@ -1,0 +1,94 @@
+"""The arguments and options of the command line: types with their help texts and limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def argument(text: str, metavar: str | None = None) -> Any:
+    """An argument with its help text."""
+    return typer.Argument(help=text, metavar=metavar)
+
+
+def option(text: str, *names: str, **limits: Any) -> Any:
+    """An option with its help text."""
+    return typer.Option(*names, help=text, **limits)
+
+
+# of several commands
+ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
+OtherConfig = Annotated[
+    Path | None, argument("A configuration with a task; unseen and lora have one of their own.", "[CONFIG]")
+]
+RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
+ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
+Overrides = Annotated[
+    list[str] | None,
+    option("Change a field: --set train.steps=100. Can be given several times.", "--set", metavar="KEY=VALUE"),
+]
+Seed = Annotated[int, option("Decides everything that is random.", min=0)]
+Condition = Annotated[str | None, option("Comma-separated values, e.g. 1,0,0,1 for a binary vector.")]
+Split = Literal["test", "validation"]
+ScoredSplit = Annotated[
+    Split | None, option("Only score a run: on the test tasks, or on the validation tasks to make choices by.")
+]
+RowSplit = Annotated[Split, option("Rows of every task's file.")]
+
+# collect, of checkpoints of your own
+Source = Annotated[str | None, option("Your own checkpoints: a folder or a glob.", "--from")]
+NewZoo = Annotated[Path | None, option("With --from: the zoo folder to make.")]
+Table = Annotated[
+    Path | None,
+    option("With --from: CSV or JSONL with file, run, step, condition of each checkpoint.", "--table", "--conditions"),
+]
+Pattern = Annotated[
+    str | None, option("With --from: regular expression on file names with groups run, step, condition.")
+]
+Kind = Annotated[
+    str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
+]
+
+# inspect and plan
+Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
+Verify = Annotated[bool, option("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
+Memory = Annotated[str | None, option("Of a GPU: 24GB or a100; shows the largest target network that fits.")]
+TimmName = Annotated[str | None, option("The target network, by timm's name; needs no zoo.")]
+Checkpoints = Annotated[int | None, option("In a zoo that is not there yet (default: 50).", min=1)]
+ConditionSize = Annotated[int | None, option("Values of a condition, if no zoo tells.", min=1)]
+Processes = Annotated[int, option("Processes that share a training step.", min=1)]
+
+# train, sweep, unseen
+Resume = Annotated[bool, option("Continue the run exactly where it was saved.", "--resume")]
+Overwrite = Annotated[bool, option("Discard the run that is there.", "--overwrite")]
+SweepFile = Annotated[Path, argument("A sweep file, e.g. configs/sweeps/noise.yaml.", "SWEEP")]
+Jobs = Annotated[int, option("Experiments at a time.", min=1)]
+NumSeeds = Annotated[int, option("Generators to train, by seed.", min=1)]
+
+# generate, export, evaluate, score
+Num = Annotated[int, option("How many networks.", "--num", "-n", min=1)]
+NumScored = Annotated[int | None, option("Networks to generate (default: the configuration's).", min=1)]
+OutputFolder = Annotated[Path | None, option("Folder for the files (default: RUN/generated).")]
+Steps = Annotated[int | None, option("Sampling steps (default: the configuration's).", min=1)]
+Sampler = Annotated[str | None, option("euler, heun, ddpm, ddim or dpm-solver++.")]
+Classes = Annotated[str | None, option("The task's positive classes by name or number, e.g. 1,3,5 or cat,dog.")]
+Prompt = Annotated[str | None, option("The task in words: any text, or class names where the condition is binary.")]
+PromptModel = Annotated[
+    str | None,
+    option(
+        "Language model or sentence encoder for --prompt: a name or a local path (of a generator that takes texts: "
+        "where its own encoder is)."
+    ),
+]
+Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
+State = Annotated[str | None, option("stored or gaussian: which permutation states to draw.")]
+Device = Annotated[str | None, option("cpu (default), cuda, …; of a launched process its own.")]
+Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
+Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]
+Written = Annotated[Path, option("The file (timm, torch) or folder (transformers, peft) to write.")]
+Base = Annotated[
+    Path | None, option("Folder with the network's config.json, or (peft) the zoo or adapter with its configuration.")
+]
+Adapters = Annotated[list[Path], argument("PEFT folders.", "ADAPTER…")]

@@ -1,0 +1,41 @@
+"""The command line in this process, as a user meets it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from rpg import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rpg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rpg", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return int(str(code or 0)), out, err
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit code 2, at most a progress bar on standard output, one line on standard error that names the parts."""
+    code, out, err = result
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert all("/" in line and "%" not in line for line in out.splitlines()), out
+    for part in parts:
+        assert part in err, err
