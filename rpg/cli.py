@@ -189,11 +189,11 @@ def evaluate(run: o.RunFolder, num: o.NumScored = None, seed: o.Seed = 0) -> Non
 
 
 @app.command()
-def sweep(file: o.SweepFile, jobs: o.Jobs = 1) -> None:
-    """Run a list of overrides (resumable, in parallel) and write one table."""
+def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
+    """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
     from rpg.experiments.sweep import run_sweep
 
-    table = run_sweep(file, jobs=jobs, say=console.print)
+    table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
     console.print(table.read_text(), markup=False, soft_wrap=True)
     console.print(f"table: {table}")
 

@@ -65,6 +65,7 @@ Resume = Annotated[bool, option("Continue the run exactly where it was saved.", 
 Overwrite = Annotated[bool, option("Discard the run that is there.", "--overwrite")]
 SweepFile = Annotated[Path, argument("A sweep file, e.g. configs/sweeps/noise.yaml.", "SWEEP")]
 Jobs = Annotated[int, option("Experiments at a time.", min=1)]
+Only = Annotated[list[str] | None, option("Run this entry alone. Can be given several times.", metavar="NAME")]
 NumSeeds = Annotated[int, option("Generators to train, by seed.", min=1)]
 
 # generate, export, evaluate, score

@@ -36,7 +36,6 @@ STILL_INSIDE = {
     "rpg/evaluation/evaluate.py": {"rich"},
     "rpg/experiments/held_out_tasks.py": {"rich"},
     "rpg/experiments/lora.py": {"rich"},
-    "rpg/experiments/sweep.py": {"rpg"},
     "rpg/generation/export.py": {"rpg"},
     "rpg/training/loop.py": {"rpg"},
     "rpg/training/distributed.py": {"torch"},

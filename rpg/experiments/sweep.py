@@ -1,29 +1,33 @@
-"""Sweeps: a list of overrides, run in parallel and resumable, and one table of what they scored."""
+"""Sweeps: a list or a matrix of overrides, run in parallel and resumable, and one table of what they scored."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
 
 from rpg.config import Config
+from rpg.experiments.single import collect, evaluate_run
+from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of
 from rpg.section import Section
+from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import publish_text
 
+SectionType = TypeVar("SectionType", bound=Section)
 Say = Callable[[str], None]
-EVALUATION = "evaluation.json"
 
 
 class SweepEntry(Section):
@@ -34,13 +38,42 @@ class SweepEntry(Section):
     set: tuple[str, ...] = Field((), description="overrides, section.field=value")
 
 
+class SweepMatrix(Section):
+    """Every combination of one choice of each axis, as entries; the last axis varies fastest."""
+
+    name: str = Field(description="of an entry; {AXIS} stands for the name of its choice of that axis")
+    set: tuple[str, ...] = Field((), description="overrides of every entry, with {AXIS} and {name} in them")
+    axes: dict[str, dict[str, tuple[str, ...]]] = Field(
+        min_length=1, description="for each axis the overrides that each of its choices makes, by name"
+    )
+
+    def entries(self, where: str) -> list[SweepEntry]:
+        """The entries; ``where`` names the file in errors.
+
+        Raises:
+            InputError: a template names no axis, or an entry's name has characters that no folder should have.
+        """
+        found = []
+        for choices in itertools.product(*self.axes.values()):
+            chosen = dict(zip(self.axes, choices, strict=True))
+            try:
+                name = self.name.format(**chosen)
+                common = [each.format(name=name, **chosen) for each in self.set]
+            except (LookupError, ValueError) as error:
+                raise InputError(f"{where}: matrix", f"{error} in braces", f"one of {', '.join(self.axes)}") from None
+            own = [change for axis, choice in chosen.items() for change in self.axes[axis][choice]]
+            found.append({"name": name, "set": [*common, *own]})
+        return [_validated(SweepEntry, each, where) for each in found]
+
+
 class SweepConfig(Section):
     """A sweep file."""
 
     config: str | None = Field(None, description="the configuration all entries start from, relative to this file")
     run: str = Field(description="folder of the entries' run folders and of the table")
     set: tuple[str, ...] = Field((), description="overrides of every entry")
-    entries: tuple[SweepEntry, ...] = Field(min_length=1)
+    entries: tuple[SweepEntry, ...] = Field((), description="the experiments, one by one")
+    matrix: SweepMatrix | None = Field(None, description="more experiments: the product of lists of overrides")
 
 
 @dataclass(frozen=True)
@@ -71,18 +104,26 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
     if not path.is_file():
         raise InputError(str(path), "no such file", "a sweep file", "see configs/sweeps for examples")
     try:
-        sweep = SweepConfig.model_validate(yaml.safe_load(path.read_text()))
+        sweep = _validated(SweepConfig, yaml.safe_load(path.read_text()), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(str(path), f"invalid YAML ({error})", "a sweep file") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {field}", repr(first.get("input")), first["msg"].lower()) from None
-    names = [entry.name for entry in sweep.entries]
+    entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
+    if not entries:
+        raise InputError(f"{path}: entries", "none", "at least one, or a matrix")
+    names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path}: entries", f"two named {name!r}", "different names")
-    return sweep, [_experiment(path, sweep, entry) for entry in sweep.entries]
+    return sweep, [_experiment(path, sweep, entry) for entry in entries]
+
+
+def _validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {field}", repr(first.get("input")), first["msg"].lower()) from None
 
 
 def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment:
@@ -93,8 +134,8 @@ def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment
     return Experiment(entry.name, entry.set, Config.load(path.parent / base, list(overrides)))
 
 
-def run_sweep(path: Path | str, *, jobs: int = 1, say: Say = print) -> Path:
-    """Run what is not finished yet and write ``<run>/table.md`` and ``<run>/table.json``.
+def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say: Say = print) -> Path:
+    """Run what is not finished yet, or some of it, and write ``<run>/table.md`` and ``<run>/table.json``.
 
     Zoos are collected first, each by one process. A killed sweep goes on where it stopped; an entry whose configuration
     has changed is run anew. One that fails is named in the table, and the others go on.
@@ -102,18 +143,27 @@ def run_sweep(path: Path | str, *, jobs: int = 1, say: Say = print) -> Path:
     Args:
         path: the sweep file.
         jobs: experiments at a time, each on its share of the cores.
+        only: names of the entries to run; all when empty. The table names the others where they are finished.
         say: receives a line for each finished experiment.
 
     Returns:
         The table.
+
+    Raises:
+        InputError: the file is wrong, or has no entry that is named in ``only``.
     """
     sweep, experiments = load_sweep(path)
+    for name in only:
+        if name not in {experiment.name for experiment in experiments}:
+            known = ", ".join(experiment.name for experiment in experiments)
+            raise InputError(f"{path}: entries", f"none named {name!r}", f"one of {known}")
+    experiments = [each for each in experiments if not only or each.name in only or each.finished()]
     waiting = [experiment for experiment in experiments if not experiment.finished()]
     threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
     failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
-    rows = [row_of(experiment, failures.get(experiment.name)) for experiment in experiments]
+    rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
     folder = Path(sweep.run)
     folder.mkdir(parents=True, exist_ok=True)
     publish_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
@@ -172,9 +222,6 @@ def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | 
 
 def _step(step: str, path: str) -> None:
     """Collect the zoo of a configuration, or train (going on where a killed run stopped) and score."""
-    from rpg.experiments.single import collect, evaluate_run
-    from rpg.training.loop import train
-
     config = Config.load(path)
     if step == "collect":
         collect(config)
@@ -193,71 +240,6 @@ def _saved_config(run: Path) -> Config | None:
         return Config.parse(yaml.safe_load(saved.read_text()), str(saved))
     except (OSError, InputError, yaml.YAMLError):
         return None
-
-
-def row_of(experiment: Experiment, failure: str | None = None) -> dict[str, Any]:
-    """What the table says of an experiment; accuracies in 0 … 1."""
-    row: dict[str, Any] = {"name": experiment.name, "set": list(experiment.overrides)}
-    path = experiment.folder / EVALUATION
-    if failure is not None or not path.is_file():
-        return {**row, "failure": failure or "not run"}
-    scores = json.loads(path.read_text())
-    row |= {
-        "original_best": scores["original"]["accuracy"]["max"],
-        "original_mean": scores["original"]["accuracy"]["mean"],
-        "average": scores["ensemble"]["accuracy"],
-        "best": scores["generated"]["accuracy"]["max"],
-        "mean": scores["generated"]["accuracy"]["mean"],
-        "min": scores["generated"]["accuracy"]["min"],
-        "similarity": scores["generated"]["similarity"]["mean"],
-        "seconds_per_network": scores["generated"]["seconds_per_network"],
-        "training_seconds": _training_seconds(experiment.folder),
-    }
-    if scores.get("novelty_details"):
-        distances = scores["novelty_details"]["sets"]["generated"]["matched_distances"]
-        row["distance"] = sorted(distances)[len(distances) // 2]
-        row["novelty"] = dict(zip(map(str, scores["novelty"]["tau"]), scores["novelty"]["generated"], strict=True))
-    return row
-
-
-def _training_seconds(folder: Path) -> float | None:
-    from rpg.generation.generator import Generator
-
-    seconds = Generator.from_pretrained(folder).facts.get("training seconds")
-    return None if seconds is None else float(seconds)
-
-
-_COLUMNS: tuple[tuple[str, str, float], ...] = (
-    ("original_best", "original best", 100),
-    ("original_mean", "mean", 100),
-    ("average", "average", 100),
-    ("best", "generated best", 100),
-    ("mean", "mean", 100),
-    ("min", "worst", 100),
-    ("similarity", "IoU", 1),
-    ("distance", "distance", 1),
-    ("seconds_per_network", "s a network", 1),
-    ("training_seconds", "s training", 1),
-)
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown; accuracies in per cent."""
-    lines = ["| run | " + " | ".join(title for _, title, _ in _COLUMNS) + " | overrides |"]
-    lines.append("| --- |" + " ---: |" * len(_COLUMNS) + " --- |")
-    for row in rows:
-        if "failure" in row:
-            figures = [row["failure"].replace("|", "/"), *[""] * (len(_COLUMNS) - 1)]
-        else:
-            figures = [_figure(row.get(key), factor) for key, _, factor in _COLUMNS]
-        lines.append(f"| {row['name']} | " + " | ".join(figures) + f" | {' '.join(row['set'])} |")
-    return "\n".join(lines) + "\n"
-
-
-def _figure(value: float | None, factor: float) -> str:
-    if value is None:
-        return ""
-    return f"{factor * value:.1f}" if factor == 100 else f"{value:.2f}"
 
 
 if __name__ == "__main__":

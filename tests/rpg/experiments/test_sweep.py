@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rpg.config import Config
 from rpg.experiments.sweep import load_sweep, run_sweep
 from tests.conftest import small_config
 from tokenization.errors import InputError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture
@@ -61,6 +64,9 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
         ({"entries": []}, "entries"),
         ({"entries": [{"name": "a", "set": ["tokens.sice=3"]}]}, "did you mean 'size'"),
         ({"config": None}, "no configuration"),
+        ({"matrix": {"name": "{size}", "axes": {"width": {"s": []}}}}, "matrix.*'size'"),
+        ({"matrix": {"name": "a b {width}", "axes": {"width": {"s": []}}}}, "'a b s'"),
+        ({"matrix": {"name": "all", "axes": {"width": {"s": [], "l": []}}}}, "two named 'all'"),
         ({"jobs": 3}, "jobs"),
     ],
 )
@@ -70,7 +76,50 @@ def test_mistakes_in_a_sweep_file_are_named(sweep, change, message):
         load_sweep(sweep)
 
 
+def test_a_matrix_is_every_combination_of_its_axes(sweep, tmp_path):
+    matrix = {
+        "name": "{width}-{steps}",
+        "set": ["zoo={name}"],
+        "axes": {"width": {"s": ["tokens.size=8"], "l": ["tokens.size=32"]}, "steps": {"short": ["train.steps=3"]}},
+    }
+    tree = {"config": "base.yaml", "run": str(tmp_path / "out"), "matrix": matrix}
+    sweep.write_text(yaml.safe_dump(tree, sort_keys=False))
+    _, experiments = load_sweep(sweep)
+    assert [each.name for each in experiments] == ["s-short", "l-short"]
+    assert [each.config.tokens.size for each in experiments] == [8, 32]
+    assert [(each.config.train.steps, each.config.zoo) for each in experiments] == [(3, "s-short"), (3, "l-short")]
+    with pytest.raises(InputError, match="none named 'm-short'.*s-short, l-short"):
+        run_sweep(sweep, only=["m-short"])
+
+
+FILE = """\
+extends: {base}
+run: runs/pdiff/{name}
+zoo: runs/zoos/pdiff/{name}
+task:
+  network: {network}
+  dataset: {dataset}
+  data: data/{folder}
+  base: runs/zoos/pdiff/{name}-base.safetensors
+"""
+
+
+def test_the_matrix_of_pdiff_networks_is_what_its_42_files_were(tmp_path):
+    experiments = {each.name: each.config for each in load_sweep(CONFIGS / "sweeps" / "pdiff-networks.yaml")[1]}
+    networks = ["convnext_base", "convnext_tiny", "resnet18", "resnet50", "vit_base", "vit_tiny"]
+    datasets = ["cifar10", "cifar100", "flowers102", "food101", "imagenet", "pets", "stl10"]
+    assert list(experiments) == [f"{network}_{dataset}" for network in networks for dataset in datasets]
+    for name, config in experiments.items():
+        network, folder = name.rsplit("_", 1)
+        text = FILE.format(
+            base=CONFIGS / "pdiff" / "base.yaml", name=name, folder=folder,
+            network=f"{network}_patch16_224" if "vit" in network else network,
+            dataset="folder" if folder == "imagenet" else folder,
+        )  # fmt: skip
+        (tmp_path / "file.yaml").write_text(text + "  train_epochs: 0\n" * (folder == "imagenet"))
+        assert config == Config.load(tmp_path / "file.yaml"), name
+
+
 def test_the_sweeps_that_come_with_the_package_are_valid():
-    folder = Path(__file__).parents[3] / "configs" / "sweeps"
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
         assert load_sweep(path)[1]
