@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from tokenization.errors import InputError
 
 if TYPE_CHECKING:
     from rpg.config import Config
+    from rpg.experiments.single import evaluate_run as evaluate
     from rpg.generation.generator import Generator
+    from rpg.training.loop import train
 
-__all__ = ["Config", "Generator", "InputError"]
+__all__ = ["Config", "Generator", "InputError", "evaluate", "train"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Config": ("rpg.config", "Config"),
+    "Generator": ("rpg.generation.generator", "Generator"),
+    "evaluate": ("rpg.experiments.single", "evaluate_run"),
+    "train": ("rpg.training.loop", "train"),
+}
 
 
 def __getattr__(name: str) -> object:
     """Import the heavy parts when they are first asked for, so that ``rpg --help`` is quick."""
-    if name == "Generator":
-        from rpg.generation.generator import Generator
-
-        return Generator
-    if name == "Config":
-        from rpg.config import Config
-
-        return Config
-    raise AttributeError(f"module 'rpg' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rpg' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

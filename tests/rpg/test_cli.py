@@ -56,6 +56,13 @@ def test_help_lists_the_commands_and_is_quick(rpg: Run) -> None:
     assert rpg() == rpg("--help")
 
 
+def test_the_package_offers_its_main_parts_when_they_are_asked_for() -> None:
+    script = "import sys, rpg; assert 'torch' not in sys.modules; print([getattr(rpg, name) for name in rpg.__all__])"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert all(name in process.stdout for name in ("Config", "Generator", "InputError", "evaluate", "train"))
+
+
 # --- collect ------------------------------------------------------------------------------------------------------
 
 

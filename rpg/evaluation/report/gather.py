@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 import yaml
 from torch import Tensor
 
-import rpg
 from rpg.evaluation.baselines import coordinate_gaussian, covariance_gaussian
 from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.novelty import distances, gram, nearest_within, weight_vectors
@@ -129,6 +129,6 @@ def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: Eva
         "seconds a network": result.generated.seconds_per_network,
         "command": f"rpg evaluate {config.run} --num {num} --seed {seed}",
         "configuration": yaml.safe_dump(config.plain(), sort_keys=False),
-        "software": f"rpg {rpg.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "software": f"rpg {version('rpg')}, torch {torch.__version__}, Python {platform.python_version()}",
     }
     return {name: str(value) for name, value in rows.items()}
