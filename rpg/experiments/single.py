@@ -9,7 +9,7 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.evaluation.evaluate import evaluate, save_evaluation
-from rpg.evaluation.report.gather import write_report
+from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult
 from rpg.generation.generator import Generator
 from rpg.tasks import Task, build_task, task_of
@@ -70,7 +70,7 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
         seconds_per_network=seconds,
     )
     save_evaluation(result, run)
-    write_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
+    write_html_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
     return result
 
 

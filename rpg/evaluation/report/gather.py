@@ -28,7 +28,7 @@ NUM_TRAJECTORIES = 5
 HEATMAP_COLUMNS = 240
 
 
-def write_report(
+def write_html_report(
     run: Path,
     result: EvaluationResult,
     generator: Generator,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from torch import Tensor
 
-from rpg.evaluation.report import svg
-from rpg.evaluation.report.svg import Axis, Series
+from rpg.evaluation.report.charts import Axis, Chart, Series, histogram, lines, scatter
 from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM, EvaluationResult, NetworkScores, NoveltyReport
 from tokenization.files import publish_text
 
-STYLE = (Path(__file__).parent / "page.css").read_text()
+TEMPLATE = "page.html.j2"
 GENERATED, ORIGINAL, AVERAGE = 0, 1, 2
+"""Their kinds of :class:`Series`: orange, blue and the colour of text."""
 
 
 @dataclass
@@ -47,27 +49,31 @@ class ReportData:
 
 def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> None:
     """Write the report. Raises InputError if the file cannot be written."""
-    sections = [
-        ("Verdict", _verdict(result)),
-        ("Accuracy", _accuracy_table(result)),
-        ("Accuracy against similarity", _scatter(result)),
-        ("New and good", _novelty(result)),
-        ("Distance to the nearest original", _distances(result, data)),
-        ("Parameters beside their nearest originals", _heatmap(data)),
-        ("From noise to network", _trajectories(result, data)),
-        ("Where the networks lie", _components(data)),
-        ("Training loss", _losses(data)),
-        ("Provenance", _provenance(data)),
-    ]
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
-    publish_text(
-        path,
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(data.title)}</title><style>{STYLE}</style></head>"
-        f"<body><main><h1>{html.escape(data.title)}</h1>{body}</main></body></html>\n",
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
+    novelty = result.novelty_details
+    shown: dict[str, Any] = {
+        "title": data.title,
+        "result": result,
+        "verdict": _verdict(result),
+        "accuracy": _accuracy_rows(result),
+        "similarity": _similarity(result),
+        "novelty": None,
+        "heatmap": data.heatmap and {"labels": data.heatmap[0], "png": _png(data.heatmap[1])},
+        "trajectories": _trajectories(result, data),
+        "components": _components(data),
+        "losses": _losses(data),
+        "provenance": data.provenance,
+    }
+    if novelty is not None:
+        shown |= {"novelty": _novelty(novelty), "distances": _distances(novelty, data)}
+        shown["novelty_heads"], shown["novelty_rows"] = _novelty_table(novelty)
+    publish_text(path, environment.get_template(TEMPLATE).render(shown))
 
 
 def _name(key: str) -> str:
@@ -75,7 +81,7 @@ def _name(key: str) -> str:
     return label + (" (at equal distance)" if key.endswith(AT_DISTANCE) else "")
 
 
-def _verdict(result: EvaluationResult) -> str:
+def _verdict(result: EvaluationResult) -> list[str]:
     """What the figures say, in words."""
     generated, original = result.generated.accuracy, result.original.accuracy
     lines = [
@@ -92,7 +98,7 @@ def _verdict(result: EvaluationResult) -> str:
             f"They {kind} {middle:.1f} of the zoo’s nearest-neighbour distances from the nearest original (median)."
         )
         lines += _rivals(novelty)
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return lines
 
 
 def _rivals(novelty: NoveltyReport) -> list[str]:
@@ -115,15 +121,15 @@ def _rivals(novelty: NoveltyReport) -> list[str]:
     return [" ".join(lines)]
 
 
-def _accuracy_table(result: EvaluationResult) -> str:
+def _accuracy_rows(result: EvaluationResult) -> list[Sequence[str]]:
     rows: list[tuple[str, NetworkScores]] = [("generated", result.generated), ("original", result.original)]
     rows += [(f"noise added, σ {n.sigma:g}{' relative' if n.relative else ''}", n) for n in result.noise]
     rows += [(_name(name), scores) for name, scores in result.baselines.items()]
-    cells = [
+    cells: list[Sequence[str]] = [
         (
             name,
             str(s.count),
-            _percent(s.accuracy.mean) + f" <small>[{', '.join(map(_percent, s.accuracy.ci95))}]</small>",
+            Markup("{} <small>[{}, {}]</small>").format(_percent(s.accuracy.mean), *map(_percent, s.accuracy.ci95)),
             _percent(s.accuracy.max),
             _percent(s.accuracy.min),
             f"{s.similarity.mean:.2f}",
@@ -132,61 +138,49 @@ def _accuracy_table(result: EvaluationResult) -> str:
     ]
     average = _percent(result.ensemble.accuracy)
     cells.insert(2, ("average of all originals", "1", average, average, average, f"{result.ensemble.similarity:.2f}"))
-    heads = ("networks", "number", "mean, % [95 % interval]", "best", "worst", "IoU")
-    note = (
-        f"<p>On {result.num_images} {html.escape(result.split)} images. IoU: similarity of wrong predictions to the "
-        "most similar (other) original’s; 1 is a copy in behaviour.</p>"
-    )
-    return _table(heads, cells) + note
+    return cells
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "scores") -> str:
-    top = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _scatter(result: EvaluationResult) -> str:
+def _similarity(result: EvaluationResult) -> Chart:
     kinds: list[tuple[str, NetworkScores]] = [("original", result.original)]
     kinds += [(f"noise added, σ {n.sigma:g}", n) for n in result.noise]
     kinds += [(_name(name), s) for name, s in result.baselines.items() if not name.endswith(AT_DISTANCE)]
-    colors = {"original": ORIGINAL}
-    series = [
-        Series(name, s.similarities, s.accuracies, colors.get(name, 2 + index % 8))
-        for index, (name, s) in enumerate(kinds)
-    ]
+    series = [Series(name, s.similarities, s.accuracies, ORIGINAL + i) for i, (name, s) in enumerate(kinds)]
     series.append(Series("generated", result.generated.similarities, result.generated.accuracies, GENERATED))
-    text = "Accuracy of each network against its similarity to the nearest original, by kind; upper left is best."
+    caption = "Accuracy of each network against its similarity to the nearest original, by kind; upper left is best."
     similarity = Axis("similarity to the nearest original (error IoU)")
-    return _figure(svg.scatter(series, similarity, Axis("accuracy", percent=True), text), text)
+    return scatter(series, similarity, Axis("accuracy", percent=True), caption)
 
 
-def _novelty(result: EvaluationResult) -> str:
-    novelty = result.novelty_details
-    if novelty is None:
-        return ""
-    names = sorted(novelty.sets, key=lambda name: (name == "generated", AT_DISTANCE in name))
+def _by_weight(novelty: NoveltyReport) -> list[str]:
+    """Names in the order in which they are drawn: the generated networks last, what is compared with them before."""
+    return sorted(novelty.sets, key=lambda name: (name == "generated", AT_DISTANCE in name))
+
+
+def _novelty(novelty: NoveltyReport) -> Chart:
     series = []
-    for index, name in enumerate(names):
+    for index, name in enumerate(_by_weight(novelty)):
         each = novelty.sets[name]
         low, high = ([bounds[i] for bounds in each.ci95] for i in (0, 1)) if name == "generated" else ((), ())
-        color = GENERATED if name == "generated" else 1 + index % 9
+        kind = GENERATED if name == "generated" else 1 + index
         faint = name != "generated" and AT_DISTANCE not in name
-        series.append(Series(_name(name), novelty.taus, each.novel_and_performant, color, low, high, faint))
-    text = (
+        series.append(Series(_name(name), novelty.taus, each.novel_and_performant, kind, low, high, faint))
+    caption = (
         "Share of networks at least τ nearest-neighbour distances from every original (hidden units matched) and at "
         f"least {100 * novelty.accuracy_threshold:.1f} % accurate, by kind; the band is the 95 % interval. "
         "Dashed: baselines at distances of their own."
     )
-    chart = svg.lines(series, Axis("τ", log=True), Axis("new and good", 0.0, 1.0, percent=True), text)
+    across = Axis("τ", log=min(novelty.taus) > 0, ticks=novelty.taus)
+    return lines(series, across, Axis("new and good", -0.02, 1.02, percent=True), caption)
+
+
+def _novelty_table(novelty: NoveltyReport) -> tuple[Sequence[str], list[Sequence[str]]]:
     heads = ("networks", *(f"τ = {tau:g}" for tau in novelty.taus), "median distance", "disagreement", "coverage")
-    rows = [
+    rows: list[Sequence[str]] = [
         (
             _name(name),
             *(f"{100 * share:.0f} %" for share in novelty.sets[name].novel_and_performant),
@@ -194,15 +188,13 @@ def _novelty(result: EvaluationResult) -> str:
             f"{100 * novelty.sets[name].disagreement:.1f} %",
             f"{100 * novelty.sets[name].coverage:.0f} %",
         )
-        for name in reversed(names)
+        for name in reversed(_by_weight(novelty))
     ]
-    return _figure(chart, text) + f"<details><summary>As a table</summary>{_table(heads, rows)}</details>"
+    return heads, rows
 
 
-def _distances(result: EvaluationResult, data: ReportData) -> str:
-    if result.novelty_details is None:
-        return ""
-    sets = result.novelty_details.sets
+def _distances(novelty: NoveltyReport, data: ReportData) -> Chart:
+    sets = novelty.sets
     shown = [name for name in ("average_of_16", "coordinate_gaussian", "covariance_gaussian") if name in sets]
     series = [Series("original, to another original", data.original_distances, (), ORIGINAL)]
     series += [Series(_name(n), sets[n].matched_distances, (), 3 + i) for i, n in enumerate(shown)]
@@ -210,20 +202,8 @@ def _distances(result: EvaluationResult, data: ReportData) -> str:
     # Gaussians over several runs lie so far away that the rest would be one bar.
     limit = 3 * max(1.0, *sets["generated"].matched_distances)
     series = [s for s in series if s.x and float(np.median(s.x)) < limit]
-    text = "Distances to the nearest original in the zoo’s median nearest-neighbour distances, hidden units matched."
-    return _figure(svg.histogram(series, Axis("distance"), text), text)
-
-
-def _heatmap(data: ReportData) -> str:
-    if data.heatmap is None:
-        return ""
-    labels, values = data.heatmap
-    picture = _png(values)
-    text = "Parameters as colours, one row a network: " + ", ".join(labels) + ". Blue is below 0, red above."
-    rows = "".join(f"<li>{html.escape(label)}</li>" for label in labels)
-    alt = html.escape(text, quote=True)
-    image = f'<div class="heat"><ol>{rows}</ol><img alt="{alt}" src="data:image/png;base64,{picture}"></div>'
-    return f"<figure>{image}<figcaption>Deviation from the zoo’s mean, in each layer’s spread.</figcaption></figure>"
+    caption = "Distances to the nearest original in the zoo’s median nearest-neighbour distances, hidden units matched."
+    return histogram(series, Axis("distance"), caption)
 
 
 def _png(values: Tensor) -> str:
@@ -236,50 +216,38 @@ def _png(values: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _trajectories(result: EvaluationResult, data: ReportData) -> str:
+def _trajectories(result: EvaluationResult, data: ReportData) -> Chart | None:
     if len(data.trajectories) < 2:  # one step is no way
-        return ""
+        return None
     steps = [step for step, _ in data.trajectories]
     num = len(data.trajectories[0][1])
     series = [
         Series(f"network {i}", steps, [float(values[i]) for _, values in data.trajectories], i) for i in range(num)
     ]
-    text = f"Accuracy on {result.split} images of {num} networks after each sampling step, noise included."
-    return _figure(svg.lines(series, Axis("sampling step"), Axis("accuracy", 0.0, 1.0, percent=True), text), text)
+    caption = f"Accuracy on {result.split} images of {num} networks after each sampling step, noise included."
+    across = Axis("sampling step", ticks=steps if len(steps) < 12 else ())
+    return lines(series, across, Axis("accuracy", -0.02, 1.02, percent=True), caption)
 
 
-def _components(data: ReportData) -> str:
+def _components(data: ReportData) -> Chart | None:
     if not data.components:
-        return ""
+        return None
     colors = {"generated": GENERATED, "original": ORIGINAL, "average of all originals": AVERAGE}
     series = [
         Series(name, points[:, 0].tolist(), points[:, 1].tolist(), colors.get(name, 3 + i))
         for i, (name, points) in enumerate(data.components.items())
     ]
-    text = (
+    caption = (
         "First two principal components of the originals’ weights, which hold "
         f"{100 * data.explained:.0f} % of their variance, with the other networks projected on them."
     )
-    return _figure(svg.scatter(series, Axis("first component"), Axis("second component"), text), text)
+    return scatter(series, Axis("first component"), Axis("second component"), caption)
 
 
-def _losses(data: ReportData) -> str:
+def _losses(data: ReportData) -> Chart | None:
     steps, losses = data.losses
     if len(steps) < 2:
-        return ""
-    text = "Training loss at each logged optimizer step."
-    chart = svg.lines([Series("loss", steps, losses, GENERATED)], Axis("step"), Axis("loss", log=True), text,
-                      markers=False)  # fmt: skip
-    return _figure(chart, text)
-
-
-def _provenance(data: ReportData) -> str:
-    def cell(value: str) -> str:
-        return f"<pre>{html.escape(value.strip())}</pre>" if "\n" in value.strip() else html.escape(value)
-
-    rows = [(html.escape(key), cell(value)) for key, value in data.provenance.items()]
-    return _table(("", ""), rows, "facts")
-
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        return None
+    caption = "Training loss at each logged optimizer step."
+    series = [Series("loss", steps, losses, GENERATED)]
+    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)

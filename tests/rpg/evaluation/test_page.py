@@ -8,7 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from rpg.evaluation.report.page import ReportData, write_page
+from rpg.evaluation.results import EvaluationResult
 from rpg.experiments.single import evaluate_run
 from rpg.generation.generator import Generator
 from rpg.tasks import DigitsConfig, build_task
@@ -70,6 +73,29 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(run):
     assert len(page.pictures) == 7
     assert all(len(picture.get("alt") or picture.get("aria-label") or "") > 20 for picture in page.pictures)
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+
+
+def test_the_same_figures_give_the_same_bytes_and_what_users_wrote_is_escaped(run, tmp_path):
+    result = EvaluationResult.model_validate_json((run / "evaluation.json").read_text())
+    data = ReportData(
+        title="<script>alert(1)</script>",
+        provenance={"zoo <b>": "a & b", "task": "name: <i>\nseed: 0"},
+        heatmap=(['"><b>', "original"], torch.zeros(2, 3)),
+    )
+    for name in ("first", "second"):
+        write_page(tmp_path / name, result, data)
+    text = (tmp_path / "first").read_text()
+    assert text == (tmp_path / "second").read_text()
+    assert not re.search(r"<script|<b>|<i>", text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "a &amp; b" in text and "<pre>name: &lt;i&gt;" in text
+
+
+def test_charts_take_every_colour_from_the_style_sheet(run):
+    charts = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), flags=re.S)
+    assert len(charts) == 6
+    for chart in charts:
+        assert not re.search(r"#[0-9a-f]{6}", chart)
+    assert not re.search(r' id="\w+_\d+"', "".join(charts))
 
 
 def test_its_figures_are_those_of_the_evaluation(run):
