@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.metrics import Summary, summarize
-from rpg.evaluation.regression import Regression, candidates, tune
+from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.section import Section
 from rpg.seeding import generator
 from rpg.tasks.class_splits import hamming_to_nearest
@@ -116,7 +116,7 @@ def choose_regressions(
 
     chosen = {
         name: tune(regressions, train.bits, vectors, validation.bits, score)
-        for name, regressions in candidates().items()
+        for name, regressions in regression_grid().items()
     }
     chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
     return chosen

@@ -1,15 +1,18 @@
 """Weights by regression on the task's bits: what a generator for unseen tasks has to beat.
 
-T tasks, S seen tasks, C classes, F features, P values of a network. Bits are ±1 here.
+T tasks, S seen tasks, C classes, P values of a network. Bits are ±1 here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 RIDGE_PENALTIES = (1e-1, 1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -24,56 +27,35 @@ class Regression:
     Attributes:
         kind: ``ridge`` on products of bits, or ``kernel_ridge`` with a Gaussian kernel.
         parameter: highest degree of the products, or the kernel's length in units of ±1 bits.
-        penalty: of the squared coefficients.
+        penalty: of the squared coefficients; it is added to the diagonal of a matrix that is a sum, not a mean, over
+            the seen tasks.
     """
 
     kind: str
     parameter: float
     penalty: float
 
+    def model(self) -> Pipeline | KernelRidge:
+        """scikit-learn's, not fitted: from ±1 bits to deviations from the mean network.
+
+        Products are those of different bits, without the constant: a constant is fitted but not penalised. The kernel
+        is exp(−d²/(2·length²)) with d the Euclidean distance.
+        """
+        if self.kind == "ridge":
+            features = PolynomialFeatures(int(self.parameter), interaction_only=True, include_bias=False)
+            return make_pipeline(features, Ridge(alpha=self.penalty))
+        return KernelRidge(alpha=self.penalty, kernel="rbf", gamma=1 / (2 * self.parameter**2))
+
     def predict(self, seen: Tensor, vectors: Tensor, bits: Tensor) -> Tensor:
         """Weights ``[T, P]`` for ``bits`` ``[T, C]``, fitted on the seen tasks ``[S, C]`` and their ``[S, P]``."""
-        if self.kind == "ridge":
-            return ridge(
-                products(seen, int(self.parameter)), vectors, products(bits, int(self.parameter)), self.penalty
-            )
-        return kernel_ridge(seen, vectors, bits, self.parameter, self.penalty)
+        known, wanted = (2 * each.double().numpy() - 1 for each in (seen, bits))
+        targets = vectors.double().numpy()
+        mean = targets.mean(0)  # the kernel has no constant of its own
+        predicted = mean + self.model().fit(known, targets - mean).predict(wanted)
+        return torch.from_numpy(predicted).to(vectors.dtype)
 
 
-def products(bits: Tensor, degree: int) -> Tensor:
-    """All products of up to ``degree`` different ±1 bits, without the constant: ``[T, C]`` → float64 ``[T, F]``."""
-    signs = bits.double() * 2 - 1
-    columns = [
-        signs[:, list(chosen)].prod(1)
-        for size in range(1, degree + 1)
-        for chosen in combinations(range(signs.shape[1]), size)
-    ]
-    return torch.stack(columns, 1)
-
-
-def ridge(features: Tensor, vectors: Tensor, wanted: Tensor, penalty: float) -> Tensor:
-    """Ridge regression with a free constant: ``[S, F]``, ``[S, P]``, ``[T, F]`` → ``[T, P]``."""
-    centre, mean = features.mean(0), vectors.double().mean(0)
-    centred = features - centre  # [S, F]
-    gram = centred.T @ centred + penalty * torch.eye(features.shape[1], dtype=torch.float64)
-    coefficients = torch.linalg.solve(gram, centred.T @ (vectors.double() - mean))  # [F, P]
-    return (mean + (wanted - centre) @ coefficients).to(vectors.dtype)
-
-
-def kernel_ridge(seen: Tensor, vectors: Tensor, bits: Tensor, length: float, penalty: float) -> Tensor:
-    """Kernel ridge regression around the mean, kernel exp(−d²/(2·length²)) of ±1 bits: → ``[T, P]``."""
-
-    def kernel(first: Tensor, second: Tensor) -> Tensor:
-        different = (first[:, None] != second[None]).sum(-1).double()  # two ±1 bits differ by 2: d² = 4 · different
-        return torch.exp(-4 * different / (2 * length**2))
-
-    mean = vectors.double().mean(0)
-    gram = kernel(seen, seen) + penalty * torch.eye(len(seen), dtype=torch.float64)
-    dual = torch.linalg.solve(gram, vectors.double() - mean)  # [S, P]
-    return (mean + kernel(bits, seen) @ dual).to(vectors.dtype)
-
-
-def candidates() -> dict[str, list[Regression]]:
+def regression_grid() -> dict[str, list[Regression]]:
     """The regressions that are tuned, by the name they are reported under."""
     found = {
         f"ridge_degree_{degree}": [Regression("ridge", degree, penalty) for penalty in RIDGE_PENALTIES]

@@ -237,6 +237,7 @@ def _components(data: ReportData) -> Chart | None:
         Series(name, points[:, 0].tolist(), points[:, 1].tolist(), colors.get(name, 3 + i))
         for i, (name, points) in enumerate(data.components.items())
     ]
+    series.sort(key=lambda each: each.label in colors)  # the others are below
     caption = (
         "First two principal components of the originals’ weights, which hold "
         f"{100 * data.explained:.0f} % of their variance, with the other networks projected on them."

@@ -1,8 +1,15 @@
+import itertools
+
 import pytest
 import torch
 
-from rpg.evaluation.regression import Regression, candidates, kernel_ridge, products, ridge, tune
+from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.tasks.class_splits import all_tasks
+
+
+def products(bits, degree):
+    """Columns of a ridge regression."""
+    return torch.from_numpy(Regression("ridge", degree, 1.0).model()[0].fit_transform(bits.double() * 2 - 1))
 
 
 def test_products_are_all_monomials_of_signs():
@@ -12,31 +19,68 @@ def test_products_are_all_monomials_of_signs():
     assert products(all_tasks(10), 3).shape == (1022, 10 + 45 + 120)
 
 
-def test_ridge_finds_an_exact_polynomial_and_agrees_with_scikit_learn():
-    from sklearn.linear_model import Ridge
+def closed_form_ridge(seen, vectors, bits, degree, penalty):
+    """The obvious twin: products by hand, centred, and the normal equations."""
 
+    def features(each):
+        signs = each.double() * 2 - 1
+        chosen = [c for size in range(1, degree + 1) for c in itertools.combinations(range(signs.shape[1]), size)]
+        return torch.stack([signs[:, list(columns)].prod(1) for columns in chosen], 1)
+
+    known, wanted = features(seen), features(bits)
+    centre, mean = known.mean(0), vectors.double().mean(0)
+    matrix = (known - centre).T @ (known - centre) + penalty * torch.eye(known.shape[1], dtype=torch.float64)
+    coefficients = torch.linalg.solve(matrix, (known - centre).T @ (vectors.double() - mean))
+    return mean + (wanted - centre) @ coefficients
+
+
+def closed_form_kernel_ridge(seen, vectors, bits, length, penalty):
+    """The obvious twin: one coefficient a seen task, around the mean."""
+
+    def kernel(first, second):
+        different = (first[:, None] != second[None]).sum(-1).double()  # two ±1 bits differ by 2: d² = 4 · different
+        return torch.exp(-4 * different / (2 * length**2))
+
+    mean = vectors.double().mean(0)
+    matrix = kernel(seen, seen) + penalty * torch.eye(len(seen), dtype=torch.float64)
+    return mean + kernel(bits, seen) @ torch.linalg.solve(matrix, vectors.double() - mean)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("penalty", [0.1, 3.0, 1000.0])
+def test_ridge_is_the_closed_form(degree, penalty):
+    torch.manual_seed(0)
+    bits, vectors = all_tasks(6), 2 + torch.randn(62, 3, dtype=torch.float64)
+    seen, rest = slice(0, 50), slice(50, None)
+    found = Regression("ridge", degree, penalty).predict(bits[seen], vectors[seen], bits[rest])
+    torch.testing.assert_close(found, closed_form_ridge(bits[seen], vectors[seen], bits[rest], degree, penalty))
+
+
+def test_ridge_finds_an_exact_polynomial():
     torch.manual_seed(0)
     bits = all_tasks(6)
     features = products(bits, 2)
     vectors = features @ torch.randn(features.shape[1], 3, dtype=torch.float64) + 2
     seen, rest = slice(0, 50), slice(50, None)
-    exact = ridge(features[seen], vectors[seen], features[rest], 1e-9)
+    exact = Regression("ridge", 2, 1e-9).predict(bits[seen], vectors[seen], bits[rest])
     torch.testing.assert_close(exact, vectors[rest], rtol=1e-5, atol=1e-5)
-    expected = Ridge(alpha=3.0).fit(features[seen].numpy(), vectors[seen].numpy()).predict(features[rest].numpy())
-    torch.testing.assert_close(ridge(features[seen], vectors[seen], features[rest], 3.0), torch.from_numpy(expected))
 
 
-def test_kernel_ridge_agrees_with_scikit_learn():
-    from sklearn.kernel_ridge import KernelRidge
-
+@pytest.mark.parametrize("length", [1.0, 2.0, 6.0])
+@pytest.mark.parametrize("penalty", [1e-3, 0.1, 1.0])
+def test_kernel_ridge_is_the_closed_form(length, penalty):
     torch.manual_seed(0)
-    bits, vectors = all_tasks(6), torch.randn(62, 3, dtype=torch.float64)
+    bits, vectors = all_tasks(6), 2 + torch.randn(62, 3, dtype=torch.float64)
     seen, rest = slice(0, 50), slice(50, None)
-    signs, mean = bits.numpy() * 2.0 - 1, vectors[seen].mean(0)
-    model = KernelRidge(alpha=0.1, kernel="rbf", gamma=1 / (2 * 2.0**2))
-    expected = model.fit(signs[seen], (vectors[seen] - mean).numpy()).predict(signs[rest])
-    found = kernel_ridge(bits[seen], vectors[seen], bits[rest], 2.0, 0.1)
-    torch.testing.assert_close(found - mean, torch.from_numpy(expected))
+    found = Regression("kernel_ridge", length, penalty).predict(bits[seen], vectors[seen], bits[rest])
+    torch.testing.assert_close(found, closed_form_kernel_ridge(bits[seen], vectors[seen], bits[rest], length, penalty))
+
+
+def test_weights_keep_their_precision():
+    bits, vectors = all_tasks(4), torch.randn(14, 2)
+    for regressions in regression_grid().values():
+        found = regressions[0].predict(bits[:10], vectors[:10], bits[10:])
+        assert found.dtype == torch.float32 and found.shape == (4, 2)
 
 
 def test_tuning_takes_the_best_by_score_alone():
@@ -44,6 +88,7 @@ def test_tuning_takes_the_best_by_score_alone():
     wanted = Regression("kernel_ridge", 2.0, 1e-1)
     target = wanted.predict(bits[:10], vectors[:10], bits[10:])
     best, score = tune(
-        candidates()["kernel_ridge"], bits[:10], vectors[:10], bits[10:], lambda p: -(p - target).square().sum().item()
-    )
+        regression_grid()["kernel_ridge"],
+        bits[:10], vectors[:10], bits[10:], lambda p: -(p - target).square().sum().item(),
+    )  # fmt: skip
     assert best == wanted and score == pytest.approx(0)
