@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from rpg.config import TrainConfig
 from rpg.models.backbone.mamba2 import Mamba2
-from rpg.training.sharding import FSDPShards, Shards, ZeROShards
+from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
@@ -97,7 +99,7 @@ class DistributedContext:
             if self.spread == "zero":
                 _keep_together(network)
             model, optimizer = self.accelerator.prepare(network, build_optimizer())
-        shards = {"none": Shards, "fsdp": FSDPShards, "zero": ZeROShards}[self.spread]
+        shards = ZeROShards if self.spread == "zero" else Shards
         return model, optimizer, shards(network, optimizer.optimizer)
 
     def any(self, flag: bool) -> bool:
@@ -212,17 +214,8 @@ def _keep_together(network: nn.Module) -> None:
 
 def _fully_shard(network: Any) -> None:
     """FSDP2: the backbone, the denoiser and the rest are gathered when used, each as one."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    for module in _parts(network):
+    for module in (network.backbone, network.denoiser, network):
         fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(network.denoiser, "precompute")
-
-
-def _parts(network: Any) -> Iterator[nn.Module]:
-    yield network.backbone
-    yield network.denoiser

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 States = Mapping[str, Mapping[str, Tensor]]  # whole optimizer state of each named parameter, by key
 
 
 class Shards:
-    """Every process holds every tensor: one process, DDP, and the parameters of ZeRO 1 and 2.
+    """PyTorch's own ways: one process and DDP hold whole tensors, FSDP2 holds DTensors cut along their first dimension.
 
     Args:
         network: the networks, after whatever spreads them has been applied.
@@ -32,11 +33,13 @@ class Shards:
 
     def gather(self, parameter: Tensor, shard: Tensor) -> Tensor:
         """The whole of what the processes hold shards of, shaped as ``parameter``; all of them must call it."""
-        return shard
+        return shard.full_tensor() if isinstance(shard, DTensor) else shard
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """This process's part of a whole tensor that is shaped as ``parameter``."""
-        return whole
+        """This process's part of a whole tensor that is shaped as ``parameter``; all processes must call it."""
+        if not isinstance(parameter, DTensor):
+            return whole
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
     def gather_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The optimizer's whole state, parameter by parameter; all processes must go through it.
@@ -45,10 +48,10 @@ class Shards:
         """
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            yield name, {key: self._gather_state(parameter, torch.as_tensor(value)) for key, value in state.items()}
+            yield name, {key: self.gather(parameter, torch.as_tensor(value)) for key, value in state.items()}
 
     def load_states(self, states: States) -> None:
-        """Take the optimizer's whole state back."""
+        """Take the optimizer's whole state back; parameters that have none yet stay so."""
         content = self.optimizer.state_dict()
         names = {parameter: name for name, parameter in self.parameters.items()}
         order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -59,44 +62,10 @@ class Shards:
         }
         self.optimizer.load_state_dict(content)
 
-    def _gather_state(self, parameter: Tensor, value: Tensor) -> Tensor:
-        return value
-
     def _cut_state(self, parameter: Tensor, value: Tensor) -> Tensor | int:
-        return int(value) if value.dtype == torch.int64 and not value.ndim else value
-
-
-class FSDPShards(Shards):
-    """Fully sharded (FSDP2): parameters and optimizer state are DTensors, cut along their first dimension."""
-
-    def local_shard(self, parameter: Any) -> Tensor:
-        """The local shard."""
-        return parameter.detach().to_local()
-
-    def gather(self, parameter: Any, shard: Tensor) -> Tensor:
-        """The whole tensor, from all shards."""
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(
-            shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        ).full_tensor()
-
-    def cut(self, parameter: Any, whole: Tensor) -> Tensor:
-        """The local shard of a whole tensor."""
-        return self._distribute(parameter, whole).to_local()
-
-    def _distribute(self, parameter: Any, whole: Tensor) -> Any:
-        from torch.distributed.tensor import distribute_tensor
-
-        whole = whole.to(parameter.device)
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-    def _gather_state(self, parameter: Tensor, value: Any) -> Tensor:
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-    def _cut_state(self, parameter: Tensor, value: Tensor) -> Any:
-        return self._distribute(parameter, value) if value.ndim else value
+        if value.ndim:
+            return self.cut(parameter, value)
+        return int(value) if value.dtype == torch.int64 else value
 
 
 class ZeROShards(Shards):
