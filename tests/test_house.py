@@ -38,8 +38,6 @@ STILL_INSIDE = {
     "rpg/experiments/lora.py": {"rich"},
     "rpg/generation/export.py": {"rpg"},
     "rpg/training/loop.py": {"rpg"},
-    "rpg/training/distributed.py": {"torch"},
-    "rpg/training/sharding.py": {"torch"},
 }
 
 OPTIONAL = {"bitsandbytes", "causal_conv1d", "deepspeed", "mamba_ssm"}

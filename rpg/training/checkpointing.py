@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 
 from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.sharding import Shards
-from tokenization.errors import InputError
-from tokenization.files import publish_text
 
-MODEL, AVERAGE, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+MODEL, AVERAGE, OPTIMIZER = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 Tensors = dict[str, Tensor]
 
 
@@ -30,13 +27,12 @@ def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards
         keep: whether this process wants them; without, it takes part in putting each tensor together, and forgets it.
     """
     optimizer = ((f"{key}.{name}", value) for name, state in shards.gather_states() for key, value in state.items())
-    files = {
+    num_updates = {"num_updates": torch.tensor(average.num_updates)}
+    return {
         MODEL: gather_model(network, shards, keep=keep),
-        AVERAGE: gather_average(average, shards, keep=keep),
+        AVERAGE: gather_average(average, shards, keep=keep) | num_updates,
         OPTIMIZER: _keep(optimizer, keep),
     }
-    files[AVERAGE]["num_updates"] = torch.tensor(average.num_updates)
-    return files
 
 
 def gather_model(network: nn.Module, shards: Shards, *, keep: bool) -> Tensors:
@@ -49,9 +45,8 @@ def gather_model(network: nn.Module, shards: Shards, *, keep: bool) -> Tensors:
 
 def gather_average(average: ExponentialMovingAverage, shards: Shards, *, keep: bool) -> Tensors:
     """The whole averaged weights."""
-    return _keep(
-        ((name, shards.gather(shards.parameters[name], share)) for name, share in average.shadow.items()), keep
-    )
+    whole = ((name, shards.gather(shards.parameters[name], shard)) for name, shard in average.shadow.items())
+    return _keep(whole, keep)
 
 
 def _keep(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Tensors:
@@ -74,9 +69,6 @@ def write(folder: Path, files: dict[str, Tensors]) -> None:
 
 def load_model(folder: Path, network: nn.Module) -> None:
     """Load the networks, which nothing has spread yet."""
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise InputError(str(folder), f"no {missing[0]}", "a checkpoint of this version", "start anew with --overwrite")
     network.load_state_dict(dict(_tensors(folder / MODEL)))
 
 
@@ -103,10 +95,3 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (a file, not a dict)
             yield name, file.get_tensor(name)
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from, and a line that a kill cut short."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        publish_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))

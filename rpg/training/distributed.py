@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -37,7 +37,7 @@ class DistributedContext:
 
     def __init__(self, settings: TrainConfig, folder: str) -> None:
         self.settings = settings
-        deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+        deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         precision = mixed_precision(settings.precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
         # An earlier run of this process, perhaps one that failed, may have asked for another precision.
         AcceleratorState._reset_state(reset_partial_state=False)
@@ -58,7 +58,7 @@ class DistributedContext:
         if deepspeed:
             self.spread = "zero"
             self._configure_deepspeed(precision)
-        elif _asked("ACCELERATE_USE_FSDP") and torch.distributed.is_initialized():
+        elif parse_flag_from_env("ACCELERATE_USE_FSDP") and torch.distributed.is_initialized():
             self.spread = "fsdp"
         if self.spread != "none" and settings.optimizer != "adamw":
             found = f"{settings.optimizer} under DeepSpeed or FSDP"
@@ -128,18 +128,16 @@ class DistributedContext:
             InputError: on all processes, when it raised one on the main process.
         """
 
-        def attempt() -> str | None:
+        def attempt() -> InputError | None:
             try:
                 action()
             except InputError as error:
-                failure.append(error)
-                return str(error)
+                return error
             return None
 
-        failure: list[InputError] = []
-        said = self.decide(attempt)
-        if said is not None:
-            raise failure[0] if failure else InputError("the main process", said)
+        failure = self.decide(attempt)
+        if failure is not None:
+            raise failure
 
     def _configure_deepspeed(self, precision: str) -> None:
         """Let the run's configuration decide what DeepSpeed's JSON would otherwise have to repeat."""
@@ -180,10 +178,6 @@ def fast_bf16() -> bool:
         return torch.cuda.is_bf16_supported()
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
-
-
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _leave() -> None:

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError
 
 from rpg.config import Config
 from tokenization.errors import InputError
-from tokenization.files import file_digest, publish, synchronise
+from tokenization.files import atomic_file, atomic_folder, file_digest, remove_leftovers, write_text
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
-FREE_TO_CHANGE = {
-    ("train", "save_every"),
-    ("train", "keep"),
-    ("train", "log_every"),
-    ("train", "gradient_accumulation"),
-    ("train", "compile"),
-    ("model", "backbone", "checkpointing"),
-    ("model", "denoiser", "checkpoint_rows"),
-    ("generate",),
-    ("evaluate",),
-    ("run",),
-    ("zoo",),
-}
+FREE_TO_CHANGE = {"run", "zoo", "generate", "evaluate", "train.save_every", "train.keep", "train.log_every"}
+FREE_TO_CHANGE |= {"train.gradient_accumulation", "train.compile"}
+FREE_TO_CHANGE |= {"model.backbone.checkpointing", "model.denoiser.checkpoint_rows"}
 
 
 class RunFolder:
@@ -75,41 +63,33 @@ class RunFolder:
                 shutil.rmtree(name, ignore_errors=True)
             self.metrics.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".writing-*"):  # of a process that was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
-        with publish(saved) as temporary:
+        remove_leftovers(self.checkpoints)
+        with atomic_file(saved) as temporary:
             config.save(temporary)
 
     def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
-        """Publish ``checkpoints/step-<step>`` as ``write`` fills it; older ones beyond ``keep`` go.
+        """Write ``checkpoints/step-<step>``, filled by ``write``, whole or not at all; older ones beyond ``keep`` go.
 
         Raises:
             InputError: the disk is full or not writable; what was there before stays.
         """
         target = self.checkpoints / f"step-{step:08d}"
-        temporary = self.checkpoints / f".writing-{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            publish_folder(temporary, target, {"step": step})
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with atomic_folder(target) as folder:
+                write(folder)
+                record_files(folder, step)
+        except InputError as error:
             before = next((path.name for _, path in self.steps()), "no save")
             cure = f"free some space and continue with --resume, from {before}"
-            raise InputError(str(target), f"{error}", "room for a checkpoint", cure) from error
+            raise InputError(str(target), str(error.__cause__ or error), "room for a checkpoint", cure) from error
         for _, old in self.steps()[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
     def steps(self) -> list[tuple[int, Path]]:
         """Checkpoints on disk, newest first by step number."""
-        found = []
-        for path in self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []:
-            match = re.fullmatch(r"step-(\d+)", path.name)
-            if match:
-                found.append((int(match.group(1)), path))
-        return sorted(found, reverse=True)
+        found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in self.checkpoints.glob("step-*"))
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
     def newest(self, say: Callable[[str], None] = lambda _: None) -> tuple[int, Path] | None:
         """The newest checkpoint whose files are whole; ``say`` is told of each that is passed over."""
@@ -120,23 +100,21 @@ class RunFolder:
             say(f"{path}: {fault}; falling back to the checkpoint before it")
         return None
 
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that the run goes on from, and a line that a kill cut short."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
-def publish_folder(temporary: Path, target: Path, facts: dict[str, object]) -> None:
-    """Flush every file of ``temporary``, list their digests in ``complete.json``, then move it to ``target``."""
-    files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
-    record = {**facts, "files": {name: [path.stat().st_size, file_digest(path)] for name, path in files.items()}}
-    complete = temporary / COMPLETE
-    complete.write_text(json.dumps(record, indent=1))
-    for path in [*files.values(), complete]:
-        synchronise(path)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
-    synchronise(target.parent)
+
+def record_files(folder: Path, step: int) -> None:
+    """List the size and digest of every file of a checkpoint in its ``complete.json``."""
+    files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(folder.iterdir())}
+    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1))
 
 
 def check_folder(path: Path) -> str | None:
-    """What is wrong with a published folder, or None when every file is as it was written."""
+    """What is wrong with a checkpoint, or None when every file is as it was written."""
     try:
         record = json.loads((path / COMPLETE).read_text())
         files = record["files"].items()
@@ -153,13 +131,10 @@ def check_folder(path: Path) -> str | None:
     return None
 
 
-def _first_difference(old: object, new: object, path: tuple[str, ...] = ()) -> tuple[str, object, object] | None:
-    if path in FREE_TO_CHANGE or old == new:
+def _first_difference(old: object, new: object, field: str = "") -> tuple[str, object, object] | None:
+    if field in FREE_TO_CHANGE or old == new:
         return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            difference = _first_difference(old.get(key), new.get(key), (*path, key))
-            if difference:
-                return difference
-        return None
-    return ".".join(path), old, new
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return field, old, new
+    parts = (_first_difference(old.get(key), new.get(key), f"{field}.{key}".lstrip(".")) for key in {**old, **new})
+    return next(filter(None, parts), None)

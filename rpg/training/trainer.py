@@ -196,7 +196,7 @@ class Trainer:
 
         def choose() -> tuple[int, Path | None]:
             step, path = self.folder.newest(self.say) or (0, None)
-            checkpointing.truncate_metrics(self.folder.metrics, step)
+            self.folder.truncate_metrics(step)
             return step, path
 
         return self.distributed.decide(choose)
