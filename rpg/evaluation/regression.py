@@ -19,6 +19,10 @@ RIDGE_PENALTIES = (1e-1, 1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0)
 KERNEL_PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 KERNEL_LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+CHUNK = 1 << 14
+"""Values that are fitted at a time: scikit-learn copies its targets in float64 several times, the solved matrix is
+small."""
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -49,10 +53,13 @@ class Regression:
     def predict(self, seen: Tensor, vectors: Tensor, bits: Tensor) -> Tensor:
         """Weights ``[T, P]`` for ``bits`` ``[T, C]``, fitted on the seen tasks ``[S, C]`` and their ``[S, P]``."""
         known, wanted = (2 * each.double().numpy() - 1 for each in (seen, bits))
-        targets = vectors.double().numpy()
-        mean = targets.mean(0)  # the kernel has no constant of its own
-        predicted = mean + self.model().fit(known, targets - mean).predict(wanted)
-        return torch.from_numpy(predicted).to(vectors.dtype)
+        parts = []
+        for columns in vectors.split(CHUNK, 1):
+            targets = columns.double().numpy()
+            mean = targets.mean(0)  # the kernel has no constant of its own
+            predicted = self.model().fit(known, targets - mean).predict(wanted).reshape(len(bits), -1) + mean
+            parts.append(torch.from_numpy(predicted).to(vectors.dtype))
+        return torch.cat(parts, 1)
 
 
 def regression_grid() -> dict[str, list[Regression]]:

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from rpg.evaluation import regression
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.tasks.class_splits import all_tasks
 
@@ -74,6 +75,15 @@ def test_kernel_ridge_is_the_closed_form(length, penalty):
     seen, rest = slice(0, 50), slice(50, None)
     found = Regression("kernel_ridge", length, penalty).predict(bits[seen], vectors[seen], bits[rest])
     torch.testing.assert_close(found, closed_form_kernel_ridge(bits[seen], vectors[seen], bits[rest], length, penalty))
+
+
+@pytest.mark.parametrize("name", regression_grid())
+def test_values_are_fitted_in_parts_as_they_are_whole(name, monkeypatch):
+    bits, vectors = all_tasks(5), torch.randn(30, 7, dtype=torch.float64)
+    chosen = regression_grid()[name][2]
+    whole = chosen.predict(bits[:20], vectors[:20], bits[20:])
+    monkeypatch.setattr(regression, "CHUNK", 3)
+    torch.testing.assert_close(chosen.predict(bits[:20], vectors[:20], bits[20:]), whole)
 
 
 def test_weights_keep_their_precision():
