@@ -65,8 +65,11 @@ def collect(
 def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> None:
     """Put the hidden units of all runs into one order (Git Re-Basin); every network computes what it did."""
     from rpg.evaluation.alignment import align_zoo
+    from rpg.tasks.registry import task_of
+    from tokenization.zoo.zoo import Zoo
 
-    made = align_zoo(zoo, output)
+    source = Zoo.open(zoo)
+    made = align_zoo(source, task_of(source), output)
     console.print(f"{len(made)} checkpoints of {made.num_runs} run(s) in {made.path}")
 
 

@@ -16,7 +16,7 @@ from rpg.evaluation.novelty_curve import Distances
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute
 from rpg.evaluation.vectors import StateDict
-from rpg.tasks import task_of
+from rpg.tasks import Task
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -54,14 +54,17 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
     return orders
 
 
-def align_zoo(source: Path | str, target: Path | str) -> Zoo:
+def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
     """Write a zoo whose runs share one order of hidden units; every network computes what it did.
 
+    Args:
+        zoo: whose runs are aligned.
+        task: builds its network.
+        target: the folder to write.
+
     Raises:
-        InputError: there is a zoo at ``target``, or that at ``source`` has no task or no known symmetries.
+        InputError: there is a zoo at ``target``, or nothing is known of the network's symmetries.
     """
-    zoo = Zoo.open(source)
-    task = task_of(zoo)
     groups = symmetries(task)
     if not groups:
         raise InputError(str(zoo.path), "a network without known symmetries", "interchangeable hidden units")

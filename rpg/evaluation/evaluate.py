@@ -11,7 +11,7 @@ from rpg.evaluation import baselines
 from rpg.evaluation.baseline_sets import baselines_at_distance, baselines_of_several, noisy_baselines
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.metrics import accuracy, summarize
-from rpg.evaluation.novelty import measure_spread, weight_vectors
+from rpg.evaluation.novelty import measure_spread
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.plots import plot_accuracy_similarity
@@ -75,7 +75,7 @@ def evaluate(
         ),
         baselines={name: scores[name] for name in trivial},
         generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(scores["generated"])),
-        spread=measure_spread(*weight_vectors(originals, networks), original_predictions, answers["generated"]),
+        spread=measure_spread(measure.zoo, measure.vectors(networks), original_predictions, answers["generated"]),
         novelty=novelty.curve() if novelty else None,
         novelty_details=novelty,
     )

@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from torch import Tensor
 
 from rpg.evaluation.report.charts import Axis, Chart, Series, histogram, lines, scatter
-from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM, EvaluationResult, NetworkScores, NoveltyReport
+from rpg.evaluation.results import (
+    AT_DISTANCE,
+    TRAINED_FROM,
+    EvaluationResult,
+    NetworkScores,
+    NoiseScores,
+    NoveltyReport,
+)
 from tokenization.files import publish_text
 
 TEMPLATE = "page.html.j2"
@@ -56,23 +62,27 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"percent": lambda share, digits=1: f"{100 * share:.{digits}f}", "median": np.median}
+    rows: list[tuple[str, NetworkScores]] = [(_noise_name(noise), noise) for noise in result.noise]
+    rows += [(_name(name), scores) for name, scores in result.baselines.items()]
     novelty = result.novelty_details
     shown: dict[str, Any] = {
-        "title": data.title,
+        "data": data,
         "result": result,
         "verdict": _verdict(result),
-        "accuracy": _accuracy_rows(result),
-        "similarity": _similarity(result),
-        "novelty": None,
-        "heatmap": data.heatmap and {"labels": data.heatmap[0], "png": _png(data.heatmap[1])},
-        "trajectories": _trajectories(result, data),
-        "components": _components(data),
-        "losses": _losses(data),
-        "provenance": data.provenance,
+        "scores": [("generated", result.generated), ("original", result.original), *rows],
+        "novelty": novelty,
+        "novelty_rows": [(_name(name), novelty.sets[name]) for name in reversed(_by_weight(novelty))]
+        if novelty
+        else [],
+        "similarity_chart": _similarity(result),
+        "novelty_chart": _novelty(novelty) if novelty else None,
+        "distances_chart": _distances(novelty, data) if novelty else None,
+        "heatmap": data.heatmap and _png(data.heatmap[1]),
+        "trajectories_chart": _trajectories(result, data),
+        "components_chart": _components(data),
+        "losses_chart": _losses(data),
     }
-    if novelty is not None:
-        shown |= {"novelty": _novelty(novelty), "distances": _distances(novelty, data)}
-        shown["novelty_heads"], shown["novelty_rows"] = _novelty_table(novelty)
     publish_text(path, environment.get_template(TEMPLATE).render(shown))
 
 
@@ -121,33 +131,13 @@ def _rivals(novelty: NoveltyReport) -> list[str]:
     return [" ".join(lines)]
 
 
-def _accuracy_rows(result: EvaluationResult) -> list[Sequence[str]]:
-    rows: list[tuple[str, NetworkScores]] = [("generated", result.generated), ("original", result.original)]
-    rows += [(f"noise added, σ {n.sigma:g}{' relative' if n.relative else ''}", n) for n in result.noise]
-    rows += [(_name(name), scores) for name, scores in result.baselines.items()]
-    cells: list[Sequence[str]] = [
-        (
-            name,
-            str(s.count),
-            Markup("{} <small>[{}, {}]</small>").format(_percent(s.accuracy.mean), *map(_percent, s.accuracy.ci95)),
-            _percent(s.accuracy.max),
-            _percent(s.accuracy.min),
-            f"{s.similarity.mean:.2f}",
-        )
-        for name, s in rows
-    ]
-    average = _percent(result.ensemble.accuracy)
-    cells.insert(2, ("average of all originals", "1", average, average, average, f"{result.ensemble.similarity:.2f}"))
-    return cells
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _noise_name(noise: NoiseScores) -> str:
+    return f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else "")
 
 
 def _similarity(result: EvaluationResult) -> Chart:
     kinds: list[tuple[str, NetworkScores]] = [("original", result.original)]
-    kinds += [(f"noise added, σ {n.sigma:g}", n) for n in result.noise]
+    kinds += [(_noise_name(noise), noise) for noise in result.noise]
     kinds += [(_name(name), s) for name, s in result.baselines.items() if not name.endswith(AT_DISTANCE)]
     series = [Series(name, s.similarities, s.accuracies, ORIGINAL + i) for i, (name, s) in enumerate(kinds)]
     series.append(Series("generated", result.generated.similarities, result.generated.accuracies, GENERATED))
@@ -176,21 +166,6 @@ def _novelty(novelty: NoveltyReport) -> Chart:
     )
     across = Axis("τ", log=min(novelty.taus) > 0, ticks=novelty.taus)
     return lines(series, across, Axis("new and good", -0.02, 1.02, percent=True), caption)
-
-
-def _novelty_table(novelty: NoveltyReport) -> tuple[Sequence[str], list[Sequence[str]]]:
-    heads = ("networks", *(f"τ = {tau:g}" for tau in novelty.taus), "median distance", "disagreement", "coverage")
-    rows: list[Sequence[str]] = [
-        (
-            _name(name),
-            *(f"{100 * share:.0f} %" for share in novelty.sets[name].novel_and_performant),
-            f"{np.median(novelty.sets[name].matched_distances):.1f}",
-            f"{100 * novelty.sets[name].disagreement:.1f} %",
-            f"{100 * novelty.sets[name].coverage:.0f} %",
-        )
-        for name in reversed(_by_weight(novelty))
-    ]
-    return heads, rows
 
 
 def _distances(novelty: NoveltyReport, data: ReportData) -> Chart:

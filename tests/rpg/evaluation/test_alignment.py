@@ -32,7 +32,7 @@ def shuffled(tmp_path_factory):
 
 
 def test_alignment_undoes_the_runs_own_orders_and_changes_no_answer(shuffled, tmp_path):
-    aligned = align_zoo(shuffled.path, tmp_path / "aligned")
+    aligned = align_zoo(shuffled, task_of(shuffled), tmp_path / "aligned")
     assert [(e.run, e.step, e.metrics) for e in aligned.entries] == [
         (e.run, e.step, e.metrics) for e in shuffled.entries
     ]
@@ -48,11 +48,11 @@ def test_alignment_undoes_the_runs_own_orders_and_changes_no_answer(shuffled, tm
 
 def test_alignment_overwrites_no_zoo_and_needs_symmetries(shuffled, tmp_path):
     with pytest.raises(InputError):
-        align_zoo(shuffled.path, shuffled.path)
+        align_zoo(shuffled, task_of(shuffled), shuffled.path)
     plain = Zoo.create(tmp_path / "plain")
     plain.append({"w": torch.ones(3)}, run=0, step=1)
     with pytest.raises(InputError, match="task"):
-        align_zoo(plain.path, tmp_path / "aligned")
+        align_zoo(plain, task_of(plain), tmp_path / "aligned")
 
 
 def test_the_control_trains_copies_of_the_baselines(shuffled):
