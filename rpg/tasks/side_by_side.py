@@ -1,7 +1,7 @@
 """Many copies of one small network trained and run side by side: one tensor operation for all of them.
 
 ``torch.func.vmap`` over the weights makes a linear layer a batched matrix product and a convolution a grouped one. All
-networks see the same images, so that the first layer is one large convolution. docs/results.md has the measurements.
+networks see the same images, so that the first layer is one large convolution. docs/log.md has the measurements.
 T networks, B images, C channels.
 """
 
