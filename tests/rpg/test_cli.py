@@ -28,7 +28,7 @@ COMMANDS = [str(command.name or command.callback.__name__) for command in cli.ap
 def rpg_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "rpg.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=180)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -51,14 +51,14 @@ def test_help_lists_the_commands_and_is_quick(rpg: Run) -> None:
     code, out, _ = rpg("--help")
     assert code == 0 and all(command in out for command in COMMANDS)
     listing = "import sys, rpg.cli; print(' '.join(name for name in ('torch', 'transformers') if name in sys.modules))"
-    process = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, timeout=180)
     assert process.stdout.strip() == "", "the command line loads these before it knows what is asked"
     assert rpg() == rpg("--help")
 
 
 def test_the_package_offers_its_main_parts_when_they_are_asked_for() -> None:
     script = "import sys, rpg; assert 'torch' not in sys.modules; print([getattr(rpg, name) for name in rpg.__all__])"
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
     assert all(name in process.stdout for name in ("Config", "Generator", "InputError", "evaluate", "train"))
 
