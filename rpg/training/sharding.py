@@ -63,9 +63,12 @@ class Shards:
         self.optimizer.load_state_dict(content)
 
     def _cut_state(self, parameter: Tensor, value: Tensor) -> Tensor | int:
-        if value.ndim:
+        if not value.ndim:
+            return int(value) if value.dtype == torch.int64 else value
+        if isinstance(parameter, DTensor) or value.shape != parameter.shape:
             return self.cut(parameter, value)
-        return int(value) if value.dtype == torch.int64 else value
+        # The fused optimizers go through memory in order: moments must lie as their parameter does, channels last.
+        return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 class ZeROShards(Shards):
