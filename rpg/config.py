@@ -88,7 +88,8 @@ class Config(Section):
     def load(cls, path: Path | str, overrides: list[str] | None = None) -> Config:
         """Read a YAML file; ``overrides`` are ``section.field=value`` with YAML values.
 
-        A file may name another as ``extends: other.yaml`` (relative to itself) and say only what differs.
+        A file may name another as ``extends: other.yaml`` (relative to itself) and say only what differs. Of several,
+        ``extends: [first.yaml, second.yaml]``, later ones win.
 
         Raises:
             InputError: the file is missing or not YAML, a key is unknown, or a value is impossible.
@@ -134,12 +135,14 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(str(path), f"invalid YAML ({error})", "a YAML mapping") from None
     if not isinstance(tree, dict):
         raise InputError(str(path), type(tree).__name__, "a YAML mapping of sections")
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    if not isinstance(parent, str):
-        raise InputError(f"{path}: extends is {parent!r}; name one file, relative to this one.")
-    return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
+    parents = tree.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise InputError(f"{path}: extends is {parents!r}; name one file or a list of files, relative to this one.")
+    base: dict[str, Any] = {}
+    for parent in parents:
+        base = _merge(base, _read_tree(path.parent / parent, (*seen, path.resolve())))
+    return _merge(base, tree)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

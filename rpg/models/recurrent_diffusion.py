@@ -28,7 +28,12 @@ class StateConfig(Section):
     """The permutation state: which training run, or which checkpoint, the weights came from."""
 
     of: Literal["none", "run", "checkpoint"] = Field("run", description="what has a learned embedding of its own")
-    width: int = Field(64, ge=1, description="width of the embedding")
+    width: int | None = Field(
+        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
+    )
+    start: Literal["random", "constant"] = Field(
+        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
+    )
     noise: float = Field(
         0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
     )
@@ -105,8 +110,10 @@ class RecurrentDiffusion(nn.Module):
             self.position_embedding = nn.Parameter(embedding)
         else:
             self.register_buffer("position_embedding", embedding, persistent=False)
-        self.state = nn.Embedding(num_states, config.state.width) if config.state.of != "none" else None
-        self.state_projection = nn.Linear(config.state.width, width) if self.state is not None else None
+        self.state: nn.Embedding | None = None
+        self.state_projection: nn.Module | None = None
+        if config.state.of != "none":
+            self.state, self.state_projection = _permutation_state(config.state, num_states, width)
         self.condition: ConditionEncoder | None = None
         self.denoiser_condition: nn.Module | None = None
         if config.condition.kind != "none":
@@ -174,7 +181,7 @@ class RecurrentDiffusion(nn.Module):
     def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
         """:meth:`predict` from prototypes ``[M, H]``, recomputed in the backward pass if so configured."""
         inputs = (x, time, prototypes, mask)
-        num_rows = self.config.denoiser.checkpoint_rows
+        num_rows = self.denoiser.checkpoint_rows
         if num_rows is None or not (self.training and torch.is_grad_enabled()):
             return self._predict_whole(*inputs)
         chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
@@ -205,6 +212,14 @@ class RecurrentDiffusion(nn.Module):
             samples = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
             samples = samples.view(batch.num_last, num_sampled, -1)
         return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), samples)
+
+
+def _permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding, nn.Module]:
+    """The table of states, and what maps them to the width of the backbone."""
+    table = nn.Embedding(num_states, config.width or width)
+    if config.start == "constant":
+        nn.init.constant_(table.weight, 1 / table.embedding_dim)
+    return table, nn.Linear(config.width, width) if config.width else nn.Identity()
 
 
 def _position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:

@@ -93,7 +93,7 @@ def generation_flops(config: Config, subject: Subject, steps: int | None = None)
 
 def _token_generation(config: Config, subject: Subject, network: RecurrentDiffusion, steps: int) -> GenerationFlops:
     num_passes = estimate.num_passes(config, subject)
-    states = torch.empty(1, config.model.state.width) if network.state is not None else None
+    states = torch.empty(1, network.state.embedding_dim) if network.state is not None else None
     with count_flops() as backbone:
         prototypes = network.prototypes(states, estimate.fake_conditions(config, subject, 1))
     num_rows = config.generate.tile_tokens

@@ -253,7 +253,7 @@ def _recurrent_generation(
     layout, settings = subject.layout, config.generate
     group = max(1, settings.tile_tokens // layout.num_tokens)
     num_rows = group * layout.num_tokens if group > 1 else min(settings.tile_tokens, layout.num_tokens)
-    states = torch.empty(group, config.model.state.width) if network.state is not None else None
+    states = torch.empty(group, network.state.embedding_dim) if network.state is not None else None
     conditions = fake_conditions(config, subject, group)
     with LiveBytes() as live:
         prototypes = [network.prototypes(states, conditions) for _ in range(num_passes(config, subject))]
@@ -316,8 +316,9 @@ def fake_inputs(config: Config, subject: Subject, network: Network, num_processe
         conditions=fake_conditions(config, subject, num_groups),
         dropped=torch.zeros(num_groups, dtype=torch.bool) if subject.condition_size else None,
     )
-    noisy_states = network.state is not None and config.model.state.noise > 0
-    return batch, torch.empty(num_groups, config.model.state.width) if noisy_states else None
+    if network.state is None or not config.model.state.noise:
+        return batch, None
+    return batch, torch.empty(num_groups, network.state.embedding_dim)
 
 
 def fake_conditions(config: Config, subject: Subject, num_groups: int) -> Tensor | None:

@@ -45,7 +45,10 @@ def gather_model(network: nn.Module, shards: Shards, *, keep: bool) -> Tensors:
 
 def gather_average(average: ExponentialMovingAverage, shards: Shards, *, keep: bool) -> Tensors:
     """The whole averaged weights."""
-    whole = ((name, shards.gather(shards.parameters[name], shard)) for name, shard in average.shadow.items())
+    whole = (
+        (name, shards.gather(shards.parameters[name], shard) if name in shards.parameters else shard)
+        for name, shard in average.shadow.items()
+    )
     return _keep(whole, keep)
 
 
@@ -76,7 +79,7 @@ def load_average(folder: Path, average: ExponentialMovingAverage, shards: Shards
     """Load the moving average into each process's shards."""
     average.load_state_dict(
         {
-            name: shards.cut(shards.parameters[name], value) if name in average.shadow else value
+            name: shards.cut(shards.parameters[name], value) if name in shards.parameters else value
             for name, value in _tensors(folder / AVERAGE)
         }
     )

@@ -101,7 +101,7 @@ class PDiffTrainer(Trainer):
         self._latents: Tensor | None = None
         return VectorSampler(self.zoo, self.layout, self.config.seed, sizes, stages[0].steps)
 
-    def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The denoiser's parameters."""
         return ((f"denoiser.{name}", parameter) for name, parameter in self.network.denoiser.named_parameters())
 

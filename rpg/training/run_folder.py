@@ -18,7 +18,7 @@ COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
 FREE_TO_CHANGE = {"run", "zoo", "generate", "evaluate", "train.save_every", "train.keep", "train.log_every"}
 FREE_TO_CHANGE |= {"train.gradient_accumulation", "train.compile"}
-FREE_TO_CHANGE |= {"model.backbone.checkpointing", "model.denoiser.checkpoint_rows"}
+FREE_TO_CHANGE |= {"model.backbone.checkpointing", "model.denoiser.checkpoint_rows", "model.denoiser.checkpointing"}
 
 
 class RunFolder:
@@ -46,7 +46,9 @@ class RunFolder:
         if saved.exists() and resume:
             # parsed, so that fields which are newer than the run have their defaults
             before = Config.parse(yaml.safe_load(saved.read_text()), str(saved)).plain()
-            changed = _first_difference(before, config.plain())
+            # Batch normalisation sees one part of a batch at a time.
+            fixed = {"train.gradient_accumulation"} if config.model.denoiser.kind == "unet1d" else set()
+            changed = _first_difference(before, config.plain(), FREE_TO_CHANGE - fixed)
             if changed:
                 raise InputError(
                     f"{saved}: {changed[0]}",
@@ -131,10 +133,13 @@ def check_folder(path: Path) -> str | None:
     return None
 
 
-def _first_difference(old: object, new: object, field: str = "") -> tuple[str, object, object] | None:
-    if field in FREE_TO_CHANGE or old == new:
+def _first_difference(old: object, new: object, free: set[str], field: str = "") -> tuple[str, object, object] | None:
+    """The first field, of those that are not ``free``, in which two configurations differ, with both values."""
+    if field in free or old == new:
         return None
     if not isinstance(old, dict) or not isinstance(new, dict):
         return field, old, new
-    parts = (_first_difference(old.get(key), new.get(key), f"{field}.{key}".lstrip(".")) for key in {**old, **new})
+    parts = (
+        _first_difference(old.get(key), new.get(key), free, f"{field}.{key}".lstrip(".")) for key in {**old, **new}
+    )
     return next(filter(None, parts), None)

@@ -86,12 +86,18 @@ class Trainer:
         for part in (self.network.backbone, self.network.denoiser):
             part.compile(backend=self.config.train.compile)
 
-    def averaged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters whose moving average is what the generator folder holds."""
-        return self.network.named_parameters()
+    def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters whose moving average is what the generator folder holds, and their running statistics.
+
+        Averaged weights need the statistics of the same steps, not the last step's.
+        """
+        yield from self.network.named_parameters()
+        saved = self.network.state_dict()
+        yield from ((name, buffer) for name, buffer in self.network.named_buffers() if name in saved)
 
     def _averaged_shards(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self.shards.local_shard(parameter)) for name, parameter in self.averaged_parameters())
+        for name, tensor in self.averaged_tensors():
+            yield name, self.shards.local_shard(tensor) if name in self.shards.parameters else tensor
 
     def update_average(self) -> None:
         """Move the averaged weights towards those of the last step."""
@@ -155,7 +161,7 @@ class Trainer:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
         if self.network.state is None or not self.config.model.state.noise:
             return None
-        device, width = self.distributed.device, self.config.model.state.width
+        device, width = self.distributed.device, self.network.state.embedding_dim
         streams = [torch.Generator(device).manual_seed(seed) for seed in rows.group_seeds]
         return torch.stack([torch.randn(width, generator=stream, device=device) for stream in streams])
 

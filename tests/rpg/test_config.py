@@ -67,6 +67,10 @@ def test_extends_takes_the_rest_from_the_other_file(tmp_path):
     child.write_text("extends: config.yaml\ntrain: {steps: 9}")
     config = Config.load(child)
     assert (config.seed, config.train.steps, config.train.batch_size) == (3, 9, 2)
+    (tmp_path / "second.yaml").write_text("train: {steps: 8, batch_size: 4}\nmodel: {denoiser: {kind: unet1d}}")
+    child.write_text("extends: [config.yaml, second.yaml]\ntrain: {steps: 9}")
+    config = Config.load(child)
+    assert (config.seed, config.train.steps, config.train.batch_size) == (3, 9, 4)
     child.write_text("extends: child.yaml")
     with pytest.raises(InputError, match="extends itself"):
         Config.load(child)
@@ -77,3 +81,28 @@ def test_a_broken_override_is_named():
         Config.load("configs/digits.yaml", ["train.steps"])
     with pytest.raises(InputError, match="no such file"):
         Config.load("configs/none.yaml")
+
+
+def test_the_papers_configurations_share_its_recipe():
+    """Each is configs/paper/base.yaml but for what the paper itself varies."""
+    own = {"tokens": {"size"}, "train": {"steps", "batch_size", "tokens", "learning_rate", "warmup_steps", "optimizer"}}
+    own |= {"generate": {"sampler", "steps", "eta", "tile_tokens"}}
+    files = sorted(Path("configs/paper").glob("*.yaml"))
+    assert len(files) > 8
+    base = Config.load("configs/paper/base.yaml").plain()
+    for path in files:
+        found = Config.load(path).plain()
+        for section, fields in own.items():
+            fields = fields | ({"splits", "save_every"} if "unseen" in path.name else set())
+            for field in fields & found[section].keys():
+                found[section][field] = base[section][field]
+            assert found[section] == base[section], (path, section)
+        backbone, denoiser = found["model"]["backbone"], found["model"]["denoiser"]
+        assert backbone["d_model"] in (found["tokens"]["size"], 128, 8192, 12288)
+        for field in ("d_model", "widths"):
+            backbone[field] = base["model"]["backbone"][field]
+        denoiser["channels"] = base["model"]["denoiser"]["channels"]
+        if "unseen" in path.name:
+            found["model"]["condition"] = base["model"]["condition"]
+            found["model"]["state"]["of"] = "checkpoint"
+        assert found["model"] == base["model"], path

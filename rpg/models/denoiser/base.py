@@ -5,24 +5,18 @@ Shape letters: N sampled tokens, D token width, H model width.
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor, nn
-
-from rpg.section import Section
-
-
-class DenoiserSection(Section):
-    """The fields every denoiser has; ``kind`` and the rest belong to the subclasses."""
-
-    checkpoint_rows: int | None = Field(
-        None,
-        ge=1,
-        description="Token rows recomputed together in the backward pass: less memory, more time. Null keeps all.",
-    )
 
 
 class Denoiser(nn.Module):
-    """A diffusion network over single tokens, conditioned on the prototype of each."""
+    """A diffusion network over single tokens, conditioned on the prototype of each.
+
+    Attributes:
+        checkpoint_rows: token rows that training recomputes together in the backward pass; None keeps all. Only for
+            networks in which rows do not depend on one another in training either.
+    """
+
+    checkpoint_rows: int | None = None
 
     def precompute(self, prototype: Tensor) -> tuple[Tensor, ...]:
         """Compute all that depends on the prototype alone, once for all sampling steps.

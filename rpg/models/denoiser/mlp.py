@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser.base import Denoiser, DenoiserSection
+from rpg.models.denoiser.base import Denoiser
 from rpg.models.denoiser.time import TimeEmbedding
+from rpg.section import Section
 
 
-class MLPConfig(DenoiserSection):
+class MLPConfig(Section):
     """Size of the residual MLP."""
 
     kind: Literal["mlp"] = "mlp"
@@ -29,6 +30,11 @@ class MLPConfig(DenoiserSection):
     hidden: int = Field(512, ge=1, description="Hidden width of every block.")
     depth: int = Field(3, ge=1, description="Number of residual blocks.")
     skip: bool = Field(False, description="Add the noisy token times a learned function of the time to the output.")
+    checkpoint_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Token rows recomputed together in the backward pass: less memory, more time. Null keeps all.",
+    )
 
 
 class Block(nn.Module):
@@ -58,6 +64,7 @@ class MLPDenoiser(Denoiser):
 
     def __init__(self, config: MLPConfig, token_size: int, d_prototype: int) -> None:
         super().__init__()
+        self.checkpoint_rows = config.checkpoint_rows
         self.config = config
         self.token_size = token_size
         # Per block shift, scale and gate; shift and scale once more before the output.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.section import Section
 from rpg.tasks.side_by_side import SideBySide
@@ -54,6 +55,9 @@ class FreshLoss:
             raise InputError("train.fresh", f"{network.num_states} permutation state", "two or more", "see model.state")
         if network.condition is not None:
             raise InputError("train.fresh", "a condition", "model.condition.kind none", "use train.behaviour")
+        if isinstance(network.denoiser, UNet1d):
+            cure = "its batch normalisation would count networks that are not in the zoo"
+            raise InputError("train.fresh", "model.denoiser unet1d", "mlp", cure)
         if not hasattr(task, "images"):
             raise InputError("train.fresh", f"task {type(task).__name__}", "a task with images")
         if layout.options.normalization != "residual":

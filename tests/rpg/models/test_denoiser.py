@@ -14,17 +14,17 @@ from rpg.models.denoiser.time import time_sinusoid
 SMALL = [
     MLPConfig(width=16, hidden=24, depth=2),
     MLPConfig(width=16, hidden=24, depth=2, skip=True),
-    UNet1dConfig(channels=(1, 4, 8, 1), d_time=16),
+    UNet1dConfig(channels=(1, 4, 8, 4, 1), d_time=16),
 ]
 
 
 def randomised(config, token_size=12, d_prototype=20):
-    """A denoiser whose output layer is not zero."""
+    """A denoiser in evaluation mode whose output layer is not zero."""
     torch.manual_seed(0)
     denoiser = build_denoiser(config, token_size, d_prototype)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return denoiser
+    return denoiser.eval()
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -88,20 +88,6 @@ def test_mlp_modulates_as_written_out():
     torch.testing.assert_close(denoiser(x, time, denoiser.precompute(prototype)), expected)
 
 
-@pytest.mark.parametrize(("d_prototype", "mapped"), [(12, False), (20, True)])
-def test_unet1d_is_the_plain_stack_of_conv1d(d_prototype, mapped):
-    config = UNet1dConfig(channels=(1, 4, 8, 1), d_time=16)
-    denoiser = randomised(config, d_prototype=d_prototype)
-    assert isinstance(denoiser.prototype, torch.nn.Linear) is mapped
-    x, prototype, time = torch.randn(3, 12), torch.randn(3, d_prototype), torch.rand(3) * 1000
-    scales = denoiser.time_scale(F.silu(denoiser.time(time)))[:, :, None].split((1, 4, 8), dim=1)
-    h, added = x[:, None], denoiser.prototype(prototype)[:, None]
-    for index, (convolution, scale) in enumerate(zip(denoiser.convolutions, scales, strict=True)):
-        h = F.conv1d((h + added) * scale, convolution.weight[:, :, 0], convolution.bias, padding=3)
-        h = F.leaky_relu(h, 0.1) if index < 2 else h
-    torch.testing.assert_close(denoiser(x, time, denoiser.precompute(prototype)), h[:, 0], rtol=1e-4, atol=1e-4)
-
-
 def counted_flops(denoiser, num_tokens: int, token_size: int, d_prototype: int) -> int:
     context = denoiser.precompute(torch.zeros(num_tokens, d_prototype))
     time = torch.tensor(0.0).expand(num_tokens)
@@ -142,7 +128,11 @@ def test_time_sinusoid_endpoints_and_wavelengths():
     ("section", "field"),
     [
         ({"kind": "unet1d", "kernel_size": 6}, "kernel_size"),
-        ({"kind": "unet1d", "channels": [2, 4, 1]}, "channels"),
+        ({"kind": "unet1d", "channels": [2, 4, 2]}, "channels"),
+        ({"kind": "unet1d", "channels": [1, 4, 8, 1]}, "channels"),
+        ({"kind": "unet1d", "channels": [1, 4, 4, 1]}, "channels"),
+        ({"kind": "unet1d", "d_time": 15}, "d_time"),
+        ({"kind": "unet1d", "checkpoint_rows": 4}, "checkpoint_rows"),
         ({"kind": "mlp", "width": 0}, "width"),
     ],
 )

@@ -58,11 +58,12 @@ BACKBONES = [
 ]
 DENOISERS = [
     {"kind": "mlp", "width": 32, "hidden": 64, "depth": 2},
-    {"kind": "unet1d", "channels": [1, 8, 8, 1], "d_time": 16},
+    {"kind": "unet1d", "channels": [1, 8, 8, 8, 1], "d_time": 16},
+    {"kind": "unet1d", "channels": [1, 8, 8, 8, 1], "d_time": 16, "checkpointing": True},
 ]
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: d["kind"])
+@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: d["kind"] + "+" * ("checkpointing" in d))
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda b: b["kind"] + "+" * ("checkpointing" in b))
 def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict, denoiser: dict) -> None:
     zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=3, condition_size=2)

@@ -95,6 +95,7 @@ def test_it_changes_training_from_its_start_on_and_resumes_exactly(setting):
     [
         ({"model": {"state": {"of": "none"}}}, "two or more"),
         ({"tokens": {"size": 128, "normalization": "layer"}}, "expected residual"),
+        ({"model": {"state": {"of": "checkpoint"}, "denoiser": {"kind": "unet1d"}}}, "batch normalisation"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_named(setting, sections, message):

@@ -54,15 +54,19 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
         build_optimizer(small_config(tmp_path, train={"optimizer": "adamw8bit"}).train, [])
 
 
-@pytest.mark.parametrize("denoiser", [{}, {"kind": "unet1d", "channels": (1, 4, 1)}])
-def test_recomputed_and_compiled_networks_train_alike(tmp_path, zoo, denoiser):
+@pytest.mark.parametrize(
+    ("denoiser", "recompute"),
+    [({}, {"checkpoint_rows": 5}), ({"kind": "unet1d", "channels": (1, 4, 8, 4, 1)}, {"checkpointing": True})],
+    ids=["mlp", "unet1d"],
+)
+def test_recomputed_and_compiled_networks_train_alike(tmp_path, zoo, denoiser, recompute):
     """aot_eager traces forward and backward as inductor does, without a compiler."""
     model = {**small_config(tmp_path).plain()["model"], "state": {"of": "run", "noise": 0.3}}
     model["denoiser"] = denoiser or model["denoiser"]
     plain = small_config(tmp_path, run=str(tmp_path / "plain"), model=model)
     recomputed = {
         "backbone": {**model["backbone"], "checkpointing": True},
-        "denoiser": {**model["denoiser"], "checkpoint_rows": 5},
+        "denoiser": {**model["denoiser"], **recompute},
     }
     frugal = small_config(tmp_path, run=str(tmp_path / "frugal"), model={**model, **recomputed})
     compiled = small_config(tmp_path, run=str(tmp_path / "compiled"), model=model, train={"compile": "aot_eager"})

@@ -5,9 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpg.generation.generator import Generator
 from rpg.training.data import BatchSampler
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
+from rpg.training.trainer import Trainer
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
@@ -24,11 +26,21 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("state", [{"of": "run"}, {"of": "checkpoint", "noise": 0.3}])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, state):
-    whole = small_config(tmp_path, model={"state": state}, run=str(tmp_path / "whole"))
+UNET = {"kind": "unet1d", "channels": [1, 4, 6, 4, 1]}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"state": {"of": "run"}},
+        {"state": {"of": "checkpoint", "noise": 0.3}},
+        {"state": {"of": "checkpoint", "width": None, "start": "constant", "noise": 0.3}, "denoiser": UNET},
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, model):
+    whole = small_config(tmp_path, model=model, run=str(tmp_path / "whole"))
     train(whole)
-    parts = small_config(tmp_path, model={"state": state}, run=str(tmp_path / "parts"))
+    parts = small_config(tmp_path, model=model, run=str(tmp_path / "parts"))
     train(parts, max_seconds=0)  # stops after its first step
     assert RunFolder(parts.run).steps()[0][0] == 1
     train(parts, resume=True)
@@ -81,6 +93,33 @@ def test_gradient_accumulation_gives_the_same_run(tmp_path, zoo):
         results.append(weights(config.run))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_averaged_weights_have_the_running_statistics_of_the_same_steps(tmp_path, zoo, decay):
+    config = small_config(tmp_path, model={"denoiser": UNET}, train={"ema_decay": decay})
+    trainer = Trainer(config, resume=False, overwrite=True, say=print)
+    names = [name for name, _ in trainer.network.named_buffers() if "running" in name]
+    expected = [trainer.network.get_buffer(name).clone() for name in names]
+    for step, rows in trainer.sampler.prefetch(0, 5):
+        trainer.train_step(step, rows)
+        rate = 1 - min(decay, (2 + step) / (11 + step))
+        for value, name in zip(expected, names, strict=True):
+            value.lerp_(trainer.network.get_buffer(name), rate)
+    folder = trainer.finish(0.0)
+    found = load_file(folder / "model.safetensors")
+    for name, value in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], value)
+        assert torch.equal(found[name], trainer.network.get_buffer(name)) is (decay == 0)
+    generator = Generator.from_pretrained(folder)
+    assert_same_bits(generator.generate(3)[0], generator.generate(1)[0])
+
+
+def test_batch_normalisation_forbids_another_accumulation(tmp_path, zoo):
+    config = small_config(tmp_path, model={"denoiser": UNET})
+    train(config, max_seconds=0)
+    with pytest.raises(InputError, match=r"train\.gradient_accumulation"):
+        train(small_config(tmp_path, model={"denoiser": UNET}, train={"gradient_accumulation": 2}), resume=True)
 
 
 def test_impossible_requests_are_named(tmp_path, zoo):
