@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rpg.evaluation.metrics import Summary, summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
+from rpg.evaluation.vectors import FlatSpace
 from rpg.section import Section
 from rpg.seeding import generator
 from rpg.tasks.class_splits import hamming_to_nearest
@@ -80,25 +81,6 @@ class SplitScores(Section):
     worst: tuple[WorstTask, ...]
     beats_kernel_ridge: float
     not_worse_than_kernel_ridge: float
-
-
-class FlatSpace:
-    """Stacked weights as vectors ``[T, P]`` and back."""
-
-    def __init__(self, like: Stacked) -> None:
-        self.shapes = {name: value.shape[1:] for name, value in like.items()}
-
-    def flatten(self, weights: Stacked) -> Tensor:
-        """``[T, P]``."""
-        return torch.cat([weights[name].flatten(1) for name in self.shapes], 1)
-
-    def unflatten(self, vectors: Tensor) -> Stacked:
-        """Stacked weights that share the vectors' memory."""
-        parts = vectors.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {
-            name: part.unflatten(1, shape) if shape else part[:, 0]
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
 
 
 def choose_regressions(

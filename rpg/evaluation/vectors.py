@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
 
 StateDict = Mapping[str, Tensor]
@@ -20,6 +22,34 @@ class Slot:
     name: str
     start: int
     stop: int
+
+
+class FlatSpace:
+    """Stacked weights of T networks as vectors ``[T, P]`` and back.
+
+    Args:
+        like: tensors ``[T, *shape]`` by name, for any T.
+
+    Attributes:
+        slots: where each tensor lies.
+        size: P.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: value.shape[1:] for name, value in like.items()}
+        stops = itertools.accumulate(shape.numel() for shape in self.shapes.values())
+        self.slots = [Slot(n, stop - s.numel(), stop) for (n, s), stop in zip(self.shapes.items(), stops, strict=True)]
+        self.size = self.slots[-1].stop if self.slots else 0
+
+    def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """``[T, P]``."""
+        return torch.cat([weights[name].flatten(1) for name in self.shapes], 1)
+
+    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Stacked weights that share the vectors' memory."""
+        return {
+            slot.name: vectors[:, slot.start : slot.stop].reshape(-1, *self.shapes[slot.name]) for slot in self.slots
+        }
 
 
 class VectorSpace:
@@ -40,20 +70,20 @@ class VectorSpace:
         if not state_dicts:
             raise InputError("networks", "none", "at least one")
         self.first = state_dicts[0]
-        self.ties = _ties(self.first)
-        self.slots: list[Slot] = []
-        self.floors: dict[str, float] = {}
-        start = 0
-        for name, tensor in self.first.items():
-            if name in self.ties or not tensor.is_floating_point() or tensor.numel() < 2:
-                continue
-            if len(state_dicts) > 1 and all(torch.equal(tensor, other[name]) for other in state_dicts[1:]):
-                continue
-            self.slots.append(Slot(name, start, start + tensor.numel()))
-            start = self.slots[-1].stop
-            if name.endswith("running_var"):
-                self.floors[name] = min(float(other[name].min()) for other in state_dicts)
-        self.size = start
+        self.ties = find_ties(self.first)
+        varying = {
+            name: tensor[None]
+            for name, tensor in self.first.items()
+            if name not in self.ties and tensor.is_floating_point() and tensor.numel() > 1
+            if len(state_dicts) == 1 or any(not torch.equal(tensor, other[name]) for other in state_dicts[1:])
+        }
+        self.flat = FlatSpace(varying)
+        self.slots, self.size = self.flat.slots, self.flat.size
+        self.floors = {
+            name: min(float(other[name].min()) for other in state_dicts)
+            for name in varying
+            if name.endswith("running_var")
+        }
 
     def flatten(self, state_dicts: Sequence[StateDict]) -> Tensor:
         """Copy networks into float32 [num, values]."""
@@ -69,17 +99,17 @@ class VectorSpace:
         A batch-norm variance below the zoo's smallest is raised to it: a negative one would make the network NaN and
         a baseline look worse than its idea is.
         """
-        return [self._network(vector) for vector in vectors]
+        return [self._network(self.flat.unflatten(vector[None])) for vector in vectors]
 
-    def _network(self, vector: Tensor) -> dict[str, Tensor]:
-        values = {slot.name: vector[slot.start : slot.stop] for slot in self.slots}
+    def _network(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         network: dict[str, Tensor] = {}
         for name, like in self.first.items():
             if name in self.ties:
                 network[name] = network[self.ties[name]]
             elif name in values:
-                value = values[name].clamp(min=self.floors[name]) if name in self.floors else values[name]
-                network[name] = value.reshape(like.shape).to(like.dtype, copy=True)
+                value = values[name][0]
+                value = value.clamp(min=self.floors[name]) if name in self.floors else value
+                network[name] = value.to(like.dtype, copy=True)
             else:
                 network[name] = like.detach().clone()
         return network
@@ -90,16 +120,3 @@ class VectorSpace:
         for slot in self.slots:
             scale[slot.start : slot.stop] = vectors[:, slot.start : slot.stop].std(correction=0)
         return scale.clamp(min=1e-12)
-
-
-def _ties(state_dict: StateDict) -> dict[str, str]:
-    """Names whose tensor is another's memory in the same shape: alias → the first name of it."""
-    owners: dict[tuple, str] = {}
-    ties: dict[str, str] = {}
-    for name, tensor in state_dict.items():
-        if tensor.numel() == 0:
-            continue
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if owners.setdefault(key, name) != name:
-            ties[name] = owners[key]
-    return ties

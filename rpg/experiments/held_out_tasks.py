@@ -16,7 +16,6 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.held_out import (
     Diversity,
-    FlatSpace,
     SplitScores,
     TaskNetworks,
     choose_regressions,
@@ -27,6 +26,7 @@ from rpg.evaluation.held_out import (
 )
 from rpg.evaluation.held_out_plots import plot_distance, plot_parameters
 from rpg.evaluation.regression import Regression
+from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.held_out import FlatSpace, base_summed, measure_diversity, nearest_rows
+from rpg.evaluation.held_out import base_summed, measure_diversity, nearest_rows
+from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.held_out_tasks import evaluate_unseen, generate_for, networks_of, run_unseen, subset_task
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
