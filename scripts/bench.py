@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Parser, run_command, write_figures
 
 from rpg.cli import default_config
 from rpg.config import Config
@@ -25,12 +26,11 @@ from rpg.training.loop import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--seconds", type=float, default=60, help="training time of both recipes")
     parser.add_argument("--num", type=int, default=50, help="networks of our recipe to score")
     parser.add_argument("--num-paper", type=int, default=5, help="networks of the paper's recipe to score")
     parser.add_argument("--zoo", default="runs/zoos/digits")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -48,8 +48,7 @@ def main() -> None:
         results[f"speedup_vs_{name}"] = paper["seconds_per_network"][name] / ours["seconds_per_network"][""]
     results["original"] = ours.pop("original")
     print(json.dumps(results, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
 
 
 def measure(
@@ -98,4 +97,4 @@ def seconds_per_step(name: str, overrides: list[str], num_steps: int = 12) -> fl
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,8 +6,6 @@ exported adapter into a base of zeros.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Parser, run_command, write_figures
 from safetensors.torch import save_file
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -92,14 +91,13 @@ def load_by_peft(adapter: Path, layers: int) -> dict[str, float]:
 
 def main() -> None:
     """Make the zoo, run the commands, print a table and, if asked for, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_adapters"))
     parser.add_argument("--num", type=int, default=4, help="adapters in the zoo")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--form", default="aligned", help="tokens.lora_canonical")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,10 +122,9 @@ def main() -> None:
         print(f"{name:9}", *(f"{key} {value:>8}" for key, value in results[name].items()), flush=True)
     results["loaded"] = load_by_peft(folder / "exported", arguments.layers)
     print("loaded by PEFT:", results["loaded"])
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_figures(arguments.json, results)
     shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,7 +7,6 @@ python scripts/bench_gpu.py [--networks convnext_large] [--json FILE]
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Parser, run_command, write_figures
 from bench_scale import NETWORKS, alone, prepare, recipe
 
 from rpg.generation.generator import Generator
@@ -29,14 +29,13 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--networks", nargs="+", default=["convnext_large"], choices=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=10, help="sampling steps")
     parser.add_argument("--training-steps", type=int, default=30)
     parser.add_argument("--tile-tokens", type=int, default=4096, help="a GPU wants larger tiles than a CPU")
     parser.add_argument("--peak-tflops", type=float, help="of the device in bf16, if it is not known here")
     parser.add_argument("--folder", type=Path, help="where the zoos are, or are made and kept; else a temporary one")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device")
@@ -55,8 +54,7 @@ def main() -> None:
             figures[name] = alone(measure_training, name, folder, arguments.training_steps, peak)
             figures[name] |= alone(measure_generation, folder, arguments.steps, arguments.tile_tokens)
     print(json.dumps(figures, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(arguments.json, figures)
 
 
 def measure_training(name: str, folder: Path, num_steps: int, peak_tflops: float | None) -> dict[str, float | None]:
@@ -105,4 +103,4 @@ def measure_generation(folder: Path, steps: int, tile_tokens: int) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

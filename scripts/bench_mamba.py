@@ -7,7 +7,6 @@ that is busy with other work. The mixer runs with its default chunks and with th
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from _common import Parser, run_command, write_figures
 from torch import nn
 
 BATCH, LENGTH, WIDTH = 4, 1024, 512
@@ -91,10 +91,9 @@ def measure(repeats: int, autocast: bool) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each candidate")
     parser.add_argument("--autocast", action="store_true", help="run under bf16 autocast")
-    parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -105,10 +104,8 @@ def main() -> None:
     for name, row in results.items():
         time_column = f"{row['ms']:7.0f} ms ({row['time_ratio']:.2f}x)"
         print(f"{name:28} {time_column} {row['MiB']:7.0f} MiB ({row['memory_ratio']:.2f}x)")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=2)
+    write_figures(arguments.json, results)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,7 +7,6 @@ python scripts/bench_scale.py [--networks vit_base convnext_large] [--json FILE]
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Parser, run_command, write_figures
 from bench_tokenization import make_zoo
 
 from rpg.cli import default_config
@@ -41,20 +41,18 @@ PAPER_TOKENS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=10, help="sampling steps")
     parser.add_argument("--training-steps", type=int, default=8, help="steps whose wait for data is measured; 0: none")
     parser.add_argument("--folder", type=Path, help="where the zoos are, or are made and kept; else a temporary one")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.networks:
             folder = (arguments.folder or Path(temporary)) / name
             figures[name] = measure(name, folder, arguments.steps, arguments.training_steps)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(arguments.json, figures)
 
 
 def measure(name: str, folder: Path, steps: int, training_steps: int) -> dict[str, Any]:
@@ -201,4 +199,4 @@ def data_wait(name: str, folder: Path, num_steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from _common import Parser, run_command, write_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -132,7 +131,7 @@ def padding_table() -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--folder", type=Path, help="where the zoo is, or is made and kept; a temporary one otherwise")
     parser.add_argument("--network", default="convnext_large", help="timm name of the target network")
     parser.add_argument("--checkpoints", type=int, default=4)
@@ -140,7 +139,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16384, help="token width D")
     parser.add_argument("--normalization", default="residual", choices=["residual", "layer", "none"])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--padding", action="store_true", help="print the padding table instead")
     arguments = parser.parse_args()
     if arguments.padding:
@@ -155,8 +153,7 @@ def main() -> None:
         figures = measure(Zoo.open(folder), options, arguments.rows, arguments.repeats)
     for name, value in figures.items():
         print(f"{name:22} {value:10.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(arguments.json, figures)
 
 
 def prepare(path: Path, num_checkpoints: int, name: str) -> None:
@@ -164,8 +161,4 @@ def prepare(path: Path, num_checkpoints: int, name: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -1,24 +1,25 @@
-"""Time 1,000 conditioned networks from one generator: bench_unseen.py RUN [STEPS]."""
+"""Time 1,000 conditioned networks from one generator."""
 
 import resource
-import sys
 import tempfile
 import time
 
 import torch
+from _common import Parser, run_command
 
 from rpg.generation.generator import Generator
 from rpg.tasks.class_splits import all_tasks
-from tokenization.errors import InputError
 
 NUM = 1000
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3):
-        raise InputError("bench_unseen", f"{len(sys.argv) - 1} arguments", "RUN [STEPS]")
-    generator = Generator.from_pretrained(sys.argv[1])
-    steps = int(sys.argv[2]) if len(sys.argv) == 3 else generator.config.generate.steps
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("steps", type=int, nargs="?", help="sampling steps (default: the configuration's)")
+    arguments = parser.parse_args()
+    generator = Generator.from_pretrained(arguments.run)
+    steps = arguments.steps or generator.config.generate.steps
     bits = all_tasks(10)[:NUM].float()
     generator.generate(32, condition=bits[:32], steps=steps)  # warm-up
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

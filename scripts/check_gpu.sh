@@ -30,7 +30,7 @@ compare() { # run: its losses and its weights against those of the run single_gp
   "$bin/python" - "$runs" "$1" <<'PY'
 import json, sys
 from pathlib import Path
-from rpg.generator import Generator
+from rpg.generation.generator import Generator
 
 folder, run = Path(sys.argv[1]), sys.argv[2]
 one, other = ([json.loads(line)["loss"] for line in open(folder / name / "metrics.jsonl")] for name in ("single_gpu", run))

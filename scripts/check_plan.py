@@ -5,13 +5,12 @@ python scripts/check_plan.py [--cases NAME …] [--json FILE]
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Parser, run_command, write_figures
 from bench_scale import alone
 from bench_tokenization import make_zoo
 from rich.console import Console
@@ -54,9 +53,8 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, figures=True)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     table = Table("configuration", "training: plan", "measured", "error", "generation: plan", "measured", "error")
     figures: dict[str, Any] = {}
@@ -70,8 +68,7 @@ def main() -> None:
             table.add_row(name, *cells)
             print(name, *cells, flush=True)
     Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(arguments.json, figures)
 
 
 def check(name: str, folder: Path) -> dict[str, dict[str, int]]:
@@ -109,4 +106,4 @@ def measure_generation(name: str, folder: Path) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_command(main)

@@ -1,23 +1,21 @@
-"""Make the zoo of a configuration from one that differs in its held-out tasks only: resplit.py CONFIG SOURCE_ZOO."""
+"""Make the zoo of a configuration from one that differs in its held-out tasks only."""
 
-import sys
+from _common import Parser, run_command
 
 from rpg.config import Config
 from rpg.experiments.held_out_tasks import subset_task
 from rpg.tasks.images.subsets import resplit
-from tokenization.errors import InputError
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise InputError("resplit", f"{len(sys.argv) - 1} arguments", "CONFIG SOURCE_ZOO")
-    config = Config.load(sys.argv[1])
-    zoo = resplit(sys.argv[2], config.zoo, subset_task(config))
+    parser = Parser(__doc__)
+    parser.add_argument("config", help="whose zoo to make")
+    parser.add_argument("source_zoo", help="the zoo with the checkpoints")
+    arguments = parser.parse_args()
+    config = Config.load(arguments.config)
+    zoo = resplit(arguments.source_zoo, config.zoo, subset_task(config))
     print({split: len(zoo.subset(split)) for split in ("train", "validation", "unseen")}, "in", zoo.path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

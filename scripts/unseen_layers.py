@@ -1,19 +1,17 @@
-"""Which layers of the networks generated for unseen tasks differ from task to task: unseen_layers.py RUN."""
+"""Which layers of the networks generated for unseen tasks differ from task to task."""
 
-import sys
-from pathlib import Path
+from _common import Parser, run_command
 
 from rpg.experiments.held_out_tasks import generate_for, networks_of, subset_task
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
-from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise InputError("unseen_layers", f"{len(sys.argv) - 1} arguments", "RUN")
-    generator = Generator.from_pretrained(Path(sys.argv[1]))
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="the run folder")
+    generator = Generator.from_pretrained(parser.parse_args().run)
     task, originals = subset_task(generator.config), networks_of(Zoo.open(generator.config.zoo), "unseen")
     with single_threaded():
         made = generate_for(generator, originals.bits, generator.config.seed)
@@ -32,7 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

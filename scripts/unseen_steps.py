@@ -1,26 +1,27 @@
-"""What sampling adds on unseen tasks, by number of steps: unseen_steps.py RUN STEPS [STEPS …]."""
+"""What sampling adds on unseen tasks, by number of steps."""
 
-import sys
 import time
-from pathlib import Path
+
+from _common import Parser, run_command
 
 from rpg.experiments.held_out_tasks import diversity, generate_for, networks_of, subset_task
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
-from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
 def main() -> None:
-    if len(sys.argv) < 3 or not all(each.isdigit() for each in sys.argv[2:]):
-        raise InputError("unseen_steps", " ".join(sys.argv[1:]) or "nothing", "RUN STEPS [STEPS …]")
-    generator = Generator.from_pretrained(Path(sys.argv[1]))
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("steps", type=int, nargs="+", help="numbers of sampling steps")
+    arguments = parser.parse_args()
+    generator = Generator.from_pretrained(arguments.run)
     task, zoo = subset_task(generator.config), Zoo.open(generator.config.zoo)
     unseen, seen = networks_of(zoo, "unseen"), networks_of(zoo, "train")
     seed = generator.config.seed
     print("| steps | mean | worst | five for a task: mean | their vote | disagreement | spread | ms a network |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for steps in map(int, sys.argv[2:]):
+    for steps in arguments.steps:
         with single_threaded():
             started = time.perf_counter()
             networks = generate_for(generator, unseen.bits, seed, steps=steps)
@@ -36,7 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
