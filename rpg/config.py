@@ -14,55 +14,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from rpg.evaluation.config import EvaluateConfig
-from rpg.models.pdiff import PDiffConfig
-from rpg.models.recurrent_diffusion import ModelConfig
+from rpg.generation.config import GenerateConfig
+from rpg.migration import migrate, with_model_kind
+from rpg.models import ModelConfig, RecurrentConfig
 from rpg.section import Section
 from rpg.tasks.config import TaskConfig
-from rpg.training.losses.behaviour import BehaviourConfig
-from rpg.training.losses.fresh import FreshConfig
+from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenOptions
-
-
-class TrainConfig(Section):
-    """The training loop."""
-
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="checkpoints a step, over all processes")
-    splits: tuple[str, ...] = Field(("train",), min_length=1, description="splits of the zoo that are trained on")
-    tokens: int | None = Field(None, ge=1, description="tokens sampled of each checkpoint a step; all when null")
-    learning_rate: float = Field(3e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine to 0 follows")
-    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    gradient_accumulation: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments of 8 bits (bitsandbytes)")
-    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
-        None, description="backend of torch.compile for the networks; inductor: a slow start, then faster steps"
-    )
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the weight average that is saved")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is faster so")
-    save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")
-    keep: int = Field(2, ge=1, description="how many resumable checkpoints stay on disk")
-    behaviour: BehaviourConfig | None = Field(None, description="score predicted networks by what they answer")
-    fresh: FreshConfig | None = Field(None, description="make networks of states that no checkpoint has work")
-    log_every: int = Field(10, ge=1, description="steps between logged losses")
-
-
-class GenerateConfig(Section):
-    """Sampling."""
-
-    sampler: str | None = Field(None, description="euler or heun (flow); ddpm, ddim or dpm-solver++ (ddpm)")
-    steps: int = Field(4, ge=1, description="sampling steps")
-    eta: float = Field(0.0, ge=0, le=1, description="DDIM's share of fresh noise")
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
-    state: Literal["stored", "gaussian"] = Field(
-        "stored", description="permutation state: a training run's own, or a fresh one from a Gaussian fit of them all"
-    )
-    temperature: float = Field(1.0, gt=0, description="spread of gaussian states, in that of the learned ones")
-    tile_tokens: int = Field(512, ge=1, description="tokens computed together; part of what decides the bytes")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks")
 
 
 class Config(Section):
@@ -75,11 +34,7 @@ class Config(Section):
         None, description="what collects and scores checkpoints; null for a zoo of your own"
     )
     tokens: TokenOptions = TokenOptions()
-    generator: Literal["rpg", "pdiff"] = Field(
-        "rpg", description="recurrent diffusion over tokens (section model), or an autoencoder and latent diffusion"
-    )
-    model: ModelConfig = ModelConfig()
-    pdiff: PDiffConfig = PDiffConfig()
+    model: ModelConfig = RecurrentConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -94,7 +49,7 @@ class Config(Section):
         Raises:
             InputError: the file is missing or not YAML, a key is unknown, or a value is impossible.
         """
-        tree = _read_tree(Path(path))
+        tree = with_model_kind(_read_tree(Path(path)))
         for override in overrides or []:
             _apply(tree, override)
         return cls.parse(tree, str(path))
@@ -111,7 +66,7 @@ class Config(Section):
     def parse(cls, tree: dict[str, Any], where: str) -> Config:
         """Validate a tree of plain values; ``where`` names it in errors."""
         try:
-            return cls.model_validate(tree)
+            return cls.model_validate(with_model_kind(migrate(tree)))
         except ValidationError as error:
             raise _explain(cls, error, where) from None
 
@@ -142,7 +97,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base: dict[str, Any] = {}
     for parent in parents:
         base = _merge(base, _read_tree(path.parent / parent, (*seen, path.resolve())))
-    return _merge(base, tree)
+    return _merge(base, migrate(tree))
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +127,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     change: Any = value
     for part in reversed(key.strip().split(".")):
         change = {part: change}
-    tree.update(_merge(tree, change))
+    tree.update(_merge(tree, migrate(change)))
 
 
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> InputError:

@@ -24,6 +24,7 @@ from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
 from rpg.generation.generator import Generator
+from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
 from rpg.planning.flops import generation_flops
 from rpg.planning.memory import Subject
@@ -140,6 +141,7 @@ def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], N
     """One step of ``num_tokens`` tokens: what is called is timed."""
     size = config.tokens.size
     # The prototypes are as wide as the backbone's output; its depth does not matter here.
+    assert isinstance(config.model, RecurrentConfig)
     backbone = config.model.backbone
     width = (getattr(backbone, "widths", None) or [backbone.d_model])[-1]
     denoiser = build_denoiser(config.model.denoiser, size, width).eval().requires_grad_(False)

@@ -59,7 +59,8 @@ def small_config(folder: Path, **sections: object) -> Config:
         "generate": {"steps": 3, "tile_tokens": 32},
     }
     for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
+        same_kind = not isinstance(section, dict) or section.get("kind") is None
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) and same_kind else section
     return Config.parse(tree, "test")
 
 

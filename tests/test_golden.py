@@ -50,7 +50,7 @@ def conditional(folder: Path) -> tuple[Config, Any]:
 def pdiff(folder: Path) -> tuple[Config, Any]:
     make_zoo(folder / "zoo")
     stage = {"steps": STEPS // 2, "learning_rate": 1e-2, "batch_size": 4}
-    return pdiff_config(folder, pdiff={"autoencoder": stage, "latent": stage}), None
+    return pdiff_config(folder, model={"autoencoder": stage, "latent": stage}), None
 
 
 def adapter(folder: Path) -> tuple[Config, Any]:

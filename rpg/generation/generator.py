@@ -18,16 +18,16 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.adapter_folder import adapter_config_of
+from rpg.generation.config import GenerateConfig
 from rpg.generation.devices import parse_device
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink
 from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
-from rpg.generation.sampler import Request, Tile, TokenSampler
+from rpg.generation.request import Request, requested_conditions, requested_texts
+from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
-from rpg.models.conditioning import requested_conditions, requested_texts
-from rpg.models.pdiff import ParameterDiffusion
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models import Network, build_network
 from tokenization.errors import InputError
 from tokenization.files import file_digest
 from tokenization.layout.layout import TokenLayout
@@ -39,7 +39,11 @@ OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE)
 """What only some generators have: PEFT's configuration if they write adapters, texts if they take them."""
 
 StateDict = dict[str, Tensor]
-Network = RecurrentDiffusion | ParameterDiffusion
+SAMPLERS: dict[str, Callable[[Any, TokenLayout, GenerateConfig], TokenSampler | LatentSampler]] = {
+    "recurrent": TokenSampler,
+    "pdiff": LatentSampler,
+}
+"""What samples from each kind of model."""
 
 
 class Generator:
@@ -113,7 +117,7 @@ class Generator:
         condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
         size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
-        network = make_network(config, layout, metadata["num_states"], size)
+        network = build_network(config.model, layout, metadata["num_states"], size)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -247,10 +251,7 @@ class Generator:
 
     def sampler(self) -> TokenSampler | LatentSampler:
         """What turns requests into tiles of tokens."""
-        settings = self.config.generate
-        if isinstance(self.network, ParameterDiffusion):
-            return LatentSampler(self.network, self.layout, settings.precision == "bf16")
-        return TokenSampler(self.network, self.layout, settings.tile_tokens, settings.precision == "bf16")
+        return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
 
     def _sink(
         self, request: Request, output: Path | str | None, partition: Partition, shared: range
@@ -279,20 +280,6 @@ class Generator:
         if request.texts is not None:
             facts["condition"] = request.texts[index]
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
-
-
-def make_network(config: Config, layout: TokenLayout, num_states: int = 1, condition_size: int = 0) -> Network:
-    """The untrained networks of the generator that ``config`` names, drawn from torch's global random state.
-
-    Args:
-        config: the experiment.
-        layout: how checkpoints become tokens.
-        num_states: permutation states.
-        condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
-    """
-    if config.generator == "pdiff":
-        return ParameterDiffusion(config.pdiff, layout.num_values)
-    return RecurrentDiffusion(config.model, layout.positions, layout.token_size, num_states, condition_size)
 
 
 def _find_folder(path: Path | str) -> Path:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from rpg.config import Config
-
 if TYPE_CHECKING:
     from rpg.generation.generator import Generator
 
@@ -22,7 +20,7 @@ def model_card(source: Generator) -> str:
 
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
 {layout.token_size}). Condition: {condition}. Normalization: {config.tokens.normalization}.
-{_networks(config)}{_adapters(source)}
+{config.model.description}{_adapters(source)}
 
 | training | |
 | --- | --- |
@@ -42,14 +40,3 @@ def _adapters(source: Generator) -> str:
         return ""
     base = json.loads(source.adapter).get("base_model_name_or_path")
     return f"\nThe checkpoints are adapters of {base}, written as folders for PEFT."
-
-
-def _networks(config: Config) -> str:
-    if config.generator == "pdiff":
-        kind = "variational autoencoder" if config.pdiff.variational else "autoencoder and latent diffusion"
-        return f"p-diff (arXiv 2402.13144): {kind}, latent of {config.pdiff.latent_size} values."
-    model = config.model
-    return (
-        "Recurrent diffusion (arXiv 2501.11587).\n"
-        f"Objective: {model.diffusion.kind}, backbone: {model.backbone.kind}, denoiser: {model.denoiser.kind}."
-    )

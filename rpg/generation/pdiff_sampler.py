@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rpg.generation.config import GenerateConfig
 from rpg.generation.partition import Partition
-from rpg.generation.sampler import Request, Tile, Watch, inference
+from rpg.generation.request import Request
+from rpg.generation.sampler import Tile, Watch, inference
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import derive_seed
 from tokenization.layout.layout import TokenLayout
@@ -38,11 +40,11 @@ class LatentSampler:
     Args:
         network: the networks, in evaluation mode.
         layout: of the checkpoints.
-        bf16: compute in bf16 (autocast) instead of fp32.
+        settings: in which precision.
     """
 
-    def __init__(self, network: ParameterDiffusion, layout: TokenLayout, bf16: bool) -> None:
-        self.network, self.layout, self.bf16 = network, layout, bf16
+    def __init__(self, network: ParameterDiffusion, layout: TokenLayout, settings: GenerateConfig) -> None:
+        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
         self.device = network.latent_mean.device
 
     def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:

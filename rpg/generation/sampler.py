@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rpg.generation.config import GenerateConfig
 from rpg.generation.partition import Partition
+from rpg.generation.request import Request
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, generator
-from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 
 
@@ -32,31 +32,6 @@ class Tile:
     num_networks: int
     token: int
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of one call of ``generate``, every default filled in."""
-
-    num: int
-    seed: int
-    sampler: str
-    steps: int
-    eta: float
-    guidance_scale: float
-    state: str
-    conditions: Tensor | None  # [num, C]
-    temperature: float = 1.0
-    texts: tuple[str, ...] | None = None  # what the conditions were made of
-
-    def __post_init__(self) -> None:
-        for name in ("num", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
-        if self.state not in ("stored", "gaussian"):
-            raise InputError(f"There is no permutation state {self.state!r}; choose stored or gaussian.")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
 
 
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
@@ -72,13 +47,12 @@ class TokenSampler:
     Args:
         network: the networks, in evaluation mode.
         layout: of the checkpoints.
-        tile_tokens: tokens computed together.
-        bf16: compute in bf16 (autocast) instead of fp32.
+        settings: how many tokens are computed together, and in which precision.
     """
 
-    def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, tile_tokens: int, bf16: bool) -> None:
-        self.network, self.layout = low_precision_copy(network) if bf16 else network, layout
-        self.tile_tokens, self.bf16 = tile_tokens, bf16
+    def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, settings: GenerateConfig) -> None:
+        self.tile_tokens, self.bf16 = settings.tile_tokens, settings.precision == "bf16"
+        self.network, self.layout = low_precision_copy(network) if self.bf16 else network, layout
         self.device = network.position_embedding.device
 
     def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:

@@ -1,1 +1,32 @@
-"""Networks: recurrent diffusion and p-diff. No files, no trainer."""
+"""Generators' networks, one kind of model each; a kind is a class of configuration and a class of networks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
+from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
+from tokenization.layout.layout import TokenLayout
+
+ModelConfig = Annotated[RecurrentConfig | PDiffConfig, Field(discriminator="kind")]
+Network = RecurrentDiffusion | ParameterDiffusion
+
+__all__ = ["ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
+
+
+def build_network(
+    config: RecurrentConfig | PDiffConfig, layout: TokenLayout, num_states: int = 1, condition_size: int = 0
+) -> Network:
+    """The untrained networks that a configuration describes, drawn from torch's global random state.
+
+    Args:
+        config: kind and sizes.
+        layout: how checkpoints become tokens.
+        num_states: permutation states.
+        condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
+    """
+    if isinstance(config, PDiffConfig):
+        return ParameterDiffusion(config, layout.num_values)
+    return RecurrentDiffusion(config, layout.positions, layout.token_size, num_states, condition_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.time import TimeEmbedding
+from rpg.models.recurrent_diffusion import StateConfig
 from rpg.section import Section
 
 
@@ -34,6 +36,7 @@ class StageConfig(Section):
 class PDiffConfig(Section):
     """The networks of p-diff and their two stages (defaults of appendix A.1, tables 5c and 5d)."""
 
+    kind: Literal["pdiff"] = "pdiff"
     latent_size: int = Field(128, ge=1, description="width Z of the latent")
     channels: tuple[int, ...] = Field((8, 16, 32, 32, 32), min_length=1, description="of the encoder's convolutions")
     kernel_size: int = Field(5, ge=1, description="of all convolutions, odd")
@@ -53,6 +56,27 @@ class PDiffConfig(Section):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: found {kernel_size}, expected an odd number")
         return kernel_size
+
+    @property
+    def condition(self) -> ConditionConfig:
+        """p-diff takes no condition."""
+        return ConditionConfig()
+
+    @property
+    def state(self) -> StateConfig:
+        """p-diff knows no permutation states."""
+        return StateConfig(of="none")
+
+    @property
+    def normalises_batches(self) -> bool:
+        """No: what is computed of a checkpoint does not depend on those beside it."""
+        return False
+
+    @property
+    def description(self) -> str:
+        """What the model is, for the model card."""
+        networks = "variational autoencoder" if self.variational else "autoencoder and latent diffusion"
+        return f"p-diff (arXiv 2402.13144): {networks}, latent of {self.latent_size} values."
 
     @property
     def num_steps(self) -> int:

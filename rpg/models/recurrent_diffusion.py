@@ -39,9 +39,10 @@ class StateConfig(Section):
     )
 
 
-class ModelConfig(Section):
-    """The networks of the generator."""
+class RecurrentConfig(Section):
+    """The networks of recurrent diffusion."""
 
+    kind: Literal["recurrent"] = "recurrent"
     position: Literal["2d", "1d", "learned", "none"] = Field(
         "2d", description="(layer, token) sinusoid; 1-D sinusoid; learned; no position embedding"
     )
@@ -50,6 +51,19 @@ class ModelConfig(Section):
     backbone: BackboneConfig = LSTMConfig()
     denoiser: DenoiserConfig = MLPConfig()
     diffusion: ObjectiveConfig = FlowConfig()
+
+    @property
+    def normalises_batches(self) -> bool:
+        """Whether what is computed of a row depends on the rows beside it."""
+        return self.denoiser.kind == "unet1d"
+
+    @property
+    def description(self) -> str:
+        """What the model is, for the model card."""
+        return (
+            "Recurrent diffusion (arXiv 2501.11587).\n"
+            f"Objective: {self.diffusion.kind}, backbone: {self.backbone.kind}, denoiser: {self.denoiser.kind}."
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ class RecurrentDiffusion(nn.Module):
     position_embedding: Tensor
 
     def __init__(
-        self, config: ModelConfig, positions: Tensor, token_size: int, num_states: int = 1, condition_size: int = 0
+        self, config: RecurrentConfig, positions: Tensor, token_size: int, num_states: int = 1, condition_size: int = 0
     ) -> None:
         super().__init__()
         self.config = config

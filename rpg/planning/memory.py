@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
-from rpg.generation.generator import Network, make_network
 from rpg.generation.pdiff_sampler import GROUP
 from rpg.generation.sampler import low_precision_copy
-from rpg.models.pdiff import ParameterDiffusion
+from rpg.models import Network, build_network
+from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.training.data import condition_size, state_ids
@@ -131,8 +131,8 @@ def meta_network(config: Config, subject: Subject) -> Network:
     """The generator's networks without storage (on the meta device)."""
     layout = subject.layout
     with torch.device("meta"):
-        if config.generator == "pdiff":
-            return make_network(config, layout)
+        if isinstance(config.model, PDiffConfig):
+            return build_network(config.model, layout)
         # As there, but with the positions on the meta device too: their embedding can take gigabytes.
         positions = layout.positions.to("meta")
         return RecurrentDiffusion(
@@ -161,8 +161,8 @@ def parameters(network: nn.Module) -> dict[str, int]:
 def rows_per_step(config: Config, subject: Subject) -> int:
     """Token rows in one training step, over all processes: B times N. p-diff sees whole checkpoints."""
     num_tokens = subject.layout.num_tokens
-    if config.generator == "pdiff":
-        return config.pdiff.autoencoder.batch_size * num_tokens
+    if isinstance(config.model, PDiffConfig):
+        return config.model.autoencoder.batch_size * num_tokens
     return config.train.batch_size * min(config.train.tokens or num_tokens, num_tokens)
 
 
@@ -179,7 +179,7 @@ def checkpoint_bytes(layout: TokenLayout) -> int:
 
 def cache_bytes(config: Config, subject: Subject) -> int:
     """Bytes of the encoded zoo that training keeps in memory; 0 where the rows are read from disk."""
-    if config.generator == "pdiff":
+    if isinstance(config.model, PDiffConfig):
         return subject.num_checkpoints * subject.layout.num_values * FLOAT_BYTES
     return TokenReader.cached_bytes(subject.num_checkpoints, subject.layout)
 
@@ -293,9 +293,9 @@ def _num_bytes(tensors: Iterable[Any]) -> int:
 def fake_inputs(config: Config, subject: Subject, network: Network, num_processes: int) -> tuple[Any, ...]:
     """Arguments for ``network.forward`` in the shapes of one process's part of a step; call it in a fake mode."""
     if isinstance(network, ParameterDiffusion):
-        num_examples = config.pdiff.autoencoder.batch_size
+        num_examples = network.config.autoencoder.batch_size
         values = (num_examples, subject.layout.num_values)
-        return 0, torch.empty(values), torch.empty(values), torch.empty(num_examples, config.pdiff.latent_size)
+        return 0, torch.empty(values), torch.empty(values), torch.empty(num_examples, network.config.latent_size)
     num_examples = max(1, config.train.batch_size // num_processes // config.train.gradient_accumulation)
     num_sampled = rows_per_step(config, subject) // config.train.batch_size
     # A condition of its own for every example is the most there can be.

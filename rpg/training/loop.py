@@ -13,10 +13,14 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from rpg.config import Config
+from rpg.training.pdiff_trainer import PDiffTrainer
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 
 Progress = Callable[[int, int, float], None]
+
+TRAINERS: dict[str, type[Trainer]] = {"recurrent": Trainer, "pdiff": PDiffTrainer}
+"""What trains each kind of model."""
 
 
 def train(
@@ -49,7 +53,7 @@ def train(
     """
     started = time.monotonic()
     with stop_signal() as stop_requested, _disk_errors(config.run):
-        trainer = _trainer_of(config)(config, resume=resume, overwrite=overwrite, say=say)
+        trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)
             done = step + 1
@@ -98,11 +102,3 @@ def _disk_errors(run: str) -> Iterator[None]:
         where, found = getattr(error, "filename", None) or run, getattr(error, "strerror", None) or str(error)
         cure = "the last save is kept; put that right and continue with --resume"
         raise InputError(str(where), found, "a disk to read from and write to", cure) from error
-
-
-def _trainer_of(config: Config) -> type[Trainer]:
-    if config.generator == "pdiff":
-        from rpg.training.pdiff_trainer import PDiffTrainer
-
-        return PDiffTrainer
-    return Trainer

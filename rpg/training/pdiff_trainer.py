@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rpg.generation.pdiff_sampler import flatten_tokens
-from rpg.models.pdiff import ParameterDiffusion
+from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import generator, permutation
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
@@ -69,18 +70,18 @@ class PDiffTrainer(Trainer):
     sampler: VectorSampler
 
     @property
+    def settings(self) -> PDiffConfig:
+        """The section ``model`` of the configuration."""
+        return cast(PDiffConfig, self.config.model)
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of both stages."""
-        return self.config.pdiff.num_steps
-
-    def _check(self, zoo: Zoo) -> None:
-        super()._check(zoo)
-        if self.config.model.condition.kind != "none":
-            raise InputError("model.condition.kind", self.config.model.condition.kind, "none with generator pdiff")
+        return self.settings.num_steps
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW with one group a stage."""
-        network, stages = self.network, (self.config.pdiff.autoencoder, self.config.pdiff.latent)
+        network, stages = self.network, (self.settings.autoencoder, self.settings.latent)
         first = [*network.encoder.parameters(), *network.decoder.parameters()]
         groups = [
             {"params": parameters, "lr": stage.learning_rate, "weight_decay": stage.weight_decay}
@@ -92,11 +93,11 @@ class PDiffTrainer(Trainer):
         """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
         if world_size > 1 or self.distributed.spread != "none":
             found = f"{world_size} processes, or DeepSpeed"
-            raise InputError("generator: pdiff", found, "one, without", "p-diff's networks are small")
+            raise InputError("model.kind: pdiff", found, "one, without", "p-diff's networks are small")
         if self.config.train.compile or self.config.train.gradient_accumulation > 1:
             found = "train.compile or train.gradient_accumulation"
-            raise InputError("generator: pdiff", found, "neither", "p-diff's networks are small")
-        stages = self.config.pdiff.autoencoder, self.config.pdiff.latent
+            raise InputError("model.kind: pdiff", found, "neither", "p-diff's networks are small")
+        stages = self.settings.autoencoder, self.settings.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
         return VectorSampler(self.zoo, self.layout, self.config.seed, sizes, stages[0].steps)
@@ -107,13 +108,13 @@ class PDiffTrainer(Trainer):
 
     def learning_rate(self, step: int) -> float:
         """A cosine to 0 in each stage."""
-        first, second = self.config.pdiff.autoencoder, self.config.pdiff.latent
+        first, second = self.settings.autoencoder, self.settings.latent
         stage, done = (first, step) if step < first.steps else (second, step - first.steps)
         return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * done / stage.steps))
 
     def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
         """One optimizer step of the stage that ``step`` is in; returns its loss."""
-        stage = int(step >= self.config.pdiff.autoencoder.steps)
+        stage = int(step >= self.settings.autoencoder.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.model.train()
@@ -122,7 +123,7 @@ class PDiffTrainer(Trainer):
         if not math.isfinite(value):
             name = ("autoencoder", "latent")[stage]
             raise InputError(
-                f"step {step + 1}", f"a loss of {value}", "a finite one", f"lower pdiff.{name}.learning_rate"
+                f"step {step + 1}", f"a loss of {value}", "a finite one", f"lower model.{name}.learning_rate"
             )
         self.backward_and_step(step, loss)
         if stage:
@@ -131,7 +132,7 @@ class PDiffTrainer(Trainer):
 
     def _inputs(self, stage: int, step: int, examples: list[int]) -> tuple[Tensor, ...]:
         """The tensors of a step's loss, their random numbers decided by (seed, step)."""
-        device, latent_size = self.accelerator.device, self.config.pdiff.latent_size
+        device, latent_size = self.accelerator.device, self.settings.latent_size
         stream = generator(self.config.seed, "pdiff", step)
         noise = torch.randn(len(examples), latent_size, generator=stream)
         if stage == 0:
@@ -146,7 +147,7 @@ class PDiffTrainer(Trainer):
         """Latents of all training checkpoints by the trained encoder, ``[K, Z]``; measured when first asked for."""
         if self._latents is None:
             with self.accelerator.autocast():
-                chunks = self.sampler.vectors.split(self.config.pdiff.autoencoder.batch_size)
+                chunks = self.sampler.vectors.split(self.settings.autoencoder.batch_size)
                 encoded = [self.network.encode(chunk.to(self.accelerator.device))[0] for chunk in chunks]
             self._latents = torch.cat(encoded)
             self.network.measure_latents(self._latents)

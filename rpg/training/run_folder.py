@@ -47,7 +47,7 @@ class RunFolder:
             # parsed, so that fields which are newer than the run have their defaults
             before = Config.parse(yaml.safe_load(saved.read_text()), str(saved)).plain()
             # Batch normalisation sees one part of a batch at a time.
-            fixed = {"train.gradient_accumulation"} if config.model.denoiser.kind == "unet1d" else set()
+            fixed = {"train.gradient_accumulation"} if config.model.normalises_batches else set()
             changed = _first_difference(before, config.plain(), FREE_TO_CHANGE - fixed)
             if changed:
                 raise InputError(

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from rpg.config import Config
-from rpg.generation.generator import Generator, Network, make_network
+from rpg.generation.generator import Generator
+from rpg.models import Network
+from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.training import checkpointing
 from rpg.training.data import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
@@ -233,7 +235,7 @@ def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> Network:
     num_states = int(state_ids(zoo, config).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return make_network(config, layout, num_states, condition_size(zoo, config))
+        return build(config.model, layout, num_states, condition_size(zoo, config))
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:

@@ -119,7 +119,7 @@ def _heatmap(zoo: Tensor, generated: Tensor) -> tuple[list[str], Tensor]:
 def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: EvaluationResult) -> dict[str, str]:
     config = generator.config
     rows: dict[str, Any] = {
-        "generator": f"{config.generator}, sha256 {generator.digest}",
+        "generator": f"{config.model.kind}, sha256 {generator.digest}",
         **{f"generator: {name}": value for name, value in generator.facts.items()},
         "zoo": f"{len(zoo.subset('train'))} checkpoints of {zoo.num_runs} run(s), digest {zoo.digest()}",
         "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",

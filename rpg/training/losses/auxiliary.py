@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rpg.config import Config
-from rpg.generation.generator import Network
+from rpg.models import Network
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import generator
 from rpg.tasks import build_task, task_of

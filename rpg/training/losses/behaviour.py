@@ -9,28 +9,16 @@ reaches the generator through them. The right answers are the images' labels, or
 from __future__ import annotations
 
 import time
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from rpg.tasks.side_by_side import Stacked, Teacher
+from rpg.training.config import BehaviourConfig
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
-
-
-class BehaviourConfig(Section):
-    """The behaviour loss; weight 0 keeps its share of the batch at the last time and asks no behaviour of it."""
-
-    weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
-    images: int = Field(128, ge=1, description="training images a step")
-    target: Literal["labels", "base"] = Field(
-        "labels", description="right answers: the images' labels, or the base network's class probabilities"
-    )
-    share: float = Field(0.5, gt=0, le=1, description="share of the batch whose tokens are all at the last time")
 
 
 @runtime_checkable

@@ -15,26 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.section import Section
 from rpg.tasks.side_by_side import SideBySide
+from rpg.training.config import FreshConfig
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
-
-
-class FreshConfig(Section):
-    """The fresh-state loss."""
-
-    weight: float = Field(1.0, gt=0, description="of the cross-entropy")
-    spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer one another than their temperature")
-    temperature: float = Field(4.0, ge=1, description="widest states, in the spread of the learned ones; from 1 on")
-    networks: int = Field(8, ge=2, description="networks a step")
-    images: int = Field(128, ge=1, description="training images a step")
-    start: float = Field(0.5, ge=0, lt=1, description="share of the steps before it sets in")
 
 
 class FreshLoss:

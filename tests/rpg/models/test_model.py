@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.recurrent_diffusion import Batch, ModelConfig, RecurrentDiffusion, StateConfig
+from rpg.models.recurrent_diffusion import Batch, RecurrentConfig, RecurrentDiffusion, StateConfig
 
 L, D, C = 6, 8, 3
 POSITIONS = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]])
@@ -12,7 +12,7 @@ POSITIONS = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]])
 
 def build(**changes) -> RecurrentDiffusion:
     torch.manual_seed(0)
-    config = ModelConfig.model_validate(
+    config = RecurrentConfig.model_validate(
         {
             "backbone": {"kind": "lstm", "d_model": 16, "num_layers": 1},
             "denoiser": {"kind": "mlp", "width": 16, "hidden": 16, "depth": 1},

@@ -24,10 +24,10 @@ STAGES = {
 
 
 def pdiff_config(folder, **sections) -> Config:
-    pdiff = {**SMALL, **STAGES, **sections.pop("pdiff", {})}
+    model = {"kind": "pdiff", **SMALL, **STAGES, **sections.pop("model", {})}
     tokens = {"size": 16, "flatten": "flat", **sections.pop("tokens", {})}
     generate = {"steps": 5, "sampler": "ddim"}
-    return small_config(folder, generator="pdiff", pdiff=pdiff, tokens=tokens, generate=generate, **sections)
+    return small_config(folder, model=model, tokens=tokens, generate=generate, **sections)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 500])
@@ -87,7 +87,7 @@ def test_dead_latents_stay_dead():
 
 @pytest.mark.parametrize("variational", [False, True])
 def test_it_trains_saves_loads_and_generates(tmp_path, zoo, variational):
-    config = pdiff_config(tmp_path, pdiff={"variational": variational})
+    config = pdiff_config(tmp_path, model={"variational": variational})
     folder = train(config)
     generator = Generator.from_pretrained(folder)
     networks = generator.generate(GROUP + 2, seed=3)
@@ -124,7 +124,7 @@ def test_the_autoencoder_learns_a_low_dimensional_zoo(tmp_path):
         "latent": {"steps": 1, "learning_rate": 1e-3},
     }
     pdiff = {**stages, "latent_size": 16, "channels": (8, 16, 32, 32, 32)}
-    config = pdiff_config(tmp_path, pdiff=pdiff, train={"log_every": 120})
+    config = pdiff_config(tmp_path, model=pdiff, train={"log_every": 120})
     losses = []
     train(config, progress=lambda done, total, loss: losses.append(loss))
     assert losses[0] < 0.2  # the normalised values have mean square 1
@@ -141,5 +141,5 @@ def test_only_the_included_tensors_are_generated(tmp_path, zoo):
 
 def test_a_condition_is_the_users_mistake(tmp_path):
     make_zoo(tmp_path / "zoo", condition_size=2)
-    with pytest.raises(InputError, match="none with generator pdiff"):
+    with pytest.raises(InputError, match="condition.*an unknown key"):
         train(pdiff_config(tmp_path, model={"condition": {"kind": "binary"}}))

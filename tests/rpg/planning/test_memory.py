@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
-from rpg.generation.generator import make_network
+from rpg.models import build_network
 from rpg.planning import memory as estimate
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.training.data import BatchSampler, to_batch
@@ -73,7 +73,7 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
     memory = estimate.training_memory(config, subject)
 
     layout = TokenLayout.fit(zoo, config.tokens)
-    network = make_network(config, layout, subject.num_states, subject.condition_size).train()
+    network = build_network(config.model, layout, subject.num_states, subject.condition_size).train()
     sampler = BatchSampler(zoo, layout, config)
     batch = to_batch(sampler.load(0), network.objective, torch.device("cpu"))  # type: ignore[arg-type]
     with LiveBytes() as live:
@@ -141,10 +141,10 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
 
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
     zoo: Zoo = make_zoo(tmp_path / "zoo")
-    config = small_config(tmp_path, generator="pdiff")
+    config = small_config(tmp_path, model={"kind": "pdiff"})
     subject = estimate.Subject.of(zoo, config)
     memory = estimate.training_memory(config, subject)
-    network = make_network(config, TokenLayout.fit(zoo, config.tokens))
+    network = build_network(config.model, TokenLayout.fit(zoo, config.tokens))
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters())
     assert 0 < memory.ema < memory.gradients and memory.cache == 6 * 107 * 4
     assert estimate.generation_memory(config, subject).total > memory.weights

@@ -45,9 +45,9 @@ def test_states_are_wider_by_their_temperature_and_have_the_tables_covariance():
 
 
 def small_config_model():
-    from rpg.models.recurrent_diffusion import ModelConfig, StateConfig
+    from rpg.models.recurrent_diffusion import RecurrentConfig, StateConfig
 
-    return ModelConfig(state=StateConfig(of="checkpoint", width=3))
+    return RecurrentConfig(state=StateConfig(of="checkpoint", width=3))
 
 
 def test_the_loss_is_cross_entropy_plus_spread(setting):

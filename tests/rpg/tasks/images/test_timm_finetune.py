@@ -69,8 +69,8 @@ def test_predictions_are_those_of_the_base_network_with_the_tensors_in_it(folder
 def test_pdiff_generates_them(folder, zoo):
     stage = {"steps": 5, "learning_rate": 1e-3, "batch_size": 5}
     tree = {
-        "run": str(folder / "run"), "zoo": str(zoo.path), "generator": "pdiff", "tokens": {"flatten": "flat"},
-        "pdiff": {"autoencoder": stage, "latent": stage}, "generate": {"sampler": "ddim", "steps": 3},
+        "run": str(folder / "run"), "zoo": str(zoo.path), "tokens": {"flatten": "flat"},
+        "model": {"kind": "pdiff", "autoencoder": stage, "latent": stage}, "generate": {"sampler": "ddim", "steps": 3},
         "evaluate": {"num": 3, "num_baseline": 2, "noise": (0.1,)}, "task": config_of(folder).model_dump(),
     }  # fmt: skip
     config = Config.parse(tree, "test")

@@ -1,0 +1,91 @@
+"""What is asked of a generator: a number of networks, a seed, how they are sampled, and for which condition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg.generation.text_encoder import TextTable
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one call of ``generate``, every default filled in."""
+
+    num: int
+    seed: int
+    sampler: str
+    steps: int
+    eta: float
+    guidance_scale: float
+    state: str
+    conditions: Tensor | None  # [num, C]
+    temperature: float = 1.0
+    texts: tuple[str, ...] | None = None  # what the conditions were made of
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.state not in ("stored", "gaussian"):
+            raise InputError(f"There is no permutation state {self.state!r}; choose stored or gaussian.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
+
+
+def requested_conditions(
+    condition: Any, num: int, spec: ConditionSpec | None, table: TextTable | None
+) -> Tensor | None:
+    """What is asked of a generator as ``[num, C]``, checked; None of one that takes no condition.
+
+    Args:
+        condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; a text or ``num`` texts.
+        num: networks.
+        spec: what the generator's conditions mean.
+        table: its texts, where they are texts.
+
+    Raises:
+        InputError: it is missing or of another kind or size, has impossible values, or cannot be encoded.
+    """
+    if spec is None:
+        if condition is not None:
+            raise InputError("condition", "a condition", "none", "this generator was trained without one")
+        return None
+    width = table.vectors.shape[1] if table is not None else 1 if spec.kind == "class" else spec.size
+    expected = f"{width} values ({spec.kind})" if table is None else "a text"
+    if condition is None:
+        raise InputError("condition", "none", expected, "say what to generate for")
+    texts = requested_texts(condition, num)
+    if texts is not None:
+        if table is None or len(texts) != num:
+            raise InputError("condition", f"{len(texts)} texts", expected if table is None else f"one, or {num}")
+        if not all(text.strip() for text in texts):
+            raise InputError("condition", "an empty text", "one that says what to generate")
+        vectors = {text: table.condition(text) for text in dict.fromkeys(texts)}
+        return torch.stack([vectors[text] for text in texts])
+    values = torch.as_tensor(condition, dtype=torch.float32)
+    values = values.expand(num, -1) if values.ndim == 1 else values
+    if values.shape != (num, width):
+        raise InputError("condition", f"{list(values.shape)} values", f"[{num}, {width}]")
+    if not torch.isfinite(values).all():
+        raise InputError("condition", "NaN or infinity", "finite numbers")
+    if spec.kind == "binary" and not ((values == 0) | (values == 1)).all():
+        raise InputError("condition", "values other than 0 and 1", "a binary vector")
+    if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
+        raise InputError("condition", "no class of the generator", f"a whole number from 0 to {spec.size - 1}")
+    return values
+
+
+def requested_texts(condition: Any, num: int) -> tuple[str, ...] | None:
+    """A condition that is a text, or one for each network, as one for each; None if it is not."""
+    if isinstance(condition, str):
+        return (condition,) * num
+    if isinstance(condition, list | tuple) and condition and all(isinstance(each, str) for each in condition):
+        return tuple(condition)
+    return None

@@ -1,0 +1,57 @@
+"""The configuration of training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rpg.section import Section
+
+
+class BehaviourConfig(Section):
+    """The behaviour loss; weight 0 keeps its share of the batch at the last time and asks no behaviour of it."""
+
+    weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
+    images: int = Field(128, ge=1, description="training images a step")
+    target: Literal["labels", "base"] = Field(
+        "labels", description="right answers: the images' labels, or the base network's class probabilities"
+    )
+    share: float = Field(0.5, gt=0, le=1, description="share of the batch whose tokens are all at the last time")
+
+
+class FreshConfig(Section):
+    """The fresh-state loss."""
+
+    weight: float = Field(1.0, gt=0, description="of the cross-entropy")
+    spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer one another than their temperature")
+    temperature: float = Field(4.0, ge=1, description="widest states, in the spread of the learned ones; from 1 on")
+    networks: int = Field(8, ge=2, description="networks a step")
+    images: int = Field(128, ge=1, description="training images a step")
+    start: float = Field(0.5, ge=0, lt=1, description="share of the steps before it sets in")
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="checkpoints a step, over all processes")
+    splits: tuple[str, ...] = Field(("train",), min_length=1, description="splits of the zoo that are trained on")
+    tokens: int | None = Field(None, ge=1, description="tokens sampled of each checkpoint a step; all when null")
+    learning_rate: float = Field(3e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine to 0 follows")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    gradient_accumulation: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments of 8 bits (bitsandbytes)")
+    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
+        None, description="backend of torch.compile for the networks; inductor: a slow start, then faster steps"
+    )
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the weight average that is saved")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is faster so")
+    save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")
+    keep: int = Field(2, ge=1, description="how many resumable checkpoints stay on disk")
+    behaviour: BehaviourConfig | None = Field(None, description="score predicted networks by what they answer")
+    fresh: FreshConfig | None = Field(None, description="make networks of states that no checkpoint has work")
+    log_every: int = Field(10, ge=1, description="steps between logged losses")

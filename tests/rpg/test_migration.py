@@ -1,0 +1,41 @@
+import pytest
+
+from rpg.config import Config
+from rpg.migration import migrate
+from tokenization.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"generator": "pdiff", "model": {"position": "2d"}, "pdiff": {"latent_size": 8}}, {"latent_size": 8}),
+        ({"generator": "pdiff"}, {}),
+        ({"generator": "rpg", "model": {"position": "1d"}, "pdiff": {"latent_size": 8}}, {"position": "1d"}),
+        ({"generator": "rpg"}, {}),
+    ],
+)
+def test_the_generator_of_earlier_versions_is_a_kind_of_model(before, after):
+    kind = {"rpg": "recurrent", "pdiff": "pdiff"}[before["generator"]]
+    assert migrate(before) == {"model": {"kind": kind, **after}}
+    assert Config.parse(before, "test") == Config.parse({"model": {"kind": kind, **after}}, "test")
+
+
+def test_a_model_without_a_kind_is_recurrent():
+    config = Config.parse({"model": {"position": "1d"}}, "test")
+    assert config.model.kind == "recurrent" and config.model == Config.parse(config.plain(), "test").model
+    assert Config.defaults(["model.state.of=none"]).model.state.of == "none"
+
+
+def test_files_and_overrides_of_earlier_versions_mix_with_todays(tmp_path):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text("generator: pdiff\npdiff: {latent_size: 8}")
+    new.write_text("extends: old.yaml\nmodel: {stride: 3}")
+    config = Config.load(new, ["pdiff.latent.steps=5", "pdiff.latent.learning_rate=1e-3"])
+    assert (config.model.kind, config.model.latent_size, config.model.stride) == ("pdiff", 8, 3)
+    assert config.model.latent.steps == 5
+    old.write_text("model: {kind: pdiff, latent_size: 8}")
+    new.write_text("extends: old.yaml\npdiff: {stride: 3}")
+    assert (Config.load(new).model.latent_size, Config.load(new).model.stride) == (8, 3)
+    assert Config.load(new, ["generator=rpg"]) == Config.defaults()
+    with pytest.raises(InputError, match=r"model.*'gan'.*recurrent"):
+        Config.load(new, ["generator=gan"])
