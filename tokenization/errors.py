@@ -6,20 +6,22 @@ from __future__ import annotations
 class InputError(ValueError):
     """A mistake in what the user gave: a file, a tensor, a field of a configuration.
 
-    Its text is a single line, ``<where>: found <found>, expected <expected>; <cure>``; the command line
-    prints it after ``error:`` and exits with code 2. Internal invariants use ``assert`` instead.
+    The caller writes one plain sentence that says what is wrong, where, and what to do about it::
+
+        raise InputError(f"{path} has no tensor {name!r}; save the checkpoint again")
+
+    The command line prints it after ``error:`` and exits with code 2. Internal invariants use ``assert`` instead.
 
     Args:
-        where: the file, tensor or field at fault, e.g. ``zoo/a.safetensors: tensor 'fc.weight'``.
-        found: what is there.
-        expected: what should be there; left out when empty.
-        cure: what to do about it; left out when empty.
+        message: the sentence. Line breaks become spaces.
+        found, expected, cure: an older way of putting a message together, ``message: found; expected … (cure)``.
     """
 
-    def __init__(self, where: str, found: str = "", expected: str = "", cure: str = "") -> None:
-        text = f"{where}: found {found}" if found else where
+    def __init__(self, message: str, found: str = "", expected: str = "", cure: str = "") -> None:
+        if found:
+            message += f": {found}"
         if expected:
-            text += f", expected {expected}"
+            message += f"; expected {expected}"
         if cure:
-            text += f"; {cure}"
-        super().__init__(" ".join(text.split()))
+            message += f" ({cure})"
+        super().__init__(" ".join(message.split()))

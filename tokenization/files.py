@@ -99,8 +99,7 @@ def remove_leftovers(folder: Path) -> None:
 def writing_failed(path: Path | str, error: Exception) -> InputError:
     """What to raise where ``path`` could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
-    cure = "free some or choose another"
-    return InputError(str(path), f"an error on writing ({reason})", "a writable place with enough space", cure)
+    return InputError(f"{path} could not be written ({reason}); free some space or choose another place")
 
 
 def _aside(path: Path) -> Path:

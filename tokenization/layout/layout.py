@@ -236,10 +236,15 @@ class TokenLayout:
         stored |= {name: self.constant(name).clone() for name in self.constant_specs}
         return {name: stored[self.ties.get(name, name)] for name in self.names}
 
-    def decode_batch(self, tokens: Tensor) -> dict[str, Tensor]:
+    def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]`` in the tokens' dtype and on their device.
 
-        Differentiable. Aliases are included, tensors outside the tokens are in ``constants``.
+        Differentiable. Aliases are included.
+
+        Args:
+            tokens: of any float dtype and device.
+            constants: add the tensors outside the tokens, ``[..., *shape]`` too, in their own dtype; no copy is made
+                for each network.
 
         Raises:
             ValueError: tokens of another shape.
@@ -257,6 +262,9 @@ class TokenLayout:
             if isinstance(centre, Tensor):
                 centre = centre.to(tokens.device, tokens.dtype).reshape(layer.shape)
             stored[layer.name] = statistics.denormalize_as(values, centre)
+        for name in self.constant_specs if constants else ():
+            value = self.constant(name)
+            stored[name] = value.to(tokens.device).expand(*batch, *value.shape)
         names = [name for name in self.names if self.ties.get(name, name) in stored]
         return {name: stored[self.ties.get(name, name)] for name in names}
 

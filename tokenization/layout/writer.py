@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.safetensors import ORDER_KEY
 from tokenization.checkpoint.saving import header_of
-from tokenization.errors import InputError
-from tokenization.files import TEMPORARY_SUFFIX, synchronise
+from tokenization.files import TEMPORARY_SUFFIX, synchronise, writing_failed
 from tokenization.layout.placement import BLOCK_VALUES
 
 if TYPE_CHECKING:
@@ -118,10 +117,7 @@ class TensorFile:
             yield
         except OSError as error:
             self.abort()
-            raise InputError(
-                str(self.path), f"an error on writing ({error.strerror or error})",
-                "a writable place with enough space", "free some or choose another",
-            ) from error  # fmt: skip
+            raise writing_failed(self.path, error) from error
 
     def __enter__(self) -> TensorFile:
         return self

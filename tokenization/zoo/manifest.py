@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.errors import InputError
+from tokenization.files import writing_failed
 
 _CUT_CURE = "collect again, which drops it and continues"
 
@@ -161,7 +162,7 @@ def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) ->
             os.ftruncate(descriptor, size)
             raise
     except OSError as error:
-        raise InputError(str(path), f"an error on writing ({error.strerror})", "enough space", "free some") from error
+        raise writing_failed(path, error) from error
     finally:
         os.close(descriptor)
     return size + len(data)

@@ -21,7 +21,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import check_tensors
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values, digest_of
 from tokenization.errors import InputError
-from tokenization.files import publish_text, remove_leftovers
+from tokenization.files import publish_text, remove_leftovers, writing_failed
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.description import Description
 from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest
@@ -78,7 +78,7 @@ class Zoo:
         try:
             zoo.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(str(path), f"an error on writing ({error.strerror})", "a writable place") from error
+            raise writing_failed(path, error) from error
         # A zoo is what has a zoo.json: it comes last.
         publish_text(zoo.path / "manifest.jsonl", "")
         zoo._write_description()
@@ -221,7 +221,7 @@ class Zoo:
                 if new_folder:
                     path.parent.rmdir()
             if isinstance(error, OSError):
-                raise InputError(str(path), f"an error on writing ({error.strerror})", "a writable folder") from error
+                raise writing_failed(path, error) from error
             raise
         return entry
 

@@ -77,9 +77,7 @@ class BehaviourLoss:
         started = time.perf_counter()
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
-        weights = self.layout.decode_batch(tokens)
-        for name, value in self.layout.constants.items():
-            weights[name] = value.to(tokens.device).expand(len(tokens), *value.shape)
+        weights = self.layout.decode_batch(tokens, constants=True)
         losses = self.task.behaviour_losses(weights, conditions, self.config.images, stream, self.teacher)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)

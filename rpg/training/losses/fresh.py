@@ -54,7 +54,6 @@ class FreshLoss:
         self.images, self.labels = task.images("train"), task.labels("train")
         self.networks = SideBySide(task.build())
         self.mask = layout.mask.float()
-        self.constants = layout.constants
 
     def __call__(self, stream: torch.Generator) -> Tensor:
         """The weighted loss of one step; ``stream`` (on the CPU) draws states, noise and images."""
@@ -62,9 +61,7 @@ class FreshLoss:
         temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=stream)  # [E]
         noise = torch.randn(count, *self.mask.shape, generator=stream)  # [E, L, D]
         tokens = self.one_step(self.states(temperature, stream), noise).float()  # [E, L, D]
-        weights = self.layout.decode_batch(tokens)
-        for name, value in self.constants.items():
-            weights[name] = value.to(tokens.device).expand(count, *value.shape)
+        weights = self.layout.decode_batch(tokens, constants=True)
         rows = torch.randint(len(self.labels), (self.config.images,), generator=stream)
         logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
         labels = self.labels[rows].to(tokens.device).repeat(count)

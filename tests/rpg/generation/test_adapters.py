@@ -155,7 +155,7 @@ def test_a_configuration_of_other_adapters_is_refused(tmp_path: Path) -> None:
     generator_of(tmp_path)
     path = tmp_path / "run" / "generator" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 5}))
-    with pytest.raises(InputError, match="rank 2, expected 5"):
+    with pytest.raises(InputError, match="rank 2; expected 5"):
         Generator.from_pretrained(tmp_path / "run")
 
 
@@ -236,33 +236,33 @@ DOWN = "layers.0.mlp.down_proj"
 WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another base": (
         change_config(base_model_name_or_path="mistral"),
-        ("adapter_config.json: base_model_name_or_path: found 'mistral', expected", "as in adapters/task"),
+        ("adapter_config.json: base_model_name_or_path: 'mistral'; expected", "as in adapters/task"),
     ),
     "another base's shapes": (
         change_weights(lambda name, tensor: torch.cat([tensor] * 2, 1) if "lora_A" in name else tensor),
-        (f"{DOWN}.lora_A.weight': found shape [2, 48], expected [2, 24]",),
+        (f"{DOWN}.lora_A.weight': shape [2, 48]; expected [2, 24]",),
     ),
-    "another rank": (change_config(r=8), ("adapter_config.json: r: found 8, expected 2 as in",)),
+    "another rank": (change_config(r=8), ("adapter_config.json: r: 8; expected 2 as in",)),
     "tensors of another rank": (
         change_weights(lambda name, tensor: tensor[:1] if "lora_A" in name else tensor[:, :1]),
-        (f"{DOWN}.lora_A.weight': found shape [1, 24], expected [2, 24]",),
+        (f"{DOWN}.lora_A.weight': shape [1, 24]; expected [2, 24]",),
     ),
     "no B": (
         change_weights(lambda name, tensor: None if f"{DOWN}.lora_B" in name else tensor),
-        (f"{DOWN}.lora_B.weight': found no such tensor",),
+        (f"{DOWN}.lora_B.weight': no such tensor",),
     ),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        ("found adapter_config.json without weights",),
+        ("adapter_config.json without weights",),
     ),
     "no configuration": (
         lambda folder: (folder / "adapter_config.json").unlink(),
-        ("found no adapter_config.json, expected it beside the adapter's weights",),
+        ("no adapter_config.json; expected it beside the adapter's weights",),
     ),
     "half the weights": (cut, ("expected a complete safetensors file",)),
     "half the configuration": (
         lambda folder: (folder / "adapter_config.json").write_text('{"r": 2, '),
-        ("adapter_config.json: found no readable JSON",),
+        ("adapter_config.json: no readable JSON",),
     ),
     "DoRA": (
         save_other(LoraConfig(r=2, target_modules=MODULES["llama"], use_dora=True)),
@@ -270,11 +270,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "IA3": (
         save_other(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
-        ("peft_type: found 'IA3', expected 'LORA'",),
+        ("peft_type: 'IA3'; expected 'LORA'",),
     ),
     "prompt tuning": (
         save_other(PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", num_layers=2, token_dim=16)),
-        ("peft_type: found 'PROMPT_TUNING', expected 'LORA'",),
+        ("peft_type: 'PROMPT_TUNING'; expected 'LORA'",),
     ),
 }
 

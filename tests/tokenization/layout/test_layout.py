@@ -141,6 +141,11 @@ def test_decode_batch_equals_decode_and_is_differentiable(zoo: Zoo):
             for name, tensor in layout.decode(tokens[0, i]).items():
                 if name in batch:
                     torch.testing.assert_close(batch[name][0, i].to(tensor.dtype), tensor, rtol=0, atol=0)
+        whole = layout.decode_batch(tokens, constants=True)
+        assert list(whole) == list(layout.names)
+        for name, constant in layout.constants.items():
+            assert whole[name].dtype == constant.dtype
+            torch.testing.assert_close(whole[name], constant.expand(1, 3, *constant.shape), rtol=0, atol=0)
         sum(tensor.sum() for tensor in batch.values()).backward()
         assert tokens.grad is not None and not tokens.grad[..., ~layout.mask].any()
         rows = layout.positions[:, 0] == 0
@@ -183,8 +188,8 @@ def test_a_tied_tensor_goes_by_any_of_its_names(zoo: Zoo):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TokenOptions(include=("con.weight",)), "tokens.include: found 'con.weight'.* nearest name is 'conv.weight'"),
-        (TokenOptions(exclude=("nothing*",)), "tokens.exclude: found 'nothing"),
+        (TokenOptions(include=("con.weight",)), "tokens.include: 'con.weight'.* nearest name is 'conv.weight'"),
+        (TokenOptions(exclude=("nothing*",)), "tokens.exclude: 'nothing"),
         (TokenOptions(include=("scale", "ids")), "no float tensor to tokenise"),
     ],
 )
@@ -197,7 +202,7 @@ def test_eight_bit_floats_are_refused_unless_excluded(tmp_path: Path):
     tensors = {"a": torch.randn(4), "b": torch.randn(4).to(torch.float8_e4m3fn)}
     save_checkpoint(tmp_path / "x.safetensors", tensors)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="'b': found dtype torch.float8_e4m3fn"):
+    with pytest.raises(InputError, match="'b': dtype torch.float8_e4m3fn"):
         TokenLayout.plan(checkpoint, TokenOptions())
     layout = TokenLayout.plan(checkpoint, TokenOptions(exclude=("b",)))
     layout.save(tmp_path)
@@ -215,11 +220,11 @@ def test_empty_tensors_are_constants(tmp_path: Path):
 def test_encode_names_what_does_not_fit(zoo: Zoo):
     layout = TokenLayout.fit(zoo, TokenOptions())
     tensors = state_dict(0)
-    with pytest.raises(InputError, match="'conv.weight': found no such tensor"):
+    with pytest.raises(InputError, match="'conv.weight': no such tensor"):
         layout.encode({name: tensor for name, tensor in tensors.items() if name != "conv.weight"})
-    with pytest.raises(InputError, match=re.escape("shape [2, 3], expected torch.float32 of [6, 3, 3, 2]")):
+    with pytest.raises(InputError, match=re.escape("shape [2, 3]; expected torch.float32 of [6, 3, 3, 2]")):
         layout.encode({**tensors, "conv.weight": torch.zeros(2, 3)})
-    with pytest.raises(InputError, match="'ones': found values unlike the zoo's"):
+    with pytest.raises(InputError, match="'ones': values unlike the zoo's"):
         layout.encode({**tensors, "ones": torch.arange(5.0)})
     with pytest.raises(ValueError, match="expected"):
         layout.decode(torch.zeros(2, 2))
@@ -317,10 +322,10 @@ def _edit(change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "layout.json").unlink(), "layout.json: found no such file"),
-        (lambda folder: (folder / "layout.json").write_text("{"), "layout.json: found no readable JSON"),
-        (lambda folder: (folder / "layout.json").write_text("[]"), "layout.json: found something else"),
-        (_edit(lambda content: content.update(version=2)), "found version 2, expected version 1"),
+        (lambda folder: (folder / "layout.json").unlink(), "layout.json: no such file"),
+        (lambda folder: (folder / "layout.json").write_text("{"), "layout.json: no readable JSON"),
+        (lambda folder: (folder / "layout.json").write_text("[]"), "layout.json: something else"),
+        (_edit(lambda content: content.update(version=2)), "version 2; expected version 1"),
         (_edit(lambda content: content.pop("tensors")), "malformed entry"),
         (_edit(lambda content: content["options"].update(sise=3)), "malformed entry"),
         (_edit(lambda content: content["tensors"][0].update(start=10**9)), "do not fit"),
@@ -336,7 +341,7 @@ def _edit(change):
         ),
         (
             lambda folder: save_checkpoint(folder / "statistics.safetensors", {"layer.centre": torch.zeros(3)}),
-            "statistics.safetensors: tensor 'layer.centre': found torch.float32",
+            "statistics.safetensors: tensor 'layer.centre': torch.float32",
         ),
     ],
 )

@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    path, message = tmp_path / "out.safetensors", "out.safetensors: found an error on writing .No space left"
+    path, message = tmp_path / "out.safetensors", "out.safetensors could not be written .No space left"
     with pytest.raises(InputError, match=message) as caught, CheckpointWriter(path, layout) as writer:
         writer.write(0, tokens)
     assert "\n" not in str(caught.value)
@@ -158,7 +158,7 @@ def test_a_file_without_preallocation_is_the_same(zoo: Zoo, layout: TokenLayout,
 def test_a_place_that_cannot_be_written_is_one_line(layout: TokenLayout, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "missing" / "x.safetensors"):
-        with pytest.raises(InputError, match="error on writing"):
+        with pytest.raises(InputError, match="could not be written"):
             CheckpointWriter(path, layout)
 
 

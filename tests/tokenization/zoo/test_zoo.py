@@ -111,7 +111,7 @@ def test_an_unfinished_last_line_is_refused_then_repaired(tmp_path: Path) -> Non
     whole = (tmp_path / "manifest.jsonl").read_bytes()
     (tmp_path / "manifest.jsonl").write_bytes(whole + whole[:40])
     (tmp_path / "checkpoints" / ".000001.safetensors.99.partial").write_bytes(b"half")
-    with pytest.raises(InputError, match="line 2: found a line cut in half"):
+    with pytest.raises(InputError, match="line 2: a line cut in half"):
         Zoo.open(tmp_path)
     assert (tmp_path / "manifest.jsonl").read_bytes() == whole + whole[:40]
     zoo = Zoo.open(tmp_path, repair=True)
@@ -201,7 +201,7 @@ def test_conditions(tmp_path: Path, spec: ConditionSpec | None, good: tuple | No
 
 
 def test_require_task(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"zoo\.json: task: found none"):
+    with pytest.raises(InputError, match=r"zoo\.json: task: none"):
         Zoo.create(tmp_path / "a").require_task()
     assert Zoo.create(tmp_path / "b", task={"name": "x"}).require_task() == {"name": "x"}
 

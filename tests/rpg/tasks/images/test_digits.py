@@ -120,7 +120,7 @@ def test_progress_counts_every_optimizer_step(tmp_path):
 
 
 def test_another_configuration_is_not_mixed_in(zoo):
-    with pytest.raises(InputError, match=r"task\.seed: found 0, expected 1 as configured"):
+    with pytest.raises(InputError, match=r"task\.seed: 0; expected 1 as configured"):
         build_task(short_config(runs=2, seed=1)).collect(zoo.path)
 
 
@@ -201,11 +201,11 @@ def test_a_broken_network_answers_class_0():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("conv1.bias"), "network 1: tensor 'conv1.bias': found nothing, expected shape"),
+        (lambda weights: weights.pop("conv1.bias"), "network 1: tensor 'conv1.bias': nothing; expected shape"),
         (lambda weights: weights.update(more=torch.zeros(1)), "network 1: tensor 'more'"),
         (
             lambda weights: weights.update({"conv1.bias": torch.zeros(3)}),
-            r"network 1: tensor 'conv1.bias': found shape \(3,\), expected \(8,\)",
+            r"network 1: tensor 'conv1.bias': shape \(3,\); expected \(8,\)",
         ),
     ],
 )
@@ -220,11 +220,11 @@ def test_weights_that_do_not_fit_are_named(change, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "digit"}, "task.name: found 'digit', expected one of digits"),
-        ({}, "task.name: found None"),
-        ({"name": "digits", "network": "cnnn"}, "task.network: found 'cnnn'"),
-        ({"name": "digits", "runs": 0}, "task.runs: found 0"),
-        ({"name": "digits", "epochs": 3}, "task.epochs: found 3"),
+        ({"name": "digit"}, "task.name: 'digit'; expected one of digits"),
+        ({}, "task.name: None"),
+        ({"name": "digits", "network": "cnnn"}, "task.network: 'cnnn'"),
+        ({"name": "digits", "runs": 0}, "task.runs: 0"),
+        ({"name": "digits", "epochs": 3}, "task.epochs: 3"),
     ],
 )
 def test_impossible_tasks_are_refused(config, message):
@@ -233,7 +233,7 @@ def test_impossible_tasks_are_refused(config, message):
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(InputError, match="split: found 'valid', expected one of train, validation, test"):
+    with pytest.raises(InputError, match="split: 'valid'; expected one of train, validation, test"):
         build_task(DigitsConfig()).labels("valid")
 
 
