@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
-from tokenization.layout.writer import CheckpointWriter, TensorFile
+from tokenization.layout.writer import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
 PAPER_SIZES = {

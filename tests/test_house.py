@@ -15,18 +15,10 @@ FILES = sorted(path for folder in ("rpg", "tokenization", "scripts") for path in
 STILL_LONG = {
     "rpg/generation/generator.py",
     "rpg/planning/memory.py",
-    "tokenization/checkpoint/safetensors.py",
-    "tokenization/layout/layout.py",
-    "tokenization/zoo/zoo.py",
 }
 STILL_CYCLES = {
     ("rpg.diffusion.objectives", "rpg.diffusion.samplers"),
     ("rpg.generation.generator", "rpg.generation.model_card"),
-    ("tokenization.layout.reader", "tokenization.layout.layout"),
-    ("tokenization.layout.serialization", "tokenization.layout.layout"),
-    ("tokenization.layout.writer", "tokenization.layout.layout"),
-    ("tokenization.layout.writer", "tokenization.lora.canonical"),
-    ("tokenization.lora.canonical", "tokenization.layout.layout"),
 }
 STILL_INSIDE = {
     "rpg/experiments/held_out_tasks.py": {"rich"},

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from tokenization.errors import InputError
 
 TEMPORARY_SUFFIX = ".partial"
+HUGE_PAGE = 2 << 20
 
 
 @contextlib.contextmanager
@@ -90,6 +97,14 @@ def write_text(path: Path | str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, if it is not there. Raises InputError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(path, error) from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders that a killed process left in ``folder``."""
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
@@ -144,6 +159,42 @@ def file_digest(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def empty_huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` in huge pages where the system has them: to touch fresh small ones takes longer than to copy."""
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    advise = _madvise()
+    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if advise is not None and end > begin:
+        advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+def drop_pages(map_begin: int, map_size: int, begin: int, size: int) -> None:
+    """Drop the pages of ``size`` bytes at address ``begin`` in a private, unchanged map of a file from this process.
+
+    The system maps a page with all of its large page, so that whatever else of the map lies there goes too and is
+    mapped again when it is read. Beyond the map the memory is someone else's.
+    """
+    advise = _madvise()
+    if advise is None or not size:
+        return
+    map_end = map_begin + -(-map_size // mmap.PAGESIZE) * mmap.PAGESIZE
+    first = max(map_begin, begin // HUGE_PAGE * HUGE_PAGE)
+    last = min(map_end, -(-(begin + size) // HUGE_PAGE) * HUGE_PAGE)
+    advise(first, last - first, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):  # elsewhere it is a hint that may do nothing
+        return None
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    function.restype = ctypes.c_int
+    return function
 
 
 publish, publish_text = atomic_file, write_text  # their former names, until no caller has them

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenization.errors import InputError
 from tokenization.files import publish
-from tokenization.lora.canonical import CACHE_FOLDER
+from tokenization.zoo.cache import cache_path
 from tokenization.zoo.zoo import Zoo
 
 TEXTS_FILE = "texts.safetensors"
@@ -115,8 +115,7 @@ def text_table(zoo: Zoo, encoder: str | None) -> TextTable:
             "for example sentence-transformers/all-MiniLM-L6-v2",
         )  # fmt: skip
     texts = zoo.condition.names
-    key = hashlib.sha256(json.dumps([VERSION, encoder, texts]).encode()).hexdigest()
-    path = zoo.path / CACHE_FOLDER / f"texts-{key[:24]}.safetensors"
+    path = cache_path(zoo, "texts", [VERSION, encoder, texts])
     with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
         return TextTable.load(path)
     network = SentenceEncoder(encoder, "model.condition.encoder")

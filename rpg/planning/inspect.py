@@ -14,7 +14,6 @@ from rpg.planning.memory import Subject
 from rpg.planning.plan import find_subject, make_plan
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.outline import outline
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
@@ -47,7 +46,9 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
         return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
     if verify:
         raise InputError(f"--verify: {path}", "a checkpoint", "a zoo, or the configuration of one")
-    checkpoint = outline(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
+    checkpoint = (
+        Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
+    )
     return [checkpoint_table(checkpoint), *layout_tables(TokenLayout.plan(checkpoint, config.tokens))]
 
 

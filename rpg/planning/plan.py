@@ -18,7 +18,6 @@ from rpg.planning.memory import GenerationMemory, Subject, TrainingMemory
 from rpg.tasks import build_task
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.outline import outline
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
@@ -146,11 +145,11 @@ def _structure(config: Config, network: str | None) -> tuple[Checkpoint, int | N
         if not timm.is_model(network):
             raise InputError("--network", repr(network), "a timm model", "see timm.list_models()")
         with torch.device("meta"):
-            return outline(timm.create_model(network).state_dict(), Path(network)), None
+            return Checkpoint.without_values(timm.create_model(network).state_dict(), Path(network)), None
     assert config.task is not None
     task = build_task(config.task)
     with torch.device("meta"):
-        checkpoint = outline(task.build().state_dict(), Path(config.zoo))
+        checkpoint = Checkpoint.without_values(task.build().state_dict(), Path(config.zoo))
     with contextlib.suppress(InputError):
         return checkpoint, getattr(getattr(task, "condition", None), "size", None)
     return checkpoint, None
@@ -190,7 +189,7 @@ def largest_network(config: Config, subject: Subject, num_bytes: int) -> Largest
 def _long_layout(config: Config, num_tokens: int) -> TokenLayout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return TokenLayout.plan(outline({"weight": values}, Path("largest")), options)
+    return TokenLayout.plan(Checkpoint.without_values({"weight": values}, Path("largest")), options)
 
 
 def parse_memory(text: str) -> int:

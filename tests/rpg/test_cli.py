@@ -202,7 +202,7 @@ def test_an_empty_zoo(rpg: Run, experiment: Path, tmp_path: Path) -> None:
     refused(rpg("inspect", tmp_path / "empty"), "empty", "an empty zoo")
     refused(rpg("inspect", experiment, "--set", f"zoo={tmp_path / 'empty'}"), "an empty zoo")
     refused(rpg("train", experiment, "--set", f"zoo={tmp_path / 'empty'}"), "no checkpoint to train on")
-    refused(rpg("train", experiment, "--set", f"zoo={tmp_path / 'none'}"), "no such folder", "rpg collect")
+    refused(rpg("train", experiment, "--set", f"zoo={tmp_path / 'none'}"), "does not exist", "rpg collect")
 
 
 def collect_two(rpg: Run, folder: Path, second: Callable[[Path], None]) -> tuple[int, str, str]:
@@ -226,8 +226,8 @@ def test_a_truncated_safetensors_file(rpg: Run, tmp_path: Path) -> None:
         save_file({"w": torch.zeros(2, 3), "b": torch.zeros(3)}, path)
         path.write_bytes(path.read_bytes()[:-4])
 
-    refused(collect_two(rpg, tmp_path, write), "b.safetensors", "complete safetensors file")
-    refused(rpg("inspect", tmp_path / "mine" / "b.safetensors"), "b.safetensors", "complete safetensors file")
+    refused(collect_two(rpg, tmp_path, write), "b.safetensors", "tensor 'w' is cut off")
+    refused(rpg("inspect", tmp_path / "mine" / "b.safetensors"), "b.safetensors", "tensor 'w' is cut off")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -252,7 +252,7 @@ def test_a_configuration_with_a_mistake(rpg: Run, experiment: Path, command: str
     refused(rpg(command, experiment), "config.yaml: trian", "an unknown key", "did you mean 'train'?")
     experiment.write_text(yaml.safe_dump(tree))
     refused(rpg(command, experiment, "--set", "train.stpes=3"), "train.stpes", "did you mean 'steps'?")
-    refused(rpg(command, experiment, "--set", "train.steps=0"), "train.steps", "found 0", "greater than or equal to 1")
+    refused(rpg(command, experiment, "--set", "train.steps=0"), "train.steps: 0", "greater than or equal to 1")
     refused(rpg(command, experiment, "--set", "train.steps"), "--set", "section.field=value")
     refused(rpg(command, experiment.with_name("none.yaml")), "none.yaml", "no such file")
 

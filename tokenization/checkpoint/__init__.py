@@ -1,1 +1,4 @@
-"""Checkpoints on disk: safetensors and pickles, opened lazily, checked, saved atomically."""
+"""Checkpoints on disk: safetensors files, sharded ones and folders, opened by memory map and checked before use.
+
+Pickles are read once, to be converted, and never run. Files are written whole or not at all.
+"""

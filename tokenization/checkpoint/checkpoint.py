@@ -6,6 +6,7 @@ timm or transformers ``save_pretrained`` folder). Pickles are for `read_state_di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ from tokenization.checkpoint.safetensors import (
     tensor_at,
     ties_of,
 )
-from tokenization.checkpoint.saving import find_ties, header_of, save_checkpoint
+from tokenization.checkpoint.saving import find_ties, save_checkpoint
+from tokenization.checkpoint.tensor_file import TensorSpec
 from tokenization.errors import InputError
+from tokenization.files import drop_pages
 
 __all__ = [
-    "ORDER_KEY",
-    "TIES_KEY",
     "Checkpoint",
     "TensorInfo",
     "find_ties",
-    "header_of",
     "read_state_dict",
     "save_checkpoint",
 ]
@@ -84,12 +84,28 @@ class Checkpoint:
             path = pickled[0]
         header = read_header(locate(path))
         if not header.tensors:
-            raise InputError(str(path), "no tensor", "a checkpoint", "check the file")
+            raise InputError(f"{path} has no tensor; name a checkpoint")
         ties = ties_of(header, path)
         order, ordered = order_of(header, ties, path)
         tensors = {name: header.tensors[name] for name in order if name in header.tensors}
         metadata = {key: text for key, text in header.metadata.items() if key not in (ORDER_KEY, TIES_KEY)}
         return cls(path, tensors, ties, order, ordered, metadata, header.sizes)
+
+    @classmethod
+    def without_values(cls, state_dict: Mapping[str, Tensor], path: Path) -> Checkpoint:
+        """The names, dtypes, shapes and ties of a state dict, as a checkpoint whose values cannot be read.
+
+        Args:
+            state_dict: the tensors; they may be on the meta device.
+            path: what to call it in errors.
+        """
+        ties = find_ties(state_dict)
+        tensors = {
+            name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, 0)
+            for name, tensor in state_dict.items()
+            if name not in ties
+        }
+        return cls(path, tensors, ties, list(state_dict), True, {}, {})
 
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, ``[num_values]`` of the stored dtype, in the memory map: no copy is made.
@@ -111,11 +127,32 @@ class Checkpoint:
         stored = {name: self.tensor(name) for name in self.tensors}
         return {name: stored[self.ties.get(name, name)] for name in self.order}
 
+    def release(self, name: str, first: int = 0, last: int | None = None) -> None:
+        """Drop the pages of values ``[first, last)`` of a tensor from this process; reading maps them again.
+
+        The file's bytes stay in the system's cache. Does nothing where the system has no ``madvise``.
+        """
+        info = self.tensors[name]
+        if info.offset % info.dtype.itemsize:  # an unaligned tensor is a copy, not the map
+            return
+        part = self.flat(name)[first:last]
+        mapped = self._map(info.file)
+        drop_pages(mapped.data_ptr(), self.sizes[info.file], part.data_ptr(), part.nbytes)
+
+    def require(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Check that there are tensors of these dtypes and shapes. Raises InputError that names the first at fault."""
+        for name, (dtype, shape) in specs.items():
+            info = self.tensors.get(name)
+            found = "missing" if info is None else f"{info.dtype} of shape {list(info.shape)}"
+            if info is None or (info.dtype, info.shape) != (dtype, shape):
+                what = f"{tensor_at(self.path, name)} is {found}, but should be {dtype} of shape {list(shape)}"
+                raise InputError(f"{what}; copy the file again")
+
     def info(self, name: str) -> TensorInfo:
         """Where a tensor (or the one an alias is tied to) lies. Raises InputError when there is none of the name."""
         info = self.tensors.get(self.ties.get(name, name))
         if info is None:
-            raise InputError(tensor_at(self.path, name), "no such tensor", "one of the checkpoint's own names")
+            raise InputError(f"{tensor_at(self.path, name)} does not exist; use one of the checkpoint's own names")
         return info
 
     def _map(self, file: Path) -> Tensor:
@@ -124,11 +161,11 @@ class Checkpoint:
             try:
                 found = file.stat().st_size
                 if found != size:
-                    raise InputError(str(file), f"{found} bytes", f"{size} as when it was opened", "open it again")
+                    raise InputError(f"{file} has {found} bytes, but had {size} when it was opened; open it again")
                 # A private map: no file descriptor is kept, so that a zoo may hold thousands of files open.
                 storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
             except (OSError, RuntimeError) as error:
-                raise InputError(str(file), f"an unreadable file ({error})", "the file as it was opened") from error
+                raise InputError(f"{file} is no longer readable ({error}); put it back") from error
             self._maps[file] = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
         return self._maps[file]
 

@@ -58,11 +58,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # foreign bytes may fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
-            raise InputError(
-                str(path), f"a pickle that holds code ({refused[1]})", "tensors only", "save its state_dict() alone"
-            ) from error
+            what = f"{path} is a pickle that holds code ({refused[1]})"
+            raise InputError(f"{what}, which is not run; save the network's state_dict() alone") from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(str(path), f"an unreadable file ({reason})", "a pickle of tensors", "save it anew") from error
+        raise InputError(f"{path} is unreadable as a pickle of tensors ({reason}); save it again") from error
     return check_tensors(_unwrap(content, path), path)
 
 
@@ -79,11 +78,12 @@ def cut_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_tensors(state_dict: Mapping[str, Any], path: Path | str) -> dict[str, Tensor]:
     """The entries of a state dict as plain dense tensors. Raises InputError that names the first which is none."""
     if not state_dict:
-        raise InputError(str(path), "no tensor", "a state dict", "check the file")
+        raise InputError(f"{path} has no tensor; give a state dict")
     tensors: dict[str, Tensor] = {}
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{path}: entry {name!r}", f"a value of type {type(value).__name__}", "tensors only")
+            what = f"is of type {type(value).__name__}"
+            raise InputError(f"{path}: entry {name!r} {what}, but a state dict holds tensors by name; leave it out")
         kind = None
         if value.is_quantized:
             kind = "a quantised tensor"
@@ -92,7 +92,7 @@ def check_tensors(state_dict: Mapping[str, Any], path: Path | str) -> dict[str, 
         elif value.is_meta:
             kind = "a tensor without data (meta device)"
         if kind:
-            raise InputError(tensor_at(path, name), kind, "a dense tensor", "convert it before saving")
+            raise InputError(f"{tensor_at(path, name)} is {kind}; convert it to a dense tensor before saving")
         tensors[name] = value.detach()
     return tensors
 
@@ -105,7 +105,7 @@ def _unwrap(content: Any, path: Path) -> Mapping[str, Any]:
         if inner is None:
             return content  # the entry at fault is named by the caller
         content = inner
-    raise InputError(str(path), f"a value of type {type(content).__name__}", "a state dict", "save its state_dict()")
+    raise InputError(f"{path} holds a {type(content).__name__}, no state dict; save the network's state_dict()")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -114,5 +114,5 @@ def _shards(index: Path) -> list[Path]:
     names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise InputError(str(index), f"no shard {name}", "all shards in the folder", "copy it there")
+            raise InputError(f"{index} names the shard {name}, which is not in its folder; copy it there")
     return [index.parent / name for name in names]

@@ -48,7 +48,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 # Folders written by timm, transformers, diffusers and PEFT, in the order in which they are looked for.
 _FOLDER_FILES = ("adapter_model", "model", "diffusion_pytorch_model")
-_REWRITE = "copy it again or save it anew"
+_REWRITE = "copy or save it again"
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,14 @@ def natural_key(text: str) -> tuple[list[Any], str]:
 def locate(path: Path) -> Path:
     """The safetensors file or index JSON that ``path`` (such a file, or a folder holding one) stands for."""
     if not path.exists():
-        found = "a link to nothing" if path.is_symlink() else "nothing"
-        raise InputError(str(path), found, "a checkpoint", "check the path")
+        what = "is a link to nothing" if path.is_symlink() else "does not exist"
+        raise InputError(f"{path} {what}; name a checkpoint that is there")
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(str(path), "neither a file nor a folder", "a checkpoint", "check the path")
+        raise InputError(f"{path} is neither a file nor a folder; name a checkpoint")
     if (path / "adapter_config.json").exists() and not any(path.glob("adapter_model.*")):
-        raise InputError(
-            str(path),
-            "adapter_config.json without weights",
-            "adapter_model.safetensors beside it",
-            "save the adapter anew",
-        )
+        raise InputError(f"{path} has an adapter_config.json without weights beside it; save the adapter again")
     for stem in _FOLDER_FILES:
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if (path / name).is_file():
@@ -113,10 +108,8 @@ def locate(path: Path) -> Path:
     candidates = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if len(candidates) == 1:
         return candidates[0]
-    found = (
-        f"{len(candidates)} safetensors files, none named model.safetensors" if candidates else "no safetensors file"
-    )
-    raise InputError(str(path), found, "a folder with one checkpoint", "name the file itself")
+    what = f"{len(candidates)} safetensors files, none named model.safetensors" if candidates else "no safetensors file"
+    raise InputError(f"{path} has {what}; name the checkpoint's own file or folder")
 
 
 def read_header(path: Path) -> Header:
@@ -129,10 +122,7 @@ def read_header(path: Path) -> Header:
         return _read_index(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise InputError(
-            str(path),
-            "a pickle",
-            "safetensors, which can be read in parts",
-            "convert it: `rpg collect --from` does so once",
+            f"{path} is a pickle, which cannot be read in parts; convert it once with `rpg collect --from`"
         )
     return _read_file(path)
 
@@ -146,16 +136,14 @@ def _read_file(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
-        where, found = _diagnose(path, error)
-        raise InputError(where, found, "a complete safetensors file", _REWRITE) from error
+        raise InputError(f"{_diagnose(path, error)}; {_REWRITE}") from error
     metadata = entries.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in entries.items():
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise InputError(
-                tensor_at(path, name), f"dtype {entry['dtype']}", f"one of {', '.join(DTYPES)}", "convert it before"
-            )
+            where, known = tensor_at(path, name), ", ".join(DTYPES)
+            raise InputError(f"{where} has dtype {entry['dtype']}; convert it to one of {known}")
         offset = 8 + length + entry["data_offsets"][0]
         tensors[name] = TensorInfo(name, dtype, tuple(entry["shape"]), path, offset)
     return Header(tensors, metadata, {path: size})
@@ -166,7 +154,7 @@ def _read_index(path: Path) -> Header:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(
-            str(path), "no weight_map", "the index JSON of a sharded checkpoint", "name it, or a safetensors file"
+            f"{path} has no weight_map; name the index JSON of a sharded checkpoint, or a safetensors file"
         )
     extra = index.get("metadata")
     metadata = {key: text for key, text in (extra if isinstance(extra, dict) else {}).items() if isinstance(text, str)}
@@ -174,20 +162,19 @@ def _read_index(path: Path) -> Header:
     sizes: dict[Path, int] = {}
     for shard in sorted(set(weight_map.values()), key=natural_key):
         names = [name for name, file in weight_map.items() if file == shard]
+        where = tensor_at(path, names[0])
         if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise InputError(tensor_at(path, names[0]), f"shard {shard!r}", "the name of a file in the same folder")
+            raise InputError(f"{where} is said to be in {shard!r}; a shard is a file of the same folder")
         file = path.parent / shard
         if not file.is_file():
-            raise InputError(
-                tensor_at(path, names[0]), f"no shard {shard}", "all shards in the folder", "copy it there"
-            )
+            raise InputError(f"{where} is in the shard {shard}, which is not in the folder; copy it there")
         header = _read_file(file)
         for name in names:
             if name not in header.tensors:
-                raise InputError(tensor_at(file, name), "no such tensor", f"it here, as {path.name} says", _REWRITE)
+                raise InputError(f"{tensor_at(file, name)} is missing, though {path.name} lists it; {_REWRITE}")
         for name in header.tensors:
             if weight_map.get(name) != shard:
-                raise InputError(tensor_at(file, name), "a tensor too many", f"those of {path.name} alone", _REWRITE)
+                raise InputError(f"{tensor_at(file, name)} is not listed in {path.name}; {_REWRITE}")
         tensors |= header.tensors
         sizes |= header.sizes
         # A shard's own order and ties speak of a part only.
@@ -196,26 +183,15 @@ def _read_index(path: Path) -> Header:
 
 
 def ties_of(header: Header, path: Path) -> dict[str, str]:
-    """``{alias: stored name}`` from ``rpg.ties`` and from what ``safetensors.torch.save_model`` leaves."""
-    recorded = _json_metadata(header, TIES_KEY, path, {})
-    if not isinstance(recorded, dict):
-        raise InputError(f"{path}: metadata {TIES_KEY}", "no JSON object", "{alias: stored name}", _REWRITE)
-    for alias, name in recorded.items():
+    """``{alias: stored name}`` from ``rpg.ties``; no other metadata is taken for a tie, whatever it says."""
+    ties = _json_metadata(header, TIES_KEY, path, {})
+    if not isinstance(ties, dict):
+        raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")
+    for alias, name in ties.items():
         if alias in header.tensors or name not in header.tensors:
-            raise InputError(
-                tensor_at(path, alias),
-                f"a tie to {name!r} in metadata {TIES_KEY}",
-                "an alias of a stored tensor",
-                _REWRITE,
-            )
-    if ORDER_KEY in header.metadata:  # written by us: other metadata may well say the name of a tensor
-        return recorded
-    implied = {
-        alias: name
-        for alias, name in header.metadata.items()
-        if alias != "format" and alias not in header.tensors and name in header.tensors
-    }
-    return implied | recorded
+            what = f"metadata {TIES_KEY} ties it to {name!r}, but a tie is of another key to a stored tensor"
+            raise InputError(f"{tensor_at(path, alias)}: {what}; {_REWRITE}")
+    return ties
 
 
 def order_of(header: Header, ties: dict[str, str], path: Path) -> tuple[list[str], bool]:
@@ -225,16 +201,15 @@ def order_of(header: Header, ties: dict[str, str], path: Path) -> tuple[list[str
     if recorded is None:
         return sorted(names, key=natural_key), False
     if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
-        raise InputError(f"{path}: metadata {ORDER_KEY}", "no JSON list of names", "every key once", _REWRITE)
-    known = set(names)
+        raise InputError(f"{path}: metadata {ORDER_KEY} is no JSON list of names; {_REWRITE}")
+    unseen = set(names)
     for name in recorded:
-        if name not in known:
-            raise InputError(tensor_at(path, name), f"it in metadata {ORDER_KEY} alone", "every key once", _REWRITE)
-        known.remove(name)
-    if known:
-        raise InputError(
-            tensor_at(path, min(known)), f"it missing from metadata {ORDER_KEY}", "every key once", _REWRITE
-        )
+        if name not in unseen:
+            what = "lists it twice" if name in names else "lists it, but the file does not hold it"
+            raise InputError(f"{tensor_at(path, name)}: metadata {ORDER_KEY} {what}; {_REWRITE}")
+        unseen.remove(name)
+    if unseen:
+        raise InputError(f"{tensor_at(path, min(unseen))} is missing from metadata {ORDER_KEY}; {_REWRITE}")
     return recorded, True
 
 
@@ -248,7 +223,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(str(path), f"no readable JSON ({error})", "a complete JSON file", _REWRITE) from error
+        raise InputError(f"{path} cannot be read as JSON ({error}); {_REWRITE}") from error
 
 
 def _json_metadata(header: Header, key: str, path: Path, default: Any) -> Any:
@@ -257,7 +232,7 @@ def _json_metadata(header: Header, key: str, path: Path, default: Any) -> Any:
     try:
         return json.loads(header.metadata[key])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: metadata {key}", f"no JSON ({error})", "JSON", _REWRITE) from error
+        raise InputError(f"{path}: metadata {key} is no JSON ({error}); {_REWRITE}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,10 +243,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _diagnose(path: Path, error: Exception) -> tuple[str, str]:
-    """(where, found) for a file that was refused, with the tensor at fault if the header can be parsed so far."""
+def _diagnose(path: Path, error: Exception) -> str:
+    """What is wrong with a file that was refused, and with which tensor if the header can be parsed so far."""
     if path.is_dir():
-        return str(path), "a folder"
+        return f"{path} is a folder"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = reason.removeprefix("Error while deserializing header: ")
     try:
@@ -279,24 +254,29 @@ def _diagnose(path: Path, error: Exception) -> tuple[str, str]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                return str(path), f"{size} bytes, fewer than its header announces ({reason})"
+                return f"{path} has {size} bytes, fewer than its header announces ({reason})"
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         end, last = 0, ""
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            if not 0 <= start <= stop:
-                return tensor_at(path, name), f"bytes {start} to {stop}"
-            if 8 + length + stop > size:
-                return tensor_at(path, name), f"{size} bytes, {8 + length + stop - size} too few to hold it"
-            if start < end:
-                return tensor_at(path, name), f"bytes that overlap those of {last!r}"
-            dtype = DTYPES.get(entry["dtype"])
-            if dtype is not None and math.prod(entry["shape"]) * dtype.itemsize != stop - start:
-                return tensor_at(path, name), f"shape {entry['shape']} of {entry['dtype']} in {stop - start} bytes"
-            if start > end:
-                return tensor_at(path, name), f"{start - end} bytes before it that belong to no tensor"
-            end, last = stop, name
+            if fault := _fault_of_entry(entry, size - 8 - length, end, last):
+                return f"{tensor_at(path, name)} {fault}"
+            end, last = entry["data_offsets"][1], name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return str(path), f"an unreadable file ({reason})"
+    return f"{path} is unreadable ({reason})"
+
+
+def _fault_of_entry(entry: dict[str, Any], size: int, end: int, last: str) -> str:
+    """What is wrong with a tensor's place in ``size`` bytes of data, after ``last``, which stops at ``end``."""
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop:
+        return f"is said to lie in bytes {start} to {stop}"
+    if stop > size:
+        return f"is cut off: {stop - size} bytes are missing"
+    if start < end:
+        return f"has bytes that overlap those of {last!r}"
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is not None and math.prod(entry["shape"]) * dtype.itemsize != stop - start:
+        return f"has shape {entry['shape']} of {entry['dtype']}, but {stop - start} bytes"
+    return f"follows {start - end} bytes that belong to no tensor" if start > end else ""

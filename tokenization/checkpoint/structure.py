@@ -17,7 +17,6 @@ from tokenization.errors import InputError
 from tokenization.files import file_digest
 
 _CHUNK_VALUES = 1 << 22
-_CURE = "a zoo holds one network structure: leave this checkpoint out"
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,8 @@ class Structure:
             ties = {str(alias): str(name) for alias, name in content["ties"].items()}
             return cls(tensors, ties, bool(content["ordered"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{where}: structure", f"a malformed entry ({error!r})", "tensors, ties, ordered"
-            ) from error
+            what = f"{where}: structure has a malformed entry ({error!r})"
+            raise InputError(f"{what}; it needs tensors, ties and ordered, as the zoo was collected") from error
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the list of tensors keeps the order."""
@@ -77,37 +75,37 @@ class Structure:
         Raises:
             InputError: names ``where``, the first tensor that differs, and what both sides hold.
         """
+        if fault := self._difference(found):
+            name, what = fault
+            raise InputError(
+                f"{tensor_at(where, name)} {what}; a zoo holds one network structure, so leave this checkpoint out"
+            )
+
+    def _difference(self, found: Structure) -> tuple[str, str] | None:
+        """The first tensor in which ``found`` differs, and how."""
         for name, (dtype, shape) in self.tensors.items():
             if name in found.ties:
-                raise InputError(tensor_at(where, name), f"a tie to {found.ties[name]!r}", "a tensor of its own", _CURE)
+                return name, f"is tied to {found.ties[name]!r}, but is a tensor of its own in the zoo"
             if name not in found.tensors:
-                raise InputError(tensor_at(where, name), "no such tensor", f"{dtype} of shape {list(shape)}", _CURE)
+                return name, f"is missing, but the zoo's is {dtype} of shape {list(shape)}"
             found_dtype, found_shape = found.tensors[name]
             if found_shape != shape:
-                raise InputError(
-                    tensor_at(where, name), f"shape {list(found_shape)}", f"{list(shape)} as in the zoo", _CURE
-                )
+                return name, f"has shape {list(found_shape)}, but the zoo's has {list(shape)}"
             if found_dtype != dtype:
-                raise InputError(tensor_at(where, name), f"dtype {found_dtype}", f"{dtype} as in the zoo", _CURE)
+                return name, f"has dtype {found_dtype}, but the zoo's has {dtype}"
         for name in found.tensors:
             if name in self.ties:
-                raise InputError(tensor_at(where, name), "a tensor of its own", f"a tie to {self.ties[name]!r}", _CURE)
+                return name, f"is a tensor of its own, but is tied to {self.ties[name]!r} in the zoo"
             if name not in self.tensors:
-                raise InputError(tensor_at(where, name), "a tensor too many", "none of this name, as in the zoo", _CURE)
+                return name, "is not in the zoo's structure"
         for alias in self.ties.keys() | found.ties.keys():
             if self.ties.get(alias) != found.ties.get(alias):
-                raise InputError(
-                    tensor_at(where, alias),
-                    f"a tie to {found.ties.get(alias)!r}",
-                    f"one to {self.ties.get(alias)!r}",
-                    _CURE,
-                )
+                return alias, f"is tied to {found.ties.get(alias)!r}, but to {self.ties.get(alias)!r} in the zoo"
         if self.ordered and found.ordered:
-            for place, (expected_name, name) in enumerate(zip(self.tensors, found.tensors, strict=True)):
-                if name != expected_name:
-                    raise InputError(
-                        tensor_at(where, name), f"it at place {place}", f"{expected_name!r} there, as in the zoo", _CURE
-                    )
+            for place, (expected, name) in enumerate(zip(self.tensors, found.tensors, strict=True)):
+                if name != expected:
+                    return name, f"is at place {place}, where the zoo has {expected!r}"
+        return None
 
 
 def check_values(values: Mapping[str, Tensor], where: str) -> None:
@@ -133,7 +131,8 @@ def check_checkpoint_values(checkpoint: Checkpoint, where: str) -> None:
 def check_tensor_values(name: str, tensor: Tensor, where: str) -> None:
     """`check_values` of one tensor."""
     if tensor.numel() == 0:
-        raise InputError(tensor_at(where, name), f"no values (shape {list(tensor.shape)})", "at least one", "remove it")
+        what = f"{tensor_at(where, name)} has no values (shape {list(tensor.shape)})"
+        raise InputError(f"{what}; remove it from the checkpoint")
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point():
@@ -146,12 +145,8 @@ def check_tensor_values(name: str, tensor: Tensor, where: str) -> None:
         # One pass and no mask: NaN and infinities both reach the minimum or the maximum.
         if not all(bound.isfinite() for bound in torch.aminmax(chunk)):
             num_faults = int((~chunk.isfinite()).sum())
-            raise InputError(
-                tensor_at(where, name),
-                f"NaN or infinity ({num_faults} of the values from {start} on)",
-                "finite values",
-                "leave this checkpoint out",
-            )
+            what = f"{tensor_at(where, name)} has NaN or infinity ({num_faults} of the values from {start} on)"
+            raise InputError(f"{what}; leave this checkpoint out")
 
 
 def digest_of(checkpoint: Checkpoint) -> str:
@@ -164,7 +159,7 @@ def _digest_of_file(path: Path) -> str:
     try:
         return file_digest(path)
     except OSError as error:
-        raise InputError(str(path), f"an unreadable file ({error.strerror})", "a checkpoint") from error
+        raise InputError(f"{path} is unreadable ({error.strerror}); make it readable or leave it out") from error
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

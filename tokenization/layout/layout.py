@@ -1,4 +1,4 @@
-"""The exact plan state dict ⇄ tokens ``[L, D]``.
+"""The exact way between a state dict and tokens ``[L, D]``.
 
 Letters: B examples, L tokens of a checkpoint, D token width, N chosen tokens, K layers.
 """
@@ -6,7 +6,6 @@ Letters: B examples, L tokens of a checkpoint, D token width, N chosen tokens, K
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,23 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
-from tokenization.layout import serialization as layout_file
-from tokenization.layout.normalization import LayerStatistics, Statistics, TensorSource
-from tokenization.layout.placement import BLOCK_VALUES, Layer, RunTable, TokenOptions, choose_layers, place_layers
-from tokenization.layout.reader import TokenReader
+from tokenization.files import empty_huge
+from tokenization.layout import serialization
+from tokenization.layout.canonical import Canonical, find_pairs
+from tokenization.layout.description import LayoutDescription
+from tokenization.layout.normalization import Statistics
+from tokenization.layout.placement import BLOCK_VALUES, Layer, TokenOptions, choose_layers, place_layers
+from tokenization.layout.rows import read_rows
+from tokenization.layout.statistics import fitted_statistics
 from tokenization.layout.summary import LayerGroup, group_layers
-from tokenization.layout.writer import TensorSpec
-from tokenization.lora.canonical import Canonical, find_pairs
-from tokenization.pages import empty_huge, release_pages
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Layer", "TokenLayout", "TokenOptions"]
 
 
-class TokenLayout:
+class TokenLayout(LayoutDescription):
     """Cuts checkpoints of one structure into tokens and puts tokens together again.
 
     Exactness. Through float64 tokens, ``decode(encode(x)) == x`` bit for bit for zero (but for its sign), for every
@@ -40,42 +41,7 @@ class TokenLayout:
     (of the stored dtype or of float32, whichever is coarser) of ``max(|x|, |x - c|)``, for a running variance about
     ten times that. Normalization ``none`` is bit exact in every dtype that the tokens' can hold; so is, in any mode, a
     layer that does not vary in the zoo.
-
-    Attributes:
-        options: how the tokens are cut.
-        names: every key of the state dict, in order.
-        layers: the tokenised tensors, in order.
-        num_tokens: L.
-        ties: ``{alias: name}``.
-        statistics: the normalisation.
-        constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
-        canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
     """
-
-    def __init__(
-        self,
-        options: TokenOptions,
-        names: Sequence[str],
-        layers: Sequence[Layer],
-        num_tokens: int,
-        ties: Mapping[str, str],
-        constant_specs: Mapping[str, TensorSpec],
-        statistics: Statistics,
-        constant_source: TensorSource,
-        constant_prefix: str = "",
-        canonical: Canonical | None = None,
-    ) -> None:
-        self.options = options
-        self.names = tuple(names)
-        self.layers = tuple(layers)
-        self.num_tokens = num_tokens
-        self.ties = dict(ties)
-        self.constant_specs = dict(constant_specs)
-        self.statistics = statistics
-        self._constant_source = constant_source
-        self._constant_prefix = constant_prefix
-        self.canonical = canonical
-        self._reader: TokenReader | None = None
 
     @classmethod
     def fit(cls, zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = None) -> TokenLayout:
@@ -94,13 +60,14 @@ class TokenLayout:
         """
         indices = list(range(len(zoo))) if indices is None else [int(index) for index in indices]
         if not indices:
-            raise InputError(str(zoo.path), "no checkpoint to measure", "at least one", "collect some")
+            raise InputError(f"{zoo.path} has no checkpoint to measure; collect some with `rpg collect`")
         first = zoo.checkpoint(indices[0])
-        layout = cls._planned(first, options, layout_file.open_base(zoo, options.base) or first)
+        layout = cls._planned(first, options, _open_base(zoo, options.base) or first)
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
         checkpoints = [layout.checkpoint(zoo, index) for index in indices]
         form = layout.canonical.key if layout.canonical else None
-        layout.statistics = layout_file.fitted_statistics(zoo, indices, checkpoints, layout.layers, options, form)
+        mode = options.normalization
+        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form)
         return layout
 
     @classmethod
@@ -123,50 +90,6 @@ class TokenLayout:
         statistics = Statistics.identity(len(layers))
         return cls(options, checkpoint.order, layers, num_tokens, checkpoint.ties, specs, statistics, base)
 
-    @property
-    def token_size(self) -> int:
-        """Token width D."""
-        return self.options.size
-
-    @property
-    def num_values(self) -> int:
-        """How many values of a checkpoint are in its tokens."""
-        return sum(layer.num_values for layer in self.layers)
-
-    @property
-    def padding_share(self) -> float:
-        """The part of ``L * D`` that holds nothing."""
-        return 1 - self.num_values / (self.num_tokens * self.token_size)
-
-    @cached_property
-    def runs(self) -> RunTable:
-        """What every single token is made of."""
-        return RunTable(self.layers, self.token_size)
-
-    @property
-    def positions(self) -> Tensor:
-        """(layer, token in the layer) of each token's first value, ``[L, 2]`` long; all different."""
-        return torch.from_numpy(self.runs.positions(np.arange(self.num_tokens)))
-
-    @property
-    def mask(self) -> Tensor:
-        """True where a token holds a value, ``[L, D]`` bool."""
-        return self.mask_rows(torch.arange(self.num_tokens))
-
-    def mask_rows(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        """The rows ``token_ids`` (any shape ``[...]``) of ``mask``, ``[..., D]``, without making the rest of it."""
-        ids = torch.as_tensor(token_ids, device="cpu")
-        num_values = torch.from_numpy(self.runs.num_values(ids.reshape(-1).numpy())).reshape(ids.shape)
-        return torch.arange(self.token_size) < num_values.unsqueeze(-1)
-
-    def layer_statistics(self, index: int) -> LayerStatistics:
-        """The normalisation of one layer."""
-        return self.statistics.layer(index, self.layers[index].name)
-
-    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
-        """An entry of a zoo as it is cut into tokens: the zoo's own, its LoRA pairs in canonical form."""
-        return zoo.checkpoint(index) if self.canonical is None else self.canonical.checkpoint(zoo, index)
-
     def encode(self, source: Checkpoint | Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Cut a checkpoint or a state dict into normalised tokens ``[L, D]`` of ``dtype``; padding is 0.
 
@@ -188,10 +111,9 @@ class TokenLayout:
                 block = slice(first, first + BLOCK_VALUES)
                 expected = statistics.denormalize(torch.zeros(1), statistics.centre_at(block))
                 if not bool((values[block] == expected.to(layer.dtype)).all()):
-                    raise InputError(
-                        f"tensor {layer.name!r}", "values unlike the zoo's", "those that all its checkpoints share",
-                        "fit the layout with this checkpoint too, or list the tensor in tokens.exclude",
-                    )  # fmt: skip
+                    what = f"tensor {layer.name!r} has values unlike the zoo's, whose checkpoints all share the same"
+                    cure = "fit the layout with this checkpoint too, or list the tensor in tokens.exclude"
+                    raise InputError(f"{what}; {cure}")
         return tokens
 
     def encode_into(self, tokens: Tensor, source: Checkpoint | Mapping[str, Tensor]) -> None:
@@ -234,7 +156,7 @@ class TokenLayout:
             stored[layer.name] = values.view(layer.shape)
             self._release(None, layer)
         stored |= {name: self.constant(name).clone() for name in self.constant_specs}
-        return {name: stored[self.ties.get(name, name)] for name in self.names}
+        return self.with_aliases(stored)
 
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]`` in the tokens' dtype and on their device.
@@ -265,40 +187,21 @@ class TokenLayout:
         for name in self.constant_specs if constants else ():
             value = self.constant(name)
             stored[name] = value.to(tokens.device).expand(*batch, *value.shape)
-        names = [name for name in self.names if self.ties.get(name, name) in stored]
-        return {name: stored[self.ties.get(name, name)] for name in names}
-
-    @property
-    def constants(self) -> dict[str, Tensor]:
-        """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
-        stored = {name: self.constant(name) for name in self.constant_specs}
-        return {name: stored[self.ties.get(name, name)] for name in self.names if self.ties.get(name, name) in stored}
-
-    def constant(self, name: str) -> Tensor:
-        """One tensor outside the tokens, in the memory map it is read from."""
-        return self._constant_source.flat(self._constant_prefix + name).view(self.constant_specs[name][1])
+        return self.with_aliases(stored)
 
     def read_tokens(
         self, zoo: Zoo, checkpoint_ids: Tensor | Sequence[int], token_ids: Tensor | Sequence[int]
     ) -> Tensor:
         """Rows of the zoo's tokens, ``[B, N, D]`` float32, read without touching the rest; see `TokenReader.read`."""
-        if self._reader is None or self._reader.zoo is not zoo:
-            self._reader = TokenReader(zoo, self, cache_bytes=0)
-        return self._reader.read(checkpoint_ids, token_ids)
+        return read_rows(self, zoo, checkpoint_ids, token_ids)
 
     def describe(self) -> list[LayerGroup]:
         """The layers by kind: how many tensors, values and tokens, and how much padding."""
         return group_layers(self.layers, self.num_tokens, self.token_size)
 
-    def spec(self, name: str) -> TensorSpec:
-        """Stored dtype and shape of a key of the state dict."""
-        name = self.ties.get(name, name)
-        layer = self._layer_by_name.get(name)
-        return self.constant_specs[name] if layer is None else (layer.dtype, layer.shape)
-
     def save(self, folder: Path | str) -> None:
         """Write ``layout.json`` and ``statistics.safetensors``. Raises InputError when the disk refuses."""
-        layout_file.save(self, Path(folder))
+        serialization.save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: Path | str) -> TokenLayout:
@@ -307,36 +210,42 @@ class TokenLayout:
         Raises:
             InputError: a file is missing, damaged, or of another version.
         """
-        return cls(**layout_file.load(Path(folder)))
-
-    @cached_property
-    def _layer_by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
+        return cls(**serialization.load(Path(folder)))
 
     def _values(self, source: Checkpoint | Mapping[str, Tensor], layer: Layer) -> Tensor:
         """All values of a layer, flat, checked."""
-        where = f"tensor {layer.name!r}"
         if isinstance(source, Checkpoint):
             shape, values = source.info(layer.name).shape, source.flat(layer.name)
         else:
             names = [layer.name, *(alias for alias, name in self.ties.items() if name == layer.name)]
             tensor = next((source[name] for name in names if name in source), None)
             if tensor is None:
-                raise InputError(where, "no such tensor in the state dict", f"one of shape {list(layer.shape)}")
+                what = f"tensor {layer.name!r} of shape {list(layer.shape)} is missing from the state dict"
+                raise InputError(f"{what}; encode a network of the zoo's structure")
             shape, values = tuple(tensor.shape), tensor.detach().cpu().reshape(-1)
         if tuple(shape) != layer.shape or not values.is_floating_point():
-            raise InputError(where, f"{values.dtype} of shape {list(shape)}", f"{layer.dtype} of {list(layer.shape)}")
+            what = f"tensor {layer.name!r} is {values.dtype} of shape {list(shape)}"
+            expected = f"the zoo's is {layer.dtype} of shape {list(layer.shape)}"
+            raise InputError(f"{what}, but {expected}; encode a network of the zoo's structure")
         return values
 
     def _release(self, source: Any, layer: Layer) -> None:
         if isinstance(source, Checkpoint):
-            release_pages(source, layer.name)
+            source.release(layer.name)
         self.statistics.release(layer.name)
 
     def _require_shape(self, shape: Sequence[int]) -> None:
         if tuple(shape) != (self.num_tokens, self.token_size):
             raise ValueError(f"tokens: found shape {list(shape)}, expected [{self.num_tokens}, {self.token_size}]")
 
-    def __getstate__(self) -> dict[str, Any]:
-        hidden = {"runs", "_layer_by_name", "_reader"}
-        return {**{key: value for key, value in self.__dict__.items() if key not in hidden}, "_reader": None}
+
+def _open_base(zoo: Zoo, base: str | None) -> Checkpoint | None:
+    """The checkpoint that ``tokens.base`` names: a file of the zoo, or a path. It must fit the zoo's structure."""
+    if base is None:
+        return None
+    for index, entry in enumerate(zoo.entries):
+        if entry.file == base:
+            return zoo.checkpoint(index)
+    checkpoint = Checkpoint.open(base)
+    zoo.structure.require(Structure.of_checkpoint(checkpoint), f"tokens.base: {base}")
+    return checkpoint

@@ -11,7 +11,7 @@ the tokens say, so that a generator's noise never reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.layout.placement import Layer, Normalization
-from tokenization.pages import release_pages
+
+NUMBERS = ("layer.centre", "layer.scale", "layer.variance_mean")
+"""Tensors ``[K]`` of a file of statistics."""
 
 VARIANCE_SHARE, VARIANCE_OFFSET = 0.95, 0.05
 LARGEST_LOG = 80.0
@@ -33,17 +36,6 @@ class TensorSource(Protocol):
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, 1-D."""
         ...
-
-
-class MemorySource:
-    """Named flat tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def flat(self, name: str) -> Tensor:
-        """All values of a tensor, 1-D."""
-        return self.tensors[name].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -139,6 +131,17 @@ class Statistics:
         zeros = torch.zeros(num_layers, dtype=torch.float64)
         return cls("none", zeros, torch.ones_like(zeros), zeros)
 
+    @classmethod
+    def read(cls, source: TensorSource, normalization: Normalization) -> Statistics:
+        """Those in a file of the tensors that `statistics_specs` names; per-parameter means stay in it."""
+        centre, scale, variance_mean = (source.flat(name).clone() for name in NUMBERS)
+        return cls(normalization, centre, scale, variance_mean, source if normalization == "residual" else None)
+
+    def write_numbers(self, file: TensorFile) -> None:
+        """Put all but the per-parameter means into a file."""
+        for name, numbers in zip(NUMBERS, (self.centre, self.scale, self.variance_mean), strict=True):
+            file.write(name, 0, numbers)
+
     def layer(self, index: int, name: str) -> LayerStatistics:
         """One layer's statistics; per-parameter means stay in their memory map."""
         if self.normalization == "none":
@@ -149,7 +152,7 @@ class Statistics:
     def release(self, layer_name: str) -> None:
         """Let go of the pages that a layer's per-parameter means take."""
         if isinstance(self.means, Checkpoint):
-            release_pages(self.means, mean_name(layer_name))
+            self.means.release(mean_name(layer_name))
 
 
 def mean_name(layer_name: str) -> str:
@@ -157,6 +160,11 @@ def mean_name(layer_name: str) -> str:
     return f"centre.{layer_name}"
 
 
-def mean_dtype(layer: Layer) -> torch.dtype:
-    """In which dtype they are stored: wide enough that rounding them costs nothing that matters."""
-    return torch.float64 if layer.dtype == torch.float64 else torch.float32
+def statistics_specs(layers: Sequence[Layer], normalization: Normalization) -> dict[str, TensorSpec]:
+    """Dtype and shape of the tensors that hold the statistics of K layers, by name: ``[K]``, and the layers' own."""
+    specs: dict[str, TensorSpec] = {name: (torch.float64, (len(layers),)) for name in NUMBERS}
+    for layer in layers if normalization == "residual" else ():
+        # Wide enough that rounding the means costs nothing that matters.
+        wide = torch.float64 if layer.dtype == torch.float64 else torch.float32
+        specs[mean_name(layer.name)] = (wide, layer.shape)
+    return specs

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
+from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.errors import InputError
 
 Normalization = Literal["residual", "layer", "none"]
@@ -157,10 +158,9 @@ def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorI
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in checkpoint.order):
                 near = difflib.get_close_matches(pattern, checkpoint.order, 1, 0.0)
-                raise InputError(
-                    f"tokens.{field}", f"{pattern!r}, which fits no tensor of {checkpoint.path}",
-                    "a glob pattern of tensor names", f"the nearest name is {near[0]!r}" if near else "",
-                )  # fmt: skip
+                hint = f" (the nearest name is {near[0]!r})" if near else ""
+                what = f"tokens.{field}: {pattern!r} fits no tensor of {checkpoint.path}{hint}"
+                raise InputError(f"{what}; write glob patterns of tensor names")
     chosen = []
     for info in checkpoint.tensors.values():
         aliases = names[info.name]
@@ -169,17 +169,11 @@ def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorI
         if info.dtype in FLOAT_DTYPES:
             chosen.append(info)
         elif info.dtype.is_floating_point or info.dtype.is_complex:
-            raise InputError(
-                f"{checkpoint.path}: tensor {info.name!r}", f"dtype {info.dtype}",
-                "float64, float32, bfloat16 or float16", "convert it, or list it in tokens.exclude",
-            )  # fmt: skip
+            what = f"{tensor_at(checkpoint.path, info.name)} has dtype {info.dtype}, which cannot be tokenised"
+            raise InputError(f"{what}; convert it to a float of 16 bits or more, or list it in tokens.exclude")
     if not chosen:
-        raise InputError(
-            str(checkpoint.path),
-            "no float tensor to tokenise",
-            "at least one",
-            "check tokens.include and tokens.exclude",
-        )
+        what = f"{checkpoint.path} has no float tensor to tokenise"
+        raise InputError(f"{what}; check tokens.include and tokens.exclude")
     return chosen
 
 

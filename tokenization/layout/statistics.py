@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.safetensors import tensor_at
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
-from tokenization.layout.normalization import LayerStatistics, mean_name
+from tokenization.layout.normalization import LayerStatistics, Statistics, mean_name, statistics_specs
 from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization
-from tokenization.pages import release_pages
+from tokenization.zoo.cache import cached_tensors
+from tokenization.zoo.zoo import Zoo
+
+VERSION = 1
+"""Changes when the same zoo is measured differently."""
 
 VARIANCE_SUFFIX = "running_var"
 
@@ -60,6 +66,40 @@ WriteMeans = Callable[[str, int, Tensor], None]
 """Takes (name, first value, values) of a stretch of per-parameter means."""
 
 
+def fitted_statistics(
+    zoo: Zoo,
+    indices: Sequence[int],
+    checkpoints: Sequence[Checkpoint],
+    layers: Sequence[Layer],
+    normalization: Normalization,
+    form: str | None,
+) -> Statistics:
+    """The statistics of a zoo, from its cache or measured now.
+
+    Args:
+        zoo: whose cache.
+        indices: its entries to measure.
+        checkpoints: those entries as they are cut into tokens.
+        layers: the tokenised tensors.
+        normalization: the mode.
+        form: key of the canonical form that the checkpoints are in, if any.
+
+    Raises:
+        InputError: a value is NaN or infinite; names file and tensor.
+    """
+    specs = statistics_specs(layers, normalization)
+
+    def write(file: TensorFile) -> None:
+        def write_means(name: str, first: int, values: Tensor) -> None:
+            file.write(name, first, values.to(specs[name][0]))
+
+        numbers = fit_statistics(checkpoints, layers, normalization, write_means)
+        Statistics(normalization, *numbers).write_numbers(file)
+
+    key = [VERSION, zoo.digest(), list(indices), normalization, [layer.name for layer in layers], form]
+    return Statistics.read(cached_tensors(zoo, "statistics", key, specs, write), normalization)
+
+
 def fit_statistics(
     checkpoints: Sequence[Checkpoint],
     layers: Sequence[Layer],
@@ -92,7 +132,7 @@ def fit_statistics(
         transform = LayerStatistics(0.0, 1.0, variance_means[index])
         moments = measure(flats, transform, lambda at, means: write_means(mean_name(layer.name), first + at, means))
         for checkpoint in checkpoints:
-            release_pages(checkpoint, layer.name, first, first + step)
+            checkpoint.release(layer.name, first, first + step)
         if not math.isfinite(moments.mean) or not math.isfinite(moments.squares):
             _raise_not_finite(checkpoints, layer)
         return moments
@@ -163,11 +203,7 @@ def _raise_not_finite(checkpoints: Sequence[Checkpoint], layer: Layer) -> None:
         for block in _blocks(len(flat)):
             num_bad = int((~torch.isfinite(flat[block])).sum())
             if num_bad:
-                raise InputError(
-                    f"{checkpoint.path}: tensor {layer.name!r}", "NaN or infinite values", "finite weights",
-                    "leave the checkpoint out of the zoo",
-                )  # fmt: skip
-    raise InputError(
-        f"{checkpoints[0].path}: tensor {layer.name!r}", "values too large to measure", "weights below 1e150",
-        "list it in tokens.exclude, or set tokens.normalization to none",
-    )  # fmt: skip
+                what = f"{tensor_at(checkpoint.path, layer.name)} has NaN or infinite values"
+                raise InputError(f"{what}; leave the checkpoint out of the zoo")
+    what = f"{tensor_at(checkpoints[0].path, layer.name)} has values too large to measure, of 1e150 or more"
+    raise InputError(f"{what}; list it in tokens.exclude, or set tokens.normalization to none")

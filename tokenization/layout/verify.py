@@ -68,12 +68,9 @@ def _check_products(original: Checkpoint, canonical: Checkpoint, layout: TokenLa
         rounding = max(torch.finfo(layer.dtype).eps for layer in pair)
         smallest = 1e-13 * float(a.double().norm() * b.double().norm())  # float64's own rounding on the way
         if distance > PRODUCT_ROUNDING * rounding * norm + smallest:
-            raise InputError(
-                tensor_at(original.path, pair[1].name),
-                f"an error of {distance:.3g} in the product B A, of norm {norm:.3g}, in canonical form",
-                "at most the rounding of its dtype",
-                "set tokens.lora_canonical to none, and report it with this file",
-            )
+            what = f"{tensor_at(original.path, pair[1].name)}: the product B A, of norm {norm:.3g}"
+            why = f"is off by {distance:.3g} in canonical form, more than the rounding of its dtype"
+            raise InputError(f"{what}, {why}; set tokens.lora_canonical to none, and report it with this file")
 
 
 def _num_exact(checkpoint: Checkpoint, name: str, decoded: Tensor) -> int:
@@ -86,10 +83,6 @@ def _num_exact(checkpoint: Checkpoint, name: str, decoded: Tensor) -> int:
         bound = rounding * torch.maximum(right.abs(), SMALL * stored.abs().max().double())
         errors = (left - right).abs()
         if not bool((errors <= bound).all()):
-            raise InputError(
-                tensor_at(checkpoint.path, name),
-                f"an error of {float(errors.max()):.3g} after tokens and back",
-                "at most one unit in the last place",
-                "report it, with this file",
-            )
+            what = f"{tensor_at(checkpoint.path, name)} is off by {float(errors.max()):.3g} after tokens and back"
+            raise InputError(f"{what}, more than one unit in the last place; report it, with this file")
     return num_exact

@@ -1,143 +1,24 @@
-"""Write safetensors files piece by piece, in any order, without ever holding one in memory."""
+"""Generated tokens to disk: one safetensors file, written row by row, never held in memory."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.safetensors import ORDER_KEY
-from tokenization.checkpoint.saving import header_of
-from tokenization.files import TEMPORARY_SUFFIX, synchronise, writing_failed
+from tokenization.checkpoint.tensor_file import TensorFile
+from tokenization.layout.description import LayoutDescription
 from tokenization.layout.placement import BLOCK_VALUES
-
-if TYPE_CHECKING:
-    from tokenization.layout.layout import TokenLayout
-
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
-
-
-class TensorFile:
-    """A safetensors file of tensors known by dtype and shape, filled through ``write`` and published by ``close``.
-
-    Until then it has a temporary name, which goes when the object is dropped, aborted, or left with an error as a
-    context manager. A copy in another process, forked or pickled, writes into the same file; the process that made
-    it publishes or removes it.
-
-    Args:
-        path: the file, replaced on ``close`` if it exists.
-        specs: dtype and shape of every tensor.
-        metadata: strings for the header.
-        num_extra_bytes: room for the caller's own notes after the tensors, cut off on ``close``.
-
-    Raises:
-        InputError: here and from every method: the disk is full or refuses. Nothing is left behind then.
-    """
-
-    _descriptor = -1
-
-    def __init__(
-        self,
-        path: Path | str,
-        specs: Mapping[str, TensorSpec],
-        metadata: Mapping[str, str] | None = None,
-        num_extra_bytes: int = 0,
-    ) -> None:
-        self.path = Path(path)
-        self.process = os.getpid()
-        self.temporary = self.path.with_name(f".{self.path.name}.{self.process}{TEMPORARY_SUFFIX}")
-        header, self.offsets, self.size = header_of(specs, metadata or {})
-        with self._abort_on_error():
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "there is a folder of this name")
-            self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            _reserve(self._descriptor, self.size + num_extra_bytes)
-        self.write_bytes(header, 0)
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether this process made the file and it is neither published nor aborted."""
-        return self._descriptor >= 0 and self.process == os.getpid()
-
-    def write(self, name: str, first: int, values: Tensor) -> None:
-        """Put values (CPU, of the tensor's dtype) at place ``first`` of the flattened tensor ``name``."""
-        if not values.numel():
-            return
-        offset = self.offsets[name] + first * values.dtype.itemsize
-        self.write_bytes(values.contiguous().reshape(-1).view(torch.uint8).numpy().data, offset)
-
-    def write_bytes(self, data: bytes | memoryview, offset: int) -> None:
-        """Put bytes at a byte of the file."""
-        view = memoryview(data)
-        with self._abort_on_error():
-            while len(view):
-                written = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[written:], offset + written
-
-    def read_extra(self) -> bytes:
-        """The caller's notes."""
-        with self._abort_on_error():
-            return os.pread(self._descriptor, os.fstat(self._descriptor).st_size - self.size, self.size)
-
-    def close(self) -> None:
-        """Publish the file; in a copy in another process, only stop writing. Harmless when repeated."""
-        if self._descriptor < 0:
-            return
-        with self._abort_on_error():
-            if self.is_owner:
-                os.ftruncate(self._descriptor, self.size)
-                os.fsync(self._descriptor)  # some disks report only here that they are full
-                os.replace(self.temporary, self.path)
-                synchronise(self.path.parent)
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-    def abort(self) -> None:
-        """Remove the temporary file. Harmless when repeated or after ``close``."""
-        if self._descriptor < 0:
-            return
-        if self.is_owner:
-            with contextlib.suppress(OSError):
-                self.temporary.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-    @contextlib.contextmanager
-    def _abort_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.abort()
-            raise writing_failed(self.path, error) from error
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close() if error is None else self.abort()
-
-    def __del__(self) -> None:
-        self.abort()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_descriptor"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._descriptor = os.open(self.temporary, os.O_RDWR)
 
 
 class CheckpointWriter:
-    """Streams tokens, denormalised, to their places in one safetensors file, and publishes it on ``close``.
+    """Streams tokens, denormalised, to their places in one safetensors file, and puts it in place on ``close``.
 
     Rows may come in any order and from several processes (send each a pickled copy). Every key of the state dict is
     in the file, tied ones as copies, so that ``load_state_dict(strict=True)`` takes it as it is.
@@ -151,7 +32,7 @@ class CheckpointWriter:
         InputError: the disk is full or refuses; nothing is left behind.
     """
 
-    def __init__(self, path: Path | str, layout: TokenLayout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path | str, layout: LayoutDescription, metadata: Mapping[str, str] | None = None) -> None:
         self.layout = layout
         self._copies: dict[str, list[str]] = {layer.name: [layer.name] for layer in layout.layers}
         for alias, name in layout.ties.items():
@@ -194,7 +75,7 @@ class CheckpointWriter:
         self._file.write_bytes(b"\1" * len(rows), self._file.size + first_token)
 
     def close(self) -> None:
-        """Publish the file; in another process's copy, only stop writing.
+        """Put the file in place; in another process's copy, only stop writing.
 
         Raises:
             ValueError: a token was never written (the file is then abandoned).
@@ -219,13 +100,3 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close() if error is None else self.abort()
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now, so that a full disk is known before hours of sampling, not after."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        os.ftruncate(descriptor, size)

@@ -1,1 +1,1 @@
-"""LoRA and DoRA adapters: PEFT folders and the one form of their factors."""
+"""LoRA and DoRA adapters: PEFT folders that are whole and alike, and one form for the factors of a product."""

@@ -54,13 +54,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise InputError(str(folder), f"no {CONFIG_NAME}", "it beside the adapter's weights", "save the adapter anew")
+        raise InputError(f"{folder} has no {CONFIG_NAME} beside the adapter's weights; save the adapter again")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(str(path), "no JSON object", "the configuration of a PEFT adapter")
+        raise InputError(f"{path} is no JSON object; put the configuration of a PEFT adapter there")
     if config.get("peft_type") != "LORA":
-        cure = "other adapters are not supported"
-        raise InputError(f"{path}: peft_type", repr(config.get("peft_type")), "'LORA' (or DoRA, which is LORA)", cure)
+        what = f"{path}: peft_type is {config.get('peft_type')!r}"
+        raise InputError(f"{what}, and no other adapters than 'LORA' are supported (DoRA is LORA); give such ones")
     return config
 
 
@@ -71,12 +71,9 @@ def require_same_config(
     for field in _FIELDS:
         left, right = _comparable(found.get(field)), _comparable(expected.get(field))
         if left != right:
-            raise InputError(
-                f"{found_in / CONFIG_NAME}: {field}",
-                _shown(found.get(field)),
-                f"{_shown(expected.get(field))} as in {expected_in}",
-                "a zoo holds adapters of one kind",
-            )
+            what = f"{found_in / CONFIG_NAME}: {field} is {_shown(found.get(field))}"
+            other = f"{_shown(expected.get(field))} in {expected_in}"
+            raise InputError(f"{what}, but {other}; a zoo holds adapters of one kind, so leave one of them out")
 
 
 def partner_of(name: str) -> tuple[str, str] | None:
@@ -106,24 +103,23 @@ def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping
             continue
         side, partner = factor
         if partner not in shapes:
-            raise InputError(
-                tensor_at(folder, partner), "no such tensor", f"one that goes with {name!r}", "save it anew"
-            )
+            raise InputError(f"{tensor_at(folder, partner)} is missing, which goes with {name!r}; save it again")
         rank = shape[0] if side == "A" else shape[1] if len(shape) > 1 else 0
         module = name[: match.start()].rstrip(".")
         expected = _rank_of(module, config)
         if expected is not None and rank != expected:
-            raise InputError(tensor_at(folder, name), f"rank {rank}", f"{expected} as in {CONFIG_NAME}", "save it anew")
+            what = f"{tensor_at(folder, name)} has rank {rank}, but {CONFIG_NAME} says {expected}"
+            raise InputError(f"{what}; save the adapter again")
         if (
             config.get("use_dora")
             and not match[1]
             and not any(n.startswith(f"{module}.lora_magnitude") for n in shapes)
         ):
-            missing = f"{module}.lora_magnitude_vector"
-            raise InputError(tensor_at(folder, missing), "no such tensor", "it, as use_dora is set", "save it anew")
+            what = f"{tensor_at(folder, f'{module}.lora_magnitude_vector')} is missing, though use_dora is set"
+            raise InputError(f"{what}; save the adapter again")
         pairs += 1
     if not pairs:
-        raise InputError(str(folder), "no lora_A or lora_B tensor", "the weights of a LoRA adapter", "save it anew")
+        raise InputError(f"{folder} has no lora_A or lora_B tensor; save the LoRA adapter again")
 
 
 def _rank_of(module: str, config: Mapping[str, Any]) -> int | None:

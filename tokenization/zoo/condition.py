@@ -40,33 +40,40 @@ class ConditionSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ConditionKind):
-            raise InputError("condition: kind", repr(self.kind), f"one of {', '.join(get_args(ConditionKind))}")
+            kinds = ", ".join(get_args(ConditionKind))
+            raise InputError(f"condition: kind is {self.kind!r}; choose one of {kinds}")
         if not isinstance(self.size, int) or self.size < 1:
-            raise InputError("condition: size", repr(self.size), "a whole number from 1 on")
+            raise InputError(f"condition: size is {self.size!r}; write a whole number from 1 on")
         unnamed = not self.names and self.kind != "text"
         if not unnamed and (len(self.names) != self.size or len(set(self.names)) != self.size):
-            raise InputError("condition: names", f"{len(self.names)} of them", f"{self.size} different ones")
+            raise InputError(f"condition: names has {len(self.names)} of them; write {self.size} different ones")
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> ConditionSpec:
         """Read what ``dataclasses.asdict`` gives. Raises InputError that names ``where``."""
         if not isinstance(content, dict) or not {"kind", "size"} <= content.keys() <= {"kind", "size", "names"}:
-            raise InputError(f"{where}: condition", repr(content), "kind, size and names")
+            raise InputError(f"{where}: condition is {content!r}; write kind, size and names")
         names = content.get("names", [])
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{where}: condition: names", repr(names), "a list of texts")
+            raise InputError(f"{where}: condition: names is {names!r}; write a list of texts")
         return cls(content["kind"], content["size"], tuple(names))
 
     def require(self, condition: Sequence[float] | None, where: str) -> None:
         """Check the condition of an entry. Raises InputError that names ``where``."""
-        where = f"{where}: condition"
         length = self.size if self.kind in ("binary", "vector") else 1
         if condition is None or len(condition) != length:
-            raise InputError(
-                where, "none" if condition is None else f"{len(condition)} numbers", f"{length} ({self.kind})"
-            )
+            what = "is missing" if condition is None else f"has {len(condition)} numbers"
+            raise InputError(f"{where}: condition {what}; a {self.kind} condition has {length}")
         for value in condition:
             if self.kind == "binary" and value not in (0, 1):
-                raise InputError(where, f"{value}", "0 or 1")
+                raise InputError(f"{where}: condition has {value}; a binary one is made of 0 and 1")
             if self.kind in ("class", "text") and not (value == int(value) and 0 <= value < self.size):
-                raise InputError(where, f"{value}", f"an index from 0 to {self.size - 1}")
+                raise InputError(f"{where}: condition is {value}; write an index from 0 to {self.size - 1}")
+
+
+def require_condition(spec: ConditionSpec | None, condition: Sequence[float] | None, where: str) -> None:
+    """`ConditionSpec.require`, of a zoo that may have no conditions. Raises InputError that names ``where``."""
+    if spec is not None:
+        spec.require(condition, where)
+    elif condition is not None:
+        raise InputError(f"{where} has a condition, but the zoo has none; create the zoo with a condition")

@@ -12,7 +12,7 @@ from typing import Any
 from tokenization.checkpoint.safetensors import read_json
 from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
-from tokenization.files import publish_text
+from tokenization.files import write_text
 from tokenization.zoo.condition import ConditionSpec
 
 FORMAT = 1
@@ -33,14 +33,14 @@ class Description:
         """Read ``zoo.json``. Raises InputError that names the field at fault."""
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = f"format {content.get('format')!r}" if isinstance(content, dict) else "no JSON object"
-            raise InputError(str(path), found, f"format {FORMAT}", "collect the zoo with this version")
+            what = f"has format {content.get('format')!r}" if isinstance(content, dict) else "is no JSON object"
+            raise InputError(f"{path} {what}, not format {FORMAT}; collect the zoo again with this version of rpg")
         task, runs = content.get("task"), content.get("runs", [])
         condition, structure = content.get("condition"), content.get("structure")
         if task is not None and not isinstance(task, dict):
-            raise InputError(f"{path}: task", repr(task), "a task's name and arguments")
+            raise InputError(f"{path}: task is {task!r}; write null, or a task's name and arguments")
         if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
-            raise InputError(f"{path}: runs", repr(runs), "a list of names")
+            raise InputError(f"{path}: runs is {runs!r}; write a list of names")
         return cls(
             task,
             None if condition is None else ConditionSpec.from_json(condition, str(path)),
@@ -57,4 +57,25 @@ class Description:
             "runs": list(self.runs),
             "structure": None if self.structure is None else self.structure.to_json(),
         }
-        publish_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def require_new_folder(path: Path, among: Sequence[Path] = ()) -> None:
+    """Check that a zoo may be made in a folder: it is new or empty, or holds one of the checkpoints ``among``.
+
+    Raises:
+        InputError: there is a zoo, a file, or a folder full of something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; choose a folder for the zoo")
+    if (path / "zoo.json").exists():
+        raise InputError(f"{path} is a zoo already; open it, or choose another folder")
+    try:  # hidden files are the system's
+        names = {file.name for file in path.iterdir() if not file.name.startswith(".")} if path.exists() else set()
+    except OSError as error:
+        raise InputError(f"{path} is unreadable ({error.strerror}); choose another folder for the zoo") from error
+    manifest = path / "manifest.jsonl"
+    unfinished = names == {manifest.name} and manifest.stat().st_size == 0  # killed while a zoo was being made
+    if names and not unfinished and not any(file.resolve().is_relative_to(path.resolve()) for file in among):
+        what = f"{path} is no zoo, and not empty (it has {min(names)})"
+        raise InputError(f"{what}; choose a new folder, or the one that holds the checkpoints")

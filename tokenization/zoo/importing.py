@@ -17,7 +17,7 @@ from tokenization.checkpoint.pickles import SUFFIXES, pickled_files
 from tokenization.checkpoint.safetensors import natural_key, read_json
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
-from tokenization.files import publish_text
+from tokenization.files import write_text
 from tokenization.lora.adapter import (
     CONFIG_NAME,
     check_adapter_tensors,
@@ -26,9 +26,10 @@ from tokenization.lora.adapter import (
     require_same_config,
 )
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
-from tokenization.zoo.manifest import ZooEntry, entry_of
+from tokenization.zoo.description import require_new_folder
+from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
-from tokenization.zoo.zoo import Zoo, with_digest
+from tokenization.zoo.zoo import Zoo
 
 CONVERTED_NAME = re.compile(r"[0-9]{6}\.safetensors")
 """How `Zoo.append` names files in ``checkpoints/``."""
@@ -89,6 +90,7 @@ def collect_from(
     labelled = _labelled(source, zoo_path, table, pattern, kind)
     labels = [label for _, label in labelled]
     if not exists:
+        require_new_folder(zoo_path, [path for path, _ in labelled])
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
@@ -99,11 +101,13 @@ def collect_from(
     if not sources:
         return zoo
     if not exists:
-        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs)
+        zoo = Zoo.create(
+            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled]
+        )
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
     if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
-        publish_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
+        write_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
     _write(zoo, sources, runs)
     return zoo
 
@@ -121,7 +125,7 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[P
     text = str(source)
     matches = [Path(text)] if os.path.exists(text) else [Path(match) for match in glob.glob(text, recursive=True)]
     if not matches:
-        raise InputError(text, "nothing", "a folder or glob of checkpoints", "check the path")
+        raise InputError(f"{text} does not exist; give a folder or glob of checkpoints")
     found: dict[Path, None] = {}
     for path in sorted(matches, key=lambda path: natural_key(path.as_posix())):
         if path.is_dir():
@@ -138,7 +142,7 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[P
             path: None for path in found if path.resolve().parent != own or not CONVERTED_NAME.fullmatch(path.name)
         }
     if not found:
-        raise InputError(text, "no checkpoint", f"safetensors, or {', '.join(SUFFIXES)}", "check the path")
+        raise InputError(f"{text} has no checkpoint; they end in .safetensors, {', '.join(SUFFIXES)}")
     return list(found)
 
 
@@ -148,7 +152,7 @@ def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) 
     try:
         children = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
     except OSError as error:
-        raise InputError(str(folder), f"an unreadable folder ({error.strerror})", "a folder of checkpoints") from error
+        raise InputError(f"{folder} is unreadable ({error.strerror}); make it readable or name another") from error
     names = {child.name for child in children}
     if is_adapter(folder) or not names.isdisjoint(_FOLDER_FILES):
         found = [folder]
@@ -187,7 +191,8 @@ def _labelled(
         for where, row in read_table(Path(table)):
             path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
             if path is None:
-                raise InputError(f"{where}: file", repr(row["file"]), "a checkpoint beside the table or in the source")
+                what = f"{where}: file {row['file']!r} does not exist"
+                raise InputError(f"{what}; name a checkpoint beside the table or in the source")
             rows.append((path, where, row))
     labelled = []
     seen: dict[Path, str] = {}
@@ -195,7 +200,8 @@ def _labelled(
         if path.resolve() in seen:
             if table is None:
                 continue
-            raise InputError(f"{where}: file", f"{row['file']!r} a second time", f"it in {seen[path.resolve()]} alone")
+            what = f"{where}: file {row['file']!r} is already in {seen[path.resolve()]}"
+            raise InputError(f"{what}; drop one of the lines")
         seen[path.resolve()] = where
         named = read_name(pattern, path.as_posix()) if pattern is not None else {}
         labelled.append((path, label_of({**named, **row}, where, kind)))

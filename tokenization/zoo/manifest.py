@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import digest_of
 from tokenization.errors import InputError
 from tokenization.files import writing_failed
-
-_CUT_CURE = "collect again, which drops it and continues"
 
 
 @dataclass(frozen=True)
@@ -59,35 +59,44 @@ _FIELDS = {f.name: f for f in dataclasses.fields(ZooEntry)}
 def entry_of(content: Any, where: str) -> ZooEntry:
     """Check the fields of one entry. Raises InputError that names ``where`` and the field at fault."""
     if not isinstance(content, dict):
-        raise InputError(where, f"a value of type {type(content).__name__}", "a JSON object")
+        raise InputError(f"{where} is of type {type(content).__name__}; write a JSON object")
+
+    def refuse(key: str, expected: str) -> InputError:
+        return InputError(f"{where}: field {key!r} is {content.get(key)!r}; write {expected}")
+
     for key in content:
         if key not in _FIELDS:
-            raise InputError(f"{where}: field {key!r}", "an unknown field", f"one of {', '.join(_FIELDS)}")
+            raise InputError(f"{where}: field {key!r} is unknown; the fields are {', '.join(_FIELDS)}")
     for key in ("file", "run", "step"):
         if key not in content:
-            raise InputError(f"{where}: field {key!r}", "nothing", "a value")
+            raise InputError(f"{where}: field {key!r} is missing; add it")
     values = dict(content)
     for key in ("file", "split", "sha256", "source"):
         if key in values and not isinstance(values[key], str):
-            raise InputError(f"{where}: field {key!r}", repr(values[key]), "a text")
+            raise refuse(key, "a text")
     for key in ("run", "step", "size"):
         value = values.get(key, 0)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise InputError(f"{where}: field {key!r}", repr(value), "a whole number from 0 on")
+            raise refuse(key, "a whole number from 0 on")
     for key in ("file", "split"):
         if not values.get(key, "train"):
-            raise InputError(f"{where}: field {key!r}", "an empty text", "a name")
+            raise refuse(key, "a name")
     if not isinstance(values.get("external", False), bool):
-        raise InputError(f"{where}: field 'external'", repr(values["external"]), "true or false")
+        raise refuse("external", "true or false")
     if values.get("condition") is not None:
         condition = values["condition"]
         if not isinstance(condition, list | tuple) or not all(_is_number(value) for value in condition):
-            raise InputError(f"{where}: field 'condition'", repr(condition), "a list of finite numbers")
+            raise refuse("condition", "a list of finite numbers")
         values["condition"] = tuple(float(value) for value in condition)
     metrics = values.get("metrics", {})
     if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
-        raise InputError(f"{where}: field 'metrics'", repr(metrics), "finite numbers by name")
+        raise refuse("metrics", "finite numbers by name")
     return ZooEntry(**values)
+
+
+def with_digest(entry: ZooEntry, checkpoint: Checkpoint) -> ZooEntry:
+    """The entry with size and digest of its checkpoint's file(s)."""
+    return dataclasses.replace(entry, size=sum(checkpoint.sizes.values()), sha256=digest_of(checkpoint))
 
 
 def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
@@ -103,7 +112,7 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(str(path), f"no readable file ({error.strerror})", "the manifest of a zoo") from error
+        raise InputError(f"{path} is unreadable ({error.strerror}); put the manifest of the zoo there") from error
     entries: list[ZooEntry] = []
     lines_of_files: dict[str, int] = {}
     lines = content.split(b"\n")
@@ -115,17 +124,16 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
             parsed = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise InputError(
-                    where, f"no complete JSON ({error})", "one JSON object a line", "mend or drop it"
-                ) from error
+                raise InputError(f"{where} is no complete JSON ({error}); mend or drop it") from error
             if not repair:
-                raise InputError(where, "a line cut in half", "one JSON object a line", _CUT_CURE) from error
+                cure = "collect again, which drops it and continues"
+                raise InputError(f"{where} is a line cut in half; {cure}") from error
             os.truncate(path, len(content) - len(line))
             break
         entry = entry_of(parsed, where)
         if entry.file in lines_of_files:
-            found = f"{entry.file!r} a second time"
-            raise InputError(where, found, f"it in line {lines_of_files[entry.file]} alone", "drop one of the lines")
+            first = lines_of_files[entry.file]
+            raise InputError(f"{where} lists {entry.file!r} a second time, after line {first}; drop one of the lines")
         lines_of_files[entry.file] = number
         entries.append(entry)
     return entries
@@ -142,13 +150,12 @@ def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) ->
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        raise InputError(str(path), f"no writable file ({error.strerror})", "the manifest of a zoo") from error
+        raise writing_failed(path, error) from error
     try:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size != expected_size:
-            raise InputError(
-                str(path), f"{size} bytes", f"{expected_size} as last read", "let one process at a time collect"
-            )
+            what = f"{path} has {size} bytes, but had {expected_size} when it was last read"
+            raise InputError(f"{what}; let one process at a time collect")
         if size:
             os.lseek(descriptor, -1, os.SEEK_END)
             if os.read(descriptor, 1) != b"\n":  # an editor left the last line without its end

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionKind, ConditionSpec
+from tokenization.zoo.condition import ConditionKind, ConditionSpec, require_condition
 
 _CONDITION_PREFIX = "condition."
 _METRIC_PREFIX = "metrics."
@@ -42,7 +42,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(str(path), f"an unreadable table ({reason})", "a CSV or JSONL file") from error
+        raise InputError(f"{path} is an unreadable table ({reason}); give a CSV or JSONL file") from error
     rows: list[tuple[str, dict[str, Any]]] = []
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True)
@@ -50,10 +50,11 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
             for row in reader:
                 where = f"{path}: line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise InputError(where, "another number of fields", f"{len(reader.fieldnames or ())} as in line 1")
+                    count = len(reader.fieldnames or ())
+                    raise InputError(f"{where} has another number of fields than the {count} of line 1; mend the line")
                 rows.append((where, {key: value for key, value in row.items() if value != ""}))
         except csv.Error as error:
-            raise InputError(f"{path}: line {reader.line_num}", f"no CSV ({error})", "a CSV table") from error
+            raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the line") from error
     elif path.suffix in (".jsonl", ".json"):
         for number, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
@@ -62,17 +63,17 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
             try:
                 parsed = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(where, f"no complete JSON ({error})", "one JSON object a line") from error
+                raise InputError(f"{where} is no complete JSON ({error}); write one JSON object a line") from error
             if not isinstance(parsed, dict):
-                raise InputError(where, f"a value of type {type(parsed).__name__}", "one JSON object a line")
+                raise InputError(f"{where} is of type {type(parsed).__name__}; write one JSON object a line")
             rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
     else:
-        raise InputError(str(path), f"the ending {path.suffix!r}", "a table in .csv or .jsonl")
+        raise InputError(f"{path} has the ending {path.suffix!r}; give a table in .csv or .jsonl")
     if not rows:
-        raise InputError(str(path), "no rows", "one per checkpoint")
+        raise InputError(f"{path} has no rows; write one per checkpoint")
     for where, row in rows:
         if not isinstance(row.get("file"), str):
-            raise InputError(where, "no file", "a column 'file' that names the checkpoint")
+            raise InputError(f"{where} has no file; add a column 'file' that names the checkpoint")
     return rows
 
 
@@ -85,12 +86,12 @@ def read_name(pattern: str, name: str) -> dict[str, Any]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError("pattern", repr(pattern), "a regular expression", str(error)) from error
+        raise InputError(f"pattern: {pattern!r} is no regular expression ({error}); mend it") from error
     if not compiled.groupindex:
-        raise InputError("pattern", repr(pattern), "named groups, such as (?P<run>[0-9]+)")
+        raise InputError(f"pattern: {pattern!r} has no named groups; name them, such as (?P<run>[0-9]+)")
     match = compiled.search(name)
     if match is None:
-        raise InputError(name, "a name that does not match", f"the pattern {pattern!r}", "mend the pattern")
+        raise InputError(f"{name} does not match the pattern {pattern!r}; mend the pattern")
     return {key: text for key, text in match.groupdict().items() if text is not None}
 
 
@@ -115,10 +116,10 @@ def label_of(row: Mapping[str, Any], where: str, kind: ConditionKind | None = No
     if "condition" in row:
         condition = str(row["condition"]) if kind == "text" else _condition(row["condition"], f"{where}: condition")
     if components and condition is not None:
-        raise InputError(f"{where}: condition", "it twice", f"it alone, or {_CONDITION_PREFIX}NAME columns")
+        raise InputError(f"{where}: condition is there twice; write it alone, or {_CONDITION_PREFIX}NAME columns")
     step = _number(row.get("step", 0), f"{where}: step")
     if step != int(step) or step < 0:
-        raise InputError(f"{where}: step", repr(row["step"]), "a whole number from 0 on")
+        raise InputError(f"{where}: step is {row['step']!r}; write a whole number from 0 on")
     return Label(
         where,
         run=str(row["run"]) if "run" in row else None,
@@ -142,22 +143,23 @@ def infer_condition(labels: Sequence[Label], kind: ConditionKind | None = None) 
     given = [label for label in labels if label.condition is not None]
     if not given:
         if kind is not None and labels:
-            raise InputError(f"{labels[0].where}: condition", "none", f"one ({kind})", "add the column")
+            raise InputError(f"{labels[0].where}: condition is missing; add the column, of the kind {kind}")
         return None
     first = given[0]
     for label in labels:
         if label.condition is None:
-            raise InputError(f"{label.where}: condition", "none", "one, as others have it", "give all or none")
+            raise InputError(f"{label.where}: condition is missing, but others have one; give all or none")
         if isinstance(label.condition, str) != isinstance(first.condition, str):
-            raise InputError(f"{label.where}: condition", repr(label.condition), f"the kind of {first.condition!r}")
+            what = f"{label.where}: condition is {label.condition!r}, but {first.condition!r} in {first.where}"
+            raise InputError(f"{what}; write names or numbers everywhere")
         if not isinstance(label.condition, str) and len(label.condition) != len(first.condition or ()):
-            found = f"{len(label.condition)} numbers"
-            raise InputError(f"{label.where}: condition", found, f"{len(first.condition or ())} as in {first.where}")
+            what = f"{label.where}: condition has {len(label.condition)} numbers"
+            raise InputError(f"{what}, but {len(first.condition or ())} in {first.where}; write equally many")
         if label.condition_names != first.condition_names:
-            raise InputError(f"{label.where}: condition", "other columns", f"those of {first.where}")
+            raise InputError(f"{label.where}: condition has other columns than {first.where}; use the same")
     if isinstance(first.condition, str):
         if kind not in (None, "class", "text"):
-            raise InputError(f"{first.where}: condition", repr(first.condition), f"numbers ({kind})")
+            raise InputError(f"{first.where}: condition is {first.condition!r}; write numbers, as it is a {kind}")
         names = sorted({str(label.condition) for label in given}, key=natural_key)
         return ConditionSpec(kind or "class", len(names), tuple(names))
     values = [value for label in given for value in label.condition or () if not isinstance(value, str)]
@@ -176,13 +178,10 @@ def resolve_condition(label: Label, spec: ConditionSpec | None) -> tuple[float, 
     condition = label.condition
     if isinstance(condition, str):
         if spec is None or spec.kind not in ("class", "text") or condition not in spec.names:
-            expected = "no condition" if spec is None else f"one of {', '.join(spec.names) or 'its numbers'}"
-            raise InputError(f"{label.where}: condition", repr(condition), expected)
+            cure = "leave it out" if spec is None else f"write one of {', '.join(spec.names) or 'its numbers'}"
+            raise InputError(f"{label.where}: condition is {condition!r}, which the zoo does not know; {cure}")
         condition = (float(spec.names.index(condition)),)
-    if spec is not None:
-        spec.require(condition, label.where)
-    elif condition is not None:
-        raise InputError(f"{label.where}: condition", "one", "none, as the zoo has none")
+    require_condition(spec, condition, label.where)
     return condition
 
 
@@ -208,5 +207,5 @@ def _number(value: Any, where: str) -> float:
         if not math.isfinite(number):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise InputError(where, repr(value), "a finite number") from error
+        raise InputError(f"{where} is {value!r}; write a finite number") from error
     return number

@@ -7,7 +7,6 @@ A line is appended after its file is in place, so that a killed collection resum
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,12 +20,12 @@ from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import check_tensors
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values, digest_of
 from tokenization.errors import InputError
-from tokenization.files import publish_text, remove_leftovers, writing_failed
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.description import Description
-from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest
+from tokenization.files import make_folder, remove_leftovers, write_text
+from tokenization.zoo.condition import ConditionSpec, require_condition
+from tokenization.zoo.description import Description, require_new_folder
+from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest, with_digest
 
-__all__ = ["ConditionSpec", "Zoo", "ZooEntry"]
+__all__ = ["ConditionSpec", "Zoo", "ZooEntry", "with_digest"]
 
 
 class Zoo:
@@ -55,7 +54,7 @@ class Zoo:
         self.entries: list[ZooEntry] = []
         self._structure: Structure | None = None
         self._manifest_size = 0
-        self._checkpoints: dict[int, Checkpoint] = {}
+        self._checkpoints: dict[Path, Checkpoint] = {}
 
     @classmethod
     def create(
@@ -65,22 +64,18 @@ class Zoo:
         task: dict[str, Any] | None = None,
         condition: ConditionSpec | None = None,
         runs: Sequence[str] = (),
+        among: Sequence[Path] = (),
     ) -> Zoo:
-        """Start an empty zoo. Raises InputError if there is one, or if the folder cannot be written."""
+        """Start an empty zoo in a new or empty folder, or one that holds one of the checkpoints ``among``.
+
+        Raises:
+            InputError: there is a zoo, or anything else, or the folder cannot be written.
+        """
         zoo = cls(path, task=task, condition=condition, runs=runs)
-        if zoo.path.exists() and not zoo.path.is_dir():
-            raise InputError(str(path), "a file", "a folder for the zoo", "choose another path")
-        for name in ("zoo.json", "manifest.jsonl"):
-            if (zoo.path / name).exists():
-                raise InputError(
-                    str(zoo.path / name), "a zoo already", "a new folder", "open it, or choose another path"
-                )
-        try:
-            zoo.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise writing_failed(path, error) from error
+        require_new_folder(zoo.path, among)
+        make_folder(zoo.path)
         # A zoo is what has a zoo.json: it comes last.
-        publish_text(zoo.path / "manifest.jsonl", "")
+        write_text(zoo.path / "manifest.jsonl", "")
         zoo._write_description()
         return zoo
 
@@ -96,11 +91,10 @@ class Zoo:
             InputError: there is no zoo, its files are malformed, or an entry's file is missing or out of bounds.
         """
         path = Path(path)
-        description = path / "zoo.json"
-        if not path.is_dir() or not description.is_file():
-            found = "no zoo.json" if path.is_dir() else "no such folder"
-            raise InputError(str(path), found, "a zoo", "make one with `rpg collect`")
-        content = Description.read(description)
+        if not (path / "zoo.json").is_file():
+            what = "is no zoo: it has no zoo.json" if path.is_dir() else "does not exist"
+            raise InputError(f"{path} {what}; make a zoo with `rpg collect`")
+        content = Description.read(path / "zoo.json")
         zoo = cls(path, task=content.task, condition=content.condition, runs=content.runs)
         zoo._structure = content.structure
         if repair:
@@ -131,9 +125,9 @@ class Zoo:
     def file(self, index: int) -> Path:
         """The file or folder of an entry. Raises InputError if the zoo is empty or has no such entry."""
         if not self.entries:
-            raise InputError(str(self.path), "an empty zoo", "at least one checkpoint", "collect some")
+            raise InputError(f"{self.path} is an empty zoo; collect some checkpoints with `rpg collect`")
         if not -len(self) <= index < len(self):
-            raise InputError(str(self.path), f"no entry {index}", f"an index from 0 to {len(self) - 1}")
+            raise InputError(f"{self.path} has no entry {index}; choose one from 0 to {len(self) - 1}")
         return self.path / self.entries[index].file
 
     def contains(self, file: Path) -> bool:
@@ -146,11 +140,10 @@ class Zoo:
         Raises:
             InputError: the file is broken, has changed since its collection, or is of another structure.
         """
-        self.file(index)
-        index %= len(self)
-        if index not in self._checkpoints:
-            self._checkpoints[index] = self._open_checkpoint(index)
-        return self._checkpoints[index]
+        file = self.file(index)
+        if file not in self._checkpoints:
+            self._checkpoints[file] = self._open_checkpoint(index)
+        return self._checkpoints[file]
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """Every tensor of an entry's checkpoint, copied into memory."""
@@ -163,7 +156,7 @@ class Zoo:
     def require_task(self) -> dict[str, Any]:
         """The task. Raises InputError if the zoo was collected without one."""
         if self.task is None:
-            raise InputError(f"{self.path / 'zoo.json'}: task", "none", "a task's name and arguments", "name the task")
+            raise InputError(f"{self.path / 'zoo.json'} names no task; set task in the configuration")
         return self.task
 
     def append(
@@ -187,23 +180,14 @@ class Zoo:
             InputError: another structure, NaN or infinity, a wrong condition, no space; the zoo is as it was.
         """
         number = len(self)
-        while (self.path / (name := f"checkpoints/{number:06d}.safetensors")).exists():  # never overwrite a stranger
+        while (path := self.path / f"checkpoints/{number:06d}.safetensors").exists():  # never overwrite a stranger
             number += 1
-        path = self.path / name
         where = source or str(path)
-        entry = entry_of(
-            {
-                "file": name,
-                "run": run,
-                "step": step,
-                "condition": condition if condition is None else [float(value) for value in condition],
-                "metrics": dict(metrics or {}),
-                "split": split,
-                "source": source,
-            },
-            where,
-        )
-        self._require_condition(entry, where)
+        numbers = condition if condition is None else [float(value) for value in condition]
+        file = path.relative_to(self.path).as_posix()
+        fields = {"file": file, "run": run, "step": step, "condition": numbers, "split": split, "source": source}
+        entry = entry_of({**fields, "metrics": dict(metrics or {})}, where)
+        require_condition(self.condition, entry.condition, where)
         tensors = check_tensors(state_dict, where)
         structure = Structure.of_state_dict(tensors)
         if self.entries:
@@ -211,17 +195,15 @@ class Zoo:
         check_values(tensors, where)
         new_folder = not path.parent.exists()
         try:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             save_checkpoint(path, tensors)
             entry = with_digest(entry, Checkpoint.open(path))
             self.extend([entry])
-        except BaseException as error:
+        except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 if new_folder:
                     path.parent.rmdir()
-            if isinstance(error, OSError):
-                raise writing_failed(path, error) from error
             raise
         return entry
 
@@ -239,7 +221,7 @@ class Zoo:
         for entry in entries:
             self._require_entry(entry)
             if entry.file in listed:
-                raise InputError(str(self.path / entry.file), "a file that the zoo lists already", "a new one")
+                raise InputError(f"{self.path / entry.file} is a file that the zoo lists already; add a new one")
             listed.add(entry.file)
         manifest = self.path / "manifest.jsonl"
         old_size, was_empty = self._manifest_size, not self.entries
@@ -270,12 +252,11 @@ class Zoo:
         """
         self.file(0)
         for index, entry in enumerate(self.entries):
-            where = str(self.file(index))
             checkpoint = self._open_checkpoint(index)  # not kept: a whole zoo would stay in memory
-            check_checkpoint_values(checkpoint, where)
+            check_checkpoint_values(checkpoint, str(checkpoint.path))
             if entry.sha256 and (found := digest_of(checkpoint)) != entry.sha256:
                 raise InputError(
-                    where, f"digest {found[:12]}…", f"{entry.sha256[:12]}… as collected", "collect it again"
+                    f"{checkpoint.path} has digest {found[:12]}…, but another as collected; collect it again"
                 )
 
     def digest(self) -> str:
@@ -283,22 +264,22 @@ class Zoo:
 
         It costs no reading: the files' digests were taken when they were collected.
         """
-        digest = hashlib.sha256(json.dumps(self.structure.to_json()).encode())
-        for index, entry in enumerate(self.entries):
-            digest.update((entry.sha256 or digest_of(self._open_checkpoint(index))).encode())
-        return digest.hexdigest()
+        digests = [json.dumps(self.structure.to_json()), *(self.digest_of(index) for index in range(len(self)))]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def digest_of(self, index: int) -> str:
+        """SHA-256 (hexadecimal) of an entry's file(s), as recorded when it was collected."""
+        return self.entries[index].sha256 or digest_of(self._open_checkpoint(index))
 
     def _open_checkpoint(self, index: int) -> Checkpoint:
         path = self.file(index)
         checkpoint = Checkpoint.open(path)
         for file in checkpoint.sizes:  # a folder or an index may lead elsewhere still
             if not self.entries[index].external and not self.contains(file):
-                raise InputError(
-                    str(file), "a link out of the zoo", "a file in the zoo", "adopt it with `rpg collect --from`"
-                )
+                raise InputError(f"{file} is a link out of the zoo; adopt the checkpoint with `rpg collect --from`")
         size, expected = sum(checkpoint.sizes.values()), self.entries[index].size
         if expected and size != expected:
-            raise InputError(str(path), f"{size} bytes", f"{expected} as collected", "collect it again")
+            raise InputError(f"{path} has {size} bytes, but had {expected} as collected; collect it again")
         self.structure.require(Structure.of_checkpoint(checkpoint), str(path))
         return checkpoint
 
@@ -306,22 +287,11 @@ class Zoo:
         where = f"{self.path / 'manifest.jsonl'}: file {entry.file!r}"
         file = self.path / entry.file
         if not entry.external and not self.contains(file):
-            found = "a symbolic link out of the zoo" if file.is_symlink() else "a path out of the zoo"
-            raise InputError(where, found, "a file in the zoo", "adopt it with `rpg collect --from`")
+            what = "a symbolic link" if file.is_symlink() else "a path"
+            raise InputError(f"{where} is {what} out of the zoo; adopt the checkpoint with `rpg collect --from`")
         if not file.exists():
-            raise InputError(where, "no such file", "a checkpoint", "put it back, or drop the line")
-        self._require_condition(entry, where)
-
-    def _require_condition(self, entry: ZooEntry, where: str) -> None:
-        if self.condition is not None:
-            self.condition.require(entry.condition, where)
-        elif entry.condition is not None:
-            raise InputError(f"{where}: condition", "one", "none, as zoo.json says", "create the zoo with a condition")
+            raise InputError(f"{where} does not exist; put the checkpoint back, or drop the line")
+        require_condition(self.condition, entry.condition, where)
 
     def _write_description(self) -> None:
         Description(self.task, self.condition, self.runs, self._structure).write(self.path / "zoo.json")
-
-
-def with_digest(entry: ZooEntry, checkpoint: Checkpoint) -> ZooEntry:
-    """The entry with size and digest of its checkpoint's file(s)."""
-    return dataclasses.replace(entry, size=sum(checkpoint.sizes.values()), sha256=digest_of(checkpoint))

@@ -14,7 +14,7 @@ from rpg.planning import memory as estimate
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
-from tokenization.checkpoint.outline import outline
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
 
@@ -130,7 +130,7 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
     config = Config.defaults(overrides)
     network = nn.Sequential(*(nn.Linear(16384, 5 * 1024, device="meta") for _ in range(3)))
     network.append(network[0])
-    checkpoint = outline(network.state_dict(), Path("large"))
+    checkpoint = Checkpoint.without_values(network.state_dict(), Path("large"))
     assert checkpoint.ties == {"3.weight": "0.weight", "3.bias": "0.bias"}
     subject = estimate.Subject(TokenLayout.plan(checkpoint, config.tokens))
     memory = estimate.training_memory(config, subject, bf16=True)

@@ -151,11 +151,27 @@ def test_metadata_that_says_the_name_of_a_tensor_is_no_tie(tmp_path: Path) -> No
     assert checkpoint.ties == {} and list(checkpoint.tensors) == ["weight"]
 
 
-def test_ties_of_the_librarys_save_model(tmp_path: Path) -> None:
+def test_foreign_metadata_that_says_the_name_of_a_tensor_is_no_tie(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path, {"best": "weight", "format": "pt"})
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.ties == {} and checkpoint.order == ["weight"] and checkpoint.metadata["best"] == "weight"
+
+
+def test_what_the_librarys_save_model_notes_is_no_tie(tmp_path: Path) -> None:
+    """It cannot be told from other metadata; the library's own load_model ties the network again."""
     network = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     network["b"].weight = network["a"].weight
     safetensors.torch.save_model(network, str(tmp_path / "a.safetensors"))
-    assert list(read_state_dict(tmp_path / "a.safetensors")) == ["a.weight", "b.weight"]
+    state = read_state_dict(tmp_path / "a.safetensors")
+    assert list(state) == ["a.weight"] and torch.equal(state["a.weight"], network["a"].weight)
+
+
+def test_ties_that_a_file_of_0_1_0_records_are_read(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "rpg.order": '["a", "b"]', "rpg.ties": '{"b": "a"}'}
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", metadata)
+    checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
+    assert checkpoint.ties == {"b": "a"} and list(checkpoint.state_dict()) == ["a", "b"]
 
 
 def test_views_of_one_buffer_are_not_ties(tmp_path: Path) -> None:
@@ -201,7 +217,7 @@ def test_a_file_that_shrank_since_it_was_opened(tmp_path: Path) -> None:
     save_checkpoint(path, {"w": torch.ones(30)})
     checkpoint = Checkpoint.open(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(InputError, match=r"a\.safetensors: \d+ bytes; expected \d+ as when it was opened"):
+    with pytest.raises(InputError, match=r"a\.safetensors has \d+ bytes, but had \d+ when it was opened"):
         checkpoint.flat("w")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenization.errors import InputError
-from tokenization.layout import serialization as layout_file
 from tokenization.layout import statistics as fitting
-from tokenization.layout import writer
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.normalization import LayerStatistics
 from tokenization.layout.placement import BLOCK_VALUES
@@ -192,7 +191,7 @@ def test_values_that_are_not_finite_name_file_and_tensor(tmp_path: Path, normali
     raw = bytearray(file.read_bytes())
     raw[offset + 40 : offset + 44] = np.float32(bad).tobytes()
     file.write_bytes(raw)
-    with pytest.raises(InputError, match=r"000002.safetensors: tensor 'weight': NaN or infinite"):
+    with pytest.raises(InputError, match=r"000002.safetensors: tensor 'weight' has NaN or infinite"):
         TokenLayout.fit(Zoo.open(zoo.path), TokenOptions(normalization=normalization))
     assert not list((zoo.path / "cache").iterdir())
 
@@ -204,7 +203,7 @@ class TestCache:
     def test_spares_the_second_pass(self, tmp_path: Path, monkeypatch):
         zoo = make_zoo(tmp_path, random_dicts())
         tokens = self.fit(zoo)
-        monkeypatch.setattr(layout_file, "fit_statistics", None)
+        monkeypatch.setattr(fitting, "fit_statistics", None)
         assert torch.equal(self.fit(zoo), tokens)
         with pytest.raises(TypeError):
             self.fit(zoo, normalization="layer")
@@ -231,7 +230,7 @@ class TestCache:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(writer.os, "posix_fallocate", full)
+        monkeypatch.setattr(os, "posix_fallocate", full)
         assert torch.equal(self.fit(zoo), tokens)
         assert not list((zoo.path / "cache").iterdir())
 

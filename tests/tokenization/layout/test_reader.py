@@ -9,10 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.layout import reader as reader_module
+from tokenization.layout import rows as rows_module
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
-from tokenization.pages import release_pages
 from tokenization.zoo.zoo import Zoo
 
 CUTS = [("layer", False), ("layer", True), ("channel", False), ("channel", True), ("flat", False)]
@@ -43,7 +42,7 @@ def zoo(tmp_path_factory) -> Zoo:
 @pytest.mark.parametrize("size", [5, 64, 5000])
 @pytest.mark.parametrize("long_stretch", [16, 10**6])
 def test_rows_are_those_of_encode(zoo: Zoo, monkeypatch, normalization, flatten, pack, size, long_stretch):
-    monkeypatch.setattr(reader_module, "LONG_STRETCH", long_stretch)
+    monkeypatch.setattr(rows_module, "LONG_STRETCH", long_stretch)
     layout = TokenLayout.fit(zoo, TokenOptions(size=size, normalization=normalization, flatten=flatten, pack=pack))
     encoded = torch.stack([layout.encode(zoo.checkpoint(i)) for i in range(len(zoo))])
     checkpoint_ids = torch.tensor([2, 0, 2])
@@ -111,7 +110,7 @@ def test_released_pages_come_back_with_the_files_bytes(tmp_path: Path):
     checkpoint = Checkpoint.open(zoo.file(0))
     before = checkpoint.state_dict()
     for name in before:
-        release_pages(checkpoint, name)
-        release_pages(checkpoint, name, 1, 2)
+        checkpoint.release(name)
+        checkpoint.release(name, 1, 2)
     for name, tensor in checkpoint.state_dict().items():
         assert torch.equal(tensor, before[name])

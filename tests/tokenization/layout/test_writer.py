@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.writer import CheckpointWriter, TensorFile
+from tokenization.layout.writer import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
 

@@ -229,7 +229,7 @@ def test_adapters_are_adopted_with_their_configuration(adapters: Path, tmp_path:
     assert config == (source / "a0" / "adapter_config.json").read_bytes()
     zoo.verify()
     copy(adapters, tmp_path / "more", "rank")
-    with pytest.raises(InputError, match="4; expected 2"):
+    with pytest.raises(InputError, match="4, but 2"):
         collect_from(tmp_path / "more", tmp_path / "zoo")
     by_file = collect_from(str(source / "*" / "adapter_model.safetensors"), tmp_path / "zoo2")
     assert by_file.digest() == zoo.digest()
@@ -254,16 +254,16 @@ def test_pickled_adapters_are_converted(adapters: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "field", "values"),
     [
-        ("rank", "r", "4; expected 2"),
-        ("modules", "target_modules", r"\['qkv'\]; expected \['proj', 'qkv'\]"),
-        ("base", "base_model_name_or_path", "'another'; expected 'base'"),
-        ("dora", "use_dora", "True; expected False"),
+        ("rank", "r", "4, but 2"),
+        ("modules", "target_modules", r"\['qkv'\], but \['proj', 'qkv'\]"),
+        ("base", "base_model_name_or_path", "'another', but 'base'"),
+        ("dora", "use_dora", "True, but False"),
     ],
 )
 def test_adapters_that_differ(adapters: Path, tmp_path: Path, other: str, field: str, values: str) -> None:
     source = copy(adapters, tmp_path / "mine", "a0", other)
     (source / other).rename(source / "z")
-    with pytest.raises(InputError, match=rf"z/adapter_config\.json: {field}: {values} as in .*a0") as error:
+    with pytest.raises(InputError, match=rf"z/adapter_config\.json: {field} is {values} in .*a0") as error:
         collect_from(source, tmp_path / "zoo")
     assert "\n" not in str(error.value) and not (tmp_path / "zoo").exists()
 
@@ -273,26 +273,39 @@ def test_other_kinds_of_adapters(adapters: Path, tmp_path: Path, kind: str | Non
     source = copy(adapters, tmp_path / "mine", "a0")
     config = source / "a0" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": kind}))
-    with pytest.raises(InputError, match=rf"peft_type: {kind!r}; expected 'LORA'"):
+    with pytest.raises(InputError, match=rf"peft_type is {kind!r}, and no other adapters than 'LORA'"):
         collect_from(source, tmp_path / "zoo")
 
 
 def test_half_written_adapters(adapters: Path, tmp_path: Path) -> None:
     source = copy(adapters, tmp_path / "mine", "a0", "a1", "dora")
     (source / "a1" / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"a1: adapter_config.json without weights"):
+    with pytest.raises(InputError, match=r"a1 has an adapter_config.json without weights"):
         collect_from(source / "a1", tmp_path / "zoo")
     (source / "a0" / "adapter_config.json").unlink()
-    with pytest.raises(InputError, match=r"a0: no adapter_config.json"):
+    with pytest.raises(InputError, match=r"a0 has no adapter_config.json"):
         collect_from(source / "a0", tmp_path / "zoo")
     weights = source / "dora" / "adapter_model.safetensors"
     state = Checkpoint.open(weights).state_dict()
     for part in ("lora_A", "lora_B", "lora_magnitude"):
         missing = next(name for name in state if part in name)
         save_checkpoint(weights, {name: tensor for name, tensor in state.items() if name != missing})
-        with pytest.raises(InputError, match=rf"tensor '{missing}'.*no such tensor"):
+        with pytest.raises(InputError, match=rf"tensor '{missing}'.* is missing"):
             collect_from(source / "dora", tmp_path / "zoo")
     save_checkpoint(weights, {"lm_head.weight": torch.ones(2)})
     with pytest.raises(InputError, match="no lora_A or lora_B tensor"):
         collect_from(source / "dora", tmp_path / "zoo")
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_zoo_is_not_made_among_other_files(tmp_path: Path) -> None:
+    source, other = tmp_path / "mine", tmp_path / "other"
+    for folder in (source, other):
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    save_checkpoint(source / "a.safetensors", {"w": torch.ones(2)})
+    with pytest.raises(InputError, match=r"other is no zoo, and not empty \(it has notes.txt\)"):
+        collect_from(source, other)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+    assert len(collect_from(source, source)) == 1  # beside the checkpoints themselves
+    assert len(collect_from(source, source)) == 1

@@ -111,7 +111,7 @@ def test_an_unfinished_last_line_is_refused_then_repaired(tmp_path: Path) -> Non
     whole = (tmp_path / "manifest.jsonl").read_bytes()
     (tmp_path / "manifest.jsonl").write_bytes(whole + whole[:40])
     (tmp_path / "checkpoints" / ".000001.safetensors.99.partial").write_bytes(b"half")
-    with pytest.raises(InputError, match="line 2: a line cut in half"):
+    with pytest.raises(InputError, match="line 2 is a line cut in half"):
         Zoo.open(tmp_path)
     assert (tmp_path / "manifest.jsonl").read_bytes() == whole + whole[:40]
     zoo = Zoo.open(tmp_path, repair=True)
@@ -201,7 +201,7 @@ def test_conditions(tmp_path: Path, spec: ConditionSpec | None, good: tuple | No
 
 
 def test_require_task(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"zoo\.json: task: none"):
+    with pytest.raises(InputError, match=r"zoo\.json names no task"):
         Zoo.create(tmp_path / "a").require_task()
     assert Zoo.create(tmp_path / "b", task={"name": "x"}).require_task() == {"name": "x"}
 
@@ -210,3 +210,21 @@ def test_checkpoint_files_of_a_zoo_are_plain_checkpoints(tmp_path: Path) -> None
     zoo = Zoo.create(tmp_path)
     zoo.append(state_of(0), run=0, step=0)
     assert Checkpoint.open(zoo.file(0)).ties == {"tied": "w"}
+
+
+def test_a_folder_full_of_other_files_becomes_no_zoo(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match=r"is no zoo, and not empty \(it has thesis.tex\); choose a new folder"):
+        Zoo.create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_leaves_of_a_new_zoo_and_hidden_files_are_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_text("")
+    (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / ".zoo.json.1.partial").write_text("{")
+    assert len(Zoo.create(tmp_path)) == 0 and len(Zoo.open(tmp_path)) == 0
+    (tmp_path / "zoo.json").unlink()
+    (tmp_path / "manifest.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="not empty"):
+        Zoo.create(tmp_path)

@@ -7,14 +7,11 @@ adapter holds (DoRA magnitudes, biases) stays as it is.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +19,16 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.structure import digest_of
+from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
-from tokenization.layout.writer import TensorFile
 from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
 from tokenization.lora.low_rank import align_factors, balanced_factors
-from tokenization.pages import release_pages
+from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1
-CACHE_FOLDER = "cache"
 MARK = "rpg.canonical"
 """Metadata of an opened canonical checkpoint: by which form it is one."""
 
@@ -47,6 +42,11 @@ REFERENCE_CHECKPOINTS, REFERENCE_ROUNDS = 32, 3
 def reference_name(layer_name: str) -> str:
     """Under which name a layer of the reference is stored."""
     return f"reference.{layer_name}"
+
+
+def reference_specs(layers: Sequence[Layer]) -> dict[str, TensorSpec]:
+    """Dtype and shape of the tensors of a reference for these layers, by name."""
+    return {reference_name(layer.name): (torch.float32, layer.shape) for layer in layers}
 
 
 def find_pairs(layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
@@ -98,10 +98,8 @@ class Canonical:
         config = read_adapter_config(zoo.path) if (zoo.path / CONFIG_NAME).is_file() else {}
         for field in NO_PRODUCT:
             if config.get(field):
-                raise InputError(
-                    "tokens.lora_canonical", f"{options.lora_canonical!r} for adapters with {field}", "'none'",
-                    "set it, as their pairs are not simply multiplied",
-                )  # fmt: skip
+                what = f"tokens.lora_canonical: the pairs of adapters with {field} are not simply multiplied"
+                raise InputError(f"{what}, so that they have no {options.lora_canonical!r} form; set it to 'none'")
         reference = _fitted_reference(zoo, indices, pairs) if options.lora_canonical == "aligned" else None
         return cls(options.lora_canonical, pairs, reference)
 
@@ -118,6 +116,10 @@ class Canonical:
     def layers(self) -> list[Layer]:
         """The layers of all pairs."""
         return [layer for pair in self.pairs for layer in pair]
+
+    def reference_specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of the reference's tensors, by name; none without a reference."""
+        return reference_specs(self.layers) if self.reference is not None else {}
 
     def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
         """An entry of a zoo in canonical form: its pairs from the zoo's cache, made if need be, the rest as it is.
@@ -137,9 +139,15 @@ class Canonical:
 
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:
         original = zoo.checkpoint(index)
-        subject = [self.key, zoo.entries[index].sha256 or digest_of(original)]
-        name = f"canonical-{hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:24]}.safetensors"
-        cached = _cached(zoo, name) or self._write(original, zoo, name)
+
+        def write(file: TensorFile) -> None:
+            for pair in self.pairs:
+                for layer, factor in zip(pair, self._factors(pair, *_values(original, pair)), strict=True):
+                    file.write(layer.name, 0, factor.to(layer.dtype))
+                    original.release(layer.name)
+
+        specs = {layer.name: (layer.dtype, layer.shape) for layer in self.layers}
+        cached = cached_tensors(zoo, "canonical", [self.key, zoo.digest_of(index)], specs, write)
         tensors = {n: cached.tensors.get(n, info) for n, info in original.tensors.items()}
         sizes = {**original.sizes, **cached.sizes}
         metadata = {**original.metadata, MARK: self.key}
@@ -162,21 +170,12 @@ class Canonical:
                     result[layer.name] = factor.to(layer.dtype)
         return result
 
-    def _write(self, original: Checkpoint, zoo: Zoo, name: str) -> Checkpoint:
-        specs = {layer.name: (layer.dtype, layer.shape) for layer in self.layers}
-        with _open_new(zoo, name, specs) as file:
-            for pair in self.pairs:
-                for layer, factor in zip(pair, self._factors(pair, *_values(original, pair)), strict=True):
-                    file.write(layer.name, 0, factor.to(layer.dtype))
-                    release_pages(original, layer.name)
-        return Checkpoint.open(file.path)
-
     def _factors(self, pair: tuple[Layer, Layer], values: Sequence[Tensor], where: str = "") -> tuple[Tensor, Tensor]:
         """The canonical ``(A, B)`` of a pair's ``values``, float64."""
         for layer, tensor in zip(pair, values, strict=True):
             if not bool(torch.isfinite(tensor).all()):
-                at = tensor_at(where, layer.name) if where else f"tensor {layer.name!r}"
-                raise InputError(at, "NaN or infinite values", "finite weights", "leave the checkpoint out of the zoo")
+                what = tensor_at(where, layer.name) if where else f"tensor {layer.name!r}"
+                raise InputError(f"{what} has NaN or infinite values; leave the checkpoint out of the zoo")
         a, b = balanced_factors(*values)
         if self.reference is None:
             return a, b
@@ -193,21 +192,19 @@ def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[La
     """The mean of aligned adapters (generalised Procrustes analysis, Gower 1975), from the cache or made now."""
     step = max(1, -(-len(indices) // REFERENCE_CHECKPOINTS))
     checkpoints = [zoo.checkpoint(index) for index in indices[::step]]
-    digests = [zoo.entries[index].sha256 or digest_of(zoo.checkpoint(index)) for index in indices[::step]]
-    subject = [VERSION, digests, [layer.name for pair in pairs for layer in pair]]
-    name = f"reference-{hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:24]}.safetensors"
-    if cached := _cached(zoo, name):
-        return cached
     form = Canonical("svd", pairs, None)
-    specs = {reference_name(layer.name): (torch.float32, layer.shape) for layer in form.layers}
-    with _open_new(zoo, name, specs) as file:
+
+    def write(file: TensorFile) -> None:
         for pair in pairs:
             factors = [form._factors(pair, *_values(checkpoint, pair)) for checkpoint in checkpoints]
             for layer, mean in zip(pair, _mean_of_aligned(factors), strict=True):
                 file.write(reference_name(layer.name), 0, mean.float())
                 for checkpoint in checkpoints:
-                    release_pages(checkpoint, layer.name)
-    return Checkpoint.open(file.path)
+                    checkpoint.release(layer.name)
+
+    digests = [zoo.digest_of(index) for index in indices[::step]]
+    key = [VERSION, digests, [layer.name for layer in form.layers]]
+    return cached_tensors(zoo, "reference", key, reference_specs(form.layers), write)
 
 
 def _values(checkpoint: Checkpoint, pair: tuple[Layer, Layer]) -> tuple[list[Tensor], str]:
@@ -220,31 +217,3 @@ def _mean_of_aligned(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
         aligned = [align_factors(a, b, mean_a, mean_b) for a, b in factors]
         mean_a, mean_b = (torch.stack(side).mean(0) for side in zip(*aligned, strict=True))
     return mean_a, mean_b
-
-
-def _cached(zoo: Zoo, name: str) -> Checkpoint | None:
-    """A whole file of the cache: they are published whole, under names that say what is in them."""
-    for folder in _folders(zoo):
-        with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
-            return Checkpoint.open(folder / name)
-    return None
-
-
-def _open_new(zoo: Zoo, name: str, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> TensorFile:
-    """A new file of the cache; of this process alone where the zoo may not be written."""
-    try:
-        (zoo.path / CACHE_FOLDER).mkdir(exist_ok=True)
-        return TensorFile(zoo.path / CACHE_FOLDER / name, specs)
-    except (OSError, InputError):
-        return TensorFile(Path(_scratch().name) / name, specs)
-
-
-def _folders(zoo: Zoo) -> Iterator[Path]:
-    yield zoo.path / CACHE_FOLDER
-    if _scratch.cache_info().currsize:
-        yield Path(_scratch().name)
-
-
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="rpg-")

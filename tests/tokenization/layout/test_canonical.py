@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tokenization.errors import InputError
+from tokenization.layout.canonical import find_pairs
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
 from tokenization.layout.verify import verify_round_trip
 from tokenization.lora.adapter import CONFIG_NAME
-from tokenization.lora.canonical import find_pairs
 from tokenization.lora.low_rank import product_distance
 from tokenization.zoo.zoo import Zoo
 
@@ -133,14 +133,14 @@ def test_a_saved_layout_encodes_the_same(form: str, tmp_path: Path) -> None:
     assert sorted((tmp_path / "zoo" / "cache").iterdir()) == cached
 
 
-def test_a_layout_from_before_leaves_pairs_alone(tmp_path: Path) -> None:
+def test_a_layout_that_does_not_say_how_its_pairs_are_is_refused(tmp_path: Path) -> None:
     zoo = zoo_at(tmp_path / "zoo")
     TokenLayout.fit(zoo, options("none")).save(tmp_path)
     content = json.loads((tmp_path / "layout.json").read_text())
     del content["options"]["lora_canonical"]
     (tmp_path / "layout.json").write_text(json.dumps(content))
-    loaded = TokenLayout.load(tmp_path)
-    assert loaded.canonical is None and loaded.options.lora_canonical == "none"
+    with pytest.raises(InputError, match=r"reference\.q\.lora_A\.weight' is missing"):
+        TokenLayout.load(tmp_path)
 
 
 def test_the_cache_is_used_and_may_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

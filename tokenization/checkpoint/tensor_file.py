@@ -1,0 +1,177 @@
+"""Write safetensors files piece by piece, in any order, without ever holding one in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.safetensors import DTYPES
+from tokenization.files import TEMPORARY_SUFFIX, synchronise, writing_failed
+
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+"""Stored dtype and shape of a tensor."""
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""What the format calls a dtype."""
+
+
+def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out a safetensors file.
+
+    The library's own writer puts the metadata in random order; here the same input gives the same bytes.
+
+    Args:
+        specs: dtype and shape by name.
+        metadata: strings for the header.
+
+    Returns:
+        The bytes that the file begins with (length and header), the offset of every tensor in the file and the size
+        of the file, in bytes. Wider dtypes come first, so that every tensor is aligned; within a dtype the order is
+        kept.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):
+        offsets[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {name: start + offset for name, offset in offsets.items()}
+    return len(text).to_bytes(8, "little") + text, places, start + end
+
+
+class TensorFile:
+    """A safetensors file of tensors known by dtype and shape, filled through ``write`` and put in place by ``close``.
+
+    Until then it has a temporary name, which goes when the object is dropped, aborted, or left with an error as a
+    context manager. A copy in another process, forked or pickled, writes into the same file; the process that made
+    it puts it in place or removes it.
+
+    Args:
+        path: the file, replaced on ``close`` if it exists.
+        specs: dtype and shape of every tensor.
+        metadata: strings for the header.
+        num_extra_bytes: room for the caller's own notes after the tensors, cut off on ``close``.
+        reserve: take the space now, so that a full disk is known before hours of sampling, not after.
+
+    Raises:
+        InputError: here and from every method: the disk is full or refuses. Nothing is left behind then.
+    """
+
+    _descriptor = -1
+
+    def __init__(
+        self,
+        path: Path | str,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        num_extra_bytes: int = 0,
+        *,
+        reserve: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self.process = os.getpid()
+        self.temporary = self.path.with_name(f".{self.path.name}.{self.process}{TEMPORARY_SUFFIX}")
+        header, self.offsets, self.size = header_of(specs, metadata or {})
+        with self._abort_on_error():
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "there is a folder of this name")
+            self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            _set_size(self._descriptor, self.size + num_extra_bytes, reserve)
+        self.write_bytes(header, 0)
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this process made the file and it is neither in place nor aborted."""
+        return self._descriptor >= 0 and self.process == os.getpid()
+
+    def write(self, name: str, first: int, values: Tensor) -> None:
+        """Put values (CPU, of the tensor's dtype) at place ``first`` of the flattened tensor ``name``."""
+        if not values.numel():
+            return
+        offset = self.offsets[name] + first * values.dtype.itemsize
+        self.write_bytes(values.contiguous().reshape(-1).view(torch.uint8).numpy().data, offset)
+
+    def write_bytes(self, data: bytes | memoryview, offset: int) -> None:
+        """Put bytes at a byte of the file."""
+        view = memoryview(data)
+        with self._abort_on_error():
+            while len(view):
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+
+    def read_extra(self) -> bytes:
+        """The caller's notes."""
+        with self._abort_on_error():
+            return os.pread(self._descriptor, os.fstat(self._descriptor).st_size - self.size, self.size)
+
+    def close(self) -> None:
+        """Put the file in place; in a copy in another process, only stop writing. Harmless when repeated."""
+        if self._descriptor < 0:
+            return
+        with self._abort_on_error():
+            if self.is_owner:
+                os.ftruncate(self._descriptor, self.size)
+                os.fsync(self._descriptor)  # some disks report only here that they are full
+                os.replace(self.temporary, self.path)
+                synchronise(self.path.parent)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def abort(self) -> None:
+        """Remove the temporary file. Harmless when repeated or after ``close``."""
+        if self._descriptor < 0:
+            return
+        if self.is_owner:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    @contextlib.contextmanager
+    def _abort_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            raise writing_failed(self.path, error) from error
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close() if error is None else self.abort()
+
+    def __del__(self) -> None:
+        self.abort()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_descriptor"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._descriptor = os.open(self.temporary, os.O_RDWR)
+
+
+def _set_size(descriptor: int, size: int, reserve: bool) -> None:
+    try:
+        if reserve:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+    os.ftruncate(descriptor, size)

@@ -1,0 +1,130 @@
+"""What a layout consists of: which tensors are in the tokens, where their values lie, how they are normalised.
+
+Letters: L tokens of a checkpoint, D token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.tensor_file import TensorSpec
+from tokenization.layout.canonical import Canonical
+from tokenization.layout.normalization import LayerStatistics, Statistics, TensorSource
+from tokenization.layout.placement import Layer, RunTable, TokenOptions
+from tokenization.zoo.zoo import Zoo
+
+
+class LayoutDescription:
+    """All that ``layout.json`` and ``statistics.safetensors`` hold, and what follows from it.
+
+    Attributes:
+        options: how the tokens are cut.
+        names: every key of the state dict, in order.
+        layers: the tokenised tensors, in order.
+        num_tokens: L.
+        ties: ``{alias: name}``.
+        statistics: the normalisation.
+        constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
+        canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
+    """
+
+    def __init__(
+        self,
+        options: TokenOptions,
+        names: Sequence[str],
+        layers: Sequence[Layer],
+        num_tokens: int,
+        ties: Mapping[str, str],
+        constant_specs: Mapping[str, TensorSpec],
+        statistics: Statistics,
+        constant_source: TensorSource,
+        constant_prefix: str = "",
+        canonical: Canonical | None = None,
+    ) -> None:
+        self.options = options
+        self.names = tuple(names)
+        self.layers = tuple(layers)
+        self.num_tokens = num_tokens
+        self.ties = dict(ties)
+        self.constant_specs = dict(constant_specs)
+        self.statistics = statistics
+        self.canonical = canonical
+        self._constant_source = constant_source
+        self._constant_prefix = constant_prefix
+
+    @property
+    def token_size(self) -> int:
+        """Token width D."""
+        return self.options.size
+
+    @property
+    def num_values(self) -> int:
+        """How many values of a checkpoint are in its tokens."""
+        return sum(layer.num_values for layer in self.layers)
+
+    @property
+    def padding_share(self) -> float:
+        """The part of ``L * D`` that holds nothing."""
+        return 1 - self.num_values / (self.num_tokens * self.token_size)
+
+    @cached_property
+    def runs(self) -> RunTable:
+        """What every single token is made of."""
+        return RunTable(self.layers, self.token_size)
+
+    @property
+    def positions(self) -> Tensor:
+        """(layer, token in the layer) of each token's first value, ``[L, 2]`` long; all different."""
+        return torch.from_numpy(self.runs.positions(np.arange(self.num_tokens)))
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a token holds a value, ``[L, D]`` bool."""
+        return self.mask_rows(torch.arange(self.num_tokens))
+
+    def mask_rows(self, token_ids: Tensor | Sequence[int]) -> Tensor:
+        """The rows ``token_ids`` (any shape ``[...]``) of ``mask``, ``[..., D]``, without making the rest of it."""
+        ids = torch.as_tensor(token_ids, device="cpu")
+        num_values = torch.from_numpy(self.runs.num_values(ids.reshape(-1).numpy())).reshape(ids.shape)
+        return torch.arange(self.token_size) < num_values.unsqueeze(-1)
+
+    def layer_statistics(self, index: int) -> LayerStatistics:
+        """The normalisation of one layer."""
+        return self.statistics.layer(index, self.layers[index].name)
+
+    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
+        """An entry of a zoo as it is cut into tokens: the zoo's own, its LoRA pairs in canonical form."""
+        return zoo.checkpoint(index) if self.canonical is None else self.canonical.checkpoint(zoo, index)
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
+        return self.with_aliases({name: self.constant(name) for name in self.constant_specs})
+
+    def constant(self, name: str) -> Tensor:
+        """One tensor outside the tokens, in the memory map it is read from."""
+        return self._constant_source.flat(self._constant_prefix + name).view(self.constant_specs[name][1])
+
+    def with_aliases(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors under every key that stands for one of them, in the order of the state dict."""
+        return {name: stored[self.ties.get(name, name)] for name in self.names if self.ties.get(name, name) in stored}
+
+    def spec(self, name: str) -> TensorSpec:
+        """Stored dtype and shape of a key of the state dict."""
+        name = self.ties.get(name, name)
+        layer = self._layer_by_name.get(name)
+        return self.constant_specs[name] if layer is None else (layer.dtype, layer.shape)
+
+    @cached_property
+    def _layer_by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("runs", "_layer_by_name")}

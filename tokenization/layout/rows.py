@@ -1,0 +1,94 @@
+"""Rows of the tokens of a zoo, read straight from the memory-mapped checkpoints.
+
+Letters: B checkpoints, L tokens of each, N chosen tokens, D token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.files import empty_huge
+from tokenization.layout.description import LayoutDescription
+from tokenization.layout.normalization import LayerStatistics
+from tokenization.layout.placement import BLOCK_VALUES
+from tokenization.zoo.zoo import Zoo
+
+LONG_STRETCH = 4096
+"""Values from which on a stretch is copied on its own; many shorter ones are gathered at once."""
+
+Ids = Tensor | Sequence[int]
+Group = tuple[int, int, int, np.ndarray, np.ndarray]
+
+
+def read_rows(layout: LayoutDescription, zoo: Zoo, checkpoint_ids: Ids, token_ids: Ids) -> Tensor:
+    """Normalised rows ``[B, N, D]`` without touching the rest; arguments and errors as `TokenReader.read`'s."""
+    checkpoints, tokens = checked_ids(layout, len(zoo), checkpoint_ids, token_ids)
+    rows = empty_huge((*tokens.shape, layout.token_size), torch.float32)
+    partial = layout.runs.num_values(tokens.reshape(-1)) < layout.token_size
+    rows.view(-1, layout.token_size)[torch.from_numpy(np.flatnonzero(partial))] = 0
+    groups: list[Group] = []
+    for place, number in enumerate(checkpoints.tolist()):
+        if place == 0 or not np.array_equal(tokens[place], tokens[place - 1]):
+            groups = layout.runs.pieces(tokens[place]).groups()
+        checkpoint = layout.checkpoint(zoo, number)
+        for group in groups:
+            _read_group(layout, rows[place], checkpoint, group)
+    return rows
+
+
+def checked_ids(
+    layout: LayoutDescription, num_checkpoints: int, checkpoint_ids: Ids, token_ids: Ids
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids as arrays ``[B]`` and ``[B, N]``. Raises IndexError for an id out of range."""
+    checkpoints = np.asarray(torch.as_tensor(checkpoint_ids, device="cpu"), dtype=np.int64).reshape(-1)
+    tokens = np.asarray(torch.as_tensor(token_ids, device="cpu"), dtype=np.int64)
+    _require_range("checkpoint", checkpoints, num_checkpoints)
+    _require_range("token", tokens, layout.num_tokens)
+    if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != len(checkpoints)):
+        raise IndexError(f"token_ids: found shape {tokens.shape}, expected [N] or [{len(checkpoints)}, N]")
+    return checkpoints, np.broadcast_to(tokens, (len(checkpoints), tokens.shape[-1]))
+
+
+def _read_group(layout: LayoutDescription, rows: Tensor, checkpoint: Checkpoint, group: Group) -> None:
+    """Fill ``rows`` ``[N, D]`` with stretches of one layer that have one length and one place in their tokens."""
+    index, target, length, row_ids, sources = group
+    layer = layout.layers[index]
+    statistics = layout.layer_statistics(index)
+    flat, into = checkpoint.flat(layer.name), rows[:, target : target + length]
+    if length >= LONG_STRETCH:
+        for row, source in zip(row_ids.tolist(), sources.tolist(), strict=True):
+            where = slice(source, source + length)
+            into[row] = statistics.normalize(flat[where], statistics.centre_at(where))
+    else:
+        _gather(into, flat, statistics, row_ids, sources)
+    # A page is mapped together with its neighbours: without this, resident memory would grow to the zoo's size.
+    checkpoint.release(layer.name)
+    layout.statistics.release(layer.name)
+
+
+def _gather(into: Tensor, flat: Tensor, statistics: LayerStatistics, row_ids: np.ndarray, sources: np.ndarray) -> None:
+    """Normalise stretches of one layer, from ``sources`` on, into the rows ``row_ids`` of ``into`` ``[N, length]``."""
+    length = into.shape[1]
+    stretches = _stretches(flat, length)
+    centres = _stretches(statistics.centre, length) if isinstance(statistics.centre, Tensor) else None
+    step = max(1, BLOCK_VALUES // length)
+    for first in range(0, len(row_ids), step):
+        source = torch.from_numpy(sources[first : first + step])
+        centre = statistics.centre if centres is None else centres[source]
+        values = statistics.normalize(stretches[source], centre)
+        into[torch.from_numpy(row_ids[first : first + step])] = values.to(into.dtype)
+
+
+def _stretches(flat: Tensor, length: int) -> Tensor:
+    """All stretches of ``length`` values as overlapping rows of a view, ``[len(flat) - length + 1, length]``."""
+    return flat.as_strided((len(flat) - length + 1, length), (1, 1))
+
+
+def _require_range(what: str, ids: np.ndarray, count: int) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= count):
+        raise IndexError(f"{what}_ids: found {ids.min()} to {ids.max()}, expected 0 to {count - 1}")
