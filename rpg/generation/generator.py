@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +19,7 @@ from rpg.config import Config
 from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
 from rpg.generation.devices import parse_device
+from rpg.generation.digest import folder_digest
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink
 from rpg.generation.partition import Partition
@@ -29,7 +29,7 @@ from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
-from tokenization.files import file_digest
+from tokenization.files import atomic_folder, recover_folder
 from tokenization.layout.layout import TokenLayout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.zoo import ConditionSpec, Zoo
@@ -129,33 +129,28 @@ class Generator:
             ) from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts)
-        loaded.digest = _digest(folder)
+        loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
         return loaded
 
     def save_pretrained(self, path: Path | str) -> Path:
         """Write the generator folder; one that is there already is replaced whole."""
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.config.save(temporary / "config.yaml")
-        self.layout.save(temporary)
-        metadata = {
-            "condition": asdict(self.condition) if self.condition else None,
-            "num_states": self.network.num_states,
-            "facts": self.facts,
-        }
-        tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
-        if self.adapter is not None:
-            (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
-        if self.texts is not None:
-            self.texts.save(temporary / TEXTS_FILE)
-        (temporary / "README.md").write_text(model_card(self))
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        self.digest = _digest(target)
+        with atomic_folder(target) as temporary:
+            self.config.save(temporary / "config.yaml")
+            self.layout.save(temporary)
+            metadata = {
+                "condition": asdict(self.condition) if self.condition else None,
+                "num_states": self.network.num_states,
+                "facts": self.facts,
+            }
+            tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
+            save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
+            if self.adapter is not None:
+                (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
+            if self.texts is not None:
+                self.texts.save(temporary / TEXTS_FILE)
+            (temporary / "README.md").write_text(model_card(self))
+        self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target
 
     # --- sampling -------------------------------------------------------------------------------------------
@@ -284,6 +279,9 @@ class Generator:
 
 def _find_folder(path: Path | str) -> Path:
     folder = Path(path)
+    for each in (folder / "generator", folder):
+        with contextlib.suppress(OSError):  # what cannot be mended is missing below
+            recover_folder(each)
     if (folder / "generator").is_dir():
         return folder / "generator"
     if folder.is_dir():
@@ -301,11 +299,3 @@ def _find_folder(path: Path | str) -> Path:
             "a run folder, a generator folder or a hub id",
             type(error).__name__,
         ) from None
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in FILES + OPTIONAL_FILES:
-        if (folder / name).is_file():
-            digest.update(file_digest(folder / name).encode())
-    return digest.hexdigest()

@@ -15,17 +15,25 @@ from torch import Tensor
 from rpg.generation.pdiff_sampler import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import generator, permutation
+from rpg.training.config import TrainConfig
+from rpg.training.data import training_entries
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
+
+OF_STAGES = ("steps", "batch_size", "learning_rate", "weight_decay")
+"""What each stage of ``model`` has for itself, in place of ``train``."""
+OF_RECURRENT = ("betas", "warmup_steps", "tokens", "optimizer", "behaviour", "fresh")
+"""What only recurrent diffusion is trained with."""
 
 
 class VectorSampler:
     """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
 
     Args:
-        zoo: the checkpoints; those of the split ``train`` are held, 4·K·d bytes.
+        zoo: the checkpoints.
+        indices: the entries that are trained on; they are held, 4·K·d bytes.
         layout: how they are normalised, and which values are chosen.
         seed: decides the order.
         batch_sizes: of each step, by stage.
@@ -35,9 +43,14 @@ class VectorSampler:
     rank, world_size = 0, 1
 
     def __init__(
-        self, zoo: Zoo, layout: TokenLayout, seed: int, batch_sizes: tuple[int, int], stage_steps: int
+        self,
+        zoo: Zoo,
+        indices: list[int],
+        layout: TokenLayout,
+        seed: int,
+        batch_sizes: tuple[int, int],
+        stage_steps: int,
     ) -> None:
-        indices = zoo.subset("train")
         self.vectors = torch.stack([flatten_tokens(layout, layout.encode(zoo.checkpoint(i))) for i in indices])
         self.seed, self.batch_sizes, self.stage_steps = seed, batch_sizes, stage_steps
 
@@ -79,6 +92,14 @@ class PDiffTrainer(Trainer):
         """Optimizer steps of both stages."""
         return self.settings.num_steps
 
+    def _check(self, zoo: Zoo) -> None:
+        super()._check(zoo)
+        defaults = TrainConfig()
+        for name in OF_STAGES + OF_RECURRENT:
+            if getattr(self.config.train, name) != getattr(defaults, name):
+                cure = "set it in model.autoencoder and model.latent" if name in OF_STAGES else "leave it out"
+                raise InputError(f"train.{name} has no effect on p-diff (model.kind: pdiff); {cure}.")
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW with one group a stage."""
         network, stages = self.network, (self.settings.autoencoder, self.settings.latent)
@@ -100,7 +121,8 @@ class PDiffTrainer(Trainer):
         stages = self.settings.autoencoder, self.settings.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
-        return VectorSampler(self.zoo, self.layout, self.config.seed, sizes, stages[0].steps)
+        indices = training_entries(self.zoo, self.config)
+        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, sizes, stages[0].steps)
 
     def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The denoiser's parameters."""

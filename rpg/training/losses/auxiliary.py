@@ -72,7 +72,7 @@ class AuxiliaryLosses:
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
-        stream = generator(self.config.seed, "behaviour", step, self.distributed.rank)
+        stream = generator(self.config.seed, "behaviour", step, 0)  # the same images on every process
         return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
 
     def _fresh_of(self, step: int) -> torch.Tensor | float:

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +125,28 @@ def test_a_truncated_file_is_named(run, tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         Generator.from_pretrained(tmp_path / "nothing" / "here")
+
+
+def test_the_digest_stays_when_a_generator_is_saved_again(run, tmp_path):
+    generator = Generator.from_pretrained(run)
+    digest = generator.digest
+    for index in range(6):  # the order of two metadata is a coin's
+        generator.save_pretrained(tmp_path / str(index))
+        assert generator.digest == Generator.from_pretrained(tmp_path / str(index)).digest == digest
+
+
+def test_a_kill_while_a_generator_is_replaced_loses_none(run, tmp_path, monkeypatch):
+    target = Generator.from_pretrained(run).save_pretrained(tmp_path / "run" / "generator")
+    digest, replace = Generator.from_pretrained(target).digest, os.replace
+
+    def killed(source, destination):
+        if str(destination) == str(target):
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(Path, "rename", lambda source, destination: killed(source, destination))
+    with pytest.raises(KeyboardInterrupt):
+        Generator.from_pretrained(run).save_pretrained(target)
+    monkeypatch.undo()
+    assert Generator.from_pretrained(tmp_path / "run").digest == digest

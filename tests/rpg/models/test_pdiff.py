@@ -10,6 +10,7 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.generation.pdiff_sampler import GROUP, flatten_tokens, unflatten_values
 from rpg.models.pdiff import ConvDecoder, ConvEncoder, LatentDenoiser, ParameterDiffusion, PDiffConfig
+from rpg.training.config import TrainConfig
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
 from tests.conftest import make_zoo, small_config
@@ -27,6 +28,8 @@ def pdiff_config(folder, **sections) -> Config:
     model = {"kind": "pdiff", **SMALL, **STAGES, **sections.pop("model", {})}
     tokens = {"size": 16, "flatten": "flat", **sections.pop("tokens", {})}
     generate = {"steps": 5, "sampler": "ddim"}
+    defaults = TrainConfig().model_dump(include={"steps", "batch_size", "warmup_steps"})
+    sections["train"] = {**defaults, **sections.get("train", {})}
     return small_config(folder, model=model, tokens=tokens, generate=generate, **sections)
 
 
@@ -143,3 +146,28 @@ def test_a_condition_is_the_users_mistake(tmp_path):
     make_zoo(tmp_path / "zoo", condition_size=2)
     with pytest.raises(InputError, match="condition.*an unknown key"):
         train(pdiff_config(tmp_path, model={"condition": {"kind": "binary"}}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 5}, {"batch_size": 2}, {"learning_rate": 1e-4}, {"betas": (0.9, 0.999)}, {"weight_decay": 0.0},
+        {"warmup_steps": 1}, {"tokens": 3}, {"optimizer": "adamw8bit"}, {"fresh": {}}, {"behaviour": {}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_what_has_no_effect_is_refused(tmp_path, changes):
+    make_zoo(tmp_path / "zoo")
+    with pytest.raises(InputError, match=rf"train\.{next(iter(changes))} has no effect on p-diff"):
+        train(pdiff_config(tmp_path, train=changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_data_are_those_of_the_splits(tmp_path):
+    zoo = make_zoo(tmp_path / "zoo")
+    zoo.append(zoo.state_dict(0), run=0, step=99, split="validation")
+    for splits in (["train"], ["train", "validation"]):
+        config = pdiff_config(tmp_path, train={"splits": splits}, run=str(tmp_path / "-".join(splits)))
+        folder = train(config)
+        count = len(zoo.subset("train")) + len(splits) - 1
+        assert f"| training checkpoints | {count} |" in (folder / "README.md").read_text()

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from rpg.tasks.images.digits import DigitsTask
 from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
+from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import BehaviourConfig, BehaviourLoss, num_at_last_time
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
@@ -109,3 +112,14 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
     assert (drawn == WITHHELD).any(0).all()
     with pytest.raises(InputError, match="withhold"):
         Config.parse({"model": {"condition": {"kind": "vector", "withhold": 0.3}}}, "test")
+
+
+def test_every_process_draws_the_same_images(zoo, tmp_path):
+    def draw(rank: int) -> int:
+        losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
+        losses.config, losses.distributed = config_of(zoo, tmp_path), SimpleNamespace(rank=rank)
+        losses.behaviour, losses.fresh = lambda *arguments: arguments[-1].initial_seed(), None
+        batch = SimpleNamespace(group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1))
+        return losses(3, batch, SimpleNamespace(samples=torch.zeros(1)))
+
+    assert draw(0) == draw(1)
