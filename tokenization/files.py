@@ -8,11 +8,14 @@ import functools
 import hashlib
 import mmap
 import os
+import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -34,7 +37,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         InputError: the file cannot be written (no space, no permission, a folder in its place).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     with _cleaned_up(path, temporary):
         yield temporary
         synchronise(temporary)
@@ -109,6 +112,27 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders that a killed process left in ``folder``."""
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         _remove(leftover)
+
+
+def temporary_name(path: Path) -> Path:
+    """What ``path`` is called while this process fills it: the name tells machine and process."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def remove_abandoned(folder: Path, pattern: str = "*") -> None:
+    """Delete the temporary files in ``folder`` that a process of this machine was filling when it was killed.
+
+    Those of processes that run, and of other machines, stay: they may be at work in the same folder.
+
+    Args:
+        folder: where to look.
+        pattern: what the files were to be called.
+    """
+    owner = re.compile(rf"\.{re.escape(platform.node())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
+    for path in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
+        match = owner.search(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            _remove(path)
 
 
 def writing_failed(path: Path | str, error: Exception) -> InputError:

@@ -16,6 +16,7 @@ from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.generation.partition import Partition
 from rpg.generation.sampler import Tile
 from tokenization.errors import InputError
+from tokenization.files import remove_abandoned
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.writer import CheckpointWriter
 
@@ -71,6 +72,9 @@ class FolderSink:
 
     def __enter__(self) -> FolderSink:
         _make_folder(self.folder)
+        remove_abandoned(self.folder, "network-*")
+        for adapter in self.folder.glob("network-*/"):
+            remove_abandoned(adapter)
         if self.partition.size > 1:
             first = self.partition.rank == 0
             self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]

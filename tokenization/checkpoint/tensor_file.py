@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.safetensors import DTYPES
-from tokenization.files import TEMPORARY_SUFFIX, synchronise, writing_failed
+from tokenization.files import synchronise, temporary_name, writing_failed
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Stored dtype and shape of a tensor."""
@@ -84,7 +84,7 @@ class TensorFile:
     ) -> None:
         self.path = Path(path)
         self.process = os.getpid()
-        self.temporary = self.path.with_name(f".{self.path.name}.{self.process}{TEMPORARY_SUFFIX}")
+        self.temporary = temporary_name(self.path)
         header, self.offsets, self.size = header_of(specs, metadata or {})
         with self._abort_on_error():
             if self.path.is_dir():

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from rpg.generation.config import GenerateConfig
 from rpg.generation.generator import Generator
 from rpg.generation.partition import Partition
 from rpg.generation.sampler import TokenSampler, low_precision_copy
@@ -55,11 +56,31 @@ def test_two_processes_write_the_files_of_one(run, tmp_path):
 @pytest.mark.parametrize("num", [1, 3, 8])
 def test_the_shares_of_all_processes_are_every_tile_once(run, num, tile_tokens):
     generator = Generator.from_pretrained(run)
-    sampler = TokenSampler(generator.network, generator.layout, tile_tokens, bf16=False)
+    sampler = TokenSampler(generator.network, generator.layout, GenerateConfig(tile_tokens=tile_tokens))
     whole = list(sampler.tiles(num))
     parts = [list(sampler.tiles(num, Partition(rank, 3))) for rank in range(3)]
     assert sorted((tile for part in parts for tile in part), key=lambda t: (t.network, t.token)) == whole
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_a_killed_process_left_goes_with_the_next_run(run, tmp_path, adapters):
+    generator = Generator.from_pretrained(run)
+    child = os.fork()
+    if child == 0:
+        generator.generate(2, output=tmp_path, progress=lambda done, total: os._exit(9))  # in the first network
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".network-00000") and f".{child}." in left.name
+    others = [left.name.replace(f".{child}.", f".{os.getppid()}."), left.name.replace(f".{child}.", f".far.{child}.")]
+    if adapters:
+        (tmp_path / "network-00007").mkdir()
+        left.rename(tmp_path / "network-00007" / left.name)
+    for name in others:
+        (tmp_path / name).touch()
+    generator.generate(1, output=tmp_path)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted([*others, "network-00000.safetensors"])
 
 
 def test_several_processes_need_a_folder(run):
@@ -100,7 +121,7 @@ def test_weights_rounded_once_give_what_autocast_gives(run):
 def test_every_tile_is_computed_in_the_precision_asked_for(run, monkeypatch):
     """Not only the first: a generator that yields out of inference mode loses autocast."""
     generator = Generator.from_pretrained(run)
-    sampler = TokenSampler(generator.network, generator.layout, 5, bf16=True)
+    sampler = TokenSampler(generator.network, generator.layout, GenerateConfig(tile_tokens=5, precision="bf16"))
     seen = []
     predict = sampler.network.predict
     monkeypatch.setattr(
