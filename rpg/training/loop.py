@@ -51,14 +51,13 @@ def train(
         InputError: the zoo, the configuration, the launcher or the run folder does not allow it, the loss is not
             finite, or the disk is full. The newest checkpoint stays whole in every case.
     """
-    started = time.monotonic()
     with stop_signal() as stop_requested, _disk_errors(config.run):
         trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)
             done = step + 1
             finished = done == trainer.num_steps
-            ended = stop_requested() or (max_seconds is not None and time.monotonic() - started > max_seconds)
+            ended = stop_requested() or (max_seconds is not None and time.monotonic() - trainer.started > max_seconds)
             stopping = not finished and trainer.distributed.any(ended)
             if done % config.train.log_every == 0 or finished or stopping:
                 loss = trainer.log(done, loss)
@@ -69,7 +68,7 @@ def train(
             if stopping:
                 trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
-        return trainer.finish(time.monotonic() - started)
+        return trainer.finish()
 
 
 @contextlib.contextmanager

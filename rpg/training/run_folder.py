@@ -12,7 +12,7 @@ import yaml
 
 from rpg.config import Config
 from tokenization.errors import InputError
-from tokenization.files import atomic_file, atomic_folder, file_digest, remove_leftovers, write_text
+from tokenization.files import atomic_file, atomic_folder, file_digest, recover_folder, remove_leftovers, write_text
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
@@ -61,6 +61,7 @@ class RunFolder:
         """Make the folder ready; without ``resume`` the run that is in it goes."""
         saved = self.path / "config.yaml"
         if saved.exists() and not resume:
+            recover_folder(self.generator)  # what a kill left of it must not come back after the new run
             for name in (self.checkpoints, self.generator, self.path / "tensorboard"):
                 shutil.rmtree(name, ignore_errors=True)
             self.metrics.unlink(missing_ok=True)
@@ -69,8 +70,10 @@ class RunFolder:
         with atomic_file(saved) as temporary:
             config.save(temporary)
 
-    def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], keep: int, seconds: float) -> Path:
         """Write ``checkpoints/step-<step>``, filled by ``write``, whole or not at all; older ones beyond ``keep`` go.
+
+        ``seconds`` is how long the run has taken up to this step.
 
         Raises:
             InputError: the disk is full or not writable; what was there before stays.
@@ -79,7 +82,7 @@ class RunFolder:
         try:
             with atomic_folder(target) as folder:
                 write(folder)
-                record_files(folder, step)
+                record_files(folder, step, seconds)
         except InputError as error:
             before = next((path.name for _, path in self.steps()), "no save")
             cure = f"free some space and continue with --resume, from {before}"
@@ -109,10 +112,15 @@ class RunFolder:
             write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def record_files(folder: Path, step: int) -> None:
-    """List the size and digest of every file of a checkpoint in its ``complete.json``."""
+def record_files(folder: Path, step: int, seconds: float) -> None:
+    """Write a checkpoint's ``complete.json``: step, seconds of training, size and digest of every file."""
     files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(folder.iterdir())}
-    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    (folder / COMPLETE).write_text(json.dumps({"step": step, "seconds": seconds, "files": files}, indent=1))
+
+
+def seconds_of(path: Path) -> float:
+    """How long the run had taken up to a checkpoint; 0 where an earlier version has not recorded it."""
+    return json.loads((path / COMPLETE).read_text()).get("seconds", 0.0)
 
 
 def check_folder(path: Path) -> str | None:

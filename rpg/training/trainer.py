@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
-from rpg.training.run_folder import RunFolder
+from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
@@ -32,6 +33,7 @@ class Trainer:
     """The state of a training run of recurrent diffusion, and its step; p-diff's overrides what differs."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
+        self.started = time.monotonic()
         self.config = config
         self.folder = RunFolder(config.run)
         self.zoo = zoo = Zoo.open(config.zoo)
@@ -45,6 +47,7 @@ class Trainer:
         self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
+        self.earlier_seconds = 0.0 if saved is None else seconds_of(saved)
         if saved is not None:
             self.say(f"going on after step {self.step} of {self.num_steps}")
             checkpointing.load_model(saved, self.network)
@@ -197,7 +200,7 @@ class Trainer:
         """Publish everything that a resume needs."""
         files = checkpointing.gather(self.network, self.ema, self.shards, keep=self.distributed.is_main)
         write, keep = (lambda folder: checkpointing.write(folder, files)), self.config.train.keep
-        self.distributed.on_main(lambda: self.folder.save(done, write, keep))
+        self.distributed.on_main(lambda: self.folder.save(done, write, keep, self.seconds))
 
     def _newest(self) -> tuple[int, Path | None]:
         """The checkpoint to go on from; the main process chooses, and cuts the metrics off after it."""
@@ -209,23 +212,28 @@ class Trainer:
 
         return self.distributed.decide(choose)
 
-    def finish(self, seconds: float) -> Path:
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, with the sessions that it was resumed from."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def finish(self) -> Path:
         """Write the generator folder from the averaged weights."""
         weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
         weights |= checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
-        self.distributed.on_main(lambda: self._write_generator(weights, seconds))
+        self.distributed.on_main(lambda: self._write_generator(weights))
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.folder.generator
 
-    def _write_generator(self, weights: dict[str, torch.Tensor], seconds: float) -> None:
+    def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
         network = self.build_network()
         network.load_state_dict(weights)
         facts: dict[str, Any] = {
-            "training seconds": round(seconds, 1),
+            "training seconds": round(self.seconds, 1),
             "parameters": self.num_parameters,
             "training checkpoints": len(self.sampler),
-            **self.auxiliary.facts(seconds),
+            **self.auxiliary.facts(time.monotonic() - self.started),
         }
         Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
 

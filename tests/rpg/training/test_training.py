@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rpg.training.run_folder import RunFolder
 from rpg.training.trainer import Trainer
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
+from tokenization.files import recover_folder
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
 
@@ -52,6 +54,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, mo
     assert losses(whole.run) == losses(parts.run)
 
 
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path, zoo):
+    config, started = small_config(tmp_path), time.monotonic()
+    train(config, max_seconds=0, say=lambda _: None)
+    record = RunFolder(config.run).steps()[0][1] / "complete.json"
+    content = json.loads(record.read_text())
+    assert 0 < content["seconds"] < time.monotonic() - started
+    record.write_text(json.dumps({**content, "seconds": 1000.0}))
+    for _ in range(2):  # the second time nothing is left to do
+        seconds = Generator.from_pretrained(train(config, resume=True)).facts["training seconds"]
+        assert 1000 < seconds < 1000 + time.monotonic() - started
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (5, 100000000, 20):
@@ -66,6 +80,16 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_mixed(tmp_path, zoo):
         train(config)
     with pytest.raises(InputError, match=r"train\.learning_rate"):
         train(small_config(tmp_path, train={"learning_rate": 0.5}), resume=True)
+
+
+def test_a_generator_that_a_kill_moved_aside_does_not_come_back_after_a_new_run(tmp_path, zoo):
+    config = small_config(tmp_path)
+    train(config, max_seconds=0, say=lambda _: None)
+    folder = RunFolder(config.run)
+    folder.generator.rename(folder.path / ".generator.replaced")
+    folder.start(config, resume=False)
+    recover_folder(folder.generator)
+    assert not folder.generator.exists()
 
 
 def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
@@ -106,7 +130,7 @@ def test_averaged_weights_have_the_running_statistics_of_the_same_steps(tmp_path
         rate = 1 - min(decay, (2 + step) / (11 + step))
         for value, name in zip(expected, names, strict=True):
             value.lerp_(trainer.network.get_buffer(name), rate)
-    folder = trainer.finish(0.0)
+    folder = trainer.finish()
     found = load_file(folder / "model.safetensors")
     for name, value in zip(names, expected, strict=True):
         torch.testing.assert_close(found[name], value)
