@@ -8,16 +8,35 @@ Shape letters: N sampled tokens, D token width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rpg.diffusion.objectives import DDPM, Flow
-
 Predict = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, Tensor], None]
+
+
+class Path(Protocol):
+    """What a sampler has to know of an objective (rpg/diffusion/objectives.py), whose own unit all times are in."""
+
+    prediction: str
+
+    def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
+        """The times to visit, noisiest first."""
+
+    def network_time(self, time: Tensor) -> Tensor:
+        """Times as the denoiser takes them, on 0 … 1000."""
+
+    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """x₀ from the noisy tokens and the prediction, ``[N, D]``."""
+
+
+class DiscretePath(Path, Protocol):
+    """That of DDPM: T noise levels."""
+
+    config: Any
+    alphas_cumprod: Tensor  # [T]
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -31,7 +50,7 @@ def _ignore(step: int, x: Tensor) -> None:
 
 
 def euler(
-    objective: Flow,
+    objective: Path,
     predict: Predict,
     noise: Tensor,
     *,
@@ -56,7 +75,7 @@ def euler(
 
 
 def heun(
-    objective: Flow,
+    objective: Path,
     predict: Predict,
     noise: Tensor,
     *,
@@ -88,7 +107,7 @@ def heun(
 
 
 def ddpm(
-    objective: DDPM,
+    objective: DiscretePath,
     predict: Predict,
     noise: Tensor,
     *,
@@ -107,7 +126,7 @@ def ddpm(
 
 
 def ddim(
-    objective: DDPM,
+    objective: DiscretePath,
     predict: Predict,
     noise: Tensor,
     *,
@@ -139,7 +158,7 @@ def ddim(
 
 
 def dpm_solver(
-    objective: DDPM,
+    objective: DiscretePath,
     predict: Predict,
     noise: Tensor,
     *,
@@ -159,7 +178,7 @@ def dpm_solver(
     return _run_scheduler(scheduler, objective, predict, noise, callback, {})
 
 
-def _scheduler_arguments(objective: DDPM) -> dict[str, Any]:
+def _scheduler_arguments(objective: DiscretePath) -> dict[str, Any]:
     """The arguments by which diffusers' schedulers describe the same noise and prediction."""
     return {
         "num_train_timesteps": objective.config.num_steps,
@@ -172,7 +191,7 @@ def _scheduler_arguments(objective: DDPM) -> dict[str, Any]:
 
 def _run_scheduler(
     scheduler: Any,
-    objective: DDPM,
+    objective: DiscretePath,
     predict: Predict,
     noise: Tensor,
     callback: Callback,
