@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.generation.generator import Generator
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at
@@ -103,8 +104,6 @@ def _checkpoint(
             raise InputError(str(path), "a pickle", "a safetensors checkpoint", "it is in the form of torch already")
         yield Checkpoint.open(path)
         return
-    from rpg.generation.generator import Generator
-
     generator = Generator.from_pretrained(source)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=TEMPORARY_SUFFIX, dir=output.parent) as folder:
         generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)

@@ -149,7 +149,9 @@ class Generator:
                 (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
             if self.texts is not None:
                 self.texts.save(temporary / TEXTS_FILE)
-            (temporary / "README.md").write_text(model_card(self))
+            encoder = self.texts.encoder if self.texts is not None else None
+            card = model_card(self.config, self.layout, self.condition, encoder, self.adapter, self.facts)
+            (temporary / "README.md").write_text(card)
         self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target
 

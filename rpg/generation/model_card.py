@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from rpg.generation.generator import Generator
+from rpg.config import Config
+from tokenization.layout.layout import TokenLayout
+from tokenization.zoo.condition import ConditionSpec
 
 
-def model_card(source: Generator) -> str:
-    """The text of ``README.md``."""
-    layout, config = source.layout, source.config
-    facts = "\n".join(f"| {name} | {value} |" for name, value in source.facts.items())
-    condition = f"{source.condition.kind}, {source.condition.size} values" if source.condition else "none"
-    if source.texts is not None:
-        condition = f"text, through the sentence encoder {source.texts.encoder}"
+def model_card(
+    config: Config,
+    layout: TokenLayout,
+    condition: ConditionSpec | None,
+    encoder: str | None,
+    adapter: str | None,
+    facts: Mapping[str, object],
+) -> str:
+    """The text of a generator's ``README.md``.
+
+    Args:
+        config: the experiment.
+        layout: how tokens become checkpoints.
+        condition: what its conditions mean; None when it takes none.
+        encoder: the sentence encoder of its texts, if it takes any.
+        adapter: text of PEFT's ``adapter_config.json``, if it writes adapters.
+        facts: how it was trained.
+    """
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    asked = f"{condition.kind}, {condition.size} values" if condition else "none"
+    if encoder is not None:
+        asked = f"text, through the sentence encoder {encoder}"
     return f"""# Generator of neural-network weights
 
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
-{layout.token_size}). Condition: {condition}. Normalization: {config.tokens.normalization}.
-{config.model.description}{_adapters(source)}
+{layout.token_size}). Condition: {asked}. Normalization: {config.tokens.normalization}.
+{config.model.description}{_adapters(adapter)}
 
 | training | |
 | --- | --- |
-{facts}
+{rows}
 
 ```python
 from rpg import Generator
@@ -35,8 +51,8 @@ Whether these networks are new as well as good is measured by `rpg evaluate`, no
 """
 
 
-def _adapters(source: Generator) -> str:
-    if source.adapter is None:
+def _adapters(adapter: str | None) -> str:
+    if adapter is None:
         return ""
-    base = json.loads(source.adapter).get("base_model_name_or_path")
+    base = json.loads(adapter).get("base_model_name_or_path")
     return f"\nThe checkpoints are adapters of {base}, written as folders for PEFT."
