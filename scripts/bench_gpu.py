@@ -19,8 +19,8 @@ from _common import Parser, run_command, write_figures
 from bench_scale import NETWORKS, alone, prepare, recipe
 
 from rpg.generation.generator import Generator
-from rpg.planning.memory import Subject
 from rpg.planning.plan import make_plan
+from rpg.planning.subject import Subject
 from rpg.training.trainer import Trainer
 from tokenization.zoo.zoo import Zoo
 

@@ -27,8 +27,8 @@ from rpg.generation.generator import Generator
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
 from rpg.planning.flops import generation_flops
-from rpg.planning.memory import Subject
 from rpg.planning.peak import peak_resident_bytes
+from rpg.planning.subject import Subject
 from rpg.seeding import generator as stream
 from rpg.training.trainer import Trainer, build_network
 from tokenization.layout.layout import TokenLayout

@@ -19,9 +19,9 @@ from rich.table import Table
 from rpg.cli import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.memory import Subject
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import make_plan
+from rpg.planning.subject import Subject
 from rpg.training.loop import train
 from tokenization.zoo.zoo import Zoo
 

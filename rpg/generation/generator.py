@@ -93,12 +93,7 @@ class Generator:
         folder = _find_folder(path)
         for name in FILES:
             if not (folder / name).is_file():
-                raise InputError(
-                    str(folder),
-                    f"no {name}",
-                    f"a generator folder with {', '.join(FILES)}",
-                    "train again or copy the whole folder",
-                )
+                raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
         config = Config.load(folder / "config.yaml")
         layout = TokenLayout.load(folder)
         weights = folder / "model.safetensors"
@@ -107,12 +102,7 @@ class Generator:
                 metadata = json.loads((file.metadata() or {})["rpg"])
             state = load_file(weights)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(
-                str(weights),
-                f"an unreadable file ({error})",
-                "the weights of a generator",
-                "train again or copy the folder again",
-            ) from None
+            raise InputError(f"{weights} cannot be read ({error}); train again or copy the folder again.") from None
         spec = metadata["condition"]
         condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
@@ -121,12 +111,8 @@ class Generator:
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(
-                str(weights),
-                str(error).splitlines()[-1].strip(),
-                "the tensors that config.yaml describes",
-                "keep the folder's files together",
-            ) from None
+            found = str(error).splitlines()[-1].strip()
+            raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts)
         loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
@@ -294,10 +280,6 @@ def _find_folder(path: Path | str) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*FILES, *OPTIONAL_FILES, "README.md"]))
-    except Exception as error:  # the hub's many errors all mean: not to be had
-        raise InputError(
-            str(path),
-            "neither a folder nor a repository of the hub that can be reached",
-            "a run folder, a generator folder or a hub id",
-            type(error).__name__,
-        ) from None
+    except Exception as error:  # the hub has many errors for what it does not have or cannot send
+        reason = type(error).__name__
+        raise InputError(f"{path} is neither a folder nor a hub repository that can be reached ({reason}).") from None

@@ -19,8 +19,9 @@ from rpg.generation.pdiff_sampler import GROUP
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.planning import memory as estimate
-from rpg.planning.memory import Subject
+from rpg.planning.fake_networks import fake_conditions, fake_inputs, fake_network, meta_network
 from rpg.planning.peak import fake_mode
+from rpg.planning.subject import Subject
 
 
 def _lstm(input_shape: Any, *arguments: Any, out_shape: Any = None, **_: Any) -> int:
@@ -68,10 +69,10 @@ def count_flops() -> FlopCounterMode:
 
 def training_flops(config: Config, subject: Subject, *, num_processes: int = 1) -> int:
     """FLOPs of one training step of one process: forward, backward and what activation checkpointing repeats."""
-    network = estimate.meta_network(config, subject).train()
+    network = meta_network(config, subject).train()
     with fake_mode():
-        network = estimate.fake_network(network, config)
-        inputs = estimate.fake_inputs(config, subject, network, num_processes)
+        network = fake_network(network, config)
+        inputs = fake_inputs(config, subject, network, num_processes)
         with count_flops() as counter:
             loss = network(*inputs)
             (loss if isinstance(loss, Tensor) else loss.mean).backward()
@@ -83,9 +84,9 @@ def training_flops(config: Config, subject: Subject, *, num_processes: int = 1) 
 def generation_flops(config: Config, subject: Subject, steps: int | None = None) -> GenerationFlops:
     """FLOPs of one generated network with ``steps`` sampling steps (the configuration's when None)."""
     steps = config.generate.steps if steps is None else steps
-    network = estimate.meta_network(config, subject).eval()
+    network = meta_network(config, subject).eval()
     with fake_mode():
-        network = estimate.fake_network(network, config)
+        network = fake_network(network, config)
         if isinstance(network, ParameterDiffusion):
             return _latent_generation(network, steps)
         return _token_generation(config, subject, network, steps)
@@ -95,7 +96,7 @@ def _token_generation(config: Config, subject: Subject, network: RecurrentDiffus
     num_passes = estimate.num_passes(config, subject)
     states = torch.empty(1, network.state.embedding_dim) if network.state is not None else None
     with count_flops() as backbone:
-        prototypes = network.prototypes(states, estimate.fake_conditions(config, subject, 1))
+        prototypes = network.prototypes(states, fake_conditions(config, subject, 1))
     num_rows = config.generate.tile_tokens
     with count_flops() as once:
         context = network.denoiser.precompute(prototypes.new_empty(num_rows, prototypes.shape[-1]))

@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from rpg.config import Config
-from rpg.planning.memory import Subject
 from rpg.planning.plan import find_subject, make_plan
+from rpg.planning.subject import Subject
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files

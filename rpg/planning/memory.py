@@ -19,44 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from rpg.config import Config
-from rpg.diffusion.objectives import build_objective
 from rpg.generation.pdiff_sampler import GROUP
 from rpg.generation.sampler import low_precision_copy
-from rpg.models import Network, build_network
-from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
+from rpg.models import PDiffConfig
+from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
-from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
-from rpg.training.data import condition_size, state_ids
+from rpg.planning.fake_networks import fake_conditions, fake_inputs, fake_network, meta_network
+from rpg.planning.peak import LiveBytes, fake_mode
+from rpg.planning.subject import Subject, rows_per_step
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.reader import TokenReader
-from tokenization.zoo.zoo import Zoo
 
 FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a generator learns from, as far as its size depends on it.
-
-    Attributes:
-        layout: how the checkpoints are cut into tokens.
-        num_checkpoints: how many there are, of all splits.
-        num_states: permutation states.
-        condition_size: values of a condition, or classes; 0 without one.
-    """
-
-    layout: TokenLayout
-    num_checkpoints: int = 1
-    num_states: int = 1
-    condition_size: int = 0
-
-    @classmethod
-    def of(cls, zoo: Zoo, config: Config) -> Subject:
-        """The zoo as ``config`` cuts it; no values are read. Raises InputError as ``TokenLayout.plan`` does."""
-        layout = TokenLayout.plan(zoo.checkpoint(0), config.tokens)
-        states = state_ids(zoo, config)
-        num_states = int(states.max()) + 1 if len(states) else 1
-        return cls(layout, len(zoo), num_states, condition_size(zoo, config))
 
 
 @dataclass(frozen=True)
@@ -127,27 +101,6 @@ class GenerationMemory(Memory):
         return max(self.loading, self.weights + self.prototypes + max(self.backbone, self.tile))
 
 
-def meta_network(config: Config, subject: Subject) -> Network:
-    """The generator's networks without storage (on the meta device)."""
-    layout = subject.layout
-    with torch.device("meta"):
-        if isinstance(config.model, PDiffConfig):
-            return build_network(config.model, layout)
-        # As there, but with the positions on the meta device too: their embedding can take gigabytes.
-        positions = layout.positions.to("meta")
-        return RecurrentDiffusion(
-            config.model, positions, layout.token_size, subject.num_states, subject.condition_size
-        )
-
-
-def fake_network(network: Network, config: Config) -> Network:
-    """Give a `meta_network` shapes on the CPU, in place; call it in a fake mode."""
-    fake_copy(network)
-    if isinstance(network, RecurrentDiffusion):
-        network.objective = build_objective(config.model.diffusion)  # its tables would be on the meta device
-    return network
-
-
 def parameters(network: nn.Module) -> dict[str, int]:
     """Number of parameters by component; they add up to all."""
     counts: dict[str, int] = {}
@@ -156,14 +109,6 @@ def parameters(network: nn.Module) -> dict[str, int]:
         component = "condition" if component == "denoiser_condition" else component
         counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
-
-
-def rows_per_step(config: Config, subject: Subject) -> int:
-    """Token rows in one training step, over all processes: B times N. p-diff sees whole checkpoints."""
-    num_tokens = subject.layout.num_tokens
-    if isinstance(config.model, PDiffConfig):
-        return config.model.autoencoder.batch_size * num_tokens
-    return config.train.batch_size * min(config.train.tokens or num_tokens, num_tokens)
 
 
 def bytes_read_per_step(config: Config, subject: Subject) -> int:
@@ -288,41 +233,3 @@ def _moment_bytes(optimizer: str, parameter: Tensor) -> int:
 
 def _num_bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def fake_inputs(config: Config, subject: Subject, network: Network, num_processes: int) -> tuple[Any, ...]:
-    """Arguments for ``network.forward`` in the shapes of one process's part of a step; call it in a fake mode."""
-    if isinstance(network, ParameterDiffusion):
-        num_examples = network.config.autoencoder.batch_size
-        values = (num_examples, subject.layout.num_values)
-        return 0, torch.empty(values), torch.empty(values), torch.empty(num_examples, network.config.latent_size)
-    num_examples = max(1, config.train.batch_size // num_processes // config.train.gradient_accumulation)
-    num_sampled = rows_per_step(config, subject) // config.train.batch_size
-    # A condition of its own for every example is the most there can be.
-    num_groups = num_examples if subject.condition_size else min(num_examples, subject.num_states)
-    rows = (num_examples, num_sampled, subject.layout.token_size)
-
-    def zeros(count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.long)
-
-    batch = Batch(
-        samples=torch.empty(rows),
-        mask=torch.empty(rows[1:]),
-        token_ids=zeros(num_sampled),
-        time=network.objective.sample_time(num_examples * num_sampled, None).view(rows[:2]),
-        noise=torch.empty(rows),
-        group=zeros(num_examples),
-        states=zeros(num_groups),
-        conditions=fake_conditions(config, subject, num_groups),
-        dropped=torch.zeros(num_groups, dtype=torch.bool) if subject.condition_size else None,
-    )
-    if network.state is None or not config.model.state.noise:
-        return batch, None
-    return batch, torch.empty(num_groups, network.state.embedding_dim)
-
-
-def fake_conditions(config: Config, subject: Subject, num_groups: int) -> Tensor | None:
-    """Conditions ``[num_groups, C]`` as they come from a zoo; None without any."""
-    if not subject.condition_size:
-        return None
-    return torch.empty(num_groups, 1 if config.model.condition.kind == "class" else subject.condition_size)

@@ -13,8 +13,10 @@ import torch
 
 from rpg.config import Config
 from rpg.planning import memory as estimate
+from rpg.planning.fake_networks import meta_network
 from rpg.planning.flops import GenerationFlops, generation_flops, training_flops
-from rpg.planning.memory import GenerationMemory, Subject, TrainingMemory
+from rpg.planning.memory import GenerationMemory, TrainingMemory
+from rpg.planning.subject import Subject
 from rpg.tasks import build_task
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -98,7 +100,7 @@ def make_plan(config: Config, subject: Subject, *, num_processes: int = 1) -> Pl
         config=config,
         subject=subject,
         bf16=bf16,
-        parameters=estimate.parameters(estimate.meta_network(config, subject)),
+        parameters=estimate.parameters(meta_network(config, subject)),
         training_flops=training_flops(config, subject, num_processes=num_processes),
         generation_flops=generation_flops(config, subject),
         training=estimate.training_memory(config, subject, bf16=bf16, num_processes=num_processes),

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from rpg.planning import memory as estimate
 from rpg.planning.plan import Largest, Plan
+from rpg.planning.subject import rows_per_step
 
 
 def plan_tables(plan: Plan, largest: Largest | None = None) -> list[RenderableType]:
@@ -37,7 +38,7 @@ def _parameters(plan: Plan) -> Table:
 
 def _work(plan: Plan) -> Table:
     config, flops = plan.config, plan.generation_flops
-    rows, cached = estimate.rows_per_step(config, plan.subject), plan.training.cache > 0
+    rows, cached = rows_per_step(config, plan.subject), plan.training.cache > 0
     table = facts_table("work")
     size = plan.subject.layout.token_size
     table.add_row("a training step", f"{format_flops(plan.training_flops)}, {'bf16' if plan.bf16 else 'fp32'}")

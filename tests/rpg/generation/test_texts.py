@@ -17,7 +17,7 @@ from rpg.config import Config
 from rpg.generation import text_encoder as texts
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import SentenceEncoder, text_table
-from rpg.planning.memory import Subject
+from rpg.planning.subject import Subject
 from rpg.training.loop import train
 from tests.conftest import small_config
 from tests.test_formats import documented

@@ -11,7 +11,9 @@ from torch import nn
 from rpg.config import Config
 from rpg.models import build_network
 from rpg.planning import memory as estimate
+from rpg.planning.fake_networks import meta_network
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
+from rpg.planning.subject import Subject, rows_per_step
 from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -69,7 +71,7 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
     zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=3, condition_size=2)
     model = {"backbone": backbone, "denoiser": denoiser, "condition": {"kind": "binary", "dropout": 0.5}}
     config = small_config(tmp_path, model=model, train={"batch_size": 6, "tokens": 5}, tokens={"size": 32})
-    subject = estimate.Subject.of(zoo, config)
+    subject = Subject.of(zoo, config)
     memory = estimate.training_memory(config, subject)
 
     layout = TokenLayout.fit(zoo, config.tokens)
@@ -88,16 +90,16 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
 def test_subject_parameters_and_bytes_of_a_known_zoo(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=3, condition_size=2)
     config = small_config(tmp_path, model={"condition": {"kind": "binary"}}, train={"batch_size": 2, "tokens": 5})
-    subject = estimate.Subject.of(zoo, config)
+    subject = Subject.of(zoo, config)
     assert (subject.num_checkpoints, subject.num_states, subject.condition_size) == (6, 3, 2)
     # Values: convolution 27 + 3, norm 2 x 3, its statistics 2 x 3, linear 60 + 5; tokens of 16: 2 + 1 + 2 + 2 + 4 + 1.
     assert (subject.layout.num_values, subject.layout.num_tokens) == (107, 12)
     assert estimate.checkpoint_bytes(subject.layout) == 4 * 107
-    assert estimate.rows_per_step(config, subject) == 2 * 5
+    assert rows_per_step(config, subject) == 2 * 5
     assert estimate.bytes_read_per_step(config, subject) == round(10 * 4 * 107 / 12)
     assert estimate.held_bytes(subject.layout) == 4 * 12 * 16 + 4 * 107
     assert estimate.cache_bytes(config, subject) == 6 * 12 * 16 * 4
-    counts = estimate.parameters(estimate.meta_network(config, subject))
+    counts = estimate.parameters(meta_network(config, subject))
     assert set(counts) == {"backbone", "denoiser", "state", "condition"}
     width, state = 32, config.model.state.width
     assert counts["backbone"] == 2 * 4 * width * (width + 1)
@@ -108,7 +110,7 @@ def test_subject_parameters_and_bytes_of_a_known_zoo(tmp_path: Path) -> None:
 
 def test_generation_memory_grows_with_the_tile_and_not_with_the_zoo(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo")
-    subject = estimate.Subject.of(zoo, small_config(tmp_path))
+    subject = Subject.of(zoo, small_config(tmp_path))
     small, large = (
         estimate.generation_memory(small_config(tmp_path, generate={"tile_tokens": tile}), subject)
         for tile in (12, 120)
@@ -132,7 +134,7 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
     network.append(network[0])
     checkpoint = Checkpoint.without_values(network.state_dict(), Path("large"))
     assert checkpoint.ties == {"3.weight": "0.weight", "3.bias": "0.bias"}
-    subject = estimate.Subject(TokenLayout.plan(checkpoint, config.tokens))
+    subject = Subject(TokenLayout.plan(checkpoint, config.tokens))
     memory = estimate.training_memory(config, subject, bf16=True)
     assert subject.layout.num_values > 250e6 and memory.weights > 3 << 30
     assert memory.activations > 64 * 16384 * 128 * 2  # the widest convolution's output alone, in bf16
@@ -142,7 +144,7 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
     zoo: Zoo = make_zoo(tmp_path / "zoo")
     config = small_config(tmp_path, model={"kind": "pdiff"})
-    subject = estimate.Subject.of(zoo, config)
+    subject = Subject.of(zoo, config)
     memory = estimate.training_memory(config, subject)
     network = build_network(config.model, TokenLayout.fit(zoo, config.tokens))
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters())

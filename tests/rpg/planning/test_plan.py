@@ -11,9 +11,10 @@ from torch import nn
 from rpg.cli import default_config
 from rpg.config import Config
 from rpg.planning import memory as estimate
+from rpg.planning.fake_networks import meta_network
 from rpg.planning.flops import count_flops, generation_flops, training_flops
-from rpg.planning.memory import Subject
 from rpg.planning.plan import CUDA_BYTES, GIB, find_subject, largest_network, make_plan, parse_memory
+from rpg.planning.subject import Subject, rows_per_step
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 
@@ -43,7 +44,7 @@ def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, subject):
     num_modulations = 3 * DEPTH + 2
     assert found.once == 2 * WIDTH * num_modulations * WIDTH
     once_a_step = 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # the embedding of the time
-    denoiser = estimate.meta_network(config, subject).denoiser
+    denoiser = meta_network(config, subject).denoiser
     assert found.step == denoiser.flops_per_token() + once_a_step // tile
     assert found.total == found.backbone + length * (found.once + config.generate.steps * found.step)
 
@@ -52,19 +53,19 @@ def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, subject):
 def test_counted_flops_of_a_denoiser_call_are_the_closed_form(tmp_path, subject, kind):
     """For a very long tile, so that nothing computed once a step is left."""
     config = config_of(tmp_path, model={"denoiser": {"kind": kind}}, generate={"tile_tokens": 1 << 20})
-    closed = estimate.meta_network(config, subject).denoiser.flops_per_token()
+    closed = meta_network(config, subject).denoiser.flops_per_token()
     assert generation_flops(config, subject).step == pytest.approx(closed, rel=1e-3)
 
 
 def test_a_training_step_costs_three_forward_passes(tmp_path, subject):
     config = config_of(tmp_path)
     rows = 4 * 5
-    assert estimate.rows_per_step(config, subject) == rows
+    assert rows_per_step(config, subject) == rows
     length, groups, num_modulations = subject.layout.num_tokens, subject.num_states, 3 * DEPTH + 2
     forward = groups * (2 * config.model.state.width * WIDTH + 16 * length * WIDTH * 2 * WIDTH)
     forward += rows * 2 * WIDTH * num_modulations * WIDTH  # of the prototypes
     forward += rows * 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # of every row's own time
-    forward += rows * estimate.meta_network(config, subject).denoiser.flops_per_token()
+    forward += rows * meta_network(config, subject).denoiser.flops_per_token()
     # The inputs, the times' sinusoids and the noisy rows, need no gradient; the position embedding neither.
     needless = rows * 2 * WIDTH * (TIME + D)
     assert training_flops(config, subject) == pytest.approx(3 * forward - needless, rel=0.02)
@@ -101,7 +102,7 @@ def test_our_recipe_costs_fifty_times_less_and_is_smaller_than_its_network(tmp_p
         if kind == "large":
             plan = make_plan(config, found)
             assert sum(plan.parameters.values()) <= 197_767_336 == found.layout.num_values
-            assert estimate.rows_per_step(config, found) >= 2048 and plan.training.total <= 24e9
+            assert rows_per_step(config, found) >= 2048 and plan.training.total <= 24e9
     assert flops["paper"] >= 50 * flops["large"]
 
 
