@@ -39,7 +39,8 @@ def assign_splits(bits: Tensor, held_out: HeldOut, num_validation: int, seed: in
     seen = [i for i, split in enumerate(splits) if split == "train"]
     if not len(seen) > num_validation:
         raise InputError(
-            "task.held_out", f"{len(seen)} of {len(bits)} tasks left", f"more than {num_validation} for validation"
+            f"task.held_out leaves {len(seen)} of {len(bits)} tasks, of which {num_validation} are for validation "
+            "and none to train on; withhold fewer"
         )
     for place in permutation(len(seen), seed, "validation tasks")[:num_validation].tolist():
         splits[seen[place]] = "validation"
@@ -56,10 +57,12 @@ def _unseen(bits: Tensor, held_out: HeldOut, seed: int) -> Tensor:
     else:
         first, second = held_out.pair
         if first == second or not (0 <= first < num_classes and 0 <= second < num_classes):
-            raise InputError("task.held_out.pair", str(held_out.pair), f"two classes from 0 to {num_classes - 1}")
+            raise InputError(
+                f"task.held_out.pair must be two different classes from 0 to {num_classes - 1}, not {held_out.pair}"
+            )
         unseen = bits[:, first] == bits[:, second]
     if not unseen.any():
-        raise InputError("task.held_out", "no task", "at least one unseen task")
+        raise InputError("task.held_out withholds no task; choose it so that at least one is unseen")
     return unseen
 
 
@@ -71,12 +74,12 @@ def check_bits(values: Sequence[float] | Tensor, num_classes: int, where: str = 
     """
     vector = torch.as_tensor(values, dtype=torch.float32)
     if vector.shape != (num_classes,):
-        raise InputError(where, f"{vector.numel()} values", f"{num_classes}, one a class")
+        raise InputError(f"{where} has {vector.numel()} values; give {num_classes}, one for each class")
     if not ((vector == 0) | (vector == 1)).all():
-        raise InputError(where, str(vector.tolist()), "zeros and ones")
+        raise InputError(f"{where} must be zeros and ones, not {vector.tolist()}")
     if vector.sum() in (0, num_classes):
         found = "no positive class" if vector.sum() == 0 else "every class positive"
-        raise InputError(where, found, "at least one class on each side", "such a task asks nothing")
+        raise InputError(f"{where} has {found}, which asks nothing; leave at least one class on each side")
     return vector.long()
 
 
@@ -92,7 +95,9 @@ def bits_of_classes(names: Sequence[str], classes: Sequence[str], where: str = "
     for name in names:
         key = name.strip().lower()
         if key not in known:
-            raise InputError(where, repr(name.strip()), f"classes among {', '.join(classes)}")
+            raise InputError(
+                f"{where} names {name.strip()!r}, which is no class here; choose among {', '.join(classes)}"
+            )
         bits[known[key]] = 1
     return check_bits(bits, len(classes), where)
 

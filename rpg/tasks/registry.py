@@ -40,13 +40,13 @@ def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
 
 def _parse(values: Mapping[str, Any]) -> Any:
     if values.get("name") not in TASKS:
-        raise InputError("task.name", repr(values.get("name")), f"one of {', '.join(TASKS)}")
+        raise InputError(f"task.name {values.get('name')!r} is not a task; choose one of {', '.join(TASKS)}")
     try:
         return _ADAPTER.validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, ("task", *first["loc"][1:])))  # the first part is the union's tag
-        raise InputError(field, repr(first["input"]), first["msg"].lower()) from None
+        raise InputError(f"{field} cannot be {first['input']!r}: {first['msg'].lower()}") from None
 
 
 def task_of(zoo: Zoo) -> Task:

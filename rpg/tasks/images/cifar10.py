@@ -48,7 +48,9 @@ class Cifar10SubsetsTask(SubsetTask):
         """The raw images, uint8 ``[B, 3, 32, 32]``, by split."""
         train, test = self._load(True), self._load(False)
         if not len(train[1]) > self.config.num_validation:
-            raise InputError("task.num_validation", str(self.config.num_validation), f"fewer than {len(train[1])}")
+            raise InputError(
+                f"task.num_validation is {self.config.num_validation}, but there are {len(train[1])} images; take fewer"
+            )
         order = permutation(len(train[1]), self.config.seed, "validation images")
         rows = {"validation": order[: self.config.num_validation], "train": order[self.config.num_validation :]}
         images = {name: train[0][index] for name, index in rows.items()}
@@ -63,10 +65,8 @@ class Cifar10SubsetsTask(SubsetTask):
             found = CIFAR10(root, train=train, download=self.config.download)
         except (RuntimeError, OSError) as error:
             raise InputError(
-                f"task.root {root}",
-                str(error).splitlines()[0],
-                "a folder with cifar-10-batches-py",
-                "set task.root to it, or task.download=true to fetch it",
+                f"task.root {root} holds no CIFAR-10 ({str(error).splitlines()[0]}); "
+                "name the folder with cifar-10-batches-py, or set task.download=true to fetch it"
             ) from None
         return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
@@ -83,10 +83,8 @@ class Cifar10SubsetsTask(SubsetTask):
         except Exception as error:  # timm and the hub raise many kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"task.network {self.config.network}",
-                reason,
-                "a timm network",
-                "task.pretrained=false needs no weights",
+                f"timm cannot make task.network {self.config.network} ({reason}); "
+                "name a network of timm, or set task.pretrained=false, which needs no weights"
             ) from None
 
     def enlarge(self, images: Tensor) -> Tensor:

@@ -60,10 +60,8 @@ def open_zoo(
     for key in sorted(task.keys() | recorded.keys()):
         if recorded.get(key) != task.get(key):
             raise InputError(
-                f"{path / 'zoo.json'}: task.{key}",
-                repr(recorded.get(key)),
-                f"{task.get(key)!r} as configured",
-                "choose another folder, or remove this one to collect anew",
+                f"{path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but {task.get(key)!r} is "
+                "configured; choose another folder, or remove this one to collect anew"
             )
     return zoo
 
@@ -183,7 +181,9 @@ def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Pa
     named = dict(network.named_parameters())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
-            raise InputError("task.finetune", repr(pattern), "a glob pattern of parameter names", ", ".join(named))
+            raise InputError(
+                f"task.finetune has {pattern!r}, which matches no parameter; write a glob pattern of {', '.join(named)}"
+            )
     for name, parameter in named.items():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
     chosen = [parameter for parameter in named.values() if parameter.requires_grad]

@@ -74,8 +74,10 @@ class ImageNetTask:
         try:
             made = timm.create_model(self.config.network, pretrained=True, num_classes=self.config.num_classes)
         except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
-            cure = "name a file as task.weights, or set task.pretrained to false"
-            raise InputError("task.pretrained", type(error).__name__, "weights from the hub", cure) from None
+            raise InputError(
+                f"the hub gave no weights for task.pretrained ({type(error).__name__}); "
+                "name a file as task.weights, or set task.pretrained to false"
+            ) from None
         return made.state_dict()
 
     def steps(self) -> list[int]:
@@ -88,7 +90,7 @@ class ImageNetTask:
         total, count = round(self.config.epochs * per_epoch), self.config.checkpoints
         if total < count:
             raise InputError(
-                "task.checkpoints", str(count), f"at most one a step: {total} steps", "raise task.epochs or lower it"
+                f"task.checkpoints is {count}, but training takes only {total} steps; raise task.epochs or lower it"
             )
         return [round((index + 1) * total / count) for index in range(count)]
 
@@ -138,13 +140,17 @@ class ImageNetTask:
         import timm
 
         if not timm.is_model(self.config.network):
-            raise InputError("task.network", repr(self.config.network), "a timm model", "see timm.list_models()")
+            raise InputError(
+                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models()"
+            )
 
     def _check_classes(self) -> None:
         found = len(self._tuning.classes)
         if found != self.config.num_classes:
-            where = f"task.data: {self.config.data}"
-            raise InputError(where, f"{found} classes", f"{self.config.num_classes}", "set task.num_classes")
+            raise InputError(
+                f"task.data {self.config.data} has {found} classes, but task.num_classes is {self.config.num_classes}; "
+                f"set it to {found}"
+            )
 
     @torch.inference_mode()
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:

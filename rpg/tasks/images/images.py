@@ -29,7 +29,7 @@ class ImageSplits:
     def check(self, split: str) -> str:
         """Return ``split`` if it exists. Raises InputError otherwise."""
         if split not in self.images:
-            raise InputError("split", repr(split), f"one of {', '.join(self.images)}")
+            raise InputError(f"there is no split {split!r}; choose one of {', '.join(self.images)}")
         return split
 
     @property
@@ -79,14 +79,19 @@ def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Ten
     """Raise InputError, naming the first tensor at fault, unless names and shapes are as expected."""
     for name, like in expected.items():
         if name not in state_dict:
-            raise InputError(f"{where}: tensor {name!r}", "nothing", f"shape {tuple(like.shape)}")
+            raise InputError(
+                f"{where} has no tensor {name!r} of shape {tuple(like.shape)}; give networks of the task's structure"
+            )
         if state_dict[name].shape != like.shape:
             raise InputError(
-                f"{where}: tensor {name!r}", f"shape {tuple(state_dict[name].shape)}", f"{tuple(like.shape)}"
+                f"{where}: tensor {name!r} has the shape {tuple(state_dict[name].shape)} where the task's network has "
+                f"{tuple(like.shape)}; give networks of its structure"
             )
     extra = [name for name in state_dict if name not in expected]
     if extra:
-        raise InputError(f"{where}: tensor {extra[0]!r}", "a tensor that the target network does not have")
+        raise InputError(
+            f"{where} has a tensor {extra[0]!r}, which the task's network lacks; give networks of its structure"
+        )
 
 
 def accuracy_of(network: nn.Module, splits: ImageSplits, split: str) -> float:

@@ -233,5 +233,5 @@ def build_network(name: str, *, in_channels: int, image_size: int, num_classes: 
         InputError: if no network has this name.
     """
     if name not in _BUILDERS:
-        raise InputError("network", repr(name), f"one of {', '.join(_BUILDERS)}")
+        raise InputError(f"there is no network {name!r}; choose one of {', '.join(_BUILDERS)}")
     return _BUILDERS[name](in_channels, image_size, num_classes)

@@ -104,7 +104,7 @@ class SubsetTask:
         if wanted is None:
             return bits
         if wanted > len(bits):
-            raise InputError("task.tasks", str(wanted), f"at most {len(bits)}")
+            raise InputError(f"task.tasks is {wanted}, but there are at most {len(bits)} tasks; ask for fewer")
         return bits[permutation(len(bits), self.config.seed, "tasks")[:wanted].sort().values]
 
     def splits(self) -> list[str]:
@@ -118,7 +118,7 @@ class SubsetTask:
     def labels(self, split: str = "test") -> Tensor:
         """Always raises: the right answers depend on the task."""
         raise InputError(
-            "task", f"{self.config.name}, a family of tasks", "a single task", "score it with `rpg unseen`"
+            f"{self.config.name} is a family of tasks, whose right answers differ; score it with `rpg unseen`"
         )
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
@@ -231,7 +231,7 @@ def load_base(zoo: Zoo) -> dict[str, Tensor]:
     """The shared base network of a zoo. Raises InputError if it has none."""
     file = zoo.path / BASE
     if not file.is_file():
-        raise InputError(str(file), "no such file", "the zoo's base network", "collect the zoo again")
+        raise InputError(f"{file} is missing, the base network of the zoo; collect the zoo again")
     return load_file(file)
 
 
@@ -250,7 +250,10 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     recorded, wanted = old.require_task(), task.config.model_dump(mode="json")
     for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
         if recorded.get(key) != wanted.get(key):
-            raise InputError(f"{old.path / 'zoo.json'}: task.{key}", repr(recorded.get(key)), repr(wanted.get(key)))
+            raise InputError(
+                f"{old.path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but the "
+                f"configuration has {wanted.get(key)!r}; make it the same, or collect a new zoo"
+            )
     new = Zoo.create(path, task=wanted, condition=task.condition)
     splits = task.splits()
     (new.path / "checkpoints").mkdir(exist_ok=True)

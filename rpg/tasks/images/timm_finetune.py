@@ -57,14 +57,16 @@ class TimmFinetuneTask:
 
         classes = len(self.classes)
         if not timm.is_model(self.config.network):
-            raise InputError("task.network", repr(self.config.network), "a timm model", "see timm.list_models()")
+            raise InputError(
+                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models()"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
             try:
                 return timm.create_model(self.config.network, pretrained=self.config.pretrained, num_classes=classes)
             except OSError as error:
                 raise InputError(
-                    "task.pretrained", f"{type(error).__name__}", "weights from the hub", "set pretrained to false"
+                    f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
                 ) from None
 
     @property
@@ -76,14 +78,14 @@ class TimmFinetuneTask:
     def dataset(self, split: str) -> Any:
         """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
         if split not in ("train", "test"):
-            raise InputError("split", repr(split), "one of train, test")
+            raise InputError(f"there is no split {split!r}; choose one of train, test")
         if split not in self._datasets:
             try:
                 self._datasets[split] = self.open_split(split)
             except (RuntimeError, FileNotFoundError) as error:
-                reason = str(error).splitlines()[0]
                 raise InputError(
-                    f"task.data: {self.config.data}", reason, f"the data set {self.config.dataset}"
+                    f"task.data {self.config.data} does not hold the data set {self.config.dataset} "
+                    f"({str(error).splitlines()[0]}); name the folder that does"
                 ) from None
         return self._datasets[split]
 
@@ -141,7 +143,9 @@ class TimmFinetuneTask:
         chosen = self.config.finetune or last_norms(network, self.config.num_norms)
         parameters = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
         if not parameters:
-            raise InputError("task.finetune", repr(chosen), "patterns of parameter names")
+            raise InputError(
+                f"task.finetune {chosen!r} matches no parameter of {self.config.network}; write patterns of its names"
+            )
         network.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -203,7 +207,8 @@ class TimmFinetuneTask:
             for name, value in state_dict.items():
                 if name not in base or base[name].shape != value.shape:
                     raise InputError(
-                        f"tensor {name!r}", f"shape {tuple(value.shape)}", "a tensor of the target network"
+                        f"tensor {name!r} of shape {tuple(value.shape)} is not one of the target network; "
+                        "score networks of this task"
                     )
             networks.append({name: value.to(self.device) for name, value in {**base, **state_dict}.items()})
         answers: list[list[Tensor]] = [[] for _ in networks]

@@ -157,7 +157,10 @@ def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
             adapted = get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
         found = str(sorted(config.target_modules or ()))
-        raise InputError("task.adapter.target_modules", found, "layers of the base", str(error).split(".")[0]) from None
+        raise InputError(
+            f"task.adapter.target_modules {found} do not fit the base ({str(error).split('.')[0]}); "
+            "name layers that it has"
+        ) from None
     try:
         yield adapted
     finally:

@@ -44,10 +44,10 @@ class LanguageTask:
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
         if config.training.until is not None and config.training.checkpoints > 1:
-            raise InputError("task.training.until", "set with several checkpoints", "one", "leave one of them out")
+            raise InputError("task.training.until is set with several checkpoints; leave one of them out")
         if config.group > 1 and (config.adapter.dropout or config.training.gradient_checkpointing):
             field = "adapter.dropout" if config.adapter.dropout else "training.gradient_checkpointing"
-            raise InputError(f"task.{field}", "set with task.group > 1", "one adapter at a time", "set task.group: 1")
+            raise InputError(f"task.{field} works for one adapter at a time; leave it out, or set task.group: 1")
         self._rows: dict[int, dict[str, Rows]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +87,9 @@ class LanguageTask:
         keys = [tuple(row) for row in conditions.double().tolist()]
         for key in keys:
             if key not in self._places:
-                raise InputError("condition", str(list(key)), "that of a task", "there are no rows to run it on")
+                raise InputError(
+                    f"no task has the condition {list(key)}, and so there are no rows for it; give that of a task"
+                )
         return [self._places[key] for key in keys]
 
     @functools.cached_property
@@ -232,8 +234,10 @@ class LanguageTask:
         for name, like in self._start(0).items():
             found = list(adapter[name].shape) if name in adapter else None
             if found != list(like.shape):
-                shown = "no such tensor" if found is None else f"shape {found}"
-                raise InputError(f"tensor {name!r}", shown, f"shape {list(like.shape)}", "check task.adapter")
+                fault = "is missing" if found is None else f"has shape {found}"
+                raise InputError(
+                    f"tensor {name!r} {fault}, but this task's have shape {list(like.shape)}; check task.adapter"
+                )
         weights = {name: value[None] for name, value in adapter.items()}
         figures = {}
         for place, task in enumerate(self.tasks):
@@ -247,7 +251,7 @@ class LanguageTask:
 
     def teacher(self, zoo: Zoo) -> Teacher:
         """Always raises: the base knows none of the tasks."""
-        raise InputError("train.behaviour.target", "'base'", "'labels'", "the base model does not know the tasks")
+        raise InputError("train.behaviour.target must be 'labels' here: the base model does not know the tasks")
 
     def behaviour_losses(
         self,
@@ -267,11 +271,11 @@ class LanguageTask:
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Always raises: an adapter answers with text, not with classes."""
-        raise InputError("task", "language, whose answers are texts", "a task of images", "score it with `rpg lora`")
+        raise InputError("a language task is answered with texts, not with classes; score it with `rpg lora`")
 
     def labels(self, split: str = "test") -> Tensor:
         """Always raises, as ``predict``."""
-        raise InputError("task", "language, whose answers are texts", "a task of images", "score it with `rpg lora`")
+        raise InputError("a language task is answered with texts, not with classes; score it with `rpg lora`")
 
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:
@@ -283,7 +287,9 @@ def _pretrained(kind: Any, name: str, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         found = str(error).splitlines()[0][:200]
-        raise InputError("task.base", f"{name!r} ({found})", "a causal language model of transformers") from None
+        raise InputError(
+            f"task.base {name!r} could not be loaded ({found}); name a causal language model of transformers"
+        ) from None
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -97,13 +97,13 @@ def find_tasks(
     labels = [label for _, label, _ in labelled]
     spec = infer_condition(labels)
     if spec is None:
-        raise InputError(str(table), "no condition", "a column condition, or columns condition.NAME")
+        raise InputError(f"{table} gives no condition; add a column condition, or columns condition.NAME")
     given = any(has_split for _, _, has_split in labelled)
     splits = [label.split for label in labels] if given else _drawn(len(labels), num_unseen, num_validation, seed)
     tasks = []
     for (path, label, _), split in zip(labelled, splits, strict=True):
         if split not in SPLITS:
-            raise InputError(f"{label.where}: split", repr(split), f"one of {', '.join(SPLITS)}")
+            raise InputError(f"{label.where} has the split {split!r}; write one of {', '.join(SPLITS)}")
         condition = resolve_condition(label, spec)
         assert condition is not None
         tasks.append(TaskFile(path, condition, split))
@@ -115,7 +115,9 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, Label, bool]]:
     for where, row in read_table(table):
         path = folder / row["file"]
         if not path.is_file():
-            raise InputError(f"{where}: file", repr(row["file"]), f"a file in {folder}")
+            raise InputError(
+                f"{where} names the file {row['file']!r}, which is not in {folder}; put it there or correct the name"
+            )
         found.append((path, label_of(row, where), "split" in row))
     return found
 
@@ -123,7 +125,9 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, Label, bool]]:
 def _from_stems(folder: Path) -> list[tuple[Path, Label, bool]]:
     paths = sorted(folder.glob("*.jsonl"), key=lambda path: natural_key(path.name))
     if not paths:
-        raise InputError(str(folder), "no *.jsonl", "one a task, rows with prompt and completion", "check task.data")
+        raise InputError(
+            f"{folder} has no *.jsonl; check that task.data is the folder with a file of prompts and completions a task"
+        )
     stems = [path.stem for path in paths]
     binary = all(set(stem) <= {"0", "1"} and len(stem) == len(stems[0]) for stem in stems)
     labels = [Label(str(path), condition=tuple(map(float, path.stem)) if binary else f"{path.stem}") for path in paths]
@@ -132,8 +136,10 @@ def _from_stems(folder: Path) -> list[tuple[Path, Label, bool]]:
 
 def _drawn(num: int, num_unseen: int, num_validation: int, seed: int) -> list[str]:
     if num_unseen + num_validation >= num:
-        found = f"{num} tasks, {num_unseen} unseen and {num_validation} for validation"
-        raise InputError("task.unseen", found, "at least one task to train on")
+        raise InputError(
+            f"of {num} tasks, {num_unseen} unseen and {num_validation} for validation leave none to train on; "
+            "lower task.unseen or task.validation"
+        )
     splits = ["train"] * num
     order = permutation(num, seed, "unseen tasks").tolist()
     for place in order[:num_unseen]:
@@ -153,11 +159,11 @@ def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise InputError("task.base", "a tokenizer without an end-of-text token", "one with it")
+        raise InputError("the tokenizer of task.base has no end-of-text token; choose a base that has one")
     rows = [_tokenised(each, where, tokenizer, config.max_tokens) for where, each in _lines(path)]
     kept = config.validation + config.test
     if len(rows) <= kept:
-        raise InputError(str(path), f"{len(rows)} rows", f"more than the {kept} that are kept for scoring")
+        raise InputError(f"{path} has {len(rows)} rows, but {kept} are kept for scoring; add rows, or keep fewer")
     first = len(rows) - kept
     return {
         "train": _padded(rows[:first], end),
@@ -171,7 +177,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"an unreadable file ({error})", "JSONL in UTF-8") from None
+        raise InputError(f"{path} is unreadable ({error}); write it as JSONL in UTF-8") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -179,12 +185,12 @@ def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(where, f"no JSON ({error})", "one object a line") from None
+            raise InputError(f"{where} is not JSON ({error}); write one object a line") from None
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise InputError(where, f"no text {key!r}", "texts prompt and completion")
+                raise InputError(f"{where} has no text {key!r}; a row needs the texts prompt and completion")
         if not row["completion"]:
-            raise InputError(where, "an empty completion", "the right answer")
+            raise InputError(f"{where} has an empty completion; give the right answer")
         found.append((where, row))
     return found
 
@@ -194,9 +200,11 @@ def _tokenised(row: dict[str, str], where: str, tokenizer: Any, max_tokens: int)
     prompt = tokenizer(row["prompt"]).input_ids
     ids = prompt + tokenizer(row["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     if len(ids) > max_tokens:
-        raise InputError(where, f"{len(ids)} tokens", f"at most {max_tokens}", "raise task.rows.max_tokens")
+        raise InputError(
+            f"{where} has {len(ids)} tokens, but task.rows.max_tokens is {max_tokens}; raise it or shorten the row"
+        )
     if not prompt:
-        raise InputError(where, "a prompt of no token", "at least one")
+        raise InputError(f"{where} has a prompt of no token; give at least one")
     return ids, len(prompt)
 
 

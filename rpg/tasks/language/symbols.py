@@ -20,7 +20,7 @@ from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.language.config import SymbolsConfig
 from tokenization.errors import InputError
-from tokenization.files import publish_text
+from tokenization.files import write_text
 
 MARKER, EQUALS, PAD, END = "*", "=", "<pad>", "<end>"
 MADE_OF = "symbols.json"
@@ -39,9 +39,9 @@ def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> No
         if not (folder / MADE_OF).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write(config, folder, seed)
-            publish_text(folder / MADE_OF, made_of)  # last: what is half done is done again
+            write_text(folder / MADE_OF, made_of)  # last: what is half done is done again
         elif (found := (folder / MADE_OF).read_text()) != made_of:
-            raise InputError(str(folder / MADE_OF), found, made_of, "remove the folder, or name another")
+            raise InputError(f"{folder / MADE_OF} says {found}, not {made_of}; remove the folder, or name another")
 
 
 def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
@@ -51,9 +51,9 @@ def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
     lines = ["file," + ",".join(f"condition.{name}" for name in names)]
     for bits in all_tasks(config.symbols).tolist():
         name = "".join(map(str, bits)) + ".jsonl"
-        publish_text(data / name, "".join(_row(string, bits, names) for string in strings.tolist()))
+        write_text(data / name, "".join(_row(string, bits, names) for string in strings.tolist()))
         lines.append(",".join([name, *map(str, bits)]))
-    publish_text(data / "conditions.csv", "\n".join(lines) + "\n")
+    write_text(data / "conditions.csv", "\n".join(lines) + "\n")
 
 
 def symbols(config: SymbolsConfig) -> str:

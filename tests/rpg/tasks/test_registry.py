@@ -21,7 +21,7 @@ def test_a_task_is_built_from_plain_values_as_from_its_configuration():
 
 
 def test_faults_name_the_field():
-    with pytest.raises(InputError, match=r"task\.name: .*'digit'"):
+    with pytest.raises(InputError, match=r"task\.name 'digit' is not a task"):
         build_task({"name": "digit"})
     with pytest.raises(InputError, match=r"task\.finetune\.stages\.0\.steps"):
         build_task({"name": "digits_subsets", "finetune": {"stages": [{"steps": 0}]}})

@@ -30,7 +30,7 @@ def test_other_optimizers_train_other_networks(tmp_path, optimizer):
 
 
 def test_a_pattern_that_names_nothing_is_the_users_mistake(tmp_path):
-    with pytest.raises(InputError, match=r"task.finetune: 'norm9"):
+    with pytest.raises(InputError, match=r"task.finetune has 'norm9"):
         collect(tmp_path / "zoo", finetune=("norm9",))
 
 

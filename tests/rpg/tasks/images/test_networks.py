@@ -72,5 +72,5 @@ def test_narrow_attention_equals_torchs_when_as_wide():
 
 
 def test_unknown_network_is_refused():
-    with pytest.raises(InputError, match="network: 'lenet'; expected one of cnn, vit"):
+    with pytest.raises(InputError, match="no network 'lenet'; choose one of cnn, vit"):
         build("lenet")

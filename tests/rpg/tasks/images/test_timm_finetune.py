@@ -79,7 +79,7 @@ def test_pdiff_generates_them(folder, zoo):
 
 
 def test_missing_data_and_networks_are_named(folder, tmp_path):
-    with pytest.raises(InputError, match=r"task.data: .*nowhere"):
+    with pytest.raises(InputError, match=r"task.data .*nowhere does not hold"):
         build_task(config_of(folder, data=str(tmp_path / "nowhere"))).collect(tmp_path / "zoo")
     with pytest.raises(InputError, match="a timm model"):
         build_task(config_of(folder, network="resnet0")).build()
