@@ -26,8 +26,8 @@ class ExponentialMovingAverage:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         live = dict(parameters)
-        shadows = list(self.shadow.values())
-        torch._foreach_lerp_(shadows, [live[name].detach().float() for name in self.shadow], 1 - decay)
+        for name, shadow in self.shadow.items():  # not all at once: FSDP2's parameters are DTensors, buffers are not
+            shadow.lerp_(live[name].detach().float(), 1 - decay)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back the shadows, and the number of updates as ``num_updates``."""

@@ -2,8 +2,8 @@
 
 The token is a signal of D samples with one channel. Convolutions with batch normalisation and ELU between them form an
 encoder and a decoder with skip connections; before each, the prototype is added to the signal and the time multiplied
-into it, position by position. It costs 14 · D · Σ c_in c_out FLOPs a token with the kernel of 7, over a thousand times
-the MLP's.
+into it, position by position. It costs 14 · D · Σ c_in c_out FLOPs a token with the kernel of 7: at D = 16,384 thirty
+times what the MLP of configs/large costs.
 Shape letters: N sampled tokens, D token width, H model width, E width of the time's sinusoid; C channels.
 """
 

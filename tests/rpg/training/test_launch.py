@@ -71,6 +71,15 @@ def demanding_config(folder: Path, run: str) -> Config:
     return small_config(folder, run=str(folder / run), model=model, train=training)
 
 
+def normalised_config(folder: Path, run: str) -> Config:
+    """Batch normalisation, whose statistics are those of all processes' rows."""
+    model = {
+        "backbone": {"kind": "lstm", "d_model": 64, "num_layers": 1},
+        "denoiser": {"kind": "unet1d", "channels": [1, 8, 12, 16, 12, 8, 1], "checkpointing": True},
+    }
+    return small_config(folder, run=str(folder / run), model=model, train={"ema_decay": 0.5, "steps": 8})
+
+
 def poisoned_config(folder: Path, run: str) -> tuple[Config, int]:
     """One checkpoint's values cannot be squared. Also returns the step, from 1, in which a process meets it."""
     path = folder / "poisoned"
@@ -93,10 +102,11 @@ def keep_first_save(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a zoo and the whole run ``one`` of one plain process."""
+    """A folder with a zoo and the whole runs ``one`` and ``normalised`` of one plain process."""
     folder = tmp_path_factory.mktemp("launch")
     make_zoo(folder / "zoo")
     train(demanding_config(folder, "one"))
+    train(normalised_config(folder, "normalised"))
     return folder
 
 
@@ -107,11 +117,13 @@ def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     environment, spread = WAYS[way]
     whole, resumed, steep = (demanding_config(reference, f"{way}-{run}") for run in ("whole", "resumed", "steep"))
     poisoned, step = poisoned_config(reference, f"{way}-poisoned")
+    normalised = normalised_config(reference, f"{way}-normalised")
     shutil.copytree(reference / "one", resumed.run)
     keep_first_save(Path(resumed.run))
-    for config in (whole, resumed, poisoned, steep):
+    for config in (whole, resumed, normalised, poisoned, steep):
         config.save(f"{config.run}.yaml")
-    runs = [f"{whole.run}.yaml", f"+{resumed.run}.yaml", f"{poisoned.run}.yaml", f"!{steep.run}.yaml"]
+    runs = [f"{whole.run}.yaml", f"+{resumed.run}.yaml", f"{normalised.run}.yaml", f"{poisoned.run}.yaml"]
+    runs.append(f"!{steep.run}.yaml")
     said = launch(way, LAUNCHED, *runs, environment=environment)
     assert said.count(spread) == len(runs)
     every = int(spread.split()[0])  # process says it
@@ -119,6 +131,7 @@ def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     assert said.count("error: step 1: a gradient that is not finite") == every
     assert_close(whole.run, reference / "one")
     assert_close(resumed.run, reference / "one")
+    assert_close(normalised.run, reference / "normalised")
     keep_first_save(Path(whole.run))  # and back to one process
     train(whole, resume=True)
     assert_close(whole.run, reference / "one")
