@@ -9,13 +9,14 @@ from PIL import Image
 
 from rpg.config import Config
 from rpg.experiments.single import evaluate_run
+from rpg.experiments.sweep import load_sweep
 from rpg.tasks import TimmFinetuneConfig, build_task
 from rpg.tasks.images.timm_finetune import last_norms
 from rpg.training.loop import train
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 
-CONFIGS = Path(__file__).parents[4] / "configs" / "pdiff"
+SWEEP = Path(__file__).parents[4] / "configs" / "sweeps" / "pdiff-networks.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +89,9 @@ def test_missing_data_and_networks_are_named(folder, tmp_path):
 def test_the_papers_networks_and_data_sets_have_configurations():
     import timm
 
-    paths = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
-    assert len(paths) == 42
-    for path in paths:
-        config = Config.load(path)
-        assert isinstance(config.task, TimmFinetuneConfig) and timm.is_model(config.task.network)
-        assert config.run.endswith(path.stem)
+    experiments = load_sweep(SWEEP)[1]
+    assert len(experiments) == 42
+    for each in experiments:
+        task = each.config.task
+        assert isinstance(task, TimmFinetuneConfig) and timm.is_model(task.network)
+        assert each.config.run.endswith(each.name)
