@@ -206,30 +206,30 @@ def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None
 ) -> None:
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
-    from rpg.experiments.held_out_tasks import evaluate_unseen, print_unseen, run_unseen
+    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
 
     settings = load(config or default_config("digits_unseen.yaml"), overrides)
     if split is not None:
-        print_unseen(evaluate_unseen(settings.run, seed=settings.seed, image_split=split), console)
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
         return
     with progress_bar("collecting") as collecting, progress_bar("training") as training:
-        report = run_unseen(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
-    print_unseen(report, console)
+        report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+    print_held_out(report, console)
     console.print(f"figures:  {settings.run}/evaluation.json\npictures: {settings.run}/distance.png, parameters.png")
 
 
 @app.command()
 def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
-    from rpg.experiments.lora import evaluate_lora, print_lora, run_lora
+    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
 
     settings = load(config or default_config("lora/tiny.yaml"), overrides)
     if split is not None:
-        print_lora(evaluate_lora(settings.run, seed=settings.seed, split=split), console)
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
         return
     with progress_bar("training adapters") as collecting, progress_bar("training") as training:
-        report = run_lora(settings, progress={"collect": collecting, "train": training})
-    print_lora(report, console)
+        report = run_held_out(settings, progress={"collect": collecting, "train": training})
+    print_held_out(report, console)
     console.print(f"figures:  {settings.run}/evaluation.json")
 
 
@@ -238,7 +238,7 @@ def score(
     config: o.ConfigFile, adapters: o.Adapters, overrides: o.Overrides = None, split: o.RowSplit = "test"
 ) -> None:
     """Score LoRA or DoRA adapters on the held-out rows of every task of a configuration."""
-    from rpg.experiments.lora import print_scores, score_folders
+    from rpg.experiments.adapters import print_scores, score_folders
 
     print_scores(score_folders(load(config, overrides), adapters, split), console)
 

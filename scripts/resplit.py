@@ -3,7 +3,7 @@
 from _common import Parser, run_command
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import subset_task
+from rpg.experiments.held_out_tasks import task_family
 from rpg.tasks.images.subsets import resplit
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("source_zoo", help="the zoo with the checkpoints")
     arguments = parser.parse_args()
     config = Config.load(arguments.config)
-    zoo = resplit(arguments.source_zoo, config.zoo, subset_task(config))
+    zoo = resplit(arguments.source_zoo, config.zoo, task_family(config))
     print({split: len(zoo.subset(split)) for split in ("train", "validation", "unseen")}, "in", zoo.path)
 
 

@@ -2,7 +2,7 @@
 
 from _common import Parser, run_command
 
-from rpg.experiments.held_out_tasks import generate_for, networks_of, subset_task
+from rpg.experiments.held_out_tasks import generate_for, networks_of, task_family
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
 from tokenization.zoo.zoo import Zoo
@@ -12,7 +12,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", help="the run folder")
     generator = Generator.from_pretrained(parser.parse_args().run)
-    task, originals = subset_task(generator.config), networks_of(Zoo.open(generator.config.zoo), "unseen")
+    task, originals = task_family(generator.config), networks_of(Zoo.open(generator.config.zoo), "unseen")
     with single_threaded():
         made = generate_for(generator, originals.bits, generator.config.seed)
         print("| tensor | spread over tasks, originals | generated |\n| --- | --- | --- |")

@@ -4,7 +4,7 @@ import time
 
 from _common import Parser, run_command
 
-from rpg.experiments.held_out_tasks import diversity, generate_for, networks_of, subset_task
+from rpg.experiments.held_out_tasks import diversity, generate_for, networks_of, task_family
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
 from tokenization.zoo.zoo import Zoo
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("steps", type=int, nargs="+", help="numbers of sampling steps")
     arguments = parser.parse_args()
     generator = Generator.from_pretrained(arguments.run)
-    task, zoo = subset_task(generator.config), Zoo.open(generator.config.zoo)
+    task, zoo = task_family(generator.config), Zoo.open(generator.config.zoo)
     unseen, seen = networks_of(zoo, "unseen"), networks_of(zoo, "train")
     seed = generator.config.seed
     print("| steps | mean | worst | five for a task: mean | their vote | disagreement | spread | ms a network |")

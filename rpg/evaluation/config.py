@@ -32,3 +32,7 @@ class EvaluateConfig(Section):
         None,
         description="baselines at the generated networks' distance, trained on images: for generators that saw any",
     )
+    linear_head: bool = Field(
+        True,
+        description="rpg unseen: compare with one body and a head affine in the bits, trained as long",
+    )

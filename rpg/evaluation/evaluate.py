@@ -19,12 +19,12 @@ from rpg.evaluation.results import AverageScore, EvaluationResult, GeneratedScor
 from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
 from rpg.evaluation.vectors import StateDict
-from rpg.tasks import Task
+from rpg.tasks.base import Classifier
 from tokenization.errors import InputError
 
 
 def evaluate(
-    task: Task,
+    task: Classifier,
     originals: Sequence[StateDict],
     networks: Sequence[StateDict],
     config: EvaluateConfig | None = None,
@@ -88,7 +88,7 @@ def save_evaluation(result: EvaluationResult, folder: Path | str) -> None:
 
 
 def _trivial(
-    task: Task, measure: Distances, networks: Sequence[StateDict], config: EvaluateConfig, seed: int
+    task: Classifier, measure: Distances, networks: Sequence[StateDict], config: EvaluateConfig, seed: int
 ) -> Mapping[str, Sequence[StateDict]]:
     """All baselines but noise and the average, by name; those of the control among them."""
     made = baselines_of_several(measure.originals, measure.runs.tolist(), config.num_baseline, seed)

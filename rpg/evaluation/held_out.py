@@ -1,43 +1,28 @@
 """Generated networks for tasks nobody trained, beside everything that is trivial.
 
-It works on bits, stacked weights and a task that scores them; it knows no generator. T tasks, C classes, P values.
+It works on bits, stacked weights and a family of tasks that scores them; it knows no generator.
+T tasks, C classes, P values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.metrics import Summary, summarize
+from rpg.evaluation.metrics import summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.vectors import FlatSpace
 from rpg.section import Section
 from rpg.seeding import generator
+from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.side_by_side import Stacked
 
 NUM_WORST = 5
-
-
-class AccuracyTask(Protocol):
-    """What gives stacked networks one figure each, by which regressions are chosen."""
-
-    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
-        """Share of right answers of each network at its task, ``[T]``."""
-
-
-class ScoringTask(AccuracyTask, Protocol):
-    """What scores stacked networks at their tasks."""
-
-    def targets(self, conditions: Tensor, split: str) -> Tensor:
-        """Right answers ``[T, images]``."""
-
-    def classes(self, split: str) -> Tensor:
-        """Classes of the images ``[images]``."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +42,8 @@ class TaskNetworks:
         return TaskNetworks(self.bits[rows], {name: value[rows] for name, value in self.weights.items()})
 
 
-class MethodScores(Section):
-    """Accuracy of one method on some tasks, each task's in the order of ``tasks``."""
-
-    accuracy: Summary
-    accuracies: tuple[float, ...]
-
-
-class WorstTask(Section):
-    """A task at which generated networks do badly: share of right answers for each class of images."""
-
-    bits: tuple[int, ...]
-    accuracy: float
-    accuracy_of_class: tuple[float, ...]
-
-
-class SplitScores(Section):
-    """All methods on the tasks of one split."""
-
-    tasks: tuple[tuple[int, ...], ...]
-    hamming_to_seen: tuple[int, ...]
-    methods: dict[str, MethodScores]
-    worst: tuple[WorstTask, ...]
-    beats_kernel_ridge: float
-    not_worse_than_kernel_ridge: float
-
-
 def choose_regressions(
-    task: AccuracyTask, train: TaskNetworks, validation: TaskNetworks
+    task: TaskFamily, train: TaskNetworks, validation: TaskNetworks
 ) -> dict[str, tuple[Regression, float]]:
     """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
 
@@ -104,7 +63,7 @@ def choose_regressions(
     return chosen
 
 
-def trivial_networks(
+def held_out_baselines(
     seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
 ) -> dict[str, Stacked]:
     """The networks that need no generator, for the tasks ``bits`` ``[T, C]``: stacked weights by method.
@@ -134,14 +93,49 @@ def nearest_rows(bits: Tensor, seen: Tensor, own: bool) -> Tensor:
     return distance.argmin(1)
 
 
+@dataclass(frozen=True)
+class SplitScores:
+    """All methods on the tasks of one split.
+
+    Attributes:
+        bits: the tasks ``[T, C]``.
+        hamming_to_seen: distance to the nearest seen task ``[T]``.
+        figures: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
+            method's figures is what methods are compared by.
+    """
+
+    bits: Tensor
+    hamming_to_seen: Tensor
+    figures: dict[str, Mapping[str, Tensor]]
+
+    def first(self, method: str) -> Tensor:
+        """The first figure of a method, ``[T]``."""
+        return next(iter(self.figures[method].values()))
+
+    def methods(self, seed: int) -> dict[str, Any]:
+        """By method a summary of each figure over tasks, and every task's; ``seed`` is the bootstrap's."""
+        found: dict[str, Any] = {}
+        for method, figures in self.figures.items():
+            summaries = {name: summarize(values, seed).model_dump(mode="json") for name, values in figures.items()}
+            each = {name: values.tolist() for name, values in figures.items()}
+            alone = {"accuracies": each["accuracy"]} if list(each) == ["accuracy"] else {"each": each}
+            found[method] = summaries | alone
+        return found
+
+    def tasks(self) -> dict[str, Any]:
+        """What the tasks are, and on which share of them generated networks are better than those of a method."""
+        difference = {name: self.first("generated") - self.first(name) for name in self.figures if name != "generated"}
+        return {
+            "tasks": self.bits.tolist(),
+            "hamming_to_seen": self.hamming_to_seen.tolist(),
+            "better_than": {name: (each > 0).double().mean().item() for name, each in difference.items()},
+            "beats_kernel_ridge": (difference["kernel_ridge"] > 0).double().mean().item(),
+            "not_worse_than_kernel_ridge": (difference["kernel_ridge"] >= 0).double().mean().item(),
+        }
+
+
 def score_split(
-    task: ScoringTask,
-    networks: Mapping[str, Stacked],
-    bits: Tensor,
-    seen: Tensor,
-    probabilities: Tensor,
-    split: str = "test",
-    seed: int = 0,
+    task: TaskFamily, networks: Mapping[str, Stacked], bits: Tensor, seen: Tensor, split: str = "test"
 ) -> SplitScores:
     """Score every method on the tasks ``bits`` ``[T, C]``.
 
@@ -150,27 +144,13 @@ def score_split(
         networks: stacked weights by method; ``generated`` and ``kernel_ridge`` among them.
         bits: the tasks.
         seen: bits of the seen tasks, for the distance to the nearest.
-        probabilities: of the shared base network on the images, ``[images, C]``.
-        split: images.
-        seed: of the bootstrap.
+        split: images or rows.
     """
-    accuracies = {name: task.accuracies(weights, bits, split) for name, weights in networks.items()}
-    accuracies["base_summed"] = base_summed(task, probabilities, bits, split)
-    difference = accuracies["generated"] - accuracies["kernel_ridge"]
-    return SplitScores(
-        tasks=tuple(tuple(row) for row in bits.tolist()),
-        hamming_to_seen=tuple(hamming_to_nearest(bits, seen)[0].tolist()),
-        methods={
-            name: MethodScores(accuracy=summarize(values, seed), accuracies=tuple(values.tolist()))
-            for name, values in accuracies.items()
-        },
-        worst=_worst(task, networks["generated"], bits, accuracies["generated"], split),
-        beats_kernel_ridge=(difference > 0).double().mean().item(),
-        not_worse_than_kernel_ridge=(difference >= 0).double().mean().item(),
-    )
+    figures = {name: task.scores(weights, bits, split) for name, weights in networks.items()}
+    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures)
 
 
-def base_summed(task: ScoringTask, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:
+def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:
     """Accuracy ``[T]`` of the shared base network whose class probabilities are summed over each side of a task."""
     positive = bits.to(probabilities.dtype) @ probabilities.T  # [T, images]
     return ((positive > 0.5) == task.targets(bits, split).bool()).double().mean(1)
@@ -182,17 +162,20 @@ def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
     return seen[torch.randint(len(seen), (len(bits),), generator=stream)]
 
 
-def _worst(task: Any, weights: Stacked, bits: Tensor, accuracies: Tensor, split: str) -> tuple[WorstTask, ...]:
+def worst_tasks(
+    task: ImageTaskFamily, weights: Stacked, bits: Tensor, accuracies: Tensor, split: str
+) -> list[dict[str, Any]]:
+    """The tasks at which networks do worst: bits, accuracy, and the share of right answers for each class of images."""
     rows = accuracies.argsort()[:NUM_WORST]
     chosen = {name: value[rows] for name, value in weights.items()}
     answers = task.probabilities(chosen, split).argmax(-1)  # [W, images]
     right = (answers == task.targets(bits[rows], split)).double()
     classes = task.classes(split)
     shares = torch.stack([right[:, classes == each].mean(1) for each in range(bits.shape[1])], 1)  # [W, C]
-    return tuple(
-        WorstTask(bits=tuple(bits[row].tolist()), accuracy=accuracies[row].item(), accuracy_of_class=tuple(share))
+    return [
+        {"bits": bits[row].tolist(), "accuracy": accuracies[row].item(), "accuracy_of_class": share}
         for row, share in zip(rows.tolist(), shares.tolist(), strict=True)
-    )
+    ]
 
 
 class Diversity(Section):
@@ -207,7 +190,7 @@ class Diversity(Section):
 
 
 def measure_diversity(
-    task: Any, draws: list[Stacked], bits: Tensor, originals_spread: float, split: str = "test"
+    task: ImageTaskFamily, draws: list[Stacked], bits: Tensor, originals_spread: float, split: str = "test"
 ) -> Diversity:
     """How several networks for one task differ, and what their vote gains.
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rpg.evaluation.plots import GENERATED, ORIGINAL
 from rpg.tasks.side_by_side import Stacked
 from tokenization.files import publish
-
-if TYPE_CHECKING:
-    from rpg.evaluation.held_out import SplitScores
 
 METHODS = {
     "original": (ORIGINAL, "o"),
@@ -24,25 +22,36 @@ METHODS = {
 TASKS_SHOWN, VALUES_SHOWN = 8, 200
 
 
-def plot_distance(scores: SplitScores, path: Path | str) -> None:
+def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, path: Path | str) -> None:
     """Draw each task's accuracy against the Hamming distance to the nearest seen task, as a PNG.
+
+    Args:
+        accuracies: of every task ``[T]``, by method.
+        hamming_to_seen: ``[T]``.
+        path: the file to write.
 
     Raises:
         InputError: the file cannot be written.
     """
     figure, axes = _figure(7.5, 5)
     stream = torch.Generator().manual_seed(0)
-    distances = torch.tensor(scores.hamming_to_seen, dtype=torch.float32)
+    distances = hamming_to_seen.float()
     for number, (name, (color, marker)) in enumerate(METHODS.items()):
         jitter = (torch.rand(len(distances), generator=stream) - 0.5) * 0.12
         places = distances + (number - 1.5) * 0.16 + jitter
-        accuracies = scores.methods[name].accuracies
         axes.scatter(
-            places, accuracies, s=14, c=color, marker=marker, alpha=0.6, linewidths=0, label=name.replace("_", " ")
+            places,
+            accuracies[name],
+            s=14,
+            c=color,
+            marker=marker,
+            alpha=0.6,
+            linewidths=0,
+            label=name.replace("_", " "),
         )
     axes.set_xlabel("Hamming distance to the nearest seen task")
     axes.set_ylabel("accuracy on test images, one point a task")
-    axes.set_xticks(sorted(set(scores.hamming_to_seen)))
+    axes.set_xticks(sorted(set(hamming_to_seen.tolist())))
     axes.legend(loc="lower left", frameon=False)
     _save(figure, path)
 

@@ -9,30 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpg.seeding import generator
+from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import Stacked, Teacher
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-
-
-class BinaryTasks(Protocol):
-    """A family of binary tasks that all start from one base network."""
-
-    def build(self) -> nn.Module:
-        """The target network, two logits."""
-
-    def behaviour_losses(
-        self, weights: Stacked, conditions: Tensor, num_images: int, stream: torch.Generator, teacher: Teacher | None
-    ) -> Tensor:
-        """Loss ``[T]`` of T stacked networks at their tasks ``[T, C]`` on random training images."""
-
-    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
-        """Share of right answers of T stacked networks at their tasks ``[T, C]`` on a split's images, ``[T]``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ class LinearHead:
 
 
 def fit_linear_head(
-    task: BinaryTasks, base: Mapping[str, Tensor], seen: Tensor, rate: float, training: LinearHeadTraining
+    task: ImageTaskFamily, base: Mapping[str, Tensor], seen: Tensor, rate: float, training: LinearHeadTraining
 ) -> LinearHead:
     """Train a linear head on the tasks ``seen`` ``[T, C]``, with one cycle of the learning rate up to ``rate``."""
     model = LinearHead(base, task.build().state_dict())
@@ -101,7 +86,7 @@ def fit_linear_head(
 
 
 def tune_linear_head(
-    task: BinaryTasks,
+    task: ImageTaskFamily,
     base: Mapping[str, Tensor],
     train: Tensor,
     validation: Tensor,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg.tasks import Task
+from rpg.tasks.base import ImageTask, Task
 
 ELEMENTWISE = {"relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "tanh", "sigmoid", "hardtanh", "dropout",
                "clone", "contiguous", "alias", "to", "_assert_tensor_metadata"}  # fmt: skip
@@ -120,11 +120,10 @@ def permutation_groups(network: nn.Module, example: Tensor) -> list[Group]:
 
 def symmetries(task: Task) -> list[Group]:
     """Interchangeable hidden units of a task's network; none are known for a task without images to trace it by."""
-    images = getattr(task, "images", None)
-    if images is None:
+    if not isinstance(task, ImageTask):
         return []
     with torch.random.fork_rng(devices=[]):
-        return permutation_groups(task.build(), images("test")[:2])
+        return permutation_groups(task.build(), task.images("test")[:2])
 
 
 class _Walk:

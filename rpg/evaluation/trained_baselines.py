@@ -17,7 +17,7 @@ from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import generator
-from rpg.tasks import Task
+from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.images.finetuning import schedule
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
@@ -58,7 +58,7 @@ def finetune(
     Raises:
         InputError: the task has no images.
     """
-    if not hasattr(task, "images"):
+    if not isinstance(task, ImageClassifier):
         raise InputError("evaluate.control", f"task {type(task).__name__}", "a task with images")
     network = task.build()
     side, images, labels = SideBySide(network), task.images("train"), task.labels("train")

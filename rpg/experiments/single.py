@@ -12,7 +12,8 @@ from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult
 from rpg.generation.generator import Generator
-from rpg.tasks import Task, build_task, task_of
+from rpg.tasks import build_task, task_of
+from rpg.tasks.base import Classifier, ImageTaskFamily
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -74,13 +75,21 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
     return result
 
 
-def scoring_task(config: Config, zoo: Zoo) -> Task:
-    """The task that scores checkpoints: the configuration's own, else the one recorded in the zoo."""
+def scoring_task(config: Config, zoo: Zoo) -> Classifier:
+    """The task that scores checkpoints: the configuration's own, else the one recorded in the zoo.
+
+    Raises:
+        InputError: there is none, or it is a family of tasks, whose networks answer different questions.
+    """
     if config.task is None and zoo.task is None:
         raise InputError(
             str(zoo.path), "no task", "one that scores checkpoints", "score the generated files with code of your own"
         )
-    return build_task(config.task) if config.task is not None else task_of(zoo)
+    task = build_task(config.task) if config.task is not None else task_of(zoo)
+    if not isinstance(task, Classifier):
+        command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
+        raise InputError("task.name", type(task).__name__, "a single task", f"score a family of tasks with `{command}`")
+    return task
 
 
 def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwrite: bool = True) -> EvaluationResult:

@@ -18,6 +18,7 @@ from rpg.planning.flops import GenerationFlops, generation_flops, training_flops
 from rpg.planning.memory import GenerationMemory, TrainingMemory
 from rpg.planning.subject import Subject
 from rpg.tasks import build_task
+from rpg.tasks.base import TaskFamily
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -153,7 +154,7 @@ def _structure(config: Config, network: str | None) -> tuple[Checkpoint, int | N
     with torch.device("meta"):
         checkpoint = Checkpoint.without_values(task.build().state_dict(), Path(config.zoo))
     with contextlib.suppress(InputError):
-        return checkpoint, getattr(getattr(task, "condition", None), "size", None)
+        return checkpoint, task.condition.size if isinstance(task, TaskFamily) else None
     return checkpoint, None
 
 

@@ -1,18 +1,23 @@
-"""What the rest of the package asks of a task."""
+"""What the rest of the package asks of a task: one protocol for all, and named ones for what only some can do.
+
+T networks or tasks, C condition values, B images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from rpg.tasks.side_by_side import Stacked, Teacher
+from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 
 class Task(Protocol):
-    """Trains the checkpoints of a zoo and scores state dicts."""
+    """Trains the checkpoints of a zoo."""
 
     def build(self) -> nn.Module:
         """The target network, untrained."""
@@ -22,8 +27,88 @@ class Task(Protocol):
     ) -> Zoo:
         """Train checkpoints into the zoo at ``path``; complete it if it is partly there."""
 
+
+@runtime_checkable
+class Classifier(Task, Protocol):
+    """A single task: every network is to answer the same questions."""
+
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
-        """Predicted classes of each network, int64 [num, images]."""
+        """Predicted classes of each network, int64 ``[T, B]``."""
 
     def labels(self, split: str = "test") -> Tensor:
-        """Right classes, int64 [images]."""
+        """Right classes, int64 ``[B]``."""
+
+
+@runtime_checkable
+class ImageTask(Task, Protocol):
+    """A task whose images are all in memory."""
+
+    def images(self, split: str = "test") -> Tensor:
+        """The images of a split as the network takes them, ``[B, channels, height, width]``."""
+
+
+@runtime_checkable
+class ImageClassifier(ImageTask, Classifier, Protocol):
+    """A single task whose images are all in memory."""
+
+
+@runtime_checkable
+class BehaviourTask(Task, Protocol):
+    """A task that scores many networks at once, differentiably."""
+
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """The base network that all networks of the zoo started from. Raises InputError if there is none."""
+
+    def behaviour_losses(
+        self, weights: Stacked, conditions: Tensor, num_images: int, stream: Generator, teacher: Teacher | None = None
+    ) -> Tensor:
+        """Loss ``[T]`` of T stacked networks at their tasks ``[T, C]`` on random *training* images.
+
+        The right answers are the images' labels, or the teacher's. Differentiable in ``weights``.
+        """
+
+
+@runtime_checkable
+class TaskFamily(Task, Protocol):
+    """Many tasks, each with a condition; a generator is asked for networks of tasks that it never saw."""
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> Mapping[str, Tensor]:
+        """Figures by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""
+
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test") -> Tensor:
+        """The first figure of ``scores``, a share of right answers ``[T]``."""
+
+    def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
+        """What training a task's network begins with, for the tasks ``[T, C]``, by the name it is reported under."""
+
+
+@runtime_checkable
+class ImageTaskFamily(TaskFamily, BehaviourTask, Protocol):
+    """Binary tasks over the classes of one labelled image set, all fine-tuned from one base network."""
+
+    def classes(self, split: str = "test") -> Tensor:
+        """The classes of a split's images, int64 ``[B]``."""
+
+    def targets(self, conditions: Tensor, split: str = "test") -> Tensor:
+        """Right answers 0 or 1 of each task on a split's images: ``[T, C]`` → int64 ``[T, B]``."""
+
+    def probabilities(self, weights: Stacked, split: str) -> Tensor:
+        """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""
+
+    def base_probabilities(self, zoo: Zoo, split: str = "test") -> Tensor:
+        """Class probabilities ``[B, C]`` of the base network."""
+
+    def base_network(self, zoo: Zoo) -> dict[str, Tensor]:
+        """The base network's state dict, one logit a class. Raises InputError if the zoo has none."""
+
+
+@runtime_checkable
+class AdapterScorer(Protocol):
+    """A task that scores one adapter on each of its tasks."""
+
+    def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
+        """Figures by task and name of one adapter, under PEFT's names. Raises InputError if it does not fit."""

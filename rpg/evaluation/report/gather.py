@@ -21,7 +21,7 @@ from rpg.evaluation.results import EvaluationResult
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
 from rpg.seeding import generator as stream_of
-from rpg.tasks import Task
+from rpg.tasks.base import Classifier
 from tokenization.zoo.zoo import Zoo
 
 NUM_TRAJECTORIES = 5
@@ -33,7 +33,7 @@ def write_html_report(
     result: EvaluationResult,
     generator: Generator,
     zoo: Zoo,
-    task: Task,
+    task: Classifier,
     networks: Sequence[StateDict],
     *,
     num: int,
@@ -75,7 +75,7 @@ def _losses(path: Path) -> tuple[list[float], list[float]]:
     return [line["step"] for line in lines], [line["loss"] for line in lines]
 
 
-def _trajectories(generator: Generator, task: Task, split: str, seed: int) -> list[tuple[int, Tensor]]:
+def _trajectories(generator: Generator, task: Classifier, split: str, seed: int) -> list[tuple[int, Tensor]]:
     """Accuracies of networks on their way from noise; of a generator that takes a condition, none."""
     if generator.condition is not None:
         return []

@@ -115,12 +115,6 @@ class SubsetTask:
         """Right answers 0 or 1 of each task on a split's images: ``[T, C]`` → int64 ``[T, B]``."""
         return conditions.long()[:, self.classes(split)]
 
-    def labels(self, split: str = "test") -> Tensor:
-        """Always raises: the right answers depend on the task."""
-        raise InputError(
-            f"{self.config.name} is a family of tasks, whose right answers differ; score it with `rpg unseen`"
-        )
-
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Answers 0 or 1 of each network, int64 ``[T, B]``. Raises InputError for state dicts that do not fit."""
         with single_threaded():
@@ -183,10 +177,22 @@ class SubsetTask:
         """The weights from which each task ``[T, C]`` is fine-tuned, made of the shared base network's."""
         return binary_start(base, self.build(), bits, self.config.fresh_head)
 
-    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test") -> Tensor:
         """Share of right answers of T stacked networks at their tasks ``[T, C]``, float64 ``[T]``."""
         answers = self.probabilities(weights, split).argmax(-1)
         return (answers == self.targets(bits.cpu(), split)).double().mean(1)
+
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
+        """Figures by name, ``[T]``: the accuracy alone."""
+        return {"accuracy": self.accuracies(weights, bits, split)}
+
+    def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
+        """The weights from which each task ``[T, C]`` of ``zoo`` was fine-tuned."""
+        return {"start": self.starts(self.base_network(zoo), bits)}
+
+    def base_network(self, zoo: Zoo) -> dict[str, Tensor]:
+        """The shared base network of a zoo. Raises InputError if it has none."""
+        return load_base(zoo)
 
     def probabilities(self, weights: Stacked, split: str) -> Tensor:
         """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""

@@ -6,7 +6,7 @@ T adapters or tasks, C condition values, B rows, S token positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows
 from rpg.tasks.language.symbols import make_symbols
 from rpg.tasks.many import collect_many
-from rpg.tasks.side_by_side import Stacked, Teacher, stack
+from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
@@ -191,6 +191,10 @@ class LanguageTask:
         """An adapter that changes nothing."""
         return self._start(0)
 
+    def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
+        """An adapter that changes nothing, for each of the tasks ``[T, C]``."""
+        return {"no_adapter": repeat(self.no_adapter(), len(bits))}
+
     def _draws(self, tasks: list[int], device: torch.device) -> Any:
         """Draws the next training rows of tasks: the same places in every task's file."""
         stream = generator(self.config.seed, "fine-tuning")  # the same for every part
@@ -218,9 +222,9 @@ class LanguageTask:
 
     # --- scoring ---------------------------------------------------------------------------------------------------
 
-    def scores(self, weights: Stacked, conditions: Tensor, split: str = "test") -> AdapterScores:
-        """Exact match, symbol accuracy and perplexity of T adapters at their tasks ``[T, C]``, each ``[T]``."""
-        return self._scores(weights, self.places(conditions), split)
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> AdapterScores:
+        """Symbol accuracy, exact match and perplexity of T adapters at their tasks ``[T, C]``, each ``[T]``."""
+        return self._scores(weights, self.places(bits), split)
 
     def _scores(self, weights: Stacked, tasks: list[int], split: str) -> AdapterScores:
         return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], self.config.score_rows)
@@ -245,7 +249,7 @@ class LanguageTask:
             figures[task.path.stem] = {name: value.item() for name, value in scores.items()}
         return figures
 
-    def accuracies(self, weights: Stacked, bits: Tensor, split: str) -> Tensor:
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test") -> Tensor:
         """Symbol accuracy of T adapters at their tasks ``[T, C]``, float64 ``[T]``."""
         return self.scores(weights, bits, split)["symbol_accuracy"]
 
@@ -268,14 +272,6 @@ class LanguageTask:
         rows = self._draw(self.places(conditions), num_images, stream, conditions.device)
         self.base.to(conditions.device)
         return completion_losses(self.bank, weights, rows)
-
-    def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
-        """Always raises: an adapter answers with text, not with classes."""
-        raise InputError("a language task is answered with texts, not with classes; score it with `rpg lora`")
-
-    def labels(self, split: str = "test") -> Tensor:
-        """Always raises, as ``predict``."""
-        raise InputError("a language task is answered with texts, not with classes; score it with `rpg lora`")
 
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:

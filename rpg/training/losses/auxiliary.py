@@ -8,7 +8,7 @@ from rpg.config import Config
 from rpg.models import Network
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import generator
-from rpg.tasks import build_task, task_of
+from rpg.tasks import Task, build_task, task_of
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
 from rpg.training.losses.fresh import FreshLoss
@@ -59,7 +59,7 @@ class AuxiliaryLosses:
         assert isinstance(network, RecurrentDiffusion)
         return FreshLoss(network, self._task(zoo), layout, self.config.train.fresh)
 
-    def _task(self, zoo: Zoo):
+    def _task(self, zoo: Zoo) -> Task:
         return build_task(self.config.task) if self.config.task is not None else task_of(zoo)
 
     def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:

@@ -9,37 +9,15 @@ reaches the generator through them. The right answers are the images' labels, or
 from __future__ import annotations
 
 import time
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from rpg.tasks.side_by_side import Stacked, Teacher
+from rpg.tasks.base import BehaviourTask
 from rpg.training.config import BehaviourConfig
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
-
-
-@runtime_checkable
-class BehavingTask(Protocol):
-    """A task that scores many networks at once, differentiably."""
-
-    def teacher(self, zoo: Zoo) -> Teacher:
-        """The base network that all networks of the zoo started from."""
-
-    def behaviour_losses(
-        self,
-        weights: Stacked,
-        conditions: Tensor,
-        num_images: int,
-        stream: torch.Generator,
-        teacher: Teacher | None = None,
-    ) -> Tensor:
-        """Loss ``[E]`` of E stacked networks at their tasks ``[E, C]`` on random training images.
-
-        The right answers are the images' labels, or the teacher's.
-        """
 
 
 class BehaviourLoss:
@@ -56,7 +34,7 @@ class BehaviourLoss:
     """
 
     def __init__(self, task: object, layout: TokenLayout, config: BehaviourConfig, zoo: Zoo) -> None:
-        if not isinstance(task, BehavingTask):
+        if not isinstance(task, BehaviourTask):
             raise InputError(
                 "train.behaviour", f"task {type(task).__name__}", "a task of conditions, e.g. digits_subsets"
             )

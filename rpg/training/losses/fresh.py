@@ -11,14 +11,13 @@ E networks, L tokens, D token width, K states, S state width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.side_by_side import SideBySide
 from rpg.training.config import FreshConfig
 from tokenization.errors import InputError
@@ -38,7 +37,7 @@ class FreshLoss:
         InputError: there is no table of states to draw around, or the task has no images.
     """
 
-    def __init__(self, network: RecurrentDiffusion, task: Any, layout: TokenLayout, config: FreshConfig) -> None:
+    def __init__(self, network: RecurrentDiffusion, task: Task, layout: TokenLayout, config: FreshConfig) -> None:
         if network.num_states < 2:
             raise InputError("train.fresh", f"{network.num_states} permutation state", "two or more", "see model.state")
         if network.condition is not None:
@@ -46,7 +45,7 @@ class FreshLoss:
         if isinstance(network.denoiser, UNet1d):
             cure = "its batch normalisation would count networks that are not in the zoo"
             raise InputError("train.fresh", "model.denoiser unet1d", "mlp", cure)
-        if not hasattr(task, "images"):
+        if not isinstance(task, ImageClassifier):
             raise InputError("train.fresh", f"task {type(task).__name__}", "a task with images")
         if layout.options.normalization != "residual":
             raise InputError("train.fresh", f"tokens.normalization {layout.options.normalization}", "residual")

@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import generate_for, networks_of
-from rpg.experiments.lora import evaluate_lora, language_task, print_scores, run_lora, score_folders
+from rpg.experiments.adapters import print_scores, score_folders
+from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
 from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.language.config import AdapterConfig
@@ -55,7 +55,7 @@ def experiment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many, "_cores", lambda: 1)
         config = Config.parse(tree, "test")
-        yield config, run_lora(config, progress={})
+        yield config, run_held_out(config, progress={})
 
 
 def test_the_report_has_what_was_promised(experiment):
@@ -79,7 +79,7 @@ def test_the_report_has_what_was_promised(experiment):
 
 def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
     config, report = experiment
-    zoo, task = Zoo.open(config.zoo), language_task(config)
+    zoo, task = Zoo.open(config.zoo), task_family(config)
     index = zoo.subset("unseen")[2]
     rows = task.rows(index)["test"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), zoo.file(index)).eval()
@@ -91,7 +91,7 @@ def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
 
 def test_canonical_adapters_are_the_same_adapters(experiment):
     config, _ = experiment
-    zoo, task = Zoo.open(config.zoo), language_task(config)
+    zoo, task = Zoo.open(config.zoo), task_family(config)
     layout = Generator.from_pretrained(config.run).layout
     assert layout.canonical is not None
     canonical = networks_of(zoo, "unseen", layout)
@@ -112,7 +112,7 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
         lambda self, weights, tasks, split: asked.append((split, set(tasks))) or real(self, weights, tasks, split),
     )
     before = (Path(config.run) / "evaluation.json").read_text()
-    report = evaluate_lora(config.run, split="validation")
+    report = evaluate_held_out(config.run, split="validation")
     zoo = Zoo.open(config.zoo)
     unseen = {zoo.entries[index].run for index in zoo.subset("unseen")}
     assert {split for split, _ in asked} == {"validation"}
@@ -123,7 +123,7 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
 
 def test_no_adapter_is_the_base(experiment):
     config, report = experiment
-    task = language_task(config)
+    task = task_family(config)
     base = AutoModelForCausalLM.from_pretrained(config.task.base)
     ids = task.rows(0)["test"].ids
     logits = task.bank.logits(stack([task.no_adapter()]), ids[None])[0]
@@ -143,7 +143,7 @@ def test_generated_ones_are_of_the_zoos_structure(experiment):
 
 def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
     config, _ = experiment
-    generator, task = Generator.from_pretrained(config.run), language_task(config)
+    generator, task = Generator.from_pretrained(config.run), task_family(config)
     bits = torch.tensor([[0, 1, 1, 0]])
     (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
     expected = task.scores(generate_for(generator, bits, 3), bits)
@@ -170,9 +170,9 @@ def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
 
 def test_other_tasks_are_refused(tmp_path):
     with pytest.raises(InputError, match="task.name"):
-        language_task(Config.load("configs/digits.yaml"))
+        task_family(Config.load("configs/digits.yaml"))
     for name in ("one", "two", "three"):
         (tmp_path / f"{name}.jsonl").write_text("")
     task = {"name": "language", "base": "none", "data": str(tmp_path), "unseen": 1, "validation": 1}
     with pytest.raises(InputError, match="kind class"):
-        language_task(Config.parse({"task": task}, "test"))
+        task_family(Config.parse({"task": task}, "test"))

@@ -8,7 +8,8 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.held_out import base_summed, measure_diversity, nearest_rows
 from rpg.evaluation.vectors import FlatSpace
-from rpg.experiments.held_out_tasks import evaluate_unseen, generate_for, networks_of, run_unseen, subset_task
+from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
+from rpg.experiments.single import scoring_task
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks import many
@@ -45,12 +46,13 @@ def experiment(tmp_path_factory):
             "behaviour": {"images": 8},
         },
         "generate": {"steps": 1},
+        "evaluate": {"linear_head": False},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
         patch.setattr(many, "_cores", lambda: 1)
         config = Config.parse(tree, "test")
-        report = run_unseen(config, progress={}, seeds=2)
+        report = run_held_out(config, progress={}, seeds=2)
         yield config, report
 
 
@@ -74,7 +76,7 @@ def test_the_report_has_what_was_promised(experiment):
 
 def test_figures_are_those_of_the_networks(experiment):
     config, report = experiment
-    zoo, task = Zoo.open(config.zoo), subset_task(config)
+    zoo, task = Zoo.open(config.zoo), task_family(config)
     index = zoo.subset("unseen")[2]
     condition = torch.tensor([zoo.entries[index].condition])
     answers = task.predict([zoo.state_dict(index)])
@@ -94,7 +96,7 @@ def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experim
     monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
     path = Path(config.run) / "evaluation.json"
     before = path.read_text()
-    report = evaluate_unseen(config.run, image_split="validation")
+    report = evaluate_held_out(config.run, split="validation")
     validation = networks_of(Zoo.open(config.zoo), "validation").bits.tolist()
     assert [list(task) for task in report["unseen_tasks"]["tasks"]] == validation
     assert asked == {"validation"} and path.read_text() == before
@@ -115,7 +117,7 @@ def test_nearest_other_and_summed_probabilities():
 
 def test_equal_draws_have_no_diversity(experiment):
     config, _ = experiment
-    generator, task = Generator.from_pretrained(config.run), subset_task(config)
+    generator, task = Generator.from_pretrained(config.run), task_family(config)
     bits = task.bits()[:3]
     draw = generate_for(generator, bits, 0)
     diversity = measure_diversity(task, [draw, draw, draw], bits, 1.0)
@@ -166,4 +168,10 @@ def test_classes_become_the_vector(experiment, capsys):
 
 def test_other_tasks_are_refused():
     with pytest.raises(InputError, match="family of binary tasks"):
-        subset_task(Config.load("configs/digits.yaml"))
+        task_family(Config.load("configs/digits.yaml"))
+
+
+def test_a_family_is_not_scored_as_a_single_task(experiment):
+    config, _ = experiment
+    with pytest.raises(InputError, match="rpg unseen"):
+        scoring_task(config, Zoo.open(config.zoo))
