@@ -31,7 +31,7 @@ from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.subject import Subject
 from rpg.seeding import generator as stream
 from rpg.training.trainer import Trainer, build_network
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 
 NETWORKS = {"vit_base": "vit_base_patch16_224", "convnext_large": "convnext_large"}
@@ -90,7 +90,7 @@ def prepare(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     zoo = make_zoo(folder / "zoo", 2, NETWORKS[name])
     config = recipe("large", name, folder)
-    layout = TokenLayout.fit(zoo, config.tokens)
+    layout = fit_layout(zoo, config.tokens)
     network = build_network(config, layout, zoo)
     for parameter in network.parameters():
         if not parameter.any():  # untrained, the last layer is zero

@@ -18,6 +18,7 @@ from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
+from tokenization.layouts import fit_layout
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
@@ -93,7 +94,8 @@ def test_generator_folder(folder: Path) -> None:
     assert list(layout) == documented("layout.json") and layout["version"] == 1
     tensors = {key for entry in layout["tensors"] for key in entry}
     assert tensors | {"of"} == set(documented("layout.json tensors"))
-    assert list(layout["options"]) == [field.name for field in dataclasses.fields(TokenOptions)]
+    names = [field.name for field in dataclasses.fields(TokenOptions)]
+    assert list(layout["options"]) == names[: names.index("rank")]  # the rest is of directions
     statistics = generator / "statistics.safetensors"
     kinds = {re.sub(r"^(centre|constant)\..*", r"\1.NAME", key) for key in keys_of(statistics)}
     assert kinds | {"reference.NAME"} == set(documented("statistics.safetensors"))  # that is of aligned adapters only
@@ -111,6 +113,13 @@ def test_a_tie_in_a_layout(tmp_path: Path) -> None:
     TokenLayout.fit(zoo, TokenOptions(size=4)).save(tmp_path)
     tie = read(tmp_path / "layout.json")["tensors"][1]
     assert tie == {"name": "b", "role": "tie", "of": "a"} and tie.keys() <= set(documented("layout.json tensors"))
+
+
+def test_directions_on_disk(tmp_path: Path) -> None:
+    layout = fit_layout(make_zoo(tmp_path / "zoo"), TokenOptions(size=16, rank=3))
+    layout.save(tmp_path)
+    assert set(keys_of(tmp_path / "basis.safetensors")) == set(documented("basis.safetensors"))
+    assert {"rank", "basis", "centre"} <= json.loads((tmp_path / "layout.json").read_text())["options"].keys()
 
 
 def test_run_folder(folder: Path) -> None:

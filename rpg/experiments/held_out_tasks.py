@@ -44,7 +44,7 @@ from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import publish_text
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
@@ -186,7 +186,7 @@ def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) 
     return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
-def networks_of(zoo: Zoo, split: str, layout: TokenLayout | None = None) -> TaskNetworks:
+def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetworks:
     """The last checkpoint of every task of a split; with a layout as that cuts them, LoRA pairs in canonical form.
 
     Raises:

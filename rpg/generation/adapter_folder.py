@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.files import publish_text
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, partner_of, read_adapter_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 
 
-def adapter_config_of(folder: Path, layout: TokenLayout) -> str | None:
+def adapter_config_of(folder: Path, layout: Layout) -> str | None:
     """PEFT's configuration in ``folder`` as it is written there, if ``layout`` cuts adapters; else None.
 
     Args:

@@ -30,16 +30,17 @@ from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, recover_folder
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout, load_layout
 from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.spectral.layout import BASIS_FILE
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
-OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE)
-"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them."""
+OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
+"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
 
 StateDict = dict[str, Tensor]
-SAMPLERS: dict[str, Callable[[Any, TokenLayout, GenerateConfig], TokenSampler | LatentSampler]] = {
+SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], TokenSampler | LatentSampler]] = {
     "recurrent": TokenSampler,
     "pdiff": LatentSampler,
 }
@@ -62,7 +63,7 @@ class Generator:
     def __init__(
         self,
         config: Config,
-        layout: TokenLayout,
+        layout: Layout,
         network: Network,
         condition: ConditionSpec | None = None,
         facts: dict[str, Any] | None = None,
@@ -95,7 +96,7 @@ class Generator:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
         config = Config.load(folder / "config.yaml")
-        layout = TokenLayout.load(folder)
+        layout = load_layout(folder)
         weights = folder / "model.safetensors"
         try:
             with safe_open(weights, "pt") as file:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 
 from rpg.config import Config
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 
 
 def model_card(
     config: Config,
-    layout: TokenLayout,
+    layout: Layout,
     condition: ConditionSpec | None,
     encoder: str | None,
     adapter: str | None,

@@ -17,14 +17,13 @@ from rpg.generation.partition import Partition
 from rpg.generation.sampler import Tile
 from tokenization.errors import InputError
 from tokenization.files import remove_abandoned
-from tokenization.layout.layout import TokenLayout
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layouts import Layout, Writer, checkpoint_writer
 
 
 class MemorySink:
     """Collects tiles and decodes them into state dicts."""
 
-    def __init__(self, layout: TokenLayout, num: int) -> None:
+    def __init__(self, layout: Layout, num: int) -> None:
         self.layout = layout
         self.tokens = torch.empty(num, layout.num_tokens, layout.token_size)
 
@@ -58,7 +57,7 @@ class FolderSink:
 
     def __init__(
         self,
-        layout: TokenLayout,
+        layout: Layout,
         folder: Path,
         metadata: Callable[[int], dict[str, str]],
         num: int,
@@ -68,7 +67,7 @@ class FolderSink:
     ) -> None:
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
         self.partition, self.shared = partition or Partition(), shared
-        self.open: dict[int, CheckpointWriter] = {}
+        self.open: dict[int, Writer] = {}
 
     def __enter__(self) -> FolderSink:
         _make_folder(self.folder)
@@ -115,13 +114,13 @@ class FolderSink:
     def _path(self, index: int) -> Path:
         return self.folder / (f"network-{index:05d}" + (".safetensors" if self.adapter is None else ""))
 
-    def _writer(self, index: int) -> CheckpointWriter:
+    def _writer(self, index: int) -> Writer:
         path = self._path(index)
         if self.adapter is not None:
             with contextlib.suppress(FileExistsError):  # a file in the way is the writer's error
                 path.mkdir()
             path = path / WEIGHTS_NAME
-        return CheckpointWriter(path, self.layout, self.metadata(index))
+        return checkpoint_writer(path, self.layout, self.metadata(index))
 
 
 def _make_folder(folder: Path) -> None:

@@ -16,18 +16,18 @@ from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, Watch, inference
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import derive_seed
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 
 GROUP = 16
 """Networks computed together; part of what decides the bytes."""
 
 
-def flatten_tokens(layout: TokenLayout, tokens: Tensor) -> Tensor:
+def flatten_tokens(layout: Layout, tokens: Tensor) -> Tensor:
     """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
     return tokens.flatten(-2)[..., layout.mask.flatten()]
 
 
-def unflatten_values(layout: TokenLayout, values: Tensor) -> Tensor:
+def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
     """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
     tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
     tokens[..., layout.mask.flatten().to(values.device)] = values
@@ -43,7 +43,7 @@ class LatentSampler:
         settings: in which precision.
     """
 
-    def __init__(self, network: ParameterDiffusion, layout: TokenLayout, settings: GenerateConfig) -> None:
+    def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
         self.device = network.latent_mean.device
 

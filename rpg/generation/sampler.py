@@ -21,7 +21,7 @@ from rpg.generation.partition import Partition
 from rpg.generation.request import Request
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, generator
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokenSampler:
         settings: how many tokens are computed together, and in which precision.
     """
 
-    def __init__(self, network: RecurrentDiffusion, layout: TokenLayout, settings: GenerateConfig) -> None:
+    def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         self.tile_tokens, self.bf16 = settings.tile_tokens, settings.precision == "bf16"
         self.network, self.layout = low_precision_copy(network) if self.bf16 else network, layout
         self.device = network.position_embedding.device

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 
 ModelConfig = Annotated[RecurrentConfig | PDiffConfig, Field(discriminator="kind")]
 Network = RecurrentDiffusion | ParameterDiffusion
@@ -17,7 +17,7 @@ __all__ = ["ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_ne
 
 
 def build_network(
-    config: RecurrentConfig | PDiffConfig, layout: TokenLayout, num_states: int = 1, condition_size: int = 0
+    config: RecurrentConfig | PDiffConfig, layout: Layout, num_states: int = 1, condition_size: int = 0
 ) -> Network:
     """The untrained networks that a configuration describes, drawn from torch's global random state.
 
@@ -28,5 +28,5 @@ def build_network(
         condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
     if isinstance(config, PDiffConfig):
-        return ParameterDiffusion(config, layout.num_values)
+        return ParameterDiffusion(config, layout.num_coordinates)
     return RecurrentDiffusion(config, layout.positions, layout.token_size, num_states, condition_size)

@@ -44,7 +44,7 @@ def fake_inputs(config: Config, subject: Subject, network: Network, num_processe
     """Arguments for ``network.forward`` in the shapes of one process's part of a step; call it in a fake mode."""
     if isinstance(network, ParameterDiffusion):
         num_examples = network.config.autoencoder.batch_size
-        values = (num_examples, subject.layout.num_values)
+        values = (num_examples, subject.layout.num_coordinates)
         return 0, torch.empty(values), torch.empty(values), torch.empty(num_examples, network.config.latent_size)
     num_examples = max(1, config.train.batch_size // num_processes // config.train.gradient_accumulation)
     num_sampled = rows_per_step(config, subject) // config.train.batch_size

@@ -16,8 +16,9 @@ from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
 from tokenization.layout.verify import verify_round_trip
+from tokenization.layouts import Layout, fit_layout, plan_layout
+from tokenization.spectral.layout import SpectralLayout
 from tokenization.zoo.zoo import Zoo
 
 MOST_NAMES = 6
@@ -42,14 +43,14 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
     config = Config.defaults(list(overrides))
     if (path / "zoo.json").is_file():
         zoo = Zoo.open(path)
-        layout = TokenLayout.plan(zoo.checkpoint(0), config.tokens)
+        layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
         return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
     if verify:
         raise InputError(f"--verify: {path}", "a checkpoint", "a zoo, or the configuration of one")
     checkpoint = (
         Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
     )
-    return [checkpoint_table(checkpoint), *layout_tables(TokenLayout.plan(checkpoint, config.tokens))]
+    return [checkpoint_table(checkpoint), *layout_tables(plan_layout(checkpoint, config.tokens, 50))]
 
 
 def _config_file(path: Path) -> Path | None:
@@ -104,7 +105,7 @@ def checkpoint_table(checkpoint: Checkpoint) -> Table:
     return _with_tensors(table, checkpoint)
 
 
-def layout_tables(layout: TokenLayout) -> list[RenderableType]:
+def layout_tables(layout: Layout) -> list[RenderableType]:
     """The tokens by kind of layer, and what is outside them."""
     table = Table(title=f"{layout.num_tokens:,} tokens of {layout.token_size:,} values", title_justify="left")
     for column in ("layers", "tensors", "values", "tokens", "padding"):
@@ -125,8 +126,8 @@ def layout_tables(layout: TokenLayout) -> list[RenderableType]:
 
 def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
     zoo.verify()
-    layout = TokenLayout.fit(zoo, config.tokens)
-    trip = verify_round_trip(zoo, layout)
+    layout = fit_layout(zoo, config.tokens)
+    trip = verify_round_trip(zoo, layout.cut if isinstance(layout, SpectralLayout) else layout)
     table = facts_table("verified")
     table.add_row("digests, structure, finite values", f"{trip.num_checkpoints:,} checkpoints")
     if layout.canonical is not None:
@@ -135,7 +136,21 @@ def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
     exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
     exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")
-    return [table]
+    return [table, *(directions_tables(layout) if isinstance(layout, SpectralLayout) else [])]
+
+
+def directions_tables(layout: SpectralLayout) -> list[RenderableType]:
+    """What the zoo's directions hold, in all and in the layers that lose most."""
+    facts = facts_table("directions")
+    facts.add_row("of", f"every {layout.basis.kind}" if layout.basis.kind == "token" else "the whole network")
+    facts.add_row("rank", f"{layout.token_size:,}")
+    facts.add_row("variance kept", f"{layout.basis.share:.2%}")
+    losses = Table(title="layers that lose most of the zoo's variance", title_justify="left")
+    for column in ("layer", "part of the variance", "kept"):
+        losses.add_column(column, justify="left" if column == "layer" else "right")
+    for name, part, kept in sorted(layout.shares(), key=lambda row: row[1] * (row[2] - 1))[:MOST_NAMES]:
+        losses.add_row(name, f"{part:.2%}", f"{kept:.2%}")
+    return [facts, losses]
 
 
 def _with_tensors(table: Table, checkpoint: Checkpoint) -> Table:

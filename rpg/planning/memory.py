@@ -27,8 +27,7 @@ from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.fake_networks import fake_conditions, fake_inputs, fake_network, meta_network
 from rpg.planning.peak import LiveBytes, fake_mode
 from rpg.planning.subject import Subject, rows_per_step
-from tokenization.layout.layout import TokenLayout
-from tokenization.layout.reader import TokenReader
+from tokenization.layouts import Layout, cached_bytes
 
 FLOAT_BYTES = 4
 
@@ -117,7 +116,7 @@ def bytes_read_per_step(config: Config, subject: Subject) -> int:
     return round(per_token * rows_per_step(config, subject))
 
 
-def checkpoint_bytes(layout: TokenLayout) -> int:
+def checkpoint_bytes(layout: Layout) -> int:
     """Bytes of the tokenised tensors of one checkpoint."""
     return sum(layer.num_values * layer.dtype.itemsize for layer in layout.layers)
 
@@ -125,8 +124,8 @@ def checkpoint_bytes(layout: TokenLayout) -> int:
 def cache_bytes(config: Config, subject: Subject) -> int:
     """Bytes of the encoded zoo that training keeps in memory; 0 where the rows are read from disk."""
     if isinstance(config.model, PDiffConfig):
-        return subject.num_checkpoints * subject.layout.num_values * FLOAT_BYTES
-    return TokenReader.cached_bytes(subject.num_checkpoints, subject.layout)
+        return subject.num_checkpoints * subject.layout.num_coordinates * FLOAT_BYTES
+    return cached_bytes(subject.layout, subject.num_checkpoints)
 
 
 def training_memory(config: Config, subject: Subject, *, bf16: bool = False, num_processes: int = 1) -> TrainingMemory:
@@ -219,7 +218,7 @@ def num_passes(config: Config, subject: Subject) -> int:
     return 2 if subject.condition_size and config.generate.guidance_scale != 1 else 1
 
 
-def held_bytes(layout: TokenLayout) -> int:
+def held_bytes(layout: Layout) -> int:
     """What each network adds when networks are generated into memory: its tokens and its state dict."""
     return layout.num_tokens * layout.token_size * FLOAT_BYTES + checkpoint_bytes(layout)
 

@@ -22,7 +22,7 @@ from rpg.tasks.base import TaskFamily
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout, plan_layout
 from tokenization.zoo.zoo import Zoo
 
 GIB = 1 << 30
@@ -135,7 +135,7 @@ def find_subject(
             found = f"{config.model.condition.kind}, and no zoo"
             raise InputError("model.condition.kind", found, "the size of the condition", "give --condition-size")
     states = count if config.model.state.of == "checkpoint" else 1
-    return Subject(TokenLayout.plan(checkpoint, config.tokens), count, states, size)
+    return Subject(plan_layout(checkpoint, config.tokens, count), count, states, size)
 
 
 def _structure(config: Config, network: str | None) -> tuple[Checkpoint, int | None]:
@@ -189,10 +189,10 @@ def largest_network(config: Config, subject: Subject, num_bytes: int) -> Largest
     return Largest(low * config.tokens.size, low, low_bytes)
 
 
-def _long_layout(config: Config, num_tokens: int) -> TokenLayout:
+def _long_layout(config: Config, num_tokens: int) -> Layout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return TokenLayout.plan(Checkpoint.without_values({"weight": values}, Path("largest")), options)
+    return plan_layout(Checkpoint.without_values({"weight": values}, Path("largest")), options, 50)
 
 
 def parse_memory(text: str) -> int:

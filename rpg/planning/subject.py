@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rpg.config import Config
 from rpg.models import PDiffConfig
 from rpg.training.data import condition_size, state_ids
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout, plan_layout
 from tokenization.zoo.zoo import Zoo
 
 
@@ -22,15 +22,15 @@ class Subject:
         condition_size: values of a condition, or classes; 0 without one.
     """
 
-    layout: TokenLayout
+    layout: Layout
     num_checkpoints: int = 1
     num_states: int = 1
     condition_size: int = 0
 
     @classmethod
     def of(cls, zoo: Zoo, config: Config) -> Subject:
-        """The zoo as ``config`` cuts it; no values are read. Raises InputError as ``TokenLayout.plan`` does."""
-        layout = TokenLayout.plan(zoo.checkpoint(0), config.tokens)
+        """The zoo as ``config`` cuts it; no values are read. Raises InputError as `plan_layout` does."""
+        layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
         states = state_ids(zoo, config)
         num_states = int(states.max()) + 1 if len(states) else 1
         return cls(layout, len(zoo), num_states, condition_size(zoo, config))

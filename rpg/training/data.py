@@ -15,8 +15,7 @@ from rpg.config import Config
 from rpg.generation.text_encoder import text_table
 from rpg.models.recurrent_diffusion import Batch
 from rpg.seeding import derive_seed, generator, permutation
-from tokenization.layout.layout import TokenLayout
-from tokenization.layout.reader import TokenReader
+from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
 from tokenization.zoo.zoo import Zoo
 
@@ -52,12 +51,12 @@ class BatchSampler:
         InputError: the batch cannot be split evenly.
     """
 
-    def __init__(self, zoo: Zoo, layout: TokenLayout, config: Config, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, zoo: Zoo, layout: Layout, config: Config, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
         self.layout = layout
         self.indices = training_entries(zoo, config)
         self.rank, self.world_size = rank, world_size
-        self.reader = TokenReader(zoo, layout)
+        self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, config)
         self.conditions: Tensor | None = None
         if config.model.condition.kind != "none":

@@ -19,7 +19,7 @@ from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
 OF_STAGES = ("steps", "batch_size", "learning_rate", "weight_decay")
@@ -46,7 +46,7 @@ class VectorSampler:
         self,
         zoo: Zoo,
         indices: list[int],
-        layout: TokenLayout,
+        layout: Layout,
         seed: int,
         batch_sizes: tuple[int, int],
         stage_steps: int,

@@ -25,7 +25,7 @@ from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
 from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
 
 
@@ -42,7 +42,7 @@ class Trainer:
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
-        self.layout = TokenLayout.fit(zoo, config.tokens, indices=training_entries(zoo, config))
+        self.layout = fit_layout(zoo, config.tokens, indices=training_entries(zoo, config))
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
@@ -238,7 +238,7 @@ class Trainer:
         Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
 
 
-def build_network(config: Config, layout: TokenLayout, zoo: Zoo) -> Network:
+def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     """The untrained networks for a zoo, initialised from the seed."""
     num_states = int(state_ids(zoo, config).max()) + 1
     with torch.random.fork_rng(devices=[]):

@@ -70,6 +70,16 @@ class LayoutDescription:
         return sum(layer.num_values for layer in self.layers)
 
     @property
+    def num_coordinates(self) -> int:
+        """How many numbers a checkpoint is: its values."""
+        return self.num_values
+
+    @property
+    def token_weight(self) -> Tensor:
+        """``[L]`` float64: what a unit of each token is in normalised values, 1."""
+        return torch.ones(self.num_tokens, dtype=torch.float64)
+
+    @property
     def padding_share(self) -> float:
         """The part of ``L * D`` that holds nothing."""
         return 1 - self.num_values / (self.num_tokens * self.token_size)

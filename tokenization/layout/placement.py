@@ -14,7 +14,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, get_args
 
@@ -50,6 +50,13 @@ class TokenOptions:
             when null.
         lora_canonical: one form for the factors of each LoRA pair, its product unchanged: ``svd`` (balanced, by
             singular values), ``aligned`` (that rotated towards the zoo's mean), ``none`` (as they were trained).
+        rank: of spectral tokens: how many of the zoo's directions a token is given by, in place of its values; ``auto``
+            for as many as hold ``rank_share`` of the variance; null for tokens of values.
+        rank_share: with ``rank: auto``, the part of the zoo's variance to keep.
+        basis: ``token`` (every token has directions of its own) or ``network`` (one set for the whole network).
+        basis_dtype: ``bf16`` or ``fp32``, in which the directions are kept.
+        centre: what a token's coefficients are deviations from: the ``zoo``'s mean, or their regression on the
+            ``condition``.
 
     Raises:
         ValueError: an impossible value.
@@ -66,6 +73,11 @@ class TokenOptions:
     flatten: Flatten = "layer"
     base: str | None = None
     lora_canonical: CanonicalForm = "aligned"
+    rank: int | Literal["auto"] | None = None
+    rank_share: float = 0.99
+    basis: Literal["token", "network"] = "token"
+    basis_dtype: Literal["bf16", "fp32"] = "bf16"
+    centre: Literal["zoo", "condition"] = "zoo"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
@@ -82,8 +94,31 @@ class TokenOptions:
             object.__setattr__(self, field, tuple(patterns))
         if not self.include:
             raise ValueError("include: found no pattern, expected at least one; leave it out to include every tensor")
+        if self.rank is not None:
+            self._check_rank()
         if self.pack and self.flatten == "flat":
             raise ValueError("pack: found true with flatten 'flat', which leaves nothing to pack; set pack to false")
+
+    def _check_rank(self) -> None:
+        if self.rank != "auto" and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank: found {self.rank!r}, expected a number of directions from 1 on, auto or null")
+        if not 0 < self.rank_share <= 1:
+            raise ValueError(f"rank_share: found {self.rank_share!r}, expected a part above 0 and up to 1")
+        if self.normalization != "residual":
+            raise ValueError(
+                f"rank: found {self.rank!r} with normalization {self.normalization!r}; directions are of deviations "
+                "from the zoo's mean, so set normalization to residual"
+            )
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What decides which values lie in which token, and the directions: JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in ("rank", "rank_share", "centre")}
+
+    def written(self) -> dict[str, Any]:
+        """As a layout's file says them: without what belongs to directions where there are none."""
+        of_directions = () if self.rank is not None else ("rank", "rank_share", "basis", "basis_dtype", "centre")
+        return {name: value for name, value in asdict(self).items() if name not in of_directions}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Letters: B checkpoints, L tokens of each, N chosen tokens, D token width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +39,35 @@ def read_rows(layout: LayoutDescription, zoo: Zoo, checkpoint_ids: Ids, token_id
         for group in groups:
             _read_group(layout, rows[place], checkpoint, group)
     return rows
+
+
+def values_of(
+    layout: LayoutDescription, first_token: int, rows: Tensor, *, exact: bool = True
+) -> Iterator[tuple[str, int, Tensor]]:
+    """The values that tokens ``first_token …`` stand for, stretch by stretch.
+
+    Args:
+        layout: fitted.
+        first_token: the first of them.
+        rows: ``[n, D]``, any float dtype and device; padding is ignored.
+        exact: denormalise in float64, as ``decode`` does; in float32 otherwise, several times as fast.
+
+    Yields:
+        a layer's name, the place of the first value in the flattened layer, and values ``[m]`` in the stored dtype.
+    """
+    values = rows.detach().cpu().contiguous().reshape(-1)
+    token_ids = np.arange(first_token, first_token + len(rows))
+    for index, source, place, length in layout.runs.pieces(token_ids).merged(layout.token_size):
+        layer = layout.layers[index]
+        transform = layout.layer_statistics(index)
+        denormalize = transform.denormalize if exact else transform.denormalize_as
+        part = torch.empty(length, dtype=layer.dtype)
+        for begin in range(0, length, BLOCK_VALUES):
+            end = min(begin + BLOCK_VALUES, length)
+            centre = transform.centre_at(slice(source + begin, source + end))
+            part[begin:end] = denormalize(values[place + begin : place + end], centre)
+        yield layer.name, source, part
+        layout.statistics.release(layer.name)
 
 
 def checked_ids(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -105,7 +104,7 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "options": dataclasses.asdict(layout.options),
+        "options": layout.options.written(),
         "normalization": layout.statistics.normalization,
         "num_tokens": layout.num_tokens,
         "tensors": tensors,

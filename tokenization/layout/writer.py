@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from tokenization.checkpoint.safetensors import ORDER_KEY
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.layout.description import LayoutDescription
-from tokenization.layout.placement import BLOCK_VALUES
+from tokenization.layout.rows import values_of
 
 
 class CheckpointWriter:
@@ -27,13 +25,22 @@ class CheckpointWriter:
         path: the file.
         layout: a fitted layout.
         metadata: strings for the header; ``format: pt`` is added, which transformers asks for.
+        exact: denormalise in float64, as ``decode`` does; in float32 otherwise.
 
     Raises:
         InputError: the disk is full or refuses; nothing is left behind.
     """
 
-    def __init__(self, path: Path | str, layout: LayoutDescription, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        layout: LayoutDescription,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        exact: bool = True,
+    ) -> None:
         self.layout = layout
+        self.exact = exact
         self._copies: dict[str, list[str]] = {layer.name: [layer.name] for layer in layout.layers}
         for alias, name in layout.ties.items():
             self._copies.setdefault(name, [name]).append(alias)
@@ -60,18 +67,8 @@ class CheckpointWriter:
                 f"rows of tokens {first_token} …: found shape {list(rows.shape)}, expected "
                 f"[up to {layout.num_tokens - first_token}, {layout.token_size}]"
             )
-        values = rows.detach().cpu().contiguous().reshape(-1)
-        token_ids = np.arange(first_token, first_token + len(rows))
-        for index, source, place, length in layout.runs.pieces(token_ids).merged(layout.token_size):
-            layer = layout.layers[index]
-            transform = layout.layer_statistics(index)
-            part = torch.empty(length, dtype=layer.dtype)
-            for begin in range(0, length, BLOCK_VALUES):
-                end = min(begin + BLOCK_VALUES, length)
-                centre = transform.centre_at(slice(source + begin, source + end))
-                part[begin:end] = transform.denormalize(values[place + begin : place + end], centre)
-            self._put(layer.name, source, part)
-            layout.statistics.release(layer.name)
+        for name, first, values in values_of(layout, first_token, rows, exact=self.exact):
+            self._put(name, first, values)
         self._file.write_bytes(b"\1" * len(rows), self._file.size + first_token)
 
     def close(self) -> None:

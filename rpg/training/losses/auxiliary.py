@@ -13,7 +13,7 @@ from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
 from rpg.training.losses.fresh import FreshLoss
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
 
@@ -32,14 +32,14 @@ class AuxiliaryLosses:
     """
 
     def __init__(
-        self, config: Config, zoo: Zoo, layout: TokenLayout, network: Network, distributed: DistributedContext
+        self, config: Config, zoo: Zoo, layout: Layout, network: Network, distributed: DistributedContext
     ) -> None:
         self.config = config
         self.distributed = distributed
         self.behaviour = self._build_behaviour(zoo, layout)
         self.fresh = self._build_fresh(zoo, layout, network)
 
-    def _build_behaviour(self, zoo: Zoo, layout: TokenLayout) -> BehaviourLoss | None:
+    def _build_behaviour(self, zoo: Zoo, layout: Layout) -> BehaviourLoss | None:
         settings = self.config.train.behaviour
         if settings is None or not settings.weight:
             return None
@@ -51,7 +51,7 @@ class AuxiliaryLosses:
             raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
         return BehaviourLoss(self._task(zoo), layout, settings, zoo)
 
-    def _build_fresh(self, zoo: Zoo, layout: TokenLayout, network: Network) -> FreshLoss | None:
+    def _build_fresh(self, zoo: Zoo, layout: Layout, network: Network) -> FreshLoss | None:
         if self.config.train.fresh is None:
             return None
         if self.distributed.world_size > 1 or self.distributed.spread != "none":

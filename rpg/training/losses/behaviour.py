@@ -16,7 +16,7 @@ from torch import Tensor
 from rpg.tasks.base import BehaviourTask
 from rpg.training.config import BehaviourConfig
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
 
@@ -33,7 +33,7 @@ class BehaviourLoss:
         InputError: the task cannot score many networks at once, or the zoo has no base network.
     """
 
-    def __init__(self, task: object, layout: TokenLayout, config: BehaviourConfig, zoo: Zoo) -> None:
+    def __init__(self, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo) -> None:
         if not isinstance(task, BehaviourTask):
             raise InputError(
                 "train.behaviour", f"task {type(task).__name__}", "a task of conditions, e.g. digits_subsets"

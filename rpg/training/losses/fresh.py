@@ -21,7 +21,7 @@ from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.side_by_side import SideBySide
 from rpg.training.config import FreshConfig
 from tokenization.errors import InputError
-from tokenization.layout.layout import TokenLayout
+from tokenization.layouts import Layout
 
 
 class FreshLoss:
@@ -37,7 +37,7 @@ class FreshLoss:
         InputError: there is no table of states to draw around, or the task has no images.
     """
 
-    def __init__(self, network: RecurrentDiffusion, task: Task, layout: TokenLayout, config: FreshConfig) -> None:
+    def __init__(self, network: RecurrentDiffusion, task: Task, layout: Layout, config: FreshConfig) -> None:
         if network.num_states < 2:
             raise InputError("train.fresh", f"{network.num_states} permutation state", "two or more", "see model.state")
         if network.condition is not None:

@@ -1,0 +1,185 @@
+"""Find the directions of a zoo: the eigenvectors of the n × n Gram matrix of every token (or of all together).
+
+With the rows ``X`` ``[n, D]`` of one token, ``X Xᵀ = V Λ Vᵀ`` gives the directions ``Λ^-½ Vᵀ X`` and the checkpoints'
+coefficients ``V Λ^½`` (principal components by the method of snapshots, Sirovich 1987). D × D never appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenization.checkpoint.tensor_file import TensorFile
+from tokenization.errors import InputError
+from tokenization.layout.layout import TokenLayout
+from tokenization.layout.placement import TokenOptions
+from tokenization.layout.rows import read_rows
+from tokenization.spectral.basis import DIRECTIONS, NUMBERS, Basis, basis_specs
+from tokenization.zoo.cache import cached_tensors
+from tokenization.zoo.zoo import Zoo
+
+VERSION = 1
+COEFFICIENTS, GRAM, SPECTRUM = "zoo.coefficients", "zoo.gram", "zoo.spectrum"
+BASIS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+BLOCK_BYTES = 128 << 20
+"""Memory of the rows of all checkpoints that are looked at together, in float64."""
+
+SMALLEST = 1e-13
+"""A direction whose variance is a smaller part of its token's is rounding."""
+
+
+@dataclass(frozen=True)
+class FittedBasis:
+    """A basis and where the zoo lies in it.
+
+    Attributes:
+        basis: the directions.
+        coefficients: ``[n, T, k]`` float32, of the checkpoints that were measured, of root mean square 1 in each token.
+        gram: ``[n, n]`` float64, the inner products of whole checkpoints' deviations.
+    """
+
+    basis: Basis
+    coefficients: Tensor
+    gram: Tensor
+
+
+def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: TokenOptions) -> FittedBasis:
+    """The leading directions of a zoo, from its cache or found now, block by block of tokens.
+
+    Args:
+        layout: cuts the checkpoints.
+        zoo: the checkpoints.
+        indices: entries to look at.
+        options: rank, share, kind and dtype.
+
+    Raises:
+        InputError: a single checkpoint, which varies in no direction.
+    """
+    if len(indices) < 2:
+        raise InputError(f"{zoo.path} has one checkpoint, which varies in no direction; tokens.rank needs two or more")
+    subject = [VERSION, zoo.digest(), list(indices), options.cut]
+    vectors, rank = None, options.rank
+    most = len(indices) - 1 if options.basis == "network" else min(len(indices) - 1, options.size)
+    if options.basis == "network" or rank == "auto":
+        spectrum = _spectrum(layout, zoo, indices, subject)
+        rank = min(_enough(spectrum[SPECTRUM], options.rank_share) if rank == "auto" else int(rank or 1), most)
+        vectors = _leading(spectrum[GRAM], rank) if options.basis == "network" else None
+    rank = min(int(rank or 1), most)
+    num_spectral = layout.num_tokens if options.basis == "token" else 1
+    specs = basis_specs(layout.num_tokens, num_spectral, rank, options.size, BASIS_DTYPES[options.basis_dtype])
+    more = {
+        COEFFICIENTS: (torch.float32, (len(indices), num_spectral, rank)),
+        GRAM: (torch.float64, (len(indices), len(indices))),
+    }
+    dtype = specs[DIRECTIONS][0]
+
+    def write(file: TensorFile) -> None:
+        found = _Found(num_spectral, rank, len(indices), layout.num_tokens)
+        for tokens, rows in _row_blocks(layout, zoo, indices):
+            directions = found.add(tokens, rows, vectors)  # [m, k, D]
+            file.write(DIRECTIONS, tokens.start * rank * options.size, directions.to(dtype))
+        if vectors is not None:
+            found.add_network(*vectors)
+        for name, values in found.tensors().items():
+            file.write(name, 0, values.contiguous())
+
+    source = cached_tensors(zoo, "basis", [*subject, rank], {**specs, **more}, write)
+    coefficients, gram = (source.flat(name).clone().view(more[name][1]) for name in (COEFFICIENTS, GRAM))
+    return FittedBasis(Basis.read(source, specs), coefficients, gram)
+
+
+class _Found:
+    """What the pass over the zoo leaves besides the directions."""
+
+    def __init__(self, num_spectral: int, rank: int, num: int, num_tokens: int) -> None:
+        self.rank, self.num = rank, num
+        self.scale = torch.ones(num_spectral, dtype=torch.float64)
+        self.variance = torch.zeros(num_spectral, rank, dtype=torch.float64)
+        self.kept, self.total = (torch.zeros(num_tokens, dtype=torch.float64) for _ in range(2))
+        self.coefficients = torch.zeros(num, num_spectral, rank)
+        self.gram = torch.zeros(num, num, dtype=torch.float64)
+
+    def add(self, tokens: slice, rows: Tensor, network: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Directions ``[m, k, D]`` of rows ``[m, n, D]``; of the network's, given (vectors, values), their part."""
+        gram = rows @ rows.transpose(1, 2)  # [m, n, n]
+        self.gram += gram.sum(0)
+        self.total[tokens] = gram.diagonal(dim1=1, dim2=2).sum(1) / self.num
+        vectors, values = network if network is not None else _leading(gram, self.rank)  # [(m,) n, k], [(m,) k]
+        if network is None:
+            self._keep(tokens, vectors, values)
+        weights = vectors.mT * values.clamp(min=1e-300).rsqrt()[..., None] * (values > 0)[..., None]
+        directions = weights @ rows
+        self.kept[tokens] = (directions.square().sum(2) * values).sum(-1) / self.num
+        return directions
+
+    def add_network(self, vectors: Tensor, values: Tensor) -> None:
+        """Take the network's coefficients."""
+        self._keep(slice(0, 1), vectors[None], values[None])
+
+    def _keep(self, tokens: slice, vectors: Tensor, values: Tensor) -> None:
+        alive = (values > 0).sum(1).clamp(min=1)  # [m]
+        scale = (values.sum(1) / (alive * self.num)).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        self.scale[tokens], self.variance[tokens] = scale, values / self.num
+        coefficients = vectors * values.sqrt()[:, None] / scale[:, None, None]  # [m, n, k]
+        self.coefficients[:, tokens] = coefficients.transpose(0, 1).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by its name in the file."""
+        numbers = dict(zip(NUMBERS, (self.scale, self.variance, self.kept, self.total), strict=True))
+        return {**numbers, COEFFICIENTS: self.coefficients, GRAM: self.gram}
+
+
+def _row_blocks(layout: TokenLayout, zoo: Zoo, indices: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of tokens with all checkpoints' rows, ``[m, n, D]`` float64."""
+    step = max(1, BLOCK_BYTES // (8 * len(indices) * layout.token_size))
+    for first in range(0, layout.num_tokens, step):
+        tokens = slice(first, min(first + step, layout.num_tokens))
+        rows = read_rows(layout, zoo, indices, range(tokens.start, tokens.stop))  # [n, m, D]
+        yield tokens, rows.transpose(0, 1).to(torch.float64)
+
+
+def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The ``rank`` leading eigenvectors ``[..., n, k]`` and eigenvalues ``[..., k]``, descending, of ``[..., n, n]``.
+
+    A value that is rounding is 0. A vector's sign makes its largest entry positive, so that neighbouring tokens, in
+    which the same checkpoints stand out, get coefficients of the same signs.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(-1)[..., :rank], vectors.flip(-1)[..., :rank]
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    values = torch.where(values > SMALLEST * total, values, 0.0)
+    largest = vectors.abs().argmax(-2, keepdim=True)
+    return vectors * vectors.gather(-2, largest).sign(), values
+
+
+def _spectrum(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], subject: list) -> dict[str, Tensor]:
+    """The variance along each direction, summed over tokens, ``[n]`` descending; and the Gram matrix ``[n, n]``."""
+    num = len(indices)
+    specs = {SPECTRUM: (torch.float64, (num,)), GRAM: (torch.float64, (num, num))}
+
+    def write(file: TensorFile) -> None:
+        gram = torch.zeros(num, num, dtype=torch.float64)
+        values = torch.zeros(num, dtype=torch.float64)
+        for _, rows in _row_blocks(layout, zoo, indices):
+            each = rows @ rows.transpose(1, 2)
+            gram += each.sum(0)
+            if layout.options.basis == "token":
+                values += torch.linalg.eigvalsh(each).clamp(min=0).sum(0).flip(0)
+        if layout.options.basis == "network":
+            values = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+        file.write(SPECTRUM, 0, values)
+        file.write(GRAM, 0, gram)
+
+    source = cached_tensors(zoo, "spectrum", subject, specs, write)
+    return {name: source.flat(name).clone().view(shape) for name, (_, shape) in specs.items()}
+
+
+def _enough(spectrum: Tensor, share: float) -> int:
+    """The smallest number of directions that hold ``share`` of the variance."""
+    kept = spectrum.cumsum(0) / spectrum.sum().clamp(min=1e-300)
+    return int((kept < share).sum()) + 1
