@@ -6,7 +6,7 @@ convergence, fine-tune it further with a larger learning rate, and keep the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of
+from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -28,15 +29,26 @@ Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and their total over all runs."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Floating-point dtypes by the names that configurations use."""
+
+
 @contextmanager
-def single_threaded() -> Iterator[None]:
-    """Run torch on one thread: faster for networks this small, and the bits do not depend on the number of cores."""
+def use_threads(num: int) -> Iterator[None]:
+    """Run torch on so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(num)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread: faster for small networks, and the bits do not depend on the number of cores."""
+    with use_threads(1):
+        yield
 
 
 def open_zoo(
@@ -106,8 +118,10 @@ def collect_runs(
 
         for step, network in train_run(build, splits, config, run, tick):
             if step in missing:
-                metrics = {"validation_accuracy": accuracy_of(network, splits, "validation")}
-                zoo.append(network.state_dict(), run=run, step=step, metrics=metrics)
+                stored = convert_floats(network.state_dict(), DTYPES[config.dtype])
+                with use_threads(config.threads):
+                    accuracy = accuracy_of(network, stored, splits, "validation")
+                zoo.append(stored, run=run, step=step, metrics={"validation_accuracy": accuracy})
             if limit is not None and len(zoo) >= limit:
                 return
     if progress is not None:  # runs that were complete have not ticked
@@ -137,7 +151,7 @@ def train_run(
     images, labels = splits.images["train"], splits.labels["train"]
     background = float(images.min())
 
-    @single_threaded()
+    @use_threads(config.threads)
     def update(optimizer: torch.optim.Optimizer) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
         drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
@@ -155,12 +169,24 @@ def train_run(
         schedule.step()
         tick(step)
 
+    del optimizer, schedule  # of a large network two optimizers would not fit side by side
     # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
     optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
     for step in range(1, config.steps + 1):
         update(optimizer)
         tick(config.train_steps + step)
         yield step, network
+
+
+def convert_floats(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same state dict with its floating-point tensors in ``dtype``; tied names stay tied."""
+    ties = find_ties(state_dict)
+    converted = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in state_dict.items()
+        if name not in ties
+    }
+    return {name: converted[ties.get(name, name)] for name in state_dict}
 
 
 def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionConfig) -> torch.optim.Optimizer:

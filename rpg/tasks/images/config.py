@@ -12,7 +12,8 @@ DIGITS_SIZE = 8
 """Height and width of scikit-learn's digits."""
 
 NetworkName = Literal[
-    "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini"
+    "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini",
+    "convnext-large",
 ]  # fmt: skip
 
 
@@ -28,8 +29,10 @@ class CollectionConfig(Section):
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of the training steps; checkpoints are fp32 in either case"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the training steps")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="floating-point values of the checkpoints on disk")
+    threads: int = Field(
+        1, ge=1, description="threads of the training steps; more than one for large networks, bits depend on it"
     )
     finetune: tuple[str, ...] = Field(
         ("*",), min_length=1, description="glob patterns of the parameters that the fine-tuning steps change"

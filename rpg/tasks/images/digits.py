@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, single_threaded
+from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, use_threads
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig
 from rpg.tasks.images.images import ImageSplits, predict_images
 from rpg.tasks.images.networks import build_network
@@ -96,7 +96,7 @@ class DigitsTask:
         """
         with torch.random.fork_rng(devices=[]):  # scoring must not advance the caller's random state
             network = self.build()
-        with single_threaded():
+        with use_threads(self.config.threads):
             return predict_images(network, state_dicts, self.images(split))
 
     def images(self, split: str = "test") -> Tensor:

@@ -94,11 +94,9 @@ def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Ten
         )
 
 
-def accuracy_of(network: nn.Module, splits: ImageSplits, split: str) -> float:
-    """Share of correct answers of ``network`` in evaluation mode, in 0 … 1; its training mode is restored."""
+def accuracy_of(network: nn.Module, state_dict: Mapping[str, Tensor], splits: ImageSplits, split: str) -> float:
+    """Share of right answers of ``network`` with the values of ``state_dict``, in 0 … 1; its own mode is restored."""
     training = network.training
-    network.eval()
-    with torch.inference_mode():
-        correct = network(splits.images[split]).argmax(1) == splits.labels[split]
+    correct = predict_images(network, [state_dict], splits.images[split])[0] == splits.labels[split]
     network.train(training)
     return correct.double().mean().item()

@@ -1,6 +1,6 @@
 """Small image classifiers that serve as target networks.
 
-``cnn`` and ``vit`` are ours and ``vit-tiny`` is timm's; the five ``*-mini`` networks follow p-diff
+``cnn`` and ``vit`` are ours, ``vit-tiny`` and ``convnext-large`` are timm's; the five ``*-mini`` networks follow p-diff
 (arXiv 2402.13144, appendix A.2), with their spatial sizes derived from the image so that they also fit images smaller
 than the paper's 32×32.
 """
@@ -170,6 +170,21 @@ def _vit_tiny(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     )
 
 
+def _convnext_large(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """timm's ``convnext_large`` (196 M parameters), made to be trained from a random start on few steps.
+
+    timm scales every residual branch by 1e-6 at the start, which suits long schedules; here the branches count in full.
+
+    Raises:
+        InputError: the image is too small for a stride of 32.
+    """
+    from timm import create_model
+
+    if image_size < 32:
+        raise InputError(f"convnext-large reads images from 32 pixels on, not {image_size}; set task.image_size to 32")
+    return create_model("convnext_large", in_chans=in_channels, num_classes=num_classes, ls_init_value=1.0)
+
+
 def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     """p-diff's ViT-mini: 64 tokens of width 64, depth 4, 4 heads of width 8, feed-forward width 64."""
     from timm.models.vision_transformer import VisionTransformer
@@ -217,6 +232,7 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "resnet-mini": ResNetMini,
     "vit-mini": _vit_mini,
     "convnext-mini": _convnext_mini,
+    "convnext-large": _convnext_large,
 }
 
 

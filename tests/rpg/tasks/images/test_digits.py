@@ -71,7 +71,19 @@ def test_every_step_is_a_different_checkpoint_and_runs_are_independent(zoo):
     assert distances[:4, 4:].min() > 5 * distances[:4, :4].max()
 
 
+def test_checkpoints_are_stored_in_the_dtype_that_is_asked_for(zoo, tmp_path):
+    half = build_task(short_config(dtype="bf16")).collect(tmp_path / "zoo")
+    for index in range(len(half)):
+        ours, full = half.state_dict(index), zoo.state_dict(index)
+        assert all(torch.equal(ours[name], value.bfloat16()) for name, value in full.items())
+    check_metrics(half)
+
+
 def test_metrics_are_those_of_the_saved_weights(zoo):
+    check_metrics(zoo)
+
+
+def check_metrics(zoo):
     task = task_of(zoo)
     predictions = task.predict([zoo.state_dict(index) for index in range(len(zoo))], "validation")
     measured = (predictions == task.labels("validation")).double().mean(1)
