@@ -8,11 +8,16 @@ T networks, B images, C channels.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+
+LARGE = 1 << 20
+"""Values from which a network is run by itself on a CPU: its operations fill the machine without company, and batched
+ones are slower than one after the other."""
 
 Stacked = dict[str, Tensor]
 """The tensors of T networks of one structure, ``[T, *shape]`` each."""
@@ -35,6 +40,7 @@ class SideBySide:
         for module in self.network.modules():
             if hasattr(module, "fused_attn"):  # timm's switch: the fused kernel has no batching rule
                 module.fused_attn = False  # type: ignore[assignment]
+        self.is_large = sum(value.numel() for value in self.network.parameters()) >= LARGE
         self._shared = vmap(self._call, in_dims=(0, None))
         self._own = vmap(self._call, in_dims=(0, 0))
 
@@ -44,6 +50,11 @@ class SideBySide:
     def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
         """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
         ``[T, B, C, H, W]``."""
+        if self.is_large and images.device.type == "cpu":
+            networks = zip(*(value.unbind() for value in weights.values()), strict=True)
+            batches = images if images.dim() == 5 else itertools.repeat(images)
+            pairs = zip(networks, batches, strict=False)  # one batch may serve all
+            return torch.stack([self._call(dict(zip(weights, each, strict=True)), batch) for each, batch in pairs])
         return self._own(weights, images) if images.dim() == 5 else self._shared(weights, images)
 
     @torch.inference_mode()
@@ -60,6 +71,11 @@ class SideBySide:
 def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> Stacked:
     """State dicts of one structure as ``[T, *shape]`` tensors."""
     return {name: torch.stack([each[name] for each in state_dicts]) for name in state_dicts[0]}
+
+
+def join_stacked(parts: Sequence[Stacked]) -> Stacked:
+    """Stacked networks of several parts, one after the other."""
+    return {name: torch.cat([each[name] for each in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
 def unstack(weights: Stacked) -> list[dict[str, Tensor]]:

@@ -6,7 +6,7 @@ convergence, fine-tune it further with a larger learning rate, and keep the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from rpg.section import Section
 from rpg.seeding import derive_seed, generator
 from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.config import CollectionConfig
@@ -52,30 +54,41 @@ def single_threaded() -> Iterator[None]:
 
 
 def open_zoo(
-    path: Path | str,
-    task: dict[str, Any],
-    defaults: dict[str, Any] | None = None,
-    condition: ConditionSpec | None = None,
+    path: Path | str, task: Section, condition: ConditionSpec | None = None, *, ignore: Collection[str] = ()
 ) -> Zoo:
     """Open the zoo at ``path`` to complete it, or create an empty one for ``task`` and ``condition``.
 
-    ``defaults`` stand for fields that a zoo of an earlier version does not record.
+    Fields that a zoo of an earlier version does not record have their defaults; those in ``ignore`` change no
+    checkpoint and are not recorded.
 
     Raises:
         InputError: the zoo there was collected with another configuration, which must not be mixed in.
     """
-    path = Path(path)
+    path, wanted = Path(path), task.model_dump(mode="json", exclude=set(ignore))
     if not (path / "zoo.json").exists():
-        return Zoo.create(path, task=task, condition=condition)
+        return Zoo.create(path, task=wanted, condition=condition)
     zoo = Zoo.open(path, repair=True)
-    recorded = {**(defaults or {}), **zoo.require_task()}
-    for key in sorted(task.keys() | recorded.keys()):
-        if recorded.get(key) != task.get(key):
+    recorded = recorded_task(zoo, type(task))
+    for key in sorted((wanted.keys() | recorded.keys()) - set(ignore)):
+        if recorded.get(key) != wanted.get(key):
             raise InputError(
-                f"{path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but {task.get(key)!r} is "
+                f"{path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but {wanted.get(key)!r} is "
                 "configured; choose another folder, or remove this one to collect anew"
             )
     return zoo
+
+
+def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
+    """The task of a zoo as plain values, with the defaults of fields that an earlier version did not record.
+
+    Raises:
+        InputError: the zoo records no task.
+    """
+    recorded = zoo.require_task()
+    try:
+        return kind.model_validate(recorded).model_dump(mode="json")
+    except ValidationError:  # another task's, or a later version's
+        return recorded
 
 
 @single_threaded()

@@ -17,6 +17,9 @@ NetworkName = Literal[
 ]  # fmt: skip
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class CollectionConfig(Section):
     """How the checkpoints of a zoo are trained."""
 
@@ -29,8 +32,8 @@ class CollectionConfig(Section):
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the training steps")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="floating-point values of the checkpoints on disk")
+    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    dtype: Precision = Field("fp32", description="floating-point values of the checkpoints on disk")
     threads: int = Field(
         1, ge=1, description="threads of the training steps; more than one for large networks, bits depend on it"
     )
@@ -87,10 +90,13 @@ HeldOut = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(dis
 
 
 class Stage(Section):
-    """A stretch of fine-tuning with a learning rate that warms up and falls to 0 along a cosine."""
+    """A stretch of fine-tuning."""
 
     steps: int = Field(200, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
+    learning_rate: float = Field(1e-2, gt=0, description="its peak")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="the learning rate warms up and falls to 0 along a cosine, or stays as it is"
+    )
     weight_decay: float = Field(0.05, ge=0)
     only: tuple[str, ...] = Field(("*",), min_length=1, description="patterns of the tensors that are trained")
 
@@ -101,6 +107,7 @@ class FinetuneConfig(Section):
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(128, ge=1)
     augment: bool = Field(True, description="move, turn and scale the images at random")
+    precision: Precision = Field("fp32", description="arithmetic of the training steps")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss (arXiv 1708.02002)")
     checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
@@ -120,6 +127,10 @@ class SubsetsConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
     group: int = Field(32, ge=1, description="tasks trained side by side in one process")
+    copies: int = Field(
+        1, ge=1, description="networks of every task, each from other images: runs 0 … T − 1 are the first networks of "
+        "the T tasks, the next T the second ones",
+    )  # fmt: skip
 
 
 class BaseConfig(Section):
@@ -129,6 +140,7 @@ class BaseConfig(Section):
     batch_size: int = Field(256, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.05, ge=0)
+    precision: Precision = Field("fp32", description="arithmetic of the training steps")
 
 
 class DigitsSubsetsConfig(SubsetsConfig):
@@ -136,6 +148,9 @@ class DigitsSubsetsConfig(SubsetsConfig):
 
     name: Literal["digits_subsets"] = "digits_subsets"
     network: NetworkName = Field("cnn", description="the target network; one without dropout and batch norm")
+    image_size: int = Field(
+        DIGITS_SIZE, ge=DIGITS_SIZE, description="height and width to which the images are enlarged"
+    )
     base: BaseConfig = BaseConfig()
 
 

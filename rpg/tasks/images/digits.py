@@ -84,7 +84,7 @@ class DigitsTask:
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
-        zoo = open_zoo(path, self.config.model_dump(mode="json"), DigitsConfig().model_dump(mode="json"))
+        zoo = open_zoo(path, self.config)
         collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
         return zoo
 

@@ -30,28 +30,29 @@ class DigitsSubsetsTask(SubsetTask):
     class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
     def network(self, num_outputs: int) -> nn.Module:
-        """The untrained network: images [B, 1, 8, 8] → logits [B, num_outputs]."""
-        return build_network(self.config.network, in_channels=1, image_size=8, num_classes=num_outputs)
+        """The untrained network: images [B, 1, S, S] → logits [B, num_outputs]."""
+        size = self.config.image_size
+        return build_network(self.config.network, in_channels=1, image_size=size, num_classes=num_outputs)
 
     def images(self, split: str = "test") -> Tensor:
-        """Standardised images of a split, float32 [B, 1, 8, 8]. Raises InputError for an unknown split."""
-        splits = load_splits()
+        """Standardised images of a split, float32 [B, 1, S, S]. Raises InputError for an unknown split."""
+        splits = load_splits(self.config.image_size)
         return splits.images[splits.check(split)]
 
     def classes(self, split: str = "test") -> Tensor:
         """Digits of a split's images, int64 [B]. Raises InputError for an unknown split."""
-        splits = load_splits()
+        splits = load_splits(self.config.image_size)
         return splits.labels[splits.check(split)]
 
     @cached_property
     def pool(self) -> Tensor:
-        """Altered training images, ``[POOL_COPIES · n, 1, 8, 8]``, copy after copy."""
+        """Altered training images, ``[POOL_COPIES · n, 1, S, S]``, copy after copy."""
         images = self.images("train")
         stream = generator(self.config.seed, "augmentation")
         return torch.cat([augment(images, stream, fill=float(images.min())) for _ in range(POOL_COPIES)])
 
     def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
-        """Draw training images ``[num, 1, 8, 8]``, altered or as they are, and their digits ``[num]``."""
+        """Draw training images ``[num, 1, S, S]``, altered or as they are, and their digits ``[num]``."""
         classes = self.classes("train")
         images = self.pool if augmented else self.images("train")
         rows = torch.randint(len(images), (num,), generator=stream)
@@ -70,8 +71,10 @@ class DigitsSubsetsTask(SubsetTask):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
         for _ in range(config.steps):
             images, classes = self.draw(config.batch_size, stream, augmented=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = F.cross_entropy(network(images), classes)
             optimizer.zero_grad()
-            F.cross_entropy(network(images), classes).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
         return network.state_dict()

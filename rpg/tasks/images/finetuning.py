@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.tasks.images.config import FinetuneConfig
+from rpg.tasks.images.config import FinetuneConfig, Stage
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]
@@ -56,9 +56,11 @@ def finetune_many(
         last = number == len(config.stages) - 1
         for step in range(stage.steps):
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * schedule(step, stage.steps)
+                group["lr"] = stage.learning_rate * learning_rate_share(step, stage)
             images, classes = draw(config.batch_size)
-            loss = task_losses(side(weights, images), bits[:, classes], config).sum()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = side(weights, images)
+            loss = task_losses(logits, bits[:, classes], config).sum()
             optimizer.zero_grad()
             loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
             optimizer.step()
@@ -98,6 +100,13 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
                 else torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
             )
     return weights
+
+
+def learning_rate_share(step: int, stage: Stage) -> float:
+    """Share of the learning rate at ``step`` of a stage: all of it, or a linear warm-up and a cosine to 0."""
+    if stage.schedule == "constant":
+        return 1.0
+    return schedule(step, stage.steps)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -105,7 +105,7 @@ class ImageNetTask:
         self._check_network()
         self._check_classes()
         wanted = self.steps()
-        zoo = open_zoo(path, self.config.model_dump(mode="json"))
+        zoo = open_zoo(path, self.config)
         saved = {entry.step for entry in zoo.entries}
         if saved >= set(wanted):
             return zoo

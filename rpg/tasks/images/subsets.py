@@ -6,6 +6,7 @@ T networks or tasks, C classes of the image set, B images.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, generator, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.images.collection import Progress, open_zoo, single_threaded
+from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.many import collect_many
-from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher
+from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
@@ -149,29 +150,39 @@ class SubsetTask:
         place = PartialState()
         with place.main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder
-            zoo = open_zoo(path, self.config.model_dump(mode="json"), {"tasks": None}, self.condition)
+            zoo = open_zoo(path, self.config, self.condition)
             if place.is_main_process and not (zoo.path / BASE).exists():
                 with single_threaded():
                     save_checkpoint(zoo.path / BASE, self.train_base())
+        copies = self.config.copies
         collect_many(
-            zoo, self, self.bits(), self.splits(), self.config.group,
+            zoo, self, self.bits().repeat(copies, 1), self.splits() * copies, self.config.group,
             processes=processes, progress=progress, limit=limit,
         )  # fmt: skip
         return zoo if place.is_main_process else Zoo.open(path)
 
-    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Fine-tune the tasks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
-        bits = self.bits()[tasks].to(self.device)
-        start = self.starts(load_file(folder / BASE), bits.cpu())
-        start = {name: value.to(self.device) for name, value in start.items()}
-        stream = generator(self.config.seed, "fine-tuning")  # the same images for every part
+    def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
+        """Fine-tune the networks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        bits, base = self.bits(), load_file(folder / BASE)
+        parts = []
+        for copy, group in itertools.groupby(runs, lambda run: run // len(bits)):
+            parts.append(self._train_copy(copy, bits[[run % len(bits) for run in group]], base))
+        checkpoints = [join_stacked(each) for each in zip(*parts, strict=True)]
+        tasks = bits[[run % len(bits) for run in runs]]
+        accuracies = torch.stack([self.accuracies(each, tasks, "validation") for each in checkpoints])
+        return checkpoints, {"validation_accuracy": accuracies}
+
+    def _train_copy(self, copy: int, bits: Tensor, base: Mapping[str, Tensor]) -> list[Stacked]:
+        """Fine-tune one network for each of the tasks ``[T, C]`` on that copy's images; on the CPU, by checkpoint."""
+        start = {name: value.to(self.device) for name, value in self.starts(base, bits).items()}
+        # the same images for every part; each further copy has others
+        stream = generator(self.config.seed, "fine-tuning", *([copy] if copy else []))
         augmented = self.config.finetune.augment
         checkpoints = finetune_many(
-            self.side, start, bits, lambda num: self.draw(num, stream, augmented=augmented), self.config.finetune
-        )
-        accuracies = torch.stack([self.accuracies(each, bits, "validation") for each in checkpoints])
-        on_cpu = [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
-        return on_cpu, {"validation_accuracy": accuracies}
+            self.side, start, bits.to(self.device), lambda num: self.draw(num, stream, augmented=augmented),
+            self.config.finetune,
+        )  # fmt: skip
+        return [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
 
     def starts(self, base: Mapping[str, Tensor], bits: Tensor) -> Stacked:
         """The weights from which each task ``[T, C]`` is fine-tuned, made of the shared base network's."""
@@ -253,7 +264,7 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
         InputError: the source is of another family or recipe, or there is a zoo already.
     """
     old = Zoo.open(source)
-    recorded, wanted = old.require_task(), task.config.model_dump(mode="json")
+    recorded, wanted = recorded_task(old, type(task.config)), task.config.model_dump(mode="json")
     for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
         if recorded.get(key) != wanted.get(key):
             raise InputError(
@@ -265,7 +276,7 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     (new.path / "checkpoints").mkdir(exist_ok=True)
     for name in (BASE, *(entry.file for entry in old.entries)):
         _link(old.path / name, new.path / name)
-    new.extend([dataclasses.replace(entry, split=splits[entry.run]) for entry in old.entries])
+    new.extend([dataclasses.replace(entry, split=splits[entry.run % len(splits)]) for entry in old.entries])
     return new
 
 

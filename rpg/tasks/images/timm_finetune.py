@@ -134,8 +134,7 @@ class TimmFinetuneTask:
             InputError: the data set is not there, or the zoo at ``path`` is another one.
         """
         self.dataset("train")
-        defaults = TimmFinetuneConfig().model_dump(mode="json")
-        zoo = open_zoo(path, self.config.model_dump(mode="json"), defaults)
+        zoo = open_zoo(path, self.config)
         saved = {entry.step for entry in zoo.entries}
         if saved >= set(range(1, self.config.steps + 1)):
             return zoo

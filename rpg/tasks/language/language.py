@@ -149,8 +149,7 @@ class LanguageTask:
         """
         place = PartialState()
         with place.main_process_first():
-            recorded = self.config.model_dump(mode="json", exclude={"processes", "score_rows"})
-            zoo = open_zoo(path, recorded, condition=self.condition)
+            zoo = open_zoo(path, self.config, self.condition, ignore=("processes", "score_rows"))
             if place.is_main_process:
                 self._write_config(zoo.path)
         processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)

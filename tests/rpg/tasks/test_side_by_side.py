@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 
 from rpg.tasks.images.config import FinetuneConfig, Stage
-from rpg.tasks.images.finetuning import binary_start, finetune_many, task_losses
+from rpg.tasks.images.finetuning import binary_start, finetune_many, learning_rate_share, task_losses
 from rpg.tasks.images.networks import build_network
 from rpg.tasks.side_by_side import SideBySide, repeat, stack, unstack
 
@@ -28,6 +28,42 @@ def test_each_network_on_its_own_images():
     images = torch.randn(2, 5, 1, 8, 8)
     together = SideBySide(networks[0])(stack([each.state_dict() for each in networks]), images)
     torch.testing.assert_close(together[1], networks[1](images[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (3, 5, 1, 8, 8)])
+def test_large_networks_run_one_after_the_other_to_the_same_logits_and_gradients(shape):
+    networks = [network_of("vit", seed=seed) for seed in range(3)]
+    images, found = torch.randn(shape), []
+    for is_large in (False, True):
+        side = SideBySide(networks[0])
+        assert not side.is_large
+        side.is_large = is_large
+        weights = {n: v.requires_grad_() for n, v in stack([each.state_dict() for each in networks]).items()}
+        logits = side(weights, images)
+        logits.square().sum().backward()
+        found.append((logits, {name: value.grad for name, value in weights.items()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_vit_tiny_counts_as_large():
+    assert SideBySide(network_of("vit-tiny")).is_large
+
+
+def test_a_constant_learning_rate_stays_and_bf16_rounds():
+    assert [learning_rate_share(step, Stage(steps=16, schedule="constant")) for step in (0, 15)] == [1.0, 1.0]
+    assert learning_rate_share(0, Stage(steps=16)) == 0.1
+    network = network_of("vit")
+    start, bits = repeat(network.state_dict(), 2), torch.tensor([[1, 0], [0, 1]])
+    made = {}
+    for precision in ("fp32", "bf16"):
+        stream = torch.Generator().manual_seed(0)
+        config = FinetuneConfig(stages=(Stage(steps=3, learning_rate=1e-3),), batch_size=8, precision=precision)
+        made[precision] = finetune_many(
+            SideBySide(network), start, bits,
+            lambda num, stream=stream: (torch.randn(num, 1, 8, 8, generator=stream), torch.arange(num) % 2), config,
+        )[0]["head.weight"]  # fmt: skip
+    assert made["bf16"].dtype == torch.float32 and not torch.equal(made["bf16"], made["fp32"])
+    torch.testing.assert_close(made["bf16"], made["fp32"], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from rpg.experiments.single import scoring_task
 from rpg.tasks import build_task, many
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
+from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
 from rpg.tasks.images.subsets import load_base
 from tokenization.errors import InputError
@@ -107,6 +111,44 @@ def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
     assert made == ["part-00000.safetensors", "part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second
     monkeypatch.undo()
     assert task.collect(path, processes=1).digest() == zoo.digest()
+
+
+def test_copies_of_a_task_share_its_split_and_differ_in_their_images(zoo, tmp_path):
+    """Parts of six networks, so that one part holds the end of the first copy and the start of the second."""
+    task = DigitsSubsetsTask(CONFIG.model_copy(update={"copies": 2}))
+    double = task.collect(tmp_path / "zoo", processes=1)
+    first, second = double.entries[: len(zoo)], double.entries[len(zoo) :]
+    assert [each.run for each in second] == [each.run + NUM_TASKS for each in first]
+    assert [(each.condition, each.split) for each in second] == [(each.condition, each.split) for each in first]
+    assert [each.sha256 for each in first[:24]] == [each.sha256 for each in zoo.entries[:24]]  # the same whole parts
+    assert not {each.sha256 for each in second} & {each.sha256 for each in first}
+    deviations = [double.state_dict(row)["conv1.weight"] for row in (0, len(zoo))]
+    assert (deviations[0] - deviations[1]).abs().max() > 1e-3
+    answers = task.predict([double.state_dict(len(double) - 1)], "validation")
+    right = (answers == task.targets(torch.tensor([second[-1].condition]), "validation")).double().mean().item()
+    assert right == pytest.approx(second[-1].metrics["validation_accuracy"], abs=0.005)
+
+
+def test_images_are_enlarged_as_the_digits_task_enlarges_them():
+    task = DigitsSubsetsTask(CONFIG.model_copy(update={"image_size": 16, "network": "vit"}))
+    assert torch.equal(task.images("test"), load_splits(16).images["test"])
+    images, classes = task.draw(3, torch.Generator().manual_seed(0), augmented=True)
+    assert images.shape == (3, 1, 16, 16) and task.build()(images).shape == (3, 2) and classes.shape == (3,)
+
+
+def test_a_zoo_of_an_earlier_version_is_complete(task, zoo, tmp_path):
+    shutil.copytree(zoo.path, tmp_path / "zoo")
+    record = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
+    for section, fields in (
+        (record["task"], ("tasks", "copies", "image_size")),
+        (record["task"]["base"], ("precision",)),
+        (record["task"]["finetune"], ("precision",)),
+        (record["task"]["finetune"]["stages"][0], ("schedule",)),
+    ):
+        for field in fields:
+            del section[field]
+    (tmp_path / "zoo" / "zoo.json").write_text(json.dumps(record))
+    assert task.collect(tmp_path / "zoo", processes=1).digest() == zoo.digest()
 
 
 def test_a_family_may_be_cut_to_some_of_its_tasks():
