@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rpg.generation.config import GenerateConfig
 from rpg.generation.devices import parse_device
 from rpg.generation.digest import folder_digest
 from rpg.generation.model_card import model_card
-from rpg.generation.outputs import FolderSink, MemorySink
+from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
 from rpg.generation.request import Request, requested_conditions, requested_texts
@@ -191,6 +191,19 @@ class Generator:
                 if progress is not None:
                     progress(done, total)
         return sink.result()
+
+    def one_by_one(self, num: int, *, seed: int = 0, state: str | None = None) -> Iterator[StateDict]:
+        """The networks of ``generate``, each given away before the next is made: no more than a tile's are held."""
+        request = self._request(num, seed, None, None, None, None, None, state)
+        return decoded_networks(self.layout, self.sampler().sample(request))
+
+    def asked(self, num: int, seed: int = 0) -> list[int]:
+        """Which checkpoint each network of a seed is asked to be, given ``state="stored"``.
+
+        Returns:
+            Places among the checkpoints it was trained on; none where its states are not those of checkpoints.
+        """
+        return self.sampler().asked(num, seed)
 
     def trajectories(self, num: int = 5, *, seed: int = 0, points: int = 20) -> list[tuple[int, list[StateDict]]]:
         """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ class MemorySink:
     def result(self) -> list[dict[str, Tensor]]:
         """One state dict a network."""
         return [self.layout.decode(tokens) for tokens in self.tokens]
+
+
+def decoded_networks(layout: Layout, tiles: Iterable[tuple[Tile, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """One network after another from the tiles of them all, in their order; no more than a tile's are held at once."""
+    sink = MemorySink(layout, 0)
+    for tile, rows in tiles:
+        if tile.token == 0:
+            sink = MemorySink(layout, tile.num_networks)
+        sink.take(replace(tile, network=0), rows.cpu())
+        if tile.token + tile.num_tokens == layout.num_tokens:
+            networks, sink = sink.result(), MemorySink(layout, 0)
+            while networks:
+                yield networks.pop(0)  # kept by whoever asked for it alone
 
 
 class FolderSink:

@@ -58,6 +58,10 @@ class LatentSampler:
         """The networks that several processes compute together: none."""
         return range(0)
 
+    def asked(self, num: int, seed: int) -> list[int]:
+        """No network is asked to be a checkpoint: there are no states."""
+        return []
+
     def sample(
         self, request: Request, watch: Watch | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,12 @@ class TokenSampler:
                 rows = self._sample_tile(request, tile, prototypes, watch)
             yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
+    def asked(self, num: int, seed: int) -> list[int]:
+        """The stored state of each network of a seed, where states are of checkpoints; else none."""
+        if self.network.config.state.of in ("none", "run"):
+            return []
+        return stored_states(seed, range(num), self.network.num_states)
+
     def _group_size(self) -> int:
         return max(1, self.tile_tokens // self.layout.num_tokens)
 
@@ -112,10 +118,9 @@ class TokenSampler:
         table = self.network.state.weight.detach()
         if len(table) == 1:
             return table
-        streams = [generator(request.seed, "state", network) for network in networks]
         if request.state == "stored":
-            drawn = torch.tensor([int(torch.randint(len(table), (), generator=stream)) for stream in streams])
-            return table[drawn.to(table.device)]
+            return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
+        streams = [generator(request.seed, "state", network) for network in networks]
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
@@ -169,6 +174,12 @@ class TokenSampler:
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
         mask = self.layout.mask_rows(token_ids)
         return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
+
+
+def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
+    """Which of the stored permutation states each network of a seed is made of: network i's draw is its own."""
+    streams = [generator(seed, "state", network) for network in networks]
+    return [int(torch.randint(num_states, (), generator=stream)) for stream in streams]
 
 
 @contextlib.contextmanager
