@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from rpg.section import Section
 
 TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 """Distances at which novelty is reported, in units of the zoo's median nearest-neighbour distance."""
+
+
+Baseline = Literal[
+    "noise",
+    "run_average",
+    "average_of_k",
+    "interpolation",
+    "coordinate_gaussian",
+    "covariance_gaussian",
+    "low_rank_gaussian",
+    "noise_at_distance",
+    "coordinate_gaussian_at_distance",
+    "sharpened_gaussian_at_distance",
+    "covariance_gaussian_at_distance",
+    "low_rank_gaussian_at_distance",
+    "run_coordinate_gaussian_at_distance",
+    "run_sharpened_gaussian_at_distance",
+    "run_covariance_gaussian_at_distance",
+    "extrapolation_at_distance",
+]
+"""Kinds of networks that no generator is needed for; the average of all originals is always there."""
 
 
 class ControlConfig(Section):
@@ -27,6 +50,9 @@ class EvaluateConfig(Section):
     split: str = Field("test", description="images to score on; choose between recipes on validation")
     taus: tuple[float, ...] = Field(
         TAUS, description="distances of the novelty curve, in the zoo's median nearest-neighbour distances"
+    )
+    baselines: tuple[Baseline, ...] | None = Field(
+        None, description="kinds of baselines beside the average; null: all that the networks' size allows"
     )
     control: ControlConfig | None = Field(
         None,

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rpg.evaluation.novelty import distances
+from rpg.evaluation.novelty import distances, gram, leading_directions
 from rpg.evaluation.vectors import StateDict, VectorSpace
+
+LOW_RANK = 0.99
+"""The share of the zoo's variance that the directions of the low-rank Gaussian hold."""
 
 Family = tuple[Tensor, Tensor]
 """Bases and deviations of the networks, ``[N, V]`` each."""
@@ -26,8 +29,8 @@ def distance_matched_baselines(
     """Networks of every family, their median distance to the nearest original as near to ``distance`` as it can be.
 
     Families: noise (relative to each layer), Gaussians with the zoo's variances, with their squares (which leave
-    alone what hardly varies in the zoo) and with its covariance, the same within a random run, and extrapolation beyond
-    pairs of a run.
+    alone what hardly varies in the zoo), with its covariance and with its leading directions alone, the same within a
+    random run, and extrapolation beyond pairs of a run.
 
     Args:
         originals: the zoo, at least two.
@@ -40,8 +43,10 @@ def distance_matched_baselines(
     zoo = space.flatten(originals)
     scale = space.layer_scale(zoo)
     normalised = zoo / scale
+    families = _families(zoo, torch.as_tensor(list(runs)), scale, num, generator)
+    families["low_rank_gaussian"] = _low_rank(zoo, scale, num, generator)
     result = {}
-    for name, (base, deviation) in _families(zoo, torch.as_tensor(list(runs)), scale, num, generator).items():
+    for name, (base, deviation) in families.items():
         strength = strength_for(base / scale, deviation / scale, normalised, distance)
         result[name] = space.unflatten(base + strength * deviation)
     return result
@@ -104,6 +109,14 @@ def _families(zoo: Tensor, runs: Tensor, scale: Tensor, num: int, generator: tor
     first, second = (torch.stack([zoo[pair[i]] for pair in pairs]) for i in range(2))
     families["extrapolation"] = (first, second - first)
     return families
+
+
+def _low_rank(zoo: Tensor, scale: Tensor, num: int, generator: torch.Generator) -> Family:
+    """The zoo's covariance, cut to the leading directions of the normalised values."""
+    mean = zoo.mean(0, dtype=torch.float64).float()
+    directions = leading_directions(gram((zoo - mean) / scale), LOW_RANK).float()  # [K, k]
+    weights = torch.randn(num, directions.shape[1], generator=generator) @ directions.T
+    return mean.expand(num, -1), weights @ (zoo - mean) / (len(zoo) - 1) ** 0.5
 
 
 def _within_runs(

@@ -15,7 +15,14 @@ from rpg.evaluation.novelty import measure_spread
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.plots import plot_accuracy_similarity
-from rpg.evaluation.results import AverageScore, EvaluationResult, GeneratedScores, NetworkScores, NoiseScores
+from rpg.evaluation.results import (
+    TRAINED_FROM,
+    AverageScore,
+    EvaluationResult,
+    GeneratedScores,
+    NetworkScores,
+    NoiseScores,
+)
 from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
 from rpg.evaluation.vectors import StateDict
@@ -54,24 +61,23 @@ def evaluate(
     labels = task.labels(config.split)
     original_predictions = task.predict(originals, config.split)
     measure = Distances(originals, [0] * len(originals) if runs is None else runs, symmetries(task))
-    noisy = noisy_baselines(originals, config.noise, config.num_baseline, seed)
+    sigmas = config.noise if _wanted(config, "noise") else ()
+    noisy = noisy_baselines(originals, sigmas, config.num_baseline, seed)
     trivial = _trivial(task, measure, networks, config, seed)
     sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
     answers = {name: task.predict(each, config.split) for name, each in sets.items()}
-    scores = {name: _scores(each, original_predictions, labels, seed) for name, each in answers.items()}
+    scores = {name: score_networks(each, original_predictions, labels, seed) for name, each in answers.items()}
     novelty = measure_novelty(sets, answers, original_predictions, labels, measure, taus=config.taus, seed=seed)
     average = scores["average"]
     return EvaluationResult(
         split=config.split,
         num_images=len(labels),
         seed=seed,
-        original=_summarized(
-            accuracy(original_predictions, labels), max_similarity_among(original_predictions, labels), seed
-        ),
+        original=summarize_originals(original_predictions, labels, seed),
         ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
         noise=tuple(
             NoiseScores(sigma=sigma, relative=True, **dict(scores[name]))
-            for sigma, name in zip(config.noise, noisy, strict=True)
+            for sigma, name in zip(sigmas, noisy, strict=True)
         ),
         baselines={name: scores[name] for name in trivial},
         generated=GeneratedScores(seconds_per_network=seconds_per_network, **dict(scores["generated"])),
@@ -87,6 +93,12 @@ def save_evaluation(result: EvaluationResult, folder: Path | str) -> None:
     plot_accuracy_similarity(result, Path(folder) / "scatter.png")
 
 
+def _wanted(config: EvaluateConfig, name: str) -> bool:
+    """Whether a baseline is to be made; trained ones are decided by ``evaluate.control``."""
+    kind = "average_of_k" if name.startswith("average_of_") else name
+    return config.baselines is None or kind in config.baselines or TRAINED_FROM in name
+
+
 def _trivial(
     task: Classifier, measure: Distances, networks: Sequence[StateDict], config: EvaluateConfig, seed: int
 ) -> Mapping[str, Sequence[StateDict]]:
@@ -97,10 +109,16 @@ def _trivial(
     if config.control is not None:
         starts = {name: near[name] for name in START_NAMES if name in near}
         made |= finetuned_baselines(task, starts, config.control, seed)
-    return made
+    return {name: each for name, each in made.items() if _wanted(config, name)}
 
 
-def _scores(predictions: Tensor, originals: Tensor, labels: Tensor, seed: int) -> NetworkScores:
+def summarize_originals(predictions: Tensor, labels: Tensor, seed: int) -> NetworkScores:
+    """Scores of the originals, each beside the others: ``[K, images]``, ``[images]``."""
+    return _summarized(accuracy(predictions, labels), max_similarity_among(predictions, labels), seed)
+
+
+def score_networks(predictions: Tensor, originals: Tensor, labels: Tensor, seed: int) -> NetworkScores:
+    """Scores of networks beside the originals: ``[num, images]``, ``[K, images]``, ``[images]``."""
     return _summarized(accuracy(predictions, labels), max_similarity(predictions, originals, labels), seed)
 
 

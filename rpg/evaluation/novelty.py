@@ -67,6 +67,22 @@ def gram(vectors: Tensor) -> Tensor:
     return total
 
 
+def leading_directions(gram: Tensor, fraction: float) -> Tensor:
+    """The principal directions that hold ``fraction`` of a zoo's variance, the greatest first.
+
+    Args:
+        gram: inner products of the networks' deviations from their mean, float64 ``[K, K]``.
+
+    Returns:
+        Each direction as the weights of the deviations in it, of unit length, ``[K, k]``: with coefficients
+        N(0, 1 / (K - 1)) networks vary in it as the zoo does.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
+    held = values.cumsum(0) / values.sum().clamp(min=1e-300)
+    return vectors[:, : int((held < fraction - 1e-12).sum()) + 1]
+
+
 def nearest(vectors: Tensor, zoo: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to and index of each vector's nearest in the zoo: [num, values], [K, values] → [num], [num]."""
     least = distances(vectors, zoo).min(1)

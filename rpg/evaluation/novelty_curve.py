@@ -139,23 +139,43 @@ def measure_novelty(
     scored = {}
     for name, networks in sets.items():
         plain = measure.plain(networks)
-        matched = measure.matched(networks, plain)
-        nearest = matched.nan_to_num(float("inf")).argmin(1)
-        good = accuracy(predictions[name], labels) >= threshold - 1e-9
-        far = _finite(matched.amin(1) / unit)
-        hits = torch.stack([good & (far >= tau) for tau in taus]).double()  # [taus, num]
-        scored[name] = SetNovelty(
-            plain_distance=summarize(_finite(plain.amin(1) / unit), seed),
-            matched_distance=summarize(far, seed),
-            plain_distances=tuple(_finite(plain.amin(1) / unit).tolist()),
-            matched_distances=tuple(far.tolist()),
-            novel_and_performant=tuple(hits.mean(1).tolist()),
-            ci95=tuple(bootstrap_interval(each, seed) for each in hits),
-            disagreement=(predictions[name] != original_predictions[nearest]).double().mean().item(),
-            coverage=len(nearest.unique()) / len(measure.zoo),
-        )
+        far = plain / unit, measure.matched(networks, plain) / unit
+        scored[name] = score_novelty(*far, predictions[name], original_predictions, labels, taus=taus, seed=seed)
     return NoveltyReport(
         unit=unit, accuracy_threshold=threshold, groups=len(measure.groups), taus=tuple(taus), sets=scored
+    )
+
+
+def score_novelty(
+    plain: Tensor,
+    matched: Tensor,
+    predictions: Tensor,
+    original_predictions: Tensor,
+    labels: Tensor,
+    *,
+    taus: Sequence[float],
+    seed: int,
+) -> SetNovelty:
+    """Score one kind of networks.
+
+    Args:
+        plain, matched: distances to the originals before and after matching, in units, ``[num, K]``.
+        predictions, original_predictions, labels, taus, seed: as in `measure_novelty`.
+    """
+    threshold = accuracy(original_predictions, labels).median().item()
+    nearest = matched.nan_to_num(float("inf")).argmin(1)
+    good = accuracy(predictions, labels) >= threshold - 1e-9
+    near, far = _finite(plain.amin(1)), _finite(matched.amin(1))
+    hits = torch.stack([good & (far >= tau) for tau in taus]).double()  # [taus, num]
+    return SetNovelty(
+        plain_distance=summarize(near, seed),
+        matched_distance=summarize(far, seed),
+        plain_distances=tuple(near.tolist()),
+        matched_distances=tuple(far.tolist()),
+        novel_and_performant=tuple(hits.mean(1).tolist()),
+        ci95=tuple(bootstrap_interval(each, seed) for each in hits),
+        disagreement=(predictions != original_predictions[nearest]).double().mean().item(),
+        coverage=len(nearest.unique()) / plain.shape[1],
     )
 
 

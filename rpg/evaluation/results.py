@@ -39,6 +39,39 @@ class Spread(Section):
     disagreement: float
 
 
+class Span(Section):
+    """Generated networks beside the training checkpoints that they were asked to be (stored permutation states).
+
+    Values are in units of each layer's root mean square deviation from the zoo's mean.
+    """
+
+    cosine: float = Field(description="of the deviation from the zoo's mean with the asked checkpoint's, mean")
+    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over original")
+    num: int = Field(description="networks that were measured")
+
+
+class TwoSampleScores(Section):
+    """One kind of networks beside as many held-out originals; distances are between class probabilities."""
+
+    nearest_neighbour_accuracy: float = Field(
+        description="share of networks whose nearest neighbour is of their own kind; 0.5 where the kinds are alike"
+    )
+    coverage: float = Field(description="share of held-out originals that are the nearest of at least one network")
+    minimum_matching_distance: float = Field(description="mean distance of a held-out original to the nearest network")
+    nearest_training: float = Field(description="median distance to the nearest training original")
+
+
+class TwoSample(Section):
+    """Networks beside originals that nothing was learned from, in what they compute.
+
+    The distance of two networks is the root mean square, over the images, of that of their class probabilities.
+    """
+
+    num: int = Field(description="networks of each kind")
+    held_out_nearest_training: float = Field(description="median distance of the held-out originals to the training's")
+    sets: dict[str, TwoSampleScores]
+
+
 class SetNovelty(Section):
     """How new one kind of networks is; distances are in units of the zoo's median nearest-neighbour distance."""
 
@@ -102,8 +135,10 @@ class EvaluationResult(Section):
 
     ``ensemble`` is p-diff's word for the average of all weights. ``baselines`` are networks that no generator is
     needed for; those named ``…_at_distance`` lie as far from the zoo as the generated ones. ``spread`` compares the
-    generated networks' spread in weight space with the zoo's, and is None where the zoo has none. ``novelty`` is the
-    share of networks that are new and good by kind, ``novelty_details`` what is behind it.
+    generated networks' spread in weight space with the zoo's, and is None where the zoo has none. ``span`` says whether
+    they are the checkpoints that they were asked to be; it is None where none was. ``two_sample`` compares with
+    originals held out of the training, where there are any. ``novelty`` is the share of networks that are new and good
+    by kind, ``novelty_details`` what is behind it.
     """
 
     split: str
@@ -115,6 +150,8 @@ class EvaluationResult(Section):
     baselines: dict[str, NetworkScores]
     generated: GeneratedScores
     spread: Spread | None
+    span: Span | None = None
+    two_sample: TwoSample | None = None
     novelty: dict[str, list[float]] | None = None
     novelty_details: NoveltyReport | None = None
 

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rpg.evaluation.results import AT_DISTANCE, EvaluationResult, NetworkScores, NoveltyReport, Spread
+from rpg.evaluation.results import AT_DISTANCE, EvaluationResult, NetworkScores, NoveltyReport, Spread, TwoSample
 
 TAUS_SHOWN = (1, 2, 3, 4, 6, 12)
 
@@ -23,6 +23,11 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
     console.print("IoU: similarity of wrong predictions to the most similar (other) original's, mean over the networks")
     if result.spread is not None:
         console.print(f"generated over original: {_spread_line(result.spread)}", highlight=False)
+    if (span := result.span) is not None:
+        line = f"cosine {span.cosine:.2f}, squared deviation {span.spread:.2f} of the zoo's, {span.num} networks"
+        console.print(f"generated beside the checkpoints that they were asked to be: {line}", highlight=False)
+    if result.two_sample is not None:
+        console.print(_two_sample_table(result.two_sample))
     if result.novelty_details is not None:
         console.print(_novelty_table(result.novelty_details))
 
@@ -58,6 +63,28 @@ def _spread_line(spread: Spread) -> str:
         ("distance to the nearest of its own kind", spread.diversity_ratio),
     )
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios if ratio is not None)
+
+
+def _two_sample_table(result: TwoSample) -> Table:
+    """Every kind beside as many held-out originals."""
+    table = Table(title=f"beside {result.num} originals held out of the training, in class probabilities")
+    table.add_column("networks", no_wrap=True)
+    for name in ("1-NNA", "coverage", "matching distance", "nearest training"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, each in result.sets.items():
+        figures = (
+            each.nearest_neighbour_accuracy,
+            each.coverage,
+            each.minimum_matching_distance,
+            each.nearest_training,
+        )
+        style = "bold" if name == "generated" else ""
+        table.add_row(name.replace("_", " "), *(f"{figure:.3f}" for figure in figures), style=style)
+    table.caption = (
+        "1-NNA: nearest neighbour of the same kind, 0.5 where kinds cannot be told apart; nearest training original of "
+        f"the held-out ones: {result.held_out_nearest_training:.3f}"
+    )
+    return table
 
 
 def _novelty_table(novelty: NoveltyReport) -> Table:

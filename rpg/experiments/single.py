@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,22 @@ from rpg.config import Config
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult
+from rpg.evaluation.span import ZooSpan, measure_span
+from rpg.evaluation.streamed import evaluate_streamed
+from rpg.evaluation.two_sample import measure_two_sample
+from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily
+from rpg.training.data import training_entries
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
+
+MOST_VALUES = 1 << 28
+"""Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
 
 
 def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
@@ -59,20 +67,65 @@ def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> E
     zoo = Zoo.open(config.zoo)
     task = scoring_task(config, zoo)
     num = num or config.evaluate.num
-    networks, seconds = generate_timed(generator, num, seed)
-    indices = zoo.subset("train")
-    result = evaluate(
-        task,
-        [zoo.state_dict(index) for index in indices],
-        networks,
-        config.evaluate,
-        runs=[zoo.entries[index].run for index in indices],
-        seed=seed,
-        seconds_per_network=seconds,
-    )
+    if _num_held_values(generator, len(zoo), num) > MOST_VALUES:
+        networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed)
+    else:
+        networks, result = _evaluate_together(generator, zoo, task, num, seed)
     save_evaluation(result, run)
     write_html_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
     return result
+
+
+def _evaluate_together(
+    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int
+) -> tuple[list[StateDict], EvaluationResult]:
+    config = generator.config.evaluate
+    networks, seconds = generate_timed(generator, num, seed)
+    trained, held_out = _parts(zoo, generator.config)
+    originals, others = ([zoo.state_dict(index) for index in each] for each in (trained, held_out))
+    runs = [zoo.entries[index].run for index in trained]
+    result = evaluate(task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds)
+    two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
+    span = None
+    if asked := _asked(generator, num, seed):
+        place = _span(generator, zoo, trained)
+        span = measure_span(place, place.place(networks), asked)
+    return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
+
+
+def _evaluate_streamed(generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int) -> EvaluationResult:
+    trained, held_out = _parts(zoo, generator.config)
+    return evaluate_streamed(
+        task,
+        _span(generator, zoo, trained),
+        generator.one_by_one(num, seed=seed),
+        generator.config.evaluate,
+        asked=_asked(generator, num, seed),
+        held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
+        seed=seed,
+    )
+
+
+def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
+    """The entries that the generator learned from, and the others."""
+    trained = training_entries(zoo, config)
+    return trained, sorted(set(range(len(zoo))) - set(trained))
+
+
+def _span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
+    checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
+    return ZooSpan(checkpoints, [layer.name for layer in generator.layout.layers])
+
+
+def _asked(generator: Generator, num: int, seed: int) -> list[int]:
+    return generator.asked(num, seed) if generator.config.generate.state == "stored" else []
+
+
+def _num_held_values(generator: Generator, num_checkpoints: int, num: int) -> int:
+    """About how many values an evaluation holds at once that keeps all networks, baselines included."""
+    config = generator.config.evaluate
+    kinds = 15 + len(config.noise)
+    return generator.layout.num_values * (num_checkpoints + num + kinds * config.num_baseline)
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Classifier:

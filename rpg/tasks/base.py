@@ -5,7 +5,7 @@ T networks or tasks, C condition values, B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -37,6 +37,14 @@ class Classifier(Task, Protocol):
 
     def labels(self, split: str = "test") -> Tensor:
         """Right classes, int64 ``[B]``."""
+
+
+@runtime_checkable
+class LogitTask(Protocol):
+    """A task that says more of a network than its answers."""
+
+    def logits(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Iterator[Tensor]:
+        """The logits ``[B, classes]`` of one network after another; none is kept."""
 
 
 @runtime_checkable

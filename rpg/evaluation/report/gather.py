@@ -34,7 +34,7 @@ def write_html_report(
     generator: Generator,
     zoo: Zoo,
     task: Classifier,
-    networks: Sequence[StateDict],
+    networks: Sequence[StateDict] | None,
     *,
     num: int,
     seed: int,
@@ -47,16 +47,19 @@ def write_html_report(
         generator: of the run.
         zoo: what it learned from.
         task: scores the networks on their way from noise.
-        networks: the generated ones.
+        networks: the generated ones; None where they are too large to be held, which leaves out what needs them.
         num, seed: how they were asked for.
     """
-    originals = [zoo.state_dict(index) for index in zoo.subset("train")]
     data = ReportData(
         title=f"Generated networks: {run.name}",
         provenance=_provenance(generator, zoo, num, seed, result),
         losses=_losses(run / "metrics.jsonl"),
-        trajectories=_trajectories(generator, task, result.split, seed),
     )
+    if networks is None:
+        write_page(run / "report.html", result, data)
+        return run / "report.html"
+    data.trajectories = _trajectories(generator, task, result.split, seed)
+    originals = [zoo.state_dict(index) for index in zoo.subset("train")]
     if len(originals) > 1:
         zoo_vectors, vectors = weight_vectors(originals, networks)
         own = nearest_within(zoo_vectors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, use_threads
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig
-from rpg.tasks.images.images import ImageSplits, predict_images
+from rpg.tasks.images.images import ImageSplits, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
 from tokenization.zoo.zoo import Zoo
 
@@ -98,6 +98,22 @@ class DigitsTask:
             network = self.build()
         with use_threads(self.config.threads):
             return predict_images(network, state_dicts, self.images(split))
+
+    def logits(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Iterator[Tensor]:
+        """The logits ``[images, 10]`` of one network after another; none is kept.
+
+        Raises:
+            InputError: as `predict` does.
+        """
+        with torch.random.fork_rng(devices=[]):
+            network = self.build()
+        images = self.images(split)
+
+        def score(state_dict: Mapping[str, Tensor]) -> Tensor:
+            with use_threads(self.config.threads):
+                return logits_of(network, state_dict, images, "a network")
+
+        return map(score, state_dicts)
 
     def images(self, split: str = "test") -> Tensor:
         """Standardised images of a split, float32 [images, 1, S, S]. Raises InputError for an unknown split."""

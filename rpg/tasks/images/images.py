@@ -56,22 +56,36 @@ def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor
     Raises:
         InputError: a state dict does not fit the network; names the tensor.
     """
-    expected = network.state_dict()
-    network.eval()
-    predictions = []
-    with torch.inference_mode():
-        for index, state_dict in enumerate(state_dicts):
-            check_structure(state_dict, expected, f"network {index}")
-            weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
-            logits = functional_call(network, weights, (images,))
-            predictions.append(_argmax_finite(logits))
-    if not predictions:
-        return torch.empty(0, len(images), dtype=torch.long)
-    return torch.stack(predictions).clone()
+    predictions = [
+        answers(logits_of(network, state_dict, images, f"network {index}"))
+        for index, state_dict in enumerate(state_dicts)
+    ]
+    return torch.stack(predictions) if predictions else torch.empty(0, len(images), dtype=torch.long)
 
 
-def _argmax_finite(logits: Tensor) -> Tensor:
-    """Largest logit [n, classes] → [n]. A broken network must not look as if it had decided: it answers class 0."""
+def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor, where: str) -> Tensor:
+    """Logits ``[n, classes]`` of one state dict.
+
+    Args:
+        network, images: as `predict_images` takes them.
+        state_dict: the weights.
+        where: what to call them in errors.
+
+    Raises:
+        InputError: it does not fit the network; names the tensor.
+    """
+    expected = network.eval().state_dict()
+    check_structure(state_dict, expected, where)
+    weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
+    with torch.no_grad():
+        return functional_call(network, weights, (images,))
+
+
+def answers(logits: Tensor) -> Tensor:
+    """The class of the largest logit, [n, classes] → [n].
+
+    A broken network must not look as if it had decided: it answers class 0.
+    """
     return logits.argmax(1).where(logits.isfinite().all(1), 0)
 
 

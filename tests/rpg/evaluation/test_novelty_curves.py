@@ -171,6 +171,7 @@ def test_distance_matched_baselines_lie_at_the_distance_asked_for(zoo):
     distance = 5 * measure.unit()
     made = distance_matched_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
     gaussians = {"coordinate_gaussian", "sharpened_gaussian", "covariance_gaussian"}
-    assert set(made) == {"noise", "extrapolation", *gaussians, *(f"run_{name}" for name in gaussians)}
+    within_runs = {f"run_{name}" for name in gaussians}
+    assert set(made) == {"noise", "extrapolation", "low_rank_gaussian", *gaussians, *within_runs}
     for name in ("noise", "extrapolation", *(f"run_{name}" for name in gaussians)):
         assert measure.plain(made[name]).amin(1).median().item() == pytest.approx(distance, rel=0.02), name

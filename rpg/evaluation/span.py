@@ -1,0 +1,173 @@
+"""How a network lies among the checkpoints of a zoo, one tensor at a time: for networks too large to be held together.
+
+Values count in units of their layer's root mean square deviation from the zoo's mean. Everything asked of a network
+follows from its deviation's square and its inner products with the checkpoints' deviations, so that no more than the
+zoo's mean and one network is ever in memory. n checkpoints, N networks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg.evaluation.results import Span
+from rpg.evaluation.vectors import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint
+
+BLOCK = 1 << 16
+"""Values of each checkpoint that are looked at together."""
+
+GROUP_VALUES = 1 << 20
+"""Values of networks that are placed together."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where networks lie, seen from the zoo's mean, in normalised values.
+
+    Attributes:
+        squares: squared length of each network's deviation, float64 ``[N]``.
+        products: its inner product with each checkpoint's deviation, float64 ``[N, n]``.
+    """
+
+    squares: Tensor
+    products: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Places]) -> Places:
+        """All of them, one after the other."""
+        squares, products = ([getattr(each, name) for each in parts] for name in ("squares", "products"))
+        return cls(torch.cat(squares), torch.cat(products))
+
+
+class ZooSpan:
+    """The mean of a zoo, the layers' scales and the inner products of the checkpoints' deviations.
+
+    One pass over the zoo; kept is one float32 number a value.
+
+    Args:
+        checkpoints: the zoo, at least one, read from their memory maps.
+        names: tensors that count, floating-point ones.
+
+    Attributes:
+        means: mean of each tensor, flat.
+        scales: root mean square deviation of each tensor that varies.
+        spreads: standard deviation of all values of each tensor that varies.
+        gram: inner products of the deviations, float64 ``[n, n]``.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+        self.checkpoints = list(checkpoints)
+        self.means: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        self.spreads: dict[str, float] = {}
+        count = len(self.checkpoints)
+        self.gram = torch.zeros(count, count, dtype=torch.float64)
+        for name in names:
+            mean = torch.empty(self.checkpoints[0].flat(name).numel())
+            gram = torch.zeros_like(self.gram)
+            centre = float(self.checkpoints[0].flat(name)[0])  # near the values: their squares must not cancel
+            total = squares = 0.0
+            for block, values in self.blocks(name):
+                mean[block] = values.mean(0, dtype=torch.float64).float()
+                deviations = values - mean[block]
+                gram += _products(deviations, deviations)
+                total += (values - centre).sum(dtype=torch.float64).item()
+                squares += (values - centre).double().square().sum().item()
+            square = gram.trace().item() / (count * len(mean))
+            self.means[name] = mean
+            if square > 0:
+                self.scales[name] = square**0.5
+                number = count * len(mean)
+                self.spreads[name] = (squares / number - (total / number) ** 2) ** 0.5
+                self.gram += gram / square
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Stretches of a tensor in all checkpoints, float32 ``[n, values]``, and where they lie in it."""
+        flats = [checkpoint.flat(name) for checkpoint in self.checkpoints]
+        for first in range(0, flats[0].numel(), BLOCK):
+            block = slice(first, first + BLOCK)
+            yield block, torch.stack([flat[block].float() for flat in flats])
+            for checkpoint in self.checkpoints:
+                checkpoint.release(name, first, first + BLOCK)
+
+    def place(self, networks: Iterable[StateDict]) -> Places:
+        """Where networks lie; they are taken one at a time where they are large, small ones in groups."""
+        size = max(1, GROUP_VALUES // max(1, sum(map(len, self.means.values()))))
+        remaining = iter(networks)
+        found = [self._place([])]
+        while group := list(itertools.islice(remaining, size)):
+            found.append(self._place(group))
+            group.clear()  # the next one may need their memory
+        return Places.join(found)
+
+    def _place(self, networks: Sequence[StateDict]) -> Places:
+        squares = torch.zeros(len(networks), dtype=torch.float64)
+        products = torch.zeros(len(networks), len(self.checkpoints), dtype=torch.float64)
+        for name, scale in self.scales.items() if networks else ():
+            flats = [network[name].detach().flatten() for network in networks]
+            for block, values in self.blocks(name):
+                mean = self.means[name][block]
+                deviations = torch.stack([flat[block].float() for flat in flats]) - mean
+                squares += deviations.double().square().sum(1) / scale**2
+                products += _products(deviations, values - mean) / scale**2
+        return Places(squares, products)
+
+    def place_combinations(self, weights: Tensor) -> Places:
+        """Where the networks mean + Σ weights · deviations lie, float64 ``[N, n]``: exact, and no value is read."""
+        products = weights @ self.gram
+        return Places((products * weights).sum(1), products)
+
+    def distances(self, places: Places) -> Tensor:
+        """Distance of each network to each checkpoint, float64 ``[N, n]``."""
+        squares = places.squares[:, None] + self.gram.diagonal() - 2 * places.products
+        return squares.clamp(min=0).sqrt()
+
+    def coordinates(self) -> Tensor:
+        """The checkpoints' deviations in orthonormal axes of their span, the longest first, float64 ``[n, n]``."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return (vectors * values.clamp(min=0).sqrt()).flip(1)
+
+    def unit(self) -> float:
+        """Median distance of a checkpoint to its nearest neighbour; 0 for a single one."""
+        if len(self.checkpoints) < 2:
+            return 0.0
+        among = self.distances(Places(self.gram.diagonal(), self.gram))
+        return among.fill_diagonal_(float("inf")).amin(1).median().item()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared length of the checkpoints' deviations."""
+        return self.gram.trace().item() / len(self.checkpoints)
+
+
+def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int]) -> Span | None:
+    """Whether networks are what they were asked to be, and spread as the zoo does.
+
+    Args:
+        zoo: what they were learned from.
+        places: of the generated networks.
+        asked: the place in the zoo of the checkpoint that each was asked to be.
+
+    Returns:
+        None where the zoo has no spread, nothing was asked, or a network has values that are not finite.
+    """
+    if not len(asked) or not zoo.mean_square > 0:
+        return None
+    rows = torch.arange(len(asked))
+    lengths = (places.squares * zoo.gram.diagonal()[list(asked)]).sqrt()
+    cosines = places.products[rows, list(asked)] / lengths.clamp(min=1e-300)  # the mean itself points nowhere: 0
+    cosine, spread = cosines.mean().item(), places.squares.mean().item() / zoo.mean_square
+    if not (math.isfinite(cosine) and math.isfinite(spread)):  # JSON has no NaN
+        return None
+    return Span(cosine=cosine, spread=spread, num=len(asked))
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products of rows, ``[A, values]``, ``[B, values]`` → float64 ``[A, B]``."""
+    return first.double() @ second.double().T
