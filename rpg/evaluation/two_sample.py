@@ -66,14 +66,14 @@ def two_sample(sets: Mapping[str, Tensor], originals: Tensor, held_out: Tensor) 
     num = min(len(originals), len(held_out), *(len(each) for each in sets.values() if len(each) > 1))
     if num < 2:
         return None
-    training, reference = _vectors(originals), _vectors(evenly(held_out, num))
+    training, reference = function_vectors(originals), function_vectors(evenly(held_out, num))
     within = distances(reference, reference)
     kinds = {"originals": evenly(originals, num)} if "originals" not in sets else {}
     kinds |= {name: each.expand(num, -1, -1) if len(each) == 1 else each[:num] for name, each in sets.items()}
     return TwoSample(
         num=num,
         held_out_nearest_training=distances(reference, training).amin(1).median().item(),
-        sets={name: _scores(_vectors(each), reference, within, training) for name, each in kinds.items()},
+        sets={name: _scores(function_vectors(each), reference, within, training) for name, each in kinds.items()},
     )
 
 
@@ -92,7 +92,7 @@ def _scores(vectors: Tensor, held_out: Tensor, within: Tensor, training: Tensor)
     )
 
 
-def _vectors(probabilities: Tensor) -> Tensor:
+def function_vectors(probabilities: Tensor) -> Tensor:
     """``[num, images, classes]`` as vectors whose distance is a root mean square over the images."""
     return probabilities.flatten(1) / probabilities.shape[1] ** 0.5
 

@@ -33,6 +33,7 @@ from rpg.evaluation.held_out import (
 )
 from rpg.evaluation.held_out_plots import plot_distance, plot_parameters
 from rpg.evaluation.linear_head import LinearHeadTraining, tune_linear_head
+from rpg.evaluation.per_task import measure_per_task
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.single import collect
@@ -121,6 +122,8 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
         if isinstance(task, ImageTaskFamily):
             spread = diversity(generator, task, wanted["unseen"].bits, seen, seed)
             report["diversity"] = spread.model_dump(mode="json")
+            per_task = measure_per_task(task, made["unseen"], wanted["unseen"].bits, split, seed)
+            report["per_task"] = per_task and per_task.model_dump(mode="json")
             _plot(run, scored["unseen"], made)
     _write(run, report)
     return report
@@ -283,4 +286,9 @@ def print_held_out(report: dict[str, Any], console: Console) -> None:
             f"ridge on {each['beats_kernel_ridge']:.0%} of them, trained in {each['train_seconds']:.0f} s",
             highlight=False,
         )
+    if per_task := report.get("per_task"):
+        for name, each in per_task["methods"].items():
+            alike, told = each["error_iou"], each["nearest_neighbour_accuracy"]
+            line = f"{per_task['networks_per_task']} for one task: {name.replace('_', ' ')}, error IoU {alike:.2f}"
+            console.print(line + ("" if told is None else f", 1-NNA {told:.2f}"), highlight=False)
     console.print(f"that is {report['share_of_originals']:.1%} of the originals' mean", highlight=False)
