@@ -93,15 +93,16 @@ def plan(
     processes: o.Processes = 1,
 ) -> None:
     """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
-    from rpg.planning.plan import find_subject, largest_network, make_plan, parse_memory
+    from rpg.planning.plan import largest_network, make_plan, parse_memory
     from rpg.planning.tables import plan_tables
+    from rpg.planning.zoo_summary import find_zoo_summary
 
     settings = load(config, overrides)
     room = parse_memory(memory) if memory else None
-    subject = find_subject(settings, network=network, num_checkpoints=checkpoints, condition_size=condition_size)
-    made = make_plan(settings, subject, num_processes=processes)
-    largest = largest_network(settings, subject, room) if room else None
-    layout = subject.layout
+    zoo = find_zoo_summary(settings, network=network, num_checkpoints=checkpoints, condition_size=condition_size)
+    made = make_plan(settings, zoo, num_processes=processes)
+    largest = largest_network(settings, zoo, room) if room else None
+    layout = zoo.layout
     console.print(f"{layout.num_values:,} values in {layout.num_tokens:,} tokens of {layout.token_size:,}")
     for table in plan_tables(made, largest):
         console.print(table)

@@ -20,7 +20,7 @@ from bench_scale import NETWORKS, alone, prepare, recipe
 
 from rpg.generation.generator import Generator
 from rpg.planning.plan import make_plan
-from rpg.planning.subject import Subject
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.trainer import Trainer
 from tokenization.zoo.zoo import Zoo
 
@@ -70,8 +70,8 @@ def measure_training(name: str, folder: Path, num_steps: int, peak_tflops: float
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_seconds = float(torch.tensor(seconds[num_steps // 4 :]).median())  # the first ones choose kernels
-    plan = make_plan(config, Subject.of(Zoo.open(config.zoo), config))
-    rows = config.train.batch_size * (config.train.tokens or plan.subject.layout.num_tokens)
+    plan = make_plan(config, ZooSummary.of(Zoo.open(config.zoo), config))
+    rows = config.train.batch_size * (config.train.tokens or plan.zoo.layout.num_tokens)
     return {
         "training_step_seconds": step_seconds,
         "tokens_per_second": rows / step_seconds,

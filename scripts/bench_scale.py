@@ -26,9 +26,9 @@ from rpg.diffusion.samplers import randn
 from rpg.generation.generator import Generator
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
-from rpg.planning.flops import generation_flops
 from rpg.planning.peak import peak_resident_bytes
-from rpg.planning.subject import Subject
+from rpg.planning.plan import build_estimator
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import generator as stream
 from rpg.training.trainer import Trainer, build_network
 from tokenization.layouts import fit_layout
@@ -169,7 +169,7 @@ def flops(name: str, folder: Path, steps: int) -> dict[str, float]:
     counts = {}
     for kind, num_steps in (("large", steps), ("paper", None)):
         config = recipe(kind, name, folder)
-        counts[kind] = generation_flops(config, Subject.of(zoo, config), num_steps).total
+        counts[kind] = build_estimator(config, ZooSummary.of(zoo, config)).generation_flops(num_steps).total
     return {
         "tflop": counts["large"] / 1e12,
         "paper_tflop": counts["paper"] / 1e12,

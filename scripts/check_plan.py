@@ -21,7 +21,7 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import make_plan
-from rpg.planning.subject import Subject
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.loop import train
 from tokenization.zoo.zoo import Zoo
 
@@ -90,7 +90,7 @@ def config_of(name: str, folder: Path) -> Config:
 def planned(name: str, folder: Path) -> tuple[int, int, int]:
     """Bytes of training, of generation, and of Python and its libraries."""
     config = config_of(name, folder)
-    plan = make_plan(config, Subject.of(Zoo.open(config.zoo), config))
+    plan = make_plan(config, ZooSummary.of(Zoo.open(config.zoo), config))
     return plan.training.total, plan.generation.total, plan.process
 
 

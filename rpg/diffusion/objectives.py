@@ -7,7 +7,7 @@ Shape letters: N sampled tokens, D token width. Times have shape ``[N]`` and the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -266,7 +266,9 @@ def _column(time: Tensor) -> Tensor:
 
 ObjectiveConfig = Annotated[FlowConfig | DDPMConfig, Field(discriminator="kind")]
 
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"flow": Flow, "ddpm": DDPM}
+
 
 def build_objective(config: FlowConfig | DDPMConfig) -> Objective:
     """Build the objective a configuration describes."""
-    return Flow(config) if isinstance(config, FlowConfig) else DDPM(config)
+    return OBJECTIVES[config.kind](config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
@@ -14,6 +16,22 @@ ModelConfig = Annotated[RecurrentConfig | PDiffConfig, Field(discriminator="kind
 Network = RecurrentDiffusion | ParameterDiffusion
 
 __all__ = ["ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
+
+
+def _recurrent(
+    config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int
+) -> RecurrentDiffusion:
+    # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
+    positions = layout.positions.to(torch.get_default_device())
+    return RecurrentDiffusion(config, positions, layout.token_size, num_states, condition_size)
+
+
+def _pdiff(config: PDiffConfig, layout: Layout, num_states: int, condition_size: int) -> ParameterDiffusion:
+    return ParameterDiffusion(config, layout.num_coordinates)
+
+
+NETWORKS: dict[str, Callable[[Any, Layout, int, int], Network]] = {"recurrent": _recurrent, "pdiff": _pdiff}
+"""What builds the networks of each kind of model."""
 
 
 def build_network(
@@ -27,6 +45,4 @@ def build_network(
         num_states: permutation states.
         condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
-    if isinstance(config, PDiffConfig):
-        return ParameterDiffusion(config, layout.num_coordinates)
-    return RecurrentDiffusion(config, layout.positions, layout.token_size, num_states, condition_size)
+    return NETWORKS[config.kind](config, layout, num_states, condition_size)

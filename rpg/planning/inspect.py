@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from rpg.config import Config
-from rpg.planning.plan import find_subject, make_plan
-from rpg.planning.subject import Subject
+from rpg.planning.plan import make_plan
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
+from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
@@ -63,13 +63,13 @@ def _config_file(path: Path) -> Path | None:
 def _inspect_config(config: Config, verify: bool) -> list[RenderableType]:
     if (Path(config.zoo) / "zoo.json").exists() or verify or config.task is None:
         zoo = Zoo.open(config.zoo)
-        subject = Subject.of(zoo, config)
+        summary = ZooSummary.of(zoo, config)
         first: RenderableType = zoo_table(zoo)
         checks = _verified(zoo, config) if verify else []
     else:
-        subject, checks = find_subject(config), []
-        first = f"{config.zoo}: no zoo yet; {subject.num_checkpoints:,} checkpoints of the task's network are assumed"
-    return [first, *layout_tables(subject.layout), *checks, *plan_tables(make_plan(config, subject))]
+        summary, checks = find_zoo_summary(config), []
+        first = f"{config.zoo}: no zoo yet; {summary.num_checkpoints:,} checkpoints of the task's network are assumed"
+    return [first, *layout_tables(summary.layout), *checks, *plan_tables(make_plan(config, summary))]
 
 
 def zoo_table(zoo: Zoo) -> Table:

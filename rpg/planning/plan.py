@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -12,18 +11,16 @@ import psutil
 import torch
 
 from rpg.config import Config
-from rpg.planning import memory as estimate
-from rpg.planning.fake_networks import meta_network
-from rpg.planning.flops import GenerationFlops, generation_flops, training_flops
+from rpg.planning.estimator import Estimator
+from rpg.planning.flops import GenerationFlops
 from rpg.planning.memory import GenerationMemory, TrainingMemory
-from rpg.planning.subject import Subject
-from rpg.tasks import build_task
-from rpg.tasks.base import TaskFamily
+from rpg.planning.pdiff import PDiffEstimator
+from rpg.planning.recurrent import RecurrentEstimator
+from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, plan_layout
-from tokenization.zoo.zoo import Zoo
 
 GIB = 1 << 30
 
@@ -36,8 +33,8 @@ GPUS = {
 CUDA_BYTES = GIB
 """What CUDA, its libraries and the allocator's gaps take of a GPU. A guess on the safe side: not measured."""
 
-DEFAULT_CHECKPOINTS = 50
-"""Checkpoints of a zoo that is not there yet: the paper's number (arXiv 2501.11587)."""
+ESTIMATORS: dict[str, type[Estimator]] = {"recurrent": RecurrentEstimator, "pdiff": PDiffEstimator}
+"""What estimates the needs of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,9 @@ class Plan:
 
     Attributes:
         config: the experiment.
-        subject: what it learns from.
+        zoo: what it learns from.
+        rows_per_step: token rows in one training step, over all processes.
+        bytes_read_per_step: bytes of the checkpoints that they come from.
         bf16: whether training computes in bf16.
         parameters: of the generator, by component.
         training_flops: of one step.
@@ -57,7 +56,9 @@ class Plan:
     """
 
     config: Config
-    subject: Subject
+    zoo: ZooSummary
+    rows_per_step: int
+    bytes_read_per_step: int
     bf16: bool
     parameters: dict[str, int]
     training_flops: int
@@ -87,78 +88,38 @@ class Largest:
     num_bytes: int
 
 
-def make_plan(config: Config, subject: Subject, *, num_processes: int = 1) -> Plan:
-    """Estimate everything without computing it; see `rpg.planning.memory` for how.
+def build_estimator(config: Config, zoo: ZooSummary) -> Estimator:
+    """What estimates the needs of the configuration's kind of model."""
+    return ESTIMATORS[config.model.kind](config, zoo)
+
+
+def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Plan:
+    """Estimate everything without computing it; see `rpg.planning.estimator` for how.
 
     Args:
         config: the experiment.
-        subject: what it learns from.
+        zoo: what it learns from.
         num_processes: processes over which a step's batch is split, data parallel.
     """
     process = psutil.Process().memory_info().rss
     bf16 = mixed_precision(config.train.precision) == "bf16"
+    estimator = build_estimator(config, zoo)
     return Plan(
         config=config,
-        subject=subject,
+        zoo=zoo,
+        rows_per_step=estimator.rows_per_step,
+        bytes_read_per_step=estimator.bytes_read_per_step,
         bf16=bf16,
-        parameters=estimate.parameters(meta_network(config, subject)),
-        training_flops=training_flops(config, subject, num_processes=num_processes),
-        generation_flops=generation_flops(config, subject),
-        training=estimate.training_memory(config, subject, bf16=bf16, num_processes=num_processes),
-        generation=estimate.generation_memory(config, subject),
+        parameters=estimator.parameters(),
+        training_flops=estimator.training_flops(num_processes),
+        generation_flops=estimator.generation_flops(),
+        training=estimator.training_memory(bf16=bf16, num_processes=num_processes),
+        generation=estimator.generation_memory(),
         process=process,
     )
 
 
-def find_subject(
-    config: Config, *, network: str | None = None, num_checkpoints: int | None = None, condition_size: int | None = None
-) -> Subject:
-    """What ``config`` learns from: its zoo, else the network of its task, else a timm network.
-
-    Args:
-        config: the experiment.
-        network: name of a timm network, which goes before all else.
-        num_checkpoints: of a zoo that is not there yet; `DEFAULT_CHECKPOINTS` when None.
-        condition_size: values of a condition, or classes, where neither zoo nor task tells.
-
-    Raises:
-        InputError: nothing tells the structure of the target network, or the size of its condition.
-    """
-    if network is None and (Path(config.zoo) / "zoo.json").exists():
-        return Subject.of(Zoo.open(config.zoo), config)
-    checkpoint, known_size = _structure(config, network)
-    count = num_checkpoints or DEFAULT_CHECKPOINTS
-    size = 0
-    if config.model.condition.kind != "none":
-        size = condition_size or known_size or 0
-        if not size:
-            found = f"{config.model.condition.kind}, and no zoo"
-            raise InputError("model.condition.kind", found, "the size of the condition", "give --condition-size")
-    states = count if config.model.state.of == "checkpoint" else 1
-    return Subject(plan_layout(checkpoint, config.tokens, count), count, states, size)
-
-
-def _structure(config: Config, network: str | None) -> tuple[Checkpoint, int | None]:
-    """The target network without values, and the size of its task's condition, if that is known."""
-    if network is None and config.task is None:
-        raise InputError(config.zoo, "no zoo", "one, or a task that says what network it is", "give --network NAME")
-    if network is not None:
-        import timm
-
-        if not timm.is_model(network):
-            raise InputError("--network", repr(network), "a timm model", "see timm.list_models()")
-        with torch.device("meta"):
-            return Checkpoint.without_values(timm.create_model(network).state_dict(), Path(network)), None
-    assert config.task is not None
-    task = build_task(config.task)
-    with torch.device("meta"):
-        checkpoint = Checkpoint.without_values(task.build().state_dict(), Path(config.zoo))
-    with contextlib.suppress(InputError):
-        return checkpoint, task.condition.size if isinstance(task, TaskFamily) else None
-    return checkpoint, None
-
-
-def largest_network(config: Config, subject: Subject, num_bytes: int) -> Largest:
+def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
     """The largest target network whose generator can be trained, and generated with, in ``num_bytes`` of a GPU.
 
     The generator keeps its size: it is the number of tokens, hence of positions and prototypes, that grows. A layout
@@ -166,15 +127,14 @@ def largest_network(config: Config, subject: Subject, num_bytes: int) -> Largest
     """
 
     def needed(num_tokens: int) -> int:
-        other = dataclasses.replace(subject, layout=_long_layout(config, num_tokens))
-        bf16 = mixed_precision(config.train.precision) == "bf16"
-        training = estimate.training_memory(config, other, bf16=bf16)
-        return max(training.on_device, estimate.generation_memory(config, other).total) + CUDA_BYTES
+        estimator = build_estimator(config, dataclasses.replace(zoo, layout=_long_layout(config, num_tokens)))
+        training = estimator.training_memory(bf16=mixed_precision(config.train.precision) == "bf16")
+        return max(training.on_device, estimator.generation_memory().total) + CUDA_BYTES
 
     low, low_bytes = 1, needed(1)
     if low_bytes > num_bytes:
         return Largest(0, 0, low_bytes)
-    high = max(2, 2 * subject.layout.num_tokens)
+    high = max(2, 2 * zoo.layout.num_tokens)
     while (high_bytes := needed(high)) <= num_bytes and high < 1 << 26:
         low, low_bytes, high = high, high_bytes, 2 * high
     while high - low > max(1, low // 100):
@@ -192,7 +152,9 @@ def largest_network(config: Config, subject: Subject, num_bytes: int) -> Largest
 def _long_layout(config: Config, num_tokens: int) -> Layout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return plan_layout(Checkpoint.without_values({"weight": values}, Path("largest")), options, 50)
+    return plan_layout(
+        Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS
+    )
 
 
 def parse_memory(text: str) -> int:

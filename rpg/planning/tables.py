@@ -5,17 +5,16 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.table import Table
 
-from rpg.planning import memory as estimate
+from rpg.planning.memory import Memory, held_bytes
 from rpg.planning.plan import Largest, Plan
-from rpg.planning.subject import rows_per_step
 
 
 def plan_tables(plan: Plan, largest: Largest | None = None) -> list[RenderableType]:
     """Parameters, FLOPs, and memory by component; ``largest`` adds what fits where."""
-    config, layout = plan.config, plan.subject.layout
+    config, layout = plan.config, plan.zoo.layout
     tables = [_parameters(plan), _work(plan), _memory("memory to train", plan.training, plan.process)]
     writing = _memory("memory to generate into files", plan.generation, plan.process)
-    writing.add_row("a network in memory", f"{format_bytes(estimate.held_bytes(layout))} more")
+    writing.add_row("a network in memory", f"{format_bytes(held_bytes(layout))} more")
     tables.append(writing)
     if largest is not None:
         table = facts_table("on a GPU")
@@ -27,7 +26,7 @@ def plan_tables(plan: Plan, largest: Largest | None = None) -> list[RenderableTy
 
 
 def _parameters(plan: Plan) -> Table:
-    total, values = sum(plan.parameters.values()), plan.subject.layout.num_values
+    total, values = sum(plan.parameters.values()), plan.zoo.layout.num_values
     table = facts_table("generator's parameters")
     for component, count in plan.parameters.items():
         table.add_row(component, f"{count:,}")
@@ -38,20 +37,21 @@ def _parameters(plan: Plan) -> Table:
 
 def _work(plan: Plan) -> Table:
     config, flops = plan.config, plan.generation_flops
-    rows, cached = rows_per_step(config, plan.subject), plan.training.cache > 0
     table = facts_table("work")
-    size = plan.subject.layout.token_size
     table.add_row("a training step", f"{format_flops(plan.training_flops)}, {'bf16' if plan.bf16 else 'fp32'}")
-    table.add_row("its rows", f"{rows:,} of {size:,} values, {config.train.batch_size:,} checkpoints")
-    read = format_bytes(estimate.bytes_read_per_step(config, plan.subject))
-    table.add_row("it reads", read + ("; kept in memory once read" if cached else ""))
+    table.add_row(
+        "its rows",
+        f"{plan.rows_per_step:,} of {plan.zoo.layout.token_size:,} values, {config.train.batch_size:,} checkpoints",
+    )
+    cached = "; kept in memory once read" if plan.training.cache else ""
+    table.add_row("it reads", format_bytes(plan.bytes_read_per_step) + cached)
     table.add_row("a generated network", f"{format_flops(flops.total)}, {config.generate.steps:,} steps")
     table.add_row("of which backbone", format_flops(flops.backbone))
     table.add_row("a token and step", format_flops(flops.step))
     return table
 
 
-def _memory(title: str, memory: estimate.Memory, process: int) -> Table:
+def _memory(title: str, memory: Memory, process: int) -> Table:
     table = facts_table(title)
     for component, num_bytes in memory.components().items():
         table.add_row(component, format_bytes(num_bytes))

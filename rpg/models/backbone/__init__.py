@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -25,12 +26,14 @@ __all__ = [
 ]
 
 
+BACKBONES: dict[str, Callable[[Any], Backbone]] = {
+    "lstm": LSTMBackbone,
+    "mamba2": Mamba2Backbone,
+    "transformer": TransformerBackbone,
+    "none": NoneBackbone,
+}
+
+
 def build_backbone(config: LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig) -> Backbone:
     """Build the backbone a configuration describes, randomly initialised from torch's global generator."""
-    if isinstance(config, LSTMConfig):
-        return LSTMBackbone(config)
-    if isinstance(config, Mamba2Config):
-        return Mamba2Backbone(config)
-    if isinstance(config, TransformerConfig):
-        return TransformerBackbone(config)
-    return NoneBackbone(config)
+    return BACKBONES[config.kind](config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,6 +15,8 @@ DenoiserConfig = Annotated[MLPConfig | UNet1dConfig, Field(discriminator="kind")
 
 __all__ = ["Denoiser", "DenoiserConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
 
+DENOISERS: dict[str, Callable[[Any, int, int], Denoiser]] = {"mlp": MLPDenoiser, "unet1d": UNet1d}
+
 
 def build_denoiser(config: MLPConfig | UNet1dConfig, token_size: int, d_prototype: int) -> Denoiser:
     """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
@@ -23,6 +26,4 @@ def build_denoiser(config: MLPConfig | UNet1dConfig, token_size: int, d_prototyp
         token_size: D.
         d_prototype: width of the prototypes, H.
     """
-    if isinstance(config, UNet1dConfig):
-        return UNet1d(config, token_size, d_prototype)
-    return MLPDenoiser(config, token_size, d_prototype)
+    return DENOISERS[config.kind](config, token_size, d_prototype)

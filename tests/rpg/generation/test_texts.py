@@ -17,7 +17,7 @@ from rpg.config import Config
 from rpg.generation import text_encoder as texts
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import SentenceEncoder, text_table
-from rpg.planning.subject import Subject
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.loop import train
 from tests.conftest import small_config
 from tests.test_formats import documented
@@ -119,7 +119,7 @@ def test_the_encoder_runs_once_a_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = config_of(tmp_path, name)
     monkeypatch.setattr(texts, "SentenceEncoder", lambda *_: pytest.fail("loaded again"))
     assert torch.equal(text_table(Zoo.open(zoo.path), name).vectors, first.vectors)
-    assert Subject.of(zoo, config).condition_size == 24
+    assert ZooSummary.of(zoo, config).condition_size == 24
     Generator.from_pretrained(train(config, say=lambda _: None)).generate(1, condition=TEXTS[2])
     next(path for path in (zoo.path / "cache").glob("texts-*")).write_bytes(b"damaged")
     monkeypatch.undo()

@@ -10,10 +10,11 @@ from torch import nn
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning import memory as estimate
-from rpg.planning.fake_networks import meta_network
+from rpg.planning.estimator import parameters_by_component
+from rpg.planning.memory import checkpoint_bytes, held_bytes
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
-from rpg.planning.subject import Subject, rows_per_step
+from rpg.planning.plan import build_estimator
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -71,11 +72,11 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
     zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=3, condition_size=2)
     model = {"backbone": backbone, "denoiser": denoiser, "condition": {"kind": "binary", "dropout": 0.5}}
     config = small_config(tmp_path, model=model, train={"batch_size": 6, "tokens": 5}, tokens={"size": 32})
-    subject = Subject.of(zoo, config)
-    memory = estimate.training_memory(config, subject)
+    summary = ZooSummary.of(zoo, config)
+    memory = build_estimator(config, summary).training_memory()
 
     layout = TokenLayout.fit(zoo, config.tokens)
-    network = build_network(config.model, layout, subject.num_states, subject.condition_size).train()
+    network = build_network(config.model, layout, summary.num_states, summary.condition_size).train()
     sampler = BatchSampler(zoo, layout, config)
     batch = to_batch(sampler.load(0), network.objective, torch.device("cpu"))  # type: ignore[arg-type]
     with LiveBytes() as live:
@@ -83,23 +84,23 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
     gradients = sum(parameter.grad.nbytes for parameter in network.parameters() if parameter.grad is not None)
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters()) >= gradients
     assert memory.activations + memory.gradients == pytest.approx(live.peak, rel=0.1)
-    assert sum(estimate.parameters(network).values()) * 4 == memory.gradients
+    assert sum(parameters_by_component(network).values()) * 4 == memory.gradients
     assert memory.total == sum(memory.components().values())
 
 
-def test_subject_parameters_and_bytes_of_a_known_zoo(tmp_path: Path) -> None:
+def test_summary_parameters_and_bytes_of_a_known_zoo(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=3, condition_size=2)
     config = small_config(tmp_path, model={"condition": {"kind": "binary"}}, train={"batch_size": 2, "tokens": 5})
-    subject = Subject.of(zoo, config)
-    assert (subject.num_checkpoints, subject.num_states, subject.condition_size) == (6, 3, 2)
+    summary = ZooSummary.of(zoo, config)
+    assert (summary.num_checkpoints, summary.num_states, summary.condition_size) == (6, 3, 2)
     # Values: convolution 27 + 3, norm 2 x 3, its statistics 2 x 3, linear 60 + 5; tokens of 16: 2 + 1 + 2 + 2 + 4 + 1.
-    assert (subject.layout.num_values, subject.layout.num_tokens) == (107, 12)
-    assert estimate.checkpoint_bytes(subject.layout) == 4 * 107
-    assert rows_per_step(config, subject) == 2 * 5
-    assert estimate.bytes_read_per_step(config, subject) == round(10 * 4 * 107 / 12)
-    assert estimate.held_bytes(subject.layout) == 4 * 12 * 16 + 4 * 107
-    assert estimate.cache_bytes(config, subject) == 6 * 12 * 16 * 4
-    counts = estimate.parameters(meta_network(config, subject))
+    assert (summary.layout.num_values, summary.layout.num_tokens) == (107, 12)
+    assert checkpoint_bytes(summary.layout) == 4 * 107
+    assert build_estimator(config, summary).rows_per_step == 2 * 5
+    assert build_estimator(config, summary).bytes_read_per_step == round(10 * 4 * 107 / 12)
+    assert held_bytes(summary.layout) == 4 * 12 * 16 + 4 * 107
+    assert build_estimator(config, summary).cache_bytes == 6 * 12 * 16 * 4
+    counts = build_estimator(config, summary).parameters()
     assert set(counts) == {"backbone", "denoiser", "state", "condition"}
     width, state = 32, config.model.state.width
     assert counts["backbone"] == 2 * 4 * width * (width + 1)
@@ -110,9 +111,9 @@ def test_subject_parameters_and_bytes_of_a_known_zoo(tmp_path: Path) -> None:
 
 def test_generation_memory_grows_with_the_tile_and_not_with_the_zoo(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo")
-    subject = Subject.of(zoo, small_config(tmp_path))
+    summary = ZooSummary.of(zoo, small_config(tmp_path))
     small, large = (
-        estimate.generation_memory(small_config(tmp_path, generate={"tile_tokens": tile}), subject)
+        build_estimator(small_config(tmp_path, generate={"tile_tokens": tile}), summary).generation_memory()
         for tile in (12, 120)
     )
     assert large.tile == pytest.approx(10 * small.tile, rel=0.05)
@@ -134,22 +135,22 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
     network.append(network[0])
     checkpoint = Checkpoint.without_values(network.state_dict(), Path("large"))
     assert checkpoint.ties == {"3.weight": "0.weight", "3.bias": "0.bias"}
-    subject = Subject(TokenLayout.plan(checkpoint, config.tokens))
-    memory = estimate.training_memory(config, subject, bf16=True)
-    assert subject.layout.num_values > 250e6 and memory.weights > 3 << 30
+    summary = ZooSummary(TokenLayout.plan(checkpoint, config.tokens))
+    memory = build_estimator(config, summary).training_memory(bf16=True)
+    assert summary.layout.num_values > 250e6 and memory.weights > 3 << 30
     assert memory.activations > 64 * 16384 * 128 * 2  # the widest convolution's output alone, in bf16
-    assert estimate.generation_memory(config, subject).weights == memory.weights  # fp32
+    assert build_estimator(config, summary).generation_memory().weights == memory.weights  # fp32
 
 
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
     zoo: Zoo = make_zoo(tmp_path / "zoo")
     config = small_config(tmp_path, model={"kind": "pdiff"})
-    subject = Subject.of(zoo, config)
-    memory = estimate.training_memory(config, subject)
+    summary = ZooSummary.of(zoo, config)
+    memory = build_estimator(config, summary).training_memory()
     network = build_network(config.model, TokenLayout.fit(zoo, config.tokens))
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters())
     assert 0 < memory.ema < memory.gradients and memory.cache == 6 * 107 * 4
-    assert estimate.generation_memory(config, subject).total > memory.weights
+    assert build_estimator(config, summary).generation_memory().total > memory.weights
 
 
 def test_fake_networks_compute_shapes_alone() -> None:

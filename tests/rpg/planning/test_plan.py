@@ -10,11 +10,9 @@ from torch import nn
 
 from rpg.cli import default_config
 from rpg.config import Config
-from rpg.planning import memory as estimate
-from rpg.planning.fake_networks import meta_network
-from rpg.planning.flops import count_flops, generation_flops, training_flops
-from rpg.planning.plan import CUDA_BYTES, GIB, find_subject, largest_network, make_plan, parse_memory
-from rpg.planning.subject import Subject, rows_per_step
+from rpg.planning.flops import count_flops
+from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator, largest_network, make_plan, parse_memory
+from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 
@@ -30,48 +28,48 @@ def config_of(folder: Path, **sections) -> Config:
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Subject:
+def zoo(tmp_path: Path) -> ZooSummary:
     make_zoo(tmp_path / "zoo")
-    return find_subject(config_of(tmp_path))
+    return find_zoo_summary(config_of(tmp_path))
 
 
-def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, subject):
+def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, zoo):
     config = config_of(tmp_path)
-    found = generation_flops(config, subject)
-    length, tile = subject.layout.num_tokens, config.generate.tile_tokens
+    found = build_estimator(config, zoo).generation_flops()
+    length, tile = zoo.layout.num_tokens, config.generate.tile_tokens
     state = 2 * config.model.state.width * WIDTH
     assert found.backbone == state + 2 * 8 * length * WIDTH * (WIDTH + WIDTH)  # two layers, four gates, x and h
     num_modulations = 3 * DEPTH + 2
     assert found.once == 2 * WIDTH * num_modulations * WIDTH
     once_a_step = 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # the embedding of the time
-    denoiser = meta_network(config, subject).denoiser
+    denoiser = build_estimator(config, zoo).meta_network().denoiser
     assert found.step == denoiser.flops_per_token() + once_a_step // tile
     assert found.total == found.backbone + length * (found.once + config.generate.steps * found.step)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "unet1d"])
-def test_counted_flops_of_a_denoiser_call_are_the_closed_form(tmp_path, subject, kind):
+def test_counted_flops_of_a_denoiser_call_are_the_closed_form(tmp_path, zoo, kind):
     """For a very long tile, so that nothing computed once a step is left."""
     config = config_of(tmp_path, model={"denoiser": {"kind": kind}}, generate={"tile_tokens": 1 << 20})
-    closed = meta_network(config, subject).denoiser.flops_per_token()
-    assert generation_flops(config, subject).step == pytest.approx(closed, rel=1e-3)
+    closed = build_estimator(config, zoo).meta_network().denoiser.flops_per_token()
+    assert build_estimator(config, zoo).generation_flops().step == pytest.approx(closed, rel=1e-3)
 
 
-def test_a_training_step_costs_three_forward_passes(tmp_path, subject):
+def test_a_training_step_costs_three_forward_passes(tmp_path, zoo):
     config = config_of(tmp_path)
     rows = 4 * 5
-    assert rows_per_step(config, subject) == rows
-    length, groups, num_modulations = subject.layout.num_tokens, subject.num_states, 3 * DEPTH + 2
+    assert build_estimator(config, zoo).rows_per_step == rows
+    length, groups, num_modulations = zoo.layout.num_tokens, zoo.num_states, 3 * DEPTH + 2
     forward = groups * (2 * config.model.state.width * WIDTH + 16 * length * WIDTH * 2 * WIDTH)
     forward += rows * 2 * WIDTH * num_modulations * WIDTH  # of the prototypes
     forward += rows * 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # of every row's own time
-    forward += rows * meta_network(config, subject).denoiser.flops_per_token()
+    forward += rows * build_estimator(config, zoo).meta_network().denoiser.flops_per_token()
     # The inputs, the times' sinusoids and the noisy rows, need no gradient; the position embedding neither.
     needless = rows * 2 * WIDTH * (TIME + D)
-    assert training_flops(config, subject) == pytest.approx(3 * forward - needless, rel=0.02)
+    assert build_estimator(config, zoo).training_flops() == pytest.approx(3 * forward - needless, rel=0.02)
     parts = config_of(tmp_path, train={"tokens": 5, "batch_size": 4, "gradient_accumulation": 2})
     # The backbone runs for each part, here for as many states as before.
-    assert training_flops(parts, subject) > training_flops(config, subject)
+    assert build_estimator(parts, zoo).training_flops() > build_estimator(config, zoo).training_flops()
 
 
 def test_real_operations_are_counted_as_fake_ones():
@@ -83,7 +81,7 @@ def test_real_operations_are_counted_as_fake_ones():
 
 def test_a_timm_network_needs_no_zoo(tmp_path):
     config = Config.load(default_config("large/convnext_atto.yaml"), [f"zoo={tmp_path / 'none'}"])
-    by_name, by_task = find_subject(config, network="resnet18", num_checkpoints=7), find_subject(config)
+    by_name, by_task = find_zoo_summary(config, network="resnet18", num_checkpoints=7), find_zoo_summary(config)
     assert by_name.layout.num_values == 11_699_112 and by_name.num_states == 7
     assert by_task.layout.num_values == 3_695_520 and by_task.num_states == 50
     plan = make_plan(config, by_task)
@@ -97,12 +95,12 @@ def test_our_recipe_costs_fifty_times_less_and_is_smaller_than_its_network(tmp_p
     flops = {}
     for kind in ("large", "paper"):
         config = Config.load(default_config(f"{kind}/convnext_large.yaml"), [f"zoo={tmp_path / 'none'}"])
-        found = find_subject(config)
-        flops[kind] = generation_flops(config, found).total
+        found = find_zoo_summary(config)
+        flops[kind] = build_estimator(config, found).generation_flops().total
         if kind == "large":
             plan = make_plan(config, found)
             assert sum(plan.parameters.values()) <= 197_767_336 == found.layout.num_values
-            assert rows_per_step(config, found) >= 2048 and plan.training.total <= 24e9
+            assert build_estimator(config, found).rows_per_step >= 2048 and plan.training.total <= 24e9
     assert flops["paper"] >= 50 * flops["large"]
 
 
@@ -111,8 +109,8 @@ def test_moments_of_eight_bits(tmp_path):
     small = Config.load(
         default_config("large/convnext_atto.yaml"), [f"zoo={tmp_path / 'none'}", "train.optimizer=adamw8bit"]
     )
-    subject = find_subject(config)
-    full, eighth = (estimate.training_memory(each, subject).optimizer for each in (config, small))
+    zoo = find_zoo_summary(config)
+    full, eighth = (build_estimator(each, zoo).training_memory().optimizer for each in (config, small))
     assert 0.25 < eighth / full < 0.26
 
 
@@ -126,19 +124,19 @@ def test_moments_of_eight_bits(tmp_path):
 )
 def test_what_is_not_known_is_asked_for(tmp_path, arguments, changes, expected):
     with pytest.raises(InputError, match=expected):
-        find_subject(config_of(tmp_path, **changes), **arguments)
+        find_zoo_summary(config_of(tmp_path, **changes), **arguments)
 
 
-def test_the_largest_network_fits_and_a_larger_one_does_not(tmp_path, subject):
+def test_the_largest_network_fits_and_a_larger_one_does_not(tmp_path, zoo):
     config = config_of(tmp_path)
     memory = CUDA_BYTES + (64 << 20)
-    largest = largest_network(config, subject, memory)
+    largest = largest_network(config, zoo, memory)
     assert largest.num_bytes <= memory and largest.num_values == largest.num_tokens * D
-    more = largest_network(config, subject, 2 * memory - CUDA_BYTES)
+    more = largest_network(config, zoo, 2 * memory - CUDA_BYTES)
     assert 1.8 < more.num_tokens / largest.num_tokens < 2.2
-    edge = largest_network(config, subject, largest.num_bytes)
+    edge = largest_network(config, zoo, largest.num_bytes)
     assert edge.num_tokens == pytest.approx(largest.num_tokens, rel=0.02)
-    assert largest_network(config, subject, CUDA_BYTES).num_values == 0
+    assert largest_network(config, zoo, CUDA_BYTES).num_values == 0
 
 
 @pytest.mark.parametrize(
