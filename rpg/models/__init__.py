@@ -18,9 +18,7 @@ Network = RecurrentDiffusion | ParameterDiffusion
 __all__ = ["ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
 
 
-def _recurrent(
-    config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int
-) -> RecurrentDiffusion:
+def _recurrent(config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> RecurrentDiffusion:
     # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
     positions = layout.positions.to(torch.get_default_device())
     return RecurrentDiffusion(config, positions, layout.token_size, num_states, condition_size)

@@ -152,9 +152,7 @@ def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
 def _long_layout(config: Config, num_tokens: int) -> Layout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return plan_layout(
-        Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS
-    )
+    return plan_layout(Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS)
 
 
 def parse_memory(text: str) -> int:

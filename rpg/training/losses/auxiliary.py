@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from rpg.config import Config
-from rpg.models import Network
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import generator
 from rpg.tasks import Task, build_task, task_of
@@ -24,7 +23,7 @@ class AuxiliaryLosses:
         config: the experiment.
         zoo: names the task where the configuration has none.
         layout: decodes tokens.
-        network: the generator's networks.
+        network: the generator's networks; only the fresh-state loss runs them, which p-diff refuses to have.
         distributed: the processes of the run.
 
     Raises:
@@ -32,7 +31,7 @@ class AuxiliaryLosses:
     """
 
     def __init__(
-        self, config: Config, zoo: Zoo, layout: Layout, network: Network, distributed: DistributedContext
+        self, config: Config, zoo: Zoo, layout: Layout, network: RecurrentDiffusion, distributed: DistributedContext
     ) -> None:
         self.config = config
         self.distributed = distributed
@@ -51,12 +50,11 @@ class AuxiliaryLosses:
             raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
         return BehaviourLoss(self._task(zoo), layout, settings, zoo)
 
-    def _build_fresh(self, zoo: Zoo, layout: Layout, network: Network) -> FreshLoss | None:
+    def _build_fresh(self, zoo: Zoo, layout: Layout, network: RecurrentDiffusion) -> FreshLoss | None:
         if self.config.train.fresh is None:
             return None
         if self.distributed.world_size > 1 or self.distributed.spread != "none":
             raise InputError("train.fresh", f"{self.distributed.world_size} processes, or DeepSpeed", "one, without")
-        assert isinstance(network, RecurrentDiffusion)
         return FreshLoss(network, self._task(zoo), layout, self.config.train.fresh)
 
     def _task(self, zoo: Zoo) -> Task:
