@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,22 +180,11 @@ def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> 
         stream = torch.Generator(device).manual_seed(seed)
         times.append(objective.sample_time(num_sampled, stream, device))
         noise[i].normal_(generator=stream)
-
     for each in times[:num_last]:
         each.fill_(objective.last_time)
 
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, non_blocking=True)
-
-    return Batch(
-        samples=rows.samples.to(device, non_blocking=True),
-        mask=rows.mask.to(device, non_blocking=True),
-        token_ids=rows.token_ids.to(device),
-        time=torch.stack(times),
-        noise=noise,
-        group=rows.group.to(device),
-        states=rows.states.to(device),
-        conditions=move(rows.conditions),
-        dropped=move(rows.dropped),
-        num_last=num_last,
-    )
+    tensors = {name: value for name, value in vars(rows).items() if name not in ("seeds", "group_seeds")}
+    moved: Any = {
+        name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()
+    }
+    return Batch(time=torch.stack(times), noise=noise, num_last=num_last, **moved)
