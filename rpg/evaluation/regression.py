@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
@@ -20,8 +21,7 @@ KERNEL_PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 KERNEL_LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 CHUNK = 1 << 14
-"""Values that are fitted at a time: scikit-learn copies its targets in float64 several times, the solved matrix is
-small."""
+"""Values that are mixed at a time, in float64."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,26 @@ class Regression:
             return make_pipeline(features, Ridge(alpha=self.penalty))
         return KernelRidge(alpha=self.penalty, kernel="rbf", gamma=1 / (2 * self.parameter**2))
 
+    def mixture(self, seen: Tensor, bits: Tensor) -> Tensor:
+        """Share of each seen network in each predicted one, float64 ``[T, S]``; the shares of a network add up to 1.
+
+        Predictions are linear in the seen weights, so that one small fit serves any number of values, and whoever
+        cannot hold all networks at once mixes them some values at a time.
+
+        Args:
+            seen: bits of the seen tasks, ``[S, C]``.
+            bits: of the tasks to predict for, ``[T, C]``.
+        """
+        known, wanted = (2 * each.double().numpy() - 1 for each in (seen, bits))
+        num = len(known)
+        deviations = np.eye(num) - 1 / num  # of S unit vectors from their mean: the kernel has no constant of its own
+        predicted = self.model().fit(known, deviations).predict(wanted).reshape(len(wanted), num)
+        return torch.from_numpy(predicted + 1 / num)
+
     def predict(self, seen: Tensor, vectors: Tensor, bits: Tensor) -> Tensor:
         """Weights ``[T, P]`` for ``bits`` ``[T, C]``, fitted on the seen tasks ``[S, C]`` and their ``[S, P]``."""
-        known, wanted = (2 * each.double().numpy() - 1 for each in (seen, bits))
-        parts = []
-        for columns in vectors.split(CHUNK, 1):
-            targets = columns.double().numpy()
-            mean = targets.mean(0)  # the kernel has no constant of its own
-            predicted = self.model().fit(known, targets - mean).predict(wanted).reshape(len(bits), -1) + mean
-            parts.append(torch.from_numpy(predicted).to(vectors.dtype))
-        return torch.cat(parts, 1)
+        mixture = self.mixture(seen, bits)
+        return torch.cat([(mixture @ columns.double()).to(vectors.dtype) for columns in vectors.split(CHUNK, 1)], 1)
 
 
 def regression_grid() -> dict[str, list[Regression]]:

@@ -86,6 +86,18 @@ def test_values_are_fitted_in_parts_as_they_are_whole(name, monkeypatch):
     torch.testing.assert_close(chosen.predict(bits[:20], vectors[:20], bits[20:]), whole)
 
 
+@pytest.mark.parametrize("name", regression_grid())
+def test_networks_may_be_mixed_some_values_at_a_time(name):
+    """Predictions are mixtures of the seen networks whose shares add up to 1, fitted without the weights."""
+    bits, vectors = all_tasks(5), 2 + torch.randn(30, 7, dtype=torch.float64)
+    chosen = regression_grid()[name][2]
+    shares = chosen.mixture(bits[:20], bits[20:])
+    torch.testing.assert_close(shares.sum(1), torch.ones(10, dtype=torch.float64))
+    fitted = chosen.model().fit((2 * bits[:20] - 1).numpy(), (vectors[:20] - vectors[:20].mean(0)).numpy())
+    expected = torch.from_numpy(fitted.predict((2 * bits[20:] - 1).numpy())) + vectors[:20].mean(0)
+    torch.testing.assert_close(shares @ vectors[:20], expected)
+
+
 def test_weights_keep_their_precision():
     bits, vectors = all_tasks(4), torch.randn(14, 2)
     for regressions in regression_grid().values():
