@@ -19,6 +19,7 @@ from _common import Parser, run_command, write_figures
 from bench_scale import NETWORKS, alone, prepare, recipe
 
 from rpg.generation.generator import Generator
+from rpg.generation.request import RequestOptions
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.trainer import Trainer
@@ -86,7 +87,7 @@ def measure_generation(folder: Path, steps: int, tile_tokens: int) -> dict[str, 
     generator = Generator.from_pretrained(folder / "generator", "cuda")
     changed = generator.config.generate.model_copy(update={"tile_tokens": tile_tokens})
     generator.config = generator.config.model_copy(update={"generate": changed})
-    request = generator._request(1, 0, None, steps, None, None, None, None)
+    request = generator.request(options=RequestOptions(steps=steps))
     figures: dict[str, float] = {}
     for _ in range(2):  # the first run chooses kernels
         torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
-from rpg.generation.request import Request, requested_conditions, requested_texts
+from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_texts
 from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
@@ -178,7 +178,8 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        request = self._request(num, seed, steps, sampler, eta, guidance_scale, condition, state)
+        options = RequestOptions(steps, sampler, eta, guidance_scale, state, condition)
+        request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
         sink = self._sink(request, output, partition, tokens.shared(num, partition))
@@ -216,7 +217,7 @@ class Generator:
         Raises:
             InputError: the generator takes a condition, which would have to be chosen.
         """
-        request = self._request(num, seed, None, None, None, None, None, None)
+        request = self.request(num, seed)
         shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
         sinks: dict[int, MemorySink] = {}
 
@@ -228,22 +229,24 @@ class Generator:
             pass
         return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
 
-    def _request(self, num, seed, steps, sampler, eta, guidance_scale, condition, state) -> Request:
-        defaults = self.config.generate
-        sampler = sampler or defaults.sampler or next(iter(self.network.objective.samplers))
-        if sampler not in self.network.objective.samplers:
-            raise InputError("sampler", repr(sampler), f"one of {', '.join(self.network.objective.samplers)}")
+    def request(self, num: int = 1, seed: int = 0, options: RequestOptions | None = None) -> Request:
+        """What ``num`` networks ask of the sampler, every default filled in. Raises InputError if it is impossible."""
+        options = options or RequestOptions()
+        settings, samplers = options.over(self.config.generate), self.network.objective.samplers
+        sampler = settings.sampler or next(iter(samplers))
+        if sampler not in samplers:
+            raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
         return Request(
             num=num,
             seed=seed,
             sampler=sampler,
-            steps=defaults.steps if steps is None else steps,
-            eta=defaults.eta if eta is None else eta,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            state=state or defaults.state,
-            conditions=requested_conditions(condition, num, self.condition, self.texts),
-            texts=requested_texts(condition, num),
-            temperature=self.config.generate.temperature,
+            steps=settings.steps,
+            eta=settings.eta,
+            guidance_scale=settings.guidance_scale,
+            state=settings.state,
+            conditions=requested_conditions(options.condition, num, self.condition, self.texts),
+            texts=requested_texts(options.condition, num),
+            temperature=settings.temperature,
         )
 
     def sampler(self) -> TokenSampler | LatentSampler:
@@ -254,29 +257,11 @@ class Generator:
         self, request: Request, output: Path | str | None, partition: Partition, shared: range
     ) -> MemorySink | FolderSink:
         if output is not None:
-            facts = partial(self.provenance, request)
+            facts = partial(request.provenance, self.digest)
             return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
             raise InputError("output", "none", "a folder that all processes fill together", "or start a single one")
         return MemorySink(self.layout, request.num)
-
-    def provenance(self, request: Request, index: int) -> dict[str, str]:
-        """The metadata of generated network ``index``."""
-        facts: dict[str, Any] = {
-            "generator": self.digest,
-            "seed": request.seed,
-            "index": index,
-            "sampler": request.sampler,
-            "steps": request.steps,
-            "eta": request.eta,
-            "guidance_scale": request.guidance_scale,
-            "state": request.state,
-            "temperature": request.temperature,
-            "condition": None if request.conditions is None else request.conditions[index].tolist(),
-        }
-        if request.texts is not None:
-            facts["condition"] = request.texts[index]
-        return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 
 def _find_folder(path: Path | str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.generation.config import GenerateConfig
 from rpg.generation.text_encoder import TextTable
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a caller wants other than the ``generate`` section of the configuration says; None is what it says."""
+
+    steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    state: str | None = None
+    condition: Any = None  # in any form that ``Generator.generate`` takes
+
+    def over(self, settings: GenerateConfig) -> GenerateConfig:
+        """The section with these options in place of its values."""
+        wanted = {name: getattr(self, name) for name in ("steps", "sampler", "eta", "guidance_scale", "state")}
+        return settings.model_copy(update={name: value for name, value in wanted.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,24 @@ class Request:
             raise InputError(f"There is no permutation state {self.state!r}; choose stored or gaussian.")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
+
+    def provenance(self, generator: str, index: int) -> dict[str, str]:
+        """The metadata of network ``index``, made by the generator with the digest ``generator``."""
+        facts: dict[str, Any] = {
+            "generator": generator,
+            "seed": self.seed,
+            "index": index,
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "eta": self.eta,
+            "guidance_scale": self.guidance_scale,
+            "state": self.state,
+            "temperature": self.temperature,
+            "condition": None if self.conditions is None else self.conditions[index].tolist(),
+        }
+        if self.texts is not None:
+            facts["condition"] = self.texts[index]
+        return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 
 def requested_conditions(

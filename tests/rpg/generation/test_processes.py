@@ -127,7 +127,7 @@ def test_every_tile_is_computed_in_the_precision_asked_for(run, monkeypatch):
     monkeypatch.setattr(
         sampler.network, "predict", lambda *a: (seen.append(torch.is_autocast_enabled("cpu")), predict(*a))[1]
     )
-    request = generator._request(2, 0, None, None, None, None, None, None)
+    request = generator.request(2)
     tiles = list(sampler.sample(request))
     assert len(tiles) == 6 and len(seen) == 6 * request.steps and all(seen)
     assert not torch.is_autocast_enabled("cpu")
