@@ -18,7 +18,7 @@ from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import generator
 from rpg.tasks.base import ImageClassifier, Task
-from rpg.tasks.images.finetuning import schedule
+from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
 
@@ -68,7 +68,7 @@ def finetune(
     optimizer = torch.optim.AdamW([weights[name] for name in trained], lr=rate, weight_decay=0.0, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(step, steps)
+            group["lr"] = rate * warm_cosine(step, steps)
         rows = torch.randint(len(labels), (config.batch_size,), generator=rng)
         logits = side(weights, images[rows])  # [T, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(networks)))

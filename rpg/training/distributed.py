@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from rpg.config import TrainConfig
 from rpg.models.backbone.mamba2 import Mamba2
+from rpg.training.config import TrainConfig
 from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 

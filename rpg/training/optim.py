@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from rpg.tasks.schedule import cosine_decay
+from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
-
-if TYPE_CHECKING:
-    from rpg.config import TrainConfig
 
 
 def build_optimizer(settings: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -41,5 +39,4 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then a cosine to 0 at the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    return config.learning_rate * cosine_decay(step - config.warmup_steps, max(1, config.steps - config.warmup_steps))

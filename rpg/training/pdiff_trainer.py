@@ -15,6 +15,7 @@ from torch import Tensor
 from rpg.generation.pdiff_sampler import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import generator, permutation
+from rpg.tasks.schedule import cosine_decay
 from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
 from rpg.training.trainer import Trainer
@@ -132,7 +133,7 @@ class PDiffTrainer(Trainer):
         """A cosine to 0 in each stage."""
         first, second = self.settings.autoencoder, self.settings.latent
         stage, done = (first, step) if step < first.steps else (second, step - first.steps)
-        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * done / stage.steps))
+        return stage.learning_rate * cosine_decay(done, stage.steps)
 
     def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
         """One optimizer step of the stage that ``step`` is in; returns its loss."""

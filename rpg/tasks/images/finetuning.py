@@ -7,7 +7,6 @@ networks is what their tasks differ in. T tasks, C classes, B images.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpg.tasks.images.config import FinetuneConfig, Stage
+from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]
 """Draws B training images ``[B, …]`` and their classes ``[B]``."""
-
-WARMUP_STEPS = 10
 
 
 def finetune_many(
@@ -104,14 +102,7 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
 
 def learning_rate_share(step: int, stage: Stage) -> float:
     """Share of the learning rate at ``step`` of a stage: all of it, or a linear warm-up and a cosine to 0."""
-    if stage.schedule == "constant":
-        return 1.0
-    return schedule(step, stage.steps)
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at ``step`` of ``steps``: a linear warm-up, and a cosine to 0."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return 1.0 if stage.schedule == "constant" else warm_cosine(step, stage.steps)
 
 
 def checkpoint_stretches(steps: int, tail: float, checkpoints: int) -> list[tuple[int, int]]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rpg.tasks.images.finetuning import average_into, checkpoint_stretches, schedule
+from rpg.tasks.images.finetuning import average_into, checkpoint_stretches
 from rpg.tasks.language.adapter_bank import AdapterBank, adapter_state, peft_on
 from rpg.tasks.language.adapter_scores import completion_losses, score_adapters, token_losses
 from rpg.tasks.language.config import AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows
+from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import Stacked
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _optimizer(parameters: list[Any], config: AdapterTraining) -> torch.optim.Op
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, config: AdapterTraining) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * schedule(step, config.steps)
+        group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
     optimizer.zero_grad()
     loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
     optimizer.step()

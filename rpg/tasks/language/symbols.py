@@ -7,7 +7,6 @@ there are 2^C − 2 tasks, S neither empty nor everything. A task's condition is
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rpg.seeding import derive_seed, generator
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.language.config import SymbolsConfig
+from rpg.tasks.schedule import cosine_decay
 from tokenization.errors import InputError
 from tokenization.files import write_text
 
@@ -120,8 +120,7 @@ def pretrain(config: SymbolsConfig, tokenizer: Any, seed: int) -> Any:
     stream = generator(seed, "pretraining")
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 50)
-            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * cosine_decay(step, config.steps)
         shape = (config.batch_size, config.length)
         strings = first + torch.randint(config.symbols + 1, shape, generator=stream)  # the marker and all symbols
         middle, end = torch.full((len(strings), 1), equals), torch.full((len(strings), 1), tokenizer.eos_token_id)
