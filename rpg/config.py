@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import types
-import typing
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from rpg.evaluation.config import EvaluateConfig
 from rpg.generation.config import GenerateConfig
 from rpg.migration import migrate, with_model_kind
 from rpg.models import ModelConfig, RecurrentConfig
-from rpg.section import Section
+from rpg.section import Section, read_mapping, validated
 from rpg.tasks.config import TaskConfig
 from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
@@ -65,10 +61,7 @@ class Config(Section):
     @classmethod
     def parse(cls, tree: dict[str, Any], where: str) -> Config:
         """Validate a tree of plain values; ``where`` names it in errors."""
-        try:
-            return cls.model_validate(with_model_kind(migrate(tree)))
-        except ValidationError as error:
-            raise _explain(cls, error, where) from None
+        return validated(cls, with_model_kind(migrate(tree)), where)
 
     def save(self, path: Path | str) -> None:
         """Write every value, defaults included, as YAML."""
@@ -80,16 +73,9 @@ class Config(Section):
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(str(path), "no such file", "a YAML configuration", "see configs/ for examples")
     if path.resolve() in seen:
         raise InputError(str(path), "a file that extends itself", "", "remove one of the extends lines")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"invalid YAML ({error})", "a YAML mapping") from None
-    if not isinstance(tree, dict):
-        raise InputError(str(path), type(tree).__name__, "a YAML mapping of sections")
+    tree = read_mapping(path, "a YAML configuration (see configs/ for examples)")
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -128,60 +114,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for part in reversed(key.strip().split(".")):
         change = {part: change}
     tree.update(_merge(tree, migrate(change)))
-
-
-def _explain(model: type[BaseModel], error: ValidationError, where: str) -> InputError:
-    """The first fault as one line that names the field and the cure."""
-    first = error.errors()[0]
-    path, siblings = _locate(model, first["loc"])
-    field = ".".join(path)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
-        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(siblings))}"
-        return InputError(f"{where}: {field}", "an unknown key", "", cure)
-    message = first["msg"].removeprefix("Value error, ")
-    return InputError(f"{where}: {field}", repr(first["input"]), message[0].lower() + message[1:])
-
-
-def _locate(model: Any, location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The dotted path of a pydantic location without union tags, and the keys known beside its last part."""
-    path: list[str] = []
-    siblings: list[str] = []
-    current: list[Any] = [model]
-    for part in location:
-        names = {name: kind for member in current for name, kind in _fields(member).items()}
-        if names and part not in names and part in {tag for member in current for tag in _tags(member)}:
-            current = [member for member in current if part in _tags(member)]
-            continue
-        path.append(str(part))
-        siblings = list(names) or siblings
-        current = _members(names[str(part)]) if part in names else []
-    return path, siblings
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The classes of a (nested, annotated) union."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _members(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
-    return [annotation]
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return {field.name: hints[field.name] for field in fields(kind)}
-    return {}
-
-
-def _tags(kind: Any) -> tuple[str, ...]:
-    """The literal ``kind`` or ``name`` values, by which a union tells its members apart."""
-    known = _fields(kind)
-    literals = [known[tag] for tag in ("kind", "name") if tag in known and get_origin(known[tag]) is Literal]
-    return tuple(str(value) for literal in literals for value in get_args(literal)) + (
-        (kind.__name__,) if isinstance(kind, type) else ()
-    )

@@ -1,11 +1,114 @@
-"""The base class of every configuration section."""
+"""The base class of every configuration section, and how sections are read and checked: each fault is one sentence."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from tokenization.errors import InputError
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 class Section(BaseModel):
     """A frozen section of the configuration that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def read_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: there is no such file, or it holds something else; ``expected`` says what it should be.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; name {expected}.")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is invalid YAML ({error}); name {expected}.") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}, not a mapping of sections; name {expected}.")
+    return tree
+
+
+def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
+    """Plain values as a section.
+
+    Args:
+        kind: the section, or a discriminated union of sections.
+        values: as YAML gives them.
+        where: names their source in errors; may be empty.
+
+    Raises:
+        InputError: a key is unknown or a value impossible; it names the field and the cure.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise _explain(kind, error, where) from None
+
+
+def _explain(model: Any, error: ValidationError, where: str) -> InputError:
+    """The first fault as one line that names the field and the cure."""
+    first = error.errors()[0]
+    path, siblings = _locate(model, first["loc"])
+    field = ": ".join(filter(None, (where, ".".join(path))))
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
+        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(siblings))}."
+        return InputError(f"{field} is an unknown key; {cure}")
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(f"{field} cannot be {first['input']!r}: {message[0].lower() + message[1:]}.")
+
+
+def _locate(model: Any, location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The dotted path of a pydantic location without union tags, and the keys known beside its last part."""
+    path: list[str] = []
+    siblings: list[str] = []
+    current = _members(model)
+    for part in location:
+        names = {name: kind for member in current for name, kind in _fields(member).items()}
+        if names and part not in names and part in {tag for member in current for tag in _tags(member)}:
+            current = [member for member in current if part in _tags(member)]
+            continue
+        path.append(str(part))
+        siblings = list(names) or siblings
+        current = _members(names[str(part)]) if part in names else []
+    return path, siblings
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The classes of a (nested, annotated) union."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return {field.name: hints[field.name] for field in fields(kind)}
+    return {}
+
+
+def _tags(kind: Any) -> tuple[str, ...]:
+    """The literal ``kind`` or ``name`` values, by which a union tells its members apart."""
+    known = _fields(kind)
+    literals = [known[tag] for tag in ("kind", "name") if tag in known and get_origin(known[tag]) is Literal]
+    return tuple(str(value) for literal in literals for value in get_args(literal)) + (
+        (kind.__name__,) if isinstance(kind, type) else ()
+    )

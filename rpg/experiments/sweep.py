@@ -13,20 +13,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from rpg.config import Config
 from rpg.experiments.single import collect, evaluate_run
 from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of
-from rpg.section import Section
+from rpg.section import Section, read_mapping, validated
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import publish_text
 
-SectionType = TypeVar("SectionType", bound=Section)
 Say = Callable[[str], None]
 
 
@@ -63,7 +61,7 @@ class SweepMatrix(Section):
                 raise InputError(f"{where}: matrix", f"{error} in braces", f"one of {', '.join(self.axes)}") from None
             own = [change for axis, choice in chosen.items() for change in self.axes[axis][choice]]
             found.append({"name": name, "set": [*common, *own]})
-        return [_validated(SweepEntry, each, where) for each in found]
+        return [validated(SweepEntry, each, where) for each in found]
 
 
 class SweepConfig(Section):
@@ -101,12 +99,7 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
         InputError: the file or one of the configurations is wrong, or two entries share a name.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(str(path), "no such file", "a sweep file", "see configs/sweeps for examples")
-    try:
-        sweep = _validated(SweepConfig, yaml.safe_load(path.read_text()), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"invalid YAML ({error})", "a sweep file") from None
+    sweep = validated(SweepConfig, read_mapping(path, "a sweep file (see configs/sweeps for examples)"), str(path))
     entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
     if not entries:
         raise InputError(f"{path}: entries", "none", "at least one, or a matrix")
@@ -115,15 +108,6 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
         if names.count(name) > 1:
             raise InputError(f"{path}: entries", f"two named {name!r}", "different names")
     return sweep, [_experiment(path, sweep, entry) for entry in entries]
-
-
-def _validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where}: {field}", repr(first.get("input")), first["msg"].lower()) from None
 
 
 def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment:

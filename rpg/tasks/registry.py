@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from rpg.section import Section
+from rpg.section import Section, validated
 from rpg.tasks.base import Task
 from rpg.tasks.config import TaskConfig
 from tokenization.errors import InputError
@@ -24,7 +22,11 @@ TASKS = {
 }
 """Module and class of the task that each ``name`` of a configuration stands for."""
 
-_ADAPTER: TypeAdapter[Any] = TypeAdapter(TaskConfig)
+
+class _Tree(Section):
+    """Where a task stands in a configuration, so that errors name its fields as the user does."""
+
+    task: TaskConfig
 
 
 def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
@@ -41,12 +43,7 @@ def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
 def _parse(values: Mapping[str, Any]) -> Any:
     if values.get("name") not in TASKS:
         raise InputError(f"task.name {values.get('name')!r} is not a task; choose one of {', '.join(TASKS)}")
-    try:
-        return _ADAPTER.validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("task", *first["loc"][1:])))  # the first part is the union's tag
-        raise InputError(f"{field} cannot be {first['input']!r}: {first['msg'].lower()}") from None
+    return validated(_Tree, {"task": dict(values)}, "").task
 
 
 def task_of(zoo: Zoo) -> Task:
