@@ -14,11 +14,11 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def make_rng(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator on ``device`` seeded with :func:`derive_seed` of the parts."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def permutation(num: int, *parts: int | str) -> Tensor:
     """A random order of ``range(num)``, ``[num]`` long, decided by the parts."""
-    return torch.randperm(num, generator=generator(*parts))
+    return torch.randperm(num, generator=make_rng(*parts))

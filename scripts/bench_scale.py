@@ -29,7 +29,7 @@ from rpg.models.denoiser import build_denoiser
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator
 from rpg.planning.zoo_summary import ZooSummary
-from rpg.seeding import generator as stream
+from rpg.seeding import make_rng
 from rpg.training.trainer import Trainer, build_network
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -150,7 +150,7 @@ def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], N
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.bfloat16()
     objective = build_objective(config.model.diffusion)
-    x = randn((num_tokens, size), stream(0, "bench"), "cpu")
+    x = randn((num_tokens, size), make_rng(0, "bench"), "cpu")
     time_ = torch.as_tensor(objective.last_time)
     network_time = objective.network_time(time_).float().expand(num_tokens)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -17,7 +17,7 @@ from rpg.evaluation.metrics import summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.vectors import FlatSpace
 from rpg.section import Section
-from rpg.seeding import generator
+from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.side_by_side import Stacked
@@ -158,8 +158,8 @@ def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, spli
 
 def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
     """For each task the bits of a random seen task: what a generator is asked that is not told the task."""
-    stream = generator(seed, "no condition")
-    return seen[torch.randint(len(seen), (len(bits),), generator=stream)]
+    rng = make_rng(seed, "no condition")
+    return seen[torch.randint(len(seen), (len(bits),), generator=rng)]
 
 
 def worst_tasks(

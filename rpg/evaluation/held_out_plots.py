@@ -34,10 +34,10 @@ def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, pat
         InputError: the file cannot be written.
     """
     figure, axes = _figure(7.5, 5)
-    stream = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     distances = hamming_to_seen.float()
     for number, (name, (color, marker)) in enumerate(METHODS.items()):
-        jitter = (torch.rand(len(distances), generator=stream) - 0.5) * 0.12
+        jitter = (torch.rand(len(distances), generator=rng) - 0.5) * 0.12
         places = distances + (number - 1.5) * 0.16 + jitter
         axes.scatter(
             places,

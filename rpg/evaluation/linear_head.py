@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg.seeding import generator
+from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import Stacked, Teacher
 
@@ -72,7 +72,7 @@ def fit_linear_head(
 ) -> LinearHead:
     """Train a linear head on the tasks ``seen`` ``[T, C]``, with one cycle of the learning rate up to ``rate``."""
     model = LinearHead(base, task.build().state_dict())
-    rng = generator(training.seed, "linear head")
+    rng = make_rng(training.seed, "linear head")
     optimizer = torch.optim.AdamW([*model.body.values(), *model.head.values()], lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=training.steps + 1)
     for _ in range(training.steps):

@@ -16,7 +16,7 @@ from torch import Tensor
 from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
-from rpg.seeding import generator
+from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
@@ -35,7 +35,7 @@ def finetuned_baselines(
         InputError: the task has no images.
     """
     return {
-        f"{steps}{TRAINED_FROM}{name}": finetune(task, networks, steps, config, generator(seed, "control", name, steps))
+        f"{steps}{TRAINED_FROM}{name}": finetune(task, networks, steps, config, make_rng(seed, "control", name, steps))
         for name, networks in sets.items()
         for steps in config.steps
     }

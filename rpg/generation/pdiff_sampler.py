@@ -15,7 +15,7 @@ from rpg.generation.partition import Partition
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, Watch, inference
 from rpg.models.pdiff import ParameterDiffusion
-from rpg.seeding import derive_seed
+from rpg.seeding import make_rng
 from tokenization.layouts import Layout
 
 GROUP = 16
@@ -77,8 +77,8 @@ class LatentSampler:
 
     def latents(self, request: Request, tile: Tile, watch: Watch | None = None) -> Tensor:
         """Standardised latents of a tile, filled up with networks that nobody asked for, ``[GROUP, Z]``."""
-        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, 0))
-        noise = torch.randn(GROUP, self.network.config.latent_size, generator=stream, device=self.device)
+        rng = make_rng(request.seed, "tile", tile.network, 0, device=self.device)
+        noise = torch.randn(GROUP, self.network.config.latent_size, generator=rng, device=self.device)
         if self.network.config.variational:
             return noise
 
@@ -94,7 +94,7 @@ class LatentSampler:
             noise,
             sampler=request.sampler,
             num_steps=request.steps,
-            generator=stream,
+            generator=rng,
             eta=request.eta,
             callback=tell,
         )

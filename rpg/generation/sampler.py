@@ -20,7 +20,7 @@ from rpg.generation.config import GenerateConfig
 from rpg.generation.partition import Partition
 from rpg.generation.request import Request
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import make_rng
 from tokenization.layouts import Layout
 
 
@@ -120,10 +120,10 @@ class TokenSampler:
             return table
         if request.state == "stored":
             return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
-        streams = [generator(request.seed, "state", network) for network in networks]
+        rngs = [make_rng(request.seed, "state", network) for network in networks]
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
-        weights = torch.stack([torch.randn(len(table), generator=stream) for stream in streams]).to(table.device)
+        weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
     def _sample_tile(
@@ -135,8 +135,8 @@ class TokenSampler:
         num_tokens = length if group > 1 else min(size, length)
         # A short last tile repeats its last token, so that every tile has one shape.
         token_ids = torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
-        stream = torch.Generator(self.device).manual_seed(derive_seed(request.seed, "tile", tile.network, tile.token))
-        noise = torch.randn(group * num_tokens, width, generator=stream, device=self.device)
+        rng = make_rng(request.seed, "tile", tile.network, tile.token, device=self.device)
+        noise = torch.randn(group * num_tokens, width, generator=rng, device=self.device)
         mask = self._mask(token_ids, group)
         contexts = []
         for each in prototypes:
@@ -164,7 +164,7 @@ class TokenSampler:
             _masked(noise, mask),
             sampler=request.sampler,
             num_steps=request.steps,
-            generator=stream,
+            generator=rng,
             eta=request.eta,
             callback=tell,
         )

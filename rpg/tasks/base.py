@@ -68,7 +68,7 @@ class BehaviourTask(Task, Protocol):
         """The base network that all networks of the zoo started from. Raises InputError if there is none."""
 
     def behaviour_losses(
-        self, weights: Stacked, conditions: Tensor, num_images: int, stream: Generator, teacher: Teacher | None = None
+        self, weights: Stacked, conditions: Tensor, num_images: int, rng: Generator, teacher: Teacher | None = None
     ) -> Tensor:
         """Loss ``[T]`` of T stacked networks at their tasks ``[T, C]`` on random *training* images.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.generation.text_encoder import text_table
 from rpg.models.recurrent_diffusion import Batch
-from rpg.seeding import derive_seed, generator, permutation
+from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
 from tokenization.zoo.zoo import Zoo
@@ -115,13 +115,13 @@ class BatchSampler:
             return ()
         condition, rate = self.conditions[place], self.config.model.condition.withhold
         if rate > 0:
-            stream = generator(self.config.seed, "withhold", step, example)
-            condition = condition.masked_fill(torch.rand(len(condition), generator=stream) < rate, WITHHELD)
+            rng = make_rng(self.config.seed, "withhold", step, example)
+            condition = condition.masked_fill(torch.rand(len(condition), generator=rng) < rate, WITHHELD)
         return tuple(condition.tolist())
 
     def _dropped(self, step: int, example: int) -> bool:
         rate = self.config.model.condition.dropout
-        return rate > 0 and float(torch.rand((), generator=generator(self.config.seed, "drop", step, example))) < rate
+        return rate > 0 and float(torch.rand((), generator=make_rng(self.config.seed, "drop", step, example))) < rate
 
     def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows]]]:
         """Yield ``(step, parts)`` for each step; the next step is read while the caller computes."""
@@ -177,9 +177,9 @@ def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> 
     noise = torch.empty(num_examples, num_sampled, width, device=device)
     times = []
     for i, seed in enumerate(rows.seeds):
-        stream = torch.Generator(device).manual_seed(seed)
-        times.append(objective.sample_time(num_sampled, stream, device))
-        noise[i].normal_(generator=stream)
+        rng = torch.Generator(device).manual_seed(seed)
+        times.append(objective.sample_time(num_sampled, rng, device))
+        noise[i].normal_(generator=rng)
     for each in times[:num_last]:
         each.fill_(objective.last_time)
 

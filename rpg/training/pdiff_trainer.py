@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rpg.generation.pdiff_sampler import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
-from rpg.seeding import generator, permutation
+from rpg.seeding import make_rng, permutation
 from rpg.tasks.schedule import cosine_decay
 from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
@@ -156,13 +156,13 @@ class PDiffTrainer(Trainer):
     def _inputs(self, stage: int, step: int, examples: list[int]) -> tuple[Tensor, ...]:
         """The tensors of a step's loss, their random numbers decided by (seed, step)."""
         device, latent_size = self.accelerator.device, self.settings.latent_size
-        stream = generator(self.config.seed, "pdiff", step)
-        noise = torch.randn(len(examples), latent_size, generator=stream)
+        rng = make_rng(self.config.seed, "pdiff", step)
+        noise = torch.randn(len(examples), latent_size, generator=rng)
         if stage == 0:
             values = self.sampler.vectors[examples]
-            parameter_noise = torch.randn(values.shape, generator=stream)
+            parameter_noise = torch.randn(values.shape, generator=rng)
             return values.to(device), parameter_noise.to(device), noise.to(device)
-        time = self.network.objective.sample_time(len(examples), stream, device)
+        time = self.network.objective.sample_time(len(examples), rng, device)
         return self.latents()[examples], noise.to(device), time
 
     @torch.no_grad()

@@ -167,8 +167,8 @@ class Trainer:
         if self.network.state is None or not self.config.model.state.noise:
             return None
         device, width = self.distributed.device, self.network.state.embedding_dim
-        streams = [torch.Generator(device).manual_seed(seed) for seed in rows.group_seeds]
-        return torch.stack([torch.randn(width, generator=stream, device=device) for stream in streams])
+        rngs = [torch.Generator(device).manual_seed(seed) for seed in rows.group_seeds]
+        return torch.stack([torch.randn(width, generator=rng, device=device) for rng in rngs])
 
     def check_finite(self, step: int, loss: float, bad_tokens: torch.Tensor) -> None:
         """See to it that every process's loss is finite before any of them goes on.

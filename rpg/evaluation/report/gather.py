@@ -20,7 +20,7 @@ from rpg.evaluation.report.page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
-from rpg.seeding import generator as stream_of
+from rpg.seeding import make_rng
 from rpg.tasks.base import Classifier
 from tokenization.zoo.zoo import Zoo
 
@@ -99,7 +99,7 @@ def _components(
     kinds = {"original": zoo, "generated": generated, "average of all originals": mean[None]}
     gaussians = {"coordinate gaussian": coordinate_gaussian, "covariance gaussian": covariance_gaussian}
     for name, make in gaussians.items():
-        kinds[name] = weight_vectors(originals, make(originals, 50, stream_of(seed, name)))[1]
+        kinds[name] = weight_vectors(originals, make(originals, 50, make_rng(seed, name)))[1]
     explained = float(values[-2:].sum() / values.clamp(min=0).sum().clamp(min=1e-12))
     return {name: (kind - mean) @ axes for name, kind in kinds.items()}, explained
 

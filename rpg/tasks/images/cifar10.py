@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.seeding import derive_seed, generator, permutation
+from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.images import ImageSplits
 from rpg.tasks.images.subsets import SubsetTask
@@ -106,13 +106,13 @@ class Cifar10SubsetsTask(SubsetTask):
         """Classes of a split's images, int64 ``[B]``."""
         return self.data.labels[self.data.check(split)]
 
-    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+    def draw(self, num: int, rng: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
         """Draw training images, enlarged, and their classes; altered ones are flipped and cropped at random."""
         images, classes = self.data.images["train"], self.data.labels["train"]
-        rows = torch.randint(len(images), (num,), generator=stream)
+        rows = torch.randint(len(images), (num,), generator=rng)
         chosen = images[rows]
         if augmented:
-            chosen = _flip_and_crop(chosen, stream)
+            chosen = _flip_and_crop(chosen, rng)
         return self.enlarge(chosen), classes[rows].to(self.device)
 
     def train_base(self) -> dict[str, Tensor]:
@@ -121,24 +121,24 @@ class Cifar10SubsetsTask(SubsetTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
             network = self._timm(self.num_classes, self.config.pretrained).to(self.device).eval()
-        stream = generator(self.config.seed, "base images")
+        rng = make_rng(self.config.seed, "base images")
         head = network.get_classifier()  # type: ignore[operator]
         optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
         for _ in range(config.steps):
-            images, classes = self.draw(config.batch_size, stream, augmented=True)
+            images, classes = self.draw(config.batch_size, rng, augmented=True)
             optimizer.zero_grad()
             F.cross_entropy(network(images), classes).backward()
             optimizer.step()
         return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
 
-def _flip_and_crop(images: Tensor, stream: torch.Generator) -> Tensor:
+def _flip_and_crop(images: Tensor, rng: torch.Generator) -> Tensor:
     """Each image mirrored by chance and cut out of itself with a border of ``CROP_PADDING`` pixels."""
     num, _, height, width = images.shape
-    flip = torch.rand(num, generator=stream) < 0.5
+    flip = torch.rand(num, generator=rng) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     padded = F.pad(images, (CROP_PADDING,) * 4)
-    top, left = torch.randint(2 * CROP_PADDING + 1, (2, num), generator=stream)
+    top, left = torch.randint(2 * CROP_PADDING + 1, (2, num), generator=rng)
     rows = top[:, None] + torch.arange(height)  # [B, H]
     columns = left[:, None] + torch.arange(width)  # [B, W]
     return padded[torch.arange(num)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

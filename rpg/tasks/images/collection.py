@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rpg.section import Section
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of
@@ -160,7 +160,7 @@ def train_run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initialisation", run))
         network = build()
-    draws = generator(config.seed, "batches", run)
+    draws = make_rng(config.seed, "batches", run)
     images, labels = splits.images["train"], splits.labels["train"]
     background = float(images.min())
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.config import DigitsSubsetsConfig
 from rpg.tasks.images.digits import load_splits
@@ -48,14 +48,14 @@ class DigitsSubsetsTask(SubsetTask):
     def pool(self) -> Tensor:
         """Altered training images, ``[POOL_COPIES · n, 1, S, S]``, copy after copy."""
         images = self.images("train")
-        stream = generator(self.config.seed, "augmentation")
-        return torch.cat([augment(images, stream, fill=float(images.min())) for _ in range(POOL_COPIES)])
+        rng = make_rng(self.config.seed, "augmentation")
+        return torch.cat([augment(images, rng, fill=float(images.min())) for _ in range(POOL_COPIES)])
 
-    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+    def draw(self, num: int, rng: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
         """Draw training images ``[num, 1, S, S]``, altered or as they are, and their digits ``[num]``."""
         classes = self.classes("train")
         images = self.pool if augmented else self.images("train")
-        rows = torch.randint(len(images), (num,), generator=stream)
+        rows = torch.randint(len(images), (num,), generator=rng)
         return images[rows], classes[rows % len(classes)]
 
     def train_base(self) -> dict[str, Tensor]:
@@ -64,13 +64,13 @@ class DigitsSubsetsTask(SubsetTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
             network = self.network(self.num_classes)
-        stream = generator(self.config.seed, "base images")
+        rng = make_rng(self.config.seed, "base images")
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
         for _ in range(config.steps):
-            images, classes = self.draw(config.batch_size, stream, augmented=True)
+            images, classes = self.draw(config.batch_size, rng, augmented=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = F.cross_entropy(network(images), classes)
             optimizer.zero_grad()

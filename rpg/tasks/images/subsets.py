@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rpg.seeding import derive_seed, generator, permutation
+from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
 from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded
 from rpg.tasks.images.finetuning import binary_start, finetune_many
@@ -66,7 +66,7 @@ class SubsetTask:
         """The classes of a split's images, int64 ``[B]``."""
         raise NotImplementedError
 
-    def draw(self, num: int, stream: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
+    def draw(self, num: int, rng: torch.Generator, *, augmented: bool) -> tuple[Tensor, Tensor]:
         """Draw training images ``[num, …]`` and their classes ``[num]``."""
         raise NotImplementedError
 
@@ -176,10 +176,10 @@ class SubsetTask:
         """Fine-tune one network for each of the tasks ``[T, C]`` on that copy's images; on the CPU, by checkpoint."""
         start = {name: value.to(self.device) for name, value in self.starts(base, bits).items()}
         # the same images for every part; each further copy has others
-        stream = generator(self.config.seed, "fine-tuning", *([copy] if copy else []))
+        rng = make_rng(self.config.seed, "fine-tuning", *([copy] if copy else []))
         augmented = self.config.finetune.augment
         checkpoints = finetune_many(
-            self.side, start, bits.to(self.device), lambda num: self.draw(num, stream, augmented=augmented),
+            self.side, start, bits.to(self.device), lambda num: self.draw(num, rng, augmented=augmented),
             self.config.finetune,
         )  # fmt: skip
         return [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
@@ -221,7 +221,7 @@ class SubsetTask:
         weights: Stacked,
         conditions: Tensor,
         num_images: int,
-        stream: torch.Generator,
+        rng: torch.Generator,
         teacher: Teacher | None = None,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
@@ -229,7 +229,7 @@ class SubsetTask:
         The right answers are the images' labels or, with a teacher, its class probabilities summed over either side;
         classes whose bit is withheld count for neither. Differentiable in ``weights``.
         """
-        images, classes = self.draw(num_images, stream, augmented=True)
+        images, classes = self.draw(num_images, rng, augmented=True)
         images = images.to(conditions.device)
         if teacher is None:
             probabilities = F.one_hot(classes, self.num_classes).to(conditions)  # [B, C]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
@@ -122,7 +122,7 @@ class TimmFinetuneTask:
             self.config.batch_size,
             shuffle=train,
             num_workers=self.config.workers,
-            generator=generator(self.config.seed, "batches", *parts) if train else None,
+            generator=make_rng(self.config.seed, "batches", *parts) if train else None,
         )
         for images, labels in loader:
             yield images.to(self.device), labels.to(self.device)

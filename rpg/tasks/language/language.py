@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.language.adapter_bank import AdapterBank, fresh_adapter, peft_config, peft_on
 from rpg.tasks.language.adapter_scores import AdapterScores, completion_losses, score_adapters
@@ -196,11 +196,11 @@ class LanguageTask:
 
     def _draws(self, tasks: list[int], device: torch.device) -> Any:
         """Draws the next training rows of tasks: the same places in every task's file."""
-        stream = generator(self.config.seed, "fine-tuning")  # the same for every part
-        return lambda: self._draw(tasks, self.config.training.batch_size, stream, device)
+        rng = make_rng(self.config.seed, "fine-tuning")  # the same for every part
+        return lambda: self._draw(tasks, self.config.training.batch_size, rng, device)
 
-    def _draw(self, tasks: list[int], num: int, stream: torch.Generator, device: torch.device) -> Rows:
-        numbers = torch.randint(2**40, (num,), generator=stream)
+    def _draw(self, tasks: list[int], num: int, rng: torch.Generator, device: torch.device) -> Rows:
+        numbers = torch.randint(2**40, (num,), generator=rng)
         found = [self.rows(place)["train"] for place in tasks]
         return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
@@ -261,14 +261,14 @@ class LanguageTask:
         weights: Stacked,
         conditions: Tensor,
         num_images: int,
-        stream: torch.Generator,
+        rng: torch.Generator,
         teacher: Teacher | None = None,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T adapters at their tasks ``[T, C]`` on ``num_images`` random *training* rows each.
 
         Differentiable in ``weights``. ``teacher`` is always None, as this task has none.
         """
-        rows = self._draw(self.places(conditions), num_images, stream, conditions.device)
+        rows = self._draw(self.places(conditions), num_images, rng, conditions.device)
         self.base.to(conditions.device)
         return completion_losses(self.bank, weights, rows)
 

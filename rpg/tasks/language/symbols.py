@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.language.config import SymbolsConfig
@@ -63,7 +63,7 @@ def symbols(config: SymbolsConfig) -> str:
 
 def random_strings(num_symbols: int, num: int, length: int, seed: int) -> Tensor:
     """Random strings as numbers of symbols, ``[num, length]``."""
-    return torch.randint(num_symbols, (num, length), generator=generator(seed, "strings"))
+    return torch.randint(num_symbols, (num, length), generator=make_rng(seed, "strings"))
 
 
 def _row(string: list[int], bits: list[int], names: str) -> str:
@@ -117,12 +117,12 @@ def pretrain(config: SymbolsConfig, tokenizer: Any, seed: int) -> Any:
         model = build_base(config, tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
     first, equals = tokenizer.convert_tokens_to_ids(MARKER), tokenizer.convert_tokens_to_ids(EQUALS)
-    stream = generator(seed, "pretraining")
+    rng = make_rng(seed, "pretraining")
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * cosine_decay(step, config.steps)
         shape = (config.batch_size, config.length)
-        strings = first + torch.randint(config.symbols + 1, shape, generator=stream)  # the marker and all symbols
+        strings = first + torch.randint(config.symbols + 1, shape, generator=rng)  # the marker and all symbols
         middle, end = torch.full((len(strings), 1), equals), torch.full((len(strings), 1), tokenizer.eos_token_id)
         ids = torch.cat([strings, middle, strings, end], 1)  # [B, 2·length + 2]
         logits = model(ids[:, :-1], use_cache=False).logits[:, config.length :]

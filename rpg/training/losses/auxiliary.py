@@ -6,7 +6,7 @@ import torch
 
 from rpg.config import Config
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
-from rpg.seeding import generator
+from rpg.seeding import make_rng
 from rpg.tasks import Task, build_task, task_of
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
@@ -70,8 +70,8 @@ class AuxiliaryLosses:
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
-        stream = generator(self.config.seed, "behaviour", step, 0)  # the same images on every process
-        return self.behaviour(loss.samples, batch.conditions[rows], dropped, stream)
+        rng = make_rng(self.config.seed, "behaviour", step, 0)  # the same images on every process
+        return self.behaviour(loss.samples, batch.conditions[rows], dropped, rng)
 
     def _fresh_of(self, step: int) -> torch.Tensor | float:
         """The fresh-state loss, once it has set in."""
@@ -79,7 +79,7 @@ class AuxiliaryLosses:
         if self.fresh is None or settings is None or step < settings.start * self.config.train.steps:
             return 0.0
         with self.distributed.accelerator.autocast():
-            return self.fresh(generator(self.config.seed, "fresh", step))
+            return self.fresh(make_rng(self.config.seed, "fresh", step))
 
     def facts(self, seconds: float) -> dict[str, str]:
         """What the model card says of the losses, after ``seconds`` of training."""

@@ -43,20 +43,20 @@ class BehaviourLoss:
         self.seconds = 0.0
         self._backward_started = 0.0
 
-    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, stream: torch.Generator) -> Tensor:
+    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator) -> Tensor:
         """The weighted mean loss.
 
         Args:
             tokens: predicted x₀, ``[E, L, D]``.
             conditions: ``[E, C]``.
             dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
-            stream: draws the images, on the CPU.
+            rng: draws the images, on the CPU.
         """
         started = time.perf_counter()
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
-        losses = self.task.behaviour_losses(weights, conditions, self.config.images, stream, self.teacher)  # [E]
+        losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, self.teacher)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
         self.seconds += time.perf_counter() - started

@@ -54,14 +54,14 @@ class FreshLoss:
         self.networks = SideBySide(task.build())
         self.mask = layout.mask.float()
 
-    def __call__(self, stream: torch.Generator) -> Tensor:
-        """The weighted loss of one step; ``stream`` (on the CPU) draws states, noise and images."""
+    def __call__(self, rng: torch.Generator) -> Tensor:
+        """The weighted loss of one step; ``rng`` (on the CPU) draws states, noise and images."""
         count = self.config.networks
-        temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=stream)  # [E]
-        noise = torch.randn(count, *self.mask.shape, generator=stream)  # [E, L, D]
-        tokens = self.one_step(self.states(temperature, stream), noise).float()  # [E, L, D]
+        temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=rng)  # [E]
+        noise = torch.randn(count, *self.mask.shape, generator=rng)  # [E, L, D]
+        tokens = self.one_step(self.states(temperature, rng), noise).float()  # [E, L, D]
         weights = self.layout.decode_batch(tokens, constants=True)
-        rows = torch.randint(len(self.labels), (self.config.images,), generator=stream)
+        rows = torch.randint(len(self.labels), (self.config.images,), generator=rng)
         logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
         labels = self.labels[rows].to(tokens.device).repeat(count)
         behaviour = F.cross_entropy(logits.flatten(0, 1).float(), labels)
@@ -70,11 +70,11 @@ class FreshLoss:
         spread = F.relu(temperature.to(size.device) - size).square().mean()
         return self.config.weight * behaviour + self.config.spread * spread
 
-    def states(self, temperature: Tensor, stream: torch.Generator) -> Tensor:
+    def states(self, temperature: Tensor, rng: torch.Generator) -> Tensor:
         """Fresh states ``[E, S]``: the learned ones' Gaussian, each widened by its temperature ``[E]``."""
         assert self.network.state is not None
         table = self.network.state.weight.detach()  # [K, S]
-        weights = torch.randn(len(temperature), len(table), generator=stream).to(table.device)
+        weights = torch.randn(len(temperature), len(table), generator=rng).to(table.device)
         deviation = weights @ (table - table.mean(0)) / len(table) ** 0.5
         return table.mean(0) + temperature.to(table.device)[:, None] * deviation
 

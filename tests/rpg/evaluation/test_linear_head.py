@@ -28,12 +28,12 @@ class Corners:
     def build(self) -> nn.Module:
         return self.network(2)
 
-    def draw(self, num: int, stream: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        classes = torch.randint(CLASSES, (num,), generator=stream)
-        return self.corners[classes] + 0.3 * torch.randn(num, CLASSES, generator=stream), classes
+    def draw(self, num: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        classes = torch.randint(CLASSES, (num,), generator=rng)
+        return self.corners[classes] + 0.3 * torch.randn(num, CLASSES, generator=rng), classes
 
-    def behaviour_losses(self, weights, conditions, num_images, stream, teacher=None):
-        images, classes = self.draw(num_images, stream)
+    def behaviour_losses(self, weights, conditions, num_images, rng, teacher=None):
+        images, classes = self.draw(num_images, rng)
         logits = self.side(weights, images)
         targets = conditions[:, classes]
         if teacher is not None:

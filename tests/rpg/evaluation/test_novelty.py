@@ -41,9 +41,9 @@ def test_small_distances_between_large_vectors_are_exact():
 
 
 def test_distances_of_large_networks_are_those_of_small_ones(monkeypatch):
-    stream = torch.Generator().manual_seed(0)
-    zoo = 100 + torch.randn(7, 5000, generator=stream)
-    others = torch.cat([zoo[:2], zoo[:3] + 1e-3 * torch.randn(3, 5000, generator=stream)])
+    rng = torch.Generator().manual_seed(0)
+    zoo = 100 + torch.randn(7, 5000, generator=rng)
+    others = torch.cat([zoo[:2], zoo[:3] + 1e-3 * torch.randn(3, 5000, generator=rng)])
     expected = distances(others, zoo)
     monkeypatch.setattr(novelty, "LARGE", 1000)
     monkeypatch.setattr(novelty, "CHUNK", 700)

@@ -71,10 +71,10 @@ def test_matching_never_makes_the_fit_worse(groups):
 
 @pytest.mark.parametrize("noise", [0.01, 0.5, 3.0])
 def test_assignment_is_the_best_one_with_and_without_a_search(noise):
-    stream = np.random.default_rng(0)
-    units = stream.normal(size=(60, 8))
-    order = stream.permutation(60)
-    shuffled = units[order] + noise * stream.normal(size=units.shape)
+    rng = np.random.default_rng(0)
+    units = rng.normal(size=(60, 8))
+    order = rng.permutation(60)
+    shuffled = units[order] + noise * rng.normal(size=units.shape)
     gain = units @ shuffled.T - 0.5 * np.square(shuffled).sum(1)
     found, rows = assignment(gain), np.arange(60)
     assert sorted(found) == list(rows)
@@ -128,8 +128,8 @@ def zoo(tmp_path_factory):
 
 def test_copies_are_memorised_permuted_ones_too_and_fresh_runs_are_new(zoo, groups):
     originals, runs, fresh = zoo
-    stream = torch.Generator().manual_seed(0)
-    permuted = [permute(network, groups["cnn"], random_orders(groups["cnn"], stream)) for network in originals]
+    rng = torch.Generator().manual_seed(0)
+    permuted = [permute(network, groups["cnn"], random_orders(groups["cnn"], rng)) for network in originals]
     sets = {"copies": originals, "permuted": permuted, "fresh": fresh}
     predictions = {name: TASK.predict(networks) for name, networks in sets.items()}
     measure = Distances(originals, runs, groups["cnn"])

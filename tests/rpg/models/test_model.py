@@ -26,16 +26,16 @@ def build(**changes) -> RecurrentDiffusion:
 
 
 def batch(num: int = 5, conditions: bool = True) -> Batch:
-    stream = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     mask = torch.ones(L, D)
     mask[1, 5:] = 0
-    samples = torch.randn(num, L, D, generator=stream) * mask
+    samples = torch.randn(num, L, D, generator=rng) * mask
     return Batch(
         samples=samples,
         mask=mask,
         token_ids=torch.arange(L),
-        time=torch.rand(num, L, generator=stream),
-        noise=torch.randn(num, L, D, generator=stream),
+        time=torch.rand(num, L, generator=rng),
+        noise=torch.randn(num, L, D, generator=rng),
         group=torch.tensor([0, 1, 0, 2, 1])[:num],
         states=torch.tensor([1, 3, 1]),
         conditions=torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0]]) if conditions else None,

@@ -56,11 +56,11 @@ def test_a_constant_learning_rate_stays_and_bf16_rounds():
     start, bits = repeat(network.state_dict(), 2), torch.tensor([[1, 0], [0, 1]])
     made = {}
     for precision in ("fp32", "bf16"):
-        stream = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
         config = FinetuneConfig(stages=(Stage(steps=3, learning_rate=1e-3),), batch_size=8, precision=precision)
         made[precision] = finetune_many(
             SideBySide(network), start, bits,
-            lambda num, stream=stream: (torch.randn(num, 1, 8, 8, generator=stream), torch.arange(num) % 2), config,
+            lambda num, rng=rng: (torch.randn(num, 1, 8, 8, generator=rng), torch.arange(num) % 2), config,
         )[0]["head.weight"]  # fmt: skip
     assert made["bf16"].dtype == torch.float32 and not torch.equal(made["bf16"], made["fp32"])
     torch.testing.assert_close(made["bf16"], made["fp32"], rtol=0, atol=2e-3)
@@ -77,9 +77,9 @@ def test_finetuning_together_equals_finetuning_alone(loss):
     base = network_of(outputs=3).state_dict()
 
     def draw_from(seed):
-        stream = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         return lambda num: (
-            torch.randn(num, 1, 8, 8, generator=stream), torch.randint(3, (num,), generator=stream)
+            torch.randn(num, 1, 8, 8, generator=rng), torch.randint(3, (num,), generator=rng)
         )  # fmt: skip
 
     network = network_of()

@@ -36,8 +36,8 @@ def test_states_are_wider_by_their_temperature_and_have_the_tables_covariance():
     network = RecurrentDiffusion(small_config_model(), torch.tensor([[0, 0], [0, 1]]), 4, num_states=6)
     loss = FreshLoss.__new__(FreshLoss)
     loss.network = network
-    stream = torch.Generator().manual_seed(0)
-    drawn = loss.states(torch.full((40_000,), 3.0), stream)
+    rng = torch.Generator().manual_seed(0)
+    drawn = loss.states(torch.full((40_000,), 3.0), rng)
     table = network.state.weight.detach()
     assert torch.allclose(drawn.mean(0), table.mean(0), atol=0.06)
     expected = 9 * torch.cov(table.T, correction=0)
@@ -56,11 +56,11 @@ def test_the_loss_is_cross_entropy_plus_spread(setting):
     task = build_task(config.task)
     loss = FreshLoss(generator.network, task, generator.layout, FreshConfig(networks=3, images=20, temperature=1))
     value = loss(torch.Generator().manual_seed(2))
-    stream = torch.Generator().manual_seed(2)
-    torch.rand(3, generator=stream)
-    noise = torch.randn(3, *loss.mask.shape, generator=stream)
-    tokens = loss.one_step(loss.states(torch.ones(3), stream), noise)
-    rows = torch.randint(len(loss.labels), (20,), generator=stream)
+    rng = torch.Generator().manual_seed(2)
+    torch.rand(3, generator=rng)
+    noise = torch.randn(3, *loss.mask.shape, generator=rng)
+    tokens = loss.one_step(loss.states(torch.ones(3), rng), noise)
+    rows = torch.randint(len(loss.labels), (20,), generator=rng)
     network, losses, sizes = task.build().eval(), [], []
     for each in tokens:
         network.load_state_dict(generator.layout.decode(each))

@@ -46,17 +46,17 @@ def made(kind, name, **changes):
 def random_adapters(base, config, num):
     """Adapters whose B is not zero any more."""
     states = [fresh_adapter(base, config, seed) for seed in range(num)]
-    stream = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for state in states:
         for value in state.values():
-            value += 0.1 * torch.randn(value.shape, generator=stream)
+            value += 0.1 * torch.randn(value.shape, generator=rng)
     return states
 
 
 def random_rows(num, rows=4, length=7):
-    stream = torch.Generator().manual_seed(1)
-    ids = torch.randint(VOCABULARY, (num, rows, length), generator=stream)
-    targets = torch.randint(2, VOCABULARY, (num, rows, length), generator=stream)
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (num, rows, length), generator=rng)
+    targets = torch.randint(2, VOCABULARY, (num, rows, length), generator=rng)
     targets[..., :3] = IGNORED
     targets[..., -1] = 1
     return Rows(ids, targets, 1)
