@@ -50,6 +50,7 @@ class Objective:
     """The interface of every objective."""
 
     samplers: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
+    plain_sampler: ClassVar[str]  # the one of first order that draws nothing
     prediction: str
 
     def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
@@ -138,6 +139,7 @@ class Flow(Objective):
     """Flow matching (arXiv 2210.02747) along x_t = (1 - t) x₀ + t e; the time runs from 0 (tokens) to 1 (noise)."""
 
     samplers: ClassVar = {"euler": samplers.euler, "heun": samplers.heun}
+    plain_sampler = "euler"
 
     def __init__(self, config: FlowConfig) -> None:
         self.config = config
@@ -190,6 +192,7 @@ class DDPM(Objective):
     """Denoising diffusion (arXiv 2006.11239): x_t = √ᾱ x₀ + √(1 - ᾱ) e; the time is an integer from 0 to T - 1."""
 
     samplers: ClassVar = {"ddpm": samplers.ddpm, "ddim": samplers.ddim, "dpm-solver++": samplers.dpm_solver}
+    plain_sampler = "ddim"
 
     def __init__(self, config: DDPMConfig) -> None:
         self.config = config

@@ -18,7 +18,7 @@ from rpg.evaluation.novelty import leading_directions
 from rpg.evaluation.results import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
-from rpg.seeding import derive_seed, generator
+from rpg.seeding import derive_seed, make_rng
 from tokenization.errors import InputError
 
 SPANNED = ("average_of_k", "interpolation", "covariance_gaussian", "low_rank_gaussian")
@@ -90,7 +90,7 @@ def recipes(zoo: ZooSpan, name: str, num: int, seed: int, *, sigma: float = 0.0,
         known = ", ".join(NAMES)
         raise InputError(f"evaluate.baselines names {name!r}, which networks this large rule out; choose from {known}.")
     kind = name.removesuffix(AT_DISTANCE)
-    rng = generator(seed, "recipes", kind)
+    rng = make_rng(seed, "recipes", kind)
     seeds = [derive_seed(seed, "recipe", kind, repr(sigma), number) for number in range(num)]
     count = len(zoo.checkpoints)
     if kind == "noise":

@@ -1,8 +1,8 @@
 """The control of generators that saw images: baselines that are trained on the same images for as long.
 
-A loss on what networks answer (``train.fresh``, ``train.behaviour``) gives the generator data that no trivial baseline
-has. Beside it belongs what anybody can do with that data: take a baseline and train it for the steps that the generator
-spent, shared out over the networks that were asked for. T networks, B images.
+A loss on what networks answer (``train.new_states``, ``train.behaviour``) gives the generator data that no trivial
+baseline has. Beside it belongs what anybody can do with that data: take a baseline and train it for the steps that the
+generator spent, shared out over the networks that were asked for. T networks, B images.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rpg.evaluation import baselines
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.results import TwoSample, TwoSampleScores
 from rpg.evaluation.vectors import StateDict
-from rpg.seeding import generator
+from rpg.seeding import make_rng
 from rpg.tasks.base import LogitTask
 
 
@@ -118,7 +118,7 @@ def trivial_samples(
     orders: dict[object, list[int]] = {}
     for number, condition in enumerate(wanted):
         rows = [i for i, each in enumerate(conditions) if each == condition] or list(range(len(originals)))
-        rng = generator(seed, "two sample", number)
+        rng = make_rng(seed, "two sample", number)
         if not orders.get(condition):  # every original once, then all of them again
             orders[condition] = [rows[i] for i in torch.randperm(len(rows), generator=rng).tolist()]
         members = [originals[i] for i in rows]

@@ -10,25 +10,25 @@ from rpg.section import Section
 
 
 class BehaviourConfig(Section):
-    """The behaviour loss; weight 0 keeps its share of the batch at the last time and asks no behaviour of it."""
+    """The behaviour loss; weight 0 keeps its fraction of the batch at the last time and asks no behaviour of it."""
 
     weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
     images: int = Field(128, ge=1, description="training images a step")
     target: Literal["labels", "base"] = Field(
         "labels", description="right answers: the images' labels, or the base network's class probabilities"
     )
-    share: float = Field(0.5, gt=0, le=1, description="share of the batch whose tokens are all at the last time")
+    fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 
 
-class FreshConfig(Section):
-    """The fresh-state loss."""
+class NewStatesConfig(Section):
+    """The loss of networks of new permutation states, which no checkpoint has."""
 
     weight: float = Field(1.0, gt=0, description="of the cross-entropy")
     spread: float = Field(1.0, ge=0, description="of the penalty on networks nearer one another than their temperature")
     temperature: float = Field(4.0, ge=1, description="widest states, in the spread of the learned ones; from 1 on")
     networks: int = Field(8, ge=2, description="networks a step")
     images: int = Field(128, ge=1, description="training images a step")
-    start: float = Field(0.5, ge=0, lt=1, description="share of the steps before it sets in")
+    start: float = Field(0.5, ge=0, lt=1, description="fraction of the steps before it sets in")
 
 
 class TrainConfig(Section):
@@ -53,5 +53,7 @@ class TrainConfig(Section):
     save_every: int = Field(500, ge=1, description="steps between resumable checkpoints")
     keep: int = Field(2, ge=1, description="how many resumable checkpoints stay on disk")
     behaviour: BehaviourConfig | None = Field(None, description="score predicted networks by what they answer")
-    fresh: FreshConfig | None = Field(None, description="make networks of states that no checkpoint has work")
+    new_states: NewStatesConfig | None = Field(
+        None, description="score networks of permutation states that no checkpoint has"
+    )
     log_every: int = Field(10, ge=1, description="steps between logged losses")

@@ -20,6 +20,17 @@ def test_the_generator_of_earlier_versions_is_a_kind_of_model(before, after):
     assert Config.parse(before, "test") == Config.parse({"model": {"kind": kind, **after}}, "test")
 
 
+def test_losses_of_earlier_versions_have_new_names():
+    before = {"steps": 5, "fresh": {"networks": 3}, "behaviour": {"share": 0.25}}
+    after = {"steps": 5, "new_states": {"networks": 3}, "behaviour": {"fraction": 0.25}}
+    assert migrate({"train": before}) == migrate({"train": after}) == {"train": after}
+    config = Config.parse({"train": before}, "test")
+    assert config.train.new_states.networks == 3 and config.train.behaviour.fraction == 0.25
+    assert Config.defaults(["train.behaviour.share=0.75"]).train.behaviour.fraction == 0.75
+    with pytest.raises(InputError, match=r"train\.fresh is an unknown key"):
+        Config.parse({"train": {"fresh": {}, "new_states": {}}}, "test")
+
+
 def test_a_model_without_a_kind_is_recurrent():
     config = Config.parse({"model": {"position": "1d"}}, "test")
     assert config.model.kind == "recurrent" and config.model == Config.parse(config.plain(), "test").model

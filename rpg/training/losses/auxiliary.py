@@ -10,14 +10,14 @@ from rpg.seeding import make_rng
 from rpg.tasks import Task, build_task, task_of
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
-from rpg.training.losses.fresh import FreshLoss
+from rpg.training.losses.new_states import NewStatesLoss
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
 
 class AuxiliaryLosses:
-    """The sum of the losses that ``train.behaviour`` and ``train.fresh`` ask for; 0 without either.
+    """The sum of the losses that ``train.behaviour`` and ``train.new_states`` ask for; 0 without either.
 
     Args:
         config: the experiment.
@@ -36,7 +36,7 @@ class AuxiliaryLosses:
         self.config = config
         self.distributed = distributed
         self.behaviour = self._build_behaviour(zoo, layout)
-        self.fresh = self._build_fresh(zoo, layout, network)
+        self.new_states = self._build_new_states(zoo, layout, network)
 
     def _build_behaviour(self, zoo: Zoo, layout: Layout) -> BehaviourLoss | None:
         settings = self.config.train.behaviour
@@ -50,19 +50,19 @@ class AuxiliaryLosses:
             raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
         return BehaviourLoss(self._task(zoo), layout, settings, zoo)
 
-    def _build_fresh(self, zoo: Zoo, layout: Layout, network: RecurrentDiffusion) -> FreshLoss | None:
-        if self.config.train.fresh is None:
+    def _build_new_states(self, zoo: Zoo, layout: Layout, network: RecurrentDiffusion) -> NewStatesLoss | None:
+        if self.config.train.new_states is None:
             return None
         if self.distributed.world_size > 1 or self.distributed.spread != "none":
-            raise InputError("train.fresh", f"{self.distributed.world_size} processes, or DeepSpeed", "one, without")
-        return FreshLoss(network, self._task(zoo), layout, self.config.train.fresh)
+            raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
+        return NewStatesLoss(network, self._task(zoo), layout, self.config.train.new_states)
 
     def _task(self, zoo: Zoo) -> Task:
         return build_task(self.config.task) if self.config.task is not None else task_of(zoo)
 
     def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         """The losses of a step of this process, given its batch and what the denoiser made of it."""
-        return self._behaviour_of(step, batch, loss) + self._fresh_of(step)
+        return self._behaviour_of(step, batch, loss) + self._new_states_of(step)
 
     def _behaviour_of(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         if self.behaviour is None:
@@ -73,16 +73,16 @@ class AuxiliaryLosses:
         rng = make_rng(self.config.seed, "behaviour", step, 0)  # the same images on every process
         return self.behaviour(loss.samples, batch.conditions[rows], dropped, rng)
 
-    def _fresh_of(self, step: int) -> torch.Tensor | float:
-        """The fresh-state loss, once it has set in."""
-        settings = self.config.train.fresh
-        if self.fresh is None or settings is None or step < settings.start * self.config.train.steps:
+    def _new_states_of(self, step: int) -> torch.Tensor | float:
+        """The loss of new states, once it has set in."""
+        settings = self.config.train.new_states
+        if self.new_states is None or settings is None or step < settings.start * self.config.train.steps:
             return 0.0
         with self.distributed.accelerator.autocast():
-            return self.fresh(make_rng(self.config.seed, "fresh", step))
+            return self.new_states(make_rng(self.config.seed, "fresh", step))  # as earlier versions drew
 
     def facts(self, seconds: float) -> dict[str, str]:
         """What the model card says of the losses, after ``seconds`` of training."""
         if self.behaviour is None:
             return {}
-        return {"behaviour loss, share of training seconds": self.behaviour.share_of(seconds)}
+        return {"behaviour loss, share of training seconds": self.behaviour.fraction_of(seconds)}

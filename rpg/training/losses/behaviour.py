@@ -70,11 +70,11 @@ class BehaviourLoss:
     def _end_backward(self, gradient: Tensor) -> None:
         self.seconds += time.perf_counter() - self._backward_started
 
-    def share_of(self, seconds: float) -> str:
-        """What it cost, forward and backward, as a share of a run's seconds."""
+    def fraction_of(self, seconds: float) -> str:
+        """What it cost, forward and backward, as a fraction of a run's seconds."""
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
 def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:
     """How many of a batch's first examples are put at the last time."""
-    return 0 if config is None else max(1, round(config.share * num_examples))
+    return 0 if config is None else max(1, round(config.fraction * num_examples))

@@ -152,7 +152,7 @@ def test_a_condition_is_the_users_mistake(tmp_path):
     "changes",
     [
         {"steps": 5}, {"batch_size": 2}, {"learning_rate": 1e-4}, {"betas": (0.9, 0.999)}, {"weight_decay": 0.0},
-        {"warmup_steps": 1}, {"tokens": 3}, {"optimizer": "adamw8bit"}, {"fresh": {}}, {"behaviour": {}},
+        {"warmup_steps": 1}, {"tokens": 3}, {"optimizer": "adamw8bit"}, {"new_states": {}}, {"behaviour": {}},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

@@ -66,7 +66,7 @@ def test_the_loss_of_the_zoos_own_weights_is_their_cross_entropy(task, zoo):
     assert value.item() == pytest.approx(expected, rel=1e-4)  # weight 2 times the mean of two
     value.backward()
     assert tokens.grad.abs().sum() > 0
-    assert loss.seconds > 0 and loss.share_of(10 * loss.seconds) == "10%"
+    assert loss.seconds > 0 and loss.fraction_of(10 * loss.seconds) == "10%"
     alone = loss(tokens, conditions, torch.tensor([False, True]), torch.Generator().manual_seed(7))
     assert alone.item() != pytest.approx(value.item())  # a dropped condition is not scored
 
@@ -78,7 +78,7 @@ def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
         batch = to_batch(rows, objective, torch.device("cpu"), 2)
         assert (batch.time[:2] == last).all() and (batch.time[2:] < last).all()
     assert num_at_last_time(None, 8) == 0
-    assert num_at_last_time(BehaviourConfig(share=0.5), 8) == 4
+    assert num_at_last_time(BehaviourConfig(fraction=0.5), 8) == 4
 
 
 def test_training_with_it_reports_its_cost(zoo, tmp_path):
@@ -118,7 +118,7 @@ def test_every_process_draws_the_same_images(zoo, tmp_path):
     def draw(rank: int) -> int:
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
         losses.config, losses.distributed = config_of(zoo, tmp_path), SimpleNamespace(rank=rank)
-        losses.behaviour, losses.fresh = lambda *arguments: arguments[-1].initial_seed(), None
+        losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
         batch = SimpleNamespace(group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1))
         return losses(3, batch, SimpleNamespace(samples=torch.zeros(1)))
 

@@ -1,4 +1,4 @@
-"""Fresh-state loss: networks of permutation states that no checkpoint has shall work, and lie apart.
+"""The loss of networks of new permutation states, which no checkpoint has: they must work, and differ from each other.
 
 A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights vary,
 neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than they spread;
@@ -19,13 +19,13 @@ from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.side_by_side import SideBySide
-from rpg.training.config import FreshConfig
+from rpg.training.config import NewStatesConfig
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
 
-class FreshLoss:
-    """Scores networks of fresh states.
+class NewStatesLoss:
+    """Scores networks of new states.
 
     Args:
         network: the generator's networks.
@@ -37,18 +37,22 @@ class FreshLoss:
         InputError: there is no table of states to draw around, or the task has no images.
     """
 
-    def __init__(self, network: RecurrentDiffusion, task: Task, layout: Layout, config: FreshConfig) -> None:
+    def __init__(self, network: RecurrentDiffusion, task: Task, layout: Layout, config: NewStatesConfig) -> None:
         if network.num_states < 2:
-            raise InputError("train.fresh", f"{network.num_states} permutation state", "two or more", "see model.state")
+            raise InputError("train.new_states needs two or more permutation states; set model.state.of.")
         if network.condition is not None:
-            raise InputError("train.fresh", "a condition", "model.condition.kind none", "use train.behaviour")
+            raise InputError("train.new_states takes no condition; set model.condition.kind: none.")
         if isinstance(network.denoiser, UNet1d):
-            cure = "its batch normalisation would count networks that are not in the zoo"
-            raise InputError("train.fresh", "model.denoiser unet1d", "mlp", cure)
+            raise InputError(
+                "train.new_states does not go with model.denoiser unet1d, whose batch normalisation would count "
+                "networks that are not in the zoo; use mlp."
+            )
         if not isinstance(task, ImageClassifier):
-            raise InputError("train.fresh", f"task {type(task).__name__}", "a task with images")
+            raise InputError(f"train.new_states needs a task with images; {type(task).__name__} has none.")
         if layout.options.normalization != "residual":
-            raise InputError("train.fresh", f"tokens.normalization {layout.options.normalization}", "residual")
+            raise InputError(
+                f"train.new_states needs tokens.normalization: residual; it is {layout.options.normalization}."
+            )
         self.network, self.layout, self.config = network, layout, config
         self.images, self.labels = task.images("train"), task.labels("train")
         self.networks = SideBySide(task.build())
@@ -71,7 +75,7 @@ class FreshLoss:
         return self.config.weight * behaviour + self.config.spread * spread
 
     def states(self, temperature: Tensor, rng: torch.Generator) -> Tensor:
-        """Fresh states ``[E, S]``: the learned ones' Gaussian, each widened by its temperature ``[E]``."""
+        """New states ``[E, S]``: the learned ones' Gaussian, each widened by its temperature ``[E]``."""
         assert self.network.state is not None
         table = self.network.state.weight.detach()  # [K, S]
         weights = torch.randn(len(temperature), len(table), generator=rng).to(table.device)
@@ -80,11 +84,11 @@ class FreshLoss:
 
     def one_step(self, states: Tensor, noise: Tensor) -> Tensor:
         """The tokens ``[E, L, D]`` that one sampling step makes of noise ``[E, L, D]``."""
-        objective, mask = self.network.objective, self.mask.to(states.device)
-        prototypes = self.network.prototypes(states).flatten(0, 1)  # [E·L, H]
-        rows = (noise.to(states.device) * mask).flatten(0, 1)  # [E·L, D]
-        last = objective.last_time
-        time = torch.full((len(rows),), last, device=states.device)
-        context = self.network.denoiser.precompute(prototypes)
-        prediction = self.network.predict(rows, objective.network_time(time), context, mask.repeat(len(states), 1))
-        return objective.to_sample(rows, prediction, time).view_as(noise)
+        mask = self.mask.to(states.device).repeat(len(states), 1)  # [E·L, D]
+        context = self.network.denoiser.precompute(self.network.prototypes(states).flatten(0, 1))
+
+        def predict(rows: Tensor, time: Tensor) -> Tensor:
+            return self.network.predict(rows, time.expand(len(rows)), context, mask)
+
+        objective, rows = self.network.objective, noise.to(states.device).flatten(0, 1) * mask
+        return objective.sample(predict, rows, sampler=objective.plain_sampler, num_steps=1).view_as(noise)

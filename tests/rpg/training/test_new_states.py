@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.seeding import make_rng
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
-from rpg.training.losses.fresh import FreshConfig, FreshLoss
+from rpg.training.losses.new_states import NewStatesConfig, NewStatesLoss
 from tests.conftest import small_config
 from tokenization.errors import InputError
 
@@ -25,7 +26,7 @@ def setting(tmp_path_factory):
     }
 
     def config(name: str = "run", **sections):
-        train = {"steps": 6, "fresh": {"networks": 2, "images": 16, "start": 0.5}, **sections.pop("train", {})}
+        train = {"steps": 6, "new_states": {"networks": 2, "images": 16, "start": 0.5}, **sections.pop("train", {})}
         base = {"task": task.model_dump(), "tokens": {"size": 128}, "model": model, "run": str(folder / name)}
         return small_config(folder, train=train, **{**base, **sections})
 
@@ -34,7 +35,7 @@ def setting(tmp_path_factory):
 
 def test_states_are_wider_by_their_temperature_and_have_the_tables_covariance():
     network = RecurrentDiffusion(small_config_model(), torch.tensor([[0, 0], [0, 1]]), 4, num_states=6)
-    loss = FreshLoss.__new__(FreshLoss)
+    loss = NewStatesLoss.__new__(NewStatesLoss)
     loss.network = network
     rng = torch.Generator().manual_seed(0)
     drawn = loss.states(torch.full((40_000,), 3.0), rng)
@@ -54,7 +55,9 @@ def test_the_loss_is_cross_entropy_plus_spread(setting):
     config = setting("loss")
     generator = Generator.from_pretrained(train(config))
     task = build_task(config.task)
-    loss = FreshLoss(generator.network, task, generator.layout, FreshConfig(networks=3, images=20, temperature=1))
+    loss = NewStatesLoss(
+        generator.network, task, generator.layout, NewStatesConfig(networks=3, images=20, temperature=1)
+    )
     value = loss(torch.Generator().manual_seed(2))
     rng = torch.Generator().manual_seed(2)
     torch.rand(3, generator=rng)
@@ -72,16 +75,20 @@ def test_the_loss_is_cross_entropy_plus_spread(setting):
 
 
 def test_one_step_is_what_generation_does_in_one_step(setting):
-    generator = Generator.from_pretrained(train(setting("step", generate={"steps": 1, "state": "stored"})))
-    loss = FreshLoss(generator.network, build_task(generator.config.task), generator.layout, FreshConfig())
-    state = generator.network.state.weight[:1]
-    tokens = [loss.one_step(state, torch.randn(1, *loss.mask.shape)) for _ in range(2)]
-    assert tokens[0].shape == (1, *loss.mask.shape)
-    assert (tokens[0][:, ~generator.layout.mask] == 0).all()
+    generator = Generator.from_pretrained(train(setting("step", generate={"steps": 1, "tile_tokens": 512})))
+    loss = NewStatesLoss(generator.network, build_task(generator.config.task), generator.layout, NewStatesConfig())
+    sampler, request = generator.sampler(), generator.request(1)
+    ((tile, rows),) = sampler.sample(request)
+    num_tokens, width = loss.mask.shape
+    group = max(1, sampler.tile_tokens // num_tokens)
+    noise = torch.randn(group, num_tokens, width, generator=make_rng(0, "tile", tile.network, tile.token))[:1]
+    tokens = loss.one_step(sampler._state_vectors(request, [0]), noise)
+    torch.testing.assert_close(tokens, rows)
+    assert (tokens[:, ~generator.layout.mask] == 0).all()
 
 
 def test_it_changes_training_from_its_start_on_and_resumes_exactly(setting):
-    with_it, without = train(setting("with")), train(setting("without", train={"fresh": None}))
+    with_it, without = train(setting("with")), train(setting("without", train={"new_states": None}))
     weights = [load_file(folder / "model.safetensors") for folder in (with_it, without)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     config = setting("parts")
@@ -94,7 +101,7 @@ def test_it_changes_training_from_its_start_on_and_resumes_exactly(setting):
     ("sections", "message"),
     [
         ({"model": {"state": {"of": "none"}}}, "two or more"),
-        ({"tokens": {"size": 128, "normalization": "layer"}}, "expected residual"),
+        ({"tokens": {"size": 128, "normalization": "layer"}}, "normalization: residual"),
         ({"model": {"state": {"of": "checkpoint"}, "denoiser": {"kind": "unet1d"}}}, "batch normalisation"),
     ],
 )
