@@ -57,7 +57,7 @@ def cook(zoo: ZooSpan, recipe: Recipe) -> StateDict:
         if name not in zoo.scales:
             stored[name] = first.tensor(name)
             continue
-        rng = generator(recipe.seed, "noise", name)
+        rng = make_rng(recipe.seed, "noise", name)
         values = torch.empty(zoo.means[name].shape, dtype=first.info(name).dtype)
         for block, checkpoints in zoo.blocks(name):
             mean = zoo.means[name][block]

@@ -195,7 +195,7 @@ class Generator:
 
     def one_by_one(self, num: int, *, seed: int = 0, state: str | None = None) -> Iterator[StateDict]:
         """The networks of ``generate``, each given away before the next is made: no more than a tile's are held."""
-        request = self._request(num, seed, None, None, None, None, None, state)
+        request = self.request(num, seed, RequestOptions(state=state))
         return decoded_networks(self.layout, self.sampler().sample(request))
 
     def asked(self, num: int, seed: int = 0) -> list[int]:

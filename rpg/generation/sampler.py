@@ -179,7 +179,7 @@ class TokenSampler:
 def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
     """Which of the stored permutation states each network of a seed is made of: network i's draw is its own."""
     rngs = [make_rng(seed, "state", network) for network in networks]
-    return [int(torch.randint(num_states, (), generator=stream)) for stream in streams]
+    return [int(torch.randint(num_states, (), generator=rng)) for rng in rngs]
 
 
 @contextlib.contextmanager
