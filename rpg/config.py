@@ -74,7 +74,7 @@ class Config(Section):
 
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise InputError(str(path), "a file that extends itself", "", "remove one of the extends lines")
+        raise InputError(f"{path} extends itself; remove one of the extends lines")
     tree = read_mapping(path, "a YAML configuration (see configs/ for examples)")
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
@@ -102,11 +102,13 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise InputError("--set", repr(override), "section.field=value", "for example --set train.steps=100")
+        raise InputError(
+            f"--set {override!r} is no change; write section.field=value, for example --set train.steps=100"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise InputError(f"--set {key}", repr(text), "a YAML value") from None
+        raise InputError(f"--set {key} has {text!r}, which is no YAML value; correct it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)

@@ -57,7 +57,7 @@ def make_zoo(path: Path, num_checkpoints: int, name: str) -> Zoo:
         zoo = Zoo.open(path)
         if len(zoo) == num_checkpoints:
             return zoo
-        raise InputError(str(path), f"a zoo of {len(zoo)}", f"one of {num_checkpoints}", "choose another folder")
+        raise InputError(f"{path} is a zoo of {len(zoo)}, not of {num_checkpoints} checkpoints; choose another folder")
     zoo = Zoo.create(path)
     generator = torch.Generator().manual_seed(0)
     start = {

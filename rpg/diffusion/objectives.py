@@ -117,10 +117,9 @@ class Objective:
             InputError: no such sampler, or a number of steps it cannot take.
         """
         if sampler not in self.samplers:
-            expected = "one of " + ", ".join(self.samplers)
-            raise InputError("sampler", sampler, expected, "the samplers depend on the objective")
+            raise InputError(f"this objective has no sampler {sampler}; choose one of {', '.join(self.samplers)}")
         if num_steps < 1:
-            raise InputError("num_steps", str(num_steps), "at least 1")
+            raise InputError(f"num_steps is {num_steps}; give at least 1")
         run = self.samplers[sampler]
         optional = {} if callback is None else {"callback": callback}
         # Autocast may leave predictions in a lower precision; the samplers' arithmetic keeps that of the noise.
@@ -252,7 +251,7 @@ class DDPM(Objective):
         """
         total = self.config.num_steps
         if num_steps > total:
-            raise InputError("num_steps", str(num_steps), f"at most the objective's num_steps, {total}")
+            raise InputError(f"num_steps is {num_steps}; give at most the objective's num_steps, {total}")
         remaining = torch.arange(num_steps, 0, -1, device=device)  # [num_steps]
         return (remaining * total + num_steps // 2) // num_steps - 1  # [num_steps]
 

@@ -67,7 +67,9 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
     """
     groups = symmetries(task)
     if not groups:
-        raise InputError(str(zoo.path), "a network without known symmetries", "interchangeable hidden units")
+        raise InputError(
+            f"nothing is known of the symmetries of the networks in {zoo.path}; align a zoo of a known network"
+        )
     originals: Sequence[StateDict] = [zoo.state_dict(index) for index in range(len(zoo))]
     measure = Distances(originals, [entry.run for entry in zoo.entries], groups)
     orders = run_orders(measure)

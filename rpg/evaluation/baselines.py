@@ -36,7 +36,7 @@ def add_noise(
         relative: ``sigma`` is in units of each layer's own standard deviation.
     """
     if sigma < 0:
-        raise InputError("sigma", str(sigma), "at least 0")
+        raise InputError(f"sigma is {sigma}; give at least 0")
     space = VectorSpace(state_dicts)
     vectors = space.flatten(state_dicts)
     scale = sigma * space.layer_scale(vectors) if relative else torch.full((space.size,), sigma)
@@ -54,7 +54,7 @@ def average_random(
         InputError: the zoo has fewer than ``k`` networks.
     """
     if not 1 <= k <= len(state_dicts):
-        raise InputError("k", str(k), f"1 to {len(state_dicts)}, the number of networks")
+        raise InputError(f"k is {k}; give 1 to {len(state_dicts)}, the number of networks")
     space = VectorSpace(state_dicts)
     vectors = space.flatten(state_dicts)
     chosen = [torch.randperm(len(vectors), generator=generator)[:k] for _ in range(num)]
@@ -81,7 +81,7 @@ def interpolate(state_dicts: Sequence[StateDict], num: int, generator: torch.Gen
         InputError: the zoo has fewer than two networks.
     """
     if len(state_dicts) < 2:
-        raise InputError("networks", str(len(state_dicts)), "at least 2 to interpolate between")
+        raise InputError(f"interpolation needs at least 2 networks, not {len(state_dicts)}; add some to the zoo")
     space = VectorSpace(state_dicts)
     vectors = space.flatten(state_dicts)
     pairs = [torch.randperm(len(vectors), generator=generator)[:2].tolist() for _ in range(num)]
@@ -122,9 +122,9 @@ def covariance_gaussian(
         shrinkage: s, from 0 (the zoo's covariance) to 1 (``coordinate_gaussian``).
     """
     if not 0 <= shrinkage <= 1:
-        raise InputError("shrinkage", str(shrinkage), "0 to 1")
+        raise InputError(f"shrinkage is {shrinkage}; give 0 to 1")
     if rank is not None and rank < 1:
-        raise InputError("rank", str(rank), "at least 1")
+        raise InputError(f"rank is {rank}; give at least 1")
     space = VectorSpace(state_dicts)
     vectors = space.flatten(state_dicts)
     mean = _mean(vectors)

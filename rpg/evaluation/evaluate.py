@@ -56,7 +56,7 @@ def evaluate(
     """
     for name, given in (("originals", originals), ("generated networks", networks)):
         if not given:
-            raise InputError(name, "none", "at least one")
+            raise InputError(f"there are no {name}; give at least one")
     config = config or EvaluateConfig()
     labels = task.labels(config.split)
     original_predictions = task.predict(originals, config.split)

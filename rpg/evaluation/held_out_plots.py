@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rpg.evaluation.plots import GENERATED, ORIGINAL
 from rpg.tasks.side_by_side import Stacked
-from tokenization.files import publish
+from tokenization.files import atomic_file
 
 METHODS = {
     "original": (ORIGINAL, "o"),
@@ -104,5 +104,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path | str) -> None:
-    with publish(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rpg.evaluation.results import EvaluationResult, NetworkScores
-from tokenization.files import publish
+from tokenization.files import atomic_file
 
 # Okabe and Ito's palette, told apart with any colour vision; markers differ too, for print without colour.
 ORIGINAL, GENERATED, AVERAGE = "#0072B2", "#D55E00", "#000000"
@@ -58,5 +58,5 @@ def plot_accuracy_similarity(result: EvaluationResult, path: Path | str) -> None
     relative = any(noise.relative for noise in result.noise)
     title = "σ in units of each layer's standard deviation" if relative else None
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=title, title_fontsize=8)
-    with publish(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")

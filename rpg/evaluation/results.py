@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rpg.evaluation.metrics import Summary
 from rpg.section import Section
-from tokenization.files import publish_text
+from tokenization.files import write_text
 
 AT_DISTANCE = "_at_distance"
 """Ends the names of baselines that lie as far from the zoo as the generated networks."""
@@ -157,4 +157,4 @@ class EvaluationResult(Section):
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically. Raises InputError if the file cannot be written."""
-        publish_text(path, self.model_dump_json(indent=1) + "\n")
+        write_text(path, self.model_dump_json(indent=1) + "\n")

@@ -59,7 +59,10 @@ def finetune(
         InputError: the task has no images.
     """
     if not isinstance(task, ImageClassifier):
-        raise InputError("evaluate.control", f"task {type(task).__name__}", "a task with images")
+        raise InputError(
+            f"evaluate.control trains on images, which {type(task).__name__} lacks; leave it out, or choose a task "
+            "with images"
+        )
     network = task.build()
     side, images, labels = SideBySide(network), task.images("train"), task.labels("train")
     trained = dict(network.named_parameters())

@@ -68,7 +68,7 @@ class VectorSpace:
 
     def __init__(self, state_dicts: Sequence[StateDict]) -> None:
         if not state_dicts:
-            raise InputError("networks", "none", "at least one")
+            raise InputError("there are no networks to make vectors of; give at least one")
         self.first = state_dicts[0]
         self.ties = find_ties(self.first)
         varying = {

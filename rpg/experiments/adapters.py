@@ -26,7 +26,9 @@ def score_folders(config: Config, folders: Sequence[Path], split: str = "test") 
     """
     task = build_task(config.task) if config.task is not None else None
     if not isinstance(task, AdapterScorer):
-        raise InputError("task.name", "none" if config.task is None else config.task.name, "language")
+        raise InputError(
+            f"task.name is {config.task.name if config.task else 'none'}, which scores no adapters; set language"
+        )
     return {str(folder): task.score(Checkpoint.open(folder).state_dict(), split) for folder in folders}
 
 

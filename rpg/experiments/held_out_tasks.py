@@ -44,7 +44,7 @@ from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
-from tokenization.files import publish_text
+from tokenization.files import write_text
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
@@ -197,7 +197,7 @@ def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetwo
     """
     last = {zoo.entries[index].run: index for index in zoo.subset(split)}
     if not last:
-        raise InputError(str(zoo.path), f"no task of split {split!r}", "at least one", "change task.held_out")
+        raise InputError(f"{zoo.path} has no task of split {split!r}; change task.held_out")
     bits = torch.tensor([zoo.entries[index].condition for index in last.values()]).long()
     read = zoo.checkpoint if layout is None else functools.partial(layout.checkpoint, zoo)
     return TaskNetworks(bits, stack([read(index).state_dict() for index in last.values()]))
@@ -214,13 +214,15 @@ def task_family(config: Config) -> Any:
     task = build_task(config.task) if config.task is not None else None
     if not isinstance(task, TaskFamily):
         found = "none" if config.task is None else config.task.name
-        cure = "see configs/digits_unseen.yaml and configs/lora/tiny.yaml"
-        raise InputError("task.name", found, "a family of binary tasks", cure)
+        raise InputError(
+            f"task.name is {found}, which is no family of binary tasks; see configs/digits_unseen.yaml and "
+            "configs/lora/tiny.yaml"
+        )
     if task.condition.kind != "binary":
         raise InputError(
-            "task.conditions", f"conditions of kind {task.condition.kind}", "binary ones",
-            "the comparison's regressions are on bits; train and generate work with any",
-        )  # fmt: skip
+            f"task.conditions are of kind {task.condition.kind}, but the comparison's regressions take bits; "
+            "give binary ones, or only train and generate, which work with any"
+        )
     return task
 
 
@@ -258,7 +260,7 @@ def _headline(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(run: Path, report: dict[str, Any]) -> None:
-    publish_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def print_held_out(report: dict[str, Any], console: Console) -> None:

@@ -37,10 +37,8 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
     """
     if config.task is None:
         raise InputError(
-            "task",
-            "none",
-            "a task that trains checkpoints",
-            "make a zoo of your own checkpoints with `rpg collect --from FOLDER --zoo ZOO`",
+            "the configuration has no task that trains checkpoints; name one, or make a zoo of your own checkpoints "
+            "with `rpg collect --from FOLDER --zoo ZOO`"
         )
     return build_task(config.task).collect(Path(config.zoo), progress=progress)
 
@@ -136,12 +134,13 @@ def scoring_task(config: Config, zoo: Zoo) -> Classifier:
     """
     if config.task is None and zoo.task is None:
         raise InputError(
-            str(zoo.path), "no task", "one that scores checkpoints", "score the generated files with code of your own"
+            f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or score the "
+            "files with code of your own"
         )
     task = build_task(config.task) if config.task is not None else task_of(zoo)
     if not isinstance(task, Classifier):
         command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
-        raise InputError("task.name", type(task).__name__, "a single task", f"score a family of tasks with `{command}`")
+        raise InputError(f"{type(task).__name__} is a family of tasks, not a single one; score it with `{command}`")
     return task
 
 

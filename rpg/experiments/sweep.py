@@ -23,7 +23,7 @@ from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of
 from rpg.section import Section, read_mapping, validated
 from rpg.training.loop import train
 from tokenization.errors import InputError
-from tokenization.files import publish_text
+from tokenization.files import write_text
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,9 @@ class SweepMatrix(Section):
                 name = self.name.format(**chosen)
                 common = [each.format(name=name, **chosen) for each in self.set]
             except (LookupError, ValueError) as error:
-                raise InputError(f"{where}: matrix", f"{error} in braces", f"one of {', '.join(self.axes)}") from None
+                raise InputError(
+                    f"{where} has a matrix with {error} in braces; write one of {', '.join(self.axes)}"
+                ) from None
             own = [change for axis, choice in chosen.items() for change in self.axes[axis][choice]]
             found.append({"name": name, "set": [*common, *own]})
         return [validated(SweepEntry, each, where) for each in found]
@@ -102,18 +104,18 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
     sweep = validated(SweepConfig, read_mapping(path, "a sweep file (see configs/sweeps for examples)"), str(path))
     entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
     if not entries:
-        raise InputError(f"{path}: entries", "none", "at least one, or a matrix")
+        raise InputError(f"{path} has no entries; write at least one, or a matrix")
     names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{path}: entries", f"two named {name!r}", "different names")
+            raise InputError(f"{path} has two entries named {name!r}; give them different names")
     return sweep, [_experiment(path, sweep, entry) for entry in entries]
 
 
 def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment:
     base = entry.config or sweep.config
     if base is None:
-        raise InputError(f"{path}: entries: {entry.name}", "no configuration", "config in the entry or in the sweep")
+        raise InputError(f"{path}: entry {entry.name!r} has no configuration; set config in the entry or in the sweep")
     overrides = (f"run={Path(sweep.run) / entry.name}", *sweep.set, *entry.set)
     return Experiment(entry.name, entry.set, Config.load(path.parent / base, list(overrides)))
 
@@ -140,7 +142,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     for name in only:
         if name not in {experiment.name for experiment in experiments}:
             known = ", ".join(experiment.name for experiment in experiments)
-            raise InputError(f"{path}: entries", f"none named {name!r}", f"one of {known}")
+            raise InputError(f"{path} has no entry named {name!r}; choose one of {known}")
     experiments = [each for each in experiments if not only or each.name in only or each.finished()]
     waiting = [experiment for experiment in experiments if not experiment.finished()]
     threads = max(1, _num_threads() // jobs)
@@ -150,8 +152,8 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
     folder = Path(sweep.run)
     folder.mkdir(parents=True, exist_ok=True)
-    publish_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
-    publish_text(folder / "table.md", markdown_table(rows))
+    write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
+    write_text(folder / "table.md", markdown_table(rows))
     for name, failure in failures.items():
         say(f"{name}: {failure}")
     return folder / "table.md"

@@ -61,8 +61,10 @@ class DistributedContext:
         elif parse_flag_from_env("ACCELERATE_USE_FSDP") and torch.distributed.is_initialized():
             self.spread = "fsdp"
         if self.spread != "none" and settings.optimizer != "adamw":
-            found = f"{settings.optimizer} under DeepSpeed or FSDP"
-            raise InputError("train.optimizer", found, "adamw", "its moments are spread over the processes there")
+            raise InputError(
+                "train.optimizer must be adamw under DeepSpeed or FSDP, which spread its moments over the "
+                f"processes, not {settings.optimizer}"
+            )
 
     def __str__(self) -> str:
         ways = {
@@ -144,13 +146,14 @@ class DistributedContext:
         settings, content = self.settings, self.accelerator.state.deepspeed_plugin.deepspeed_config
         stage = content["zero_optimization"].get("stage", 0)
         if stage not in (1, 2, 3):
-            raise InputError("DeepSpeed's zero_optimization.stage", str(stage), "1, 2 or 3", "launch without DeepSpeed")
+            raise InputError(
+                f"zero_optimization.stage of DeepSpeed's configuration is {stage}; set 1, 2 or 3, or launch without "
+                "DeepSpeed"
+            )
         if any(content.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
             raise InputError(
-                "DeepSpeed's configuration",
-                "half-precision weights (bf16 or fp16 enabled)",
-                "neither: weights stay in fp32",
-                "set train.precision to bf16 for fast arithmetic",
+                "DeepSpeed's configuration enables bf16 or fp16, but the weights stay in fp32; disable them there, "
+                "and set train.precision to bf16 for fast arithmetic"
             )
         parts = self.world_size * settings.gradient_accumulation
         content.pop("train_batch_size", None)
@@ -191,7 +194,9 @@ def _deepspeed_on_cpu() -> list[Any]:
     try:
         from deepspeed.ops import __compatible_ops__
     except ImportError:
-        raise InputError("the launcher", "no deepspeed", "it installed", "pip install rpg[deepspeed]") from None
+        raise InputError(
+            "the launcher asks for DeepSpeed, which is not installed; run `pip install rpg[deepspeed]`"
+        ) from None
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return [InitProcessGroupKwargs(backend="gloo")]

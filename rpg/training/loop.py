@@ -99,5 +99,7 @@ def _disk_errors(run: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         where, found = getattr(error, "filename", None) or run, getattr(error, "strerror", None) or str(error)
-        cure = "the last save is kept; put that right and continue with --resume"
-        raise InputError(str(where), found, "a disk to read from and write to", cure) from error
+        raise InputError(
+            f"{where} could not be read or written ({found}); the last save is kept, so put that right and continue "
+            "with --resume"
+        ) from error

@@ -29,7 +29,9 @@ def build_optimizer(settings: TrainConfig, parameters: Iterable[torch.nn.Paramet
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **choices)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("train.optimizer: adamw8bit", "no bitsandbytes", "it installed", "pip install rpg[adamw8bit]")
+        raise InputError(
+            "train.optimizer adamw8bit needs bitsandbytes, which is not installed; run pip install rpg[adamw8bit]"
+        )
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, **choices)

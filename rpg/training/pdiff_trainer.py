@@ -114,11 +114,15 @@ class PDiffTrainer(Trainer):
     def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
         """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
         if world_size > 1 or self.distributed.spread != "none":
-            found = f"{world_size} processes, or DeepSpeed"
-            raise InputError("model.kind: pdiff", found, "one, without", "p-diff's networks are small")
+            raise InputError(
+                f"p-diff trains in one process without DeepSpeed or FSDP, not in {world_size} or with them; launch "
+                "it so"
+            )
         if self.config.train.compile or self.config.train.gradient_accumulation > 1:
-            found = "train.compile or train.gradient_accumulation"
-            raise InputError("model.kind: pdiff", found, "neither", "p-diff's networks are small")
+            raise InputError(
+                "train.compile and train.gradient_accumulation have no use with model.kind pdiff, whose networks are "
+                "small; leave them out"
+            )
         stages = self.settings.autoencoder, self.settings.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
@@ -145,9 +149,7 @@ class PDiffTrainer(Trainer):
         value = loss.item()
         if not math.isfinite(value):
             name = ("autoencoder", "latent")[stage]
-            raise InputError(
-                f"step {step + 1}", f"a loss of {value}", "a finite one", f"lower model.{name}.learning_rate"
-            )
+            raise InputError(f"the loss of step {step + 1} is {value}; lower model.{name}.learning_rate")
         self.backward_and_step(step, loss)
         if stage:
             self.update_average()

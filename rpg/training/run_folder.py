@@ -40,9 +40,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         saved = self.path / "config.yaml"
         if saved.exists() and not resume and not overwrite:
-            raise InputError(
-                str(self.path), "a run already", "", "continue it with --resume or start anew with --overwrite"
-            )
+            raise InputError(f"{self.path} has a run already; continue it with --resume or start anew with --overwrite")
         if saved.exists() and resume:
             # parsed, so that fields which are newer than the run have their defaults
             before = Config.parse(yaml.safe_load(saved.read_text()), str(saved)).plain()
@@ -51,10 +49,8 @@ class RunFolder:
             changed = _first_difference(before, config.plain(), FREE_TO_CHANGE - fixed)
             if changed:
                 raise InputError(
-                    f"{saved}: {changed[0]}",
-                    f"{changed[1]!r} where this run asks {changed[2]!r}",
-                    "the run's own configuration",
-                    "resume with it, or start anew with --overwrite",
+                    f"{saved} has {changed[0]} {changed[1]!r}, but this run asks {changed[2]!r}; resume with the "
+                    "run's own configuration, or start anew with --overwrite"
                 )
 
     def start(self, config: Config, *, resume: bool) -> None:
@@ -85,8 +81,10 @@ class RunFolder:
                 record_files(folder, step, seconds)
         except InputError as error:
             before = next((path.name for _, path in self.steps()), "no save")
-            cure = f"free some space and continue with --resume, from {before}"
-            raise InputError(str(target), str(error.__cause__ or error), "room for a checkpoint", cure) from error
+            raise InputError(
+                f"{target} could not be written ({error.__cause__ or error}); free some space and continue with "
+                f"--resume, from {before}"
+            ) from error
         for _, old in self.steps()[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         return target

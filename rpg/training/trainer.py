@@ -114,13 +114,15 @@ class Trainer:
 
     def _check(self, zoo: Zoo) -> None:
         if not training_entries(zoo, self.config):
-            raise InputError(str(zoo.path), "no checkpoint to train on", "at least one", "fill it with `rpg collect`")
+            raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
         wanted = self.config.model.condition.kind
         if wanted == "none":
             return
         found = zoo.condition.kind if zoo.condition else "none"
         if found != wanted:
-            raise InputError(f"{zoo.path}: condition", found, wanted, "set model.condition.kind to what the zoo holds")
+            raise InputError(
+                f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
+            )
 
     def train_step(self, step: int, parts: list[Rows]) -> float:
         """One optimizer step over the step's rows; returns the loss of this process."""
@@ -154,10 +156,8 @@ class Trainer:
             skipped = self.distributed.spread == "zero" and self.optimizer.step_was_skipped
             if skipped or (norm is not None and not math.isfinite(float(norm))):
                 raise InputError(
-                    f"step {step + 1}",
-                    "a gradient that is not finite",
-                    "finite gradients",
-                    "lower train.learning_rate or set train.precision to fp32",
+                    f"a gradient of step {step + 1} is not finite; lower train.learning_rate or set train.precision "
+                    "to fp32"
                 )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -183,8 +183,10 @@ class Trainer:
         where = f"step {step + 1}"
         if code > 1:
             where += f", layer {self.layout.layers[int(self.layout.positions[code - 2, 0])].name!r}"
-        cure = "the weights of the last save are kept; lower train.learning_rate or check the zoo with `rpg inspect`"
-        raise InputError(where, "a loss that is not finite", "a finite loss", cure)
+        raise InputError(
+            f"{where} has a loss that is not finite; the weights of the last save are kept, so lower "
+            "train.learning_rate or check the zoo with `rpg inspect`"
+        )
 
     def log(self, done: int, loss: float) -> float:
         """Append the loss, averaged over processes, to ``metrics.jsonl`` and to TensorBoard; returns it."""
@@ -249,5 +251,6 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
     parts = world_size * accumulation
     if batch_size % parts:
-        expected = f"a multiple of processes x gradient_accumulation = {parts}"
-        raise InputError("train.batch_size", str(batch_size), expected)
+        raise InputError(
+            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
+        )

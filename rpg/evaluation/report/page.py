@@ -22,7 +22,7 @@ from rpg.evaluation.results import (
     NoiseScores,
     NoveltyReport,
 )
-from tokenization.files import publish_text
+from tokenization.files import write_text
 
 TEMPLATE = "page.html.j2"
 GENERATED, ORIGINAL, AVERAGE = 0, 1, 2
@@ -83,7 +83,7 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         "components_chart": _components(data),
         "losses_chart": _losses(data),
     }
-    publish_text(path, environment.get_template(TEMPLATE).render(shown))
+    write_text(path, environment.get_template(TEMPLATE).render(shown))
 
 
 def _name(key: str) -> str:

@@ -44,10 +44,10 @@ class AuxiliaryLosses:
             return None
         if self.config.train.tokens is not None and self.config.train.tokens < layout.num_tokens:
             raise InputError(
-                "train.tokens", str(self.config.train.tokens), "null with train.behaviour: a whole network"
+                f"train.tokens is {self.config.train.tokens}, but train.behaviour needs a whole network; set it to null"
             )
         if self.config.model.condition.kind == "none":
-            raise InputError("train.behaviour", "no condition", "model.condition.kind that names the task")
+            raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
         return BehaviourLoss(self._task(zoo), layout, settings, zoo)
 
     def _build_new_states(self, zoo: Zoo, layout: Layout, network: RecurrentDiffusion) -> NewStatesLoss | None:

@@ -36,7 +36,8 @@ class BehaviourLoss:
     def __init__(self, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo) -> None:
         if not isinstance(task, BehaviourTask):
             raise InputError(
-                "train.behaviour", f"task {type(task).__name__}", "a task of conditions, e.g. digits_subsets"
+                f"train.behaviour needs a task of conditions, not {type(task).__name__}; choose one, e.g. "
+                "digits_subsets"
             )
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target == "base" else None

@@ -254,9 +254,9 @@ def test_callback_sees_every_step_and_predictions_may_be_bf16(config, sampler):
 
 def test_users_mistakes_are_named():
     objective, noise = build_objective(DDPMConfig()), torch.randn(2, 3)
-    with pytest.raises(InputError, match=r"sampler: heun; expected one of ddpm, ddim"):
+    with pytest.raises(InputError, match=r"no sampler heun; choose one of ddpm, ddim"):
         objective.sample(gaussian_predict(objective), noise, sampler="heun", num_steps=4)
     with pytest.raises(InputError, match="at most the objective's num_steps, 1000"):
         objective.sample(gaussian_predict(objective), noise, sampler="ddim", num_steps=1001)
-    with pytest.raises(InputError, match="num_steps: 0"):
+    with pytest.raises(InputError, match="num_steps is 0"):
         objective.sample(gaussian_predict(objective), noise, sampler="ddim", num_steps=0)

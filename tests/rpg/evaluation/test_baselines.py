@@ -173,13 +173,13 @@ def test_a_single_network_can_only_be_copied_or_noised():
 
 def test_impossible_requests_are_refused():
     zoo = plain_zoo(3, 4)
-    with pytest.raises(InputError, match="k: 4; expected 1 to 3"):
+    with pytest.raises(InputError, match="k is 4; give 1 to 3"):
         baselines.average_random(zoo, 1, draws(), k=4)
-    with pytest.raises(InputError, match="sigma: -1"):
+    with pytest.raises(InputError, match="sigma is -1"):
         baselines.add_noise(zoo, 1, -1, draws())
-    with pytest.raises(InputError, match="shrinkage: 2"):
+    with pytest.raises(InputError, match="shrinkage is 2"):
         baselines.covariance_gaussian(zoo, 1, draws(), shrinkage=2)
-    with pytest.raises(InputError, match="networks: none"):
+    with pytest.raises(InputError, match="no networks"):
         VectorSpace([])
 
 

@@ -136,9 +136,9 @@ def test_a_lone_original_and_a_lone_broken_network_can_be_scored(digits):
 
 
 def test_nothing_to_score_is_refused(digits):
-    with pytest.raises(InputError, match="generated networks: none"):
+    with pytest.raises(InputError, match="no generated networks"):
         evaluate(digits, [digits.build().state_dict()], [])
-    with pytest.raises(InputError, match="originals: none"):
+    with pytest.raises(InputError, match="no originals"):
         evaluate(digits, [], [digits.build().state_dict()])
 
 

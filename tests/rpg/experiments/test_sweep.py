@@ -60,13 +60,13 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two named 'a'"),
+        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries named 'a'"),
         ({"entries": []}, "entries"),
         ({"entries": [{"name": "a", "set": ["tokens.sice=3"]}]}, "did you mean 'size'"),
         ({"config": None}, "no configuration"),
         ({"matrix": {"name": "{size}", "axes": {"width": {"s": []}}}}, "matrix.*'size'"),
         ({"matrix": {"name": "a b {width}", "axes": {"width": {"s": []}}}}, "'a b s'"),
-        ({"matrix": {"name": "all", "axes": {"width": {"s": [], "l": []}}}}, "two named 'all'"),
+        ({"matrix": {"name": "all", "axes": {"width": {"s": [], "l": []}}}}, "two entries named 'all'"),
         ({"jobs": 3}, "jobs"),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_matrix_is_every_combination_of_its_axes(sweep, tmp_path):
     assert [each.name for each in experiments] == ["s-short", "l-short"]
     assert [each.config.tokens.size for each in experiments] == [8, 32]
     assert [(each.config.train.steps, each.config.zoo) for each in experiments] == [(3, "s-short"), (3, "l-short")]
-    with pytest.raises(InputError, match="none named 'm-short'.*s-short, l-short"):
+    with pytest.raises(InputError, match="no entry named 'm-short'.*s-short, l-short"):
         run_sweep(sweep, only=["m-short"])
 
 

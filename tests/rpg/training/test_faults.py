@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, zoo, part):
         trainer.train_step(step, parts)
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     parts[part].samples[:, -1] = float("nan")
-    with pytest.raises(InputError, match=r"step 3, layer '3\.bias': a loss that is not finite"):
+    with pytest.raises(InputError, match=r"step 3, layer '3\.bias' has a loss that is not finite"):
         trainer.train_step(step, parts)
     assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
 
@@ -181,6 +181,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, zoo):
     trainer.network.denoiser.input.bias.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     _, parts = next(trainer.sampler.prefetch(0, 1))
-    with pytest.raises(InputError, match="step 1: a gradient that is not finite"):
+    with pytest.raises(InputError, match="a gradient of step 1 is not finite"):
         trainer.train_step(0, parts)
     assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
