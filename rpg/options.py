@@ -84,7 +84,7 @@ PromptModel = Annotated[
     ),
 ]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
-State = Annotated[str | None, option("stored or gaussian: which permutation states to draw.")]
+State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
 Device = Annotated[str | None, option("cpu (default), cuda, …; of a launched process its own.")]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
 Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]

@@ -16,9 +16,13 @@ class GenerateConfig(Section):
     steps: int = Field(4, ge=1, description="sampling steps")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM's share of fresh noise")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
-    state: Literal["stored", "gaussian"] = Field(
-        "stored", description="permutation state: a training run's own, or a fresh one from a Gaussian fit of them all"
+    state: Literal["stored", "gaussian", "prior"] = Field(
+        "stored",
+        description="permutation state: a training run's own, a fresh one from a Gaussian fit of them all, or from the "
+        "diffusion over codes (model.state.prior)",
     )
-    temperature: float = Field(1.0, gt=0, description="spread of gaussian states, in that of the learned ones")
+    temperature: float = Field(
+        1.0, ge=0, description="spread of gaussian states or of kernel ridge's draws, in that of the zoo; 0: the mean"
+    )
     tile_tokens: int = Field(512, ge=1, description="tokens computed together; part of what decides the bytes")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks")

@@ -24,6 +24,7 @@ from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
+from rpg.generation.posterior_sampler import PosteriorSampler
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_texts
 from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
@@ -40,9 +41,11 @@ OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
 """What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
 
 StateDict = dict[str, Tensor]
-SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], TokenSampler | LatentSampler]] = {
+Sampler = TokenSampler | LatentSampler | PosteriorSampler
+SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], Sampler]] = {
     "recurrent": TokenSampler,
     "pdiff": LatentSampler,
+    "kernel_ridge": PosteriorSampler,
 }
 """What samples from each kind of model."""
 
@@ -232,8 +235,8 @@ class Generator:
     def request(self, num: int = 1, seed: int = 0, options: RequestOptions | None = None) -> Request:
         """What ``num`` networks ask of the sampler, every default filled in. Raises InputError if it is impossible."""
         options = options or RequestOptions()
-        settings, samplers = options.over(self.config.generate), self.network.objective.samplers
-        sampler = settings.sampler or next(iter(samplers))
+        settings, samplers = options.over(self.config.generate), self.network.samplers
+        sampler = settings.sampler or samplers[0]
         if sampler not in samplers:
             raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
         return Request(
@@ -249,7 +252,7 @@ class Generator:
             temperature=settings.temperature,
         )
 
-    def sampler(self) -> TokenSampler | LatentSampler:
+    def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""
         return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
 

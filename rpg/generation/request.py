@@ -52,8 +52,8 @@ class Request:
         for name in ("num", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
-        if self.state not in ("stored", "gaussian"):
-            raise InputError(f"There is no permutation state {self.state!r}; choose stored or gaussian.")
+        if self.state not in ("stored", "gaussian", "prior"):
+            raise InputError(f"There is no permutation state {self.state!r}; choose stored, gaussian or prior.")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
 

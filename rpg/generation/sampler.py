@@ -21,6 +21,7 @@ from rpg.generation.partition import Partition
 from rpg.generation.request import Request
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
+from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
 
@@ -34,6 +35,15 @@ class Tile:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Of a tile's networks: prototypes ``[G or 1, L, H]``, with the condition and, under guidance, without; and what is
+    known of their tokens in closed form, ``[G or 1, L, D]``, if anything is."""
+
+    prototypes: list[Tensor]
+    known: Tensor | None
+
+
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
@@ -41,19 +51,16 @@ The rows are a function because p-diff has to decode them: most of a thousand st
 """
 
 
-class TokenSampler:
-    """Denoises tokens tile by tile.
+class TiledSampler:
+    """How generation is cut into tiles, for every model that makes tokens from positions.
 
     Args:
-        network: the networks, in evaluation mode.
         layout: of the checkpoints.
-        settings: how many tokens are computed together, and in which precision.
+        tile_tokens: tokens computed together.
     """
 
-    def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
-        self.tile_tokens, self.bf16 = settings.tile_tokens, settings.precision == "bf16"
-        self.network, self.layout = low_precision_copy(network) if self.bf16 else network, layout
-        self.device = network.position_embedding.device
+    def __init__(self, layout: Layout, tile_tokens: int) -> None:
+        self.layout, self.tile_tokens = layout, tile_tokens
 
     def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
         """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile.
@@ -61,7 +68,7 @@ class TokenSampler:
         Of several processes each takes whole networks; those that are left over are split tile by tile (`shared`).
         """
         partition = partition or Partition()
-        length, size, group = self.layout.num_tokens, self.tile_tokens, self._group_size()
+        length, size, group = self.layout.num_tokens, self.tile_tokens, self.group_size()
         shared = self.shared(num, partition)
         for network in range(0, num, group):
             for number, token in enumerate(range(0, length, size if group == 1 else length)):
@@ -74,17 +81,50 @@ class TokenSampler:
             return range(0)
         return range(num // partition.size * partition.size, num)
 
+    def group_size(self) -> int:
+        """G: networks of a tile."""
+        return max(1, self.tile_tokens // self.layout.num_tokens)
+
+    def group(self, request: Request, first: int) -> list[int]:
+        """The networks of the tile that begins with network ``first``.
+
+        There are always as many as a full tile has, the last one repeated: the arithmetic must not depend on ``num``.
+        """
+        return [min(first + i, request.num - 1) for i in range(self.group_size())]
+
+    def token_ids(self, tile: Tile) -> Tensor:
+        """The tokens of a tile, ``[n]`` long; a short last tile repeats its last token, so that all have one shape."""
+        length = self.layout.num_tokens
+        num_tokens = length if self.group_size() > 1 else min(self.tile_tokens, length)
+        return torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
+
+
+class TokenSampler(TiledSampler):
+    """Denoises tokens tile by tile.
+
+    Args:
+        network: the networks, in evaluation mode.
+        layout: of the checkpoints.
+        settings: how many tokens are computed together, and in which precision.
+    """
+
+    def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
+        super().__init__(layout, settings.tile_tokens)
+        self.bf16 = settings.precision == "bf16"
+        self.network = low_precision_copy(network) if self.bf16 else network
+        self.device = network.position_embedding.device
+
     def sample(
         self, request: Request, watch: Watch | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``partition`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
-        prototypes: list[Tensor] = []
+        inputs: _Inputs | None = None
         current = -1
         for tile in self.tiles(request.num, partition):
             with inference(self.device, self.bf16):
-                if tile.network != current:
-                    prototypes, current = self._prototypes(request, tile.network), tile.network
-                rows = self._sample_tile(request, tile, prototypes, watch)
+                if inputs is None or tile.network != current:
+                    inputs, current = self._inputs(request, tile.network), tile.network
+                rows = self._sample_tile(request, tile, inputs, watch)
             yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
     def asked(self, num: int, seed: int) -> list[int]:
@@ -93,26 +133,23 @@ class TokenSampler:
             return []
         return stored_states(seed, range(num), self.network.num_states)
 
-    def _group_size(self) -> int:
-        return max(1, self.tile_tokens // self.layout.num_tokens)
-
-    def _prototypes(self, request: Request, first: int) -> list[Tensor]:
-        """Prototypes ``[G or 1, L, H]`` of the tile's networks: with the condition and, under guidance, without.
-
-        G is always the full tile, short ones repeat their last network: the arithmetic must not depend on ``num``.
-        """
-        group = [min(first + i, request.num - 1) for i in range(self._group_size())]
-        vectors = self._state_vectors(request, group)
-        if request.conditions is None:
-            return [self.network.prototypes(vectors)]
-        conditions = request.conditions[group].to(self.device)
+    def _inputs(self, request: Request, first: int) -> _Inputs:
+        """What the tile's networks are made from."""
+        group = self.group(request, first)
+        conditions = None if request.conditions is None else request.conditions[group].to(self.device)
+        vectors = self._state_vectors(request, group, conditions)
+        known = self.network.known(vectors, conditions, torch.arange(self.layout.num_tokens, device=self.device))
+        if conditions is None:
+            return _Inputs([self.network.prototypes(vectors)], known)
         kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
-        if request.guidance_scale == 1:
-            return [self.network.prototypes(vectors, conditions, kept)]
-        return [self.network.prototypes(vectors, conditions, drop) for drop in (kept, ~kept)]
+        withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
+        return _Inputs([self.network.prototypes(vectors, conditions, drop) for drop in withheld], known)
 
-    def _state_vectors(self, request: Request, networks: list[int]) -> Tensor | None:
-        """Permutation states ``[G, S]``, drawn from the table or a Gaussian fitted to it; one row if all share it."""
+    def _state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None) -> Tensor | None:
+        """Permutation states ``[G, S]``: of the table, of a Gaussian fitted to it, or of the prior over codes.
+
+        One row if all share it.
+        """
         if self.network.state is None:
             return None
         table = self.network.state.weight.detach()
@@ -121,25 +158,25 @@ class TokenSampler:
         if request.state == "stored":
             return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
         rngs = [make_rng(request.seed, "state", network) for network in networks]
+        if request.state == "prior":
+            if self.network.prior is None:
+                raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
+            noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs]).to(self.device)
+            return self.network.prior.sample(request.temperature * noise, conditions)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
-    def _sample_tile(
-        self, request: Request, tile: Tile, prototypes: list[Tensor], watch: Watch | None = None
-    ) -> Tensor:
+    def _sample_tile(self, request: Request, tile: Tile, inputs: _Inputs, watch: Watch | None = None) -> Tensor:
         """Denoise one tile, padded to its full shape: ``[G, n, D]``."""
-        length, size = self.layout.num_tokens, self.tile_tokens
-        group, width = self._group_size(), self.layout.token_size
-        num_tokens = length if group > 1 else min(size, length)
-        # A short last tile repeats its last token, so that every tile has one shape.
-        token_ids = torch.arange(tile.token, tile.token + num_tokens).clamp(max=length - 1)
+        group, width, token_ids = self.group_size(), self.layout.token_size, self.token_ids(tile)
+        num_tokens = len(token_ids)
         rng = make_rng(request.seed, "tile", tile.network, tile.token, device=self.device)
         noise = torch.randn(group * num_tokens, width, generator=rng, device=self.device)
         mask = self._mask(token_ids, group)
         contexts = []
-        for each in prototypes:
+        for each in inputs.prototypes:
             rows = each[:, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
             contexts.append(self.network.denoiser.precompute(rows))
         scale = request.guidance_scale
@@ -152,9 +189,16 @@ class TokenSampler:
             free = self.network.predict(x, times, contexts[1], mask)
             return torch.lerp(free, prediction, scale)
 
+        def whole(x: Tensor) -> Tensor:
+            rows = _masked(x, mask).view(group, num_tokens, width)
+            if self.network.centre is None or inputs.known is None:
+                return rows
+            ids = token_ids.to(self.device)
+            return self.network.centre.complete(rows, inputs.known[:, ids], ids)
+
         def tell(step: int, x: Tensor) -> None:
             def rows() -> Tensor:
-                return _masked(x, mask).view(group, num_tokens, width)[: tile.num_networks, : tile.num_tokens]
+                return whole(x)[: tile.num_networks, : tile.num_tokens]
 
             if watch is not None:
                 watch(tile, step, rows)
@@ -168,7 +212,7 @@ class TokenSampler:
             eta=request.eta,
             callback=tell,
         )
-        return _masked(rows, mask).view(group, num_tokens, width)
+        return whole(rows)
 
     def _mask(self, token_ids: Tensor, group: int) -> Tensor | None:
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""

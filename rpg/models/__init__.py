@@ -8,33 +8,43 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
 from tokenization.layouts import Layout
 
-ModelConfig = Annotated[RecurrentConfig | PDiffConfig, Field(discriminator="kind")]
-Network = RecurrentDiffusion | ParameterDiffusion
+ModelConfig = Annotated[RecurrentConfig | PDiffConfig | KernelRidgeConfig, Field(discriminator="kind")]
+Network = RecurrentDiffusion | ParameterDiffusion | KernelRidgeGenerator
 
-__all__ = ["ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
+__all__ = ["KernelRidgeConfig", "ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
 
 
 def _recurrent(config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> RecurrentDiffusion:
     # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
     positions = layout.positions.to(torch.get_default_device())
-    return RecurrentDiffusion(config, positions, layout.token_size, num_states, condition_size)
+    regress = layout.options.centre == "condition"
+    return RecurrentDiffusion(config, positions, layout.token_size, num_states, condition_size, regress)
 
 
 def _pdiff(config: PDiffConfig, layout: Layout, num_states: int, condition_size: int) -> ParameterDiffusion:
     return ParameterDiffusion(config, layout.num_coordinates)
 
 
-NETWORKS: dict[str, Callable[[Any, Layout, int, int], Network]] = {"recurrent": _recurrent, "pdiff": _pdiff}
+def _kernel_ridge(
+    config: KernelRidgeConfig, layout: Layout, num_states: int, condition_size: int
+) -> KernelRidgeGenerator:
+    return KernelRidgeGenerator(config, layout.num_tokens, layout.token_size, condition_size)
+
+
+NETWORKS: dict[str, Callable[[Any, Layout, int, int], Network]] = {
+    "recurrent": _recurrent,
+    "pdiff": _pdiff,
+    "kernel_ridge": _kernel_ridge,
+}
 """What builds the networks of each kind of model."""
 
 
-def build_network(
-    config: RecurrentConfig | PDiffConfig, layout: Layout, num_states: int = 1, condition_size: int = 0
-) -> Network:
+def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, condition_size: int = 0) -> Network:
     """The untrained networks that a configuration describes, drawn from torch's global random state.
 
     Args:

@@ -71,3 +71,10 @@ class ConditionEncoder(nn.Module):
         if dropped is not None:
             embedded = torch.where(dropped[:, None], self.null.to(embedded.dtype), embedded)
         return embedded
+
+
+def regression_inputs(kind: str, conditions: Tensor, size: int) -> Tensor:
+    """Conditions ``[B, C]`` as numbers to regress on, ``[B, size]`` float64: bits as ±1, classes one-hot."""
+    if kind == "class":
+        return nn.functional.one_hot(conditions[:, 0].long(), size).to(torch.float64)
+    return conditions.to(torch.float64) * 2 - 1 if kind == "binary" else conditions.to(torch.float64)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.time import TimeEmbedding
-from rpg.models.recurrent_diffusion import StateConfig
+from rpg.models.state import StateConfig
 from rpg.section import Section
 
 
@@ -202,6 +202,11 @@ class ParameterDiffusion(nn.Module):
         self.objective: Objective = build_objective(config.diffusion)
         self.register_buffer("latent_mean", torch.zeros(latent_size))
         self.register_buffer("latent_std", torch.ones(latent_size))
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers, the default first."""
+        return tuple(self.objective.samplers)
 
     @property
     def num_states(self) -> int:

@@ -18,25 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
+from rpg.models.centre import Centre, CodeTable, fit_centre
+from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.embeddings import sinusoid_1d, sinusoid_2d
+from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
-
-
-class StateConfig(Section):
-    """The permutation state: which training run, or which checkpoint, the weights came from."""
-
-    of: Literal["none", "run", "checkpoint"] = Field("run", description="what has a learned embedding of its own")
-    width: int | None = Field(
-        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
-    )
-    start: Literal["random", "constant"] = Field(
-        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
-    )
-    noise: float = Field(
-        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
-    )
 
 
 class RecurrentConfig(Section):
@@ -80,6 +68,17 @@ class Batch:
     conditions: Tensor | None  # [G, C]
     dropped: Tensor | None  # [G] bool: the condition is withheld
     num_last: int = 0  # how many of the first examples have all their tokens at the last time
+    codes: CodeBatch | None = None  # of the prior over codes
+
+
+@dataclass(frozen=True)
+class CodeBatch:
+    """One step's data of the prior over codes: P checkpoints of its own choice."""
+
+    states: Tensor  # [P] long
+    noise: Tensor  # [P, S]
+    time: Tensor  # [P] in 0 … 1
+    conditions: Tensor | None  # [P, C]
 
 
 class Loss(NamedTuple):
@@ -103,12 +102,19 @@ class RecurrentDiffusion(nn.Module):
         token_size: D.
         num_states: size of the table of permutation states (1 when all checkpoints share one).
         condition_size: C, or the number of classes; 0 without a condition.
+        regress: take the tokens' regression on the condition off them first (``tokens.centre: condition``).
     """
 
     position_embedding: Tensor
 
     def __init__(
-        self, config: RecurrentConfig, positions: Tensor, token_size: int, num_states: int = 1, condition_size: int = 0
+        self,
+        config: RecurrentConfig,
+        positions: Tensor,
+        token_size: int,
+        num_states: int = 1,
+        condition_size: int = 0,
+        regress: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -124,16 +130,47 @@ class RecurrentDiffusion(nn.Module):
             self.position_embedding = nn.Parameter(embedding)
         else:
             self.register_buffer("position_embedding", embedding, persistent=False)
-        self.state: nn.Embedding | None = None
+        self.state: nn.Embedding | CodeTable | None = None
         self.state_projection: nn.Module | None = None
         if config.state.of != "none":
-            self.state, self.state_projection = _permutation_state(config.state, num_states, width)
+            self.state, self.state_projection = permutation_state(config.state, num_states, width)
         self.condition: ConditionEncoder | None = None
         self.denoiser_condition: nn.Module | None = None
         if config.condition.kind != "none":
             self.condition = ConditionEncoder(config.condition.kind, condition_size, width)
             if config.condition.inject == "both":
                 self.denoiser_condition = nn.Linear(width, d_prototype)
+        self.centre: Centre | None = None
+        if config.state.of == "code" or regress:
+            regressed = (config.condition.kind, condition_size) if regress and condition_size else None
+            self.centre = Centre(self.num_tokens, token_size, regressed)
+        self.prior: CodePrior | None = None
+        if config.state.prior is not None:
+            assert self.state is not None
+            kind = config.condition.kind
+            encoder = partial(ConditionEncoder, kind, condition_size) if kind != "none" else None
+            self.prior = CodePrior(config.state.prior, self.state.embedding_dim, encoder)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers, the default first."""
+        return tuple(self.objective.samplers)
+
+    @torch.no_grad()
+    def fit_centre(self, tokens: Tensor, conditions: Tensor | None, weight: Tensor) -> None:
+        """Measure what is known of tokens in closed form, and codes; see `rpg.models.centre.fit_centre`."""
+        assert self.centre is not None
+        code_size = self.state.embedding_dim if isinstance(self.state, CodeTable) else 0
+        fitted = fit_centre(self.centre, tokens, conditions, code_size, weight)
+        if isinstance(self.state, CodeTable):
+            self.state.fill(weight=fitted.codes)
+
+    def known(self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor) -> Tensor | None:
+        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none."""
+        if self.centre is None:
+            return None
+        codes = states if isinstance(self.state, CodeTable) else None
+        return self.centre(conditions, codes, token_ids)
 
     @property
     def num_states(self) -> int:
@@ -211,7 +248,12 @@ class RecurrentDiffusion(nn.Module):
         states = self.state_vectors(batch.states, state_noise)
         prototypes = self.prototypes(states, batch.conditions, batch.dropped)  # [G, L, H]
         prototypes = prototypes[:, batch.token_ids][batch.group].flatten(0, 1)  # [B·N, H]
-        x0, noise = batch.samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
+        samples = batch.samples
+        known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids)  # [G, N, D]
+        if self.centre is not None and known is not None:
+            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [B, N, D]
+            samples = self.centre.remainder(samples, known, batch.token_ids) * batch.mask
+        x0, noise = samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
         time = batch.time.flatten()  # [B·N]
         mask = batch.mask[None].expand(num_examples, -1, -1).flatten(0, 1)  # [B·N, D]
         noisy = self.objective.add_noise(x0, noise, time)
@@ -219,21 +261,18 @@ class RecurrentDiffusion(nn.Module):
         error = (prediction - self.objective.target(x0, noise, time)).square() * mask
         per_row = error.sum(1) * self.objective.weight(time)  # [B·N]
         per_token = per_row.view(num_examples, num_sampled).mean(0)  # [N]
-        mean = per_token.sum() / batch.mask.sum()
-        samples = None
+        mean = per_token.sum() / batch.mask.sum().clamp(min=1)
+        made = None
         if batch.num_last:
             rows = batch.num_last * num_sampled
-            samples = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
-            samples = samples.view(batch.num_last, num_sampled, -1)
-        return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), samples)
-
-
-def _permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding, nn.Module]:
-    """The table of states, and what maps them to the width of the backbone."""
-    table = nn.Embedding(num_states, config.width or width)
-    if config.start == "constant":
-        nn.init.constant_(table.weight, 1 / table.embedding_dim)
-    return table, nn.Linear(config.width, width) if config.width else nn.Identity()
+            made = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
+            made = made.view(batch.num_last, num_sampled, -1)
+            if self.centre is not None and known is not None:
+                made = self.centre.complete(made, known[: batch.num_last], batch.token_ids)
+        if self.prior is not None and self.state is not None and batch.codes is not None:
+            codes = batch.codes
+            mean = mean + self.prior.loss(self.state(codes.states), codes.noise, codes.time, codes.conditions)
+        return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), made)
 
 
 def _position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from rpg.config import Config
 from rpg.planning.estimator import Estimator
 from rpg.planning.flops import GenerationFlops
+from rpg.planning.kernel_ridge import KernelRidgeEstimator
 from rpg.planning.memory import GenerationMemory, TrainingMemory
 from rpg.planning.pdiff import PDiffEstimator
 from rpg.planning.recurrent import RecurrentEstimator
@@ -33,7 +34,11 @@ GPUS = {
 CUDA_BYTES = GIB
 """What CUDA, its libraries and the allocator's gaps take of a GPU. A guess on the safe side: not measured."""
 
-ESTIMATORS: dict[str, type[Estimator]] = {"recurrent": RecurrentEstimator, "pdiff": PDiffEstimator}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "recurrent": RecurrentEstimator,
+    "pdiff": PDiffEstimator,
+    "kernel_ridge": KernelRidgeEstimator,
+}
 """What estimates the needs of each kind of model."""
 
 

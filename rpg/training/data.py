@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.text_encoder import text_table
-from rpg.models.recurrent_diffusion import Batch
+from rpg.models.code_prior import CodePriorConfig
+from rpg.models.recurrent_diffusion import Batch, CodeBatch
 from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
@@ -59,13 +60,7 @@ class BatchSampler:
         self.rank, self.world_size = rank, world_size
         self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, config)
-        self.conditions: Tensor | None = None
-        if config.model.condition.kind != "none":
-            self.conditions = torch.tensor([zoo.entries[index].condition for index in self.indices])
-            if config.model.condition.kind == "text":
-                self.conditions = text_table(zoo, config.model.condition.encoder).conditions[
-                    self.conditions[:, 0].long()
-                ]
+        self.conditions = training_conditions(zoo, config)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -110,6 +105,18 @@ class BatchSampler:
             group_seeds=[derive_seed(self.config.seed, "state", step, repr(key)) for key in distinct],
         )
 
+    def codes(self, step: int, prior: CodePriorConfig, size: int, part: int, device: torch.device) -> CodeBatch:
+        """What the prior over codes of ``size`` values sees in part ``part`` of this process's share of ``step``."""
+        parts = self.config.train.gradient_accumulation
+        number = self.rank * parts + part
+        rng = make_rng(self.config.seed, "codes", step, number)
+        num = max(1, prior.batch_size // (self.world_size * parts))
+        places = torch.randint(len(self.indices), (num,), generator=rng)
+        noise = torch.randn(num, size, generator=rng)
+        time = torch.sigmoid(torch.randn(num, generator=rng))  # logit-normal (arXiv 2403.03206)
+        conditions = None if self.conditions is None else self.conditions[places].to(device)
+        return CodeBatch(places.to(device), noise.to(device), time.to(device), conditions)
+
     def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
         if self.conditions is None:
             return ()
@@ -144,6 +151,16 @@ def training_entries(zoo: Zoo, config: Config) -> list[int]:
     return sorted(index for split in dict.fromkeys(config.train.splits) for index in zoo.subset(split))
 
 
+def training_conditions(zoo: Zoo, config: Config) -> Tensor | None:
+    """The condition of every training checkpoint, ``[K, C]``; None without one. Raises as `text_table` does."""
+    if config.model.condition.kind == "none":
+        return None
+    conditions = torch.tensor([zoo.entries[index].condition for index in training_entries(zoo, config)])
+    if config.model.condition.kind == "text":
+        return text_table(zoo, config.model.condition.encoder).conditions[conditions[:, 0].long()]
+    return conditions
+
+
 def condition_size(zoo: Zoo, config: Config) -> int:
     """How many values a condition is to the networks (for ``class``: how many classes); 0 without one.
 
@@ -160,7 +177,7 @@ def condition_size(zoo: Zoo, config: Config) -> int:
 def state_ids(zoo: Zoo, config: Config) -> Tensor:
     """The permutation state of every training checkpoint, ``[K]`` long."""
     indices = training_entries(zoo, config)
-    if config.model.state.of == "checkpoint":
+    if config.model.state.of in ("checkpoint", "code"):
         return torch.arange(len(indices))
     if config.model.state.of == "run":
         runs = {run: i for i, run in enumerate(dict.fromkeys(zoo.entries[index].run for index in indices))}
@@ -168,7 +185,7 @@ def state_ids(zoo: Zoo, config: Config) -> Tensor:
     return torch.zeros(len(indices), dtype=torch.long)
 
 
-def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> Batch:
+def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0, codes: CodeBatch | None = None) -> Batch:
     """Move rows to ``device`` and draw each example's noise and times there, from its own seed.
 
     The tokens of the first ``num_last`` examples are all at the objective's last time.
@@ -187,4 +204,4 @@ def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0) -> 
     moved: Any = {
         name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()
     }
-    return Batch(time=torch.stack(times), noise=noise, num_last=num_last, **moved)
+    return Batch(time=torch.stack(times), noise=noise, num_last=num_last, codes=codes, **moved)

@@ -9,17 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from safetensors import SafetensorError
 
 from rpg.config import Config
+from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 
 Progress = Callable[[int, int, float], None]
 
-TRAINERS: dict[str, type[Trainer]] = {"recurrent": Trainer, "pdiff": PDiffTrainer}
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "recurrent": Trainer,
+    "pdiff": PDiffTrainer,
+    "kernel_ridge": ClosedFormTrainer,
+}
 """What trains each kind of model."""
 
 

@@ -93,8 +93,9 @@ class PDiffTrainer(Trainer):
         """Optimizer steps of both stages."""
         return self.settings.num_steps
 
-    def _check(self, zoo: Zoo) -> None:
-        super()._check(zoo)
+    def check(self, zoo: Zoo) -> None:
+        """Raise InputError for what cannot be trained, settings that p-diff has no use for among them."""
+        super().check(zoo)
         defaults = TrainConfig()
         for name in OF_STAGES + OF_RECURRENT:
             if getattr(self.config.train, name) != getattr(defaults, name):

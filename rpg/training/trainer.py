@@ -16,8 +16,17 @@ from rpg.generation.generator import Generator
 from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
+from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
 from rpg.training import checkpointing
-from rpg.training.data import BatchSampler, Rows, condition_size, state_ids, to_batch, training_entries
+from rpg.training.data import (
+    BatchSampler,
+    Rows,
+    condition_size,
+    state_ids,
+    to_batch,
+    training_conditions,
+    training_entries,
+)
 from rpg.training.distributed import DistributedContext
 from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.losses.auxiliary import AuxiliaryLosses
@@ -25,8 +34,11 @@ from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
 from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError
-from tokenization.layouts import Layout, fit_layout
+from tokenization.layouts import Layout, fit_layout, token_reader
 from tokenization.zoo.zoo import Zoo
+
+MOST_TOKEN_BYTES = 4 << 30
+"""The most memory that the tokens of a whole zoo may take where they are needed at once."""
 
 
 class Trainer:
@@ -37,7 +49,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(config.run)
         self.zoo = zoo = Zoo.open(config.zoo)
-        self._check(zoo)
+        self.check(zoo)
         self.distributed = DistributedContext(config.train, str(self.folder.path))
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
@@ -67,6 +79,10 @@ class Trainer:
         kernels = describe_kernels(self.network, self.distributed.device)
         if kernels is not None:
             self.say(kernels)
+
+    def check(self, zoo: Zoo) -> None:
+        """Raise InputError for what cannot be trained."""
+        check_zoo(zoo, self.config)
 
     @property
     def num_steps(self) -> int:
@@ -112,27 +128,16 @@ class Trainer:
         """The learning rate of ``step``."""
         return learning_rate(self.config.train, step)
 
-    def _check(self, zoo: Zoo) -> None:
-        if not training_entries(zoo, self.config):
-            raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
-        wanted = self.config.model.condition.kind
-        if wanted == "none":
-            return
-        found = zoo.condition.kind if zoo.condition else "none"
-        if found != wanted:
-            raise InputError(
-                f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
-            )
-
     def train_step(self, step: int, parts: list[Rows]) -> float:
         """One optimizer step over the step's rows; returns the loss of this process."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.model.train()
         total = 0.0
-        for rows in parts:
+        for part, rows in enumerate(parts):
             num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
-            batch = to_batch(rows, self.network.objective, self.distributed.device, num_last)
+            codes = self._codes(step, part)
+            batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
                     loss = self.model(batch, self._state_noise(rows))
@@ -161,6 +166,13 @@ class Trainer:
                 )
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _codes(self, step: int, part: int) -> CodeBatch | None:
+        """The batch of the prior over codes, if there is one."""
+        prior = self.network.prior
+        if prior is None:
+            return None
+        return self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
 
     def _state_noise(self, rows: Rows) -> torch.Tensor | None:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
@@ -240,12 +252,41 @@ class Trainer:
         Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
 
 
+def check_zoo(zoo: Zoo, config: Config) -> None:
+    """See to it that the zoo has checkpoints and the conditions that the model takes. Raises InputError if not."""
+    if not training_entries(zoo, config):
+        raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
+    wanted = config.model.condition.kind
+    if wanted == "none":
+        return
+    found = zoo.condition.kind if zoo.condition else "none"
+    if found != wanted:
+        raise InputError(
+            f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
+        )
+
+
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     """The untrained networks for a zoo, initialised from the seed."""
     num_states = int(state_ids(zoo, config).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build(config.model, layout, num_states, condition_size(zoo, config))
+        network = build(config.model, layout, num_states, condition_size(zoo, config))
+    if isinstance(network, RecurrentDiffusion) and network.centre is not None:
+        tokens = all_tokens(config, layout, zoo)
+        network.fit_centre(tokens, training_conditions(zoo, config), layout.token_weight)
+    return network
+
+
+def all_tokens(config: Config, layout: Layout, zoo: Zoo) -> torch.Tensor:
+    """The tokens of all training checkpoints, ``[n, T, k]``. Raises InputError where they are too many for memory."""
+    indices = training_entries(zoo, config)
+    if 4 * len(indices) * layout.num_tokens * layout.token_size > MOST_TOKEN_BYTES:
+        raise InputError(
+            f"The {len(indices)} checkpoints of {zoo.path} have {layout.num_tokens:,} tokens of {layout.token_size:,} "
+            "values, too many to fit codes or a regression to in memory; set tokens.rank."
+        )
+    return token_reader(zoo, layout).read(indices, range(layout.num_tokens))
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:

@@ -254,7 +254,7 @@ def test_a_configuration_with_a_mistake(rpg: Run, experiment: Path, command: str
     refused(rpg(command, experiment, "--set", "train.stpes=3"), "train.stpes", "did you mean 'steps'?")
     refused(rpg(command, experiment, "--set", "train.steps=0"), "train.steps cannot be 0", "greater than or equal to 1")
     refused(rpg(command, experiment, "--set", "train.steps"), "--set", "section.field=value")
-    refused(rpg(command, experiment.with_name("none.yaml")), "none.yaml is no file", "configs/")
+    refused(rpg(command, experiment.with_name("none.yaml")), "There is no file", "none.yaml", "configs/")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -34,7 +34,7 @@ def test_every_shipped_config_loads_and_survives_saving(path, tmp_path):
         ("tokens: {normalization: batch}", ["tokens.normalization", "'batch'"]),
         ("tokens: {size: 0}", ["tokens", "size"]),
         ("[1, 2]", ["list", "mapping"]),
-        ("a: [", ["not valid YAML"]),
+        ("a: [", ["invalid YAML"]),
     ],
 )
 def test_mistakes_name_the_field_and_the_cure_in_one_line(tmp_path, text, expected):

@@ -117,7 +117,9 @@ class TokenOptions:
 
     def written(self) -> dict[str, Any]:
         """As a layout's file says them: without what belongs to directions where there are none."""
-        of_directions = () if self.rank is not None else ("rank", "rank_share", "basis", "basis_dtype", "centre")
+        of_directions = () if self.rank is not None else ("rank", "rank_share", "basis", "basis_dtype")
+        if self.centre == "zoo" and self.rank is None:
+            of_directions = (*of_directions, "centre")
         return {name: value for name, value in asdict(self).items() if name not in of_directions}
 
 

@@ -1,0 +1,180 @@
+"""What is known of a checkpoint's tokens in closed form; diffusion learns the rest.
+
+Tokens are the sum of three parts: their regression on the condition (`rpg.models.kernel_regression`), a linear function
+of the checkpoint's *code*, and a remainder of unit root mean square in every token, which the denoiser makes. A code is
+the checkpoint's whitened leading principal components, of what the condition leaves; it is one for all tokens, so that
+tokens which are denoised one by one belong to one network.
+
+Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition values, m code values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rpg.models.conditioning import regression_inputs
+from rpg.models.kernel_regression import KernelRidge, rbf
+
+SMALLEST_REMAINDER = 1e-5
+"""Where no more than this remains of a token, it is rounding: the denoiser shall not blow it up to unit size."""
+
+
+class FittedBuffers(nn.Module):
+    """A module whose buffers are fitted rather than trained: in loading they take the shapes of what is loaded."""
+
+    def fill(self, **values: Tensor) -> None:
+        """Replace buffers, whatever their shapes were."""
+        for name, value in values.items():
+            old = getattr(self, name)
+            setattr(self, name, value.detach().to(old.device, old.dtype).clone())
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:  # type: ignore[no-untyped-def]
+        for name, _ in list(self.named_buffers(recurse=False)):
+            if (value := state_dict.get(prefix + name)) is not None:
+                self.fill(**{name: value})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class CodeTable(FittedBuffers):
+    """The codes of the training checkpoints: a table of permutation states that is measured, not learned.
+
+    Args:
+        num_states: n.
+        size: m; cut to n - 1.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_states: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_states, max(1, min(size, num_states - 1))))
+
+    @property
+    def num_embeddings(self) -> int:
+        """n."""
+        return len(self.weight)
+
+    @property
+    def embedding_dim(self) -> int:
+        """m."""
+        return self.weight.shape[1]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Codes ``[G, m]`` of states ``[G]``."""
+        return self.weight[states]
+
+
+class Centre(FittedBuffers):
+    """The closed-form part of tokens, and the spread of what remains. It has no parameters, only buffers.
+
+    Args:
+        num_tokens: T.
+        token_size: k.
+        condition: kind and size of the conditions that are regressed on; None for none.
+    """
+
+    conditions: Tensor
+    length: Tensor
+    dual: Tensor
+    code_map: Tensor
+    scale: Tensor
+
+    def __init__(self, num_tokens: int, token_size: int, condition: tuple[str, int] | None = None) -> None:
+        super().__init__()
+        self.condition = condition
+        self.register_buffer("conditions", torch.zeros(0, condition[1] if condition else 0))
+        self.register_buffer("length", torch.ones(()))
+        self.register_buffer("dual", torch.zeros(0, num_tokens, token_size))
+        self.register_buffer("code_map", torch.zeros(0, num_tokens, token_size))
+        self.register_buffer("scale", torch.ones(num_tokens))
+
+    def forward(self, conditions: Tensor | None, codes: Tensor | None, token_ids: Tensor) -> Tensor:
+        """The known part of tokens ``[N]`` of G networks, ``[G or 1, N, k]`` float32.
+
+        Args:
+            conditions: ``[G, C]`` as they come from a zoo; without regression they are ignored.
+            codes: ``[G, m]``; None without.
+            token_ids: which tokens.
+        """
+        known = self.code_map.new_zeros(1, len(token_ids), self.code_map.shape[-1])
+        with torch.autocast(known.device.type, enabled=False):
+            if self.condition is not None and conditions is not None:
+                inputs = regression_inputs(self.condition[0], conditions, self.condition[1]).float()
+                kernel = rbf(inputs, self.conditions, float(self.length))  # [G, n]
+                known = known + torch.tensordot(kernel, self.dual[:, token_ids], 1)
+            if len(self.code_map) and codes is not None:
+                known = known + torch.tensordot(codes.float(), self.code_map[:, token_ids], 1)
+        return known
+
+    def remainder(self, rows: Tensor, known: Tensor, token_ids: Tensor) -> Tensor:
+        """What the denoiser makes of tokens ``[..., N, k]``: the rest, of unit size; 0 where nothing remains."""
+        scale = self.scale[token_ids, None]
+        return torch.where(scale > 0, (rows - known) / scale.clamp(min=SMALLEST_REMAINDER), 0.0)
+
+    def complete(self, rest: Tensor, known: Tensor, token_ids: Tensor) -> Tensor:
+        """Tokens from the rest ``[..., N, k]``: the inverse of `remainder`."""
+        return known + rest * self.scale[token_ids, None]
+
+
+@dataclass(frozen=True)
+class FittedCentre:
+    """What a centre was fitted to.
+
+    Attributes:
+        codes: ``[n, m]`` float32, of zero mean and unit variance in the zoo.
+        regression: the regression on the condition; None without.
+        left_out: ``[n, T, k]`` float32: the tokens less their prediction from the other checkpoints.
+    """
+
+    codes: Tensor
+    regression: KernelRidge | None
+    left_out: Tensor
+
+
+def fit_centre(
+    centre: Centre, tokens: Tensor, conditions: Tensor | None, code_size: int, weight: Tensor
+) -> FittedCentre:
+    """Fit both parts to a zoo, into ``centre``.
+
+    The regression's remainders are those of the left-out fits: of a checkpoint that was fitted hardly anything would
+    remain, and diffusion would learn that a condition leaves no choice.
+
+    Args:
+        centre: takes what is found; its ``condition`` says whether to regress.
+        tokens: ``[n, T, k]``, of zero mean over the zoo.
+        conditions: ``[n, C]`` as they come from the zoo, or None.
+        code_size: m; cut to n - 1; 0 for no codes.
+        weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
+    """
+    num, num_tokens, token_size = tokens.shape
+    values = tokens.flatten(1).to(torch.float64)  # [n, T·k]
+    weights = weight.to(torch.float64).repeat_interleave(token_size)
+    regression, dual = None, None
+    if centre.condition is not None and conditions is not None:
+        weighted = values * weights
+        inputs = regression_inputs(centre.condition[0], conditions, centre.condition[1])
+        regression = KernelRidge.fit(inputs, weighted @ weighted.T)
+        dual = (regression.inverse @ values).float().view(num, num_tokens, token_size)
+        values = regression.left_out() @ values
+    left_out = values.view(num, num_tokens, token_size)
+    code_size = min(code_size, num - 1)
+    codes = _whitened(values * weights, code_size)  # [n, m or 0]
+    code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
+    rest = (values - codes @ code_map).view(num, num_tokens, token_size)
+    spread = rest.square().mean((0, 2)).sqrt()
+    # Where nothing remains but rounding, the denoiser must not blow it up to unit size, nor add anything of its own.
+    scale = torch.where(spread > SMALLEST_REMAINDER, spread, 0.0)
+    centre.fill(code_map=code_map.view(code_size, num_tokens, token_size), scale=scale)
+    if regression is not None and dual is not None:
+        centre.fill(conditions=regression.conditions, length=torch.tensor(regression.length), dual=dual)
+    return FittedCentre(codes.float(), regression, left_out.float())
+
+
+def _whitened(values: Tensor, size: int) -> Tensor:
+    """The leading principal components of ``[n, M]``, each of mean square 1: ``[n, size]``."""
+    vectors = torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]
+    largest = vectors.abs().argmax(0, keepdim=True)
+    return vectors * vectors.gather(0, largest).sign() * len(values) ** 0.5

@@ -1,0 +1,75 @@
+"""The closed-form part of tokens: exact where it explains all, orthogonal to what remains elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from rpg.models.centre import Centre, CodeTable, fit_centre
+
+
+def tokens_of(num: int = 12, rank: int = 3, noise: float = 0.0) -> torch.Tensor:
+    """Tokens ``[num, 5, 4]`` of zero mean, of a low rank, and noise."""
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(num, rank, generator=rng) @ torch.randn(rank, 20, generator=rng)
+    values = values + noise * torch.randn(num, 20, generator=rng)
+    return (values - values.mean(0)).view(num, 5, 4)
+
+
+def test_codes_of_the_zoos_rank_leave_nothing():
+    tokens, centre = tokens_of(), Centre(5, 4)
+    fitted = fit_centre(centre, tokens, None, 3, torch.ones(5))
+    assert torch.allclose(centre(None, fitted.codes, torch.arange(5)), tokens, atol=1e-5)
+    assert not centre.scale.any()
+    # Noise of a denoiser does not reach tokens of which nothing remains.
+    assert torch.equal(centre.complete(torch.randn(12, 5, 4), tokens, torch.arange(5)), tokens)
+
+
+def test_codes_are_white_and_the_rest_is_orthogonal_to_them():
+    tokens, centre = tokens_of(noise=0.5), Centre(5, 4)
+    codes = fit_centre(centre, tokens, None, 3, torch.ones(5)).codes
+    assert torch.allclose(codes.T @ codes / 12, torch.eye(3), atol=1e-5)
+    assert torch.allclose(codes.mean(0), torch.zeros(3), atol=1e-5)
+    ids = torch.tensor([3, 0])
+    known = centre(None, codes, ids)
+    rest = centre.remainder(tokens[:, ids], known, ids)
+    assert torch.allclose(rest.square().mean((0, 2)), torch.ones(2), atol=1e-4)
+    assert torch.allclose(codes.T @ rest.flatten(1), torch.zeros(3, 8), atol=1e-3)
+    assert torch.allclose(centre.complete(rest, known, ids), tokens[:, ids], atol=1e-5)
+
+
+def test_the_weight_decides_which_tokens_codes_describe():
+    tokens = tokens_of(rank=8)
+    errors = []
+    for weight in (torch.ones(5), torch.tensor([1.0, 1e-4, 1e-4, 1e-4, 1e-4])):
+        centre = Centre(5, 4)
+        codes = fit_centre(centre, tokens, None, 3, weight).codes
+        errors.append(float((centre(None, codes, torch.tensor([0])) - tokens[:, :1]).square().mean()))
+    assert errors[1] < errors[0] / 2
+
+
+def test_regression_takes_off_what_the_condition_explains_and_leaves_left_out_errors():
+    conditions = torch.tensor([[float(i >> b & 1) for b in range(4)] for i in range(16)])
+    rng = torch.Generator().manual_seed(1)
+    explained = ((conditions * 2 - 1) @ torch.randn(4, 20, generator=rng)).view(16, 5, 4)
+    tokens = explained + 0.05 * torch.randn(16, 5, 4, generator=rng)
+    tokens = tokens - tokens.mean(0)
+    centre = Centre(5, 4, ("binary", 4))
+    fitted = fit_centre(centre, tokens, conditions, 0, torch.ones(5))
+    assert fitted.regression is not None and fitted.regression.error < 0.1
+    known = centre(conditions, None, torch.arange(5))
+    # Fitted checkpoints are nearer than left-out ones, whose distance is what diffusion is told.
+    assert float((tokens - known).square().mean()) < float(fitted.left_out.square().mean())
+    assert torch.allclose(centre.scale, fitted.left_out.square().mean((0, 2)).sqrt(), atol=1e-5)
+
+
+def test_what_was_fitted_is_loaded_whatever_its_size():
+    centre, table = Centre(5, 4, ("binary", 4)), CodeTable(12, 3)
+    fitted = fit_centre(centre, tokens_of(noise=0.1), torch.eye(12)[:, :4], 3, torch.ones(5))
+    table.fill(weight=fitted.codes)
+    again, other = Centre(5, 4, ("binary", 4)), CodeTable(2, 3)
+    again.load_state_dict(centre.state_dict())
+    other.load_state_dict(table.state_dict())
+    ids = torch.arange(5)
+    condition = torch.eye(12)[:2, :4]
+    assert torch.equal(again(condition, fitted.codes[:2], ids), centre(condition, fitted.codes[:2], ids))
+    assert torch.equal(other(torch.tensor([11])), fitted.codes[11:])

@@ -1,0 +1,56 @@
+"""The closed forms of kernel ridge against the slow way to each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.kernel_ridge import KernelRidge as SklearnKernelRidge
+from torch import Tensor
+
+from rpg.models.kernel_regression import KernelRidge, rbf
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    bits = (torch.rand(30, 6, generator=rng) > 0.5).double() * 2 - 1
+    outputs = bits @ torch.randn(6, 50, generator=rng).double() + (bits[:, :1] * bits[:, 1:2]) * 2
+    outputs = outputs + 0.3 * torch.randn(30, 50, generator=rng).double()
+    return bits, outputs - outputs.mean(0)
+
+
+def test_left_out_is_what_refitting_without_each_gives(data):
+    conditions, outputs = data
+    fitted = KernelRidge.fit(conditions, outputs @ outputs.T)
+    slow = []
+    for index in range(len(outputs)):
+        rest = [other for other in range(len(outputs)) if other != index]
+        kernel = rbf(conditions[rest], conditions[rest], fitted.length) + fitted.penalty * torch.eye(len(rest)).double()
+        weights = rbf(conditions[index : index + 1], conditions[rest], fitted.length) @ torch.linalg.inv(kernel)
+        slow.append(outputs[index] - (weights @ outputs[rest])[0])
+    residuals = fitted.left_out() @ outputs
+    assert torch.allclose(residuals, torch.stack(slow))
+    assert fitted.error == pytest.approx(float(residuals.square().sum() / outputs.square().sum()))
+    assert fitted.error < 0.5  # it learned something
+
+
+def test_the_prediction_is_scikit_learns(data):
+    conditions, outputs = data
+    fitted = KernelRidge.fit(conditions, outputs @ outputs.T)
+    model = SklearnKernelRidge(alpha=fitted.penalty, kernel="rbf", gamma=1 / (2 * fitted.length**2))
+    new = torch.tensor([[1.0, -1, 1, 1, -1, -1], [0.0, 0, 0, 0, 0, 0]]).double()
+    expected = model.fit(conditions.numpy(), outputs.numpy()).predict(new.numpy())
+    assert torch.allclose(fitted.kernel(new) @ fitted.inverse @ outputs, torch.from_numpy(expected))
+
+
+def test_posterior_variance_is_the_textbooks(data):
+    conditions, outputs = data
+    fitted = KernelRidge.fit(conditions, outputs @ outputs.T)
+    kernel = rbf(conditions, conditions, fitted.length) + fitted.penalty * torch.eye(30).double()
+    new = conditions[:4]
+    cross = rbf(new, conditions, fitted.length)
+    expected = 1 + fitted.penalty - (cross @ torch.linalg.solve(kernel, cross.T)).diagonal()
+    assert torch.allclose(fitted.variance(new), expected)
+    assert torch.allclose(fitted.root() @ fitted.root(), fitted.inverse)
+    far = torch.full((1, 6), 1e3).double()
+    assert float(fitted.variance(far)) == pytest.approx(1 + fitted.penalty)
