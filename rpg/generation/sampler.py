@@ -137,7 +137,7 @@ class TokenSampler(TiledSampler):
         """What the tile's networks are made from."""
         group = self.group(request, first)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
-        vectors = self._state_vectors(request, group, conditions)
+        vectors = self.state_vectors(request, group, conditions)
         known = self.network.known(vectors, conditions, torch.arange(self.layout.num_tokens, device=self.device))
         if conditions is None:
             return _Inputs([self.network.prototypes(vectors)], known)
@@ -145,7 +145,7 @@ class TokenSampler(TiledSampler):
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
         return _Inputs([self.network.prototypes(vectors, conditions, drop) for drop in withheld], known)
 
-    def _state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None) -> Tensor | None:
+    def state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None = None) -> Tensor | None:
         """Permutation states ``[G, S]``: of the table, of a Gaussian fitted to it, or of the prior over codes.
 
         One row if all share it.
