@@ -14,14 +14,7 @@ class InputError(ValueError):
 
     Args:
         message: the sentence. Line breaks become spaces.
-        found, expected, cure: an older way of putting a message together, ``message: found; expected … (cure)``.
     """
 
-    def __init__(self, message: str, found: str = "", expected: str = "", cure: str = "") -> None:
-        if found:
-            message += f": {found}"
-        if expected:
-            message += f"; expected {expected}"
-        if cure:
-            message += f" ({cure})"
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -219,6 +219,3 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     function.restype = ctypes.c_int
     return function
-
-
-publish, publish_text = atomic_file, write_text  # their former names, until no caller has them

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenization.files import publish_text
+from tokenization.files import write_text
 from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, partner_of, read_adapter_config
 
@@ -40,8 +40,8 @@ def write_side_files(folder: Path, config: str, metadata: Mapping[str, str]) -> 
         config: text of ``adapter_config.json``.
         metadata: of the weights' file; ``rpg.provenance`` goes into the model card.
     """
-    publish_text(folder / CONFIG_NAME, config)
-    publish_text(folder / CARD_NAME, _card(json.loads(config), json.loads(metadata.get("rpg.provenance", "{}"))))
+    write_text(folder / CONFIG_NAME, config)
+    write_text(folder / CARD_NAME, _card(json.loads(config), json.loads(metadata.get("rpg.provenance", "{}"))))
 
 
 def _card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:

@@ -30,7 +30,9 @@ def parse_condition(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError("--condition", repr(text), "comma-separated numbers", "for example 1,0,0,1") from None
+        raise InputError(
+            f"--condition {text!r} is not understood; write comma-separated numbers such as 1,0,0,1"
+        ) from None
 
 
 def choose_condition(
@@ -50,7 +52,7 @@ def choose_condition(
     """
     given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
     if len(given) > 1:
-        raise InputError("--" + given[1], f"given together with --{given[0]}", "one of them")
+        raise InputError(f"--{given[1]} was given together with --{given[0]}; give one of them")
     spec = generator.condition
     if prompt is not None and generator.texts is not None:
         generator.texts = generator.texts.with_encoder(prompt_model)
@@ -64,8 +66,10 @@ def choose_condition(
             check_bits(vector, spec.size, "--condition")
         return vector
     if spec is None or spec.kind != "binary" or not spec.names:
-        found = "a generator without named classes"
-        raise InputError(f"--{given[0] if given else 'classes'}", found, "one for binary tasks", "use --condition")
+        raise InputError(
+            f"--{given[0] if given else 'classes'} needs a generator of named classes, which this one is not; use "
+            "--condition instead"
+        )
     if classes is not None:
         bits = bits_of_classes(classes.split(","), spec.names)
     else:
@@ -88,16 +92,14 @@ def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None
     """
     words = [word for word in re.split(r"[\s,;+&]+|\band\b|\bor\b", prompt) if word]
     if not words:
-        raise InputError("--prompt", "nothing", f"classes among {', '.join(classes)}")
+        raise InputError(f"--prompt is empty; name classes among {', '.join(classes)}")
     known = {name.lower() for name in classes} | {str(index) for index in range(len(classes))}
     if all(word.lower() in known for word in words):
         return bits_of_classes(words, classes, "--prompt")
     if model is None:
         raise InputError(
-            "--prompt",
-            repr(prompt),
-            f"a list of {', '.join(classes)}",
-            "or name a language model or sentence encoder with --prompt-model",
+            f"--prompt {prompt!r} is no list of {', '.join(classes)}; write one, or name a language model or sentence "
+            "encoder with --prompt-model"
         )
     scores = _scores(prompt, classes, model)  # [C], positive means yes
     return check_bits((scores > 0).long(), len(classes), f"--prompt {prompt!r}")

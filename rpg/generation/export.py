@@ -18,7 +18,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
-from tokenization.files import TEMPORARY_SUFFIX, publish
+from tokenization.files import TEMPORARY_SUFFIX, atomic_file, atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
 
 FORMS = ("timm", "transformers", "peft", "torch")
@@ -65,7 +65,7 @@ def export(
     """
     output = Path(output)
     if to not in FORMS:
-        raise InputError("--to", repr(to), f"one of {', '.join(FORMS)}")
+        raise InputError(f"--to {to!r} is no form of weights; choose one of {', '.join(FORMS)}")
     _require_free(output, to)
     with _checkpoint(source, output, seed, condition, progress) as checkpoint:
         if to == "timm":
@@ -74,14 +74,14 @@ def export(
             _save_pickle(checkpoint, output)
         elif to == "transformers":
             files = _transformers_files(_base(base, None, "config.json"), checkpoint)
-            with _folder(output) as temporary:
+            with atomic_folder(output) as temporary:
                 for file in files:
                     shutil.copyfile(file, temporary / file.name)
                 _save(checkpoint, temporary / "model.safetensors")
         else:
             folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
             _require_adapter(checkpoint, folder)
-            with _folder(output) as temporary:
+            with atomic_folder(output) as temporary:
                 config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
                 write_side_files(temporary, config, checkpoint.metadata)
                 _save(checkpoint, temporary / WEIGHTS_NAME)
@@ -101,7 +101,7 @@ def _checkpoint(
     is_generator = path.is_dir() and ((path / "generator").is_dir() or (path / "layout.json").is_file())
     if path.exists() and not is_generator:
         if pickled_files(path):
-            raise InputError(str(path), "a pickle", "a safetensors checkpoint", "it is in the form of torch already")
+            raise InputError(f"{path} is a pickle, the form that torch loads already; name a safetensors checkpoint")
         yield Checkpoint.open(path)
         return
     generator = Generator.from_pretrained(source)
@@ -121,7 +121,7 @@ def _save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
-    with publish(path) as temporary:
+    with atomic_file(path) as temporary:
         try:
             torch.save(checkpoint.state_dict(), temporary)  # copies: a view would be saved with its whole file
         except RuntimeError as error:  # how torch reports a full disk
@@ -131,23 +131,23 @@ def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
 def _require_free(output: Path, to: str) -> None:
     suffix = {"timm": ".safetensors", "torch": ".pth"}.get(to, "")
     if suffix and output.suffix != suffix:
-        raise InputError(f"--output {output}", f"the ending {output.suffix!r}", repr(suffix), f"as --to {to} writes it")
+        raise InputError(f"--output {output} has the wrong ending; --to {to} writes a file that ends with {suffix}")
     if output.is_dir() and not suffix and not any(output.iterdir()):
         return
     if output.exists():
-        raise InputError(f"--output {output}", "something there already", "a new path", "choose another")
+        raise InputError(f"--output {output} is there already; choose a new path")
     if not output.parent.is_dir():
-        raise InputError(f"--output {output}", f"no folder {output.parent}", "an existing one", "make it")
+        raise InputError(f"--output {output} lies in {output.parent}, which is no folder; make it first")
     if not os.access(output.parent, os.W_OK):
-        raise InputError(f"--output {output}", "a folder that may not be written", "a writable one", "choose another")
+        raise InputError(f"--output {output} lies in a folder that may not be written; choose another")
 
 
 def _base(base: Path | str | None, default: Path | None, config: str) -> Path:
     folder = Path(base) if base is not None else default
     if folder is None:
-        raise InputError("--base", "nothing", f"the folder with the {config}", "name it")
+        raise InputError(f"--base is missing; name the folder that holds {config}")
     if not (folder / config).is_file():
-        raise InputError(f"--base {folder}", f"no {config}", f"a folder with {config}", "name another with --base")
+        raise InputError(f"--base {folder} has no {config}; name the folder that holds it")
     return folder
 
 
@@ -171,35 +171,17 @@ def _require_alike(checkpoint: Checkpoint, base: Checkpoint) -> None:
         expected = list(base.info(name).shape)
         if name not in names:
             raise InputError(
-                tensor_at(checkpoint.path, name),
-                "no such tensor",
-                f"one of shape {expected} as in {base.path}",
-                "name the base that the zoo was made from",
+                f"{tensor_at(checkpoint.path, name)} is missing, and {base.path} has one of shape {expected}; name the "
+                "base that the zoo was made from"
             )
         found = list(checkpoint.info(name).shape)
         if found != expected:
             raise InputError(
-                tensor_at(checkpoint.path, name), f"shape {found}", f"{expected} as in {base.path}", "name its own base"
+                f"{tensor_at(checkpoint.path, name)} has shape {found}, but {expected} in {base.path}; name the base "
+                "that the zoo was made from"
             )
 
 
 def _require_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     shapes: Mapping[str, tuple[int, ...]] = {name: checkpoint.info(name).shape for name in checkpoint.order}
     check_adapter_tensors(shapes, read_adapter_config(folder), checkpoint.path)
-
-
-@contextlib.contextmanager
-def _folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, published whole or not at all."""
-    temporary = output.with_name(f".{output.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(output)
-    except OSError as error:
-        raise InputError(
-            str(output), f"an error on writing ({error.strerror})", "a writable place", "choose another"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -263,7 +263,9 @@ class Generator:
             facts = partial(request.provenance, self.digest)
             return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
-            raise InputError("output", "none", "a folder that all processes fill together", "or start a single one")
+            raise InputError(
+                "several processes need an output folder that they fill together; name one, or start a single process"
+            )
         return MemorySink(self.layout, request.num)
 
 
@@ -277,7 +279,7 @@ def _find_folder(path: Path | str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-        raise InputError(str(path), "no such folder", "a run folder, a generator folder or a hub id")
+        raise InputError(f"there is no folder {path}; name a run, a generator folder or an id on the Hugging Face hub")
     from huggingface_hub import snapshot_download
 
     try:

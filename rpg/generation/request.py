@@ -92,30 +92,34 @@ def requested_conditions(
     """
     if spec is None:
         if condition is not None:
-            raise InputError("condition", "a condition", "none", "this generator was trained without one")
+            raise InputError(
+                "this generator was trained without conditions, so that it takes none; leave the condition out"
+            )
         return None
     width = table.vectors.shape[1] if table is not None else 1 if spec.kind == "class" else spec.size
     expected = f"{width} values ({spec.kind})" if table is None else "a text"
     if condition is None:
-        raise InputError("condition", "none", expected, "say what to generate for")
+        raise InputError(f"this generator needs a condition that says what to generate for; give {expected}")
     texts = requested_texts(condition, num)
     if texts is not None:
         if table is None or len(texts) != num:
-            raise InputError("condition", f"{len(texts)} texts", expected if table is None else f"one, or {num}")
+            raise InputError(
+                f"the condition is {len(texts)} texts; give {expected if table is None else f'one text, or {num}'}"
+            )
         if not all(text.strip() for text in texts):
-            raise InputError("condition", "an empty text", "one that says what to generate")
+            raise InputError("the condition has an empty text; say what to generate")
         vectors = {text: table.condition(text) for text in dict.fromkeys(texts)}
         return torch.stack([vectors[text] for text in texts])
     values = torch.as_tensor(condition, dtype=torch.float32)
     values = values.expand(num, -1) if values.ndim == 1 else values
     if values.shape != (num, width):
-        raise InputError("condition", f"{list(values.shape)} values", f"[{num}, {width}]")
+        raise InputError(f"the condition has shape {list(values.shape)}; give {width} values, or [{num}, {width}]")
     if not torch.isfinite(values).all():
-        raise InputError("condition", "NaN or infinity", "finite numbers")
+        raise InputError("the condition has NaN or infinity; give finite numbers")
     if spec.kind == "binary" and not ((values == 0) | (values == 1)).all():
-        raise InputError("condition", "values other than 0 and 1", "a binary vector")
+        raise InputError("the condition has values other than 0 and 1; give a binary vector")
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
-        raise InputError("condition", "no class of the generator", f"a whole number from 0 to {spec.size - 1}")
+        raise InputError(f"the condition is no class of the generator; give a whole number from 0 to {spec.size - 1}")
     return values
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenization.errors import InputError
-from tokenization.files import publish
+from tokenization.files import atomic_file
 from tokenization.zoo.cache import cache_path
 from tokenization.zoo.zoo import Zoo
 
@@ -69,9 +69,9 @@ class TextTable:
         encoder = SentenceEncoder(self.encoder, "--prompt-model")
         if encoder.fingerprint != self.fingerprint:
             raise InputError(
-                f"--prompt-model {self.encoder}", "other weights than those that the generator was trained with",
-                "the same sentence encoder", "name it",
-            )  # fmt: skip
+                f"--prompt-model {self.encoder} has other weights than the sentence encoder that the generator was "
+                "trained with; name that one"
+            )
         return self._centred(encoder.vectors([text]))[0]
 
     def with_encoder(self, encoder: str | None) -> TextTable:
@@ -81,7 +81,7 @@ class TextTable:
     def save(self, path: Path) -> None:
         """Write one safetensors file. Raises InputError when the disk refuses."""
         metadata = {"encoder": self.encoder, "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
-        with publish(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file({"vectors": self.vectors.contiguous()}, temporary, {"format": "pt", **metadata})
 
     @classmethod
@@ -95,9 +95,7 @@ class TextTable:
                 raise ValueError(f"{len(texts)} texts for {len(vectors)} vectors")
             return cls(metadata["encoder"], metadata["fingerprint"], texts, vectors)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                str(path), f"an unreadable file ({error})", "the texts of a generator", "copy the folder again"
-            ) from None
+            raise InputError(f"{path} could not be read ({error}); copy the generator's folder again") from None
 
 
 def text_table(zoo: Zoo, encoder: str | None) -> TextTable:
@@ -107,13 +105,13 @@ def text_table(zoo: Zoo, encoder: str | None) -> TextTable:
         InputError: the zoo has no texts, no encoder is named, or it cannot be loaded.
     """
     if zoo.condition is None or zoo.condition.kind != "text":
-        found = zoo.condition.kind if zoo.condition else "none"
-        raise InputError(f"{zoo.path}: condition", found, "text", "collect it with --condition text")
+        found = f"conditions of kind {zoo.condition.kind}" if zoo.condition else "no conditions"
+        raise InputError(f"{zoo.path} has {found}, not texts; collect it with --condition text")
     if not encoder:
         raise InputError(
-            "model.condition.encoder", "nothing", "name or local path of a sentence encoder for transformers",
-            "for example sentence-transformers/all-MiniLM-L6-v2",
-        )  # fmt: skip
+            "model.condition.encoder is empty; name a sentence encoder for transformers, or its local path, for "
+            "example sentence-transformers/all-MiniLM-L6-v2"
+        )
     texts = zoo.condition.names
     path = cache_path(zoo, "texts", [VERSION, encoder, texts])
     with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
@@ -169,7 +167,7 @@ class SentenceEncoder:
         for text in texts:
             ids = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_length)["input_ids"]
             if not ids.numel():
-                raise InputError(self.where, f"no token in {text!r}", "a text that its tokenizer knows")
+                raise InputError(f"the tokenizer of {self.where} knows no token of {text!r}; write it in other words")
             rows.append(mean_hidden(self.network(input_ids=ids), torch.ones_like(ids), self.where)[0])
         vectors = torch.stack(rows)
         return (F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5).clone()
@@ -197,7 +195,9 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
         network = choose(config).from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(where, repr(name), "a transformers model's name or local path", reason) from None
+        raise InputError(
+            f"{where} {name} could not be loaded ({reason}); name a transformers model or its local path"
+        ) from None
     finally:
         if shows_bars:
             logging.enable_progress_bar()
@@ -208,6 +208,6 @@ def mean_hidden(output: Any, attention_mask: Tensor, where: str) -> Tensor:
     """The mean of the last hidden states ``[B, words, E]`` over each text's words, ``[B, E]``."""
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
-        raise InputError(where, "a model without last hidden states", "a text encoder", "name another")
+        raise InputError(f"{where} has no last hidden states, as a text encoder has; name another model")
     mask = attention_mask[..., None].to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)

@@ -23,7 +23,7 @@ def sinusoid_1d(index: Tensor, width: int) -> Tensor:
         ValueError: ``width`` is below 1 or ``index`` is not 1-D.
     """
     if width < 1 or index.dim() != 1:
-        raise ValueError(f"found width {width} and index of shape {list(index.shape)}, expected width >= 1 and [L]")
+        raise ValueError(f"width {width} must be at least 1, and the index {list(index.shape)} of shape [L]")
     num_frequencies = (width + 1) // 2
     steps = torch.arange(num_frequencies, dtype=torch.float64, device=index.device)
     angles = index.to(torch.float64)[:, None] * LONGEST_PERIOD ** (-steps / num_frequencies)  # [L, width / 2]
@@ -44,9 +44,7 @@ def sinusoid_2d(positions: Tensor, width: int) -> Tensor:
         ValueError: ``width`` is below 2 or ``positions`` is not ``[L, 2]``.
     """
     if width < 2 or positions.dim() != 2 or positions.shape[1] != 2:
-        raise ValueError(
-            f"found width {width} and positions of shape {list(positions.shape)}, expected width >= 2 and [L, 2]"
-        )
+        raise ValueError(f"width {width} must be at least 2, and the positions {list(positions.shape)} of shape [L, 2]")
     layer_width = width // 2
     by_axis = [sinusoid_1d(positions[:, 0], layer_width), sinusoid_1d(positions[:, 1], width - layer_width)]
     return torch.cat(by_axis, dim=1)

@@ -54,7 +54,7 @@ class PDiffConfig(Section):
     @classmethod
     def _odd(cls, kernel_size: int) -> int:
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: found {kernel_size}, expected an odd number")
+            raise ValueError("it must be odd")
         return kernel_size
 
     @property

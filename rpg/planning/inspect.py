@@ -46,7 +46,7 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
         layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
         return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
     if verify:
-        raise InputError(f"--verify: {path}", "a checkpoint", "a zoo, or the configuration of one")
+        raise InputError(f"--verify reads a zoo, and {path} is a checkpoint; name a zoo or the configuration of one")
     checkpoint = (
         Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
     )

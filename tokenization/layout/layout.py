@@ -236,7 +236,7 @@ class TokenLayout(LayoutDescription):
 
     def _require_shape(self, shape: Sequence[int]) -> None:
         if tuple(shape) != (self.num_tokens, self.token_size):
-            raise ValueError(f"tokens: found shape {list(shape)}, expected [{self.num_tokens}, {self.token_size}]")
+            raise ValueError(f"tokens of shape {list(shape)} must be [{self.num_tokens}, {self.token_size}]")
 
 
 def _open_base(zoo: Zoo, base: str | None) -> Checkpoint | None:

@@ -81,33 +81,31 @@ class TokenOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size: found {self.size!r}, expected a whole number of values, 1 or more")
+            raise ValueError(f"size is {self.size!r}; give a whole number of values, 1 or more")
         for field, kind in (("normalization", Normalization), ("flatten", Flatten), ("lora_canonical", CanonicalForm)):
             if getattr(self, field) not in get_args(kind):
-                raise ValueError(
-                    f"{field}: found {getattr(self, field)!r}, expected one of {', '.join(get_args(kind))}"
-                )
+                raise ValueError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(get_args(kind))}")
         for field in ("include", "exclude"):
             patterns = getattr(self, field)
             if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(f"{field}: found {patterns!r}, expected a list of glob patterns")
+                raise ValueError(f"{field} is {patterns!r}; give a list of glob patterns")
             object.__setattr__(self, field, tuple(patterns))
         if not self.include:
-            raise ValueError("include: found no pattern, expected at least one; leave it out to include every tensor")
+            raise ValueError("include is empty; leave it out to include every tensor")
         if self.rank is not None:
             self._check_rank()
         if self.pack and self.flatten == "flat":
-            raise ValueError("pack: found true with flatten 'flat', which leaves nothing to pack; set pack to false")
+            raise ValueError("flatten 'flat' leaves nothing to pack; set pack to false")
 
     def _check_rank(self) -> None:
         if self.rank != "auto" and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank: found {self.rank!r}, expected a number of directions from 1 on, auto or null")
+            raise ValueError(f"rank is {self.rank!r}; give a number of directions from 1 on, auto or null")
         if not 0 < self.rank_share <= 1:
-            raise ValueError(f"rank_share: found {self.rank_share!r}, expected a part above 0 and up to 1")
+            raise ValueError(f"rank_share is {self.rank_share!r}; give a part above 0 and up to 1")
         if self.normalization != "residual":
             raise ValueError(
-                f"rank: found {self.rank!r} with normalization {self.normalization!r}; directions are of deviations "
-                "from the zoo's mean, so set normalization to residual"
+                f"rank {self.rank!r} keeps directions of deviations from the zoo's mean, which normalization "
+                f"{self.normalization!r} does not make; set normalization to residual"
             )
 
     @property

@@ -79,7 +79,7 @@ def checked_ids(
     _require_range("checkpoint", checkpoints, num_checkpoints)
     _require_range("token", tokens, layout.num_tokens)
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and len(tokens) != len(checkpoints)):
-        raise IndexError(f"token_ids: found shape {tokens.shape}, expected [N] or [{len(checkpoints)}, N]")
+        raise IndexError(f"token_ids of shape {tokens.shape} must be [N] or [{len(checkpoints)}, N]")
     return checkpoints, np.broadcast_to(tokens, (len(checkpoints), tokens.shape[-1]))
 
 
@@ -120,4 +120,4 @@ def _stretches(flat: Tensor, length: int) -> Tensor:
 
 def _require_range(what: str, ids: np.ndarray, count: int) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= count):
-        raise IndexError(f"{what}_ids: found {ids.min()} to {ids.max()}, expected 0 to {count - 1}")
+        raise IndexError(f"{what}_ids {ids.min()} to {ids.max()} must lie in 0 to {count - 1}")

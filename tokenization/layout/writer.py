@@ -64,7 +64,7 @@ class CheckpointWriter:
         fits = rows.dim() == 2 and rows.shape[1] == layout.token_size
         if not fits or not 0 <= first_token <= layout.num_tokens - len(rows):
             raise ValueError(
-                f"rows of tokens {first_token} …: found shape {list(rows.shape)}, expected "
+                f"rows from token {first_token} on have shape {list(rows.shape)}, which must be "
                 f"[up to {layout.num_tokens - first_token}, {layout.token_size}]"
             )
         for name, first, values in values_of(layout, first_token, rows, exact=self.exact):

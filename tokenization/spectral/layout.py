@@ -196,7 +196,7 @@ class SpectralLayout:
 
     def _require_shape(self, shape: Sequence[int]) -> None:
         if tuple(shape) != (self.num_tokens, self.token_size):
-            raise ValueError(f"tokens: found shape {list(shape)}, expected [{self.num_tokens}, {self.token_size}]")
+            raise ValueError(f"tokens of shape {list(shape)} must be [{self.num_tokens}, {self.token_size}]")
 
     def save(self, folder: Path | str) -> None:
         """Write the cut's files and ``basis.safetensors``. Raises InputError when the disk refuses."""

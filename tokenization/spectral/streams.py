@@ -37,7 +37,7 @@ class SpectralReader:
         ids = torch.as_tensor(token_ids, device="cpu")
         numbers = [int(number) for number in checkpoint_ids]
         if any(not 0 <= number < len(self.zoo) for number in numbers):
-            raise IndexError(f"checkpoint_ids: found {numbers}, expected 0 to {len(self.zoo) - 1}")
+            raise IndexError(f"checkpoint_ids {numbers} must lie in 0 to {len(self.zoo) - 1}")
         whole = torch.stack([self._coefficients(number) for number in numbers])  # [B, T, k]
         if ids.dim() == 1:
             return whole[:, ids]
@@ -70,7 +70,9 @@ class SpectralWriter:
         """Write spectral tokens ``first_token …``, ``[n, k]``. Raises ValueError if they do not fit into ``[T, k]``."""
         layout = self.layout
         if rows.shape[1:] != (layout.token_size,) or not 0 <= first_token <= layout.num_tokens - len(rows):
-            raise ValueError(f"rows of tokens {first_token} …: found shape {list(rows.shape)}")
+            raise ValueError(
+                f"rows from token {first_token} on have shape {list(rows.shape)}, which does not fit the layout"
+            )
         for first, wide in layout.expand(rows.detach().cpu(), first_token, first_token + len(rows)):
             self._writer.write(first, wide)
 

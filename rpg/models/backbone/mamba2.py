@@ -56,15 +56,12 @@ class Mamba2Config(BackboneSection):
         widths = self.layer_widths
         if (len(widths), widths[0]) != (self.num_layers, self.d_model):
             raise ValueError(
-                f"widths: found {list(widths)}, expected num_layers {self.num_layers} of them, the first d_model "
-                f"{self.d_model}; change either"
+                f"widths {list(widths)} must be num_layers, {self.num_layers}, widths of which the first is d_model, "
+                f"{self.d_model}"
             )
         for width in widths:
             if width < 1 or self.expand * width % self.headdim:
-                raise ValueError(
-                    f"headdim: found {self.headdim}, expected a divisor of expand times the width, "
-                    f"{self.expand * width}; change either"
-                )
+                raise ValueError(f"headdim {self.headdim} must divide expand times the width, {self.expand * width}")
         return self
 
 

@@ -26,9 +26,7 @@ class TransformerConfig(BackboneSection):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerConfig:
         if self.d_model % self.num_heads:
-            raise ValueError(
-                f"num_heads: found {self.num_heads}, expected a divisor of d_model {self.d_model}; change either"
-            )
+            raise ValueError(f"num_heads {self.num_heads} must divide d_model {self.d_model}")
         return self
 
 

@@ -44,21 +44,21 @@ class UNet1dConfig(Section):
     def _mirrored(cls, channels: tuple[int, ...]) -> tuple[int, ...]:
         if channels[0] != 1 or min(channels) < 1 or channels != channels[::-1] or len(channels) % 2 == 0:
             expected = "an odd count of positive numbers with 1 first and last, the same backwards"
-            raise ValueError(f"channels: found {channels}, expected {expected}, as the skip connections need it")
+            raise ValueError(f"the skip connections need {expected}")
         return channels
 
     @field_validator("kernel_size")
     @classmethod
     def _odd(cls, kernel_size: int) -> int:
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: found {kernel_size}, expected an odd number, which keeps the length")
+            raise ValueError("it must be odd, which keeps the length")
         return kernel_size
 
     @field_validator("d_time")
     @classmethod
     def _even(cls, d_time: int) -> int:
         if d_time % 2:
-            raise ValueError(f"d_time: found {d_time}, expected an even number: half of it are sines")
+            raise ValueError("it must be even, as half of it are sines")
         return d_time
 
 

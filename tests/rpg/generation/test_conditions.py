@@ -18,7 +18,7 @@ def test_a_list_of_classes_needs_no_model(prompt):
 
 @pytest.mark.parametrize(
     "prompt, words",
-    [("", "nothing"), ("cat dog ship", "every class"), ("all animals", "--prompt-model")],
+    [("", "--prompt is empty"), ("cat dog ship", "every class"), ("all animals", "--prompt-model")],
 )
 def test_prompts_that_cannot_be_used_are_one_line(prompt, words):
     with pytest.raises(InputError, match=words) as caught:

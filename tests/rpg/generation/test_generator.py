@@ -123,7 +123,7 @@ def test_a_truncated_file_is_named(run, tmp_path):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         Generator.from_pretrained(tmp_path / "nothing" / "here")
 
 

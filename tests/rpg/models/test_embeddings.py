@@ -58,5 +58,5 @@ def test_positions_of_a_large_network_stay_apart():
     ],
 )
 def test_refuses_impossible_shapes(call):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="must be at least"):
         call()

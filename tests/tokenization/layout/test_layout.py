@@ -228,7 +228,7 @@ def test_encode_names_what_does_not_fit(zoo: Zoo):
         layout.encode({**tensors, "conv.weight": torch.zeros(2, 3)})
     with pytest.raises(InputError, match="'ones' has values unlike the zoo's"):
         layout.encode({**tensors, "ones": torch.arange(5.0)})
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="must be"):
         layout.decode(torch.zeros(2, 2))
 
 
@@ -245,7 +245,7 @@ def test_encode_names_what_does_not_fit(zoo: Zoo):
     ],
 )
 def test_options_name_the_field_at_fault(fields):
-    with pytest.raises(ValueError, match=f"{next(iter(fields))}: found .*expected|pack: found"):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} is |set pack to false"):
         TokenOptions(**fields)
 
 

@@ -123,7 +123,10 @@ def test_errors_and_dropped_writers_leave_the_old_file(zoo: Zoo, layout: TokenLa
 
 @pytest.mark.parametrize("rows", [torch.zeros(1, 7), torch.zeros(8), torch.zeros(10**4, 8)])
 def test_rows_that_do_not_fit_are_refused(layout: TokenLayout, tmp_path: Path, rows):
-    with pytest.raises(ValueError, match="expected"), CheckpointWriter(tmp_path / "x.safetensors", layout) as writer:
+    with (
+        pytest.raises(ValueError, match="which must be"),
+        CheckpointWriter(tmp_path / "x.safetensors", layout) as writer,
+    ):
         writer.write(0, rows)
     assert not list(tmp_path.iterdir())
 
