@@ -106,7 +106,7 @@ def _evaluate_streamed(generator: Generator, zoo: Zoo, task: Classifier, num: in
 
 def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
-    trained = training_entries(zoo, config)
+    trained = training_entries(zoo, config.train.splits)
     return trained, sorted(set(range(len(zoo))) - set(trained))
 
 
@@ -137,7 +137,7 @@ def scoring_task(config: Config, zoo: Zoo) -> Classifier:
             f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or score the "
             "files with code of your own"
         )
-    task = build_task(config.task) if config.task is not None else task_of(zoo)
+    task = task_of(zoo, config.task)
     if not isinstance(task, Classifier):
         command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
         raise InputError(f"{type(task).__name__} is a family of tasks, not a single one; score it with `{command}`")

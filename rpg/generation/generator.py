@@ -140,7 +140,7 @@ class Generator:
             if self.texts is not None:
                 self.texts.save(temporary / TEXTS_FILE)
             encoder = self.texts.encoder if self.texts is not None else None
-            card = model_card(self.config, self.layout, self.condition, encoder, self.adapter, self.facts)
+            card = model_card(self.config.model, self.layout, self.condition, encoder, self.adapter, self.facts)
             (temporary / "README.md").write_text(card)
         self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from rpg.config import Config
+from rpg.models import ModelConfig
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 
 
 def model_card(
-    config: Config,
+    model: ModelConfig,
     layout: Layout,
     condition: ConditionSpec | None,
     encoder: str | None,
@@ -21,7 +21,7 @@ def model_card(
     """The text of a generator's ``README.md``.
 
     Args:
-        config: the experiment.
+        model: the section of the configuration.
         layout: how tokens become checkpoints.
         condition: what its conditions mean; None when it takes none.
         encoder: the sentence encoder of its texts, if it takes any.
@@ -35,8 +35,8 @@ def model_card(
     return f"""# Generator of neural-network weights
 
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
-{layout.token_size}). Condition: {asked}. Normalization: {config.tokens.normalization}.
-{config.model.description}{_adapters(adapter)}
+{layout.token_size}). Condition: {asked}. Normalization: {layout.options.normalization}.
+{model.description}{_adapters(adapter)}
 
 | training | |
 | --- | --- |

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
 from rpg.training.data import condition_size as zoo_condition_size
-from rpg.training.data import state_ids
+from rpg.training.data import state_ids, training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, plan_layout
@@ -42,9 +42,9 @@ class ZooSummary:
     def of(cls, zoo: Zoo, config: Config) -> ZooSummary:
         """The zoo as ``config`` cuts it; no values are read. Raises InputError as `plan_layout` does."""
         layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
-        states = state_ids(zoo, config)
+        states = state_ids(zoo, training_entries(zoo, config.train.splits), config.model.state)
         num_states = int(states.max()) + 1 if len(states) else 1
-        return cls(layout, len(zoo), num_states, zoo_condition_size(zoo, config))
+        return cls(layout, len(zoo), num_states, zoo_condition_size(zoo, config.model.condition))
 
 
 def find_zoo_summary(

@@ -46,10 +46,10 @@ def _parse(values: Mapping[str, Any]) -> Any:
     return validated(_Tree, {"task": dict(values)}, "").task
 
 
-def task_of(zoo: Zoo) -> Task:
-    """The task that collected ``zoo``, from what the zoo itself records.
+def task_of(zoo: Zoo, config: TaskConfig | None = None) -> Task:
+    """The task of a configuration, or without one the task that collected ``zoo``, which the zoo records.
 
     Raises:
         InputError: the zoo records no task (a user's own checkpoints), or one this version does not know.
     """
-    return build_task(zoo.require_task())
+    return build_task(config if config is not None else zoo.require_task())

@@ -9,10 +9,10 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.training.data import training_conditions, training_entries
+from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
 from rpg.training.distributed import DistributedContext
 from rpg.training.run_folder import RunFolder
-from rpg.training.trainer import all_tokens, build_network, check_zoo
+from rpg.training.trainer import build_network
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 
@@ -31,7 +31,7 @@ class ClosedFormTrainer:
         self.config = config
         self.folder = RunFolder(config.run)
         self.zoo = Zoo.open(config.zoo)
-        check_zoo(self.zoo, config)
+        check_zoo(self.zoo, config.train.splits, config.model.condition.kind)
         self.distributed = DistributedContext(config.train, str(self.folder.path))
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
@@ -47,11 +47,11 @@ class ClosedFormTrainer:
         return self.folder.generator
 
     def _fit(self) -> None:
-        config, indices = self.config, training_entries(self.zoo, self.config)
+        config, indices = self.config, training_entries(self.zoo, self.config.train.splits)
         layout = fit_layout(self.zoo, config.tokens, indices)
         network: Any = build_network(config, layout, self.zoo)
-        conditions = training_conditions(self.zoo, config)
-        error = network.fit(all_tokens(config, layout, self.zoo), conditions, layout.token_weight)
+        conditions = training_conditions(self.zoo, indices, config.model.condition)
+        error = network.fit(all_tokens(self.zoo, layout, indices), conditions, layout.token_weight)
         facts: dict[str, Any] = {
             "training seconds": round(time.monotonic() - self.started, 1),
             "training checkpoints": len(indices),

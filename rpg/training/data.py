@@ -4,7 +4,7 @@ on another number of processes, sees the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.config import Config
 from rpg.generation.text_encoder import text_table
+from rpg.models import ModelConfig
 from rpg.models.code_prior import CodePriorConfig
+from rpg.models.conditioning import ConditionConfig
 from rpg.models.recurrent_diffusion import Batch, CodeBatch
+from rpg.models.state import StateConfig
 from rpg.seeding import derive_seed, make_rng, permutation
+from rpg.training.config import TrainConfig
+from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
 from tokenization.zoo.zoo import Zoo
+
+MOST_TOKEN_BYTES = 4 << 30
+"""The most memory that the tokens of a whole zoo may take where they are needed at once."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +53,57 @@ class BatchSampler:
     Args:
         zoo: the checkpoints.
         layout: how they are cut into tokens.
-        config: the experiment.
+        settings: splits, batch size and sampled tokens.
+        model: what a permutation state is, and how conditions are dropped and withheld.
+        seed: decides every draw.
         rank, world_size: this process, of how many; the batch is split evenly among them.
 
     Raises:
         InputError: the batch cannot be split evenly.
     """
 
-    def __init__(self, zoo: Zoo, layout: Layout, config: Config, rank: int = 0, world_size: int = 1) -> None:
-        self.config = config
+    def __init__(
+        self,
+        zoo: Zoo,
+        layout: Layout,
+        settings: TrainConfig,
+        model: ModelConfig,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.settings, self.condition, self.seed = settings, model.condition, seed
         self.layout = layout
-        self.indices = training_entries(zoo, config)
+        self.indices = training_entries(zoo, settings.splits)
         self.rank, self.world_size = rank, world_size
         self.reader = token_reader(zoo, layout)
-        self.states = state_ids(zoo, config)
-        self.conditions = training_conditions(zoo, config)
+        self.states = state_ids(zoo, self.indices, model.state)
+        self.conditions = training_conditions(zoo, self.indices, model.condition)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def examples(self, step: int) -> list[int]:
         """Places in ``indices`` of the whole batch of ``step``: epoch after epoch, each in its own random order."""
-        batch_size, count = self.config.train.batch_size, len(self.indices)
+        batch_size, count = self.settings.batch_size, len(self.indices)
         places = range(step * batch_size, (step + 1) * batch_size)
-        orders = {epoch: permutation(count, self.config.seed, "epoch", epoch) for epoch in {p // count for p in places}}
+        orders = {epoch: permutation(count, self.seed, "epoch", epoch) for epoch in {p // count for p in places}}
         return [int(orders[place // count][place % count]) for place in places]
 
     def token_ids(self, step: int) -> Tensor:
         """The sampled tokens of ``step``, ``[N]`` ascending; all of them when the config says so."""
-        total, wanted = self.layout.num_tokens, self.config.train.tokens
+        total, wanted = self.layout.num_tokens, self.settings.tokens
         if wanted is None or wanted >= total:
             return torch.arange(total)
-        return permutation(total, self.config.seed, "tokens", step)[:wanted].sort().values
+        return permutation(total, self.seed, "tokens", step)[:wanted].sort().values
 
     def load(self, step: int, part: int = 0) -> Rows:
         """Read part ``part`` (of ``gradient_accumulation``) of this process's share of ``step``."""
-        share = self.config.train.batch_size // self.world_size // self.config.train.gradient_accumulation
-        first = (self.rank * self.config.train.gradient_accumulation + part) * share
+        share = self.settings.batch_size // self.world_size // self.settings.gradient_accumulation
+        first = (self.rank * self.settings.gradient_accumulation + part) * share
         chosen = self.examples(step)[first : first + share]
         token_ids = self.token_ids(step)
-        seeds = [derive_seed(self.config.seed, "example", step, first + i) for i in range(share)]
+        seeds = [derive_seed(self.seed, "example", step, first + i) for i in range(share)]
         samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
         keys = [
             (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i))
@@ -102,14 +120,14 @@ class BatchSampler:
             conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
             dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
             seeds=seeds,
-            group_seeds=[derive_seed(self.config.seed, "state", step, repr(key)) for key in distinct],
+            group_seeds=[derive_seed(self.seed, "state", step, repr(key)) for key in distinct],
         )
 
     def codes(self, step: int, prior: CodePriorConfig, size: int, part: int, device: torch.device) -> CodeBatch:
         """What the prior over codes of ``size`` values sees in part ``part`` of this process's share of ``step``."""
-        parts = self.config.train.gradient_accumulation
+        parts = self.settings.gradient_accumulation
         number = self.rank * parts + part
-        rng = make_rng(self.config.seed, "codes", step, number)
+        rng = make_rng(self.seed, "codes", step, number)
         num = max(1, prior.batch_size // (self.world_size * parts))
         places = torch.randint(len(self.indices), (num,), generator=rng)
         noise = torch.randn(num, size, generator=rng)
@@ -120,19 +138,19 @@ class BatchSampler:
     def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
         if self.conditions is None:
             return ()
-        condition, rate = self.conditions[place], self.config.model.condition.withhold
+        condition, rate = self.conditions[place], self.condition.withhold
         if rate > 0:
-            rng = make_rng(self.config.seed, "withhold", step, example)
+            rng = make_rng(self.seed, "withhold", step, example)
             condition = condition.masked_fill(torch.rand(len(condition), generator=rng) < rate, WITHHELD)
         return tuple(condition.tolist())
 
     def _dropped(self, step: int, example: int) -> bool:
-        rate = self.config.model.condition.dropout
-        return rate > 0 and float(torch.rand((), generator=make_rng(self.config.seed, "drop", step, example))) < rate
+        rate = self.condition.dropout
+        return rate > 0 and float(torch.rand((), generator=make_rng(self.seed, "drop", step, example))) < rate
 
     def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows]]]:
         """Yield ``(step, parts)`` for each step; the next step is read while the caller computes."""
-        parts = range(self.config.train.gradient_accumulation)
+        parts = range(self.settings.gradient_accumulation)
 
         def read(step: int) -> list[Rows]:
             return [self.load(step, part) for part in parts]
@@ -146,43 +164,65 @@ class BatchSampler:
                 yield step, rows
 
 
-def training_entries(zoo: Zoo, config: Config) -> list[int]:
-    """The entries of the zoo that are trained on, in its order."""
-    return sorted(index for split in dict.fromkeys(config.train.splits) for index in zoo.subset(split))
+def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
+    """See to it that the zoo has checkpoints and conditions of the kind ``wanted``. Raises InputError if not."""
+    if not training_entries(zoo, splits):
+        raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
+    if wanted == "none":
+        return
+    found = zoo.condition.kind if zoo.condition else "none"
+    if found != wanted:
+        raise InputError(
+            f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
+        )
 
 
-def training_conditions(zoo: Zoo, config: Config) -> Tensor | None:
+def training_entries(zoo: Zoo, splits: Sequence[str]) -> list[int]:
+    """The entries of the zoo that are trained on, those of ``train.splits``, in its order."""
+    return sorted(index for split in dict.fromkeys(splits) for index in zoo.subset(split))
+
+
+def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> Tensor | None:
     """The condition of every training checkpoint, ``[K, C]``; None without one. Raises as `text_table` does."""
-    if config.model.condition.kind == "none":
+    if condition.kind == "none":
         return None
-    conditions = torch.tensor([zoo.entries[index].condition for index in training_entries(zoo, config)])
-    if config.model.condition.kind == "text":
-        return text_table(zoo, config.model.condition.encoder).conditions[conditions[:, 0].long()]
+    conditions = torch.tensor([zoo.entries[index].condition for index in indices])
+    if condition.kind == "text":
+        return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
     return conditions
 
 
-def condition_size(zoo: Zoo, config: Config) -> int:
+def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
     """How many values a condition is to the networks (for ``class``: how many classes); 0 without one.
 
     Raises:
         InputError: of ``text``: as `text_table` does.
     """
-    if zoo.condition is None or config.model.condition.kind == "none":
+    if zoo.condition is None or condition.kind == "none":
         return 0
-    if config.model.condition.kind == "text":
-        return text_table(zoo, config.model.condition.encoder).vectors.shape[1]
+    if condition.kind == "text":
+        return text_table(zoo, condition.encoder).vectors.shape[1]
     return zoo.condition.size
 
 
-def state_ids(zoo: Zoo, config: Config) -> Tensor:
+def state_ids(zoo: Zoo, indices: Sequence[int], state: StateConfig) -> Tensor:
     """The permutation state of every training checkpoint, ``[K]`` long."""
-    indices = training_entries(zoo, config)
-    if config.model.state.of in ("checkpoint", "code"):
+    if state.of in ("checkpoint", "code"):
         return torch.arange(len(indices))
-    if config.model.state.of == "run":
+    if state.of == "run":
         runs = {run: i for i, run in enumerate(dict.fromkeys(zoo.entries[index].run for index in indices))}
         return torch.tensor([runs[zoo.entries[index].run] for index in indices])
     return torch.zeros(len(indices), dtype=torch.long)
+
+
+def all_tokens(zoo: Zoo, layout: Layout, indices: Sequence[int]) -> torch.Tensor:
+    """The tokens of checkpoints, ``[n, L, D]``. Raises InputError where they are too many for memory."""
+    if 4 * len(indices) * layout.num_tokens * layout.token_size > MOST_TOKEN_BYTES:
+        raise InputError(
+            f"The {len(indices)} checkpoints of {zoo.path} have {layout.num_tokens:,} tokens of {layout.token_size:,} "
+            "values, too many to fit codes or a regression to in memory; set tokens.rank."
+        )
+    return token_reader(zoo, layout).read(indices, range(layout.num_tokens))
 
 
 def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0, codes: CodeBatch | None = None) -> Batch:

@@ -127,7 +127,7 @@ class PDiffTrainer(Trainer):
         stages = self.settings.autoencoder, self.settings.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None
-        indices = training_entries(self.zoo, self.config)
+        indices = training_entries(self.zoo, self.config.train.splits)
         return VectorSampler(self.zoo, indices, self.layout, self.config.seed, sizes, stages[0].steps)
 
     def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

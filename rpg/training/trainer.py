@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
+from rpg.tasks import task_of
 from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
     Rows,
+    all_tokens,
+    check_zoo,
     condition_size,
     state_ids,
     to_batch,
@@ -34,11 +38,8 @@ from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
 from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError
-from tokenization.layouts import Layout, fit_layout, token_reader
+from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
-
-MOST_TOKEN_BYTES = 4 << 30
-"""The most memory that the tokens of a whole zoo may take where they are needed at once."""
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
-        self.layout = fit_layout(zoo, config.tokens, indices=training_entries(zoo, config))
+        self.layout = fit_layout(zoo, config.tokens, indices=training_entries(zoo, config.train.splits))
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
@@ -70,7 +71,7 @@ class Trainer:
         if saved is not None:
             checkpointing.load_average(saved, self.ema, self.shards)
             checkpointing.load_optimizer(saved, self.shards)
-        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.distributed)
+        self.auxiliary = self._build_auxiliary()
         # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
@@ -82,7 +83,7 @@ class Trainer:
 
     def check(self, zoo: Zoo) -> None:
         """Raise InputError for what cannot be trained."""
-        check_zoo(zoo, self.config)
+        check_zoo(zoo, self.config.train.splits, self.config.model.condition.kind)
 
     @property
     def num_steps(self) -> int:
@@ -100,7 +101,16 @@ class Trainer:
     def build_sampler(self, rank: int, world_size: int) -> Any:
         """What reads the rows of each step."""
         _check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
-        return BatchSampler(self.zoo, self.layout, self.config, rank, world_size)
+        config = self.config
+        return BatchSampler(self.zoo, self.layout, config.train, config.model, config.seed, rank, world_size)
+
+    def _build_auxiliary(self) -> AuxiliaryLosses:
+        config = self.config
+        task = partial(task_of, self.zoo, config.task)
+        conditional = config.model.condition.kind != "none"
+        return AuxiliaryLosses(
+            config.train, config.seed, task, conditional, self.zoo, self.layout, self.network, self.distributed
+        )
 
     def compile(self) -> None:
         """Compile the networks in place, each on its first call."""
@@ -252,41 +262,17 @@ class Trainer:
         Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
 
 
-def check_zoo(zoo: Zoo, config: Config) -> None:
-    """See to it that the zoo has checkpoints and the conditions that the model takes. Raises InputError if not."""
-    if not training_entries(zoo, config):
-        raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
-    wanted = config.model.condition.kind
-    if wanted == "none":
-        return
-    found = zoo.condition.kind if zoo.condition else "none"
-    if found != wanted:
-        raise InputError(
-            f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
-        )
-
-
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     """The untrained networks for a zoo, initialised from the seed."""
-    num_states = int(state_ids(zoo, config).max()) + 1
+    indices = training_entries(zoo, config.train.splits)
+    num_states = int(state_ids(zoo, indices, config.model.state).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build(config.model, layout, num_states, condition_size(zoo, config))
+        network = build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
     if isinstance(network, RecurrentDiffusion) and network.centre is not None:
-        tokens = all_tokens(config, layout, zoo)
-        network.fit_centre(tokens, training_conditions(zoo, config), layout.token_weight)
+        conditions = training_conditions(zoo, indices, config.model.condition)
+        network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
     return network
-
-
-def all_tokens(config: Config, layout: Layout, zoo: Zoo) -> torch.Tensor:
-    """The tokens of all training checkpoints, ``[n, T, k]``. Raises InputError where they are too many for memory."""
-    indices = training_entries(zoo, config)
-    if 4 * len(indices) * layout.num_tokens * layout.token_size > MOST_TOKEN_BYTES:
-        raise InputError(
-            f"The {len(indices)} checkpoints of {zoo.path} have {layout.num_tokens:,} tokens of {layout.token_size:,} "
-            "values, too many to fit codes or a regression to in memory; set tokens.rank."
-        )
-    return token_reader(zoo, layout).read(indices, range(layout.num_tokens))
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from rpg.config import Config
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import make_rng
-from rpg.tasks import Task, build_task, task_of
+from rpg.tasks import Task
+from rpg.training.config import TrainConfig
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
 from rpg.training.losses.new_states import NewStatesLoss
@@ -20,8 +22,11 @@ class AuxiliaryLosses:
     """The sum of the losses that ``train.behaviour`` and ``train.new_states`` ask for; 0 without either.
 
     Args:
-        config: the experiment.
-        zoo: names the task where the configuration has none.
+        settings: of training; which losses there are.
+        seed: decides every draw.
+        find_task: gives the task that scores networks; called only where a loss needs it.
+        conditional: whether the generator takes a condition.
+        zoo: the checkpoints; beside them may lie the base network that is to be matched.
         layout: decodes tokens.
         network: the generator's networks; only the fresh-state loss runs them, which p-diff refuses to have.
         distributed: the processes of the run.
@@ -31,34 +36,31 @@ class AuxiliaryLosses:
     """
 
     def __init__(
-        self, config: Config, zoo: Zoo, layout: Layout, network: RecurrentDiffusion, distributed: DistributedContext
+        self,
+        settings: TrainConfig,
+        seed: int,
+        find_task: Callable[[], Task],
+        conditional: bool,
+        zoo: Zoo,
+        layout: Layout,
+        network: RecurrentDiffusion,
+        distributed: DistributedContext,
     ) -> None:
-        self.config = config
-        self.distributed = distributed
-        self.behaviour = self._build_behaviour(zoo, layout)
-        self.new_states = self._build_new_states(zoo, layout, network)
-
-    def _build_behaviour(self, zoo: Zoo, layout: Layout) -> BehaviourLoss | None:
-        settings = self.config.train.behaviour
-        if settings is None or not settings.weight:
-            return None
-        if self.config.train.tokens is not None and self.config.train.tokens < layout.num_tokens:
-            raise InputError(
-                f"train.tokens is {self.config.train.tokens}, but train.behaviour needs a whole network; set it to null"
-            )
-        if self.config.model.condition.kind == "none":
-            raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
-        return BehaviourLoss(self._task(zoo), layout, settings, zoo)
-
-    def _build_new_states(self, zoo: Zoo, layout: Layout, network: RecurrentDiffusion) -> NewStatesLoss | None:
-        if self.config.train.new_states is None:
-            return None
-        if self.distributed.world_size > 1 or self.distributed.spread != "none":
-            raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
-        return NewStatesLoss(network, self._task(zoo), layout, self.config.train.new_states)
-
-    def _task(self, zoo: Zoo) -> Task:
-        return build_task(self.config.task) if self.config.task is not None else task_of(zoo)
+        self.settings, self.seed, self.distributed = settings, seed, distributed
+        self.behaviour: BehaviourLoss | None = None
+        self.new_states: NewStatesLoss | None = None
+        if settings.behaviour is not None and settings.behaviour.weight:
+            if settings.tokens is not None and settings.tokens < layout.num_tokens:
+                raise InputError(
+                    f"train.tokens is {settings.tokens}, but train.behaviour needs a whole network; set it to null"
+                )
+            if not conditional:
+                raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
+            self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
+        if settings.new_states is not None:
+            if distributed.world_size > 1 or distributed.spread != "none":
+                raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
+            self.new_states = NewStatesLoss(network, find_task(), layout, settings.new_states)
 
     def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         """The losses of a step of this process, given its batch and what the denoiser made of it."""
@@ -70,16 +72,16 @@ class AuxiliaryLosses:
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
-        rng = make_rng(self.config.seed, "behaviour", step, 0)  # the same images on every process
+        rng = make_rng(self.seed, "behaviour", step, 0)  # the same images on every process
         return self.behaviour(loss.samples, batch.conditions[rows], dropped, rng)
 
     def _new_states_of(self, step: int) -> torch.Tensor | float:
         """The loss of new states, once it has set in."""
-        settings = self.config.train.new_states
-        if self.new_states is None or settings is None or step < settings.start * self.config.train.steps:
+        settings = self.settings.new_states
+        if self.new_states is None or settings is None or step < settings.start * self.settings.steps:
             return 0.0
         with self.distributed.accelerator.autocast():
-            return self.new_states(make_rng(self.config.seed, "fresh", step))  # as earlier versions drew
+            return self.new_states(make_rng(self.seed, "fresh", step))  # as earlier versions drew
 
     def facts(self, seconds: float) -> dict[str, str]:
         """What the model card says of the losses, after ``seconds`` of training."""

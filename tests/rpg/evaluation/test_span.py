@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(generator: Generator, num: int = 12):
     zoo = Zoo.open(generator.config.zoo)
-    span = _span(generator, zoo, training_entries(zoo, generator.config))
+    span = _span(generator, zoo, training_entries(zoo, generator.config.train.splits))
     return measure_span(span, span.place(generator.generate(num, seed=3)), generator.asked(num, seed=3))
 
 

@@ -9,10 +9,11 @@ from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsTask
 from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
 from rpg.training.losses.auxiliary import AuxiliaryLosses
-from rpg.training.losses.behaviour import BehaviourConfig, BehaviourLoss, num_at_last_time
+from rpg.training.losses.behaviour import BehaviourLoss, num_at_last_time
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.zoo.condition import WITHHELD
@@ -73,7 +74,7 @@ def test_the_loss_of_the_zoos_own_weights_is_their_cross_entropy(task, zoo):
 
 def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
-    rows = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config).load(0)
+    rows = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config.train, config.model, config.seed).load(0)
     for objective, last in ((build_objective(FlowConfig()), 1.0), (build_objective(DDPMConfig()), 999)):
         batch = to_batch(rows, objective, torch.device("cpu"), 2)
         assert (batch.time[:2] == last).all() and (batch.time[2:] < last).all()
@@ -86,9 +87,9 @@ def test_training_with_it_reports_its_cost(zoo, tmp_path):
     assert "behaviour loss, share of training seconds" in (folder / "README.md").read_text()
 
 
-def test_splits_decide_what_is_trained_on(zoo, tmp_path):
-    assert training_entries(zoo, config_of(zoo, tmp_path)) == [0, 1, 2, 3, 4, 5]
-    assert training_entries(zoo, config_of(zoo, tmp_path, splits=["train", "validation"])) == list(range(8))
+def test_splits_decide_what_is_trained_on(zoo):
+    assert training_entries(zoo, ["train"]) == [0, 1, 2, 3, 4, 5]
+    assert training_entries(zoo, ["validation", "train"]) == list(range(8))
 
 
 def test_impossible_uses_are_one_line(task, zoo, tmp_path):
@@ -105,7 +106,7 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
     condition = config.model.condition.model_copy(update={"withhold": 0.3})
     config = config.model_copy(update={"model": config.model.model_copy(update={"condition": condition})})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config)
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config.train, config.model, config.seed)
     drawn = torch.cat([sampler.load(step).conditions for step in range(40)])
     assert set(drawn.unique().tolist()) == {0.0, WITHHELD, 1.0}
     assert (drawn == WITHHELD).float().mean().item() == pytest.approx(0.3, abs=0.05)
@@ -114,10 +115,10 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
         Config.parse({"model": {"condition": {"kind": "vector", "withhold": 0.3}}}, "test")
 
 
-def test_every_process_draws_the_same_images(zoo, tmp_path):
+def test_every_process_draws_the_same_images():
     def draw(rank: int) -> int:
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
-        losses.config, losses.distributed = config_of(zoo, tmp_path), SimpleNamespace(rank=rank)
+        losses.settings, losses.seed, losses.distributed = TrainConfig(), 0, SimpleNamespace(rank=rank)
         losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
         batch = SimpleNamespace(group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1))
         return losses(3, batch, SimpleNamespace(samples=torch.zeros(1)))
