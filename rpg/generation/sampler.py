@@ -20,7 +20,7 @@ from rpg.generation.config import GenerateConfig
 from rpg.generation.partition import Partition
 from rpg.generation.request import Request
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import make_rng
+from rpg.seeding import make_rng, permutation
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
@@ -221,9 +221,15 @@ class TokenSampler(TiledSampler):
 
 
 def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
-    """Which of the stored permutation states each network of a seed is made of: network i's draw is its own."""
-    rngs = [make_rng(seed, "state", network) for network in networks]
-    return [int(torch.randint(num_states, (), generator=rng)) for rng in rngs]
+    """Which of the stored permutation states each network of a seed is made of, whatever else is asked for.
+
+    Network after network takes them in a random order, each once before any comes again: where states are of
+    checkpoints, independent draws would name some several times, and a zoo's spread rests on its few outermost.
+    """
+    orders = {
+        each: permutation(num_states, seed, "states", each) for each in {place // num_states for place in networks}
+    }
+    return [int(orders[place // num_states][place % num_states]) for place in networks]
 
 
 @contextlib.contextmanager
