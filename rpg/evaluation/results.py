@@ -46,7 +46,8 @@ class Span(Section):
     """
 
     cosine: float = Field(description="of the deviation from the zoo's mean with the asked checkpoint's, mean")
-    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over original")
+    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over asked")
+    accuracy: float | None = Field(None, description="mean accuracy; None where it was not asked for")
     num: int = Field(description="networks that were measured")
 
 

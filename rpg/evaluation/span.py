@@ -146,13 +146,14 @@ class ZooSpan:
         return self.gram.trace().item() / len(self.checkpoints)
 
 
-def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int]) -> Span | None:
-    """Whether networks are what they were asked to be, and spread as the zoo does.
+def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int], accuracy: float | None = None) -> Span | None:
+    """Whether networks are what they were asked to be, and spread as those are.
 
     Args:
         zoo: what they were learned from.
         places: of the generated networks.
         asked: the place in the zoo of the checkpoint that each was asked to be.
+        accuracy: the networks' mean accuracy, to be reported.
 
     Returns:
         None where the zoo has no spread, nothing was asked, or a network has values that are not finite.
@@ -160,12 +161,13 @@ def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int]) -> Span | N
     if not len(asked) or not zoo.mean_square > 0:
         return None
     rows = torch.arange(len(asked))
-    lengths = (places.squares * zoo.gram.diagonal()[list(asked)]).sqrt()
+    squares = zoo.gram.diagonal()[list(asked)]
+    lengths = (places.squares * squares).sqrt()
     cosines = places.products[rows, list(asked)] / lengths.clamp(min=1e-300)  # the mean itself points nowhere: 0
-    cosine, spread = cosines.mean().item(), places.squares.mean().item() / zoo.mean_square
+    cosine, spread = cosines.mean().item(), (places.squares.sum() / squares.sum()).item()
     if not (math.isfinite(cosine) and math.isfinite(spread)):  # JSON has no NaN
         return None
-    return Span(cosine=cosine, spread=spread, num=len(asked))
+    return Span(cosine=cosine, spread=spread, accuracy=accuracy, num=len(asked))
 
 
 def _products(first: Tensor, second: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from rpg.evaluation.results import (
     GeneratedScores,
     NoiseScores,
     NoveltyReport,
+    Span,
     Spread,
     TwoSample,
 )
@@ -129,11 +130,20 @@ def evaluate_streamed(
         baselines={name: each for name, each in scores.items() if name not in (*sigmas, "average", "generated")},
         generated=GeneratedScores(seconds_per_network=clock.mean, **dict(scores["generated"])),
         spread=_spread(zoo, made["generated"], originals.predictions),
-        span=measure_span(zoo, made["generated"].places, asked),
+        span=measure_span(zoo, made["generated"].places, asked, scores["generated"].accuracy.mean),
         two_sample=_two_sample(task, made, originals, held_out, split),
         novelty=novelty.curve() if novelty else None,
         novelty_details=novelty,
     )
+
+
+def score_span(
+    task: Classifier, zoo: ZooSpan, networks: Iterable[StateDict], asked: Sequence[int], split: str
+) -> Span | None:
+    """Whether networks, made one at a time, are the checkpoints they were asked to be, and how accurate they are."""
+    scored = score(task, networks, split, zoo)
+    accurate = accuracy(scored.predictions, task.labels(split)).mean().item()
+    return measure_span(zoo, scored.places, asked, accurate)
 
 
 class Stopwatch:

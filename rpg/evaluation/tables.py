@@ -24,7 +24,9 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
     if result.spread is not None:
         console.print(f"generated over original: {_spread_line(result.spread)}", highlight=False)
     if (span := result.span) is not None:
-        line = f"cosine {span.cosine:.2f}, squared deviation {span.spread:.2f} of the zoo's, {span.num} networks"
+        line = f"cosine {span.cosine:.2f}, squared deviation {span.spread:.2f} of theirs, {span.num} networks"
+        if span.accuracy is not None:
+            line += f", accuracy {100 * span.accuracy:.1f} %"
         console.print(f"generated beside the checkpoints that they were asked to be: {line}", highlight=False)
     if result.two_sample is not None:
         console.print(_two_sample_table(result.two_sample))

@@ -10,9 +10,9 @@ from typing import Any
 from rpg.config import Config
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_html_report
-from rpg.evaluation.results import EvaluationResult
-from rpg.evaluation.span import ZooSpan, measure_span
-from rpg.evaluation.streamed import evaluate_streamed
+from rpg.evaluation.results import EvaluationResult, Span
+from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.streamed import evaluate_streamed, score_span
 from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
@@ -84,24 +84,32 @@ def _evaluate_together(
     runs = [zoo.entries[index].run for index in trained]
     result = evaluate(task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds)
     two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
-    span = None
-    if asked := _asked(generator, num, seed):
-        place = _span(generator, zoo, trained)
-        span = measure_span(place, place.place(networks), asked)
+    span = _span(generator, _zoo_span(generator, zoo, trained), task, num, seed) if generator.asked(num, seed) else None
     return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
 
 
 def _evaluate_streamed(generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int) -> EvaluationResult:
     trained, held_out = _parts(zoo, generator.config)
-    return evaluate_streamed(
+    place, asked = _zoo_span(generator, zoo, trained), generator.asked(num, seed)
+    stored = generator.config.generate.state == "stored"
+    result = evaluate_streamed(
         task,
-        _span(generator, zoo, trained),
+        place,
         generator.one_by_one(num, seed=seed),
         generator.config.evaluate,
-        asked=_asked(generator, num, seed),
+        asked=asked if stored else (),
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
         seed=seed,
     )
+    if asked and not stored:
+        result = result.model_copy(update={"span": _span(generator, place, task, num, seed)})
+    return result
+
+
+def _span(generator: Generator, zoo: ZooSpan, task: Classifier, num: int, seed: int) -> Span | None:
+    """Of networks with stored states, whichever those are that are evaluated."""
+    networks = generator.one_by_one(num, seed=seed, state="stored")
+    return score_span(task, zoo, networks, generator.asked(num, seed), generator.config.evaluate.split)
 
 
 def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
@@ -110,13 +118,9 @@ def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     return trained, sorted(set(range(len(zoo))) - set(trained))
 
 
-def _span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
+def _zoo_span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
     checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
     return ZooSpan(checkpoints, [layer.name for layer in generator.layout.layers])
-
-
-def _asked(generator: Generator, num: int, seed: int) -> list[int]:
-    return generator.asked(num, seed) if generator.config.generate.state == "stored" else []
 
 
 def _num_held_values(generator: Generator, num_checkpoints: int, num: int) -> int:
