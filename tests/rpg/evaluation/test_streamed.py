@@ -187,7 +187,7 @@ def test_a_run_is_evaluated_one_network_at_a_time_where_networks_are_large(digit
         monkeypatch.setattr(single, "MOST_VALUES", most)
         results.append(single.evaluate_run(tmp_path / "run"))
         content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-        assert list(content["span"]) == ["cosine", "spread", "num"] and content["two_sample"] is None
+        assert list(content["span"]) == ["cosine", "spread", "accuracy", "num"] and content["two_sample"] is None
         assert EvaluationResult.model_validate(content) == results[-1]
         assert (tmp_path / "run" / "report.html").is_file()
     held, streamed = results
