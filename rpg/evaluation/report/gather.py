@@ -22,6 +22,7 @@ from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks.base import Classifier
+from rpg.training.data import training_entries
 from tokenization.zoo.zoo import Zoo
 
 NUM_TRAJECTORIES = 5
@@ -59,7 +60,8 @@ def write_html_report(
         write_page(run / "report.html", result, data)
         return run / "report.html"
     data.trajectories = _trajectories(generator, task, result.split, seed)
-    originals = [zoo.state_dict(index) for index in zoo.subset("train")]
+    trained = training_entries(zoo, generator.config.train.splits)
+    originals = [zoo.state_dict(index) for index in trained]
     if len(originals) > 1:
         zoo_vectors, vectors = weight_vectors(originals, networks)
         own = nearest_within(zoo_vectors)
@@ -121,10 +123,11 @@ def _heatmap(zoo: Tensor, generated: Tensor) -> tuple[list[str], Tensor]:
 
 def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: EvaluationResult) -> dict[str, str]:
     config = generator.config
+    num_trained = len(training_entries(zoo, config.train.splits))
     rows: dict[str, Any] = {
         "generator": f"{config.model.kind}, sha256 {generator.digest}",
         **{f"generator: {name}": value for name, value in generator.facts.items()},
-        "zoo": f"{len(zoo.subset('train'))} checkpoints of {zoo.num_runs} run(s), digest {zoo.digest()}",
+        "zoo": f"{num_trained} of {len(zoo)} checkpoints, {zoo.num_runs} run(s), digest {zoo.digest()}",
         "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",
         "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "
         f"values, normalization {config.tokens.normalization}",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.report.page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
 from rpg.experiments.single import evaluate_run
@@ -73,6 +75,22 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(run):
     assert len(page.pictures) == 7
     assert all(len(picture.get("alt") or picture.get("aria-label") or "") > 20 for picture in page.pictures)
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+
+
+def test_originals_are_those_that_were_trained_on(run, monkeypatch):
+    generator = Generator.from_pretrained(run)
+    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    generator.config = config.model_copy(update={"train": config.train.model_copy(update={"splits": ("validation",)})})
+    for index in range(5):
+        zoo.entries[index] = dataclasses.replace(zoo.entries[index], split="validation")
+    result = EvaluationResult.model_validate_json((run / "evaluation.json").read_text())
+    pages: list[ReportData] = []
+    monkeypatch.setattr("rpg.evaluation.report.gather.write_page", lambda path, result, data: pages.append(data))
+    write_html_report(
+        run, result, generator, zoo, build_task(config.task), generator.generate(2, seed=0), num=2, seed=0
+    )
+    assert len(pages[0].components["original"]) == 5
+    assert pages[0].provenance["zoo"].startswith(f"5 of {len(zoo)} checkpoints")
 
 
 def test_the_same_figures_give_the_same_bytes_and_what_users_wrote_is_escaped(run, tmp_path):
