@@ -50,6 +50,11 @@ class Estimator(ABC):
 
     @property
     @abstractmethod
+    def checkpoints_per_step(self) -> int:
+        """Checkpoints in one training step, over all processes."""
+
+    @property
+    @abstractmethod
     def rows_per_step(self) -> int:
         """Token rows in one training step, over all processes."""
 

@@ -19,9 +19,14 @@ class KernelRidgeEstimator(Estimator):
         return self.zoo.layout.num_tokens * self.zoo.layout.token_size
 
     @property
+    def checkpoints_per_step(self) -> int:
+        """All of them, once."""
+        return self.zoo.num_checkpoints
+
+    @property
     def rows_per_step(self) -> int:
         """Every token of the zoo, once."""
-        return self.zoo.num_checkpoints * self.zoo.layout.num_tokens
+        return self.checkpoints_per_step * self.zoo.layout.num_tokens
 
     @property
     def cache_bytes(self) -> int:

@@ -17,9 +17,14 @@ class PDiffEstimator(Estimator):
     """The needs of p-diff: a step takes whole checkpoints; the autoencoder's are the larger ones of both stages."""
 
     @property
+    def checkpoints_per_step(self) -> int:
+        """B of the autoencoder's stage."""
+        return self.model.autoencoder.batch_size
+
+    @property
     def rows_per_step(self) -> int:
         """All tokens of B checkpoints."""
-        return self.model.autoencoder.batch_size * self.zoo.layout.num_tokens
+        return self.checkpoints_per_step * self.zoo.layout.num_tokens
 
     @property
     def num_parts(self) -> int:
@@ -33,7 +38,7 @@ class PDiffEstimator(Estimator):
 
     def step_part(self, network: ParameterDiffusion, num_processes: int) -> StepPart:
         """A whole step of the autoencoder: values and their noise ``[B, d]``, the latents' noise ``[B, Z]``."""
-        num_examples, num_values = self.model.autoencoder.batch_size, self.zoo.layout.num_coordinates
+        num_examples, num_values = self.checkpoints_per_step, self.zoo.layout.num_coordinates
         inputs = [torch.empty(num_examples, size) for size in (num_values, num_values, network.config.latent_size)]
         return StepPart(lambda: (network(0, *inputs),), num_bytes(inputs))
 

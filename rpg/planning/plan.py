@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         config: the experiment.
         zoo: what it learns from.
+        checkpoints_per_step: checkpoints in one training step, over all processes.
         rows_per_step: token rows in one training step, over all processes.
         bytes_read_per_step: bytes of the checkpoints that they come from.
         bf16: whether training computes in bf16.
@@ -62,6 +63,7 @@ class Plan:
 
     config: Config
     zoo: ZooSummary
+    checkpoints_per_step: int
     rows_per_step: int
     bytes_read_per_step: int
     bf16: bool
@@ -112,6 +114,7 @@ def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Pla
     return Plan(
         config=config,
         zoo=zoo,
+        checkpoints_per_step=estimator.checkpoints_per_step,
         rows_per_step=estimator.rows_per_step,
         bytes_read_per_step=estimator.bytes_read_per_step,
         bf16=bf16,

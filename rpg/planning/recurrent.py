@@ -25,10 +25,15 @@ class RecurrentEstimator(Estimator):
     """The needs of recurrent diffusion: a step takes N tokens of each of B checkpoints."""
 
     @property
+    def checkpoints_per_step(self) -> int:
+        """B."""
+        return self.config.train.batch_size
+
+    @property
     def rows_per_step(self) -> int:
         """B times N."""
         num_tokens = self.zoo.layout.num_tokens
-        return self.config.train.batch_size * min(self.config.train.tokens or num_tokens, num_tokens)
+        return self.checkpoints_per_step * min(self.config.train.tokens or num_tokens, num_tokens)
 
     @property
     def num_parts(self) -> int:
@@ -48,8 +53,8 @@ class RecurrentEstimator(Estimator):
 
     def step_part(self, network: RecurrentDiffusion, num_processes: int) -> StepPart:
         """The rows of ``B / processes / parts`` checkpoints."""
-        num_examples = max(1, self.config.train.batch_size // num_processes // self.num_parts)
-        num_sampled = self.rows_per_step // self.config.train.batch_size
+        num_examples = max(1, self.checkpoints_per_step // num_processes // self.num_parts)
+        num_sampled = self.rows_per_step // self.checkpoints_per_step
         # A condition of its own for every example is the most there can be.
         num_groups = num_examples if self.zoo.condition_size else min(num_examples, self.zoo.num_states)
         rows = (num_examples, num_sampled, self.zoo.layout.token_size)

@@ -41,7 +41,7 @@ def _work(plan: Plan) -> Table:
     table.add_row("a training step", f"{format_flops(plan.training_flops)}, {'bf16' if plan.bf16 else 'fp32'}")
     table.add_row(
         "its rows",
-        f"{plan.rows_per_step:,} of {plan.zoo.layout.token_size:,} values, {config.train.batch_size:,} checkpoints",
+        f"{plan.rows_per_step:,} of {plan.zoo.layout.token_size:,} values, {plan.checkpoints_per_step:,} checkpoints",
     )
     cached = "; kept in memory once read" if plan.training.cache else ""
     table.add_row("it reads", format_bytes(plan.bytes_read_per_step) + cached)

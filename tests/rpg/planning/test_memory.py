@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from rpg.config import Config
@@ -13,8 +15,9 @@ from rpg.models import build_network
 from rpg.planning.estimator import parameters_by_component
 from rpg.planning.memory import checkpoint_bytes, held_bytes
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
-from rpg.planning.plan import build_estimator
-from rpg.planning.zoo_summary import ZooSummary
+from rpg.planning.plan import build_estimator, make_plan
+from rpg.planning.tables import plan_tables
+from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -151,6 +154,16 @@ def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters())
     assert 0 < memory.ema < memory.gradients and memory.cache == 6 * 107 * 4
     assert build_estimator(config, summary).generation_memory().total > memory.weights
+
+
+def test_pdiff_is_shown_with_its_own_batches(tmp_path: Path) -> None:
+    make_zoo(tmp_path / "zoo")
+    config = small_config(
+        tmp_path, model={"kind": "pdiff", "autoencoder": {"steps": 5, "learning_rate": 1e-3, "batch_size": 37}}
+    )
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*plan_tables(make_plan(config, find_zoo_summary(config))))
+    assert "37 checkpoints" in console.file.getvalue()
 
 
 def test_fake_networks_compute_shapes_alone() -> None:
