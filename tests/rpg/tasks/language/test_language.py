@@ -121,6 +121,7 @@ def test_a_killed_collection_goes_on_where_it_stood(task, zoo, folder, monkeypat
         other.collect(folder / "killed")
 
 
+@pytest.mark.usefixtures("zoo")  # its collection writes the base and the rows
 @pytest.mark.parametrize("rank", [4, 16, 64])
 def test_the_papers_dora_configurations_on_a_small_base(task, folder, tmp_path, rank):
     data = tmp_path / "rows"
