@@ -21,6 +21,7 @@ from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
 from rpg.tasks.images.images import check_structure
+from rpg.tasks.images.timm_data import image_transform
 from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
@@ -178,12 +179,7 @@ class _FolderTask(TimmFinetuneTask):
     """Images by folder, ``test`` being what ImageNet calls ``val``, prepared as timm does for the network."""
 
     def open_split(self, split: str) -> Any:
-        import timm
         from torchvision import datasets
 
-        size = self.config.image_size
-        known = timm.get_pretrained_cfg(self.config.network)
-        prepared = timm.data.resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
-        prepared["input_size"] = (3, size, size)
-        transform = timm.data.create_transform(**prepared, is_training=split == "train", color_jitter=0.0)
+        transform = image_transform(self.config.network, self.config.image_size, training=split == "train")
         return datasets.ImageFolder(Path(self.config.data) / {"test": "val"}.get(split, split), transform)

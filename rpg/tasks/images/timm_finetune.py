@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
+from rpg.tasks.images.timm_data import AddressedImages, image_transform
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:
@@ -90,14 +89,12 @@ class TimmFinetuneTask:
         return self._datasets[split]
 
     def open_split(self, split: str) -> Any:
-        """Images and labels of ``train`` or ``test``, as torchvision reads them."""
+        """Images and labels of ``train`` or ``test``, as torchvision reads them and timm prepares them."""
         from torchvision import datasets, transforms
 
-        size = self.config.image_size
-        crop = [transforms.RandomResizedCrop(size)] if split == "train" else [transforms.Resize((size, size))]
-        steps = [*crop, transforms.Lambda(to_rgb), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        transform, root = transforms.Compose(steps), self.config.data
-        train = split == "train"
+        train, root = split == "train", self.config.data
+        prepare = image_transform(self.config.network, self.config.image_size, training=train)
+        transform = transforms.Compose([to_rgb, prepare])
         match self.config.dataset:
             case "folder":
                 return datasets.ImageFolder(Path(root) / split, transform)
@@ -115,10 +112,10 @@ class TimmFinetuneTask:
                 return datasets.Food101(root, split, transform)
 
     def batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the task's device; those of ``train`` in an order that seed and ``parts`` decide."""
-        train = split == "train"
+        """Images and labels on the task's device; seed and ``parts`` decide order and alterations of ``train``."""
+        train, dataset = split == "train", self.dataset(split)
         loader: Any = torch.utils.data.DataLoader(
-            self.dataset(split),
+            AddressedImages(dataset, self.config.seed, *parts) if train else dataset,
             self.config.batch_size,
             shuffle=train,
             num_workers=self.config.workers,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -55,6 +56,28 @@ def test_the_zoo_holds_the_last_two_norm_layers_after_each_step(folder, zoo):
     assert len(task.collect(folder / "zoo")) == 5
 
 
+@pytest.mark.parametrize("network", ["resnet10t", "vit_tiny_patch16_224"])  # of two means, deviations and crops
+def test_images_are_prepared_as_timm_does_for_the_network(folder, network):
+    task = build_task(config_of(folder, network=network, image_size=48))
+    prepared = timm.data.resolve_data_config({}, model=timm.create_model(network)) | {"input_size": (3, 48, 48)}
+    path, label = task.dataset("test").samples[0]
+    expected = timm.data.create_transform(**prepared)(Image.open(path))
+    image, found = task.dataset("test")[0]
+    assert found == label and torch.equal(image, expected)
+    mean, deviation = (torch.tensor(prepared[name])[:, None, None] for name in ("mean", "std"))
+    images = torch.cat([images for images, _ in task.batches("train", 0)])
+    assert images.shape == (24, 3, 48, 48)
+    assert ((images * deviation + mean) > -1e-5).all() and ((images * deviation + mean) < 1 + 1e-5).all()
+
+
+def test_training_images_are_altered_alike_in_any_process_and_differently_in_every_epoch(folder):
+    first, second = (build_task(config_of(folder, workers=workers)) for workers in (0, 2))
+    epochs = [[images for images, _ in task.batches("train", epoch)] for task, epoch in
+              ((first, 0), (second, 0), (first, 1))]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+    assert not torch.equal(torch.cat(epochs[0]).sort(0).values, torch.cat(epochs[2]).sort(0).values)
+
+
 def test_predictions_are_those_of_the_base_network_with_the_tensors_in_it(folder, zoo):
     task = build_task(config_of(folder))
     predictions, labels = task.predict([zoo.state_dict(4)]), task.labels()
@@ -87,8 +110,6 @@ def test_missing_data_and_networks_are_named(folder, tmp_path):
 
 
 def test_the_papers_networks_and_data_sets_have_configurations():
-    import timm
-
     experiments = load_sweep(SWEEP)[1]
     assert len(experiments) == 42
     for each in experiments:

@@ -1,0 +1,57 @@
+"""How images are prepared for a timm network, and altered for its training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rpg.seeding import derive_seed
+
+
+def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
+    """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
+
+    Args:
+        network: a timm model; without weights of timm's, those of ImageNet stand.
+        image_size: height and width in pixels, in place of the network's own.
+        training: cut out and mirror at random. Colours stay as they are.
+
+    Returns:
+        A function of an RGB image that gives float32 ``[3, image_size, image_size]``.
+    """
+    import timm  # imported here: slow
+
+    known = timm.get_pretrained_cfg(network)
+    prepared = timm.data.resolve_data_config({"img_size": image_size}, pretrained_cfg=known.to_dict() if known else {})
+    return timm.data.create_transform(**prepared, is_training=training, color_jitter=0.0)
+
+
+class AddressedImages(torch.utils.data.Dataset[Any]):
+    """A data set whose images are altered by random numbers of their own, in whatever order and process they are read.
+
+    timm draws crops from Python's generator and mirrors by torch's; both are left as they were.
+
+    Args:
+        dataset: the images; ``dataset[index]`` may draw.
+        seed: decides the draws, with ``parts``.
+        parts: what else names them, as the number of the epoch.
+    """
+
+    def __init__(self, dataset: Any, seed: int, *parts: int | str) -> None:
+        self.dataset, self.seed, self.parts = dataset, seed, parts
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        seed, before = derive_seed(self.seed, "alterations", *self.parts, index), random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            try:
+                return self.dataset[index]
+            finally:
+                random.setstate(before)
