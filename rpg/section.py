@@ -66,6 +66,8 @@ def _explain(model: Any, error: ValidationError, where: str) -> InputError:
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
         cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(siblings))}."
         return InputError(f"{field} is an unknown key; {cure}")
+    if first["type"] == "missing":
+        return InputError(f"{field} is missing; give it a value.")
     message = first["msg"].removeprefix("Value error, ")
     return InputError(f"{field} cannot be {first['input']!r}: {message[0].lower() + message[1:]}.")
 

@@ -28,6 +28,7 @@ def test_every_shipped_config_loads_and_survives_saving(path, tmp_path):
         ("train: {stepz: 3}", ["train.stepz", "did you mean 'steps'"]),
         ("model: {backbone: {kind: lstm, d_modle: 3}}", ["model.backbone.d_modle", "did you mean 'd_model'"]),
         ("tokens: {sise: 3}", ["tokens.sise", "did you mean 'size'"]),
+        ("model: {kind: pdiff, autoencoder: {steps: 3}}", ["model.autoencoder.learning_rate is missing"]),
         ("train: {steps: 0}", ["train.steps", "0", "greater than or equal to 1"]),
         ("train: {steps: many}", ["train.steps", "'many'", "integer"]),
         ("model: {backbone: {kind: gru}}", ["model.backbone", "lstm"]),
