@@ -1,6 +1,6 @@
 """Weights to tokens and back.
 
-A `Checkpoint` is one trained network on disk, a `Zoo` a folder of them, alike in structure. `TokenLayout.fit` plans
+A `Checkpoint` is one trained network on disk, a `Zoo` a folder of them, alike in structure. `TokenLayout.fit` decides
 how a zoo's checkpoints are cut: ``layout/placement.py`` says where each value goes, ``layout/normalization.py`` what
 becomes of it. A token is
 

@@ -24,11 +24,11 @@ def fit_layout(zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = 
     return (TokenLayout if options.rank is None else SpectralLayout).fit(zoo, options, indices)
 
 
-def plan_layout(checkpoint: Checkpoint, options: TokenOptions, num_checkpoints: int) -> Layout:
+def layout_without_statistics(checkpoint: Checkpoint, options: TokenOptions, num_checkpoints: int) -> Layout:
     """The sizes of the layout of a zoo of that many checkpoints like this one."""
     if options.rank is None:
-        return TokenLayout.plan(checkpoint, options)
-    return SpectralLayout.plan(checkpoint, options, num_checkpoints)
+        return TokenLayout.without_statistics(checkpoint, options)
+    return SpectralLayout.without_statistics(checkpoint, options, num_checkpoints)
 
 
 def load_layout(folder: Path | str) -> Layout:

@@ -17,7 +17,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip
-from tokenization.layouts import Layout, fit_layout, plan_layout
+from tokenization.layouts import Layout, fit_layout, layout_without_statistics
 from tokenization.spectral.layout import SpectralLayout
 from tokenization.zoo.zoo import Zoo
 
@@ -43,14 +43,14 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
     config = Config.defaults(list(overrides))
     if (path / "zoo.json").is_file():
         zoo = Zoo.open(path)
-        layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
+        layout = layout_without_statistics(zoo.checkpoint(0), config.tokens, len(zoo))
         return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
     if verify:
         raise InputError(f"--verify reads a zoo, and {path} is a checkpoint; name a zoo or the configuration of one")
     checkpoint = (
         Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
     )
-    return [checkpoint_table(checkpoint), *layout_tables(plan_layout(checkpoint, config.tokens, 50))]
+    return [checkpoint_table(checkpoint), *layout_tables(layout_without_statistics(checkpoint, config.tokens, 50))]
 
 
 def _config_file(path: Path) -> Path | None:

@@ -21,7 +21,7 @@ from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-from tokenization.layouts import Layout, plan_layout
+from tokenization.layouts import Layout, layout_without_statistics
 
 GIB = 1 << 30
 
@@ -160,7 +160,9 @@ def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
 def _long_layout(config: Config, num_tokens: int) -> Layout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return plan_layout(Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS)
+    return layout_without_statistics(
+        Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS
+    )
 
 
 def parse_memory(text: str) -> int:

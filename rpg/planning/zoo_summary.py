@@ -15,7 +15,7 @@ from rpg.training.data import condition_size as zoo_condition_size
 from rpg.training.data import state_ids, training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-from tokenization.layouts import Layout, plan_layout
+from tokenization.layouts import Layout, layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
 DEFAULT_CHECKPOINTS = 50
@@ -40,8 +40,8 @@ class ZooSummary:
 
     @classmethod
     def of(cls, zoo: Zoo, config: Config) -> ZooSummary:
-        """The zoo as ``config`` cuts it; no values are read. Raises InputError as `plan_layout` does."""
-        layout = plan_layout(zoo.checkpoint(0), config.tokens, len(zoo))
+        """The zoo as ``config`` cuts it; no values are read. Raises InputError as `layout_without_statistics` does."""
+        layout = layout_without_statistics(zoo.checkpoint(0), config.tokens, len(zoo))
         states = state_ids(zoo, training_entries(zoo, config.train.splits), config.model.state)
         num_states = int(states.max()) + 1 if len(states) else 1
         return cls(layout, len(zoo), num_states, zoo_condition_size(zoo, config.model.condition))
@@ -73,7 +73,7 @@ def find_zoo_summary(
             "give --condition-size."
         )
     states = count if config.model.state.of == "checkpoint" else 1
-    return ZooSummary(plan_layout(checkpoint, config.tokens, count), count, states, size)
+    return ZooSummary(layout_without_statistics(checkpoint, config.tokens, count), count, states, size)
 
 
 def _timm_network(name: str) -> tuple[Checkpoint, None]:

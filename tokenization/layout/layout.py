@@ -45,7 +45,7 @@ class TokenLayout(LayoutDescription):
 
     @classmethod
     def fit(cls, zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = None) -> TokenLayout:
-        """Plan the tokens of a zoo and measure its statistics in one streaming pass.
+        """Place the tokens of a zoo and measure its statistics in one streaming pass.
 
         The statistics are kept in the zoo's folder ``cache`` (which may be deleted at any time), under the digest of
         the zoo. Memory stays below a few blocks a checkpoint, whatever the checkpoints' size.
@@ -62,7 +62,7 @@ class TokenLayout(LayoutDescription):
         if not indices:
             raise InputError(f"{zoo.path} has no checkpoint to measure; collect some with `rpg collect`")
         first = zoo.checkpoint(indices[0])
-        layout = cls._planned(first, options, _open_base(zoo, options.base) or first)
+        layout = cls._placed(first, options, _open_base(zoo, options.base) or first)
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
         checkpoints = [layout.checkpoint(zoo, index) for index in indices]
         form = layout.canonical.key if layout.canonical else None
@@ -71,19 +71,19 @@ class TokenLayout(LayoutDescription):
         return layout
 
     @classmethod
-    def plan(cls, checkpoint: Checkpoint, options: TokenOptions) -> TokenLayout:
+    def without_statistics(cls, checkpoint: Checkpoint, options: TokenOptions) -> TokenLayout:
         """The layout of a single checkpoint, without statistics: as with normalization ``none``.
 
         Raises:
             InputError: patterns that fit nothing, a tensor of a dtype that cannot be tokenised.
         """
-        layout = cls._planned(checkpoint, options, checkpoint)
+        layout = cls._placed(checkpoint, options, checkpoint)
         pairs = find_pairs(layout.layers) if options.lora_canonical != "none" else ()
         layout.canonical = Canonical("svd", pairs, None) if pairs else None  # the only one: nothing to align it with
         return layout
 
     @classmethod
-    def _planned(cls, checkpoint: Checkpoint, options: TokenOptions, base: Checkpoint) -> TokenLayout:
+    def _placed(cls, checkpoint: Checkpoint, options: TokenOptions, base: Checkpoint) -> TokenLayout:
         layers, num_tokens = place_layers(choose_layers(checkpoint, options), options)
         tokenised = {layer.name for layer in layers}
         specs = {info.name: (info.dtype, info.shape) for info in base.tensors.values() if info.name not in tokenised}

@@ -53,9 +53,9 @@ class SpectralLayout:
         return cls(cut, fitted.basis, fitted, chosen)
 
     @classmethod
-    def plan(cls, checkpoint: Checkpoint, options: TokenOptions, num_checkpoints: int) -> SpectralLayout:
+    def without_statistics(cls, checkpoint: Checkpoint, options: TokenOptions, num_checkpoints: int) -> SpectralLayout:
         """The sizes of a layout that is not fitted: its directions have no values. ``auto`` counts as all of them."""
-        cut = TokenLayout.plan(checkpoint, options)
+        cut = TokenLayout.without_statistics(checkpoint, options)
         most = max(1, num_checkpoints - 1)
         rank = most if options.rank in (None, "auto") else min(int(options.rank or 1), most)
         num_spectral = cut.num_tokens if options.basis == "token" else 1
@@ -229,8 +229,8 @@ class SpectralLayout:
 
 
 class _NoValues:
-    """Directions that are planned only."""
+    """Directions that were not measured."""
 
     def flat(self, name: str) -> Tensor:
         """There are none."""
-        raise ValueError("a planned layout has no directions; fit it")
+        raise ValueError("a layout without statistics has no directions; fit it")

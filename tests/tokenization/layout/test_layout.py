@@ -51,9 +51,9 @@ def zoo(tmp_path_factory) -> Zoo:
 
 
 def places_of(layout: TokenLayout) -> list[list[tuple[int, int]]]:
-    """The slow, obvious plan: for each layer the (token, place) of every value, counted out one by one."""
+    """The slow, obvious way: for each layer the (token, place) of every value, counted out one by one."""
     size, options = layout.token_size, layout.options
-    token, place, plan = 0, 0, []
+    token, place, expected_places = 0, 0, []
     for layer in layout.layers:
         shape = layer.shape
         runs = shape[0] if options.flatten == "channel" and len(shape) > 1 else 1
@@ -68,21 +68,21 @@ def places_of(layout: TokenLayout) -> list[list[tuple[int, int]]]:
                     token, place = token + 1, 0
                 places.append((token, place))
                 place += 1
-        plan.append(places)
-    return plan
+        expected_places.append(places)
+    return expected_places
 
 
 @pytest.mark.parametrize(("flatten", "pack"), CUTS)
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 1000])
 def test_encode_mask_and_positions_equal_a_count_value_by_value(zoo: Zoo, flatten, pack: bool, size: int):
-    layout = TokenLayout.plan(zoo.checkpoint(0), TokenOptions(size=size, flatten=flatten, pack=pack))
-    plan = places_of(layout)
-    num_tokens = plan[-1][-1][0] + 1
+    layout = TokenLayout.without_statistics(zoo.checkpoint(0), TokenOptions(size=size, flatten=flatten, pack=pack))
+    expected_places = places_of(layout)
+    num_tokens = expected_places[-1][-1][0] + 1
     tokens = torch.zeros(num_tokens, size, dtype=torch.float64)
     mask = torch.zeros(num_tokens, size, dtype=torch.bool)
     first_token: dict[int, int] = {}
     owners: dict[int, int] = {}
-    for index, (layer, places) in enumerate(zip(layout.layers, plan, strict=True)):
+    for index, (layer, places) in enumerate(zip(layout.layers, expected_places, strict=True)):
         first_token[index] = places[0][0]
         for value, (token, place) in zip(zoo.state_dict(0)[layer.name].flatten().tolist(), places, strict=True):
             tokens[token, place] = value
@@ -102,13 +102,15 @@ def test_encode_mask_and_positions_equal_a_count_value_by_value(zoo: Zoo, flatte
 
 
 def test_mask_rows_takes_any_shape(zoo: Zoo):
-    layout = TokenLayout.plan(zoo.checkpoint(0), TokenOptions(size=16))
+    layout = TokenLayout.without_statistics(zoo.checkpoint(0), TokenOptions(size=16))
     ids = torch.tensor([[3, 0], [2, 2]])
     assert torch.equal(layout.mask_rows(ids), layout.mask[ids])
 
 
 def test_packing_shares_tokens_without_splitting_small_layers(zoo: Zoo):
-    plain, packed = (TokenLayout.plan(zoo.checkpoint(0), TokenOptions(size=64, pack=pack)) for pack in (False, True))
+    plain, packed = (
+        TokenLayout.without_statistics(zoo.checkpoint(0), TokenOptions(size=64, pack=pack)) for pack in (False, True)
+    )
     assert packed.num_tokens < plain.num_tokens
     for layer in packed.layers:
         if layer.num_values <= 64:
@@ -203,8 +205,8 @@ def test_eight_bit_floats_are_refused_unless_excluded(tmp_path: Path):
     save_checkpoint(tmp_path / "x.safetensors", tensors)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="'b' has dtype torch.float8_e4m3fn"):
-        TokenLayout.plan(checkpoint, TokenOptions())
-    layout = TokenLayout.plan(checkpoint, TokenOptions(exclude=("b",)))
+        TokenLayout.without_statistics(checkpoint, TokenOptions())
+    layout = TokenLayout.without_statistics(checkpoint, TokenOptions(exclude=("b",)))
     layout.save(tmp_path)
     decoded = TokenLayout.load(tmp_path).decode(layout.encode(checkpoint))
     assert torch.equal(decoded["b"].view(torch.uint8), tensors["b"].view(torch.uint8))
@@ -213,7 +215,7 @@ def test_eight_bit_floats_are_refused_unless_excluded(tmp_path: Path):
 def test_empty_tensors_are_constants(tmp_path: Path):
     save_checkpoint(tmp_path / "x.safetensors", {"a": torch.randn(4), "none": torch.zeros(0, 3)})
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
-    layout = TokenLayout.plan(checkpoint, TokenOptions())
+    layout = TokenLayout.without_statistics(checkpoint, TokenOptions())
     assert layout.decode(layout.encode(checkpoint))["none"].shape == (0, 3)
 
 
@@ -277,7 +279,7 @@ def test_saved_and_pickled_layouts_are_the_same(zoo: Zoo, tmp_path: Path, normal
 def test_layout_json_has_the_keys_it_has_always_had(tmp_path: Path):
     head = torch.ones(2, 3)
     save_checkpoint(tmp_path / "x.safetensors", {"w": head, "n": torch.tensor(3), "t": head})
-    TokenLayout.plan(Checkpoint.open(tmp_path / "x.safetensors"), TokenOptions(size=4)).save(tmp_path)
+    TokenLayout.without_statistics(Checkpoint.open(tmp_path / "x.safetensors"), TokenOptions(size=4)).save(tmp_path)
     assert json.loads((tmp_path / "layout.json").read_text()) == {
         "format": "rpg.layout",
         "version": 1,
@@ -362,5 +364,5 @@ def test_token_counts_are_the_papers(tmp_path: Path):
     with torch.device("meta"):
         tensors = timm.create_model("vit_base_patch16_224").state_dict()
     TensorFile(tmp_path / "x.safetensors", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}).close()
-    layout = TokenLayout.plan(Checkpoint.open(tmp_path / "x.safetensors"), TokenOptions(size=16384))
+    layout = TokenLayout.without_statistics(Checkpoint.open(tmp_path / "x.safetensors"), TokenOptions(size=16384))
     assert (layout.num_tokens, layout.num_values) == (5378, 86_567_656)

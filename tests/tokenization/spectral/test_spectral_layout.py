@@ -16,7 +16,7 @@ from tests.tokenization.layout.test_properties import zoos
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
-from tokenization.layouts import checkpoint_writer, fit_layout, load_layout, plan_layout, token_reader
+from tokenization.layouts import checkpoint_writer, fit_layout, layout_without_statistics, load_layout, token_reader
 from tokenization.spectral.basis import DIRECTIONS
 from tokenization.spectral.layout import SpectralLayout
 from tokenization.zoo.zoo import Zoo
@@ -155,12 +155,12 @@ def test_a_checkpoint_from_outside_is_projected(zoo):
     assert torch.equal(token_reader(zoo, layout).read([11], range(layout.num_tokens))[0], outside)
 
 
-def test_planned_sizes_are_the_fitted_ones(zoo):
+def test_unmeasured_sizes_are_the_fitted_ones(zoo):
     for kind in KINDS:
         options = TokenOptions(size=100, rank=30, basis=kind)
-        planned, fitted = plan_layout(zoo.checkpoint(0), options, len(zoo)), fit_layout(zoo, options)
-        assert (planned.num_tokens, planned.token_size) == (fitted.num_tokens, fitted.token_size)
-        assert torch.equal(planned.positions, fitted.positions) and fitted.token_size == 11
+        unmeasured, fitted = layout_without_statistics(zoo.checkpoint(0), options, len(zoo)), fit_layout(zoo, options)
+        assert (unmeasured.num_tokens, unmeasured.token_size) == (fitted.num_tokens, fitted.token_size)
+        assert torch.equal(unmeasured.positions, fitted.positions) and fitted.token_size == 11
 
 
 def test_impossible_ranks_are_refused(zoo, tmp_path):
