@@ -10,11 +10,11 @@ from torch import Tensor
 from rpg.evaluation import baselines
 from rpg.evaluation.baseline_sets import baselines_at_distance, baselines_of_several, noisy_baselines
 from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.drawing import accuracy_by_similarity, save_points
 from rpg.evaluation.metrics import accuracy, summarize
 from rpg.evaluation.novelty import measure_spread
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import symmetries
-from rpg.evaluation.plots import plot_accuracy_similarity
 from rpg.evaluation.results import (
     TRAINED_FROM,
     AverageScore,
@@ -90,7 +90,7 @@ def evaluate(
 def save_evaluation(result: EvaluationResult, folder: Path | str) -> None:
     """Write ``evaluation.json`` and ``scatter.png``. Raises InputError if the folder cannot be written."""
     result.save(Path(folder) / "evaluation.json")
-    plot_accuracy_similarity(result, Path(folder) / "scatter.png")
+    save_points(*accuracy_by_similarity(result), Path(folder) / "scatter.png")
 
 
 def _wanted(config: EvaluateConfig, name: str) -> bool:

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.plots import GENERATED, ORIGINAL
+from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series, save_png, save_points
 from rpg.tasks.side_by_side import Stacked
-from tokenization.files import atomic_file
 
-METHODS = {
-    "original": (ORIGINAL, "o"),
-    "generated": (GENERATED, "D"),
-    "kernel_ridge": ("#009E73", "^"),
-    "nearest_seen": ("#999999", "v"),
-}
+METHODS = {"original": ORIGINAL, "generated": GENERATED, "kernel_ridge": 3, "nearest_seen": 8}
+"""Those that are drawn, with their kinds of `Series`."""
+
 TASKS_SHOWN, VALUES_SHOWN = 8, 200
 
 
@@ -33,27 +29,15 @@ def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, pat
     Raises:
         InputError: the file cannot be written.
     """
-    figure, axes = _figure(7.5, 5)
     rng = torch.Generator().manual_seed(0)
-    distances = hamming_to_seen.float()
-    for number, (name, (color, marker)) in enumerate(METHODS.items()):
-        jitter = (torch.rand(len(distances), generator=rng) - 0.5) * 0.12
-        places = distances + (number - 1.5) * 0.16 + jitter
-        axes.scatter(
-            places,
-            accuracies[name],
-            s=14,
-            c=color,
-            marker=marker,
-            alpha=0.6,
-            linewidths=0,
-            label=name.replace("_", " "),
-        )
-    axes.set_xlabel("Hamming distance to the nearest seen task")
-    axes.set_ylabel("accuracy on test images, one point a task")
-    axes.set_xticks(sorted(set(hamming_to_seen.tolist())))
-    axes.legend(loc="lower left", frameon=False)
-    _save(figure, path)
+    series = []
+    for number, (name, kind) in enumerate(METHODS.items()):
+        jitter = (torch.rand(len(hamming_to_seen), generator=rng) - 0.5) * 0.12
+        places = hamming_to_seen.float() + (number - 1.5) * 0.16 + jitter
+        series.append(Series(name.replace("_", " "), places.tolist(), accuracies[name].tolist(), kind))
+    x = Axis("Hamming distance to the nearest seen task", ticks=sorted(set(hamming_to_seen.tolist())))
+    y = Axis("accuracy on test images, one point a task", percent=True)
+    save_points(series, x, y, path)
 
 
 def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path | str) -> None:
@@ -68,11 +52,9 @@ def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path 
     Raises:
         InputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.2 * len(networks) + 0.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panels: Any = figure.subplots(2 * len(networks), 1)
     first = next(iter(networks.values()))[0]
     name = max(first, key=lambda each: first[each][0].numel())
@@ -90,19 +72,4 @@ def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path 
             axes.set_xticks([])
     panels[-1].set_xlabel(f"{len(columns)} values of {name}; one row a task, the same in both pictures of a split")
     figure.colorbar(image, ax=list(panels), shrink=0.6)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # imported here: slow, and only needed for pictures; the figure is made without pyplot's global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Any, path: Path | str) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)

@@ -16,6 +16,9 @@ AT_DISTANCE = "_at_distance"
 TRAINED_FROM = "_steps_from_"
 """Lies within the names of baselines that were trained on images: ``<steps>_steps_from_<baseline>``."""
 
+ENSEMBLE = 'weight average ("ensemble")'
+"""What tables and pictures call the average of all originals."""
+
 
 class Spread(Section):
     """Generated networks against the zoo's own spread; 1 means alike.
@@ -123,6 +126,11 @@ class NoiseScores(NetworkScores):
     sigma: float
     relative: bool = Field(description="sigma is in units of each layer's standard deviation")
 
+    @property
+    def label(self) -> str:
+        """What tables and pictures call them."""
+        return f"noise added, σ {self.sigma:g}" + (" relative" if self.relative else "")
+
 
 class AverageScore(Section):
     """Score of the average of all originals, a single network."""
@@ -155,6 +163,12 @@ class EvaluationResult(Section):
     two_sample: TwoSample | None = None
     novelty: dict[str, list[float]] | None = None
     novelty_details: NoveltyReport | None = None
+
+    def kinds(self) -> list[tuple[str, NetworkScores]]:
+        """What tables and pictures compare, with its name: originals, noise, baselines, generated networks."""
+        own = [(name.replace("_", " "), each) for name, each in self.baselines.items() if AT_DISTANCE not in name]
+        noise = [(each.label, each) for each in self.noise]
+        return [("original", self.original), *noise, *own, ("generated", self.generated)]
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically. Raises InputError if the file cannot be written."""

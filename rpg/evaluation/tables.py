@@ -6,7 +6,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rpg.evaluation.results import AT_DISTANCE, EvaluationResult, NetworkScores, NoveltyReport, Spread, TwoSample
+from rpg.evaluation.results import (
+    AT_DISTANCE,
+    ENSEMBLE,
+    EvaluationResult,
+    NetworkScores,
+    NoveltyReport,
+    Spread,
+    TwoSample,
+)
 
 TAUS_SHOWN = (1, 2, 3, 4, 6, 12)
 
@@ -45,16 +53,14 @@ def _accuracy_table(result: EvaluationResult) -> Table:
         percent = [f"{100 * figure:.1f}" for figure in figures]
         table.add_row(name, str(scores.count), *percent, f"{scores.similarity.mean:.2f}", seconds, style=style)
 
-    row("original", result.original)
+    original, *baselines, generated = result.kinds()
+    row(*original)
     average = f"{100 * result.ensemble.accuracy:.1f}"
-    table.add_row('weight average ("ensemble")', "1", average, "", "", f"{result.ensemble.similarity:.2f}", "")
-    for noise in result.noise:
-        row(f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else ""), noise)
-    for name, scores in result.baselines.items():
-        if not name.endswith(AT_DISTANCE):
-            row(name.replace("_", " "), scores)
+    table.add_row(ENSEMBLE, "1", average, "", "", f"{result.ensemble.similarity:.2f}", "")
+    for each in baselines:
+        row(*each)
     seconds = result.generated.seconds_per_network
-    row("generated", result.generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
+    row(*generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
     return table
 
 

@@ -11,83 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-COLORS = ("#d55e00", "#0072b2", "#1c1f24", "#009e73", "#b3457f", "#b07d00", "#2b9bd0", "#7a5195", "#6b7280", "#8c564b")
-"""The light palette, by which matplotlib's colours are found again and replaced by the style sheet's ``--c0`` …"""
-
-TEXT, GRID = "#5b6470", "#d9dee5"
-MARKERS = {"o": "●", "D": "◆", "^": "▲", "s": "■", "P": "✚", "v": "▼"}
-"""matplotlib's markers and the signs that stand for them in the legend."""
-
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in the reader's font
-    "svg.hashsalt": "report",  # the same figures give the same bytes
-    "font.size": 8,
-    "text.color": TEXT,
-    "axes.labelcolor": COLORS[2],
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.spines.bottom": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "xtick.major.pad": 6,
-    "axes.labelpad": 7,
-}
-
-
-@dataclass(frozen=True)
-class Series:
-    """One kind of points or one line.
-
-    Attributes:
-        label: its name in the legend.
-        x, y: coordinates; values that are not finite are left out.
-        kind: decides colour and marker; from 10 on the palette's last eight colours return with other markers.
-        low, high: a band around the line, or empty.
-        dashed: a line of lesser weight.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    kind: int
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    dashed: bool = False
-
-    @property
-    def color(self) -> int:
-        """Number of the palette's colour."""
-        return self.kind if self.kind < len(COLORS) else 2 + (self.kind - 2) % (len(COLORS) - 2)
-
-    @property
-    def marker(self) -> str:
-        """matplotlib's."""
-        return list(MARKERS)[(self.kind + self.kind // len(COLORS)) % len(MARKERS)]
-
-    @property
-    def sign(self) -> str:
-        """What stands for it in the legend."""
-        return MARKERS[self.marker]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A title, the limits (found from the data when None), and how ticks are written; ``ticks`` only if given."""
-
-    title: str
-    low: float | None = None
-    high: float | None = None
-    percent: bool = False
-    log: bool = False
-    ticks: Sequence[float] = ()
+from rpg.evaluation.drawing import COLORS, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
 
 
 @dataclass(frozen=True)
@@ -101,14 +25,7 @@ class Chart:
 
 def scatter(series: Sequence[Series], x: Axis, y: Axis, caption: str) -> Chart:
     """Points of several kinds, told apart by colour and shape."""
-
-    def draw(axes: Any) -> None:
-        for each in series:
-            size = 4 if len(each.x) > 1 else 8
-            points = {"color": COLORS[each.color], "marker": each.marker, "markersize": size, "markeredgewidth": 0}
-            axes.plot(each.x, each.y, linestyle="none", alpha=0.8, **points)
-
-    return Chart(_svg(draw, x, y, caption), series, caption)
+    return Chart(_svg(lambda axes: draw_points(axes, series), x, y, caption), series, caption)
 
 
 def lines(series: Sequence[Series], x: Axis, y: Axis, caption: str, *, markers: bool = True) -> Chart:
@@ -143,36 +60,13 @@ def histogram(series: Sequence[Series], x: Axis, caption: str, num_bins: int = 2
 def _svg(draw: Any, x: Axis, y: Axis, label: str) -> Markup:
     """Draw into axes ``x`` and ``y``; ``label`` says what is seen to those who do not see it."""
     from matplotlib import rc_context  # imported here: slow
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
+    figure = draw_figure(draw, x, y, (6.4, 3.6))
+    figure.axes[0].yaxis.label.set_gid("up")
     buffer = io.StringIO()
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        _format(axes, "x", x)
-        _format(axes, "y", y)
-        axes.yaxis.label.set_gid("up")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(buffer.getvalue(), label)
-
-
-def _format(axes: Any, name: str, axis: Axis) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
-
-    axes.set(**{f"{name}label": axis.title, f"{name}scale": "log" if axis.log else "linear"})
-    side = axes.xaxis if name == "x" else axes.yaxis
-    if axis.log:
-        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        side.set_major_formatter(StrMethodFormatter("{x:g}"))
-        side.set_minor_formatter(NullFormatter())
-    if axis.ticks:
-        side.set_ticks(axis.ticks)
-    if axis.percent:
-        side.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes.set(**{f"{name}lim": (axis.low, axis.high)})
 
 
 def _for_page(svg: str, label: str) -> Markup:

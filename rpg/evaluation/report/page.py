@@ -13,20 +13,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from rpg.evaluation.report.charts import Axis, Chart, Series, histogram, lines, scatter
+from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
+from rpg.evaluation.report.charts import Chart, histogram, lines, scatter
 from rpg.evaluation.results import (
     AT_DISTANCE,
     TRAINED_FROM,
     EvaluationResult,
     NetworkScores,
-    NoiseScores,
     NoveltyReport,
 )
 from tokenization.files import write_text
 
 TEMPLATE = "page.html.j2"
-GENERATED, ORIGINAL, AVERAGE = 0, 1, 2
-"""Their kinds of :class:`Series`: orange, blue and the colour of text."""
 
 
 @dataclass
@@ -63,7 +61,7 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": lambda share, digits=1: f"{100 * share:.{digits}f}", "median": np.median}
-    rows: list[tuple[str, NetworkScores]] = [(_noise_name(noise), noise) for noise in result.noise]
+    rows: list[tuple[str, NetworkScores]] = [(noise.label, noise) for noise in result.noise]
     rows += [(_name(name), scores) for name, scores in result.baselines.items()]
     novelty = result.novelty_details
     shown: dict[str, Any] = {
@@ -131,19 +129,9 @@ def _rivals(novelty: NoveltyReport) -> list[str]:
     return [" ".join(lines)]
 
 
-def _noise_name(noise: NoiseScores) -> str:
-    return f"noise added, σ {noise.sigma:g}" + (" relative" if noise.relative else "")
-
-
 def _similarity(result: EvaluationResult) -> Chart:
-    kinds: list[tuple[str, NetworkScores]] = [("original", result.original)]
-    kinds += [(_noise_name(noise), noise) for noise in result.noise]
-    kinds += [(_name(name), s) for name, s in result.baselines.items() if not name.endswith(AT_DISTANCE)]
-    series = [Series(name, s.similarities, s.accuracies, ORIGINAL + i) for i, (name, s) in enumerate(kinds)]
-    series.append(Series("generated", result.generated.similarities, result.generated.accuracies, GENERATED))
     caption = "Accuracy of each network against its similarity to the nearest original, by kind; upper left is best."
-    similarity = Axis("similarity to the nearest original (error IoU)")
-    return scatter(series, similarity, Axis("accuracy", percent=True), caption)
+    return scatter(*accuracy_by_similarity(result), caption)
 
 
 def _by_weight(novelty: NoveltyReport) -> list[str]:

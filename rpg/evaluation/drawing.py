@@ -1,0 +1,161 @@
+"""How figures are drawn, be it for a page or as a file: colours, markers, axes, points; and accuracy by similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpg.evaluation.results import ENSEMBLE, EvaluationResult
+from tokenization.files import atomic_file
+
+COLORS = ("#d55e00", "#0072b2", "#1c1f24", "#009e73", "#b3457f", "#b07d00", "#2b9bd0", "#7a5195", "#6b7280", "#8c564b")
+"""The light palette, by which matplotlib's colours are found again and replaced by the style sheet's ``--c0`` …"""
+
+GENERATED, ORIGINAL, AVERAGE = 0, 1, 2
+"""Their kinds of `Series`: orange, blue and the colour of text."""
+
+TEXT, GRID = "#5b6470", "#d9dee5"
+MARKERS = {"o": "●", "D": "◆", "^": "▲", "s": "■", "P": "✚", "v": "▼"}
+"""matplotlib's markers and the signs that stand for them in the legend."""
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in the reader's font
+    "svg.hashsalt": "report",  # the same figures give the same bytes
+    "font.size": 8,
+    "text.color": TEXT,
+    "axes.labelcolor": COLORS[2],
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.spines.bottom": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "xtick.major.pad": 6,
+    "axes.labelpad": 7,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One kind of points or one line.
+
+    Attributes:
+        label: its name in the legend.
+        x, y: coordinates; values that are not finite are left out.
+        kind: decides colour and marker; from 10 on the palette's last eight colours return with other markers.
+        low, high: a band around the line, or empty.
+        dashed: a line of lesser weight.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    kind: int
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashed: bool = False
+
+    @property
+    def color(self) -> int:
+        """Number of the palette's colour."""
+        return self.kind if self.kind < len(COLORS) else 2 + (self.kind - 2) % (len(COLORS) - 2)
+
+    @property
+    def marker(self) -> str:
+        """matplotlib's."""
+        return list(MARKERS)[(self.kind + self.kind // len(COLORS)) % len(MARKERS)]
+
+    @property
+    def sign(self) -> str:
+        """What stands for it in the legend."""
+        return MARKERS[self.marker]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A title, the limits (found from the data when None), and how ticks are written; ``ticks`` only if given."""
+
+    title: str
+    low: float | None = None
+    high: float | None = None
+    percent: bool = False
+    log: bool = False
+    ticks: Sequence[float] = ()
+
+
+def draw_figure(draw: Callable[[Any], None], x: Axis, y: Axis, size: tuple[float, float]) -> Any:
+    """A figure of ``size`` inches, without pyplot's global state; ``draw`` fills its only axes."""
+    from matplotlib import rc_context  # imported here: slow, and only needed for pictures
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        _format(axes, "x", x)
+        _format(axes, "y", y)
+    return figure
+
+
+def draw_points(axes: Any, series: Sequence[Series]) -> None:
+    """Points of several kinds, told apart by colour and shape."""
+    for each in series:
+        size = 4 if len(each.x) > 1 else 8
+        points = {"color": COLORS[each.color], "marker": each.marker, "markersize": size, "markeredgewidth": 0}
+        axes.plot(each.x, each.y, linestyle="none", alpha=0.8, label=each.label, **points)
+
+
+def save_points(series: Sequence[Series], x: Axis, y: Axis, path: Path | str) -> None:
+    """Write points with a legend below them as a PNG. Raises InputError if the file cannot be written."""
+    from matplotlib import rc_context
+
+    figure = draw_figure(lambda axes: draw_points(axes, series), x, y, (7.5, 5))
+    with rc_context(STYLE):
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    save_png(figure, path)
+
+
+def save_png(figure: Any, path: Path | str) -> None:
+    """Write a figure. Raises InputError if the file cannot be written."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def accuracy_by_similarity(result: EvaluationResult) -> tuple[list[Series], Axis, Axis]:
+    """The points and axes of accuracy against similarity, one point a network (p-diff, arXiv 2402.13144, figure 4a).
+
+    The upper left is where one wants to be: accurate, and unlike every original.
+    """
+    original, *others, generated = result.kinds()
+    series = [
+        Series(name, scores.similarities, scores.accuracies, kind)
+        for kind, (name, scores) in ((ORIGINAL, original), *enumerate(others, AVERAGE + 1), (GENERATED, generated))
+    ]
+    series.append(Series(ENSEMBLE, [result.ensemble.similarity], [result.ensemble.accuracy], AVERAGE))
+    across = Axis("similarity to the nearest (other) original: IoU of wrong predictions")
+    return series, across, Axis(f"accuracy on {result.num_images} {result.split} images", percent=True)
+
+
+def _format(axes: Any, name: str, axis: Axis) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+    axes.set(**{f"{name}label": axis.title, f"{name}scale": "log" if axis.log else "linear"})
+    side = axes.xaxis if name == "x" else axes.yaxis
+    if axis.log:
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))
+        side.set_minor_formatter(NullFormatter())
+    if axis.ticks:
+        side.set_ticks(axis.ticks)
+    if axis.percent:
+        side.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.set(**{f"{name}lim": (axis.low, axis.high)})
