@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import mmap
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -98,6 +100,29 @@ def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises InputError as `atomic_file` does."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each after where it stands: ``FILE: line 3``; empty lines are passed over.
+
+    Args:
+        text: what the file holds.
+        path: names it in errors.
+
+    Raises:
+        InputError: a line is no JSON object; names the line.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            parsed = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is no complete JSON ({error}); write one JSON object a line") from error
+        if not isinstance(parsed, dict):
+            raise InputError(f"{where} is of type {type(parsed).__name__}; write one JSON object a line")
+        yield where, parsed
 
 
 def make_folder(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
+from tokenization.files import json_lines
 from tokenization.zoo.condition import ConditionKind, ConditionSpec, require_condition
 
 _CONDITION_PREFIX = "condition."
@@ -56,16 +56,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the line") from error
     elif path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}: line {number}"
-            try:
-                parsed = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where} is no complete JSON ({error}); write one JSON object a line") from error
-            if not isinstance(parsed, dict):
-                raise InputError(f"{where} is of type {type(parsed).__name__}; write one JSON object a line")
+        for where, parsed in json_lines(text, path):
             rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
     else:
         raise InputError(f"{path} has the ending {path.suffix!r}; give a table in .csv or .jsonl")

@@ -5,7 +5,6 @@ T tasks, B rows, S token positions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rpg.seeding import permutation
 from rpg.tasks.language.config import RowsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
+from tokenization.files import json_lines
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_table, resolve_condition
 
@@ -175,19 +175,12 @@ def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]
 def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is unreadable ({error}); write it as JSONL in UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where} is not JSON ({error}); write one object a line") from None
+    for where, row in json_lines(text, path):
         for key in ("prompt", "completion"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+            if not isinstance(row.get(key), str):
                 raise InputError(f"{where} has no text {key!r}; a row needs the texts prompt and completion")
         if not row["completion"]:
             raise InputError(f"{where} has an empty completion; give the right answer")
