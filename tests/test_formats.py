@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from rpg.config import Config
 from rpg.generation.generator import FILES, OPTIONAL_FILES, Generator
+from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import save_checkpoint
@@ -104,6 +106,18 @@ def test_generator_folder(folder: Path) -> None:
     assert sorted(metadata) == sorted(documented("model.safetensors metadata"))
     assert list(json.loads(metadata["rpg"])) == ["condition", "num_states", "facts"]
     assert Config.load(generator / "config.yaml").plain().keys() == Config.model_fields.keys()
+
+
+def test_what_is_measured_in_closed_form() -> None:
+    condition = {"kind": "binary"}
+    model = {"condition": condition, "state": {"of": "code", "width": 2, "prior": {"width": 8}}}
+    recurrent = small_config(Path("unused"), model=model).model
+    positions = torch.zeros(4, 2, dtype=torch.long)
+    names = RecurrentDiffusion(recurrent, positions, 3, num_states=5, condition_size=2, regress=True).state_dict()
+    measured = [name for name in names if name.startswith(("state.", "centre."))]
+    ridge = KernelRidgeGenerator(KernelRidgeConfig.model_validate({"condition": condition}), 4, 3, 2).state_dict()
+    assert documented("model.safetensors") == [*measured, *ridge]
+    assert any(name.startswith("prior.") for name in names)
 
 
 def test_a_tie_in_a_layout(tmp_path: Path) -> None:
