@@ -246,14 +246,14 @@ def score(
 
 @app.command()
 def demo(
-    config: Annotated[Path | None, o.option("Configuration (default: configs/digits.yaml).")] = None,
+    config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
     overrides: o.Overrides = None,
 ) -> None:
     """The whole job on real handwritten digits: zoo, training, generation, scores."""
     from rpg.evaluation.tables import print_table
     from rpg.experiments.single import run_all
 
-    settings = load(config or default_config("digits.yaml"), ["run=runs/demo", *(overrides or [])])
+    settings = load(config or default_config("demo.yaml"), overrides or [])
     with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
         result = run_all(settings, progress={"collect": collecting, "train": training})
     print_table(result)

@@ -117,13 +117,14 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
         report = _report(generator, zoo, task, made, scored, split, seed)
         report["regressions"] = {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
         report |= {"linear_head": tried} if tried else {}
+        if isinstance(task, ImageTaskFamily):
+            per_task = measure_per_task(task, made["unseen"], wanted["unseen"].bits, split, seed)
+            report["per_task"] = per_task and per_task.model_dump(mode="json")
         if choosing:
             return report
         if isinstance(task, ImageTaskFamily):
             spread = diversity(generator, task, wanted["unseen"].bits, seen, seed)
             report["diversity"] = spread.model_dump(mode="json")
-            per_task = measure_per_task(task, made["unseen"], wanted["unseen"].bits, split, seed)
-            report["per_task"] = per_task and per_task.model_dump(mode="json")
             _plot(run, scored["unseen"], made)
     _write(run, report)
     return report
