@@ -81,6 +81,8 @@ class Centre(FittedBuffers):
     dual: Tensor
     code_map: Tensor
     scale: Tensor
+    seen: Tensor
+    without: Tensor
 
     def __init__(self, num_tokens: int, token_size: int, condition: tuple[str, int] | None = None) -> None:
         super().__init__()
@@ -90,6 +92,8 @@ class Centre(FittedBuffers):
         self.register_buffer("dual", torch.zeros(0, num_tokens, token_size))
         self.register_buffer("code_map", torch.zeros(0, num_tokens, token_size))
         self.register_buffer("scale", torch.ones(num_tokens))
+        self.register_buffer("seen", torch.zeros(0, condition[1] if condition else 0), persistent=False)
+        self.register_buffer("without", torch.zeros(0, num_tokens, token_size), persistent=False)
 
     def forward(self, conditions: Tensor | None, codes: Tensor | None, token_ids: Tensor) -> Tensor:
         """The known part of tokens ``[N]`` of G networks, ``[G or 1, N, k]`` float32.
@@ -104,10 +108,21 @@ class Centre(FittedBuffers):
             if self.condition is not None and conditions is not None:
                 inputs = regression_inputs(self.condition[0], conditions, self.condition[1]).float()
                 kernel = rbf(inputs, self.conditions, float(self.length))  # [G, n]
-                known = known + torch.tensordot(kernel, self.dual[:, token_ids], 1)
+                regressed = torch.tensordot(kernel, self.dual[:, token_ids], 1)
+                known = known + (self._without(inputs, regressed, token_ids) if self.training else regressed)
             if len(self.code_map) and codes is not None:
                 known = known + torch.tensordot(codes.float(), self.code_map[:, token_ids], 1)
         return known
+
+    def _without(self, inputs: Tensor, regressed: Tensor, token_ids: Tensor) -> Tensor:
+        """The prediction for each condition from the checkpoints of all others, where that is known.
+
+        Training sees what generation will see: how far the regression is off for a condition that nobody trained.
+        """
+        if not len(self.seen):
+            return regressed
+        distance, place = torch.cdist(inputs, self.seen).min(1)
+        return torch.where(distance[:, None, None] < 1e-3, self.without[place][:, token_ids], regressed)
 
     def remainder(self, rows: Tensor, known: Tensor, token_ids: Tensor) -> Tensor:
         """What the denoiser makes of tokens ``[..., N, k]``: the rest, of unit size; 0 where nothing remains."""
@@ -156,9 +171,16 @@ def fit_centre(
     if centre.condition is not None and conditions is not None:
         weighted = values * weights
         inputs = regression_inputs(centre.condition[0], conditions, centre.condition[1])
-        regression = KernelRidge.fit(inputs, weighted @ weighted.T)
+        # A class is asked for again, other conditions are new ones: they are left out with all their checkpoints.
+        by_condition = centre.condition[0] != "class"
+        regression = KernelRidge.fit(inputs, weighted @ weighted.T, by_condition)
         dual = (regression.inverse @ values).float().view(num, num_tokens, token_size)
-        values = regression.left_out() @ values
+        left_out = regression.left_out() @ values
+        if by_condition:
+            first = torch.tensor([int((regression.groups == each).nonzero()[0]) for each in regression.groups.unique()])
+            without = (values - left_out)[first].float().view(len(first), num_tokens, token_size)
+            centre.fill(seen=inputs[first], without=without)
+        values = left_out
     left_out = values.view(num, num_tokens, token_size)
     code_size = min(code_size, num - 1)
     codes = _whitened(values * weights, code_size)  # [n, m or 0]

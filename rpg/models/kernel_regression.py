@@ -35,6 +35,7 @@ class KernelRidge:
         length, penalty: as chosen.
         inverse: A, ``[n, n]`` float64.
         error: leave-one-out mean squared error as a part of the outputs' mean square.
+        groups: which checkpoints are left out together, ``[n]`` long.
     """
 
     conditions: Tensor
@@ -42,30 +43,36 @@ class KernelRidge:
     penalty: float
     inverse: Tensor
     error: float
+    groups: Tensor
 
     @classmethod
-    def fit(cls, conditions: Tensor, gram: Tensor) -> KernelRidge:
+    def fit(cls, conditions: Tensor, gram: Tensor, by_condition: bool = False) -> KernelRidge:
         """Choose kernel and penalty by the leave-one-out error.
 
         Args:
             conditions: ``[n, C]``, of two checkpoints or more.
             gram: ``[n, n]``, ``Y Yᵀ`` of the outputs less their mean.
+            by_condition: leave all checkpoints of a condition out at once, for conditions that nobody trained: one that
+                was seen with several checkpoints would otherwise be predicted by the others.
         """
         x, gram = conditions.to(torch.float64), gram.to(torch.float64)
         distances = torch.cdist(x, x)
         apart = distances[distances > 0]
         unit = float(apart.median()) if len(apart) else 1.0
         total = float(gram.trace())
+        groups = torch.arange(len(x))
+        if by_condition:
+            groups = x.unique(dim=0, return_inverse=True)[1]
         best: KernelRidge | None = None
         for factor in LENGTHS:
             length = factor * unit
             values, vectors = torch.linalg.eigh(rbf(x, x, length))
             for penalty in PENALTIES:
                 inverse = (vectors / (values.clamp(min=0) + penalty)) @ vectors.T
-                left_out = inverse / inverse.diagonal()[:, None]
+                left_out = _left_out(inverse, groups)
                 error = float(((left_out @ gram) * left_out).sum()) / total if total else 0.0
                 if best is None or error < best.error:
-                    best = cls(x, length, penalty, inverse, error)
+                    best = cls(x, length, penalty, inverse, error, groups)
         assert best is not None
         return best
 
@@ -74,8 +81,8 @@ class KernelRidge:
         return rbf(conditions.to(torch.float64), self.conditions, self.length)
 
     def left_out(self) -> Tensor:
-        """``[n, n]``: outputs ``[n, M]`` times this are the seen outputs less their prediction without themselves."""
-        return self.inverse / self.inverse.diagonal()[:, None]
+        """``[n, n]``: its product with the outputs ``[n, M]`` is these less their prediction without their group."""
+        return _left_out(self.inverse, self.groups)
 
     def variance(self, conditions: Tensor) -> Tensor:
         """Posterior variance of a new checkpoint, ``[m]``: a part of the outputs' covariance, 0 to 1 + penalty."""
@@ -86,3 +93,12 @@ class KernelRidge:
         """``A^½``, ``[n, n]``: its product with the outputs spans their covariance."""
         values, vectors = torch.linalg.eigh(self.inverse)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _left_out(inverse: Tensor, groups: Tensor) -> Tensor:
+    """``A_gg⁻¹ A_g`` for the rows of every group g (Rasmussen and Williams 2006, equation 5.12, for one of each)."""
+    rows = inverse / inverse.diagonal()[:, None]
+    for group in (groups.bincount() > 1).nonzero()[:, 0]:
+        members = (groups == group).nonzero()[:, 0]
+        rows[members] = torch.linalg.solve(inverse[members][:, members], inverse[members])
+    return rows

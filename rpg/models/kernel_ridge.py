@@ -92,7 +92,7 @@ class KernelRidgeGenerator(FittedBuffers):
         if conditions is not None:
             inputs = regression_inputs(self.config.condition.kind, conditions, self.condition_size)
             weighted = (tokens.to(torch.float64) * weight.to(torch.float64)[:, None]).flatten(1)
-            regression = KernelRidge.fit(inputs, weighted @ weighted.T)
+            regression = KernelRidge.fit(inputs, weighted @ weighted.T, self.config.condition.kind != "class")
             self.fill(
                 conditions=regression.conditions,
                 length=torch.tensor(regression.length),
@@ -108,7 +108,7 @@ class KernelRidgeGenerator(FittedBuffers):
     def regression(self) -> KernelRidge:
         """The regression on conditions."""
         seen = self.conditions.to(torch.float64)
-        return KernelRidge(seen, float(self.length), float(self.penalty), self.inverse, 0.0)
+        return KernelRidge(seen, float(self.length), float(self.penalty), self.inverse, 0.0, torch.arange(len(seen)))
 
     def posterior(self, conditions: Tensor | None) -> tuple[Tensor, Tensor]:
         """How the mean is made of ``dual``, ``[G, n]``, and the size of a draw, ``[G]``, at conditions ``[G, C]``."""

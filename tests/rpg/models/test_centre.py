@@ -56,8 +56,9 @@ def test_regression_takes_off_what_the_condition_explains_and_leaves_left_out_er
     centre = Centre(5, 4, ("binary", 4))
     fitted = fit_centre(centre, tokens, conditions, 0, torch.ones(5))
     assert fitted.regression is not None and fitted.regression.error < 0.1
-    known = centre(conditions, None, torch.arange(5))
-    # Fitted checkpoints are nearer than left-out ones, whose distance is what diffusion is told.
+    trained = centre(conditions, None, torch.arange(5))
+    assert torch.allclose(tokens - trained, fitted.left_out, atol=1e-5)  # training sees what generation will
+    known = centre.eval()(conditions, None, torch.arange(5))
     assert float((tokens - known).square().mean()) < float(fitted.left_out.square().mean())
     assert torch.allclose(centre.scale, fitted.left_out.square().mean((0, 2)).sqrt(), atol=1e-5)
 
@@ -67,9 +68,23 @@ def test_what_was_fitted_is_loaded_whatever_its_size():
     fitted = fit_centre(centre, tokens_of(noise=0.1), torch.eye(12)[:, :4], 3, torch.ones(5))
     table.fill(weight=fitted.codes)
     again, other = Centre(5, 4, ("binary", 4)), CodeTable(2, 3)
-    again.load_state_dict(centre.state_dict())
+    again.load_state_dict(centre.eval().state_dict())
+    again.eval()
     other.load_state_dict(table.state_dict())
     ids = torch.arange(5)
     condition = torch.eye(12)[:2, :4]
     assert torch.equal(again(condition, fitted.codes[:2], ids), centre(condition, fitted.codes[:2], ids))
     assert torch.equal(other(torch.tensor([11])), fitted.codes[11:])
+
+
+def test_several_checkpoints_of_a_condition_are_left_out_together_unless_it_is_a_class():
+    bits = torch.tensor([[float(i >> b & 1) for b in range(3)] for i in range(8)]).repeat_interleave(3, 0)
+    rng = torch.Generator().manual_seed(2)
+    of_task = torch.randn(8, 5, 4, generator=rng).repeat_interleave(3, 0)  # no rule: a new task cannot be known
+    tokens = of_task + 0.1 * torch.randn(24, 5, 4, generator=rng)
+    tokens = tokens - tokens.mean(0)
+    new = fit_centre(Centre(5, 4, ("binary", 3)), tokens, bits, 0, torch.ones(5))
+    classes = torch.arange(8.0).repeat_interleave(3)[:, None]
+    known = fit_centre(Centre(5, 4, ("class", 8)), tokens, classes, 0, torch.ones(5))
+    assert new.regression is not None and new.regression.error > 0.9
+    assert known.regression is not None and known.regression.error < 0.1

@@ -34,6 +34,20 @@ def test_left_out_is_what_refitting_without_each_gives(data):
     assert fitted.error < 0.5  # it learned something
 
 
+def test_groups_are_left_out_together(data):
+    conditions, outputs = data[0][:10].repeat(3, 1), data[1]
+    fitted = KernelRidge.fit(conditions, outputs @ outputs.T, by_condition=True)
+    slow = torch.empty_like(outputs)
+    for condition in conditions.unique(dim=0):
+        left = (conditions == condition).all(1)
+        kernel = rbf(conditions[~left], conditions[~left], fitted.length)
+        kernel = kernel + fitted.penalty * torch.eye(len(kernel)).double()
+        weights = rbf(conditions[left], conditions[~left], fitted.length) @ torch.linalg.inv(kernel)
+        slow[left] = outputs[left] - weights @ outputs[~left]
+    assert torch.allclose(fitted.left_out() @ outputs, slow)
+    assert fitted.error == pytest.approx(float(slow.square().sum() / outputs.square().sum()))
+
+
 def test_the_prediction_is_scikit_learns(data):
     conditions, outputs = data
     fitted = KernelRidge.fit(conditions, outputs @ outputs.T)
