@@ -140,11 +140,13 @@ class FittedCentre:
 
     Attributes:
         codes: ``[n, m]`` float32, of zero mean and unit variance in the zoo.
+        spread: ``[m]`` float32: how far the zoo reaches along each direction, of unit mean square.
         regression: the regression on the condition; None without.
         left_out: ``[n, T, k]`` float32: the tokens less their prediction from the other checkpoints.
     """
 
     codes: Tensor
+    spread: Tensor
     regression: KernelRidge | None
     left_out: Tensor
 
@@ -169,11 +171,11 @@ def fit_centre(
     weights = weight.to(torch.float64).repeat_interleave(token_size)
     regression, dual = None, None
     if centre.condition is not None and conditions is not None:
-        weighted = values * weights
+        scaled = values * weights
         inputs = regression_inputs(centre.condition[0], conditions, centre.condition[1])
         # A class is asked for again, other conditions are new ones: they are left out with all their checkpoints.
         by_condition = centre.condition[0] != "class"
-        regression = KernelRidge.fit(inputs, weighted @ weighted.T, by_condition)
+        regression = KernelRidge.fit(inputs, scaled @ scaled.T, by_condition)
         dual = (regression.inverse @ values).float().view(num, num_tokens, token_size)
         left_out = regression.left_out() @ values
         if by_condition:
@@ -183,7 +185,9 @@ def fit_centre(
         values = left_out
     left_out = values.view(num, num_tokens, token_size)
     code_size = min(code_size, num - 1)
-    codes = _whitened(values * weights, code_size)  # [n, m or 0]
+    weighted = values * weights
+    codes = _whitened(weighted, code_size)  # [n, m or 0]
+    reach = (codes.T @ weighted).norm(dim=1)  # [m]
     code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
     rest = (values - codes @ code_map).view(num, num_tokens, token_size)
     spread = rest.square().mean((0, 2)).sqrt()
@@ -192,11 +196,21 @@ def fit_centre(
     centre.fill(code_map=code_map.view(code_size, num_tokens, token_size), scale=scale)
     if regression is not None and dual is not None:
         centre.fill(conditions=regression.conditions, length=torch.tensor(regression.length), dual=dual)
-    return FittedCentre(codes.float(), regression, left_out.float())
+    spread = (reach / reach.square().mean().sqrt()).float() if code_size else reach.float()
+    return FittedCentre(codes.float(), spread, regression, left_out.float())
 
 
 def _whitened(values: Tensor, size: int) -> Tensor:
     """The leading principal components of ``[n, M]``, each of mean square 1: ``[n, size]``."""
-    vectors = torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]
+    if len(values) > 2 * values.shape[1] and size <= values.shape[1]:  # the smaller of two equal problems
+        axes = torch.linalg.eigh(values.T @ values).eigenvectors.flip(1)[:, :size]
+        vectors = values @ axes
+        vectors = vectors / vectors.norm(dim=0).clamp(min=torch.finfo(vectors.dtype).tiny)
+    else:
+        vectors = _leading_eigenvectors(values, size)
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors * vectors.gather(0, largest).sign() * len(values) ** 0.5
+
+
+def _leading_eigenvectors(values: Tensor, size: int) -> Tensor:
+    return torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]

@@ -1,7 +1,8 @@
 """A diffusion over codes of whole checkpoints: what replaces the Gaussian of fresh permutation states.
 
-Flow matching (arXiv 2210.02747) in the velocity form on vectors ``[B, m]``, given the condition: an adaLN residual MLP
-(arXiv 2212.09748). Once it has chosen a code, the tokens that are made from it belong to one network.
+Flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv 2206.00364), on vectors
+``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a code, the tokens that are
+made from it belong to one network.
 
 Letters: B codes, m code values, W width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,11 +25,21 @@ from rpg.section import Section
 class CodePriorConfig(Section):
     """The diffusion over codes."""
 
+    objective: Literal["flow", "edm"] = Field("flow", description="flow matching, or EDM's preconditioned denoiser")
+    whitened: bool = Field(
+        True, description="all directions of the codes count the same; false: each by its variance in the zoo"
+    )
     width: int = Field(384, ge=1, description="width of its residual stream")
     depth: int = Field(4, ge=1, description="residual blocks")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the blocks: zoos are small")
     batch_size: int = Field(192, ge=1, description="codes a training step, over all processes")
     steps: int = Field(30, ge=1, description="sampling steps (Heun)")
+
+
+LOG_NOISE_MEAN, LOG_NOISE_STD = -1.2, 1.2
+"""Of EDM's training noise levels (table 1); codes have unit mean square, so that its sigma_data is 1."""
+LEAST_NOISE, MOST_NOISE, SPACING = 0.01, 40.0, 7.0
+"""EDM's sampling noise levels (equation 5)."""
 
 
 class _Block(nn.Module):
@@ -71,9 +83,15 @@ class CodePrior(nn.Module):
         self.output = nn.Linear(config.width, code_size)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+        self.spread: Tensor | None
+        # What the directions are multiplied by; a generator of whitened codes stores none.
+        self.register_buffer("spread", None if config.whitened else torch.ones(code_size))
 
     def forward(self, x: Tensor, time: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """The velocity ``[B, m]`` at codes ``[B, m]`` noised to the time ``[B]`` in 0 … 1, given ``[B, C]``."""
+        """What the network says of noisy codes ``[B, m]`` at the time ``[B]`` in 0 … 1, given ``[B, C]``: ``[B, m]``.
+
+        In flow matching that is the velocity.
+        """
         context = self.time(time * 1000)  # [B, W]
         if self.condition is not None:
             context = context + self.condition(conditions)
@@ -84,20 +102,49 @@ class CodePrior(nn.Module):
         return self.output(hidden)
 
     def loss(self, codes: Tensor, noise: Tensor, time: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """Mean squared error of the velocity ``e - z`` over a batch of codes ``[B, m]``, noise alike, time ``[B]``."""
+        """Mean squared error over a batch of codes ``[B, m]``, noise alike, logit-normal time ``[B]``."""
+        if self.spread is not None:
+            codes = codes * self.spread
+        if self.config.objective == "edm":
+            level = torch.exp(torch.logit(time) * LOG_NOISE_STD + LOG_NOISE_MEAN)  # [B]
+            noisy = codes + level[:, None] * noise
+            keep, out = _preconditioning(level)
+            said = self._denoiser_output(noisy, level, conditions)
+            return (said - (codes - keep * noisy) / out).square().mean()
         at = time[:, None]
         velocity = self((1 - at) * codes + at * noise, time, conditions)
         return (velocity.float() - (noise - codes)).square().mean()
 
     def sample(self, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
         """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's."""
-        x = noise
-        times = torch.linspace(1, 0, self.config.steps + 1).tolist()
+        if self.config.objective == "edm":
+            ramp = torch.linspace(MOST_NOISE ** (1 / SPACING), LEAST_NOISE ** (1 / SPACING), self.config.steps)
+            times, x = [*(ramp**SPACING).tolist(), 0.0], MOST_NOISE * noise
+        else:
+            times, x = torch.linspace(1, 0, self.config.steps + 1).tolist(), noise
         for now, after in itertools.pairwise(times):
-            velocity = self(x, x.new_full((len(x),), now), conditions).float()
-            ahead = x + (after - now) * velocity
+            slope = self._slope(x, now, conditions)
+            ahead = x + (after - now) * slope
             if after > 0:
-                corrected = self(ahead, x.new_full((len(x),), after), conditions).float()
-                ahead = x + (after - now) * (velocity + corrected) / 2
+                ahead = x + (after - now) * (slope + self._slope(ahead, after, conditions)) / 2
             x = ahead
-        return x
+        return x if self.spread is None else x / self.spread
+
+    def _slope(self, x: Tensor, time: float, conditions: Tensor | None) -> Tensor:
+        """dx / dt at one time (of EDM: one noise level) for all of ``[B, m]``."""
+        times = x.new_full((len(x),), time)
+        if self.config.objective == "flow":
+            return self(x, times, conditions).float()
+        keep, out = _preconditioning(times)
+        return (x - keep * x - out * self._denoiser_output(x, times, conditions)) / time
+
+    def _denoiser_output(self, noisy: Tensor, level: Tensor, conditions: Tensor | None) -> Tensor:
+        """EDM's F ``[B, m]``: what the network says of scaled input; its time runs over all noise levels."""
+        scaled = noisy / (1 + level[:, None].square()).sqrt()
+        return self(scaled, (level.log() + 5) / 10, conditions).float()
+
+
+def _preconditioning(level: Tensor) -> tuple[Tensor, Tensor]:
+    """What of noisy codes and of the network's output makes the clean codes, ``[B, 1]`` each (EDM, table 1)."""
+    variance = level[:, None].square()
+    return 1 / (1 + variance), (variance / (1 + variance)).sqrt()

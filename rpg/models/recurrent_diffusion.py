@@ -164,6 +164,8 @@ class RecurrentDiffusion(nn.Module):
         fitted = fit_centre(self.centre, tokens, conditions, code_size, weight)
         if isinstance(self.state, CodeTable):
             self.state.fill(weight=fitted.codes)
+        if self.prior is not None and self.prior.spread is not None:
+            self.prior.spread.copy_(fitted.spread)
 
     def known(self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor) -> Tensor | None:
         """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rpg.models.centre import Centre, CodeTable, fit_centre
+from rpg.models.centre import Centre, CodeTable, _leading_eigenvectors, _whitened, fit_centre
 
 
 def tokens_of(num: int = 12, rank: int = 3, noise: float = 0.0) -> torch.Tensor:
@@ -88,3 +88,10 @@ def test_several_checkpoints_of_a_condition_are_left_out_together_unless_it_is_a
     known = fit_centre(Centre(5, 4, ("class", 8)), tokens, classes, 0, torch.ones(5))
     assert new.regression is not None and new.regression.error > 0.9
     assert known.regression is not None and known.regression.error < 0.1
+
+
+def test_many_checkpoints_have_the_codes_of_the_problem_that_is_larger() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(40, 6, dtype=torch.float64) * torch.arange(1, 7)
+    few = _leading_eigenvectors(values, 3)
+    assert torch.allclose((_whitened(values, 3) / 40**0.5).abs(), few.abs(), atol=1e-9)

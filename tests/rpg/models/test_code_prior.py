@@ -48,3 +48,32 @@ def test_it_learns_what_the_condition_says():
     for label in (0, 1):
         drawn = prior.eval().sample(torch.randn(200, 2), torch.full((200, 1), float(label))).detach()
         assert torch.allclose(drawn.mean(0), centres[label], atol=0.25)
+
+
+def test_the_true_denoiser_of_a_gaussian_gives_that_gaussian():
+    # z ~ N(0, s²), x = z + σ e: the best denoiser is s² x / (s² + σ²); F follows from EDM's preconditioning.
+    spread = 0.5
+    config = CodePriorConfig(objective="edm", whitened=False, width=16, depth=1, steps=60)
+    prior = CodePrior(config, 1).eval()
+    prior.spread.fill_(2.0)
+
+    def output(noisy, level, conditions=None):
+        variance = level[:, None].square()
+        clean = spread**2 / (spread**2 + variance) * noisy
+        return (clean - noisy / (1 + variance)) / (variance / (1 + variance)).sqrt()
+
+    prior._denoiser_output = output  # type: ignore[method-assign, assignment]
+    drawn = prior.sample(torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(spread / 2, rel=0.05)  # codes are divided by their spread
+
+
+def test_the_best_denoiser_has_the_least_loss_of_edm():
+    torch.manual_seed(0)
+    prior = CodePrior(CodePriorConfig(objective="edm", whitened=False, width=16, depth=1), 1).eval()
+    codes, noise, time = torch.randn(4000, 1), torch.randn(4000, 1), torch.sigmoid(torch.randn(4000))
+    # Of unit normal codes the preconditioning's first part alone is the best denoiser, so that F = 0: untrained.
+    untrained = prior.loss(codes, noise, time).detach()
+    assert float(untrained) == pytest.approx(1.0, rel=0.1)
+    torch.nn.init.constant_(prior.output.bias, 0.3)
+    assert prior.loss(codes, noise, time) > untrained
