@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test lint bench install clean report pdiff
+.PHONY: demo unseen lora test lint bench install clean report pdiff fields
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ unseen: $(STAMP)
 # LoRA adapters for tasks nobody trained; 20 minutes at most on two cores: runs/lora/evaluation.json
 lora: $(STAMP)
 	$(BIN)/rpg lora $(LORA_ARGS)
+
+# Neural fields of digits, generated and compared in function space; 10 minutes at most on two cores: runs/fields
+fields: $(STAMP)
+	$(BIN)/rpg fields $(FIELDS_ARGS)
 
 # The page of the demo's scores: runs/demo/report.html
 report: $(STAMP)

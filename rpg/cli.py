@@ -149,17 +149,9 @@ def generate(
     vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:
         paths = generator.generate(
-            num,
-            seed=seed,
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            state=state,
-            condition=vector,
-            output=output or run / "generated",
-            progress=advance,
-            partition=partition,
-        )
+            num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state, condition=vector,
+            output=output or run / "generated", progress=advance, partition=partition,
+        )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
 
 
@@ -232,6 +224,32 @@ def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.S
         report = run_held_out(settings, progress={"collect": collecting, "train": training})
     print_held_out(report, console)
     console.print(f"figures:  {settings.run}/evaluation.json")
+
+
+@app.command()
+def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+    """Neural fields of images: zoo, training, comparison in function space with all that is trivial, pictures."""
+    from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
+
+    settings = load(config or default_config("fields.yaml"), overrides)
+    if split is not None:
+        split = "validation" if split == "validation" else "unseen"
+        print_fields(evaluate_fields(settings.run, split=split, seed=settings.seed), console)
+        return
+    with progress_bar("fitting fields") as collecting:
+        report = run_fields(settings, progress=collecting)
+    print_fields(report, console)
+    console.print(f"figures: {settings.run}/evaluation.json\npictures: classes, fine, nearest, path.png beside it")
+
+
+@app.command()
+def render(
+    files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
+) -> None:
+    """Draw neural fields as PNG files, at any resolution."""
+    from rpg.experiments.field_pictures import render_files
+
+    console.print(*render_files(files, size, output, config and load(config, None)), sep="\n")
 
 
 @app.command()

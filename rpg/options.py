@@ -21,7 +21,7 @@ def option(text: str, *names: str, **limits: Any) -> Any:
 # of several commands
 ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
 OtherConfig = Annotated[
-    Path | None, argument("A configuration with a task; unseen and lora have one of their own.", "[CONFIG]")
+    Path | None, argument("A configuration with a task; unseen, lora and fields have one of their own.", "[CONFIG]")
 ]
 RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
@@ -92,4 +92,10 @@ Written = Annotated[Path, option("The file (timm, torch) or folder (transformers
 Base = Annotated[
     Path | None, option("Folder with the network's config.json, or (peft) the zoo or adapter with its configuration.")
 ]
+Fields = Annotated[list[Path], argument("Fields: files of a zoo, or generated ones.", "FILE…")]
+Resolution = Annotated[int, option("Height and width of the images.", min=1)]
+FieldsConfig = Annotated[
+    Path | None, option("How the fields were made, for files that lie in no run or zoo of fields.", "--config")
+]
+PictureFolder = Annotated[Path | None, option("Folder for the images (default: beside the files).")]
 Adapters = Annotated[list[Path], argument("PEFT folders.", "ADAPTER…")]

@@ -1,8 +1,8 @@
 """A diffusion over codes of whole checkpoints: what replaces the Gaussian of fresh permutation states.
 
 Flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv 2206.00364), on vectors
-``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a code, the tokens that are
-made from it belong to one network.
+``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a code, the tokens that
+are made from it belong to one network.
 
 Letters: B codes, m code values, W width.
 """
@@ -115,8 +115,13 @@ class CodePrior(nn.Module):
         velocity = self((1 - at) * codes + at * noise, time, conditions)
         return (velocity.float() - (noise - codes)).square().mean()
 
-    def sample(self, noise: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's."""
+    def sample(
+        self, noise: Tensor, conditions: Tensor | None = None, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's.
+
+        ``watch`` is told, at every step, the codes ``[B, m]`` that one step from there to the end would give.
+        """
         if self.config.objective == "edm":
             ramp = torch.linspace(MOST_NOISE ** (1 / SPACING), LEAST_NOISE ** (1 / SPACING), self.config.steps)
             times, x = [*(ramp**SPACING).tolist(), 0.0], MOST_NOISE * noise
@@ -124,6 +129,8 @@ class CodePrior(nn.Module):
             times, x = torch.linspace(1, 0, self.config.steps + 1).tolist(), noise
         for now, after in itertools.pairwise(times):
             slope = self._slope(x, now, conditions)
+            if watch is not None:
+                watch((x - now * slope) / (1 if self.spread is None else self.spread))
             ahead = x + (after - now) * slope
             if after > 0:
                 ahead = x + (after - now) * (slope + self._slope(ahead, after, conditions)) / 2

@@ -6,6 +6,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.images.config import (
     Cifar10SubsetsConfig,
     DigitsConfig,
@@ -16,7 +17,13 @@ from rpg.tasks.images.config import (
 from rpg.tasks.language.config import LanguageConfig
 
 TaskConfig: TypeAlias = Annotated[
-    DigitsConfig | DigitsSubsetsConfig | Cifar10SubsetsConfig | TimmFinetuneConfig | ImageNetConfig | LanguageConfig,
+    DigitsConfig
+    | DigitsSubsetsConfig
+    | Cifar10SubsetsConfig
+    | FieldsConfig
+    | TimmFinetuneConfig
+    | ImageNetConfig
+    | LanguageConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""

@@ -1,0 +1,110 @@
+"""Measures of generated data in function space: of what fields show, not of their weights.
+
+Every datum is one vector, the values of a field on a grid. Reference data were learned from by nobody. M data of a set,
+N reference data, F values of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rpg.evaluation.novelty import distances
+from rpg.evaluation.two_sample import coverage, minimum_matching_distance, nearest_neighbour_accuracy
+
+NEIGHBOURS = 3
+"""k of precision and recall, as in arXiv 1904.06991."""
+
+Features = Callable[[Tensor], Tensor]
+"""Data ``[M, F]`` as features of a classifier ``[M, K]``."""
+
+
+def measure_samples(samples: Sequence[Tensor], held_out: Tensor, training: Tensor, features: Features) -> dict:
+    """Every measure of some sets of one kind, each ``[M, F]``, as the mean over the sets.
+
+    Args:
+        samples: sets of M = N data.
+        held_out: the reference, ``[N, F]``.
+        training: what was learned from, ``[T, F]``.
+        features: of a classifier that saw none of them.
+
+    Returns:
+        ``one_nna`` (0.5 where samples and held-out data cannot be told apart), ``coverage``, ``mmd`` (mean distance of
+        a held-out datum to the nearest sample), ``precision``, ``recall``, ``frechet``, ``nearest`` (median distance
+        of a sample to the nearest training datum: near 0 where training data are repeated).
+    """
+    within, wanted = distances(held_out, held_out), features(held_out)
+    found = []
+    for each in samples:
+        own, between = distances(each, each), distances(each, held_out)
+        found.append(
+            {
+                "one_nna": nearest_neighbour_accuracy(own, within, between),
+                "coverage": coverage(between),
+                "mmd": minimum_matching_distance(between),
+                "precision": within_reach(between, within),
+                "recall": within_reach(between.T, own),
+                "frechet": frechet_distance(features(each), wanted),
+                "nearest": distances(each, training).amin(1).median().item(),
+            }
+        )
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+
+
+def within_reach(between: Tensor, reference: Tensor) -> float:
+    """Share of data that lie nearer to some reference datum than its own k-th neighbour (arXiv 1904.06991).
+
+    Precision: samples among held-out data; recall: held-out data among samples.
+
+    Args:
+        between: distances ``[data, reference data]``.
+        reference: distances among the reference data; with at least k + 1 of them.
+    """
+    neighbours = min(NEIGHBOURS, len(reference) - 1)
+    reach = reference.sort(1).values[:, neighbours]  # the first is the datum itself
+    return (between <= reach).any(1).double().mean().item()
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Squared Fréchet distance of the normal distributions fitted to two sets of features ``[·, K]`` (1706.08500)."""
+    first, second = first.double(), second.double()
+    covariances = [each.T.cov() for each in (first, second)]
+    root = _root(covariances[0])
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    mean = (first.mean(0) - second.mean(0)).square().sum()
+    return (mean + covariances[0].trace() + covariances[1].trace() - 2 * cross).item()
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """What takes no generator, of the training data of each wanted class.
+
+    Args:
+        weights: ``[T, P]``, flattened checkpoints.
+        labels: their classes ``[T]``.
+        wanted: a class for each to make, ``[M]``.
+        rng: source of the draws.
+
+    Returns:
+        ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class.
+    """
+    made: dict[str, list[Tensor]] = {
+        name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian")
+    }
+    for label in wanted.tolist():
+        members = weights[labels == label]  # [n, P]
+        mean = members.mean(0)
+        pair = torch.randperm(len(members), generator=rng)[:2]
+        noise = torch.randn(weights.shape[1], generator=rng)
+        combination = torch.randn(len(members), generator=rng) / len(members) ** 0.5
+        made["average"].append(mean)
+        made["midpoint"].append(members[pair].mean(0))
+        made["coordinate_gaussian"].append(mean + noise * members.std(0, unbiased=False))
+        made["covariance_gaussian"].append(mean + combination @ (members - mean))
+    return {name: torch.stack(rows) for name, rows in made.items()}

@@ -1,0 +1,125 @@
+"""The pictures of the experiment on fields, and single fields as images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.field_plots import beside, grid, save_image
+from rpg.generation.generator import Generator
+from rpg.generation.outputs import MemorySink
+from rpg.generation.sampler import Tile
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.seeding import make_rng
+from rpg.tasks.fields.config import FieldsConfig
+from rpg.tasks.fields.fields import FieldsTask
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+PER_CLASS, FINE, NUM_NEAREST, NUM_PATHS, PATH_POINTS = 8, 64, 12, 6, 12
+
+
+def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, seed: int) -> None:
+    """Write ``classes.png``, ``fine.png``, ``nearest.png`` and, of a prior over codes, ``path.png`` into ``run``."""
+    data, size = task.data, task.data.images.shape[-1]
+    num_classes = len(data.class_names)
+    wanted = torch.arange(num_classes).repeat_interleave(PER_CLASS)
+    made = generator.generate(len(wanted), seed=seed, condition=wanted[:, None].float())
+    unseen = torch.tensor([split == "unseen" for split in data.splits])
+    real = []
+    for label in range(num_classes):
+        members = ((data.labels == label) & unseen).nonzero()[:, 0]
+        real.append(members[torch.arange(PER_CLASS) % len(members)])
+    rows = torch.cat(real)
+    fields = {(entry.run, entry.step): i for i, entry in enumerate(zoo.entries)}
+    originals = [zoo.state_dict(fields[row, 0]) for row in rows.tolist()]
+    for name, resolution, scale in (("classes", size, 4), ("fine", FINE, 1)):
+        sheets = [grid(task.render(each, resolution), PER_CLASS) for each in (made, originals)]  # type: ignore[arg-type]
+        save_image(beside(sheets, max(2, resolution // 2)), run / f"{name}.png", scale)
+    _draw_nearest(run, task, zoo, generator.config, made[:: max(1, len(made) // NUM_NEAREST)])
+    if isinstance(generator.network, RecurrentDiffusion) and generator.network.prior is not None:
+        labels = torch.arange(min(NUM_PATHS, num_classes))
+        images = [task.render(each, FINE) for each in denoising_path(generator, labels, seed)]
+        save_image(grid(torch.stack(images, 1).flatten(0, 1), len(images)), run / "path.png")
+
+
+def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: Sequence) -> None:
+    """A row for each of some generated fields: it, and the five training images nearest to it."""
+    size = task.data.images.shape[-1]
+    rows = [i for i, e in enumerate(zoo.entries) if e.split in config.train.splits and e.step == 0]
+    training = torch.stack([task.data.images[zoo.entries[i].run] for i in rows])
+    shown = task.render(made, size)
+    nearest = torch.cdist(shown.flatten(1), training.flatten(1)).argsort(1)[:, :5]
+    fine = task.render(made, FINE)
+    fields = [zoo.state_dict(rows[i]) for i in nearest.flatten().tolist()]
+    beside_it = task.render(fields, FINE).view(len(made), 5, *fine.shape[1:])
+    save_image(grid(torch.cat([fine[:, None], beside_it], 1).flatten(0, 1), 12), run / "nearest.png")
+
+
+@torch.inference_mode()
+def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list]:
+    """What the prior takes its codes for on the way, as fields of the classes ``[B]``: from noise to the last step."""
+    network = generator.network
+    assert isinstance(network, RecurrentDiffusion) and network.prior is not None
+    noise = torch.stack(
+        [torch.randn(network.prior.code_size, generator=make_rng(seed, "state", i)) for i in range(len(labels))]
+    )
+    conditions, codes = labels[:, None].float(), []  # type: ignore[var-annotated]
+    codes.append(network.prior.sample(noise, conditions, codes.append))
+    tokens = torch.arange(generator.layout.num_tokens)
+    chosen = torch.linspace(0, len(codes) - 1, PATH_POINTS).round().long().unique().tolist()
+    shown = []
+    for step in chosen:
+        sink = MemorySink(generator.layout, len(labels))
+        known = network.known(codes[step], conditions, tokens)
+        assert known is not None
+        sink.take(Tile(0, len(labels), 0, len(tokens)), known)
+        shown.append(sink.result())
+    return shown
+
+
+def render_files(files: Sequence[Path], size: int, output: Path | None, config: Config | None = None) -> list[Path]:
+    """Draw fields as PNG files beside them, or in ``output``.
+
+    Args:
+        files: safetensors of a zoo of fields, or generated ones.
+        size: height and width of the images.
+        output: a folder; made if it is not there.
+        config: says how the fields were made, for files that lie in no run or zoo.
+
+    Raises:
+        InputError: a file is no field, or nothing says how it was made.
+    """
+    written = []
+    for file in files:
+        task = FieldsTask(_task_of(file, config))
+        field = Checkpoint.open(file).state_dict()
+        if not {"first.weight", "hidden.weight", "last.weight"} <= field.keys():
+            raise InputError(f"{file} holds no field; name a file that `rpg generate` or `rpg collect` made of one")
+        folder = output or file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        image = task.render([field], size)[0]
+        path = folder / f"{file.stem}.png"
+        save_image(1 - image if len(image) == 1 else image, path)
+        written.append(path)
+    return written
+
+
+def _task_of(file: Path, config: Config | None) -> FieldsConfig:
+    for folder in file.resolve().parents[:3] if config is None else ():
+        if (folder / "generator" / "config.yaml").is_file():
+            config = Config.load(folder / "generator" / "config.yaml")
+        elif (folder / "zoo.json").is_file():
+            config = Config.parse({"task": Zoo.open(folder).require_task()}, str(folder))
+        if config is not None:
+            break
+    if config is None or not isinstance(config.task, FieldsConfig):
+        raise InputError(
+            f"{file} lies in no run or zoo of fields; say how it was made with --config configs/fields.yaml"
+        )
+    return config.task

@@ -1,0 +1,214 @@
+"""The experiment on neural fields: fit, train, generate, compare in function space, draw."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.field_judges import class_judge, letter_features
+from rpg.evaluation.field_measures import Features, measure_samples, trivial_weights
+from rpg.experiments.field_baselines import PIXELS, baseline_configs, pixels_of, write_pixel_zoo
+from rpg.experiments.field_pictures import draw_pictures
+from rpg.experiments.single import collect
+from rpg.generation.generator import Generator
+from rpg.seeding import make_rng
+from rpg.tasks import build_task
+from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.images.collection import single_threaded
+from rpg.training.loop import train
+from tokenization.errors import InputError
+from tokenization.files import write_text
+from tokenization.zoo.zoo import Zoo
+
+NUM_SETS = 5
+"""Sets of generated fields, and of every baseline's, whose figures are averaged."""
+
+Progress = Callable[[int, int], None]
+
+
+def fields_task(config: Config) -> FieldsTask:
+    """The task of a configuration. Raises InputError if it is another one."""
+    task = build_task(config.task) if config.task is not None else None
+    if not isinstance(task, FieldsTask):
+        name = config.task.name if config.task is not None else "none"
+        raise InputError(f"task.name is {name}, but this is the experiment on fields; set task.name to fields")
+    return task
+
+
+def run_fields(config: Config, *, progress: Progress | None = None, baselines: bool = True) -> dict[str, Any]:
+    """Fit the fields, train the generator and the baselines that are trained, compare and draw.
+
+    Args:
+        config: the experiment.
+        progress: called with (fields fitted, fields in all).
+        baselines: whether to train the baselines, too.
+
+    Returns:
+        What ``<run>/evaluation.json`` holds.
+    """
+    task, started = fields_task(config), time.perf_counter()
+    zoo = collect(config, progress=progress)
+    collected = time.perf_counter() - started
+    configs = [config]
+    if baselines:
+        write_pixel_zoo(task, zoo, Path(config.zoo + "_pixels"))
+        configs += baseline_configs(config).values()
+    # The longest first; each on a thread of its own, which two cores bear better than two threads each.
+    with ProcessPoolExecutor(min(2, len(configs)), mp_context=get_context("spawn")) as pool:
+        list(pool.map(_train, configs))
+    return evaluate_fields(config.run, seconds={"collect_seconds": collected, "started": started})
+
+
+@single_threaded()
+def _train(config: Config) -> None:
+    train(config, overwrite=True)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated data are compared with, as vectors of the values on the images' own grid.
+
+    Attributes:
+        training: what the originals show that were learned from ``[T, F]``.
+        weights, labels: theirs, ``[T, P]`` and ``[T]``.
+        held_out: images that nothing was learned from, ``[N, F]``.
+        wanted: their classes ``[N]``, which are asked for.
+    """
+
+    training: Tensor
+    weights: Tensor
+    labels: Tensor
+    held_out: Tensor
+    wanted: Tensor
+
+
+@single_threaded()
+def evaluate_fields(
+    run: Path | str, *, split: str = "unseen", seed: int = 0, seconds: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Generate one field for every held-out image, of its class, and compare; nothing is chosen here.
+
+    Args:
+        run: a run folder; baselines that were trained lie in it.
+        split: ``unseen``; ``validation`` to make choices by, of a run that did not learn from it: nothing is written.
+        seed: decides what is generated and drawn.
+        seconds: of the collection, and when it started.
+    """
+    run = Path(run)
+    generator = Generator.from_pretrained(run)
+    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    task = fields_task(config)
+    reference = _reference(task, zoo, config, split)
+    size, channels = task.data.images.shape[-1], task.data.images.shape[1]
+    judge = class_judge(*_judged(task, config))
+    features = letter_features(size, channels)
+    samples = _samples(run, generator, task, zoo, reference, seed)
+    report: dict[str, Any] = {}
+    for name, sets in samples.items():
+        report[name] = _measure(sets, reference, judge, features)
+    real = reference.held_out
+    distances = torch.cdist(real, reference.training).amin(1)
+    report["held_out"] = {
+        "num": len(real),
+        "sets": NUM_SETS,
+        "nearest": distances.median().item(),
+        "class_accuracy": (judge(real) == reference.wanted).double().mean().item(),
+    }
+    if split != "unseen":
+        return report
+    report["training_seconds"] = generator.facts.get("training seconds")
+    if seconds:
+        report["collect_seconds"] = seconds["collect_seconds"]
+    draw_pictures(run, generator, task, zoo, seed)
+    if seconds:
+        report["seconds"] = time.perf_counter() - seconds["started"]
+    write_text(run / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _measure(sets: Sequence[Tensor], reference: Reference, judge: Callable, features: Features) -> dict[str, float]:
+    found = measure_samples(sets, reference.held_out, reference.training, features)
+    right = [(judge(each) == reference.wanted).double().mean().item() for each in sets]
+    return {**found, "class_accuracy": sum(right) / len(right)}
+
+
+def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
+    data, size = task.data, task.data.images.shape[-1]
+    learned = [i for i, e in enumerate(zoo.entries) if e.split in config.train.splits and e.step == 0]
+    if split in config.train.splits:
+        raise InputError(f"{config.run} has learned from {split}; choose by a run whose train.splits lacks it")
+    fields = [zoo.state_dict(i) for i in learned]
+    held_out = torch.tensor([i for i, each in enumerate(data.splits) if each == split])
+    return Reference(
+        training=task.render(fields, size).flatten(1),
+        weights=torch.stack([torch.cat([v.flatten() for v in each.values()]) for each in fields]),
+        labels=torch.tensor([int(data.labels[zoo.entries[i].run]) for i in learned]),
+        held_out=data.images[held_out].flatten(1),
+        wanted=data.labels[held_out],
+    )
+
+
+def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
+    """What the judge of classes learns from: the images of the splits that were learned from."""
+    rows = torch.tensor([i for i, split in enumerate(task.data.splits) if split in config.train.splits])
+    return task.data.images[rows].flatten(1), task.data.labels[rows]
+
+
+def _samples(
+    run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, reference: Reference, seed: int
+) -> dict[str, list[Tensor]]:
+    """The sets of every kind, what the fields show ``[N, F]``: generated, trained baselines that are there, trivial."""
+    size, wanted = task.data.images.shape[-1], reference.wanted
+
+    def drawn(source: Generator, number: int) -> Tensor:
+        condition = wanted[:, None].float() if source.condition is not None else None
+        made = source.generate(len(wanted), seed=seed + number, condition=condition)
+        return pixels_of(made) if PIXELS in made[0] else task.render(made, size).flatten(1)  # type: ignore
+
+    sets = range(NUM_SETS)
+    samples = {"generated": [drawn(generator, number) for number in sets]}
+    rng = make_rng(seed, "trivial")
+    shapes = {name: value.shape for name, value in zoo.state_dict(0).items()}
+
+    def shown(weights: Tensor) -> Tensor:
+        parts = weights.split([shape.numel() for shape in shapes.values()], 1)
+        fields = {n: part.view(-1, *shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
+        return task.render_stacked(fields, size).flatten(1)
+
+    for _ in sets:
+        for name, weights in trivial_weights(reference.weights, reference.labels, wanted, rng).items():
+            samples.setdefault(name, []).append(shown(weights))
+        others = torch.randperm(len(reference.training), generator=rng)[: len(wanted)]
+        samples.setdefault("training_data", []).append(reference.training[others])
+    for name in baseline_configs(generator.config):
+        if (run / name / "generator").is_dir():
+            other = Generator.from_pretrained(run / name)
+            samples[name] = [drawn(other, number) for number in sets]
+    for name, some in samples.items():
+        if len(some[0]) != len(wanted):
+            raise InputError(f"there are fewer training images than held-out ones ({name}); hold fewer out")
+    return samples
+
+
+def print_fields(report: dict[str, Any], console: Console) -> None:
+    """One row a kind."""
+    columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
+    table = Table(title=f"fields beside {report['held_out']['num']} held-out images")
+    for column in ("", *columns):
+        table.add_column(column.replace("_", " "), justify="right" if column else "left")
+    for name, found in report.items():
+        if isinstance(found, dict):
+            table.add_row(name.replace("_", " "), *(f"{found[each]:.3f}" if each in found else "" for each in columns))
+    console.print(table)

@@ -1,0 +1,33 @@
+"""Configuration of neural fields. Nothing here computes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rpg.section import Section
+
+
+class FieldsConfig(Section):
+    """Images, the network that is fitted to each, and how."""
+
+    name: Literal["fields"] = "fields"
+    data: str = Field("digits", description="digits, or a folder: FOLDER/CLASS/*.png, grey or RGB")
+    image_size: int = Field(8, ge=2, description="height and width to which a folder's images are brought")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of a folder's images that nothing is learned from")
+    validation: float = Field(0.15, gt=0, lt=1, description="share of a folder's other images kept for choices")
+    hidden: int = Field(32, ge=2, description="units of each of the two hidden layers; even")
+    first_frequency: float = Field(15.0, gt=0, description="factor in the first layer's sines")
+    frequency: float = Field(3.0, gt=0, description="factor in the second layer's sines")
+    output_scale: float = Field(
+        10.0, gt=0, description="of the last layer's start: the larger, the less the layers before it have to move"
+    )
+    steps: int = Field(2, ge=1, description="Gauss-Newton steps of a fit")
+    damping: float = Field(0.1, gt=0, description="of each step: weight of the distance from the start")
+    altered: int = Field(8, ge=0, description="moved, turned and stretched copies of each image to learn from")
+    alteration: float = Field(2.0, ge=0, description="how much they are altered; 1: turned by 3 degrees (spread)")
+    own_classes: bool = Field(
+        True, description="altered copies are classes of their own, so that what is asked for looks like originals"
+    )
+    seed: int = Field(0, ge=0, description="decides the start, the splits of a folder and the alterations")

@@ -1,0 +1,83 @@
+"""The experiment on fields, small: a generated field is one function at any resolution."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rpg.config import Config
+from rpg.experiments import fields as experiment
+from rpg.experiments.field_pictures import render_files
+from rpg.experiments.fields import evaluate_fields, fields_task
+from rpg.experiments.single import collect
+from rpg.generation.generator import Generator
+from rpg.training.loop import train
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A generator of fields of 24 images of two classes, discs and bars, that learned next to nothing."""
+    folder = tmp_path_factory.mktemp("fields")
+    rows = torch.linspace(-1, 1, 8)
+    rng = torch.Generator().manual_seed(0)
+    for name in ("bar", "disc"):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(24):
+            y, x = torch.rand(2, generator=rng) - 0.5
+            distance = (rows[:, None] - y).abs() if name == "bar" else torch.hypot(rows[:, None] - y, rows[None] - x)
+            ink = (255 * torch.sigmoid(12 * (0.4 - distance))).expand(8, 8).byte().numpy()
+            Image.fromarray(ink).save(folder / "images" / name / f"{number:02d}.png")
+    config = Config.load(
+        "configs/fields.yaml",
+        [
+            f"run={folder / 'run'}", f"zoo={folder / 'zoo'}", f"task.data={folder / 'images'}", "task.altered=1",
+            "task.hidden=16", "model.state.width=12", "model.state.prior.width=32", "model.state.prior.depth=1",
+            "model.state.prior.steps=8", "train.steps=20", "train.log_every=10",
+        ],
+    )  # fmt: skip
+    collect(config)
+    train(config)
+    return folder / "run"
+
+
+def test_a_generated_field_is_one_function_at_two_resolutions(run, tmp_path):
+    generator = Generator.from_pretrained(run)
+    (file,) = generator.generate(1, seed=3, condition=[1.0], output=run / "generated")
+    task = fields_task(generator.config)
+    field = Checkpoint.open(file).state_dict()
+    coarse, fine = task.render([field], 8)[0], task.render([field], 24)[0]
+    # Every third pixel of the fine image, from the second on, has the centre of a coarse one.
+    assert torch.allclose(fine[:, 1::3, 1::3], coarse, atol=1e-5)
+    (picture,) = render_files([file], 24, tmp_path)
+    drawn = torch.frombuffer(bytearray(Image.open(picture).tobytes()), dtype=torch.uint8).view(24, 24) / 255
+    assert torch.allclose(drawn, 1 - fine[0].clamp(0, 1), atol=0.5 / 255 + 1e-6)
+
+
+def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):
+    monkeypatch.setattr(experiment, "NUM_SETS", 1)
+    report = evaluate_fields(run)
+    assert json.loads((run / "evaluation.json").read_text()) == report
+    for name in ("generated", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "training_data"):
+        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report[name].keys()
+        assert 0 <= report[name]["one_nna"] <= 1
+    assert report["training_data"]["nearest"] == 0
+    for name in ("classes", "fine", "nearest", "path"):
+        assert min(Image.open(run / f"{name}.png").size) > 16
+
+
+def test_a_run_that_learned_from_it_is_not_scored_on_validation(run):
+    with pytest.raises(InputError, match="has learned from validation"):
+        evaluate_fields(run, split="validation")
+
+
+def test_a_field_that_lies_nowhere_needs_a_configuration(run, tmp_path):
+    (file,) = Generator.from_pretrained(run).generate(1, condition=[0.0], output=tmp_path)
+    with pytest.raises(InputError, match="lies in no run or zoo of fields"):
+        render_files([file], 8, None)
+    assert render_files([file], 8, None, Config.load("configs/fields.yaml", ["task.hidden=16"]))[0].exists()
