@@ -228,17 +228,16 @@ def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.S
 
 @app.command()
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
-    """Neural fields of images: zoo, training, comparison in function space with all that is trivial, pictures."""
+    """Neural fields of images: zoo, training, comparison in function space, pictures."""
     from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
 
     settings = load(config or default_config("fields.yaml"), overrides)
     if split is not None:
-        split = "validation" if split == "validation" else "unseen"
-        print_fields(evaluate_fields(settings.run, split=split, seed=settings.seed), console)
+        scored = "validation" if split == "validation" else "unseen"
+        print_fields(evaluate_fields(settings.run, split=scored, seed=settings.seed), console)
         return
     with progress_bar("fitting fields") as collecting:
-        report = run_fields(settings, progress=collecting)
-    print_fields(report, console)
+        print_fields(run_fields(settings, progress=collecting), console)
     console.print(f"figures: {settings.run}/evaluation.json\npictures: classes, fine, nearest, path.png beside it")
 
 
@@ -249,7 +248,8 @@ def render(
     """Draw neural fields as PNG files, at any resolution."""
     from rpg.experiments.field_pictures import render_files
 
-    console.print(*render_files(files, size, output, config and load(config, None)), sep="\n")
+    settings = load(config, None) if config is not None else None
+    console.print(*render_files(files, size, output, settings), sep="\n")
 
 
 @app.command()
@@ -273,8 +273,7 @@ def demo(
 
     settings = load(config or default_config("demo.yaml"), overrides or [])
     with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
-        result = run_all(settings, progress={"collect": collecting, "train": training})
-    print_table(result)
+        print_table(run_all(settings, progress={"collect": collecting, "train": training}))
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 

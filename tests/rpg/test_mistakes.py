@@ -53,6 +53,7 @@ MISTAKES = {
     "rpg demo --config FOLDER/none.yaml": "none.yaml",
     "rpg unseen FOLDER/none.yaml": "none.yaml",
     "rpg lora FOLDER/none.yaml": "none.yaml",
+    "rpg fields FOLDER/none.yaml": "none.yaml",
     "rpg score FOLDER/none.yaml EMPTY": "none.yaml",
     # zoos
     "rpg train CONFIG --set zoo=FOLDER/none": "none",
@@ -188,6 +189,10 @@ MISTAKES = {
     "rpg lora DIGITS": "digits",
     "rpg lora CONFIG --split banana": "banana",
     "rpg lora LORA --set run=EMPTY --split test": "config.yaml",
+    "rpg fields CONFIG": "task",
+    "rpg fields FIELDS --set run=EMPTY --split validation": "config.yaml",
+    "rpg render FAKE": "no run or zoo of fields",
+    "rpg render FAKE --config FIELDS": "fake.safetensors",
     "rpg score CONFIG EMPTY": "task",
     "rpg score LORA EMPTY": "empty",
     "rpg score LORA TEXT": "text",
@@ -203,6 +208,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Good and bad files and folders, by the names that the table uses."""
     folder = tmp_path_factory.mktemp("world")
     names = {"FOLDER": folder, "DIGITS": Path("configs/digits.yaml"), "UNSEEN": Path("configs/digits_unseen.yaml")}
+    names |= {"FIELDS": Path("configs/fields.yaml")}
     names |= {"LORA": Path("configs/lora/tiny.yaml"), "IMAGENET": Path("configs/large/vit_tiny.yaml")}
 
     def write(name: str, file: str, content: str | bytes) -> None:
