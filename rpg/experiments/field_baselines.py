@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.fields.fields import FieldsTask, append_many
 from tokenization.zoo.zoo import Zoo
 
 PIXELS = "pixels"
@@ -30,16 +31,20 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
-    stages = {"autoencoder": {"steps": 600, "learning_rate": 1e-3}, "latent": {"steps": 1500, "learning_rate": 1e-3}}
-    split = {**plain["train"], "steps": max(1, config.train.steps // 3)}
+    steps = max(2, config.train.steps // 4)
+    stages = {
+        "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
+    }  # fmt: skip
+    split = {**plain["train"], "steps": steps}
     no_prior = {**plain["generate"], "state": "stored", "steps": 16}
+    originals = [each for each in config.train.splits if not each.startswith("altered")]
     pixel_tokens = {**plain["tokens"], "size": 64}
     return {
         "pixel_diffusion": changed("pixel_diffusion", f"{config.zoo}_pixels", task=None, tokens=pixel_tokens),
         "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
         "pdiff": changed(
             "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
-            train={**split, "splits": [each for each in config.train.splits if not each.startswith("altered")]},
+            train={"splits": originals, "ema_decay": 0.99, "save_every": 5000, "log_every": split["log_every"]},
             generate={"sampler": "ddim", "steps": 100},
         ),
     }  # fmt: skip
@@ -56,5 +61,6 @@ def write_pixel_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
         return
     zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)
     images = task.render((fields.state_dict(i) for i in range(len(fields))), task.data.images.shape[-1])
-    for entry, image in list(zip(fields.entries, images, strict=True))[len(zoo) :]:
-        zoo.append({PIXELS: image}, run=entry.run, step=entry.step, condition=entry.condition, split=entry.split)
+    missing = list(zip(fields.entries, images, strict=True))[len(zoo) :]
+    entries = [dataclasses.replace(entry, metrics={}) for entry, _ in missing]
+    append_many(zoo, entries, [{PIXELS: image} for _, image in missing])

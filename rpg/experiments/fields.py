@@ -26,6 +26,7 @@ from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
 from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.fields.images import alter
 from rpg.tasks.images.collection import single_threaded
 from rpg.training.loop import train
 from tokenization.errors import InputError
@@ -34,6 +35,9 @@ from tokenization.zoo.zoo import Zoo
 
 NUM_SETS = 5
 """Sets of generated fields, and of every baseline's, whose figures are averaged."""
+
+JUDGE_COPIES = 2
+"""Altered copies of every image that the judge of classes learns from."""
 
 Progress = Callable[[int, int], None]
 
@@ -161,9 +165,12 @@ def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Refere
 
 
 def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
-    """What the judge of classes learns from: the images of the splits that were learned from."""
+    """What the judge of classes learns from: the images of the splits that were learned from, and altered copies."""
     rows = torch.tensor([i for i, split in enumerate(task.data.splits) if split in config.train.splits])
-    return task.data.images[rows].flatten(1), task.data.labels[rows]
+    images, labels = task.data.images[rows], task.data.labels[rows]
+    copies = range(min(task.config.altered, JUDGE_COPIES) + 1)
+    altered = [alter(images, task.config, copy) if copy else images for copy in copies]
+    return torch.cat(altered).flatten(1), labels.repeat(len(copies))
 
 
 def _samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,18 @@ LEARNED = ("train", "validation")
 
 WRITERS = 8
 """Files written at a time: most of the time of a small file is waiting for the disk."""
+
+
+def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write small checkpoints side by side and list them, all or none; much faster than one by one."""
+
+    def write(entry: ZooEntry, state_dict: Mapping[str, Tensor]) -> ZooEntry:
+        save_checkpoint(zoo.path / entry.file, state_dict)
+        return with_digest(entry, Checkpoint.open(zoo.path / entry.file))
+
+    (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        zoo.extend(list(pool.map(write, entries, state_dicts)))
 
 
 class FieldsTask:
@@ -88,21 +100,17 @@ class FieldsTask:
         data = self.data
         errors = (self.render_stacked(fields, images.shape[-1]) - images).square().flatten(1).mean(1)
         later = len(data.class_names) if copy and self.config.own_classes else 0
-        (zoo.path / "checkpoints").mkdir(exist_ok=True)
-
-        def write(row: int, state_dict: dict[str, Tensor], error: float) -> ZooEntry:
-            file = f"checkpoints/{row:06d}-{copy:02d}.safetensors"
-            save_checkpoint(zoo.path / file, state_dict)
-            split = f"altered_{data.splits[row]}" if copy else data.splits[row]
-            entry = ZooEntry(
-                file=file, run=row, step=copy, condition=(float(data.labels[row]) + later,),
-                metrics={"squared_error": error}, split=split,
-            )  # fmt: skip
-            return with_digest(entry, Checkpoint.open(zoo.path / file))
-
-        with ThreadPoolExecutor(WRITERS) as pool:
-            made = zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True)
-            zoo.extend(list(pool.map(write, *zip(*(each for each in made if each[0] not in written), strict=True))))
+        entries, state_dicts = [], []
+        for row, state_dict, error in zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True):
+            if row not in written:
+                split = f"altered_{data.splits[row]}" if copy else data.splits[row]
+                entry = ZooEntry(
+                    file=f"checkpoints/{row:06d}-{copy:02d}.safetensors", run=row, step=copy, split=split,
+                    condition=(float(data.labels[row]) + later,), metrics={"squared_error": error},
+                )  # fmt: skip
+                entries.append(entry)
+                state_dicts.append(state_dict)
+        append_many(zoo, entries, state_dicts)
 
     @torch.no_grad()
     def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 256) -> Tensor:
