@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from rpg.evaluation.field_measures import Features
@@ -69,7 +70,6 @@ def letter_features(size: int, channels: int) -> Features:
 def _drawings() -> tuple[Tensor, Tensor]:
     """Every symbol in every font of matplotlib's, filling the frame: ``[n, 1, S, S]`` in 0 … 1, and which symbol."""
     import matplotlib  # imported here: slow, and only needed by this experiment
-    from PIL import Image, ImageDraw, ImageFont
 
     fonts = sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("DejaVuS*.ttf"))
     images, labels = [], []

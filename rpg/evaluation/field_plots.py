@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tokenization.files import atomic_file
@@ -16,8 +17,6 @@ GAP, PAPER = 1, 0.6
 
 def save_image(image: Tensor, path: Path | str, scale: int = 1) -> None:
     """Write ``[C, H, W]`` in 0 … 1, grey or RGB, as a PNG; every pixel becomes ``scale``² of them."""
-    from PIL import Image  # imported here: only needed for pictures
-
     values = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0)
     with atomic_file(path) as temporary:

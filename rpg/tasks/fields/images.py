@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from rpg.seeding import make_rng, permutation
@@ -50,8 +51,6 @@ def _digits() -> FieldImages:
 
 
 def _folder(config: FieldsConfig) -> FieldImages:
-    from PIL import Image  # imported here: only needed with a folder
-
     root = Path(config.data)
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in ENDINGS]
