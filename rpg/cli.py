@@ -134,6 +134,7 @@ def generate(
     prompt_model: o.PromptModel = None,
     guidance_scale: o.Guidance = None,
     state: o.State = None,
+    temperature: o.Temperature = None,
     device: o.Device = None,
 ) -> None:
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
@@ -149,8 +150,9 @@ def generate(
     vector = choose_condition(generator, condition, classes, prompt, prompt_model)
     with progress_bar("generating") as advance:
         paths = generator.generate(
-            num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state, condition=vector,
-            output=output or run / "generated", progress=advance, partition=partition,
+            num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
+            temperature=temperature, condition=vector, output=output or run / "generated",
+            progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
 

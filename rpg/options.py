@@ -85,6 +85,10 @@ PromptModel = Annotated[
 ]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
 State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
+Temperature = Annotated[
+    float | None,
+    option("Spread of fresh states, or of kernel ridge's draws, in that of the zoo; 0: the mean.", min=0),
+]
 Device = Annotated[str | None, option("cpu (default), cuda, …; of a launched process its own.")]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
 Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]

@@ -158,6 +158,7 @@ class Generator:
         guidance_scale: float | None = None,
         condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         state: str | None = None,
+        temperature: float | None = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
         partition: Partition | None = None,
@@ -167,7 +168,8 @@ class Generator:
         Args:
             num: how many.
             seed: decides everything; network i of a seed is the same whatever ``num`` is.
-            steps, sampler, eta, guidance_scale, state: override the ``generate`` section of the configuration.
+            steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
+                configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
                 also one text, or one each.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
@@ -181,7 +183,7 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, condition)
+        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition)
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()

@@ -25,12 +25,13 @@ class RequestOptions:
     eta: float | None = None
     guidance_scale: float | None = None
     state: str | None = None
+    temperature: float | None = None
     condition: Any = None  # in any form that ``Generator.generate`` takes
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
         """The section with these options in place of its values."""
-        wanted = {name: getattr(self, name) for name in ("steps", "sampler", "eta", "guidance_scale", "state")}
-        return settings.model_copy(update={name: value for name, value in wanted.items() if value is not None})
+        wanted = {name: value for name, value in vars(self).items() if name != "condition" and value is not None}
+        return settings.model_copy(update=wanted)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Request:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
         if self.state not in ("stored", "gaussian", "prior"):
             raise InputError(f"There is no permutation state {self.state!r}; choose stored, gaussian or prior.")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rpg import cli
@@ -192,6 +194,20 @@ def test_train_generate_export(rpg: Run, experiment: Path, tmp_path: Path) -> No
     refused(rpg("train", experiment), "a run already", "--resume")
     refused(rpg("generate", tmp_path / "run", "--condition", "1,x"), "--condition", "comma-separated")
     refused(rpg("export", files[0], "--to", "onnx", "--output", tmp_path / "o"), "--to", "'onnx'")
+
+
+def test_the_temperature_of_fresh_states(rpg: Run, experiment: Path, tmp_path: Path) -> None:
+    states = ("--set", "train.steps=1", "--set", "model.state.of=checkpoint", "--set", "generate.state=gaussian")
+    assert rpg("train", experiment, *states)[0] == 0
+    made: dict[str, list[bytes]] = {}
+    for name, asked in {"default": (), "1": ("--temperature", 1), "0": ("--temperature", 0)}.items():
+        code, _, err = rpg("generate", tmp_path / "run", "-n", 2, "--output", tmp_path / name, *asked)
+        assert (code, err) == (0, "")
+        files = sorted((tmp_path / name).iterdir())
+        made[name] = [path.read_bytes() for path in files]
+        with safe_open(files[0], "pt") as file:
+            assert json.loads(file.metadata()["rpg.provenance"])["temperature"] == float(name == "default" or name)
+    assert made["default"] == made["1"] and made["1"][0] != made["0"][0]
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
