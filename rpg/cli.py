@@ -110,14 +110,27 @@ def plan(
 
 @app.command()
 def train(
-    config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False
+    config: o.ConfigFile,
+    overrides: o.Overrides = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    compare: o.Compare = False,
 ) -> None:
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
     from rpg.training.loop import train as run
 
+    settings, comparison = load(config, overrides), None
     with progress_bar("training") as advance:
-        folder = run(load(config, overrides), resume=resume, overwrite=overwrite, progress=advance, say=console.print)
+        how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
+        if compare:
+            from rpg.experiments.comparison import train_and_compare
+
+            folder, comparison = train_and_compare(settings, **how)
+        else:
+            folder = run(settings, **how)
     console.print(f"generator in {folder}")
+    if comparison is not None:
+        console.print(comparison.line(), highlight=False, soft_wrap=True)
 
 
 @app.command()

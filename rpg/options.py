@@ -63,6 +63,9 @@ Processes = Annotated[int, option("Processes that share a training step.", min=1
 # train, sweep, unseen
 Resume = Annotated[bool, option("Continue the run exactly where it was saved.", "--resume")]
 Overwrite = Annotated[bool, option("Discard the run that is there.", "--overwrite")]
+Compare = Annotated[
+    bool, option("Train kernel ridge, too, and say which is better on the validation split.", "--compare")
+]
 SweepFile = Annotated[Path, argument("A sweep file, e.g. configs/sweeps/noise.yaml.", "SWEEP")]
 Jobs = Annotated[int, option("Experiments at a time.", min=1)]
 Only = Annotated[list[str] | None, option("Run this entry alone. Can be given several times.", metavar="NAME")]

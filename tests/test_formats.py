@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
+from rpg.experiments.comparison import compare
 from rpg.generation.generator import FILES, OPTIONAL_FILES, Generator
 from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
@@ -134,6 +135,13 @@ def test_directions_on_disk(tmp_path: Path) -> None:
     layout.save(tmp_path)
     assert set(keys_of(tmp_path / "basis.safetensors")) == set(documented("basis.safetensors"))
     assert {"rank", "basis", "centre"} <= json.loads((tmp_path / "layout.json").read_text())["options"].keys()
+
+
+def test_a_comparison() -> None:
+    same = torch.ones(2)
+    made = compare("validation tasks", "recurrent", same, same, seed=0)
+    assert list(made.model_dump(mode="json")) == documented("compare.json")
+    assert list(made.configured.model_dump()) == ["mean", "max", "min", "std", "ci95"]
 
 
 def test_run_folder(folder: Path) -> None:

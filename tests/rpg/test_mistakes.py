@@ -73,6 +73,8 @@ MISTAKES = {
     "rpg train CONFIG --set run=RUN": "--resume",
     "rpg train CONFIG --set tokens.include=[nothing] --overwrite": "nothing",
     "rpg train CONFIG --set train.behaviour={} --set run=FOLDER/new": "task",
+    "rpg train CONFIG --compare --set run=FOLDER/new": "task",
+    "rpg train UNSEEN --compare --set zoo=FOLDER/none": "none",
     "rpg inspect FOLDER/none": "none",
     "rpg inspect EMPTY": "empty",
     "rpg inspect TEXT": "text",
