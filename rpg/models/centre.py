@@ -95,6 +95,16 @@ class Centre(FittedBuffers):
         self.register_buffer("seen", torch.zeros(0, condition[1] if condition else 0), persistent=False)
         self.register_buffer("without", torch.zeros(0, num_tokens, token_size), persistent=False)
 
+    def plan(self, num_checkpoints: int, code_size: int) -> None:
+        """Take the sizes that fitting to a zoo would give, without values."""
+        num_tokens, token_size = self.code_map.shape[1:]
+        self.fill(code_map=self.code_map.new_empty(code_size, num_tokens, token_size))
+        if self.condition is not None:
+            self.fill(
+                conditions=self.conditions.new_empty(num_checkpoints, self.condition[1]),
+                dual=self.dual.new_empty(num_checkpoints, num_tokens, token_size),
+            )
+
     def forward(self, conditions: Tensor | None, codes: Tensor | None, token_ids: Tensor) -> Tensor:
         """The known part of tokens ``[N]`` of G networks, ``[G or 1, N, k]`` float32.
 
@@ -107,7 +117,7 @@ class Centre(FittedBuffers):
         with torch.autocast(known.device.type, enabled=False):
             if self.condition is not None and conditions is not None:
                 inputs = regression_inputs(self.condition[0], conditions, self.condition[1]).float()
-                kernel = rbf(inputs, self.conditions, float(self.length))  # [G, n]
+                kernel = rbf(inputs, self.conditions, self.length)  # [G, n]
                 regressed = torch.tensordot(kernel, self.dual[:, token_ids], 1)
                 known = known + (self._without(inputs, regressed, token_ids) if self.training else regressed)
             if len(self.code_map) and codes is not None:

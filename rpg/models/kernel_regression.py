@@ -21,7 +21,7 @@ PENALTIES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """Penalties that are tried; the kernel of a condition with itself is 1."""
 
 
-def rbf(first: Tensor, second: Tensor, length: float) -> Tensor:
+def rbf(first: Tensor, second: Tensor, length: float | Tensor) -> Tensor:
     """``exp(-|a - b|² / 2 length²)`` of conditions ``[a, C]`` and ``[b, C]``: ``[a, b]``."""
     return torch.exp(-torch.cdist(first, second).square() / (2 * length**2))
 

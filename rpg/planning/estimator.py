@@ -19,6 +19,7 @@ from rpg.planning.flops import GenerationFlops, count_flops
 from rpg.planning.memory import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.planning.zoo_summary import ZooSummary
+from tokenization.spectral.layout import SpectralLayout
 
 
 class StepPart(NamedTuple):
@@ -96,8 +97,13 @@ class Estimator(ABC):
 
     @property
     def bytes_read_per_step(self) -> int:
-        """Bytes of checkpoints that a training step's rows come from, on average; none are read twice if cached."""
+        """Bytes of checkpoints that a training step's rows come from, on average; none are read twice if cached.
+
+        Coefficients are in memory from the start.
+        """
         layout = self.zoo.layout
+        if isinstance(layout, SpectralLayout):
+            return 0
         return round(checkpoint_bytes(layout) / layout.num_tokens * self.rows_per_step)
 
     def meta_network(self) -> Any:

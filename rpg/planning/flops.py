@@ -5,11 +5,15 @@ Only matrix products, convolutions and recurrences count, two operations a multi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from tokenization.layouts import Layout
+from tokenization.spectral.layout import SpectralLayout
 
 
 def _lstm(input_shape: Any, *arguments: Any, out_shape: Any = None, **_: Any) -> int:
@@ -41,13 +45,22 @@ class GenerationFlops:
         backbone: all prototypes.
         once: what is computed once per token.
         step: one call of the denoiser for one token, with its share of what a tile computes once a step.
+        known: what of the tokens is known in closed form, of the whole network.
+        directions: the products of coefficients with the zoo's directions, of the whole network.
         total: all of them, with every step of every token.
     """
 
     backbone: int
     once: int
     step: int
+    known: int
+    directions: int
     total: int
+
+
+def directions_flops(layout: Layout) -> int:
+    """Of making one network's values from its coefficients, two for each of the L·k·D numbers of the directions."""
+    return 2 * math.prod(layout.basis.shape) if isinstance(layout, SpectralLayout) else 0
 
 
 def count_flops() -> FlopCounterMode:

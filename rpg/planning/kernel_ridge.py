@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.planning.estimator import Estimator, StepPart
-from rpg.planning.flops import GenerationFlops
+from rpg.planning.flops import GenerationFlops, directions_flops
 from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, TrainingMemory
 
 
@@ -63,4 +63,5 @@ class KernelRidgeEstimator(Estimator):
     def sampling_flops(self, network: KernelRidgeGenerator, steps: int) -> GenerationFlops:
         """Two combinations of n checkpoints; one without a condition."""
         once = 2 * self.zoo.num_checkpoints * self.zoo.layout.token_size * (2 if self.zoo.condition_size else 1)
-        return GenerationFlops(0, once, 0, once * self.zoo.layout.num_tokens)
+        known, directions = once * self.zoo.layout.num_tokens, directions_flops(self.zoo.layout)
+        return GenerationFlops(0, 0, 0, known, directions, known + directions)

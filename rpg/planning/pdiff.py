@@ -8,7 +8,7 @@ from torch import nn
 from rpg.generation.pdiff_sampler import GROUP
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.planning.estimator import Estimator, StepPart
-from rpg.planning.flops import GenerationFlops, count_flops
+from rpg.planning.flops import GenerationFlops, count_flops, directions_flops
 from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, num_bytes
 from rpg.planning.peak import LiveBytes
 
@@ -64,4 +64,5 @@ class PDiffEstimator(Estimator):
             if not network.config.variational:
                 network.denoiser(latents, torch.empty(()).expand(GROUP))
         once, each = (counter.get_total_flops() // GROUP for counter in (decoder, step))
-        return GenerationFlops(0, once, each, once + steps * each)
+        directions = directions_flops(self.zoo.layout)
+        return GenerationFlops(0, once, each, 0, directions, once + steps * each + directions)

@@ -15,7 +15,7 @@ from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.estimator import Estimator, StepPart
-from rpg.planning.flops import GenerationFlops, count_flops
+from rpg.planning.flops import GenerationFlops, count_flops, directions_flops
 from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, num_bytes
 from rpg.planning.peak import LiveBytes
 from tokenization.layouts import cached_bytes
@@ -44,6 +44,14 @@ class RecurrentEstimator(Estimator):
     def cache_bytes(self) -> int:
         """Of a zoo that is small enough."""
         return cached_bytes(self.zoo.layout, self.zoo.num_checkpoints)
+
+    def meta_network(self) -> RecurrentDiffusion:
+        """Without storage; what is measured of a zoo has the sizes that it will have."""
+        network = super().meta_network()
+        if network.centre is not None:
+            code_size = network.state.embedding_dim if self.model.state.of == "code" else 0
+            network.centre.plan(self.zoo.num_checkpoints, code_size)
+        return network
 
     def fake_network(self, network: RecurrentDiffusion) -> RecurrentDiffusion:
         """Shapes on the CPU, in place."""
@@ -101,18 +109,21 @@ class RecurrentEstimator(Estimator):
         return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak, loading=loading)
 
     def sampling_flops(self, network: RecurrentDiffusion, steps: int) -> GenerationFlops:
-        """Of the backbone, once a network; of the denoiser, for every token and step."""
+        """Of the backbone and what is known of tokens, once a network; of the denoiser, for every token and step."""
         layout, num_rows = self.zoo.layout, self.config.generate.tile_tokens
         with count_flops() as backbone:
             prototypes = network.prototypes(self._states(network, 1), self._conditions(1))  # [1, L, H]
+        with count_flops() as centre:
+            network.known(self._states(network, 1), self._conditions(1), torch.arange(layout.num_tokens))
         with count_flops() as once:
             context = network.denoiser.precompute(prototypes.new_empty(num_rows, prototypes.shape[-1]))
         with count_flops() as step:
             network.predict(torch.empty(num_rows, layout.token_size), torch.empty(()).expand(num_rows), context, None)
         per_network = self._num_passes * backbone.get_total_flops()
         per_token, per_step = (self._num_passes * (counter.get_total_flops() // num_rows) for counter in (once, step))
-        total = per_network + layout.num_tokens * (per_token + steps * per_step)
-        return GenerationFlops(per_network, per_token, per_step, total)
+        known, directions = centre.get_total_flops(), directions_flops(layout)
+        total = per_network + layout.num_tokens * (per_token + steps * per_step) + known + directions
+        return GenerationFlops(per_network, per_token, per_step, known, directions, total)
 
     @property
     def _num_passes(self) -> int:

@@ -44,9 +44,12 @@ def _work(plan: Plan) -> Table:
         f"{plan.rows_per_step:,} of {plan.zoo.layout.token_size:,} values, {plan.checkpoints_per_step:,} checkpoints",
     )
     cached = "; kept in memory once read" if plan.training.cache else ""
-    table.add_row("it reads", format_bytes(plan.bytes_read_per_step) + cached)
+    read = format_bytes(plan.bytes_read_per_step) + cached if plan.bytes_read_per_step else "nothing: all is in memory"
+    table.add_row("it reads", read)
     table.add_row("a generated network", f"{format_flops(flops.total)}, {config.generate.steps:,} steps")
     table.add_row("of which backbone", format_flops(flops.backbone))
+    if flops.directions:
+        table.add_row("of which directions", format_flops(flops.directions))
     table.add_row("a token and step", format_flops(flops.step))
     return table
 
