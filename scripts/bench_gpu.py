@@ -32,7 +32,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A
 def main() -> None:
     parser = Parser(__doc__, figures=True)
     parser.add_argument("--networks", nargs="+", default=["convnext_large"], choices=list(NETWORKS))
-    parser.add_argument("--steps", type=int, default=10, help="sampling steps")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the recipe's own)")
     parser.add_argument("--training-steps", type=int, default=30)
     parser.add_argument("--tile-tokens", type=int, default=4096, help="a GPU wants larger tiles than a CPU")
     parser.add_argument("--peak-tflops", type=float, help="of the device in bf16, if it is not known here")
@@ -82,8 +82,11 @@ def measure_training(name: str, folder: Path, num_steps: int, peak_tflops: float
     }
 
 
-def measure_generation(folder: Path, steps: int, tile_tokens: int) -> dict[str, float]:
-    """Seconds of one network after loading, into a file and without one, and peak memory."""
+def measure_generation(folder: Path, steps: int | None, tile_tokens: int) -> dict[str, float]:
+    """Seconds of one network after loading, and peak memory.
+
+    On the device a network is its coefficients; their product with the zoo's directions is made on the way to the file.
+    """
     generator = Generator.from_pretrained(folder / "generator", "cuda")
     changed = generator.config.generate.model_copy(update={"tile_tokens": tile_tokens})
     generator.config = generator.config.model_copy(update={"generate": changed})

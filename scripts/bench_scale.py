@@ -1,6 +1,7 @@
 """Whole large networks on this machine: seconds, memory and FLOPs of our recipe, and those of the paper's.
 
-The zoos are random checkpoints and the generators untrained: what is measured does not depend on the values.
+The zoos are random checkpoints and the generators untrained: what is measured does not depend on the values. A zoo has
+just as many checkpoints as give every token all the directions of the recipe.
 
 python scripts/bench_scale.py [--networks vit_base convnext_large] [--json FILE]
 """
@@ -37,6 +38,9 @@ from tokenization.zoo.zoo import Zoo
 NETWORKS = {"vit_base": "vit_base_patch16_224", "convnext_large": "convnext_large"}
 """timm's names of the target networks."""
 
+ZOO_DTYPE = torch.bfloat16
+"""Of the checkpoints on disk, as fine-tuning in bf16 leaves them."""
+
 PAPER_TOKENS = 32
 """Tokens of the paper's denoiser that are timed together; its cost is proportional to their number."""
 
@@ -44,7 +48,7 @@ PAPER_TOKENS = 32
 def main() -> None:
     parser = Parser(__doc__, figures=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--steps", type=int, default=10, help="sampling steps")
+    parser.add_argument("--steps", type=int, help="sampling steps of our recipe (default: its own)")
     parser.add_argument("--training-steps", type=int, default=8, help="steps whose wait for data is measured; 0: none")
     parser.add_argument("--folder", type=Path, help="where the zoos are, or are made and kept; else a temporary one")
     arguments = parser.parse_args()
@@ -56,16 +60,15 @@ def main() -> None:
     write_figures(arguments.json, figures)
 
 
-def measure(name: str, folder: Path, steps: int, training_steps: int) -> dict[str, Any]:
+def measure(name: str, folder: Path, steps: int | None, training_steps: int) -> dict[str, Any]:
     """All figures of one network; each group in a process of its own, so that memory is counted apart."""
-    alone(prepare, name, folder)
+    figures: dict[str, Any] = alone(prepare, name, folder)
     groups: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
         (generate, (folder, steps)),
         (chunk_times, (name, folder)),
         (flops, (name, folder, steps)),
         (data_wait, (name, folder, training_steps)),
     ]
-    figures: dict[str, Any] = {}
     for function, parameters in groups[: 4 if training_steps else 3]:
         found = alone(function, *parameters)
         print(name, json.dumps(found), flush=True)
@@ -85,20 +88,29 @@ def recipe(kind: str, name: str, folder: Path, *overrides: str) -> Config:
     return Config.load(default_config(f"{kind}/{name}.yaml"), [*places, *overrides])
 
 
-def prepare(name: str, folder: Path) -> None:
-    """Two random checkpoints, and an untrained generator that has seen their statistics."""
+def prepare(name: str, folder: Path) -> dict[str, float]:
+    """A zoo of random checkpoints and an untrained generator for it: how long its statistics and directions took."""
     folder.mkdir(parents=True, exist_ok=True)
-    zoo = make_zoo(folder / "zoo", 2, NETWORKS[name])
     config = recipe("large", name, folder)
+    zoo = make_zoo(folder / "zoo", rank_of(config) + 1, NETWORKS[name], ZOO_DTYPE)
+    started = time.perf_counter()
     layout = fit_layout(zoo, config.tokens)
+    figures = {"fit_seconds": time.perf_counter() - started}
     network = build_network(config, layout, zoo)
     for parameter in network.parameters():
         if not parameter.any():  # untrained, the last layer is zero
             torch.nn.init.normal_(parameter, std=0.02)
     Generator(config, layout, network).save_pretrained(folder / "generator")
+    return figures
 
 
-def generate(folder: Path, steps: int) -> dict[str, float]:
+def rank_of(config: Config) -> int:
+    """The numbers that a token is for our recipe."""
+    assert isinstance(config.tokens.rank, int)
+    return config.tokens.rank
+
+
+def generate(folder: Path, steps: int | None) -> dict[str, float]:
     """Seconds of one whole network into a file, loading apart; the highest resident memory, loading included."""
     generator = Generator.from_pretrained(folder / "generator")
     started, processor = time.perf_counter(), time.process_time()
@@ -116,12 +128,13 @@ def generate(folder: Path, steps: int) -> dict[str, float]:
 def chunk_times(name: str, folder: Path, repeats: int = 3) -> dict[str, float]:
     """Milliseconds of one denoiser call per token, both recipes in turn in this process; the fastest of a few.
 
-    Each recipe has the number of tokens a call and the precision that suit it best: the paper's is timed in both.
+    Each recipe has the number of tokens a call and the precision that suit it best: the paper's is timed in both. Our
+    product with the zoo's directions, once a token and not once a step, is in ``seconds`` of the whole network.
     """
     ours = recipe("large", name, folder)
     paper = recipe("paper", name, folder)
     candidates = {
-        "ours": (ours, ours.generate.tile_tokens, True),
+        "ours": (ours, ours.generate.tile_tokens, ours.generate.precision == "bf16"),
         "paper_fp32": (paper, PAPER_TOKENS, False),
         "paper_bf16": (paper, PAPER_TOKENS, True),
     }
@@ -139,7 +152,7 @@ def chunk_times(name: str, folder: Path, repeats: int = 3) -> dict[str, float]:
 
 def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], None]:
     """One step of ``num_tokens`` tokens: what is called is timed."""
-    size = config.tokens.size
+    size = config.tokens.size if config.tokens.rank is None else rank_of(config)
     # The prototypes are as wide as the backbone's output; its depth does not matter here.
     assert isinstance(config.model, RecurrentConfig)
     backbone = config.model.backbone
@@ -163,7 +176,7 @@ def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], N
     return call
 
 
-def flops(name: str, folder: Path, steps: int) -> dict[str, float]:
+def flops(name: str, folder: Path, steps: int | None) -> dict[str, float]:
     """FLOPs of one network by both recipes: the paper's with its own number of steps."""
     zoo = Zoo.open(folder / "zoo")
     counts = {}

@@ -51,7 +51,7 @@ def skeleton(name: str) -> dict[str, torch.Tensor]:
         return timm.create_model(name).state_dict()
 
 
-def make_zoo(path: Path, num_checkpoints: int, name: str) -> Zoo:
+def make_zoo(path: Path, num_checkpoints: int, name: str, dtype: torch.dtype = torch.float32) -> Zoo:
     """Random checkpoints of one run: a common start and small steps away from it, as fine-tuning leaves."""
     if (path / "zoo.json").exists():
         zoo = Zoo.open(path)
@@ -67,7 +67,7 @@ def make_zoo(path: Path, num_checkpoints: int, name: str) -> Zoo:
         for value in start.values():
             value.mul_(0.999).add_(torch.randn(min(value.numel(), 4096), generator=generator).mean(), alpha=1e-3)
             value.view(-1)[::7].add_(torch.randn(-(-value.numel() // 7), generator=generator), alpha=1e-4)
-        zoo.append(start, run=0, step=step)
+        zoo.append({key: value.to(dtype) for key, value in start.items()}, run=0, step=step)
     return zoo
 
 

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "convnext_atto, unet1d": (
         "large/convnext_atto.yaml", "convnext_atto", 
-        (UNET, "train.tokens=32", "generate.tile_tokens=32", "generate.steps=2"),
+        ("tokens.rank=null", UNET, "train.tokens=32", "generate.tile_tokens=32", "generate.steps=2"),
     ),
     "resnet18": ("large/resnet18.yaml", "resnet18", ("train.tokens=512",)),
     "vit_small": ("large/vit_small.yaml", "vit_small_patch16_224", ("train.tokens=512",)),
