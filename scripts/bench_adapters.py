@@ -1,25 +1,86 @@
-"""Time adapters of a 7 B Llama's shapes through every command: DoRA r=64 on q, k, v, up, down; random values.
+"""Adapters of a 7 B Llama's shapes through every command, DoRA r=64 on q, k, v, up, down; and what was learned of them.
+
+The zoo has a structure that is known: adapters lie in a random space of ten dimensions, the same for all their values,
+with noise on top. Generated ones are to lie in that space, too; the adapters themselves do so but for their noise.
 
 Each command runs in a process of its own; its peak memory is what the system says of it. At last PEFT alone loads the
 exported adapter into a base of zeros.
+
+python scripts/bench_adapters.py [--json FILE]
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import Parser, run_command, write_figures
-from safetensors.torch import save_file
+from bench_scale import alone
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.generation.generator import Generator
+from rpg.planning.peak import peak_resident_bytes
+from rpg.seeding import make_rng
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.tensor_file import TensorFile
+from tokenization.layouts import fit_layout
+from tokenization.zoo.zoo import Zoo
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SPREAD = {"lora_A": 0.01, "lora_B": 0.005, "lora_magnitude_vector": 0.05}
+"""By kind of tensor: what an adapter differs from their common start by, the noise apart."""
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG = Path(__file__).parent.parent / "configs" / "large" / "base.yaml"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How adapters are made: a common start, ``codes`` times the directions of each tensor, noise.
+
+    Attributes:
+        num: n adapters.
+        dimensions: k of the space that they lie in.
+        noise: standard deviation of the noise, in that of what lies in the space.
+    """
+
+    num: int
+    dimensions: int
+    noise: float
+
+    @property
+    def codes(self) -> Tensor:
+        """Where each adapter lies in the space, ``[n, k]``, each row of length 1 on average."""
+        return torch.randn(self.num, self.dimensions, generator=make_rng(0, "codes")) / self.dimensions**0.5
+
+    def directions(self, name: str, num_values: int) -> Tensor:
+        """What each dimension does to the values of a tensor, ``[k, P]``, in units of the tensor's spread."""
+        return torch.randn(self.dimensions, num_values, generator=make_rng(0, "directions", name))
+
+    def adapters(self, name: str, num_values: int) -> Tensor:
+        """The values of a tensor in every adapter, ``[n, P]``."""
+        spread, rng = spread_of(name), make_rng(0, "values", name)
+        start = torch.randn(num_values, generator=rng) + (1 / spread if "magnitude" in name else 0)
+        values = torch.addmm(start.expand(self.num, -1), self.codes, self.directions(name, num_values))
+        for row in values:
+            row.add_(torch.randn(num_values, generator=rng), alpha=self.noise)
+        return values.mul_(spread)
+
+
+def spread_of(name: str) -> float:
+    """That of the tensor's kind."""
+    return next(spread for kind, spread in SPREAD.items() if kind in name)
 
 
 def empty_base(layers: int) -> Any:
@@ -31,26 +92,26 @@ def empty_base(layers: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def make_sources(folder: Path, num: int, layers: int, rank: int) -> int:
-    """Write ``num`` adapters as PEFT writes them, bf16; returns how many values one has."""
+def make_sources(folder: Path, structure: Structure, layers: int, rank: int) -> int:
+    """Write adapters as PEFT writes them, bf16, tensor by tensor; returns how many values one has."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, use_dora=True, task_type="CAUSAL_LM")
     config.base_model_name_or_path = "llama-7b"
-    names = get_peft_model_state_dict(get_peft_model(empty_base(layers), config, low_cpu_mem_usage=True))
+    like = get_peft_model_state_dict(get_peft_model(empty_base(layers), config, low_cpu_mem_usage=True))
     config.inference_mode = True
-    for index in range(num):
-        generator = torch.Generator().manual_seed(index)
-        state = {}
-        for name, like in names.items():
-            kind = next(kind for kind in SPREAD if kind in name)
-            values = torch.randn(like.shape, generator=generator) * SPREAD[kind]
-            state[name] = (values + (kind == "lora_magnitude_vector")).bfloat16()
-        target = folder / f"adapter{index}"
-        target.mkdir(parents=True)
-        config.save_pretrained(str(target))
-        save_file(state, target / "adapter_model.safetensors", {"format": "pt"})
-    return sum(like.numel() for like in names.values())
+    specs = {name: (torch.bfloat16, tuple(each.shape)) for name, each in like.items()}
+    with contextlib.ExitStack() as stack:
+        files = []
+        for number in range(structure.num):
+            target = folder / f"adapter{number:02d}"
+            target.mkdir(parents=True)
+            config.save_pretrained(str(target))
+            files.append(stack.enter_context(TensorFile(target / ADAPTER_FILE, specs, {"format": "pt"})))
+        for name, each in like.items():
+            for file, values in zip(files, structure.adapters(name, each.numel()), strict=True):
+                file.write(name, 0, values.bfloat16())
+    return sum(each.numel() for each in like.values())
 
 
 def measured(*arguments: object) -> dict[str, float]:
@@ -89,39 +150,118 @@ def load_by_peft(adapter: Path, layers: int) -> dict[str, float]:
     return {"tensors": len(stored), "values": sum(tensor.numel() for tensor in stored.values())}
 
 
+def fit(config: Config) -> dict[str, float]:
+    """Statistics and directions of the zoo, into its cache: seconds and peak memory of this process."""
+    started, processor = time.perf_counter(), time.process_time()
+    layout = fit_layout(Zoo.open(config.zoo), config.tokens)
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - processor, 1),
+        "peak_gib": round(peak_resident_bytes() / 2**30, 2),
+        "tokens": layout.num_tokens,
+    }
+
+
+def generate_loaded(run: Path, output: Path) -> dict[str, float]:
+    """One adapter into a folder, the generator being loaded: seconds and peak memory of this process."""
+    generator = Generator.from_pretrained(run)
+    started, processor = time.perf_counter(), time.process_time()
+    generator.generate(1, seed=1, output=output)
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - processor, 2),
+        "peak_gib": round(peak_resident_bytes() / 2**30, 2),
+    }
+
+
+def measure_truth(run: Path, adapters: Path, structure: Structure, num: int) -> dict[str, dict[str, float]]:
+    """How generated adapters lie in the space that the zoo was made in; with stored states, whether they are the asked.
+
+    Deviations from the zoo's mean count in units of each kind's spread. ``share_in_span`` is the part of their squared
+    length inside the space of k dimensions, one for the whole adapter; ``spread`` their length in that of the zoo's own
+    without noise; ``cosine`` that with the asked adapter, ``cosine_truth`` with what it would be without noise.
+    """
+    generator = Generator.from_pretrained(run)
+    asked = generator.asked(num, 0)
+    made: dict[str, Any] = {each: generator.generate(num, seed=0, state=each) for each in ("stored", "gaussian")}
+    zoo = [Checkpoint.open(path) for path in sorted(adapters.glob(f"*/{ADAPTER_FILE}"))]
+    codes = structure.codes - structure.codes.mean(0)
+    kinds: dict[str, Any] = {"adapters": zoo[:num], **made}
+    sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    gram = torch.zeros(structure.dimensions, structure.dimensions, dtype=torch.float64)
+    for name in made["stored"][0]:
+        rows = torch.stack([each.flat(name).float() for each in zoo]) / spread_of(name)
+        mean = rows.mean(0)
+        directions = structure.directions(name, len(mean))
+        gram += (directions @ directions.T).double()
+        for kind, networks in kinds.items():
+            flat = [each.flat(name) if isinstance(each, Checkpoint) else each[name].flatten() for each in networks]
+            deviations = torch.stack(flat).float() / spread_of(name) - mean
+            of = rows[asked] - mean if kind == "stored" else deviations
+            found = {
+                "squares": deviations.square().sum(1), "inside": deviations @ directions.T,
+                "asked": (deviations * of).sum(1), "asked_squares": of.square().sum(1),
+            }  # fmt: skip
+            for key, value in found.items():
+                sums[kind][key] = sums[kind].get(key, 0) + value.double()
+    true_squares = ((codes.double() @ gram) * codes).sum(1)  # [n]
+    figures: dict[str, dict[str, float]] = {}
+    for kind, each in sums.items():
+        inside = (each["inside"] * torch.linalg.solve(gram, each["inside"].T).T).sum(1)
+        figures[kind] = {
+            "share_in_span": round(float((inside / each["squares"]).mean()), 4),
+            "spread": round(float((each["squares"].mean() / true_squares.mean()).sqrt()), 3),
+        }
+    each, own = sums["stored"], codes[asked].double()
+    cosine = each["asked"] / (each["squares"] * each["asked_squares"]).sqrt()
+    truth = (each["inside"] * own).sum(1) / (each["squares"] * true_squares[asked]).sqrt()
+    figures["stored"] |= {"cosine": round(float(cosine.mean()), 4), "cosine_truth": round(float(truth.mean()), 4)}
+    return figures
+
+
 def main() -> None:
     """Make the zoo, run the commands, print a table and, if asked for, JSON."""
     parser = Parser(__doc__, figures=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_adapters"))
-    parser.add_argument("--num", type=int, default=4, help="adapters in the zoo")
+    parser.add_argument("--num", type=int, default=24, help="adapters in the zoo")
+    parser.add_argument("--dimensions", type=int, default=10, help="of the space that they lie in")
+    parser.add_argument("--noise", type=float, default=0.4, help="beside it, in the spread inside it")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--form", default="aligned", help="tokens.lora_canonical")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--form", default="none", help="tokens.lora_canonical: these have one start, and need no form")
+    parser.add_argument("--verify", action="store_true", help="run rpg inspect --verify, too, which takes minutes")
     arguments = parser.parse_args()
     folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
-    num_values = make_sources(folder / "adapters", arguments.num, arguments.layers, arguments.rank)
-    config = Path(__file__).parent.parent / "configs" / "large" / "base.yaml"
-    changes = {
-        "zoo": folder / "zoo", "run": folder / "run", "tokens.size": 16384, "tokens.lora_canonical": arguments.form,
-        "train.steps": arguments.steps, "train.batch_size": 2, "train.tokens": 512, "generate.steps": 4,
-    }  # fmt: skip
-    overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    results: dict[str, Any] = {"adapters": arguments.num, "values": num_values}
+    structure = Structure(arguments.num, arguments.dimensions, arguments.noise)
+    num_values = make_sources(folder / "adapters", structure, arguments.layers, arguments.rank)
+    changes = [
+        f"zoo={folder / 'zoo'}", f"run={folder / 'run'}", f"tokens.lora_canonical={arguments.form}",
+        f"tokens.rank={arguments.dimensions}", f"model.state.width={arguments.dimensions}",
+        f"train.steps={arguments.steps}",
+    ]  # fmt: skip
+    overrides = [part for change in changes for part in ("--set", change)]
+    results: dict[str, Any] = {"adapters": arguments.num, "values": num_values, "noise": arguments.noise}
     print(f"{arguments.num} adapters of {num_values:,} values", flush=True)
-    commands: dict[str, tuple[object, ...]] = {
-        "collect": ("collect", "--from", folder / "adapters", "--zoo", folder / "zoo"),
-        "verify": ("inspect", folder / "zoo", "--verify", *overrides[4:8]),
-        "train": ("train", config, *overrides),
-        "generate": ("generate", folder / "run", "--num", 1, "--output", folder / "new"),
-        "export": ("export", folder / "new" / "network-00000", "--to", "peft", "--output", folder / "exported"),
-    }
-    for name, command in commands.items():
-        results[name] = measured(*command)
-        print(f"{name:9}", *(f"{key} {value:>8}" for key, value in results[name].items()), flush=True)
-    results["loaded"] = load_by_peft(folder / "exported", arguments.layers)
-    print("loaded by PEFT:", results["loaded"])
+
+    def take(name: str, figures: Mapping[str, Any]) -> None:
+        results[name] = figures
+        print(f"{name:9}", json.dumps(figures), flush=True)
+
+    take("collect", measured("collect", "--from", folder / "adapters", "--zoo", folder / "zoo"))
+    if arguments.verify:
+        take("verify", measured("inspect", folder / "zoo", "--verify", *overrides[4:8]))
+    take("fit", alone(fit, Config.load(CONFIG, changes)))
+    take("train", measured("train", CONFIG, *overrides))
+    facts = Generator.from_pretrained(folder / "run").facts
+    results["train"] |= {"training_seconds": facts["training seconds"], "parameters": facts["parameters"]}
+    take("generate", measured("generate", folder / "run", "--num", 1, "--output", folder / "new"))
+    take("generate_loaded", alone(generate_loaded, folder / "run", folder / "another"))
+    take("truth", alone(measure_truth, folder / "run", folder / "adapters", structure, 4))
+    adapter = folder / "new" / "network-00000"
+    take("export", measured("export", adapter, "--to", "peft", "--output", folder / "exported"))
+    take("loaded", load_by_peft(folder / "exported", arguments.layers))
     write_figures(arguments.json, results)
     shutil.rmtree(folder)
 
