@@ -50,7 +50,7 @@ class KernelRidgeEstimator(Estimator):
         """The zoo's tokens, in float64 three times over while they are fitted, and what comes out."""
         return TrainingMemory(
             weights=self._fitted_bytes, gradients=0, optimizer=0, ema=0, activations=6 * self.cache_bytes,
-            batch=0, waiting=0, cache=self.cache_bytes,
+            batch=0, waiting=0, cache=self.cache_bytes, fitting=self.fitting_bytes,
         )  # fmt: skip
 
     def sampling_memory(self, network: KernelRidgeGenerator, weights: int, loading: int) -> GenerationMemory:

@@ -42,6 +42,7 @@ class TrainingMemory(Memory):
         batch: the token rows that are computed at a time, and their noise.
         waiting: rows that are read ahead, always in the host's memory.
         cache: the encoded zoo, where it is small enough to be kept; in the host's memory too.
+        fitting: what the zoo's directions are found with, in the host's memory and before everything else.
     """
 
     weights: int
@@ -52,11 +53,21 @@ class TrainingMemory(Memory):
     batch: int
     waiting: int
     cache: int
+    fitting: int = 0
+
+    @property
+    def total(self) -> int:
+        """Peak in bytes, of the steps or of what comes before them."""
+        return max(self.fitting, self._steps)
 
     @property
     def on_device(self) -> int:
-        """The part of the peak that an accelerator has to hold."""
-        return self.total - self.waiting - self.cache
+        """The part of the steps' peak that an accelerator has to hold."""
+        return self._steps - self.waiting - self.cache
+
+    @property
+    def _steps(self) -> int:
+        return sum(self.components().values()) - self.fitting
 
 
 @dataclass(frozen=True)

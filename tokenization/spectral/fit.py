@@ -92,6 +92,15 @@ def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: To
     return FittedBasis(Basis.read(source, specs), coefficients, gram)
 
 
+def fitting_bytes(num: int, shape: tuple[int, int, int]) -> int:
+    """About the most memory that `fit_basis` takes of a zoo of ``num`` checkpoints; ``shape`` is (L, k, D)."""
+    num_tokens, rank, size = shape
+    block = min(num_tokens, _tokens_a_block(num, size))
+    rows, directions = num * block * size, rank * block * size
+    # The last block's rows are still there while the next ones are read.
+    return (4 + 8 * (1 if block == num_tokens else 2)) * rows + (8 + 2) * directions
+
+
 class _Found:
     """What the pass over the zoo leaves besides the directions."""
 
@@ -136,11 +145,15 @@ class _Found:
 
 def _row_blocks(layout: TokenLayout, zoo: Zoo, indices: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of tokens with all checkpoints' rows, ``[m, n, D]`` float64."""
-    step = max(1, BLOCK_BYTES // (8 * len(indices) * layout.token_size))
+    step = _tokens_a_block(len(indices), layout.token_size)
     for first in range(0, layout.num_tokens, step):
         tokens = slice(first, min(first + step, layout.num_tokens))
         rows = read_rows(layout, zoo, indices, range(tokens.start, tokens.stop))  # [n, m, D]
         yield tokens, rows.transpose(0, 1).to(torch.float64)
+
+
+def _tokens_a_block(num: int, size: int) -> int:
+    return max(1, BLOCK_BYTES // (8 * num * size))
 
 
 def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout.layout import TokenLayout
+from tokenization.spectral.fit import BLOCK_BYTES, fitting_bytes
 from tokenization.zoo.zoo import Zoo
 
 MEBI = 1 << 20
@@ -143,6 +144,18 @@ def test_the_largest_networks_are_measured_without_memory() -> None:
     assert summary.layout.num_values > 250e6 and memory.weights > 3 << 30
     assert memory.activations > 64 * 16384 * 128 * 2  # the widest convolution's output alone, in bf16
     assert build_estimator(config, summary).generation_memory().weights == memory.weights  # fp32
+
+
+def test_finding_directions_is_bounded_by_a_block_of_tokens_and_no_gpu_holds_it(tmp_path: Path) -> None:
+    """`scripts/check_plan.py` compares with real processes."""
+    one, two, many, more = (fitting_bytes(24, (num, 8, 16384)) for num in (10, 20, 10_000, 20_000))
+    assert two == 2 * one and many == more > two
+    assert 2 * BLOCK_BYTES < many < 4 * BLOCK_BYTES
+    zoo = make_zoo(tmp_path / "zoo")
+    config = small_config(tmp_path, tokens={"rank": 3})
+    memory = build_estimator(config, ZooSummary.of(zoo, config)).training_memory()
+    assert memory.fitting == fitting_bytes(6, (12, 3, 16)) and memory.total >= memory.fitting
+    assert memory.on_device + memory.waiting + memory.cache + memory.fitting == sum(memory.components().values())
 
 
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
