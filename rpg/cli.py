@@ -110,24 +110,17 @@ def plan(
 
 @app.command()
 def train(
-    config: o.ConfigFile,
-    overrides: o.Overrides = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
+    config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
     compare: o.Compare = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
+    from rpg.experiments.comparison import train_and_compare
     from rpg.training.loop import train as run
 
-    settings, comparison = load(config, overrides), None
+    settings = load(config, overrides)
     with progress_bar("training") as advance:
         how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
-        if compare:
-            from rpg.experiments.comparison import train_and_compare
-
-            folder, comparison = train_and_compare(settings, **how)
-        else:
-            folder = run(settings, **how)
+        folder, comparison = train_and_compare(settings, **how) if compare else (run(settings, **how), None)
     console.print(f"generator in {folder}")
     if comparison is not None:
         console.print(comparison.line(), highlight=False, soft_wrap=True)
@@ -214,31 +207,14 @@ def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None
 ) -> None:
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
-    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
-
-    settings = load(config or default_config("digits_unseen.yaml"), overrides)
-    if split is not None:
-        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        return
-    with progress_bar("collecting") as collecting, progress_bar("training") as training:
-        report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
-    print_held_out(report, console)
-    console.print(f"figures:  {settings.run}/evaluation.json\npictures: {settings.run}/distance.png, parameters.png")
+    settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
+    held_out(settings, split, seeds, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png")
 
 
 @app.command()
 def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
-    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
-
-    settings = load(config or default_config("lora/tiny.yaml"), overrides)
-    if split is not None:
-        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        return
-    with progress_bar("training adapters") as collecting, progress_bar("training") as training:
-        report = run_held_out(settings, progress={"collect": collecting, "train": training})
-    print_held_out(report, console)
-    console.print(f"figures:  {settings.run}/evaluation.json")
+    held_out(load(config or o.default_config("lora/tiny.yaml"), overrides), split, 1, "figures:  {run}/evaluation.json")
 
 
 @app.command()
@@ -246,7 +222,7 @@ def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o
     """Neural fields of images: zoo, training, comparison in function space, pictures."""
     from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
 
-    settings = load(config or default_config("fields.yaml"), overrides)
+    settings = load(config or o.default_config("fields.yaml"), overrides)
     if split is not None:
         scored = "validation" if split == "validation" else "unseen"
         print_fields(evaluate_fields(settings.run, split=scored, seed=settings.seed), console)
@@ -286,10 +262,23 @@ def demo(
     from rpg.evaluation.tables import print_table
     from rpg.experiments.single import run_all
 
-    settings = load(config or default_config("demo.yaml"), overrides or [])
+    settings = load(config or o.default_config("demo.yaml"), overrides or [])
     with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
         print_table(run_all(settings, progress={"collect": collecting, "train": training}))
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
+
+
+def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
+    """Run an experiment on unseen tasks, or score a split of one that was run before."""
+    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
+
+    if split is not None:
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
+        return
+    with progress_bar("collecting") as collecting, progress_bar("training") as training:
+        report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+    print_held_out(report, console)
+    console.print(written.format(run=settings.run))
 
 
 def load(path: Path, overrides: list[str] | None) -> Any:
@@ -297,13 +286,6 @@ def load(path: Path, overrides: list[str] | None) -> Any:
     from rpg.config import Config
 
     return Config.load(path, overrides)
-
-
-def default_config(name: str) -> Path:
-    """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
-    package = Path(__file__).parent
-    inside = package / "configs" / name
-    return inside if inside.exists() else package.parent / "configs" / name
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The arguments and options of the command line: types with their help texts and limits."""
+"""The arguments and options of the command line: types with their help texts and limits, and what is read by them."""
 
 from __future__ import annotations
 
@@ -106,3 +106,10 @@ FieldsConfig = Annotated[
 ]
 PictureFolder = Annotated[Path | None, option("Folder for the images (default: beside the files).")]
 Adapters = Annotated[list[Path], argument("PEFT folders.", "ADAPTER…")]
+
+
+def default_config(name: str) -> Path:
+    """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    inside = package / "configs" / name
+    return inside if inside.exists() else package.parent / "configs" / name

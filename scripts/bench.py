@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from _common import Parser, run_command, write_figures
 
-from rpg.cli import default_config
 from rpg.config import Config
 from rpg.evaluation.metrics import accuracy
 from rpg.experiments.single import collect, generate_timed, scoring_task
 from rpg.generation.generator import Generator
+from rpg.options import default_config
 from rpg.training.loop import train
 
 

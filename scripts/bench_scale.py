@@ -20,13 +20,13 @@ import torch
 from _common import Parser, run_command, write_figures
 from bench_tokenization import make_zoo
 
-from rpg.cli import default_config
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
 from rpg.generation.generator import Generator
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
+from rpg.options import default_config
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator
 from rpg.planning.zoo_summary import ZooSummary

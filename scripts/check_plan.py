@@ -16,9 +16,9 @@ from bench_tokenization import make_zoo
 from rich.console import Console
 from rich.table import Table
 
-from rpg.cli import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
+from rpg.options import default_config
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
