@@ -31,7 +31,7 @@ from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
-from rpg.training.trainer import Trainer, build_network
+from rpg.training.trainer import Trainer, build_network, fit_closed_form
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 
@@ -96,7 +96,8 @@ def prepare(name: str, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     layout = fit_layout(zoo, config.tokens)
     figures = {"fit_seconds": time.perf_counter() - started}
-    network = build_network(config, layout, zoo)
+    network: Any = build_network(config, layout, zoo)
+    fit_closed_form(network, config, layout, zoo)
     for parameter in network.parameters():
         if not parameter.any():  # untrained, the last layer is zero
             torch.nn.init.normal_(parameter, std=0.02)

@@ -42,7 +42,7 @@ def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, s
         sheets = [grid(task.render(each, resolution), PER_CLASS) for each in (made, originals)]  # type: ignore[arg-type]
         save_image(beside(sheets, max(2, resolution // 2)), run / f"{name}.png", scale)
     _draw_nearest(run, task, zoo, generator.config, made[:: max(1, len(made) // NUM_NEAREST)])
-    if isinstance(generator.network, RecurrentDiffusion) and generator.network.prior is not None:
+    if generator.config.model.state.prior is not None:
         labels = torch.arange(min(NUM_PATHS, num_classes))
         images = [task.render(each, FINE) for each in denoising_path(generator, labels, seed)]
         save_image(grid(torch.stack(images, 1).flatten(0, 1), len(images)), run / "path.png")

@@ -102,6 +102,9 @@ class PDiffTrainer(Trainer):
                 cure = "set it in model.autoencoder and model.latent" if name in OF_STAGES else "leave it out"
                 raise InputError(f"train.{name} has no effect on p-diff (model.kind: pdiff); {cure}.")
 
+    def fit_closed_form(self) -> None:
+        """Nothing: its latents are measured once the autoencoder is trained."""
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW with one group a stage."""
         network, stages = self.network, (self.settings.autoencoder, self.settings.latent)

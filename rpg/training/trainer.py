@@ -58,6 +58,7 @@ class Trainer:
         self.layout = fit_layout(zoo, config.tokens, indices=training_entries(zoo, config.train.splits))
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
+        self.fit_closed_form()
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
         self.earlier_seconds = 0.0 if saved is None else seconds_of(saved)
@@ -93,6 +94,10 @@ class Trainer:
     def build_network(self) -> Any:
         """The untrained networks."""
         return build_network(self.config, self.layout, self.zoo)
+
+    def fit_closed_form(self) -> None:
+        """Measure what is known without training; a run that goes on measures it again, and finds the same."""
+        fit_closed_form(self.network, self.config, self.layout, self.zoo)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """That of the configuration, over all parameters."""
@@ -268,11 +273,15 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     num_states = int(state_ids(zoo, indices, config.model.state).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
-    if isinstance(network, RecurrentDiffusion) and network.centre is not None:
+        return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
+
+
+def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
+    """Measure, on the training checkpoints, what of tokens is known without training, if the model has such a part."""
+    if network.centre is not None:
+        indices = training_entries(zoo, config.train.splits)
         conditions = training_conditions(zoo, indices, config.model.condition)
         network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
-    return network
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
