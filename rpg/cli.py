@@ -114,13 +114,17 @@ def train(
     compare: o.Compare = False,
 ) -> None:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
-    from rpg.experiments.comparison import train_and_compare
-    from rpg.training.loop import train as run
-
-    settings = load(config, overrides)
+    settings, comparison = load(config, overrides), None
     with progress_bar("training") as advance:
         how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
-        folder, comparison = train_and_compare(settings, **how) if compare else (run(settings, **how), None)
+        if compare:  # imports all of evaluation, which training alone need not
+            from rpg.experiments.comparison import train_and_compare
+
+            folder, comparison = train_and_compare(settings, **how)
+        else:
+            from rpg.training.loop import train as run
+
+            folder = run(settings, **how)
     console.print(f"generator in {folder}")
     if comparison is not None:
         console.print(comparison.line(), highlight=False, soft_wrap=True)
@@ -239,8 +243,7 @@ def render(
     """Draw neural fields as PNG files, at any resolution."""
     from rpg.experiments.field_pictures import render_files
 
-    settings = load(config, None) if config is not None else None
-    console.print(*render_files(files, size, output, settings), sep="\n")
+    console.print(*render_files(files, size, output, load(config, None) if config else None), sep="\n")
 
 
 @app.command()
