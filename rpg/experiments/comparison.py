@@ -20,10 +20,10 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.metrics import Summary, accuracy, summarize
 from rpg.experiments.held_out_tasks import generate_for
+from rpg.experiments.single import find_task
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section
-from rpg.tasks import task_of
 from rpg.tasks.base import Classifier, TaskFamily
 from rpg.tasks.images.collection import single_threaded
 from rpg.training.loop import Progress, train
@@ -163,12 +163,7 @@ def validation_scores(config: Config, zoo: Zoo) -> tuple[Literal["validation tas
     Raises:
         InputError: there is no task that scores, no validation split, or it is trained on.
     """
-    if config.task is None and zoo.task is None:
-        raise InputError(
-            f"neither the configuration nor {zoo.path} has a task that scores networks, so --compare cannot; name one "
-            "as task, or leave --compare out"
-        )
-    task = task_of(zoo, config.task)
+    task = find_task(config, zoo)
     if isinstance(task, TaskFamily):
         return "validation tasks", _of_tasks(config, zoo, task)
     if isinstance(task, Classifier) and config.model.condition.kind == "none":

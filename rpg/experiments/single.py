@@ -11,12 +11,12 @@ from rpg.config import Config
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
-from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.streamed import evaluate_streamed, score_span
 from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
-from rpg.tasks import build_task, task_of
+from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train
@@ -84,7 +84,13 @@ def _evaluate_together(
     runs = [zoo.entries[index].run for index in trained]
     result = evaluate(task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds)
     two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
-    span = _span(generator, _zoo_span(generator, zoo, trained), task, num, seed) if generator.asked(num, seed) else None
+    span, asked = None, generator.asked(num, seed)
+    if asked:
+        place = _zoo_span(generator, zoo, trained)
+        if generator.config.generate.state == "stored":
+            span = measure_span(place, place.place(networks), asked, result.generated.accuracy.mean)
+        else:
+            span = _stored_span(generator, place, task, asked, seed)
     return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
 
 
@@ -102,14 +108,14 @@ def _evaluate_streamed(generator: Generator, zoo: Zoo, task: Classifier, num: in
         seed=seed,
     )
     if asked and not stored:
-        result = result.model_copy(update={"span": _span(generator, place, task, num, seed)})
+        result = result.model_copy(update={"span": _stored_span(generator, place, task, asked, seed)})
     return result
 
 
-def _span(generator: Generator, zoo: ZooSpan, task: Classifier, num: int, seed: int) -> Span | None:
-    """Of networks with stored states, whichever those are that are evaluated."""
-    networks = generator.one_by_one(num, seed=seed, state="stored")
-    return score_span(task, zoo, networks, generator.asked(num, seed), generator.config.evaluate.split)
+def _stored_span(generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int) -> Span | None:
+    """Of networks with stored states, made for this alone where others are evaluated."""
+    networks = generator.one_by_one(len(asked), seed=seed, state="stored")
+    return score_span(task, zoo, networks, asked, generator.config.evaluate.split)
 
 
 def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
@@ -131,21 +137,26 @@ def _num_held_values(generator: Generator, num_checkpoints: int, num: int) -> in
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Classifier:
-    """The task that scores checkpoints: the configuration's own, else the one recorded in the zoo.
+    """The task that scores checkpoints, of `find_task`.
 
     Raises:
         InputError: there is none, or it is a family of tasks, whose networks answer different questions.
     """
+    task = find_task(config, zoo)
+    if not isinstance(task, Classifier):
+        command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
+        raise InputError(f"{type(task).__name__} is a family of tasks, not a single one; score it with `{command}`")
+    return task
+
+
+def find_task(config: Config, zoo: Zoo) -> Task:
+    """The configuration's own task, else the one recorded in the zoo. Raises InputError if there is none."""
     if config.task is None and zoo.task is None:
         raise InputError(
             f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or score the "
             "files with code of your own"
         )
-    task = task_of(zoo, config.task)
-    if not isinstance(task, Classifier):
-        command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
-        raise InputError(f"{type(task).__name__} is a family of tasks, not a single one; score it with `{command}`")
-    return task
+    return task_of(zoo, config.task)
 
 
 def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwrite: bool = True) -> EvaluationResult:
