@@ -17,6 +17,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.fields import FieldsTask
+from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -48,10 +49,15 @@ def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, s
         save_image(grid(torch.stack(images, 1).flatten(0, 1), len(images)), run / "path.png")
 
 
+def learned_originals(zoo: Zoo, config: Config) -> list[int]:
+    """The entries that were learned from, without altered copies."""
+    return [i for i in training_entries(zoo, config.train.splits) if zoo.entries[i].step == 0]
+
+
 def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: Sequence) -> None:
     """A row for each of some generated fields: it, and the five training images nearest to it."""
     size = task.data.images.shape[-1]
-    rows = [i for i, e in enumerate(zoo.entries) if e.split in config.train.splits and e.step == 0]
+    rows = learned_originals(zoo, config)
     training = torch.stack([task.data.images[zoo.entries[i].run] for i in rows])
     shown = task.render(made, size)
     nearest = torch.cdist(shown.flatten(1), training.flatten(1)).argsort(1)[:, :5]

@@ -19,8 +19,9 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.field_judges import class_judge, letter_features
 from rpg.evaluation.field_measures import Features, measure_samples, trivial_weights
+from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.field_baselines import PIXELS, baseline_configs, pixels_of, write_pixel_zoo
-from rpg.experiments.field_pictures import draw_pictures
+from rpg.experiments.field_pictures import draw_pictures, learned_originals
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
@@ -28,6 +29,7 @@ from rpg.tasks import build_task
 from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.fields.images import alter
 from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -150,14 +152,15 @@ def _measure(sets: Sequence[Tensor], reference: Reference, judge: Callable, feat
 
 def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
     data, size = task.data, task.data.images.shape[-1]
-    learned = [i for i, e in enumerate(zoo.entries) if e.split in config.train.splits and e.step == 0]
     if split in config.train.splits:
         raise InputError(f"{config.run} has learned from {split}; choose by a run whose train.splits lacks it")
+    learned = learned_originals(zoo, config)
     fields = [zoo.state_dict(i) for i in learned]
+    weights = stack(fields)
     held_out = torch.tensor([i for i, each in enumerate(data.splits) if each == split])
     return Reference(
         training=task.render(fields, size).flatten(1),
-        weights=torch.stack([torch.cat([v.flatten() for v in each.values()]) for each in fields]),
+        weights=FlatSpace(weights).flatten(weights),
         labels=torch.tensor([int(data.labels[zoo.entries[i].run]) for i in learned]),
         held_out=data.images[held_out].flatten(1),
         wanted=data.labels[held_out],
@@ -186,17 +189,10 @@ def _samples(
 
     sets = range(NUM_SETS)
     samples = {"generated": [drawn(generator, number) for number in sets]}
-    rng = make_rng(seed, "trivial")
-    shapes = {name: value.shape for name, value in zoo.state_dict(0).items()}
-
-    def shown(weights: Tensor) -> Tensor:
-        parts = weights.split([shape.numel() for shape in shapes.values()], 1)
-        fields = {n: part.view(-1, *shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
-        return task.render_stacked(fields, size).flatten(1)
-
+    rng, space = make_rng(seed, "trivial"), FlatSpace(stack([zoo.state_dict(0)]))
     for _ in sets:
         for name, weights in trivial_weights(reference.weights, reference.labels, wanted, rng).items():
-            samples.setdefault(name, []).append(shown(weights))
+            samples.setdefault(name, []).append(task.render_stacked(space.unflatten(weights), size).flatten(1))
         others = torch.randperm(len(reference.training), generator=rng)[: len(wanted)]
         samples.setdefault("training_data", []).append(reference.training[others])
     for name in baseline_configs(generator.config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rpg.section import Section
 
@@ -31,3 +31,10 @@ class FieldsConfig(Section):
         True, description="altered copies are classes of their own, so that what is asked for looks like originals"
     )
     seed: int = Field(0, ge=0, description="decides the start, the splits of a folder and the alterations")
+
+    @field_validator("hidden")
+    @classmethod
+    def _even(cls, hidden: int) -> int:
+        if hidden % 2:
+            raise ValueError("it must be even, as half of the units repeat the others with the opposite sign")
+        return hidden

@@ -54,8 +54,6 @@ def pixel_points(height: int, width: int) -> Tensor:
 def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
     """The weights that every fit starts from: a field that is 0 everywhere."""
     rng, num = make_rng(config.seed, "field"), config.hidden
-    if num % 2:
-        num += 1
     half = num // 2
 
     def draw(*shape: int, limit: float) -> Tensor:

@@ -27,6 +27,11 @@ def test_a_start_shows_nothing():
     assert torch.allclose(shown, torch.zeros_like(shown), atol=1e-5)
 
 
+def test_the_start_needs_an_even_number_of_hidden_units():
+    with pytest.raises(ValueError, match="even"):
+        FieldsConfig(hidden=33)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_side_by_side_fields_are_the_network(channels):
     config = FieldsConfig(hidden=8)
