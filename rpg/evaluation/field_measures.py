@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.two_sample import coverage, minimum_matching_distance, nearest_neighbour_accuracy
+from rpg.models.kernel_regression import square_root
 
 NEIGHBOURS = 3
 """k of precision and recall, as in arXiv 1904.06991."""
@@ -71,15 +72,10 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Squared Fréchet distance of the normal distributions fitted to two sets of features ``[·, K]`` (1706.08500)."""
     first, second = first.double(), second.double()
     covariances = [each.T.cov() for each in (first, second)]
-    root = _root(covariances[0])
+    root = square_root(covariances[0])
     cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
     mean = (first.mean(0) - second.mean(0)).square().sum()
     return (mean + covariances[0].trace() + covariances[1].trace() - 2 * cross).item()
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Centre(FittedBuffers):
         self.register_buffer("seen", torch.zeros(0, condition[1] if condition else 0), persistent=False)
         self.register_buffer("without", torch.zeros(0, num_tokens, token_size), persistent=False)
 
-    def plan(self, num_checkpoints: int, code_size: int) -> None:
+    def resize(self, num_checkpoints: int, code_size: int) -> None:
         """Take the sizes that fitting to a zoo would give, without values."""
         num_tokens, token_size = self.code_map.shape[1:]
         self.fill(code_map=self.code_map.new_empty(code_size, num_tokens, token_size))

@@ -91,8 +91,13 @@ class KernelRidge:
 
     def root(self) -> Tensor:
         """``A^½``, ``[n, n]``: its product with the outputs spans their covariance."""
-        values, vectors = torch.linalg.eigh(self.inverse)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return square_root(self.inverse)
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """The symmetric root of a positive semi-definite matrix ``[n, n]``; eigenvalues below 0 by rounding count as 0."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _left_out(inverse: Tensor, groups: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class RecurrentEstimator(Estimator):
         network = super().meta_network()
         if network.centre is not None:
             code_size = network.state.embedding_dim if self.model.state.of == "code" else 0
-            network.centre.plan(self.zoo.num_checkpoints, code_size)
+            network.centre.resize(self.zoo.num_checkpoints, code_size)
         return network
 
     def fake_network(self, network: RecurrentDiffusion) -> RecurrentDiffusion:
