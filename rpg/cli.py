@@ -273,7 +273,8 @@ def demo(
 
 def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.experiments.held_out_tasks import evaluate_held_out, print_held_out, run_held_out
+    from rpg.experiments.held_out_table import print_held_out
+    from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
 
     if split is not None:
         print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)

@@ -17,7 +17,7 @@ def main() -> None:
         made = generate_for(generator, originals.bits, generator.config.seed)
         print("| tensor | spread over tasks, originals | generated |\n| --- | --- | --- |")
         for name, value in made.items():
-            spreads = [each.std(0).square().mean().sqrt().item() for each in (originals.weights[name], value)]
+            spreads = [each.std(0).square().mean().sqrt().item() for each in (originals.weights()[name], value)]
             print(f"| {name} | {spreads[0]:.4f} | {spreads[1]:.4f} |")
         base = task.network(task.num_classes).state_dict()
         head = {name for name, value in made.items() if value.shape[1:] != base[name].shape}  # the classifier

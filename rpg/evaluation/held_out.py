@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rpg.evaluation.metrics import summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
-from rpg.evaluation.vectors import FlatSpace
-from rpg.section import Section
+from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
@@ -24,22 +23,11 @@ from rpg.tasks.side_by_side import Stacked
 
 NUM_WORST = 5
 
+NUM_TRIED = 3
+"""Regressions of a kind that are tried as networks, where networks are large."""
 
-@dataclass(frozen=True)
-class TaskNetworks:
-    """One network for each of some tasks.
-
-    Attributes:
-        bits: ``[T, C]``.
-        weights: stacked, ``[T, *shape]``.
-    """
-
-    bits: Tensor
-    weights: Stacked
-
-    def select(self, rows: Tensor) -> TaskNetworks:
-        """Some of them, in the order of ``rows``."""
-        return TaskNetworks(self.bits[rows], {name: value[rows] for name, value in self.weights.items()})
+METHODS = ("original", "generated", "kernel_ridge")
+"""Those of which more than figures is kept."""
 
 
 def choose_regressions(
@@ -47,26 +35,39 @@ def choose_regressions(
 ) -> dict[str, tuple[Regression, float]]:
     """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
 
-    Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images.
+    Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images; of large
+    networks, where every candidate takes long, only those are tried whose weights come nearest.
     """
-    space = FlatSpace(train.weights)
-    vectors = space.flatten(train.weights)
+    grid = regression_grid()
+    if train.is_large:
+        grid = {name: _nearest_in_weights(each, train, validation) for name, each in grid.items()}
 
-    def score(predicted: Tensor) -> float:
-        return task.accuracies(space.unflatten(predicted), validation.bits, "validation").mean().item()
+    def score(regression: Regression) -> float:
+        mixture = regression.mixture(train.bits, validation.bits)
+        return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
 
-    chosen = {
-        name: tune(regressions, train.bits, vectors, validation.bits, score)
-        for name, regressions in regression_grid().items()
-    }
+    chosen = {name: tune(regressions, score) for name, regressions in grid.items()}
     chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
     return chosen
 
 
+def _nearest_in_weights(
+    regressions: list[Regression], train: TaskNetworks, validation: TaskNetworks
+) -> list[Regression]:
+    """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights."""
+    known, crossed = train.products(train), validation.products(train)
+    errors = []
+    for each in regressions:
+        shares = each.mixture(train.bits, validation.bits)  # |prediction - own|² less |own|², which is the same for all
+        errors.append(((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item())
+    order = sorted(range(len(regressions)), key=errors.__getitem__)
+    return [regressions[index] for index in sorted(order[:NUM_TRIED])]
+
+
 def held_out_baselines(
     seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
-) -> dict[str, Stacked]:
-    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``: stacked weights by method.
+) -> dict[str, Parts]:
+    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
 
     Args:
         seen: all seen tasks.
@@ -74,14 +75,14 @@ def held_out_baselines(
         regressions: by the name they are reported under; fitted on ``seen`` here.
         own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
     """
-    space = FlatSpace(seen.weights)
-    vectors = space.flatten(seen.weights)
-    made: dict[str, Stacked] = {
-        "nearest_seen": seen.select(nearest_rows(bits, seen.bits, own)).weights,
-        "average": space.unflatten(vectors.mean(0).expand(len(bits), -1)),
+    num = len(seen.bits)
+    (average,) = seen.mixed(torch.full((1, num), 1 / num, dtype=torch.float64))
+    made: dict[str, Parts] = {
+        "nearest_seen": seen.parts(nearest_rows(bits, seen.bits, own)),
+        "average": [{name: value.expand(len(bits), *value.shape[1:]) for name, value in average.items()}],
     }
     for name, each in regressions.items():
-        made[name] = space.unflatten(each.predict(seen.bits, vectors, bits))
+        made[name] = seen.mixed(each.mixture(seen.bits, bits))
     return made
 
 
@@ -94,6 +95,73 @@ def nearest_rows(bits: Tensor, seen: Tensor, own: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What is kept of an image task's networks for pictures and lists.
+
+    Attributes:
+        probabilities: ``[T, images, 2]``.
+        head: the last matrix, the classifier's, ``[T, V]``.
+    """
+
+    probabilities: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """What remains of one method's networks once they are dropped.
+
+    Attributes:
+        figures: by name, ``[T]`` each; the first is what methods are compared by.
+        kept: if it was asked for.
+    """
+
+    figures: Mapping[str, Tensor]
+    kept: Kept | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """``[T]``."""
+        return next(iter(self.figures.values()))
+
+
+def score_method(
+    task: TaskFamily, networks: Parts, bits: Tensor, split: str = "test", keep: bool = False
+) -> MethodScores:
+    """Score one method's networks, a part at a time.
+
+    Args:
+        task: scores.
+        networks: for the tasks, in their order.
+        bits: the tasks ``[T, C]``.
+        split: images or rows.
+        keep: probabilities and heads of image tasks.
+    """
+    figures: list[Mapping[str, Tensor]] = []
+    probabilities, heads = [], []
+    done = 0
+    for part in networks:
+        rows = bits[done : done + len(next(iter(part.values())))]
+        done += len(rows)
+        if not isinstance(task, ImageTaskFamily):
+            figures.append(task.scores(part, rows, split))
+            continue
+        found = task.probabilities(part, split)
+        right = found.argmax(-1) == task.targets(rows, split)
+        figures.append({"accuracy": right.double().mean(1)})
+        if keep:
+            probabilities.append(found)
+            heads.append(_head(part))
+    joined = {name: torch.cat([each[name] for each in figures]) for name in figures[0]}
+    return MethodScores(joined, Kept(torch.cat(probabilities), torch.cat(heads)) if heads else None)
+
+
+def _head(weights: Stacked) -> Tensor:
+    matrices = [value for value in weights.values() if value.dim() > 2] or list(weights.values())
+    return matrices[-1].flatten(1).float().clone()
+
+
+@dataclass(frozen=True)
 class SplitScores:
     """All methods on the tasks of one split.
 
@@ -102,11 +170,13 @@ class SplitScores:
         hamming_to_seen: distance to the nearest seen task ``[T]``.
         figures: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
             method's figures is what methods are compared by.
+        kept: of ``METHODS``, of image tasks.
     """
 
     bits: Tensor
     hamming_to_seen: Tensor
     figures: dict[str, Mapping[str, Tensor]]
+    kept: dict[str, Kept]
 
     def first(self, method: str) -> Tensor:
         """The first figure of a method, ``[T]``."""
@@ -135,19 +205,21 @@ class SplitScores:
 
 
 def score_split(
-    task: TaskFamily, networks: Mapping[str, Stacked], bits: Tensor, seen: Tensor, split: str = "test"
+    task: TaskFamily, networks: Mapping[str, Parts], bits: Tensor, seen: Tensor, split: str = "test"
 ) -> SplitScores:
-    """Score every method on the tasks ``bits`` ``[T, C]``.
+    """Score every method on the tasks ``bits`` ``[T, C]``, one after the other.
 
     Args:
         task: scores.
-        networks: stacked weights by method; ``generated`` and ``kernel_ridge`` among them.
+        networks: by method; ``generated`` and ``kernel_ridge`` among them.
         bits: the tasks.
         seen: bits of the seen tasks, for the distance to the nearest.
         split: images or rows.
     """
-    figures = {name: task.scores(weights, bits, split) for name, weights in networks.items()}
-    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures)
+    scores = {name: score_method(task, each, bits, split, name in METHODS) for name, each in networks.items()}
+    kept = {name: each.kept for name, each in scores.items() if each.kept is not None}
+    figures = {name: each.figures for name, each in scores.items()}
+    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures, kept)
 
 
 def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:
@@ -162,56 +234,21 @@ def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
     return seen[torch.randint(len(seen), (len(bits),), generator=rng)]
 
 
-def worst_tasks(
-    task: ImageTaskFamily, weights: Stacked, bits: Tensor, accuracies: Tensor, split: str
-) -> list[dict[str, Any]]:
-    """The tasks at which networks do worst: bits, accuracy, and the share of right answers for each class of images."""
+def worst_tasks(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> list[dict[str, Any]]:
+    """The tasks at which networks do worst: bits, accuracy, and the share of right answers for each class of images.
+
+    Args:
+        task: knows the right answers.
+        probabilities: of one network for each task, ``[T, images, 2]``.
+        bits: the tasks ``[T, C]``.
+        split: images.
+    """
+    right = (probabilities.argmax(-1) == task.targets(bits, split)).double()  # [T, images]
+    accuracies = right.mean(1)
     rows = accuracies.argsort()[:NUM_WORST]
-    chosen = {name: value[rows] for name, value in weights.items()}
-    answers = task.probabilities(chosen, split).argmax(-1)  # [W, images]
-    right = (answers == task.targets(bits[rows], split)).double()
     classes = task.classes(split)
-    shares = torch.stack([right[:, classes == each].mean(1) for each in range(bits.shape[1])], 1)  # [W, C]
+    shares = torch.stack([right[rows][:, classes == each].mean(1) for each in range(bits.shape[1])], 1)  # [W, C]
     return [
         {"bits": bits[row].tolist(), "accuracy": accuracies[row].item(), "accuracy_of_class": share}
         for row, share in zip(rows.tolist(), shares.tolist(), strict=True)
     ]
-
-
-class Diversity(Section):
-    """Several networks generated for one task: what sampling adds."""
-
-    num_tasks: int
-    networks_per_task: int
-    disagreement: float
-    mean_accuracy: float
-    ensemble_accuracy: float
-    weight_spread: float
-
-
-def measure_diversity(
-    task: ImageTaskFamily, draws: list[Stacked], bits: Tensor, originals_spread: float, split: str = "test"
-) -> Diversity:
-    """How several networks for one task differ, and what their vote gains.
-
-    Args:
-        task: scores.
-        draws: R stacked weights, each of the same T tasks.
-        bits: the tasks ``[T, C]``.
-        originals_spread: root mean square deviation of the seen tasks' weights from their mean, to compare with.
-        split: images.
-    """
-    probabilities = torch.stack([task.probabilities(each, split) for each in draws])  # [R, T, images, 2]
-    answers = probabilities.argmax(-1)
-    targets = task.targets(bits, split)
-    pairs = [(a, b) for a in range(len(draws)) for b in range(a)]
-    space = FlatSpace(draws[0])
-    vectors = torch.stack([space.flatten(each) for each in draws])  # [R, T, P]
-    return Diversity(
-        num_tasks=len(bits),
-        networks_per_task=len(draws),
-        disagreement=sum((answers[a] != answers[b]).double().mean().item() for a, b in pairs) / len(pairs),
-        mean_accuracy=(answers == targets).double().mean().item(),
-        ensemble_accuracy=(probabilities.mean(0).argmax(-1) == targets).double().mean().item(),
-        weight_spread=vectors.std(0).square().mean().sqrt().item() / originals_spread,
-    )

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series, save_png, save_points
-from rpg.tasks.side_by_side import Stacked
 
 METHODS = {"original": ORIGINAL, "generated": GENERATED, "kernel_ridge": 3, "nearest_seen": 8}
 """Those that are drawn, with their kinds of `Series`."""
 
-TASKS_SHOWN, VALUES_SHOWN = 8, 200
+TASKS_SHOWN, VALUES_SHOWN = 8, 100
 
 
 def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, path: Path | str) -> None:
@@ -40,13 +39,14 @@ def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, pat
     save_points(series, x, y, path)
 
 
-def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path | str) -> None:
-    """Draw values of original and generated networks as heat maps (arXiv 2501.11587, figure 5), as a PNG.
+def plot_parameters(heads: Mapping[str, tuple[Tensor, Tensor]], path: Path | str) -> None:
+    """Draw the classifier of original and generated networks as heat maps (arXiv 2501.11587, figure 5), as a PNG.
 
-    One row a task; columns are the values of the largest tensor that vary most over the tasks.
+    One row a task; columns are the values of the classifier's matrix that vary most over the tasks, each divided by its
+    spread over the originals.
 
     Args:
-        networks: (original, generated) stacked weights by split.
+        heads: (original, generated) matrices ``[T, V]`` by split.
         path: the file to write.
 
     Raises:
@@ -54,22 +54,23 @@ def plot_parameters(networks: Mapping[str, tuple[Stacked, Stacked]], path: Path 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 2.2 * len(networks) + 0.6), dpi=150, layout="constrained")
-    panels: Any = figure.subplots(2 * len(networks), 1)
-    first = next(iter(networks.values()))[0]
-    name = max(first, key=lambda each: first[each][0].numel())
-    spread = first[name].flatten(1).std(0)
-    columns = spread.topk(min(VALUES_SHOWN, len(spread))).indices.sort().values
-    limit = float(first[name].flatten(1)[:, columns].abs().quantile(0.99))
-    for number, (split, pair) in enumerate(networks.items()):
-        for offset, (kind, weights) in enumerate(zip(("original", "generated"), pair, strict=True)):
+    figure = Figure(figsize=(10, 2.2 * len(heads) + 0.6), dpi=150, layout="constrained")
+    panels: Any = figure.subplots(2 * len(heads), 1)
+    first = next(iter(heads.values()))[0]
+    mean, spread = first.mean(0), first.std(0).clamp(min=1e-12)
+    columns = first.std(0).topk(min(VALUES_SHOWN, first.shape[1])).indices.sort().values
+    for number, (split, pair) in enumerate(heads.items()):
+        for offset, (kind, values) in enumerate(zip(("original", "generated"), pair, strict=True)):
             axes = panels[2 * number + offset]
-            rows = torch.linspace(0, len(weights[name]) - 1, TASKS_SHOWN).long()  # tasks far apart
-            values = weights[name].flatten(1)[rows][:, columns]
-            image = axes.imshow(values, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+            rows = torch.linspace(0, len(values) - 1, TASKS_SHOWN).long()  # tasks far apart
+            shown = ((values - mean) / spread)[rows][:, columns]
+            image = axes.imshow(shown, aspect="auto", cmap="RdBu", vmin=-2.5, vmax=2.5, interpolation="nearest")
             axes.set_title(f"{split} tasks, {kind}", fontsize=9, loc="left")
             axes.set_yticks([])
             axes.set_xticks([])
-    panels[-1].set_xlabel(f"{len(columns)} values of {name}; one row a task, the same in both pictures of a split")
+    panels[-1].set_xlabel(
+        f"{len(columns)} values of the classifier, in their spread over originals; one row a task, the same in both "
+        "pictures of a split"
+    )
     figure.colorbar(image, ax=list(panels), shrink=0.6)
     save_png(figure, path)

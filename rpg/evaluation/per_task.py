@@ -17,9 +17,6 @@ from rpg.evaluation.similarity import error_iou
 from rpg.evaluation.two_sample import function_vectors, nearest_neighbour_accuracy
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily
-from rpg.tasks.side_by_side import Stacked
-
-METHODS = ("original", "generated", "kernel_ridge")
 
 
 class TaskSamples(Section):
@@ -54,13 +51,13 @@ def rows_of_tasks(bits: Tensor) -> Tensor | None:
 
 
 def measure_per_task(
-    task: ImageTaskFamily, networks: Mapping[str, Stacked], bits: Tensor, split: str = "test", seed: int = 0
+    task: ImageTaskFamily, probabilities: Mapping[str, Tensor], bits: Tensor, split: str = "test", seed: int = 0
 ) -> PerTask | None:
     """Compare a task's networks with its originals.
 
     Args:
-        task: scores.
-        networks: stacked weights by method, aligned with ``bits``; ``original`` among them.
+        task: knows the right answers.
+        probabilities: by method ``[N, B, 2]``, of networks aligned with ``bits``; ``original`` among them.
         bits: of each network's task, ``[N, C]``.
         split: images.
         seed: of the bootstrap.
@@ -72,17 +69,13 @@ def measure_per_task(
     if rows is None:
         return None
     targets = task.targets(bits[rows[:, 0]], split)  # [T, B]
-    probabilities = {
-        name: task.probabilities(networks[name], split)[rows]  # [T, R, B, 2]
-        for name in METHODS
-        if name in networks
-    }
+    of_tasks = {name: each[rows] for name, each in probabilities.items()}  # [T, R, B, 2]
     return PerTask(
         num_tasks=len(rows),
         networks_per_task=rows.shape[1],
         methods={
-            name: _samples(each, probabilities["original"] if name != "original" else None, targets, seed)
-            for name, each in probabilities.items()
+            name: _samples(each, of_tasks["original"] if name != "original" else None, targets, seed)
+            for name, each in of_tasks.items()
         },
     )
 

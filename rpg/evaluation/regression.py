@@ -84,25 +84,11 @@ def regression_grid() -> dict[str, list[Regression]]:
     return found
 
 
-def tune(
-    regressions: Iterable[Regression],
-    seen: Tensor,
-    vectors: Tensor,
-    bits: Tensor,
-    score: Callable[[Tensor], float],
-) -> tuple[Regression, float]:
-    """The regression whose weights score best, and its score.
-
-    Args:
-        regressions: the candidates; the first of equals wins.
-        seen: tasks to fit on, ``[S, C]``.
-        vectors: their weights, ``[S, P]``.
-        bits: validation tasks, ``[T, C]``.
-        score: figure of predicted weights ``[T, P]``, higher is better.
-    """
+def tune(regressions: Iterable[Regression], score: Callable[[Regression], float]) -> tuple[Regression, float]:
+    """The regression that scores best, the first of equals, and its score. There must be one."""
     best: tuple[Regression, float] | None = None
     for each in regressions:
-        value = score(each.predict(seen, vectors, bits))
+        value = score(each)
         if best is None or value > best[1]:
             best = (each, value)
     assert best is not None, "no candidates"

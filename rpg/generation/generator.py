@@ -198,9 +198,12 @@ class Generator:
                     progress(done, total)
         return sink.result()
 
-    def one_by_one(self, num: int, *, seed: int = 0, state: str | None = None) -> Iterator[StateDict]:
-        """The networks of ``generate``, each given away before the next is made: no more than a tile's are held."""
-        request = self.request(num, seed, RequestOptions(state=state))
+    def one_by_one(self, num: int, *, seed: int = 0, **options: Any) -> Iterator[StateDict]:
+        """The networks of ``generate``, each given away before the next is made: no more than a tile's are held.
+
+        ``options`` are the fields of `rpg.generation.request.RequestOptions`.
+        """
+        request = self.request(num, seed, RequestOptions(**options))
         return decoded_networks(self.layout, self.sampler().sample(request))
 
     def asked(self, num: int, seed: int = 0) -> list[int]:

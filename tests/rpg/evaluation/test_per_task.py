@@ -9,18 +9,18 @@ BITS = torch.tensor([[0, 1], [1, 1], [1, 0]]).repeat(2, 1)  # two originals for 
 
 
 class PlantedFamily:
-    """Networks whose probabilities are their weights."""
+    """Tasks whose right answer is always 0."""
 
     def targets(self, conditions, split):
         return torch.zeros(len(conditions), 4, dtype=torch.long)
 
-    def probabilities(self, weights, split):
-        wrong = weights["wrong"]
-        return torch.stack([1 - wrong, wrong], -1)
+
+def planted(*rows: list[float]) -> torch.Tensor:
+    return probabilities(torch.tensor(rows))
 
 
-def planted(*rows: list[float]) -> dict[str, torch.Tensor]:
-    return {"wrong": torch.tensor(rows)}
+def probabilities(wrong: torch.Tensor) -> torch.Tensor:
+    return torch.stack([1 - wrong, wrong], -1)
 
 
 def test_rows_are_those_of_one_task():
@@ -54,8 +54,8 @@ def test_networks_like_the_originals_pass_and_one_network_for_each_task_does_not
     stream = torch.Generator().manual_seed(0)
     bits = torch.arange(200)[:, None].repeat(4, 1)
     draws = [torch.rand(800, 4, generator=stream) for _ in range(2)]
-    networks = {"original": {"wrong": draws[0]}, "generated": {"wrong": draws[1]}}
-    networks["kernel_ridge"] = {"wrong": torch.full((800, 4), 0.5)}
+    networks = {"original": probabilities(draws[0]), "generated": probabilities(draws[1])}
+    networks["kernel_ridge"] = probabilities(torch.full((800, 4), 0.5))
     figures = measure_per_task(PlantedFamily(), networks, bits).methods
     assert figures["generated"].nearest_neighbour_accuracy == pytest.approx(0.5, abs=0.05)
     assert figures["kernel_ridge"].nearest_neighbour_accuracy > 0.6

@@ -109,8 +109,9 @@ def test_tuning_takes_the_best_by_score_alone():
     bits, vectors = all_tasks(4), torch.randn(14, 2)
     wanted = Regression("kernel_ridge", 2.0, 1e-1)
     target = wanted.predict(bits[:10], vectors[:10], bits[10:])
-    best, score = tune(
-        regression_grid()["kernel_ridge"],
-        bits[:10], vectors[:10], bits[10:], lambda p: -(p - target).square().sum().item(),
-    )  # fmt: skip
-    assert best == wanted and score == pytest.approx(0)
+
+    def score(regression):
+        return -(regression.predict(bits[:10], vectors[:10], bits[10:]) - target).square().sum().item()
+
+    best, found = tune(regression_grid()["kernel_ridge"], score)
+    assert best == wanted and found == pytest.approx(0)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.held_out import base_summed, measure_diversity, nearest_rows
+from rpg.evaluation import held_out, task_networks
+from rpg.evaluation.diversity import measure_diversity
+from rpg.evaluation.held_out import base_summed, nearest_rows
+from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
 from rpg.experiments.single import scoring_task
@@ -102,6 +105,36 @@ def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experim
     assert asked == {"validation"} and path.read_text() == before
 
 
+def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeypatch):
+    config, report = experiment
+    monkeypatch.setattr(task_networks, "PART_BYTES", 1)
+    again = evaluate_held_out(config.run)
+    for split in ("unseen", "seen"):
+        for name, scores in report[split].items():
+            assert again[split][name]["accuracies"] == pytest.approx(scores["accuracies"], abs=0.003), name
+    assert again["unseen_tasks"]["worst"][0]["accuracy"] == report["unseen_tasks"]["worst"][0]["accuracy"]
+    assert again["diversity"] == pytest.approx(report["diversity"], rel=1e-2)
+
+
+def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):
+    config, _ = experiment
+    zoo, task = Zoo.open(config.zoo), task_family(config)
+    train, validation = networks_of(zoo, "train"), networks_of(zoo, "validation")
+    monkeypatch.setattr(task_networks, "LARGE", 1)
+    tried = []
+    monkeypatch.setattr(
+        held_out, "tune", lambda regressions, score: (tried.append(regressions), (regressions[0], 0.0))[1]
+    )
+    held_out.choose_regressions(task, train, validation)
+    vectors, wanted = train.weights(), validation.weights()
+    space = FlatSpace(vectors)
+    errors = {
+        each: (each.predict(train.bits, space.flatten(vectors), validation.bits) - space.flatten(wanted)).norm().item()
+        for each in regression_grid()["kernel_ridge"]
+    }
+    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: held_out.NUM_TRIED])
+
+
 def test_nearest_other_and_summed_probabilities():
     seen = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
     assert nearest_rows(seen, seen, own=False).tolist() == [0, 1, 2]
@@ -120,7 +153,7 @@ def test_equal_draws_have_no_diversity(experiment):
     generator, task = Generator.from_pretrained(config.run), task_family(config)
     bits = task.bits()[:3]
     draw = generate_for(generator, bits, 0)
-    diversity = measure_diversity(task, [draw, draw, draw], bits, 1.0)
+    diversity = measure_diversity(task, [[draw], [draw], [draw]], bits, 1.0)
     assert diversity.disagreement == 0 and diversity.weight_spread == 0
     assert math.isclose(diversity.mean_accuracy, diversity.ensemble_accuracy)
     space = FlatSpace(draw)
