@@ -273,14 +273,15 @@ def demo(
 
 def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.experiments import held_out_table, held_out_tasks
+    from rpg.experiments import held_out_table as table
+    from rpg.experiments import held_out_tasks as tasks
 
     if split is not None:
-        held_out_table.print_held_out(held_out_tasks.evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
+        table.print_held_out(tasks.evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
         return
     with progress_bar("collecting") as collecting, progress_bar("training") as training:
-        report = held_out_tasks.run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
-    held_out_table.print_held_out(report, console)
+        report = tasks.run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+    table.print_held_out(report, console)
     console.print(written.format(run=settings.run))
 
 
