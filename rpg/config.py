@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rpg.evaluation.config import EvaluateConfig
 from rpg.generation.config import GenerateConfig
@@ -34,6 +34,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _joint_denoiser_takes_all_tokens(self) -> Config:
+        if isinstance(self.model, RecurrentConfig) and self.model.denoiser.kind == "joint" and self.train.tokens:
+            raise ValueError("train.tokens must be null with model.denoiser.kind joint, which looks at all tokens")
+        return self
 
     @classmethod
     def load(cls, path: Path | str, overrides: list[str] | None = None) -> Config:

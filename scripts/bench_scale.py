@@ -158,7 +158,7 @@ def denoiser_call(config: Config, num_tokens: int, bf16: bool) -> Callable[[], N
     assert isinstance(config.model, RecurrentConfig)
     backbone = config.model.backbone
     width = (getattr(backbone, "widths", None) or [backbone.d_model])[-1]
-    denoiser = build_denoiser(config.model.denoiser, size, width).eval().requires_grad_(False)
+    denoiser = build_denoiser(config.model.denoiser, size, width, num_tokens).eval().requires_grad_(False)
     if bf16:
         for module in denoiser.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):

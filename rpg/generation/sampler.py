@@ -110,6 +110,7 @@ class TokenSampler(TiledSampler):
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         super().__init__(layout, settings.tile_tokens)
+        check_tiles(network, layout, settings)
         self.bf16 = settings.precision == "bf16"
         self.network = low_precision_copy(network) if self.bf16 else network
         self.device = network.position_embedding.device
@@ -218,6 +219,15 @@ class TokenSampler(TiledSampler):
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
         mask = self.layout.mask_rows(token_ids)
         return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
+
+
+def check_tiles(network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
+    """Raise InputError if tiles would cut networks whose tokens are denoised together."""
+    if network.denoiser.needs_whole_networks and settings.tile_tokens < layout.num_tokens:
+        raise InputError(
+            f"the joint denoiser looks at all {layout.num_tokens} tokens of a network at once, but "
+            f"generate.tile_tokens is {settings.tile_tokens}; raise it to that"
+        )
 
 
 def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:

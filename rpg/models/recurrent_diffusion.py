@@ -123,7 +123,7 @@ class RecurrentDiffusion(nn.Module):
         self.condition_size = condition_size
         self.backbone = build_backbone(config.backbone)
         width, d_prototype = self.backbone.d_model, self.backbone.d_output
-        self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype)
+        self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype, self.num_tokens)
         self.objective: Objective = build_objective(config.diffusion)
         learned, embedding = _position_embedding(config.position, positions, width)
         if learned:

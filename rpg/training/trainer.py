@@ -14,6 +14,7 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
+from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
@@ -93,7 +94,10 @@ class Trainer:
 
     def build_network(self) -> Any:
         """The untrained networks."""
-        return build_network(self.config, self.layout, self.zoo)
+        network = build_network(self.config, self.layout, self.zoo)
+        if isinstance(network, RecurrentDiffusion):
+            check_tiles(network, self.layout, self.config.generate)
+        return network
 
     def fit_closed_form(self) -> None:
         """Measure what is known without training; a run that goes on measures it again, and finds the same."""

@@ -1,4 +1,4 @@
-"""Denoisers: the diffusion network over single tokens, one signature for all."""
+"""Denoisers: the diffusion network over tokens, one signature for all."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rpg.models.denoiser.base import Denoiser
+from rpg.models.denoiser.joint import JointConfig, JointDenoiser
 from rpg.models.denoiser.mlp import MLPConfig, MLPDenoiser
 from rpg.models.denoiser.unet1d import UNet1d, UNet1dConfig
 
-DenoiserConfig = Annotated[MLPConfig | UNet1dConfig, Field(discriminator="kind")]
+DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig, Field(discriminator="kind")]
 
-__all__ = ["Denoiser", "DenoiserConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
+__all__ = ["Denoiser", "DenoiserConfig", "JointConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
 
-DENOISERS: dict[str, Callable[[Any, int, int], Denoiser]] = {"mlp": MLPDenoiser, "unet1d": UNet1d}
+DENOISERS: dict[str, Callable[[Any, int, int, int], Denoiser]] = {
+    "mlp": lambda config, token_size, d_prototype, _: MLPDenoiser(config, token_size, d_prototype),
+    "unet1d": lambda config, token_size, d_prototype, _: UNet1d(config, token_size, d_prototype),
+    "joint": JointDenoiser,
+}
 
 
-def build_denoiser(config: MLPConfig | UNet1dConfig, token_size: int, d_prototype: int) -> Denoiser:
+def build_denoiser(
+    config: MLPConfig | UNet1dConfig | JointConfig, token_size: int, d_prototype: int, num_tokens: int
+) -> Denoiser:
     """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
 
     Args:
         config: kind and size.
         token_size: D.
         d_prototype: width of the prototypes, H.
+        num_tokens: L.
     """
-    return DENOISERS[config.kind](config, token_size, d_prototype)
+    return DENOISERS[config.kind](config, token_size, d_prototype, num_tokens)

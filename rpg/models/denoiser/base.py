@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 
 class Denoiser(nn.Module):
-    """A diffusion network over single tokens, conditioned on the prototype of each.
+    """A diffusion network over tokens, conditioned on the prototype of each.
 
     Attributes:
         checkpoint_rows: token rows that training recomputes together in the backward pass; None keeps all. Only for
             networks in which rows do not depend on one another in training either.
+        needs_whole_networks: whether rows must be all tokens of one network after another.
     """
 
     checkpoint_rows: int | None = None
+    needs_whole_networks: bool = False
 
     def precompute(self, prototype: Tensor) -> tuple[Tensor, ...]:
         """Compute all that depends on the prototype alone, once for all sampling steps.

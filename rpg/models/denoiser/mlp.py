@@ -10,7 +10,7 @@ Shape letters: N sampled tokens, D token width, H model width; W denoiser width,
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -62,9 +62,9 @@ class MLPDenoiser(Denoiser):
         d_prototype: H.
     """
 
-    def __init__(self, config: MLPConfig, token_size: int, d_prototype: int) -> None:
+    def __init__(self, config: Any, token_size: int, d_prototype: int) -> None:
         super().__init__()
-        self.checkpoint_rows = config.checkpoint_rows
+        self.checkpoint_rows = getattr(config, "checkpoint_rows", None)
         self.config = config
         self.token_size = token_size
         # Per block shift, scale and gate; shift and scale once more before the output.
@@ -75,7 +75,7 @@ class MLPDenoiser(Denoiser):
         self.time = TimeEmbedding(config.width)
         self.time_modulation = nn.Linear(config.width, d_modulation)
         self.prototype_modulation = nn.Linear(d_prototype, d_modulation, bias=False)
-        self.blocks = nn.ModuleList(Block(config.width, config.hidden) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.build_block(config) for _ in range(config.depth))
         self.output = nn.Linear(config.width, token_size)
         self.time_skip = nn.Linear(config.width, 1) if config.skip else None
 
@@ -83,6 +83,10 @@ class MLPDenoiser(Denoiser):
         identity[1::3] = 1.0
         self.register_buffer("identity", identity.flatten(), persistent=False)  # [M]: one where the scales are
         self.reset_parameters()
+
+    def build_block(self, config: MLPConfig) -> Block:
+        """One of the blocks."""
+        return Block(config.width, config.hidden)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from rpg.models.denoiser import DenoiserConfig, MLPConfig, UNet1dConfig, build_denoiser
+from rpg.models.denoiser import DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
 from rpg.models.denoiser.time import time_sinusoid
 
 SMALL = [
@@ -18,20 +18,20 @@ SMALL = [
 ]
 
 
-def randomised(config, token_size=12, d_prototype=20):
+def randomised(config, token_size=12, d_prototype=20, num_tokens=3):
     """A denoiser in evaluation mode whose output layer is not zero."""
     torch.manual_seed(0)
-    denoiser = build_denoiser(config, token_size, d_prototype)
+    denoiser = build_denoiser(config, token_size, d_prototype, num_tokens)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return denoiser.eval()
 
 
-@pytest.mark.parametrize("config", SMALL)
+@pytest.mark.parametrize("config", [*SMALL, JointConfig(width=16, hidden=24, depth=2)])
 def test_shared_time_equals_time_per_token(config):
     denoiser = randomised(config)
-    x, context = torch.randn(5, 12), denoiser.precompute(torch.randn(5, 20))
-    expanded = torch.tensor(321.0).expand(5)
+    x, context = torch.randn(6, 12), denoiser.precompute(torch.randn(6, 20))
+    expanded = torch.tensor(321.0).expand(6)
     assert expanded.stride(0) == 0
     torch.testing.assert_close(denoiser(x, expanded, context), denoiser(x, expanded.contiguous(), context))
 
@@ -47,7 +47,36 @@ def test_tokens_are_independent(config):
     torch.testing.assert_close(part, whole[2:4])
 
 
-@pytest.mark.parametrize("config", SMALL)
+JOINT = JointConfig(width=16, hidden=24, depth=2, num_heads=2)
+
+
+def test_joint_tokens_depend_on_those_of_their_own_network_alone():
+    denoiser = randomised(JOINT)
+    x, prototype, time = torch.randn(6, 12), torch.randn(6, 20), torch.rand(6) * 1000
+    context = denoiser.precompute(prototype)
+    whole = denoiser(x, time, context)
+    other = x.clone()
+    other[5] += 1.0  # the last token of the second of two networks of three tokens
+    changed = (denoiser(other, time, context) - whole).abs().amax(1) > 1e-6
+    assert changed.tolist() == [False] * 3 + [True] * 3
+    alone = denoiser(x[3:], time[3:], tuple(each[3:] for each in context))
+    torch.testing.assert_close(alone, whole[3:])
+
+
+def test_joint_attends_as_written_out():
+    config = JointConfig(width=16, hidden=24, depth=1, num_heads=2)
+    block = randomised(config).blocks[0]
+    x, shift, scale, gate = torch.randn(4, 3, 16)
+    y = shift + F.layer_norm(x, (16,)) * scale
+    q, k, v = block.qkv(y).chunk(3, -1)
+    heads = [(q[:, part] @ k[:, part].T / 8**0.5).softmax(-1) @ v[:, part] for part in (slice(0, 8), slice(8, 16))]
+    expected = x + gate * block.attention_out(torch.cat(heads, -1))
+    y = shift + F.layer_norm(expected, (16,)) * scale
+    expected = expected + gate * block.output(F.silu(block.hidden(y)))
+    torch.testing.assert_close(block(x, shift, scale, gate), expected)
+
+
+@pytest.mark.parametrize("config", [*SMALL, JOINT])
 def test_every_input_and_parameter_matters(config):
     denoiser = randomised(config)
     x, prototype = torch.randn(6, 12, requires_grad=True), torch.randn(6, 20, requires_grad=True)
@@ -69,7 +98,7 @@ def test_runs_under_autocast(config):
 
 
 def test_mlp_starts_at_zero():
-    denoiser = build_denoiser(MLPConfig(), 32, 256)
+    denoiser = build_denoiser(MLPConfig(), 32, 256, 4)
     output = denoiser(torch.randn(4, 32), torch.rand(4) * 1000, denoiser.precompute(torch.randn(4, 256)))
     assert (output == 0).all()
 
@@ -98,22 +127,28 @@ def counted_flops(denoiser, num_tokens: int, token_size: int, d_prototype: int) 
 
 @pytest.mark.parametrize("config", [*SMALL, MLPConfig(), UNet1dConfig(channels=(1, 64, 96, 64, 1))])
 def test_flops_per_token_are_those_counted(config):
-    denoiser = build_denoiser(config, 128, 256)
+    denoiser = build_denoiser(config, 128, 256, 4)
     # Of a second and third token: the first pays for the time they share.
     additional = counted_flops(denoiser, 3, 128, 256) - counted_flops(denoiser, 2, 128, 256)
     assert additional == denoiser.flops_per_token()
 
 
+def test_joint_flops_are_those_counted():
+    denoiser = build_denoiser(JOINT, 128, 256, 3)
+    additional = counted_flops(denoiser, 6, 128, 256) - counted_flops(denoiser, 3, 128, 256)
+    assert additional == 3 * denoiser.flops_per_token()
+
+
 def test_unet1d_costs_what_the_paper_pays():
     with torch.device("meta"):
-        denoiser = build_denoiser(UNet1dConfig(), 8192, 8192)
+        denoiser = build_denoiser(UNet1dConfig(), 8192, 8192, 4)
     assert denoiser.flops_per_token() == 14 * 8192 * 20544
     assert round(denoiser.flops_per_token() / 1e9, 2) == 2.36
 
 
 def test_mlp_stays_small_where_tokens_are_wide():
     with torch.device("meta"):
-        denoiser = build_denoiser(MLPConfig(width=512, hidden=1024), 16_384, 512)
+        denoiser = build_denoiser(MLPConfig(width=512, hidden=1024), 16_384, 512, 4)
     assert max(parameter.numel() for parameter in denoiser.parameters()) == 16_384 * 512
 
 
