@@ -116,6 +116,17 @@ def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeyp
     assert again["diversity"] == pytest.approx(report["diversity"], rel=1e-2)
 
 
+def test_of_large_networks_as_many_seen_tasks_as_unseen_ones_are_scored(experiment, monkeypatch):
+    config, report = experiment
+    monkeypatch.setattr(task_networks, "LARGE", 1)
+    again = evaluate_held_out(config.run)
+    assert len(again["seen_tasks"]["tasks"]) == len(again["unseen_tasks"]["tasks"]) == 5
+    rows = [report["seen_tasks"]["tasks"].index(each) for each in again["seen_tasks"]["tasks"]]
+    assert rows[0] == 0 and rows[-1] == 14
+    expected = [report["seen"]["original"]["accuracies"][row] for row in rows]
+    assert again["seen"]["original"]["accuracies"] == pytest.approx(expected, abs=0.003)
+
+
 def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):
     config, _ = experiment
     zoo, task = Zoo.open(config.zoo), task_family(config)
