@@ -25,7 +25,7 @@ from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
 from rpg.generation.pdiff_sampler import LatentSampler
 from rpg.generation.posterior_sampler import PosteriorSampler
-from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_texts
+from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
 from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
@@ -34,6 +34,7 @@ from tokenization.files import atomic_folder, recover_folder
 from tokenization.layouts import Layout, load_layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.spectral.layout import BASIS_FILE
+from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
@@ -61,6 +62,7 @@ class Generator:
         facts: how it was trained, for the model card.
         adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
         texts: the texts it was trained with and their vectors, if its conditions are texts; those of the zoo when None.
+        metric: the scale of the metric that is its condition, if one is.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Generator:
         facts: dict[str, Any] | None = None,
         adapter: str | None = None,
         texts: TextTable | None = None,
+        metric: MetricScale | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -79,7 +82,7 @@ class Generator:
         self.condition = condition if config.model.condition.kind != "none" else None
         self.facts = facts or {}
         self.adapter = adapter if adapter is not None else adapter_config_of(Path(config.zoo), layout)
-        self.texts = texts
+        self.texts, self.metric = texts, metric
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest = ""
@@ -118,7 +121,8 @@ class Generator:
             found = str(error).splitlines()[-1].strip()
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
-        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts)
+        metric = MetricScale(**metadata["metric"]) if "metric" in metadata else None
+        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts, metric)
         loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
         return loaded
 
@@ -132,6 +136,7 @@ class Generator:
                 "condition": asdict(self.condition) if self.condition else None,
                 "num_states": self.network.num_states,
                 "facts": self.facts,
+                **({"metric": asdict(self.metric)} if self.metric is not None else {}),
             }
             tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
             save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})
@@ -144,6 +149,11 @@ class Generator:
             (temporary / "README.md").write_text(card)
         self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target
+
+    @property
+    def takes_start(self) -> bool:
+        """Whether it improves checkpoints that it is given."""
+        return self.config.model.start is not None
 
     # --- sampling -------------------------------------------------------------------------------------------
 
@@ -159,6 +169,7 @@ class Generator:
         condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         state: str | None = None,
         temperature: float | None = None,
+        start: Any = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
         partition: Partition | None = None,
@@ -171,7 +182,8 @@ class Generator:
             steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
                 configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
-                also one text, or one each.
+                also one text, or one each; of a metric its value as it is measured.
+            start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
             progress: called with (tokens done, tokens in all), of this process's part.
@@ -183,7 +195,7 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition)
+        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, start)
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
@@ -244,6 +256,10 @@ class Generator:
         sampler = settings.sampler or samplers[0]
         if sampler not in samplers:
             raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
+        conditions = requested_conditions(options.condition, num, self.condition, self.texts)
+        metrics = conditions if self.metric is not None else None
+        if self.metric is not None and conditions is not None:
+            conditions = self.metric.asked(conditions)
         return Request(
             num=num,
             seed=seed,
@@ -252,7 +268,9 @@ class Generator:
             eta=settings.eta,
             guidance_scale=settings.guidance_scale,
             state=settings.state,
-            conditions=requested_conditions(options.condition, num, self.condition, self.texts),
+            conditions=conditions,
+            metrics=metrics,
+            starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,9 @@ from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
 from rpg.generation.text_encoder import TextTable
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
+from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 
 
@@ -27,10 +32,15 @@ class RequestOptions:
     state: str | None = None
     temperature: float | None = None
     condition: Any = None  # in any form that ``Generator.generate`` takes
+    start: Any = None  # likewise
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
         """The section with these options in place of its values."""
-        wanted = {name: value for name, value in vars(self).items() if name != "condition" and value is not None}
+        wanted = {
+            name: value
+            for name, value in vars(self).items()
+            if name in GenerateConfig.model_fields and value is not None
+        }
         return settings.model_copy(update=wanted)
 
 
@@ -48,6 +58,8 @@ class Request:
     conditions: Tensor | None  # [num, C]
     temperature: float = 1.0
     texts: tuple[str, ...] | None = None  # what the conditions were made of
+    metrics: Tensor | None = None  # [num, 1] likewise: values of a metric
+    starts: Tensor | None = None  # [num, L, D] tokens to go on from
 
     def __post_init__(self) -> None:
         for name in ("num", "steps"):
@@ -76,6 +88,10 @@ class Request:
         }
         if self.texts is not None:
             facts["condition"] = self.texts[index]
+        if self.metrics is not None:
+            facts["condition"] = [float(f"{value:.6g}") for value in self.metrics[index].tolist()]
+        if self.starts is not None:
+            facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 
@@ -124,6 +140,31 @@ def requested_conditions(
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
         raise InputError(f"the condition is no class of the generator; give a whole number from 0 to {spec.size - 1}")
     return values
+
+
+def requested_starts(start: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
+    """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes no start.
+
+    Args:
+        start: a checkpoint's path or state dict, for all networks, or a list of ``num``.
+        num: networks.
+        layout: encodes them.
+        wanted: whether the generator takes a start.
+
+    Raises:
+        InputError: it is missing, of another structure, or the generator takes none.
+    """
+    if not wanted:
+        if start is not None:
+            raise InputError("this generator was trained without starts, so that it takes none; leave the start out")
+        return None
+    if start is None:
+        raise InputError("this generator improves a checkpoint; give one with --from FILE (in Python: start=)")
+    starts = list(start) if isinstance(start, list | tuple) else [start]
+    if len(starts) not in (1, num):
+        raise InputError(f"there are {len(starts)} starts for {num} networks; give one, or one each")
+    tokens = [layout.encode(each if isinstance(each, Mapping) else Checkpoint.open(Path(each))) for each in starts]
+    return torch.stack(tokens).expand(num, -1, -1)
 
 
 def requested_texts(condition: Any, num: int) -> tuple[str, ...] | None:

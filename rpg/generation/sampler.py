@@ -139,12 +139,14 @@ class TokenSampler(TiledSampler):
         group = self.group(request, first)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
         vectors = self.state_vectors(request, group, conditions)
-        known = self.network.known(vectors, conditions, torch.arange(self.layout.num_tokens, device=self.device))
+        starts = None if request.starts is None else request.starts[group].to(self.device)
+        tokens = torch.arange(self.layout.num_tokens, device=self.device)
+        known = self.network.known(vectors, conditions, tokens, starts)
         if conditions is None:
-            return _Inputs([self.network.prototypes(vectors)], known)
+            return _Inputs([self.network.prototypes(vectors, starts=starts)], known)
         kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
-        return _Inputs([self.network.prototypes(vectors, conditions, drop) for drop in withheld], known)
+        return _Inputs([self.network.prototypes(vectors, conditions, drop, starts) for drop in withheld], known)
 
     def state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None = None) -> Tensor | None:
         """Permutation states ``[G, S]``: of the table, of a Gaussian fitted to it, or of the prior over codes.

@@ -17,12 +17,16 @@ from rpg.section import Section
 class ConditionConfig(Section):
     """What the generator is conditioned on."""
 
-    kind: Literal["none", "binary", "class", "vector", "text"] = Field(
-        "none", description="none; binary vector; class index; real vector; text (an embedding vector)"
+    kind: Literal["none", "binary", "class", "vector", "text", "metric"] = Field(
+        "none",
+        description="none; binary vector; class index; real vector; text (an embedding vector); a metric of the zoo's "
+        "manifest",
     )
     encoder: str | None = Field(
         None, description="of text: a sentence encoder for transformers, by name or local path; its vectors are kept"
     )
+    name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
+    scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of training examples that see no condition (guidance)")
     withhold: float = Field(
         0.0, ge=0, lt=1, description="share of a binary condition's bits that a training example is not told; "
@@ -34,9 +38,11 @@ class ConditionConfig(Section):
     last_tokens: int = Field(8, ge=1, description="with inject last_tokens: how many tokens see the condition")
 
     @model_validator(mode="after")
-    def _only_bits_are_withheld(self) -> ConditionConfig:
+    def _fields_fit_the_kind(self) -> ConditionConfig:
         if self.withhold and self.kind != "binary":
             raise ValueError("withhold needs kind: binary")
+        if (self.kind == "metric") != (self.name is not None):
+            raise ValueError("kind: metric needs a name, and no other kind has one")
         return self
 
 

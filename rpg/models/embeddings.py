@@ -48,3 +48,16 @@ def sinusoid_2d(positions: Tensor, width: int) -> Tensor:
     layer_width = width // 2
     by_axis = [sinusoid_1d(positions[:, 0], layer_width), sinusoid_1d(positions[:, 1], width - layer_width)]
     return torch.cat(by_axis, dim=1)
+
+
+def position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:
+    """Whether the embedding is learned, and its (initial) value ``[L, H]``."""
+    if kind == "2d":
+        return False, sinusoid_2d(positions, width)
+    if kind == "layer":
+        return False, sinusoid_1d(positions[:, 0], width)
+    if kind == "1d":
+        return False, sinusoid_1d(torch.arange(len(positions)), width)
+    if kind == "learned":
+        return True, torch.randn(len(positions), width) * 0.02
+    return False, torch.zeros(len(positions), width)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -61,6 +61,8 @@ class PDiffConfig(Section):
     def condition(self) -> ConditionConfig:
         """p-diff takes no condition."""
         return ConditionConfig()
+
+    start: ClassVar[None] = None
 
     @property
     def state(self) -> StateConfig:

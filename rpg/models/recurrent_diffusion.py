@@ -7,22 +7,23 @@ width, H model width, S permutation-state width, C condition values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
+from rpg.models.batch import Batch, Loss
 from rpg.models.centre import Centre, CodeTable, fit_centre
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
-from rpg.models.embeddings import sinusoid_1d, sinusoid_2d
+from rpg.models.embeddings import position_embedding
+from rpg.models.start import StartConfig
 from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
 
@@ -31,14 +32,26 @@ class RecurrentConfig(Section):
     """The networks of recurrent diffusion."""
 
     kind: Literal["recurrent"] = "recurrent"
-    position: Literal["2d", "1d", "learned", "none"] = Field(
-        "2d", description="(layer, token) sinusoid; 1-D sinusoid; learned; no position embedding"
+    position: Literal["2d", "1d", "layer", "learned", "none"] = Field(
+        "2d",
+        description="(layer, token) sinusoid; 1-D sinusoid; the layer alone, so that the tokens of a layer may change "
+        "places as hidden units may; learned; no position embedding",
     )
     state: StateConfig = StateConfig()
     condition: ConditionConfig = ConditionConfig()
+    start: StartConfig | None = Field(
+        None,
+        description="a second condition: the checkpoint to go on from; what is generated is the difference from it",
+    )
     backbone: BackboneConfig = LSTMConfig()
     denoiser: DenoiserConfig = MLPConfig()
     diffusion: ObjectiveConfig = FlowConfig()
+
+    @model_validator(mode="after")
+    def _starts_have_no_states(self) -> RecurrentConfig:
+        if self.start is not None and self.state.of != "none":
+            raise ValueError("start takes the place of permutation states; set state.of to none")
+        return self
 
     @property
     def normalises_batches(self) -> bool:
@@ -52,45 +65,6 @@ class RecurrentConfig(Section):
             "Recurrent diffusion (arXiv 2501.11587).\n"
             f"Objective: {self.diffusion.kind}, backbone: {self.backbone.kind}, denoiser: {self.denoiser.kind}."
         )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training step's data, on the model's device."""
-
-    samples: Tensor  # [B, N, D] normalised tokens x0, padding 0
-    mask: Tensor  # [N, D] 1 where a token holds values
-    token_ids: Tensor  # [N] long
-    time: Tensor  # [B, N] the objective's unit
-    noise: Tensor  # [B, N, D]
-    group: Tensor  # [B] long, each example's row of states, conditions and dropped
-    states: Tensor  # [G] long
-    conditions: Tensor | None  # [G, C]
-    dropped: Tensor | None  # [G] bool: the condition is withheld
-    num_last: int = 0  # how many of the first examples have all their tokens at the last time
-    codes: CodeBatch | None = None  # of the prior over codes
-
-
-@dataclass(frozen=True)
-class CodeBatch:
-    """One step's data of the prior over codes: P checkpoints of its own choice."""
-
-    states: Tensor  # [P] long
-    noise: Tensor  # [P, S]
-    time: Tensor  # [P] in 0 … 1
-    conditions: Tensor | None  # [P, C]
-
-
-class Loss(NamedTuple):
-    """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``).
-
-    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any. (A tuple,
-    since what spreads weights over processes looks for the forward pass's tensors in tuples, and not in data classes.)
-    """
-
-    mean: Tensor
-    per_token: Tensor
-    samples: Tensor | None = None
 
 
 class RecurrentDiffusion(nn.Module):
@@ -125,7 +99,7 @@ class RecurrentDiffusion(nn.Module):
         width, d_prototype = self.backbone.d_model, self.backbone.d_output
         self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype, self.num_tokens)
         self.objective: Objective = build_objective(config.diffusion)
-        learned, embedding = _position_embedding(config.position, positions, width)
+        learned, embedding = position_embedding(config.position, positions, width)
         if learned:
             self.position_embedding = nn.Parameter(embedding)
         else:
@@ -141,7 +115,8 @@ class RecurrentDiffusion(nn.Module):
             if config.condition.inject == "both":
                 self.denoiser_condition = nn.Linear(width, d_prototype)
         self.centre: Centre | None = None
-        if config.state.of == "code" or regress:
+        self.start = nn.Linear(token_size, width) if config.start is not None else None
+        if config.state.of == "code" or regress or config.start is not None:
             regressed = (config.condition.kind, condition_size) if regress and condition_size else None
             self.centre = Centre(self.num_tokens, token_size, regressed)
         self.prior: CodePrior | None = None
@@ -167,12 +142,24 @@ class RecurrentDiffusion(nn.Module):
         if self.prior is not None and self.prior.spread is not None:
             self.prior.spread.copy_(fitted.spread)
 
-    def known(self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor) -> Tensor | None:
-        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none."""
+    @torch.no_grad()
+    def fit_start(self, differences: Tensor) -> None:
+        """Measure how large tokens' differences ``[n, L, D]`` from their starts are."""
+        assert self.centre is not None
+        self.centre.fill(scale=differences.square().mean((0, 2)).sqrt())
+
+    def known(
+        self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor, starts: Tensor | None = None
+    ) -> Tensor | None:
+        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none.
+
+        Starts ``[G, L, D]`` are a part of it: what they have to change by is left to the denoiser.
+        """
         if self.centre is None:
             return None
         codes = states if isinstance(self.state, CodeTable) else None
-        return self.centre(conditions, codes, token_ids)
+        known = self.centre(conditions, codes, token_ids)
+        return known if starts is None else known + starts[:, token_ids]
 
     @property
     def num_states(self) -> int:
@@ -180,7 +167,11 @@ class RecurrentDiffusion(nn.Module):
         return self.state.num_embeddings if self.state is not None else 1
 
     def prototypes(
-        self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None
+        self,
+        states: Tensor | None,
+        conditions: Tensor | None = None,
+        dropped: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Prototypes ``[G, L, H]`` of G (state, condition) pairs.
 
@@ -188,12 +179,16 @@ class RecurrentDiffusion(nn.Module):
             states: ``[G, S]`` state embeddings (not ids, so that fresh ones can be given), or None.
             conditions: ``[G, C]``, or None.
             dropped: ``[G]`` bool, where the condition is withheld.
+            starts: ``[G, L, D]``, the tokens to go on from, each seen at its own place; None of a model without.
         """
         num_groups = len(states) if states is not None else len(conditions) if conditions is not None else 1
         x = self.position_embedding[None].expand(num_groups, -1, -1)  # [G, L, H]
         if self.state_projection is not None:
             assert states is not None
             x = x + self.state_projection(states)[:, None]
+        if self.start is not None:
+            assert starts is not None
+            x = x + self.start(starts)
         embedded = None
         if self.condition is not None:
             assert conditions is not None
@@ -248,12 +243,12 @@ class RecurrentDiffusion(nn.Module):
         """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
         num_examples, num_sampled = batch.samples.shape[:2]
         states = self.state_vectors(batch.states, state_noise)
-        prototypes = self.prototypes(states, batch.conditions, batch.dropped)  # [G, L, H]
+        prototypes = self.prototypes(states, batch.conditions, batch.dropped, batch.starts)  # [G, L, H]
         prototypes = prototypes[:, batch.token_ids][batch.group].flatten(0, 1)  # [B·N, H]
         samples = batch.samples
-        known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids)  # [G, N, D]
+        known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids, batch.starts)
         if self.centre is not None and known is not None:
-            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [B, N, D]
+            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [G, N, D] → [B, N, D]
             samples = self.centre.remainder(samples, known, batch.token_ids) * batch.mask
         x0, noise = samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
         time = batch.time.flatten()  # [B·N]
@@ -275,14 +270,3 @@ class RecurrentDiffusion(nn.Module):
             codes = batch.codes
             mean = mean + self.prior.loss(self.state(codes.states), codes.noise, codes.time, codes.conditions)
         return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), made)
-
-
-def _position_embedding(kind: str, positions: Tensor, width: int) -> tuple[bool, Tensor]:
-    """Whether the embedding is learned, and its (initial) value ``[L, H]``."""
-    if kind == "2d":
-        return False, sinusoid_2d(positions, width)
-    if kind == "1d":
-        return False, sinusoid_1d(torch.arange(len(positions)), width)
-    if kind == "learned":
-        return True, torch.randn(len(positions), width) * 0.02
-    return False, torch.zeros(len(positions), width)

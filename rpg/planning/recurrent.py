@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
-from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
+from rpg.models.batch import Batch
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.planning.estimator import Estimator, StepPart
 from rpg.planning.flops import GenerationFlops, count_flops, directions_flops
 from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, num_bytes
@@ -64,7 +65,9 @@ class RecurrentEstimator(Estimator):
         num_examples = max(1, self.checkpoints_per_step // num_processes // self.num_parts)
         num_sampled = self.rows_per_step // self.checkpoints_per_step
         # A condition of its own for every example is the most there can be.
-        num_groups = num_examples if self.zoo.condition_size else min(num_examples, self.zoo.num_states)
+        num_groups = (
+            num_examples if self.zoo.condition_size or self.model.start else min(num_examples, self.zoo.num_states)
+        )
         rows = (num_examples, num_sampled, self.zoo.layout.token_size)
         batch = Batch(
             samples=torch.empty(rows),
@@ -76,6 +79,7 @@ class RecurrentEstimator(Estimator):
             states=torch.zeros(num_groups, dtype=torch.long),
             conditions=self._conditions(num_groups),
             dropped=torch.zeros(num_groups, dtype=torch.bool) if self.zoo.condition_size else None,
+            starts=self._starts(num_groups),
         )
         noise = self._states(network, num_groups) if self.model.state.noise else None
         return StepPart(lambda: network(batch, noise), num_bytes(vars(batch).values()))
@@ -96,7 +100,8 @@ class RecurrentEstimator(Estimator):
         num_rows = group * layout.num_tokens if group > 1 else min(tile_tokens, layout.num_tokens)
         states, conditions = self._states(network, group), self._conditions(group)
         with LiveBytes() as live:
-            prototypes = [network.prototypes(states, conditions) for _ in range(self._num_passes)]
+            starts = self._starts(group)
+            prototypes = [network.prototypes(states, conditions, starts=starts) for _ in range(self._num_passes)]
         kept = num_bytes(prototypes)
         backbone = max(0, live.peak - kept)
         with LiveBytes() as live:
@@ -112,7 +117,9 @@ class RecurrentEstimator(Estimator):
         """Of the backbone and what is known of tokens, once a network; of the denoiser, for every token and step."""
         layout, num_rows = self.zoo.layout, self.config.generate.tile_tokens
         with count_flops() as backbone:
-            prototypes = network.prototypes(self._states(network, 1), self._conditions(1))  # [1, L, H]
+            prototypes = network.prototypes(
+                self._states(network, 1), self._conditions(1), starts=self._starts(1)
+            )  # [1, L, H]
         with count_flops() as centre:
             network.known(self._states(network, 1), self._conditions(1), torch.arange(layout.num_tokens))
         with count_flops() as once:
@@ -133,6 +140,12 @@ class RecurrentEstimator(Estimator):
     def _states(self, network: RecurrentDiffusion, num_groups: int) -> Tensor | None:
         """Permutation states ``[G, S]``; None without any."""
         return torch.empty(num_groups, network.state.embedding_dim) if network.state is not None else None
+
+    def _starts(self, num_groups: int) -> Tensor | None:
+        """Tokens ``[G, L, D]`` to go on from; None without any."""
+        if self.model.start is None:
+            return None
+        return torch.empty(num_groups, self.zoo.layout.num_tokens, self.zoo.layout.token_size)
 
     def _conditions(self, num_groups: int) -> Tensor | None:
         """Conditions ``[G, C]`` as they come from a zoo; None without any."""

@@ -66,7 +66,7 @@ def find_zoo_summary(
     checkpoint, known_size = _timm_network(network) if network is not None else _network_of_task(config)
     count = num_checkpoints or DEFAULT_CHECKPOINTS
     kind = config.model.condition.kind
-    size = 0 if kind == "none" else condition_size or known_size or 0
+    size = 0 if kind == "none" else 1 if kind == "metric" else condition_size or known_size or 0
     if kind != "none" and not size:
         raise InputError(
             f"Without a zoo nothing tells how large the condition ({kind}, model.condition.kind) is; "

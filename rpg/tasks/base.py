@@ -77,6 +77,16 @@ class BehaviourTask(Task, Protocol):
 
 
 @runtime_checkable
+class LossTask(Task, Protocol):
+    """A task that tells the loss of many networks at once, differentiably."""
+
+    def losses(
+        self, weights: Stacked, split: str, num_images: int | None = None, rng: Generator | None = None
+    ) -> Tensor:
+        """Mean loss ``[T]`` of T stacked networks on a split's images, or ``num_images`` of them drawn by ``rng``."""
+
+
+@runtime_checkable
 class TaskFamily(Task, Protocol):
     """Many tasks, each with a condition; a generator is asked for networks of tasks that it never saw."""
 

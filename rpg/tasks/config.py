@@ -13,6 +13,7 @@ from rpg.tasks.images.config import (
     DigitsSubsetsConfig,
     ImageNetConfig,
     TimmFinetuneConfig,
+    TrajectoriesConfig,
 )
 from rpg.tasks.language.config import LanguageConfig
 
@@ -21,6 +22,7 @@ TaskConfig: TypeAlias = Annotated[
     | DigitsSubsetsConfig
     | Cifar10SubsetsConfig
     | FieldsConfig
+    | TrajectoriesConfig
     | TimmFinetuneConfig
     | ImageNetConfig
     | LanguageConfig,

@@ -17,6 +17,7 @@ TASKS = {
     "digits_subsets": "rpg.tasks.images.digits_subsets:DigitsSubsetsTask",
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
     "fields": "rpg.tasks.fields.fields:FieldsTask",
+    "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",

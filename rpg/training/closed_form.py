@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
-from rpg.generation.generator import Generator
 from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
 from rpg.training.distributed import DistributedContext
+from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder
 from rpg.training.trainer import build_network
 from tokenization.layouts import fit_layout
@@ -58,4 +58,4 @@ class ClosedFormTrainer:
         }
         if conditions is not None:
             facts["leave-one-out error, part of the variance"] = round(error, 4)
-        Generator(config, layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
+        trained_generator(config, layout, network, self.zoo, facts).save_pretrained(self.folder.generator)

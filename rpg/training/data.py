@@ -14,15 +14,17 @@ from torch import Tensor
 
 from rpg.generation.text_encoder import text_table
 from rpg.models import ModelConfig
+from rpg.models.batch import Batch, CodeBatch
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.recurrent_diffusion import Batch, CodeBatch
 from rpg.models.state import StateConfig
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.training.config import TrainConfig
+from rpg.training.starts import StartPairs
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
+from tokenization.zoo.metric import MetricScale, metric_conditions
 from tokenization.zoo.zoo import Zoo
 
 MOST_TOKEN_BYTES = 4 << 30
@@ -43,6 +45,7 @@ class Rows:
     states: Tensor
     conditions: Tensor | None
     dropped: Tensor | None
+    starts: Tensor | None
     seeds: list[int]
     group_seeds: list[int]
 
@@ -79,6 +82,7 @@ class BatchSampler:
         self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, self.indices, model.state)
         self.conditions = training_conditions(zoo, self.indices, model.condition)
+        self.starts = StartPairs(zoo, self.indices, model.start, seed) if model.start is not None else None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,8 +110,8 @@ class BatchSampler:
         seeds = [derive_seed(self.seed, "example", step, first + i) for i in range(share)]
         samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
         keys = [
-            (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i))
-            for i, place in enumerate(chosen)
+            (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i), start)
+            for i, (place, start) in enumerate(zip(chosen, self._starts(chosen, step, first), strict=True))
         ]
         distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         has_condition = self.conditions is not None
@@ -119,8 +123,11 @@ class BatchSampler:
             states=torch.tensor([key[0] for key in distinct]),
             conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
             dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
+            starts=None
+            if self.starts is None
+            else self.reader.read([self.indices[key[3]] for key in distinct], range(self.layout.num_tokens)),
             seeds=seeds,
-            group_seeds=[derive_seed(self.seed, "state", step, repr(key)) for key in distinct],
+            group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
         )
 
     def codes(self, step: int, prior: CodePriorConfig, size: int, part: int, device: torch.device) -> CodeBatch:
@@ -134,6 +141,12 @@ class BatchSampler:
         time = torch.sigmoid(torch.randn(num, generator=rng))  # logit-normal (arXiv 2403.03206)
         conditions = None if self.conditions is None else self.conditions[places].to(device)
         return CodeBatch(places.to(device), noise.to(device), time.to(device), conditions)
+
+    def _starts(self, chosen: Sequence[int], step: int, first: int) -> list[int]:
+        """The place of each example's start; -1 where there are none."""
+        if self.starts is None:
+            return [-1] * len(chosen)
+        return [self.starts.draw(place, step, first + i) for i, place in enumerate(chosen)]
 
     def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
         if self.conditions is None:
@@ -168,7 +181,7 @@ def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
     """See to it that the zoo has checkpoints and conditions of the kind ``wanted``. Raises InputError if not."""
     if not training_entries(zoo, splits):
         raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
-    if wanted == "none":
+    if wanted in ("none", "metric"):  # a metric is looked for where it is read
         return
     found = zoo.condition.kind if zoo.condition else "none"
     if found != wanted:
@@ -186,10 +199,19 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
     """The condition of every training checkpoint, ``[K, C]``; None without one. Raises as `text_table` does."""
     if condition.kind == "none":
         return None
+    if (scale := metric_scale(zoo, indices, condition)) is not None:
+        return metric_conditions(zoo, indices, scale)
     conditions = torch.tensor([zoo.entries[index].condition for index in indices])
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
     return conditions
+
+
+def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
+    """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_zoo` does."""
+    if condition.name is None:
+        return None
+    return MetricScale.of_zoo(zoo, indices, condition.name, condition.scale == "log")
 
 
 def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
@@ -198,6 +220,8 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
     Raises:
         InputError: of ``text``: as `text_table` does.
     """
+    if condition.kind == "metric":
+        return 1
     if zoo.condition is None or condition.kind == "none":
         return 0
     if condition.kind == "text":

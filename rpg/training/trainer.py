@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from rpg.config import Config
-from rpg.generation.generator import Generator
 from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
-from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
+from rpg.models.batch import CodeBatch
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks import task_of
 from rpg.training import checkpointing
 from rpg.training.data import (
@@ -27,6 +27,7 @@ from rpg.training.data import (
     all_tokens,
     check_zoo,
     condition_size,
+    metric_scale,
     state_ids,
     to_batch,
     training_conditions,
@@ -37,7 +38,9 @@ from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
+from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, seconds_of
+from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -116,10 +119,11 @@ class Trainer:
     def _build_auxiliary(self) -> AuxiliaryLosses:
         config = self.config
         task = partial(task_of, self.zoo, config.task)
-        conditional = config.model.condition.kind != "none"
+        scale = metric_scale(self.zoo, training_entries(self.zoo, config.train.splits), config.model.condition)
         return AuxiliaryLosses(
-            config.train, config.seed, task, conditional, self.zoo, self.layout, self.network, self.distributed
-        )
+            config.train, config.seed, task, config.model.condition, self.zoo, self.layout, self.network,
+            self.distributed, scale,
+        )  # fmt: skip
 
     def compile(self) -> None:
         """Compile the networks in place, each on its first call."""
@@ -268,7 +272,8 @@ class Trainer:
             "training checkpoints": len(self.sampler),
             **self.auxiliary.facts(time.monotonic() - self.started),
         }
-        Generator(self.config, self.layout, network, self.zoo.condition, facts).save_pretrained(self.folder.generator)
+        made = trained_generator(self.config, self.layout, network, self.zoo, facts)
+        made.save_pretrained(self.folder.generator)
 
 
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
@@ -282,8 +287,10 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
 
 def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
     """Measure, on the training checkpoints, what of tokens is known without training, if the model has such a part."""
-    if network.centre is not None:
-        indices = training_entries(zoo, config.train.splits)
+    indices = training_entries(zoo, config.train.splits)
+    if config.model.start is not None:
+        network.fit_start(sample_differences(zoo, layout, indices, config.model.start, config.seed))
+    elif network.centre is not None:
         conditions = training_conditions(zoo, indices, config.model.condition)
         network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
 

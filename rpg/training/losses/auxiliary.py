@@ -6,15 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
+from rpg.models.batch import Batch, Loss
+from rpg.models.conditioning import ConditionConfig
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import Task
 from rpg.training.config import TrainConfig
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses.behaviour import BehaviourLoss
 from rpg.training.losses.new_states import NewStatesLoss
+from rpg.training.losses.wished import WishedLoss
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
+from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 
@@ -25,7 +29,8 @@ class AuxiliaryLosses:
         settings: of training; which losses there are.
         seed: decides every draw.
         find_task: gives the task that scores networks; called only where a loss needs it.
-        conditional: whether the generator takes a condition.
+        condition: what the generator is conditioned on.
+        metric: the scale of its metric, if it is one.
         zoo: the checkpoints; beside them may lie the base network that is to be matched.
         layout: decodes tokens.
         network: the generator's networks; only the fresh-state loss runs them, which p-diff refuses to have.
@@ -40,23 +45,27 @@ class AuxiliaryLosses:
         settings: TrainConfig,
         seed: int,
         find_task: Callable[[], Task],
-        conditional: bool,
+        condition: ConditionConfig,
         zoo: Zoo,
         layout: Layout,
         network: RecurrentDiffusion,
         distributed: DistributedContext,
+        metric: MetricScale | None = None,
     ) -> None:
         self.settings, self.seed, self.distributed = settings, seed, distributed
-        self.behaviour: BehaviourLoss | None = None
+        self.behaviour: BehaviourLoss | WishedLoss | None = None
         self.new_states: NewStatesLoss | None = None
         if settings.behaviour is not None and settings.behaviour.weight:
             if settings.tokens is not None and settings.tokens < layout.num_tokens:
                 raise InputError(
                     f"train.tokens is {settings.tokens}, but train.behaviour needs a whole network; set it to null"
                 )
-            if not conditional:
+            if condition.kind == "none":
                 raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
-            self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
+            if metric is not None:
+                self.behaviour = WishedLoss(find_task(), layout, settings.behaviour, condition, metric)
+            else:
+                self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
         if settings.new_states is not None:
             if distributed.world_size > 1 or distributed.spread != "none":
                 raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
@@ -85,6 +94,6 @@ class AuxiliaryLosses:
 
     def facts(self, seconds: float) -> dict[str, str]:
         """What the model card says of the losses, after ``seconds`` of training."""
-        if self.behaviour is None:
+        if not isinstance(self.behaviour, BehaviourLoss):
             return {}
         return {"behaviour loss, share of training seconds": self.behaviour.fraction_of(seconds)}

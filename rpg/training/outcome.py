@@ -1,0 +1,19 @@
+"""What a training run ends with: the generator of its networks and what it has to know of their zoo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rpg.config import Config
+from rpg.generation.generator import Generator
+from rpg.models import Network
+from rpg.training.data import metric_scale, training_entries
+from tokenization.layouts import Layout
+from tokenization.zoo.zoo import Zoo
+
+
+def trained_generator(config: Config, layout: Layout, network: Network, zoo: Zoo, facts: dict[str, Any]) -> Generator:
+    """The generator of trained networks; ``facts`` of the training are for its model card."""
+    scale = metric_scale(zoo, training_entries(zoo, config.train.splits), config.model.condition)
+    condition = zoo.condition if scale is None else scale.condition
+    return Generator(config, layout, network, condition, facts, metric=scale)
