@@ -15,6 +15,7 @@ import typer
 
 from rpg import options as o
 from rpg.console import console, progress_bar, run_command
+from rpg.options import load
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionKind
 
@@ -131,21 +132,12 @@ def train(
 
 @app.command()
 def generate(
-    run: o.RunFolder,
-    num: o.Num = 1,
-    seed: o.Seed = 0,
-    output: o.OutputFolder = None,
-    steps: o.Steps = None,
-    sampler: o.Sampler = None,
-    condition: o.Condition = None,
-    classes: o.Classes = None,
-    prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None,
-    guidance_scale: o.Guidance = None,
-    state: o.State = None,
-    temperature: o.Temperature = None,
+    run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
+    sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
+    guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     device: o.Device = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch scripts/generate.py RUN -n NUM
@@ -156,11 +148,11 @@ def generate(
 
     partition, own_device = join_processes()
     generator = Generator.from_pretrained(run, device or own_device)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
     with progress_bar("generating") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, output=output or run / "generated",
+            temperature=temperature, condition=vector, start=start, output=output or run / "generated",
             progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
@@ -236,6 +228,21 @@ def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o
 
 
 @app.command()
+def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+    """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
+
+    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    if split is not None:
+        scored = "validation" if split == "validation" else "unseen"
+        print_metric(evaluate_metric(settings.run, split=scored, seed=settings.seed), console)
+        return
+    with progress_bar("collecting the runs") as collecting, progress_bar("training") as training:
+        print_metric(run_metric(settings, progress={"collect": collecting, "train": training}), console)
+    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
+
+
+@app.command()
 def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> None:
@@ -282,13 +289,6 @@ def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None
         report = tasks.run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
     table.print_held_out(report, console)
     console.print(written.format(run=settings.run))
-
-
-def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides."""
-    from rpg.config import Config
-
-    return Config.load(path, overrides)
 
 
 def main() -> None:

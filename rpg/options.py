@@ -21,7 +21,8 @@ def option(text: str, *names: str, **limits: Any) -> Any:
 # of several commands
 ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
 OtherConfig = Annotated[
-    Path | None, argument("A configuration with a task; unseen, lora and fields have one of their own.", "[CONFIG]")
+    Path | None,
+    argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "[CONFIG]"),
 ]
 RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
@@ -86,6 +87,8 @@ PromptModel = Annotated[
         "where its own encoder is)."
     ),
 ]
+Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
 State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
 Temperature = Annotated[
@@ -113,3 +116,10 @@ def default_config(name: str) -> Path:
     package = Path(__file__).parent
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
+
+
+def load(path: Path, overrides: list[str] | None) -> Any:
+    """Read a configuration file with its overrides."""
+    from rpg.config import Config
+
+    return Config.load(path, overrides)

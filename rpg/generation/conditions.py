@@ -6,6 +6,7 @@ language model is asked yes or no, a sentence encoder compares the prompt with t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from rpg.console import console
 from rpg.generation.text_encoder import load_pretrained, mean_hidden
 from rpg.tasks.class_splits import bits_of_classes, check_bits
 from tokenization.errors import InputError
+from tokenization.zoo.metric import MetricScale
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
 NEUTRAL = "the things in this list"
@@ -36,7 +38,12 @@ def parse_condition(text: str | None) -> list[float] | None:
 
 
 def choose_condition(
-    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None
+    generator: Any,
+    condition: str | None,
+    classes: str | None,
+    prompt: str | None,
+    prompt_model: str | None,
+    metric: str | None = None,
 ) -> list[float] | str | None:
     """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
 
@@ -46,14 +53,18 @@ def choose_condition(
         classes: comma-separated names or numbers of the positive classes.
         prompt: the task in words.
         prompt_model: language model or sentence encoder for the prompt.
+        metric: ``NAME=VALUE``; a value outside the zoo's is warned of.
 
     Raises:
         InputError: more than one is given, or what is given is no condition of this generator.
     """
-    given = [name for name, value in (("condition", condition), ("classes", classes), ("prompt", prompt)) if value]
+    asked = {"condition": condition, "classes": classes, "prompt": prompt, "metric": metric}
+    given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise InputError(f"--{given[1]} was given together with --{given[0]}; give one of them")
     spec = generator.condition
+    if metric is not None:
+        return _metric_condition(metric, generator.metric)
     if prompt is not None and generator.texts is not None:
         generator.texts = generator.texts.with_encoder(prompt_model)
         return prompt
@@ -76,6 +87,24 @@ def choose_condition(
         bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
     console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
     return bits.float().tolist()
+
+
+def _metric_condition(text: str, scale: MetricScale | None) -> list[float]:
+    """The value of ``NAME=VALUE``, warned of if it is a guess. Raises InputError for another metric, or no number."""
+    if scale is None:
+        raise InputError(f"--metric {text!r} needs a generator of a metric, which this one is not; leave it out")
+    name, _, written = text.partition("=")
+    try:
+        value = float(written)
+    except ValueError:
+        value = math.nan
+    if name != scale.name or not math.isfinite(value):
+        raise InputError(
+            f"--metric {text!r} is not understood; write {scale.name}=VALUE, from {scale.low:.3g} to {scale.high:.3g}"
+        )
+    if warning := scale.warning(torch.tensor([value])):
+        console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
+    return [value]
 
 
 def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None) -> Tensor:
