@@ -15,7 +15,6 @@ import typer
 
 from rpg import options as o
 from rpg.console import console, progress_bar, run_command
-from rpg.options import load
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionKind
 
@@ -35,14 +34,9 @@ app = typer.Typer(
 
 @app.command()
 def collect(
-    config: o.OtherConfig = None,
-    overrides: o.Overrides = None,
-    source: o.Source = None,
-    zoo: o.NewZoo = None,
-    table: o.Table = None,
-    pattern: o.Pattern = None,
-    condition: o.Kind = None,
-) -> None:
+    config: o.OtherConfig = None, overrides: o.Overrides = None, source: o.Source = None, zoo: o.NewZoo = None,
+    table: o.Table = None, pattern: o.Pattern = None, condition: o.Kind = None,
+) -> None:  # fmt: skip
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
     if source is not None:
         from tokenization.zoo.importing import collect_from
@@ -84,14 +78,9 @@ def inspect(path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify =
 
 @app.command()
 def plan(
-    config: o.ConfigFile,
-    overrides: o.Overrides = None,
-    memory: o.Memory = None,
-    network: o.TimmName = None,
-    checkpoints: o.Checkpoints = None,
-    condition_size: o.ConditionSize = None,
-    processes: o.Processes = 1,
-) -> None:
+    config: o.ConfigFile, overrides: o.Overrides = None, memory: o.Memory = None, network: o.TimmName = None,
+    checkpoints: o.Checkpoints = None, condition_size: o.ConditionSize = None, processes: o.Processes = 1,
+) -> None:  # fmt: skip
     """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
     from rpg.planning.plan import largest_network, make_plan, parse_memory
     from rpg.planning.tables import plan_tables
@@ -289,6 +278,13 @@ def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None
         report = tasks.run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
     table.print_held_out(report, console)
     console.print(written.format(run=settings.run))
+
+
+def load(path: Path, overrides: list[str] | None) -> Any:
+    """Read a configuration file with its overrides."""
+    from rpg.config import Config
+
+    return Config.load(path, overrides)
 
 
 def main() -> None:

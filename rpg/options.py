@@ -116,10 +116,3 @@ def default_config(name: str) -> Path:
     package = Path(__file__).parent
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
-
-
-def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides."""
-    from rpg.config import Config
-
-    return Config.load(path, overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
 from rpg.generation.devices import parse_device
 from rpg.generation.digest import folder_digest
+from rpg.generation.hub import find_folder
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
@@ -30,7 +30,7 @@ from rpg.generation.sampler import Tile, TokenSampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
-from tokenization.files import atomic_folder, recover_folder
+from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, load_layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.spectral.layout import BASIS_FILE
@@ -97,7 +97,7 @@ class Generator:
             InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
         """
         device = parse_device(device)
-        folder = _find_folder(path)
+        folder = find_folder(path, [*FILES, *OPTIONAL_FILES, "README.md"])
         for name in FILES:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
@@ -290,23 +290,3 @@ class Generator:
                 "several processes need an output folder that they fill together; name one, or start a single process"
             )
         return MemorySink(self.layout, request.num)
-
-
-def _find_folder(path: Path | str) -> Path:
-    folder = Path(path)
-    for each in (folder / "generator", folder):
-        with contextlib.suppress(OSError):  # what cannot be mended is missing below
-            recover_folder(each)
-    if (folder / "generator").is_dir():
-        return folder / "generator"
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-        raise InputError(f"there is no folder {path}; name a run, a generator folder or an id on the Hugging Face hub")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[*FILES, *OPTIONAL_FILES, "README.md"]))
-    except Exception as error:  # the hub has many errors for what it does not have or cannot send
-        reason = type(error).__name__
-        raise InputError(f"{path} is neither a folder nor a hub repository that can be reached ({reason}).") from None
