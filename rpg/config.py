@@ -98,7 +98,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            same_kind = all(value.get(tag, old.get(tag)) == old.get(tag) for tag in ("kind", "name"))
+            tag = "kind" if "kind" in old else "name"  # a metric has both: its name is no kind
+            same_kind = value.get(tag, old.get(tag)) == old.get(tag)
             merged[key] = _merge(old, value) if same_kind else value
         else:
             merged[key] = value

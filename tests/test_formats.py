@@ -105,7 +105,7 @@ def test_generator_folder(folder: Path) -> None:
     assert metadata_of(statistics) == {"format": "rpg.layout", "version": "1"}
     metadata = metadata_of(generator / "model.safetensors")
     assert sorted(metadata) == sorted(documented("model.safetensors metadata"))
-    assert list(json.loads(metadata["rpg"])) == ["condition", "num_states", "facts"]
+    assert list(json.loads(metadata["rpg"])) == ["condition", "num_states", "facts", "metric"]
     assert Config.load(generator / "config.yaml").plain().keys() == Config.model_fields.keys()
 
 

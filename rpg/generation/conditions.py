@@ -102,6 +102,7 @@ def _metric_condition(text: str, scale: MetricScale | None) -> list[float]:
         raise InputError(
             f"--metric {text!r} is not understood; write {scale.name}=VALUE, from {scale.low:.3g} to {scale.high:.3g}"
         )
+    scale.asked(torch.tensor([value]))
     if warning := scale.warning(torch.tensor([value])):
         console.print(f"[yellow]{warning}[/yellow]", highlight=False, soft_wrap=True)
     return [value]

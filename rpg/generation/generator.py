@@ -121,7 +121,7 @@ class Generator:
             found = str(error).splitlines()[-1].strip()
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
-        metric = MetricScale(**metadata["metric"]) if "metric" in metadata else None
+        metric = MetricScale(**metadata["metric"]) if metadata.get("metric") else None
         loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts, metric)
         loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
         return loaded
@@ -136,7 +136,7 @@ class Generator:
                 "condition": asdict(self.condition) if self.condition else None,
                 "num_states": self.network.num_states,
                 "facts": self.facts,
-                **({"metric": asdict(self.metric)} if self.metric is not None else {}),
+                "metric": asdict(self.metric) if self.metric else None,
             }
             tensors = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
             save_file(tensors, temporary / "model.safetensors", {"format": "pt", "rpg": json.dumps(metadata)})

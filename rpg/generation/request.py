@@ -90,6 +90,7 @@ class Request:
             facts["condition"] = self.texts[index]
         if self.metrics is not None:
             facts["condition"] = [float(f"{value:.6g}") for value in self.metrics[index].tolist()]
+        facts["start"] = None
         if self.starts is not None:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}

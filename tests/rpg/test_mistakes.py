@@ -54,6 +54,7 @@ MISTAKES = {
     "rpg unseen FOLDER/none.yaml": "none.yaml",
     "rpg lora FOLDER/none.yaml": "none.yaml",
     "rpg fields FOLDER/none.yaml": "none.yaml",
+    "rpg metric FOLDER/none.yaml": "none.yaml",
     "rpg score FOLDER/none.yaml EMPTY": "none.yaml",
     # zoos
     "rpg train CONFIG --set zoo=FOLDER/none": "none",
@@ -149,6 +150,9 @@ MISTAKES = {
     "rpg generate RUN --classes 1": "--classes",
     "rpg generate RUN --prompt cats": "--prompt",
     "rpg generate RUN --classes 1 --prompt cats": "--prompt",
+    "rpg generate RUN --metric loss=0.1": "--metric",
+    "rpg generate RUN --from GOOD": "start",
+    "rpg generate CRUN --metric loss=0.1 --classes c1": "--metric",
     "rpg generate CRUN": "condition",
     "rpg generate CRUN --condition 1": "condition",
     "rpg generate CRUN --condition 1,nan,0": "condition",
@@ -197,6 +201,9 @@ MISTAKES = {
     "rpg lora LORA --set run=EMPTY --split test": "config.yaml",
     "rpg fields CONFIG": "task",
     "rpg fields FIELDS --set run=EMPTY --split validation": "config.yaml",
+    "rpg metric CONFIG": "task",
+    "rpg metric DIGITS": "digits",
+    "rpg metric GPT --set run=EMPTY --split validation": "config.yaml",
     "rpg render FAKE": "no run or zoo of fields",
     "rpg render FAKE --config FIELDS": "fake.safetensors",
     "rpg score CONFIG EMPTY": "task",
@@ -214,7 +221,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Good and bad files and folders, by the names that the table uses."""
     folder = tmp_path_factory.mktemp("world")
     names = {"FOLDER": folder, "DIGITS": Path("configs/digits.yaml"), "UNSEEN": Path("configs/digits_unseen.yaml")}
-    names |= {"FIELDS": Path("configs/fields.yaml")}
+    names |= {"FIELDS": Path("configs/fields.yaml"), "GPT": Path("configs/gpt.yaml")}
     names |= {"LORA": Path("configs/lora/tiny.yaml"), "IMAGENET": Path("configs/large/vit_tiny.yaml")}
 
     def write(name: str, file: str, content: str | bytes) -> None:
