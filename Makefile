@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test lint bench install clean report pdiff fields
+.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ lora: $(STAMP)
 # Neural fields of digits, generated and compared in function space; 10 minutes at most on two cores: runs/fields
 fields: $(STAMP)
 	$(BIN)/rpg fields $(FIELDS_ARGS)
+
+# Networks of a wished loss, beside Adam; 15 minutes at most on two cores: runs/gpt/evaluation.json
+metric: $(STAMP)
+	$(BIN)/rpg metric $(METRIC_ARGS)
 
 # The page of the demo's scores: runs/demo/report.html
 report: $(STAMP)
