@@ -43,7 +43,8 @@ def _asked_and_got(axes: Any, report: Mapping[str, Any], asked: Tensor, got: Ten
     axes.plot(ends, ends, color=COLORS[2], linewidth=0.8, linestyle="--", label="as asked")
     axes.scatter(asked, got, s=4, color=COLORS[0], alpha=0.25, linewidths=0, label="a network, training images")
     axes.plot(means["asked"], means["test_loss"], color=COLORS[1], linewidth=1.5, label="mean, test images")
-    axes.set(xscale="log", yscale="log", xlabel="asked loss", ylabel="got loss")
+    axes.set(xscale="log", xlabel="asked loss", ylabel="got loss")
+    _logarithmic(axes)
     correlation = report["generated"]["spearman"]
     axes.set_title(f"asked and got: rank correlation {correlation:.3f}", loc="left", fontsize=9)
     axes.legend(frameon=False)
@@ -58,7 +59,8 @@ def _one_step(axes: Any, step: Mapping[str, Any]) -> None:
     loss = step["generated"]["test_loss"]
     axes.axhline(loss, color=COLORS[0], linewidth=0.8, linestyle="--")
     axes.plot([1], [loss], color=COLORS[0], marker="D", markersize=7, linestyle="", label="one generated step")
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="loss on test images")
+    axes.set(xscale="log", xlabel="steps", ylabel="loss on test images")
+    _logarithmic(axes)
     axes.set_title("from held-out first weights", loc="left", fontsize=9)
     axes.legend(frameon=False)
 
@@ -71,8 +73,19 @@ def _recursive(axes: Any, recursive: Mapping[str, Any]) -> None:
             losses = recursive[name][key]
             axes.plot(
                 range(len(losses)), losses, color=COLORS[number], linestyle=style, marker="o", markersize=3,
-                linewidth=1.5, label=f"{label}, {where} images",
+                linewidth=1.5, label=f"{label}, {where}",
             )  # fmt: skip
-    axes.set(yscale="log", xlabel="generated steps", ylabel="loss")
+    axes.set(xlabel="generated steps", ylabel="loss")
+    _logarithmic(axes, room=4.0)
     axes.set_title("a generated network as the next start", loc="left", fontsize=9)
     axes.legend(frameon=False)
+
+
+def _logarithmic(axes: Any, room: float = 1.5) -> None:
+    """A logarithmic y axis with plain numbers, and room for the legend above the curves by that factor."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * room)
+    ticks = [each for each in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if low <= each <= high]
+    axes.set_yticks(ticks, [f"{each:g}" for each in ticks])
+    axes.minorticks_off()
