@@ -24,23 +24,21 @@ from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
     Rows,
-    all_tokens,
     check_zoo,
     condition_size,
     metric_scale,
     state_ids,
     to_batch,
-    training_conditions,
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.ema import ExponentialMovingAverage
+from rpg.training.fitting import fit_closed_form
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, seconds_of
-from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -283,16 +281,6 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
-
-
-def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
-    """Measure, on the training checkpoints, what of tokens is known without training, if the model has such a part."""
-    indices = training_entries(zoo, config.train.splits)
-    if config.model.start is not None:
-        network.fit_start(sample_differences(zoo, layout, indices, config.model.start, config.seed))
-    elif network.centre is not None:
-        conditions = training_conditions(zoo, indices, config.model.condition)
-        network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
 
 
 def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
