@@ -17,7 +17,7 @@ STILL_INSIDE: dict[str, set[str]] = {}
 OPTIONAL = {"bitsandbytes", "causal_conv1d", "deepspeed", "mamba_ssm"}
 SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm", "tokenizers", "torchvision"}
 SLOW |= {"transformers"}
-LAZY = {"rpg/__init__.py", "rpg/cli.py"}
+LAZY = {"rpg/__init__.py", *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "reading", "scoring"))}
 """These load everything of our own when it is first asked for, so that ``rpg --help`` is quick."""
 
 

@@ -1,4 +1,4 @@
-"""The command line: a table of commands, each a short function.
+"""The command line: a table of commands, each a short function; here those that make something.
 
 What a command needs is imported when it runs: torch and what builds on it load for seconds, ``rpg --help`` must not.
 """
@@ -14,6 +14,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
+from rpg.cli import experiments, scoring
+from rpg.cli.reading import load
 from rpg.console import console, progress_bar, run_command
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionKind
@@ -73,7 +75,8 @@ def inspect(path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify =
     """Show layers, tokens, padding, sizes and memory before anything is trained."""
     from rpg.planning.inspect import inspect as describe
 
-    console.print(*describe(path, overrides or [], verify=verify))
+    for table in describe(path, overrides or [], verify=verify):
+        console.print(table)
 
 
 @app.command()
@@ -165,132 +168,20 @@ def export(
     console.print(f"{to}: {path}")
 
 
-@app.command()
-def evaluate(run: o.RunFolder, num: o.NumScored = None, seed: o.Seed = 0) -> None:
-    """Score generated networks beside originals and trivial baselines."""
-    from rpg.evaluation.tables import print_table
-    from rpg.experiments.single import evaluate_run
-
-    print_table(evaluate_run(run, num=num, seed=seed))
-    for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
-        console.print(f"{kind + ':':<8} {run / name}")
-
-
-@app.command()
-def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
-    """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
-    from rpg.experiments.sweep import run_sweep
-
-    table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
-    console.print(table.read_text(), markup=False, soft_wrap=True)
-    console.print(f"table: {table}")
-
-
-@app.command()
-def unseen(
-    config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None
-) -> None:
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
-    settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    held_out(settings, split, seeds, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png")
-
-
-@app.command()
-def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
-    """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
-    held_out(load(config or o.default_config("lora/tiny.yaml"), overrides), split, 1, "figures:  {run}/evaluation.json")
-
-
-@app.command()
-def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
-    """Neural fields of images: zoo, training, comparison in function space, pictures."""
-    from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
-
-    settings = load(config or o.default_config("fields.yaml"), overrides)
-    if split is not None:
-        scored = "validation" if split == "validation" else "unseen"
-        print_fields(evaluate_fields(settings.run, split=scored, seed=settings.seed), console)
-        return
-    with progress_bar("fitting fields") as collecting:
-        print_fields(run_fields(settings, progress=collecting), console)
-    console.print(f"figures: {settings.run}/evaluation.json\npictures: classes, fine, nearest, path.png beside it")
-
-
-@app.command()
-def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
-    """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
-    from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
-
-    settings = load(config or o.default_config("gpt.yaml"), overrides)
-    if split is not None:
-        scored = "validation" if split == "validation" else "unseen"
-        print_metric(evaluate_metric(settings.run, split=scored, seed=settings.seed), console)
-        return
-    with progress_bar("collecting the runs") as collecting, progress_bar("training") as training:
-        print_metric(run_metric(settings, progress={"collect": collecting, "train": training}), console)
-    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
-
-
-@app.command()
-def render(
-    files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
-) -> None:
-    """Draw neural fields as PNG files, at any resolution."""
-    from rpg.experiments.field_pictures import render_files
-
-    console.print(*render_files(files, size, output, load(config, None) if config else None), sep="\n")
-
-
-@app.command()
-def score(
-    config: o.ConfigFile, adapters: o.Adapters, overrides: o.Overrides = None, split: o.RowSplit = "test"
-) -> None:
-    """Score LoRA or DoRA adapters on the held-out rows of every task of a configuration."""
-    from rpg.experiments.adapters import print_scores, score_folders
-
-    print_scores(score_folders(load(config, overrides), adapters, split), console)
-
-
-@app.command()
-def demo(
-    config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
-    overrides: o.Overrides = None,
-) -> None:
-    """The whole job on real handwritten digits: zoo, training, generation, scores."""
-    from rpg.evaluation.tables import print_table
-    from rpg.experiments.single import run_all
-
-    settings = load(config or o.default_config("demo.yaml"), overrides or [])
-    with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
-        print_table(run_all(settings, progress={"collect": collecting, "train": training}))
-    console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
-
-
-def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
-    """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.experiments import held_out_table as table
-    from rpg.experiments import held_out_tasks as tasks
-
-    if split is not None:
-        table.print_held_out(tasks.evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        return
-    with progress_bar("collecting") as collecting, progress_bar("training") as training:
-        report = tasks.run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
-    table.print_held_out(report, console)
-    console.print(written.format(run=settings.run))
-
-
-def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides."""
-    from rpg.config import Config
-
-    return Config.load(path, overrides)
+for command in (
+    scoring.evaluate,
+    experiments.sweep,
+    experiments.unseen,
+    experiments.lora,
+    experiments.fields,
+    experiments.metric,
+    experiments.render,
+    scoring.score,
+    experiments.demo,
+):
+    app.command()(command)
 
 
 def main() -> None:
     """Run the command line; every mistake is one line on standard error and exit code 2."""
     run_command(lambda: app(sys.argv[1:] or ["--help"], prog_name="rpg", standalone_mode=False))
-
-
-if __name__ == "__main__":
-    main()

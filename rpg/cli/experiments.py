@@ -1,0 +1,97 @@
+"""The commands that run whole experiments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from rpg import options as o
+from rpg.cli.reading import load
+from rpg.console import console, progress_bar
+
+
+def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
+    """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
+    from rpg.experiments.sweep import run_sweep
+
+    table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
+    console.print(table.read_text(), markup=False, soft_wrap=True)
+    console.print(f"table: {table}")
+
+
+def unseen(
+    config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None
+) -> None:
+    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
+    settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
+    held_out(settings, split, seeds, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png")
+
+
+def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+    """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
+    held_out(load(config or o.default_config("lora/tiny.yaml"), overrides), split, 1, "figures:  {run}/evaluation.json")
+
+
+def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+    """Neural fields of images: zoo, training, comparison in function space, pictures."""
+    from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
+
+    settings = load(config or o.default_config("fields.yaml"), overrides)
+    if split is not None:
+        scored = "validation" if split == "validation" else "unseen"
+        print_fields(evaluate_fields(settings.run, split=scored, seed=settings.seed), console)
+        return
+    with progress_bar("fitting fields") as collecting:
+        print_fields(run_fields(settings, progress=collecting), console)
+    console.print(f"figures: {settings.run}/evaluation.json\npictures: classes, fine, nearest, path.png beside it")
+
+
+def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+    """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
+
+    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    if split is not None:
+        scored = "validation" if split == "validation" else "unseen"
+        print_metric(evaluate_metric(settings.run, split=scored, seed=settings.seed), console)
+        return
+    with progress_bar("collecting the runs") as collecting, progress_bar("training") as training:
+        print_metric(run_metric(settings, progress={"collect": collecting, "train": training}), console)
+    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
+
+
+def render(
+    files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
+) -> None:
+    """Draw neural fields as PNG files, at any resolution."""
+    from rpg.experiments.field_pictures import render_files
+
+    console.print(*render_files(files, size, output, load(config, None) if config else None), sep="\n")
+
+
+def demo(
+    config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
+    overrides: o.Overrides = None,
+) -> None:
+    """The whole job on real handwritten digits: zoo, training, generation, scores."""
+    from rpg.evaluation.tables import print_table
+    from rpg.experiments.single import run_all
+
+    settings = load(config or o.default_config("demo.yaml"), overrides or [])
+    with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
+        print_table(run_all(settings, progress={"collect": collecting, "train": training}))
+    console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
+
+
+def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
+    """Run an experiment on unseen tasks, or score a split of one that was run before."""
+    from rpg.experiments.held_out_table import print_held_out
+    from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
+
+    if split is not None:
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
+        return
+    with progress_bar("collecting") as collecting, progress_bar("training") as training:
+        report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+    print_held_out(report, console)
+    console.print(written.format(run=settings.run))
