@@ -19,7 +19,7 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar that appears with its first report; yields its callback (done, total, loss=None).
+    """A progress bar that appears with its first report; yields its callback (done, total, loss=None, note="").
 
     A report after the last one begins a line of its own: several runs, one after the other.
     """
@@ -35,11 +35,11 @@ def progress_bar(title: str) -> Iterator[Any]:
     )
     tasks: list[Any] = []
 
-    def advance(done: int, total: int, loss: float | None = None) -> None:
+    def advance(done: int, total: int, loss: float | None = None, note: str = "") -> None:
         if not tasks:
             bar.start()
             tasks.append(bar.add_task(title, total=total, note=""))
-        bar.update(tasks[0], completed=done, total=total, note="" if loss is None else f"loss {loss:.4f}")
+        bar.update(tasks[0], completed=done, total=total, note=note if loss is None else f"loss {loss:.4f}")
         if done >= total:
             bar.stop()
             tasks.clear()

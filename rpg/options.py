@@ -74,7 +74,7 @@ NumSeeds = Annotated[int, option("Generators to train, by seed.", min=1)]
 
 # generate, export, evaluate, score
 Num = Annotated[int, option("How many networks.", "--num", "-n", min=1)]
-NumScored = Annotated[int | None, option("Networks to generate (default: the configuration's).", min=1)]
+NumScored = Annotated[int | None, option("Networks to generate (default: the configuration's).", "--num", "-n", min=1)]
 OutputFolder = Annotated[Path | None, option("Folder for the files (default: RUN/generated).")]
 Steps = Annotated[int | None, option("Sampling steps (default: the configuration's).", min=1)]
 Sampler = Annotated[str | None, option("euler, heun, ddpm, ddim or dpm-solver++.")]
@@ -108,7 +108,29 @@ FieldsConfig = Annotated[
     Path | None, option("How the fields were made, for files that lie in no run or zoo of fields.", "--config")
 ]
 PictureFolder = Annotated[Path | None, option("Folder for the images (default: beside the files).")]
-Adapters = Annotated[list[Path], argument("PEFT folders.", "ADAPTER…")]
+Evaluated = Annotated[Path, argument("A run folder, or a zoo, which is scored without a generator.", "RUN")]
+Scored = Annotated[
+    list[Path],
+    argument(
+        "Zoos, checkpoints or PEFT folders, and a configuration with the task that scores them.", "FILE… [CONFIG]"
+    ),
+]
+Function = Annotated[
+    str | None,
+    option(
+        "Score with a function of your own: it takes a state dict (or a path) and returns a number or a dict of them.",
+        "--score",
+        metavar="MODULE:FUNCTION",
+    ),
+]
+Lower = Annotated[
+    list[str] | None,
+    option(
+        "With --score: a figure of which less is better (names with loss or error say so themselves).", metavar="NAME"
+    ),
+]
+Higher = Annotated[list[str] | None, option("With --score: a figure of which more is better.", metavar="NAME")]
+ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
 
 
 def default_config(name: str) -> Path:

@@ -13,18 +13,24 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
+from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.scores.measure import evaluate_scores
+from rpg.evaluation.scores.scorer import OwnScorer
 from rpg.experiments.comparison import compare
-from rpg.generation.generator import FILES, OPTIONAL_FILES, Generator
+from rpg.generation.folders import FILES, OPTIONAL_FILES
+from rpg.generation.generator import Generator
 from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
+FEW = EvaluateConfig(num_baseline=2)
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
 
 
@@ -142,6 +148,13 @@ def test_a_comparison() -> None:
     made = compare("validation tasks", "recurrent", same, same, seed=0)
     assert list(made.model_dump(mode="json")) == documented("compare.json")
     assert list(made.configured.model_dump()) == ["mean", "max", "min", "std", "ci95"]
+
+
+def test_figures_of_a_scorer(folder: Path) -> None:
+    result = evaluate_scores(OwnScorer(lambda state_dict: 1.0, "mine"), span_of(Zoo.open(folder / "zoo")), None, FEW)
+    content = result.model_dump(mode="json")
+    assert list(content) == documented("evaluation.json of a scorer")
+    assert list(content["sets"]["original"]) == ["count", "figures", "summaries", "distances", "novel_and_performant"]
 
 
 def test_run_folder(folder: Path) -> None:

@@ -4,23 +4,78 @@ from __future__ import annotations
 
 from rpg import options as o
 from rpg.cli.reading import load
-from rpg.console import console
+from rpg.console import console, progress_bar
+from tokenization.errors import InputError
 
 
-def evaluate(run: o.RunFolder, num: o.NumScored = None, seed: o.Seed = 0) -> None:
-    """Score generated networks beside originals and trivial baselines."""
+def evaluate(
+    run: o.Evaluated,
+    num: o.NumScored = None,
+    seed: o.Seed = 0,
+    function: o.Function = None,
+    lower: o.Lower = None,
+    higher: o.Higher = None,
+    overrides: o.Overrides = None,
+    output: o.ResultFolder = None,
+) -> None:
+    """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
+
+    On several devices: accelerate launch scripts/evaluate.py RUN
+    """
+    from rpg.evaluation.scores.show import print_scores
     from rpg.evaluation.tables import print_table
+    from rpg.evaluation.workers import Workers
+    from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
     from rpg.experiments.single import evaluate_run
+    from rpg.generation.partition import join_processes
 
-    print_table(evaluate_run(run, num=num, seed=seed))
+    partition, _ = join_processes()
+    judge = Judge(function, lower or (), higher or ())
+    with progress_bar("scoring") as advance:
+        workers = Workers(partition, advance)
+        if (run / "zoo.json").is_file():
+            from rpg.config import Config
+
+            if num is not None:
+                raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
+            config = Config.defaults([*(overrides or []), f"seed={seed}"])
+            scores = evaluate_zoo(run, judge, config, output=output, workers=workers)
+        elif overrides:
+            raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
+        elif function is not None:
+            scores = evaluate_run_by_scores(run, judge, num=num, seed=seed, output=output, workers=workers)
+        elif lower or higher:
+            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+        else:
+            scores = None
+            result = evaluate_run(run, num=num, seed=seed, output=output, workers=workers)
+    if scores is not None:
+        print_scores(scores, console)
+    else:
+        print_table(result, console)
     for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
-        console.print(f"{kind + ':':<8} {run / name}")
+        console.print(f"{kind + ':':<8} {(output or run) / name}")
 
 
 def score(
-    config: o.ConfigFile, adapters: o.Adapters, overrides: o.Overrides = None, split: o.RowSplit = "test"
+    files: o.Scored,
+    function: o.Function = None,
+    overrides: o.Overrides = None,
+    split: o.RowSplit = "test",
 ) -> None:
-    """Score LoRA or DoRA adapters on the held-out rows of every task of a configuration."""
-    from rpg.experiments.adapters import print_scores, score_folders
+    """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
+    from rpg.evaluation.workers import Workers
+    from rpg.experiments.scores import Judge, print_figures, score_checkpoints
+    from rpg.generation.partition import join_processes
 
-    print_scores(score_folders(load(config, overrides), adapters, split), console)
+    partition, _ = join_processes()
+    configs = [file for file in files if file.suffix in (".yaml", ".yml")]
+    checkpoints = [file for file in files if file not in configs]
+    if len(configs) > 1 or not checkpoints:
+        found = f"{len(configs)} configurations and {len(checkpoints)} checkpoints"
+        raise InputError(f"rpg score takes checkpoints and at most one CONFIG, but here are {found}")
+    config = load(configs[0], overrides) if configs else None
+    with progress_bar("scoring") as advance:
+        workers = Workers(partition, advance)
+        scores = score_checkpoints(checkpoints, Judge(function), config, split, workers)
+    print_figures(scores, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rpg.evaluation import baselines
@@ -26,6 +27,7 @@ from rpg.evaluation.results import (
 from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
 from rpg.evaluation.vectors import StateDict
+from rpg.evaluation.workers import Workers
 from rpg.tasks.base import Classifier
 from tokenization.errors import InputError
 
@@ -39,6 +41,7 @@ def evaluate(
     runs: Sequence[int] | None = None,
     seed: int = 0,
     seconds_per_network: float | None = None,
+    workers: Workers | None = None,
 ) -> EvaluationResult:
     """Score generated networks beside the originals and the trivial baselines.
 
@@ -50,6 +53,7 @@ def evaluate(
         runs: which training run each original is of; all of one when None.
         seed: decides the baselines' draws and the bootstrap.
         seconds_per_network: what generating one took, to be reported.
+        workers: the processes that share the scoring; this one alone when None.
 
     Raises:
         InputError: there are no originals or no generated networks, or they do not fit the task.
@@ -57,15 +61,16 @@ def evaluate(
     for name, given in (("originals", originals), ("generated networks", networks)):
         if not given:
             raise InputError(f"there are no {name}; give at least one")
-    config = config or EvaluateConfig()
+    config, workers = config or EvaluateConfig(), workers or Workers()
     labels = task.labels(config.split)
-    original_predictions = task.predict(originals, config.split)
     measure = Distances(originals, [0] * len(originals) if runs is None else runs, symmetries(task))
     sigmas = config.noise if _wanted(config, "noise") else ()
     noisy = noisy_baselines(originals, sigmas, config.num_baseline, seed)
     trivial = _trivial(task, measure, networks, config, seed)
     sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
-    answers = {name: task.predict(each, config.split) for name, each in sets.items()}
+    workers.expect(len(originals) + sum(map(len, sets.values())), len(labels))
+    original_predictions = predict(task, originals, config.split, workers)
+    answers = {name: predict(task, each, config.split, workers) for name, each in sets.items()}
     scores = {name: score_networks(each, original_predictions, labels, seed) for name, each in answers.items()}
     novelty = measure_novelty(sets, answers, original_predictions, labels, measure, taus=config.taus, seed=seed)
     average = scores["average"]
@@ -85,6 +90,13 @@ def evaluate(
         novelty=novelty.curve() if novelty else None,
         novelty_details=novelty,
     )
+
+
+def predict(task: Classifier, networks: Sequence[StateDict], split: str, workers: Workers) -> Tensor:
+    """Predicted classes of each network, int64 ``[num, images]``, some by each of several processes."""
+    if workers.partition.size == 1 and workers.report is None:
+        return task.predict(networks, split)
+    return torch.stack(workers.map_some(lambda some: task.predict(some, split), networks))
 
 
 def save_evaluation(result: EvaluationResult, folder: Path | str) -> None:

@@ -133,6 +133,23 @@ class ZooSpan:
         values, vectors = torch.linalg.eigh(self.gram)
         return (vectors * values.clamp(min=0).sqrt()).flip(1)
 
+    def principal_axes(self) -> tuple[Tensor, float]:
+        """The zoo's first two principal components, and the share of its variance that they hold; 0 without any.
+
+        Returns:
+            float64 ``[n, 2]``: the products of a network's place times these are its coordinates, in units of the
+            zoo's spread in each component (a second one that a zoo of two lacks is 0), and the share.
+        """
+        count = len(self.checkpoints)
+        values, vectors = torch.linalg.eigh(self.gram)
+        values = values.clamp(min=0).flip(0)
+        if count < 2 or not values.sum() > 0:
+            return torch.zeros(count, 2, dtype=torch.float64), 0.0
+        # a component's length over the networks is sqrt(value), its spread sqrt(value / (n - 1))
+        held = values[:2] > 1e-12 * values[0]
+        scaled = vectors.flip(1)[:, :2] / values[:2].where(held, 1.0) * (count - 1) ** 0.5 * held
+        return scaled, (values[:2].sum() / values.sum()).item()
+
     def unit(self) -> float:
         """Median distance of a checkpoint to its nearest neighbour; 0 for a single one."""
         if len(self.checkpoints) < 2:

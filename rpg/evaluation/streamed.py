@@ -7,14 +7,13 @@ matched. n checkpoints, M networks of a kind.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from rpg.evaluation.asking import Answers, Made, Scored, Stopwatch, ask, ask_checkpoints, score
 from rpg.evaluation.combinations import AFFORDABLE, MANY_VALUES, NAMES, Recipe, cook, recipes
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.evaluate import score_networks, summarize_originals
@@ -30,64 +29,23 @@ from rpg.evaluation.results import (
     Spread,
     TwoSample,
 )
-from rpg.evaluation.span import Places, ZooSpan, measure_span
+from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.two_sample import two_sample
-from rpg.evaluation.vectors import StateDict
-from rpg.tasks.base import Classifier, LogitTask
-from rpg.tasks.images.images import answers
+from rpg.evaluation.workers import Workers
+from rpg.tasks.base import Classifier
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What networks compute.
-
-    Attributes:
-        predictions: ``[M, images]``.
-        probabilities: ``[M, images, classes]``; None of a task that gives none.
-    """
-
-    predictions: Tensor
-    probabilities: Tensor | None
-
-
-@dataclass(frozen=True)
-class Scored(Answers):
-    """What remains of networks once they are dropped: also ``places``, where they lie in the zoo."""
-
-    places: Places
-
-
-def ask(task: Classifier, networks: Iterable[StateDict], split: str) -> Answers:
-    """What networks compute, one at a time."""
-    if not isinstance(task, LogitTask):
-        return Answers(torch.stack([task.predict([each], split)[0] for each in networks]), None)
-    pairs = [(answers(logits), logits.float().softmax(-1)) for logits in task.logits(networks, split)]
-    return Answers(*(torch.stack(column) for column in zip(*pairs, strict=True)))
-
-
-def score(task: Classifier, networks: Iterable[StateDict], split: str, zoo: ZooSpan) -> Scored:
-    """What networks compute and where they lie, one at a time."""
-    placed: list[Places] = []
-
-    def place(network: StateDict) -> StateDict:
-        placed.append(zoo.place([network]))
-        return network
-
-    asked = ask(task, map(place, networks), split)  # unlike a loop, map holds no network while the next is made
-    return Scored(asked.predictions, asked.probabilities, Places.join(placed))
 
 
 def evaluate_streamed(
     task: Classifier,
     zoo: ZooSpan,
-    generated: Iterable[StateDict],
+    generated: Made,
     config: EvaluateConfig,
     *,
-    asked: Sequence[int] = (),
     held_out: Sequence[Checkpoint] = (),
     seed: int = 0,
+    workers: Workers | None = None,
 ) -> EvaluationResult:
     """What `rpg.evaluation.evaluate.evaluate` measures, of networks that are not held together.
 
@@ -96,23 +54,26 @@ def evaluate_streamed(
         zoo: the checkpoints that the generator learned from.
         generated: makes the networks, one at a time.
         config: images, baselines and distances.
-        asked: the checkpoint that each generated network was asked to be, if any was.
         held_out: checkpoints that nothing was learned from.
         seed: decides the baselines' draws and the bootstrap.
+        workers: the processes that share the work; this one alone when None.
 
     Raises:
         InputError: a baseline that there is none of, or baselines that were to be trained.
     """
     if config.control is not None:
         raise InputError("evaluate.control trains baselines side by side, which networks this large do not allow.")
-    labels, split = task.labels(config.split), config.split
-    clock = Stopwatch(generated)
-    made = {"generated": score(task, clock, split, zoo)}
-    originals = ask(task, map(load, zoo.checkpoints), split)
-    num = min(config.num_baseline, len(made["generated"].predictions))
+    labels, split, workers = task.labels(config.split), config.split, workers or Workers()
+    clock = Stopwatch(generated.networks)
+    num = min(config.num_baseline, generated.num)
+    workers.expect(len(zoo.checkpoints) + generated.num + len(held_out) + most_baselines(config, num), len(labels))
+    made = {"generated": score(task, clock, split, zoo, workers, generated.places, generated.num)}
+    originals = ask_checkpoints(task, zoo.checkpoints, split, workers)
     distance = zoo.distances(made["generated"].places).amin(1).nanmedian().item()
     for name, batch in baseline_recipes(zoo, config, num, distance, seed).items():
-        made[name] = _score_recipes(task, zoo, batch, split)
+        made[name] = _score_recipes(task, zoo, batch, split, workers)
+    two_samples = _two_sample(task, made, originals, held_out, split, workers)
+    workers.finish()
     scores = {n: score_networks(each.predictions, originals.predictions, labels, seed) for n, each in made.items()}
     novelty = _novelty(zoo, made, originals.predictions, labels, config, seed)
     average, sigmas = scores["average"], {f"noise_{sigma:g}": sigma for sigma in config.noise}
@@ -128,43 +89,20 @@ def evaluate_streamed(
             if name in scores
         ),
         baselines={name: each for name, each in scores.items() if name not in (*sigmas, "average", "generated")},
-        generated=GeneratedScores(seconds_per_network=clock.mean, **dict(scores["generated"])),
+        generated=GeneratedScores(seconds_per_network=clock.mean if clock.count else None, **dict(scores["generated"])),
         spread=_spread(zoo, made["generated"], originals.predictions),
-        span=measure_span(zoo, made["generated"].places, asked, scores["generated"].accuracy.mean),
-        two_sample=_two_sample(task, made, originals, held_out, split),
+        span=measure_span(zoo, made["generated"].places, generated.asked, scores["generated"].accuracy.mean),
+        two_sample=two_samples,
         novelty=novelty.curve() if novelty else None,
         novelty_details=novelty,
     )
 
 
-def score_span(
-    task: Classifier, zoo: ZooSpan, networks: Iterable[StateDict], asked: Sequence[int], split: str
-) -> Span | None:
+def score_span(task: Classifier, zoo: ZooSpan, made: Made, split: str, workers: Workers | None = None) -> Span | None:
     """Whether networks, made one at a time, are the checkpoints they were asked to be, and how accurate they are."""
-    scored = score(task, networks, split, zoo)
+    scored = score(task, made.networks, split, zoo, workers or Workers(), made.places, made.num)
     accurate = accuracy(scored.predictions, task.labels(split)).mean().item()
-    return measure_span(zoo, scored.places, asked, accurate)
-
-
-class Stopwatch:
-    """An iterable that takes the time its members take; ``mean`` is that of one, in seconds."""
-
-    def __init__(self, members: Iterable[StateDict]) -> None:
-        self.members, self.seconds, self.count = iter(members), 0.0, 0
-
-    def __iter__(self) -> Iterator[StateDict]:
-        return self
-
-    def __next__(self) -> StateDict:
-        started = time.perf_counter()
-        member = next(self.members)
-        self.seconds, self.count = self.seconds + time.perf_counter() - started, self.count + 1
-        return member
-
-    @property
-    def mean(self) -> float:
-        """Seconds a member."""
-        return self.seconds / self.count
+    return measure_span(zoo, scored.places, made.asked, accurate)
 
 
 def baseline_recipes(
@@ -184,13 +122,22 @@ def baseline_recipes(
     return made
 
 
-def _score_recipes(task: Classifier, zoo: ZooSpan, batch: Sequence[Recipe], split: str) -> Scored:
-    networks = map(partial(cook, zoo), batch)
+def most_baselines(config: EvaluateConfig, num: int) -> int:
+    """About how many baselines there will be: only progress is told by it."""
+    return 1 + num * (len(config.baselines) if config.baselines is not None else len(NAMES) - 1 + len(config.noise))
+
+
+def _score_recipes(task: Classifier, zoo: ZooSpan, batch: Sequence[Recipe], split: str, workers: Workers) -> Scored:
+    places = workers.places(len(batch))
+    networks = map(partial(cook, zoo), (batch[place] for place in places))
     if any(recipe.noise for recipe in batch):
-        return score(task, networks, split, zoo)
-    asked = ask(task, networks, split)
-    places = zoo.place_combinations(torch.stack([recipe.weights for recipe in batch]))
-    return Scored(asked.predictions, asked.probabilities, places)
+        return score(task, networks, split, zoo, workers, places, len(batch))
+    asked = ask(task, networks, split, workers, places, len(batch))
+    return Scored(
+        asked.predictions,
+        asked.probabilities,
+        zoo.place_combinations(torch.stack([recipe.weights for recipe in batch])),
+    )
 
 
 def _spread(zoo: ZooSpan, generated: Scored, original_predictions: Tensor) -> Spread | None:
@@ -229,18 +176,15 @@ def _novelty(
 
 
 def _two_sample(
-    task: Classifier, made: dict[str, Scored], originals: Answers, held_out: Sequence[Checkpoint], split: str
+    task: Classifier,
+    made: dict[str, Scored],
+    originals: Answers,
+    held_out: Sequence[Checkpoint],
+    split: str,
+    workers: Workers,
 ) -> TwoSample | None:
     if originals.probabilities is None or len(held_out) < 2:
         return None
     sets = {name: each.probabilities for name, each in made.items() if each.probabilities is not None}
-    others = ask(task, map(load, held_out), split).probabilities
+    others = ask_checkpoints(task, held_out, split, workers).probabilities
     return two_sample(sets, originals.probabilities, others) if others is not None else None
-
-
-def load(checkpoint: Checkpoint) -> StateDict:
-    """A checkpoint in memory, and no page of its file any longer."""
-    state_dict = checkpoint.state_dict()
-    for name in checkpoint.tensors:
-        checkpoint.release(name)
-    return state_dict

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
+from rpg.evaluation.asking import Made
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
@@ -15,12 +16,14 @@ from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.streamed import evaluate_streamed, score_span
 from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
+from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train
 from tokenization.errors import InputError
+from tokenization.files import make_folder
 from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
@@ -50,81 +53,110 @@ def generate_timed(generator: Generator, num: int, seed: int, **options: Any) ->
     return networks, (time.perf_counter() - started) / num
 
 
-def evaluate_run(run: Path | str, *, num: int | None = None, seed: int = 0) -> EvaluationResult:
+def evaluate_run(
+    run: Path | str,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    output: Path | str | None = None,
+    workers: Workers | None = None,
+) -> EvaluationResult:
     """Generate networks with the generator of a run, score them beside originals and baselines, write the results.
 
-    ``<run>/evaluation.json`` holds every figure, ``<run>/scatter.png`` shows accuracy against similarity, and
-    ``<run>/report.html`` is the whole as one page.
+    ``evaluation.json`` holds every figure, ``scatter.png`` shows accuracy against similarity, and ``report.html`` is
+    the whole as one page.
+
+    Args:
+        run: a run folder.
+        num: networks to generate; the configuration's number when None.
+        seed: decides everything random.
+        output: where the results go; the run folder when None.
+        workers: the processes that share the scoring; this one alone when None.
 
     Raises:
         InputError: the run has no generator, or its zoo no task to score with.
     """
-    run = Path(run)
+    run, workers = Path(run), workers or Workers()
     generator = Generator.from_pretrained(run)
     config = generator.config
     zoo = Zoo.open(config.zoo)
     task = scoring_task(config, zoo)
     num = num or config.evaluate.num
     if _num_held_values(generator, len(zoo), num) > MOST_VALUES:
-        networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed)
+        networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed, workers)
     else:
-        networks, result = _evaluate_together(generator, zoo, task, num, seed)
-    save_evaluation(result, run)
-    write_html_report(run, result, generator, zoo, task, networks, num=num, seed=seed)
+        networks, result = _evaluate_together(generator, zoo, task, num, seed, workers)
+    if workers.is_first:
+        folder = Path(output or run)
+        make_folder(folder)
+        save_evaluation(result, folder)
+        write_html_report(run, result, generator, zoo, task, networks, num=num, seed=seed, output=folder)
     return result
 
 
 def _evaluate_together(
-    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int
+    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int, workers: Workers
 ) -> tuple[list[StateDict], EvaluationResult]:
     config = generator.config.evaluate
     networks, seconds = generate_timed(generator, num, seed)
-    trained, held_out = _parts(zoo, generator.config)
+    trained, held_out = parts_of(zoo, generator.config)
     originals, others = ([zoo.state_dict(index) for index in each] for each in (trained, held_out))
     runs = [zoo.entries[index].run for index in trained]
-    result = evaluate(task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds)
+    result = evaluate(
+        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers
+    )
     two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
     span, asked = None, generator.asked(num, seed)
     if asked:
-        place = _zoo_span(generator, zoo, trained)
+        place = zoo_span(generator, zoo, trained)
         if generator.config.generate.state == "stored":
             span = measure_span(place, place.place(networks), asked, result.generated.accuracy.mean)
         else:
-            span = _stored_span(generator, place, task, asked, seed)
+            span = _stored_span(generator, place, task, asked, seed, workers)
     return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
 
 
-def _evaluate_streamed(generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int) -> EvaluationResult:
-    trained, held_out = _parts(zoo, generator.config)
-    place, asked = _zoo_span(generator, zoo, trained), generator.asked(num, seed)
+def _evaluate_streamed(
+    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int, workers: Workers
+) -> EvaluationResult:
+    trained, held_out = parts_of(zoo, generator.config)
+    place, asked = zoo_span(generator, zoo, trained), generator.asked(num, seed)
     stored = generator.config.generate.state == "stored"
+    share = generator.share(num, workers.partition)
+    networks = generator.one_by_one(num, seed=seed, partition=workers.partition)
     result = evaluate_streamed(
         task,
         place,
-        generator.one_by_one(num, seed=seed),
+        Made(num, share, networks, asked if stored else ()),
         generator.config.evaluate,
-        asked=asked if stored else (),
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
         seed=seed,
+        workers=workers,
     )
     if asked and not stored:
-        result = result.model_copy(update={"span": _stored_span(generator, place, task, asked, seed)})
+        span = _stored_span(generator, place, task, asked, seed, workers)
+        result = result.model_copy(update={"span": span})
     return result
 
 
-def _stored_span(generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int) -> Span | None:
+def _stored_span(
+    generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int, workers: Workers
+) -> Span | None:
     """Of networks with stored states, made for this alone where others are evaluated."""
-    networks = generator.one_by_one(len(asked), seed=seed, state="stored")
-    return score_span(task, zoo, networks, asked, generator.config.evaluate.split)
+    part, num = workers.partition, len(asked)
+    networks = generator.one_by_one(num, seed=seed, state="stored", partition=part)
+    made = Made(num, generator.share(num, part), networks, asked)
+    return score_span(task, zoo, made, generator.config.evaluate.split, workers)
 
 
-def _parts(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
+def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)
     return trained, sorted(set(range(len(zoo))) - set(trained))
 
 
-def _zoo_span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
+def zoo_span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
+    """How networks lie among the checkpoints that a generator learned from."""
     checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
     return ZooSpan(checkpoints, [layer.name for layer in generator.layout.layers])
 
@@ -153,8 +185,8 @@ def find_task(config: Config, zoo: Zoo) -> Task:
     """The configuration's own task, else the one recorded in the zoo. Raises InputError if there is none."""
     if config.task is None and zoo.task is None:
         raise InputError(
-            f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or score the "
-            "files with code of your own"
+            f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or give a "
+            "function of your own with --score package.module:function"
         )
     return task_of(zoo, config.task)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
 from rpg.generation.devices import parse_device
 from rpg.generation.digest import folder_digest
-from rpg.generation.hub import find_folder
+from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
@@ -33,13 +33,8 @@ from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, load_layout
 from tokenization.lora.adapter import CONFIG_NAME
-from tokenization.spectral.layout import BASIS_FILE
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
-
-FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
-OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
-"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
 
 StateDict = dict[str, Tensor]
 Sampler = TokenSampler | LatentSampler | PosteriorSampler
@@ -97,7 +92,7 @@ class Generator:
             InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
         """
         device = parse_device(device)
-        folder = find_folder(path, [*FILES, *OPTIONAL_FILES, "README.md"])
+        folder = find_folder(path)
         for name in FILES:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
@@ -210,13 +205,22 @@ class Generator:
                     progress(done, total)
         return sink.result()
 
-    def one_by_one(self, num: int, *, seed: int = 0, **options: Any) -> Iterator[StateDict]:
+    def one_by_one(
+        self, num: int, *, seed: int = 0, partition: Partition | None = None, **options: Any
+    ) -> Iterator[StateDict]:
         """The networks of ``generate``, each given away before the next is made: no more than a tile's are held.
 
-        ``options`` are the fields of `rpg.generation.request.RequestOptions`.
+        ``options`` are the fields of `rpg.generation.request.RequestOptions`. Of several processes each makes those of
+        its `share`.
         """
         request = self.request(num, seed, RequestOptions(**options))
-        return decoded_networks(self.layout, self.sampler().sample(request))
+        part = replace(partition or Partition(), whole=True)
+        return decoded_networks(self.layout, self.sampler().sample(request, partition=part))
+
+    def share(self, num: int, partition: Partition) -> list[int]:
+        """Which of ``num`` networks this process makes in `one_by_one`."""
+        tiles = self.sampler().tiles(num, replace(partition, whole=True))
+        return [tile.network + i for tile in tiles if tile.token == 0 for i in range(tile.num_networks)]
 
     def asked(self, num: int, seed: int = 0) -> list[int]:
         """Which checkpoint each network of a seed is asked to be, given ``state="stored"``.

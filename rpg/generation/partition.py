@@ -16,10 +16,16 @@ class Partition:
     """The part of one of ``size`` processes that generate together; by default the whole.
 
     Tiles do not depend on one another, so whoever computes one computes the same bytes.
+
+    Attributes:
+        rank: which process this is.
+        size: how many there are.
+        whole: no network is shared tile by tile, as it must not be where networks are not written but looked at.
     """
 
     rank: int = 0
     size: int = 1
+    whole: bool = False
 
     def takes(self, number: int) -> bool:
         """Whether this process is the one for the thing of this number."""

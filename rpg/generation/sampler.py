@@ -77,7 +77,7 @@ class TiledSampler:
 
     def shared(self, num: int, partition: Partition) -> range:
         """The networks that several processes compute together."""
-        if self.tile_tokens >= self.layout.num_tokens:
+        if partition.whole or self.tile_tokens >= self.layout.num_tokens:
             return range(0)
         return range(num // partition.size * partition.size, num)
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rpg import cli
-from rpg.generation.generator import FILES
+from rpg.generation.folders import FILES
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
 from tests.rpg.conftest import Run, refused

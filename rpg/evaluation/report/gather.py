@@ -39,8 +39,9 @@ def write_html_report(
     *,
     num: int,
     seed: int,
+    output: Path | None = None,
 ) -> Path:
-    """Write ``<run>/report.html``.
+    """Write ``report.html``.
 
     Args:
         run: the run folder.
@@ -50,15 +51,24 @@ def write_html_report(
         task: scores the networks on their way from noise.
         networks: the generated ones; None where they are too large to be held, which leaves out what needs them.
         num, seed: how they were asked for.
+        output: the folder to write it into; the run folder when None.
     """
+    page = (output or run) / "report.html"
     data = ReportData(
         title=f"Generated networks: {run.name}",
-        provenance=_provenance(generator, zoo, num, seed, result),
-        losses=_losses(run / "metrics.jsonl"),
+        provenance=provenance_of(
+            generator,
+            zoo,
+            num,
+            seed,
+            result.generated.seconds_per_network,
+            f"rpg evaluate {generator.config.run} --num {num} --seed {seed}",
+        ),
+        losses=losses_of(run / "metrics.jsonl"),
     )
     if networks is None:
-        write_page(run / "report.html", result, data)
-        return run / "report.html"
+        write_page(page, result, data)
+        return page
     data.trajectories = _trajectories(generator, task, result.split, seed)
     trained = training_entries(zoo, generator.config.train.splits)
     originals = [zoo.state_dict(index) for index in trained]
@@ -69,11 +79,12 @@ def write_html_report(
             data.original_distances = (own / result.novelty_details.unit).tolist()
         data.components, data.explained = _components(originals, zoo_vectors, vectors, seed)
         data.heatmap = _heatmap(zoo_vectors, vectors)
-    write_page(run / "report.html", result, data)
-    return run / "report.html"
+    write_page(page, result, data)
+    return page
 
 
-def _losses(path: Path) -> tuple[list[float], list[float]]:
+def losses_of(path: Path) -> tuple[list[float], list[float]]:
+    """Optimizer steps and losses that a run logged; empty without a log."""
     if not path.is_file():
         return [], []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -121,7 +132,10 @@ def _heatmap(zoo: Tensor, generated: Tensor) -> tuple[list[str], Tensor]:
     return labels, ((torch.stack(rows) - mean) / spread).nan_to_num()
 
 
-def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: EvaluationResult) -> dict[str, str]:
+def provenance_of(
+    generator: Generator, zoo: Zoo, num: int, seed: int, seconds: float | None, command: str
+) -> dict[str, str]:
+    """Where the figures of a run come from, row by row."""
     config = generator.config
     num_trained = len(training_entries(zoo, config.train.splits))
     rows: dict[str, Any] = {
@@ -132,9 +146,14 @@ def _provenance(generator: Generator, zoo: Zoo, num: int, seed: int, result: Eva
         "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "
         f"values, normalization {config.tokens.normalization}",
         "networks asked for": f"{num} with seed {seed}, {config.generate.steps} sampling steps",
-        "seconds a network": result.generated.seconds_per_network,
-        "command": f"rpg evaluate {config.run} --num {num} --seed {seed}",
+        "seconds a network": seconds,
+        "command": command,
         "configuration": yaml.safe_dump(config.plain(), sort_keys=False),
-        "software": f"rpg {version('rpg')}, torch {torch.__version__}, Python {platform.python_version()}",
+        "software": software(),
     }
     return {name: str(value) for name, value in rows.items()}
+
+
+def software() -> str:
+    """Versions of what computed."""
+    return f"rpg {version('rpg')}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
 from rpg.evaluation.report.charts import Chart, histogram, lines, scatter
+from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import (
     AT_DISTANCE,
     TRAINED_FROM,
@@ -22,7 +22,6 @@ from rpg.evaluation.results import (
     NetworkScores,
     NoveltyReport,
 )
-from tokenization.files import write_text
 
 TEMPLATE = "page.html.j2"
 
@@ -53,14 +52,6 @@ class ReportData:
 
 def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> None:
     """Write the report. Raises InputError if the file cannot be written."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": lambda share, digits=1: f"{100 * share:.{digits}f}", "median": np.median}
     rows: list[tuple[str, NetworkScores]] = [(noise.label, noise) for noise in result.noise]
     rows += [(_name(name), scores) for name, scores in result.baselines.items()]
     novelty = result.novelty_details
@@ -81,7 +72,7 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         "components_chart": _components(data),
         "losses_chart": _losses(data),
     }
-    write_text(path, environment.get_template(TEMPLATE).render(shown))
+    render_page(path, TEMPLATE, **shown)
 
 
 def _name(key: str) -> str:

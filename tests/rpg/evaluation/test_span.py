@@ -7,7 +7,7 @@ import torch
 
 from rpg.evaluation import span as span_module
 from rpg.evaluation.span import Places, ZooSpan, measure_span
-from rpg.experiments.single import _zoo_span
+from rpg.experiments.single import zoo_span
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.training.data import training_entries
@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(generator: Generator, num: int = 12):
     zoo = Zoo.open(generator.config.zoo)
-    span = _zoo_span(generator, zoo, training_entries(zoo, generator.config.train.splits))
+    span = zoo_span(generator, zoo, training_entries(zoo, generator.config.train.splits))
     return measure_span(span, span.place(generator.generate(num, seed=3)), generator.asked(num, seed=3))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from rpg.config import Config
 from rpg.evaluation import combinations
+from rpg.evaluation.asking import Made
 from rpg.evaluation.combinations import NAMES, Recipe, cook, recipes
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.evaluate import evaluate
@@ -96,7 +97,7 @@ def test_it_measures_what_the_evaluation_in_memory_measures(digits, digits_zoo):
     span = span_of(digits_zoo)
     generated = [cook(span, each) for each in recipes(span, "covariance_gaussian", 6, 1)]
     held = evaluate(digits, originals, generated, SMALL)
-    streamed = evaluate_streamed(digits, span, iter(generated), SMALL, asked=[0] * 6, seed=0)
+    streamed = evaluate_streamed(digits, span, Made(6, range(6), iter(generated), [0] * 6), SMALL, seed=0)
     for field in ("split", "num_images", "original", "ensemble"):
         assert getattr(streamed, field) == getattr(held, field)
     assert streamed.generated.accuracies == held.generated.accuracies
@@ -122,7 +123,8 @@ def test_held_out_checkpoints_are_compared_with(digits, digits_zoo):
     names = [name for name in digits_zoo.state_dict(0)]
     trained, others = ([digits_zoo.checkpoint(i) for i in range(first, 10, 2)] for first in range(2))
     span = ZooSpan(trained, names)
-    result = evaluate_streamed(digits, span, (each.state_dict() for each in others), SMALL, held_out=others)
+    generated = Made(5, range(5), (each.state_dict() for each in others))
+    result = evaluate_streamed(digits, span, generated, SMALL, held_out=others)
     assert result.two_sample.num == 5 and result.two_sample.sets["generated"].coverage == 1.0
     assert result.two_sample.sets["generated"].minimum_matching_distance == 0.0
     assert {"originals", "average", "low_rank_gaussian"} <= result.two_sample.sets.keys()
@@ -143,30 +145,33 @@ def test_no_more_than_one_network_is_held(digits, digits_zoo):
             yield network
             del network
 
-    evaluate_streamed(digits, span, made(), SMALL.model_copy(update={"baselines": ()}))
+    evaluate_streamed(digits, span, Made(6, range(6), made()), SMALL.model_copy(update={"baselines": ()}))
     assert len(alive) == 6
 
 
 def test_baselines_are_those_that_are_asked_for(digits, digits_zoo):
     span = span_of(digits_zoo)
     config = SMALL.model_copy(update={"baselines": ("average_of_k", "low_rank_gaussian")})
-    streamed = evaluate_streamed(digits, span, [digits_zoo.state_dict(0)] * 2, config)
+    streamed = evaluate_streamed(digits, span, Made(2, range(2), [digits_zoo.state_dict(0)] * 2), config)
     assert set(streamed.baselines) == {"average_of_10", "low_rank_gaussian"} and streamed.noise == ()
     originals = [digits_zoo.state_dict(index) for index in range(10)]
     held = evaluate(digits, originals, originals[:2], config)
     assert set(held.baselines) == {"average_of_10", "low_rank_gaussian"} and held.noise == ()
     with pytest.raises(InputError, match="rule out"):
         asked = config.model_copy(update={"baselines": ("extrapolation_at_distance",)})
-        evaluate_streamed(digits, span, [digits_zoo.state_dict(0)], asked)
+        evaluate_streamed(digits, span, Made(1, range(1), [digits_zoo.state_dict(0)]), asked)
     with pytest.raises(InputError, match="control"):
         evaluate_streamed(
-            digits, span, [], Config.parse({"run": "r", "zoo": "z", "evaluate": {"control": {}}}, "t").evaluate
+            digits,
+            span,
+            Made(0, (), ()),
+            Config.parse({"run": "r", "zoo": "z", "evaluate": {"control": {}}}, "t").evaluate,
         )
 
 
 def test_large_networks_get_what_is_affordable(digits, digits_zoo, monkeypatch):
     monkeypatch.setattr("rpg.evaluation.streamed.MANY_VALUES", 100)
-    result = evaluate_streamed(digits, span_of(digits_zoo), [digits_zoo.state_dict(0)] * 2, SMALL)
+    result = evaluate_streamed(digits, span_of(digits_zoo), Made(2, range(2), [digits_zoo.state_dict(0)] * 2), SMALL)
     assert set(result.baselines) == {"interpolation", "low_rank_gaussian", "low_rank_gaussian_at_distance"}
 
 

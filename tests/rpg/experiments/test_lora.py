@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.experiments.adapters import print_scores, score_folders
 from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
+from rpg.experiments.scores import Judge, print_figures, score_checkpoints
 from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.language.config import AdapterConfig
@@ -147,13 +147,13 @@ def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
     bits = torch.tensor([[0, 1, 1, 0]])
     (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
     expected = task.scores(generate_for(generator, bits, 3), bits)
-    found = score_folders(config, [folder])[str(folder)]
+    found = score_checkpoints([folder], Judge(), config, "test")[str(folder)]
     assert len(found) == 14 and found["0110"] == pytest.approx({name: each.item() for name, each in expected.items()})
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), folder)
     ids = task.rows(0)["test"].ids
     ours = task.bank.logits(generate_for(generator, bits, 3), ids[None])[0]
     assert torch.allclose(model(ids).logits, ours, atol=1e-4)
-    print_scores({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
+    print_figures({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
     assert "0110" in text.getvalue()
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
         update={"task": config.task.model_copy(update={"adapter": AdapterConfig(r=2, target_modules=("k_proj",))})}
     )
     with pytest.raises(InputError, match="k_proj") as caught:
-        score_folders(other, [zoo.file(0)])
+        score_checkpoints([zoo.file(0)], Judge(), other, "test")
     assert "\n" not in str(caught.value)
 
 

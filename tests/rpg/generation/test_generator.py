@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rpg.generation.generator import FILES, Generator
+from rpg.generation.folders import FILES
+from rpg.generation.generator import Generator
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
 from tokenization.errors import InputError

@@ -1,0 +1,242 @@
+"""What gives a network its figures: a function of the user's, or a task.
+
+A figure is a finite number with a name; of several the first one counts. More is better, unless the name speaks of
+what should be small (`SMALL`) or the user says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rpg.evaluation.metrics import accuracy
+from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.tasks.base import AdapterScorer, Classifier, Task
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.errors import InputError
+
+Figures = dict[str, float]
+StateDict = Mapping[str, Tensor]
+
+SMALL = re.compile(r"(^|_)(loss|error|errors|perplexity|nll|bpc|mse|rmse|mae|wer|cer|fid|regret)($|_)")
+"""Names of figures of which less is better, as whole words between underscores."""
+
+PATHS = re.compile(r"(^|_)(path|file|filename|folder)$")
+"""Names of a parameter that takes a path."""
+
+
+class Scorer(Protocol):
+    """Gives a network its figures.
+
+    Attributes:
+        name: what reports call it.
+    """
+
+    name: str
+
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
+        """The figures of a network that was made for ``condition``; ``where`` names it in errors."""
+
+
+class OwnScorer:
+    """A function of the user's.
+
+    Args:
+        function: takes a state dict, or the path of a checkpoint if its first parameter is annotated with ``Path`` or
+            ``str`` or is named so (``path``, ``file``, ``folder``); of a second parameter that is called ``condition``
+            also what the network was made for. Returns a number, or a dict of numbers.
+        name: what reports call it.
+        adapter: text of PEFT's ``adapter_config.json``, of adapters: a path is then that of a PEFT folder.
+
+    Raises:
+        InputError: it takes no network.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, adapter: str | None = None) -> None:
+        self.function, self.name, self.adapter = function, name, adapter
+        self.label = re.sub(r"\W", "_", getattr(function, "__name__", "score")).strip("_") or "score"
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # compiled ones need not say
+            parameters = []
+        if not parameters:
+            raise InputError(f"--score {name} takes no argument; write it with one, a state dict or a path")
+        self.takes_path = _is_path(parameters[0])
+        self.takes_condition = any(each.name == "condition" for each in parameters[1:])
+
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
+        """What the function says of a network. Raises InputError if it fails or returns no numbers."""
+        if self.takes_path:
+            with self._written(network) as path:
+                return self.of_file(path, where, condition)
+        return self._call(dict(network), condition, where)
+
+    def of_file(self, path: Path, where: str, condition: Sequence[float] | None = None) -> Figures:
+        """What a function that takes a path says of a file. Raises InputError as a call does."""
+        return self._call(path, condition, where)
+
+    def _call(self, network: Any, condition: Sequence[float] | None, where: str) -> Figures:
+        more = {"condition": condition} if self.takes_condition else {}
+        try:
+            found = self.function(network, **more)
+        except InputError:
+            raise
+        except Exception as error:  # the function is not ours
+            place = _place(error)
+            raise InputError(
+                f"--score {self.name} failed on {where}{place}: {type(error).__name__}: {error}"
+            ) from error
+        return self._figures(found, where)
+
+    @contextlib.contextmanager
+    def _written(self, network: StateDict) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="rpg-score-") as folder:
+            if self.adapter is None:
+                path = Path(folder) / "network.safetensors"
+                save_checkpoint(path, network)
+                yield path
+                return
+            path = Path(folder) / "network"
+            path.mkdir()
+            save_checkpoint(path / WEIGHTS_NAME, network)
+            write_side_files(path, self.adapter, {})
+            yield path
+
+    def _figures(self, found: Any, where: str) -> Figures:
+        values = found if isinstance(found, Mapping) else {self.label: found}
+        try:
+            figures = {str(name): float(value) for name, value in values.items()}
+        except (TypeError, ValueError):
+            figures = {}
+        if not figures:
+            raise InputError(
+                f"--score {self.name} returned {type(found).__name__} for {where}; return a number or a dict of numbers"
+            )
+        return figures
+
+
+class TaskScorer:
+    """A task on one split of its data: the accuracy of a classifier, or the mean over the tasks of an adapter.
+
+    Args:
+        task: predicts, or scores adapters.
+        split: of its data.
+
+    Raises:
+        InputError: the task scores no single network.
+    """
+
+    def __init__(self, task: Task, split: str) -> None:
+        if not isinstance(task, Classifier | AdapterScorer):
+            raise InputError(
+                f"{type(task).__name__} is a family of tasks, whose networks answer different questions; score them "
+                "with `rpg unseen`, or with a function of your own (--score)"
+            )
+        self.task, self.split = task, split
+        self.name = f"{type(task).__name__}, {split} data"
+
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
+        """Its figures. Raises InputError if the network does not fit the task."""
+        if isinstance(self.task, Classifier):
+            predictions = self.task.predict([network], self.split)
+            return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}
+        tasks = self.task.score(network, self.split)
+        names = next(iter(tasks.values()))
+        return {name: sum(each[name] for each in tasks.values()) / len(tasks) for name in names}
+
+
+def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
+    """A function by its place: ``package.module:function`` or ``folder/file.py:function``.
+
+    Modules are looked for in the working directory first.
+
+    Raises:
+        InputError: there is no such module or function, or importing it failed.
+    """
+    module_name, separator, name = reference.rpartition(":")
+    if not separator or not module_name or not name:
+        raise InputError(f"--score {reference!r} names no function; write package.module:function or file.py:function")
+    module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+    function: Any = module
+    for part in name.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        raise InputError(f"--score {reference}: {module_name} has no function {name!r}")
+    return OwnScorer(function, reference, adapter)
+
+
+def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: Collection[str] = ()) -> set[str]:
+    """The figures of which less is better.
+
+    Args:
+        names: of all figures.
+        lower, higher: what the user says of some.
+
+    Raises:
+        InputError: a name in ``lower`` or ``higher`` is that of no figure, or in both.
+    """
+    for each in (*lower, *higher):
+        if each not in names:
+            raise InputError(f"there is no figure {each!r} to be judged by; the scores are {', '.join(names)}")
+        if each in lower and each in higher:
+            raise InputError(f"--lower and --higher both name {each!r}; give one of them")
+    return {each for each in names if each in lower or (SMALL.search(each.lower()) and each not in higher)}
+
+
+def finite(value: float) -> float | None:
+    """A figure as JSON may hold it: None where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _is_path(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if annotation is inspect.Parameter.empty:
+        return bool(PATHS.search(parameter.name))
+    if isinstance(annotation, str):
+        return bool(re.fullmatch(r"(\w+\.)?(Path|PathLike|str)(\[str\])?(\s*\|.*)?", annotation))
+    return annotation in (str, Path, os.PathLike) or bool(PATHS.search(parameter.name))
+
+
+def _import_module(name: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        raise InputError(f"--score: {name} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _import_file(path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if specification is None or specification.loader is None:
+        raise InputError(f"--score: there is no file {path}")
+    module = importlib.util.module_from_spec(specification)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--score: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def _place(error: Exception) -> str:
+    """Where the user's function failed, as ``(file, line n)``."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return f" ({Path(last.tb_frame.f_code.co_filename).name}, line {last.tb_lineno})" if last is not None else ""

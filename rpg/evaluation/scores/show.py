@@ -1,0 +1,245 @@
+"""An evaluation by figures in the terminal, as a picture and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
+from rpg.evaluation.report.charts import Chart, histogram, lines, scatter
+from rpg.evaluation.report.template import render_page
+from rpg.evaluation.results import AT_DISTANCE
+from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
+
+KINDS = {"generated": GENERATED, "original": ORIGINAL, "average": AVERAGE}
+
+
+@dataclass
+class ScorePage:
+    """What a page shows beside the result.
+
+    Attributes:
+        title: of the page.
+        provenance: rows of the last table.
+        losses: (optimizer steps, losses) of training; empty without a run.
+    """
+
+    title: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    losses: tuple[Sequence[float], Sequence[float]] = ((), ())
+
+
+def label_of(kind: str) -> str:
+    """What tables and pictures call a kind of networks."""
+    label = kind.removesuffix(AT_DISTANCE).replace("_", " ")
+    return label + (" (at equal distance)" if kind.endswith(AT_DISTANCE) else "")
+
+
+def print_scores(result: ScoreResult, console: Console | None = None) -> None:
+    """Print the comparison, one row a kind of networks, then what is new and good.
+
+    Args:
+        result: what was measured.
+        console: where to print; standard output when None.
+    """
+    console = console or Console()
+    first, *others = result.better
+    table = Table(title=f"{first} ({result.better[first]} is better), by {result.scorer}")
+    table.add_column("networks", no_wrap=True)
+    columns = ["count", "mean", "best", "worst", *(f"mean {name}" for name in others)]
+    for name in [*columns, "distance"] if result.unit else columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind, each in result.sets.items():
+        cells = [str(each.count), *spread_of(each, first, result.better[first])]
+        cells += [number(mean_of(each, name)) for name in others]
+        cells += [number(median_of(each.distances), 3)] if result.unit else []
+        table.add_row(_short(kind), *cells, style="bold" if kind == "generated" else "")
+    console.print(table)
+    if result.unit and result.threshold is not None:
+        console.print(_novelty_table(result))
+
+
+def _novelty_table(result: ScoreResult) -> Table:
+    at_least = "at least" if result.better[result.first] == "more" else "at most"
+    table = Table(title=f"new and good (%): {result.first} {at_least} {number(result.threshold)} and distance over")
+    table.add_column("networks", no_wrap=True)
+    for tau in result.taus:
+        table.add_column(f"{tau:g}", justify="right", no_wrap=True)
+    for kind, each in reversed(in_drawing_order(result)):
+        if each.novel_and_performant and kind != "original":
+            shares = [f"{100 * share:.0f}" for share in each.novel_and_performant]
+            table.add_row(_short(kind), *shares, style="bold" if kind == "generated" else "")
+    table.caption = (
+        "distances in the zoo's median nearest-neighbour distances, hidden units unmatched; * at the generated "
+        "networks' distance"
+    )
+    return table
+
+
+def _short(kind: str) -> str:
+    return label_of(kind).replace(" (at equal distance)", " *")
+
+
+def draw_scores(result: ScoreResult, path: Path | str) -> None:
+    """The first figure against the distance to the nearest original, or by kind, as a PNG."""
+    save_points(*score_by_distance(result), path)
+
+
+def score_by_distance(result: ScoreResult) -> tuple[list[Series], Axis, Axis]:
+    """Points and axes of the first figure against distance, one point a network; of a zoo without spread by kind."""
+    series = []
+    for index, (kind, each) in enumerate(in_drawing_order(result)):
+        across = each.distances if result.unit else [index] * each.count
+        pairs = [(x, y) for x, y in zip(across, each.figures[result.first], strict=True) if None not in (x, y)]
+        xs, ys = ([pair[i] for pair in pairs] for i in (0, 1))
+        series.append(Series(label_of(kind), xs, ys, KINDS.get(kind, AVERAGE + 1 + index)))  # type: ignore[arg-type]
+    title = "distance to the nearest (other) original, in the zoo's median" if result.unit else "kind of networks"
+    return series, Axis(title), Axis(f"{result.first} ({result.better[result.first]} is better)")
+
+
+def in_drawing_order(result: ScoreResult) -> list[tuple[str, ScoredNetworks]]:
+    """The kinds of networks, generated ones last, above all others."""
+    return sorted(result.sets.items(), key=lambda each: each[0] == "generated")
+
+
+def write_score_page(path: Path | str, result: ScoreResult, page: ScorePage) -> None:
+    """Write ``report.html``. Raises InputError if the file cannot be written."""
+    first = result.first
+    rows = [
+        [label_of(kind), each.count, *spread_of(each, first, result.better[first])]
+        + [number(mean_of(each, name)) for name in list(result.better)[1:]]
+        + ([number(median_of(each.distances), 3)] if result.unit else [])
+        for kind, each in result.sets.items()
+    ]
+    heads = ["networks", "number", f"mean {first}", "best", "worst", *(f"mean {n}" for n in list(result.better)[1:])]
+    caption = f"The figure {first} of each network against its distance from the originals, by kind."
+    render_page(
+        path,
+        "scores.html.j2",
+        data=page,
+        result=result,
+        verdict=verdict_of(result),
+        heads=[*heads, *(["median distance"] if result.unit else [])],
+        rows=rows,
+        scatter_chart=scatter(*score_by_distance(result), caption),
+        novelty_chart=_novelty(result),
+        distances_chart=_distances(result),
+        components_chart=_components(result),
+        losses_chart=_losses(page),
+    )
+
+
+def verdict_of(result: ScoreResult) -> list[str]:
+    """What the figures say, in words."""
+    first, sets = result.first, result.sets
+    means = {kind: mean for kind, each in sets.items() if (mean := mean_of(each, first)) is not None}
+    shown = ", ".join(f"{label_of(kind)} {number(means[kind])}" for kind in KINDS if kind in means)
+    said = [f"Mean {first}, of which {result.better[first]} is better: {shown}."]
+    generated = sets.get("generated")
+    if generated is None or not result.unit or not generated.novel_and_performant:
+        return said
+    middle = median_of(generated.distances)
+    if middle is not None:
+        said.append(
+            f"Generated networks lie {middle:.1f} of the zoo’s nearest-neighbour distances from the nearest original "
+            "(median); hidden units are not matched, so that a reordered copy looks new."
+        )
+    index = min(range(len(result.taus)), key=lambda i: abs(result.taus[i] - 2))
+    rivals = {k: e.novel_and_performant[index] for k, e in sets.items() if k not in KINDS and e.novel_and_performant}
+    share = generated.novel_and_performant[index]
+    line = f"At τ = {result.taus[index]:g}, {100 * share:.0f} % of them are new and as good as the median original"
+    if rivals:
+        best = max(sorted(rivals), key=lambda kind: rivals[kind])
+        line += f"; of the best trivial baseline, {label_of(best)}, {100 * rivals[best]:.0f} %"
+    return [*said, line + "."]
+
+
+def mean_of(each: ScoredNetworks, name: str) -> float | None:
+    """Mean of a figure over the networks where it is finite."""
+    summary = each.summaries[name]
+    return None if summary is None else summary.mean
+
+
+def spread_of(each: ScoredNetworks, name: str, better: str) -> list[str]:
+    """Mean, best and worst of a figure, as they are shown."""
+    summary = each.summaries[name]
+    if summary is None:
+        return ["", "", ""]
+    best, worst = (summary.max, summary.min) if better == "more" else (summary.min, summary.max)
+    return [number(summary.mean), number(best), number(worst)]
+
+
+def median_of(values: Sequence[float | None]) -> float | None:
+    """Median of those that are known."""
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure as it is shown."""
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _novelty(result: ScoreResult) -> Chart | None:
+    kinds = [
+        (kind, each) for kind, each in in_drawing_order(result) if each.novel_and_performant and kind != "original"
+    ]
+    if not result.unit or not kinds:
+        return None
+    series = [
+        Series(
+            label_of(kind), result.taus, each.novel_and_performant, KINDS.get(kind, AVERAGE + 1 + index), dashed=dashed
+        )
+        for index, (kind, each) in enumerate(kinds)
+        for dashed in [kind != "generated" and not kind.endswith(AT_DISTANCE)]
+    ]
+    caption = (
+        "Share of networks at least τ nearest-neighbour distances from every original (hidden units unmatched) whose "
+        f"{result.first} is as good as {number(result.threshold)}, the median original’s. Dashed: baselines at "
+        "distances of their own."
+    )
+    across = Axis("τ", log=min(result.taus) > 0, ticks=result.taus)
+    return lines(series, across, Axis("new and good", -0.02, 1.02, percent=True), caption)
+
+
+def _distances(result: ScoreResult) -> Chart | None:
+    shown = ("original", "held_out", "coordinate_gaussian", "covariance_gaussian", "generated")
+    series = []
+    for index, kind in enumerate(each for each in shown if each in result.sets):
+        known = [value for value in result.sets[kind].distances if value is not None]
+        if known:
+            series.append(Series(label_of(kind), known, (), KINDS.get(kind, AVERAGE + 1 + index)))
+    if not series:
+        return None
+    caption = "Distances to the nearest (other) original in the zoo’s median nearest-neighbour distances."
+    return histogram(series, Axis("distance"), caption)
+
+
+def _components(result: ScoreResult) -> Chart | None:
+    if not result.components:
+        return None
+    series = [
+        Series(label_of(kind), [x for x, _ in points], [y for _, y in points], KINDS.get(kind, AVERAGE + 1 + index))
+        for index, (kind, points) in enumerate(
+            (kind, result.components[kind]) for kind, _ in in_drawing_order(result) if AT_DISTANCE not in kind
+        )
+    ]
+    caption = (
+        "First two principal components of the originals’ weights, which hold "
+        f"{100 * result.explained:.0f} % of their variance, with the other networks projected on them."
+    )
+    return scatter(series, Axis("first component"), Axis("second component"), caption)
+
+
+def _losses(page: ScorePage) -> Chart | None:
+    steps, losses = page.losses
+    if len(steps) < 2:
+        return None
+    series = [Series("loss", steps, losses, GENERATED)]
+    caption = "Training loss at each logged optimizer step."
+    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)

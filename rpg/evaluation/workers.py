@@ -1,0 +1,110 @@
+"""Work on many networks, shared among the processes that were launched together, and how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from rpg.generation.partition import Partition
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Report = Callable[..., None]
+"""Called by the first process with (networks done, networks in all, ``note`` in words)."""
+
+AT_ONCE = 16
+"""Networks that are handed over together where they are held in memory anyway."""
+
+
+class Workers:
+    """Each of ``size`` processes computes some of the networks, and all of them receive what was found.
+
+    Whoever computes a network finds the same of it, so that figures do not depend on the number of processes.
+
+    Args:
+        partition: which process this is; all of them make the same calls in the same order.
+        report: is told of progress; networks of all kinds count together.
+    """
+
+    def __init__(self, partition: Partition | None = None, report: Report | None = None) -> None:
+        self.partition = partition or Partition()
+        self.report = report
+        self.images = 0
+        self.done, self.total, self._started = 0, 0, 0.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.partition.rank == 0
+
+    def expect(self, total: int, images: int = 0) -> None:
+        """How many networks there will be in all, and how many images each is asked about: for progress alone."""
+        self.done, self.total, self.images, self._started = 0, total, images, time.perf_counter()
+
+    def places(self, num: int) -> list[int]:
+        """Which of ``num`` networks are this process's."""
+        return [place for place in range(num) if self.partition.takes(place)]
+
+    def map(self, compute: Callable[[int, T], R], items: Sequence[T]) -> list[R]:
+        """What ``compute`` gives for the place and value of every item, in their order."""
+        places = self.places(len(items))
+        return self.gather(compute, places, map(items.__getitem__, places), len(items))
+
+    def map_some(self, compute: Callable[[list[T]], Iterable[R]], items: Sequence[T]) -> list[R]:
+        """The same of a function that takes several items, which are all in memory."""
+        places, found = self.places(len(items)), list[R]()
+        for first in range(0, len(places), AT_ONCE):
+            batch = [items[place] for place in places[first : first + AT_ONCE]]
+            found += compute(batch)
+            self._tell(len(batch))
+        return self.collect(places, found, len(items))
+
+    def gather(self, compute: Callable[[int, T], R], places: Sequence[int], own: Iterable[T], num: int) -> list[R]:
+        """What ``compute`` gives for all ``num`` items, of which ``own`` are this process's, at ``places``."""
+        remaining, found = iter(own), list[R]()
+        for place in places:
+            found.append(compute(place, next(remaining)))  # nothing holds an item while the next one is made
+            self._tell(1)
+        return self.collect(places, found, num)
+
+    def watch(self, own: Iterable[T]) -> Iterator[T]:
+        """The items of this process; each counts as done when the next one, or the end, is asked for."""
+        remaining, began = iter(own), False
+
+        def advance() -> Iterator[T]:
+            nonlocal began
+            while True:
+                if began:
+                    self._tell(1)
+                began = True
+                try:
+                    yield next(remaining)
+                except StopIteration:
+                    return
+
+        return advance()
+
+    def collect(self, places: Sequence[int], own: Sequence[R], num: int) -> list[R]:
+        """What all processes found for ``num`` items, given what this one found for those at ``places``."""
+        found = dict(zip(places, own, strict=True))
+        if self.partition.size > 1:
+            parts: list[Any] = [None] * self.partition.size
+            torch.distributed.all_gather_object(parts, found)
+            found = {place: each for part in parts for place, each in part.items()}
+        return [found[place] for place in range(num)]
+
+    def finish(self) -> None:
+        """All is done, though there were fewer networks than expected."""
+        if self.report is not None and self.is_first and 0 < self.done < self.total:
+            self.report(self.total, self.total, note="")
+
+    def _tell(self, num: int) -> None:
+        self.done = min(self.done + num * self.partition.size, self.total)
+        if self.report is not None and self.is_first and self.total:
+            rate = self.done / max(time.perf_counter() - self._started, 1e-9)
+            note = f"{rate * self.images:,.0f} images/s" if self.images else f"{rate:.3g} networks/s"
+            self.report(self.done, self.total, note=note)

@@ -1,0 +1,147 @@
+"""Scoring from the command line: the README's example, zoos, single checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.tasks import DigitsConfig, build_task
+from rpg.training.loop import train
+from tests.conftest import make_zoo, small_config
+from tests.rpg.conftest import Run, refused
+from tokenization.zoo.zoo import Zoo
+
+ROOT = Path(__file__).parent.parent.parent
+FUNCTION = "def norm(state_dict):\n    return {'norm': state_dict['3.weight'].norm(), 'mean_loss': 1.5}\n"
+CONDITIONAL = "def score(path, condition):\n    return len(condition)\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a zoo and a function."""
+    monkeypatch.chdir(tmp_path)
+    make_zoo(tmp_path / "zoo")
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    return tmp_path
+
+
+def readme_blocks() -> tuple[str, list[str]]:
+    """The README's wine.py and the commands below it."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"As `wine\.py`.*?```python\n(.*?)```.*?```sh\n(.*?)```", text, re.DOTALL)
+    assert found
+    return found[1], [line.split("#")[0].strip() for line in found[2].splitlines()]
+
+
+def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, commands = readme_blocks()
+    (tmp_path / "wine.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "wine.py"], check=True, timeout=120)
+    short = ["--set", "train.steps=40", "--set", "evaluate.num=4", "--set", "evaluate.num_baseline=3"]
+    lines = [line.removeprefix("python wine.py && ").replace("'", "") for line in commands]
+    assert [line.split()[1] for line in lines] == ["collect", "evaluate", "train", "evaluate", "score"]
+    for line in lines:
+        words = line.replace("configs/", f"{ROOT}/configs/").split()[1:]
+        code, out, err = rpg(
+            *words, *(short if words[0] == "train" else ["--set", short[-1]] if "wine-zoo" in words[1:2] else [])
+        )
+        assert (code, err) == (0, ""), line
+    assert "099.safetensors" in out
+    of_zoo, of_run = (json.loads(Path(f"wine-{each}/evaluation.json").read_text()) for each in ("zoo", "run"))
+    assert of_zoo["sets"]["original"] == of_run["sets"]["original"]
+    assert of_zoo["sets"]["original"]["summaries"]["accuracy"]["mean"] > 0.85 and "generated" not in of_zoo["sets"]
+    generated = of_run["sets"]["generated"]
+    assert len(generated["figures"]["accuracy"]) == 4 == len(generated["distances"])
+    assert {"average", "noise_0.05_at_distance"} & of_run["sets"].keys() and of_run["matched"] is False
+    page = Path("wine-run/report.html").read_text()
+    assert (
+        "wine:accuracy" in page
+        and page.count("<svg") >= 4
+        and "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+    )
+    assert Path("wine-run/scatter.png").stat().st_size > 1000
+
+
+def test_a_zoo_is_scored_by_its_own_task(rpg: Run, tmp_path: Path) -> None:
+    task = DigitsConfig(network="mlp-mini", train_steps=60, steps=4, batch_size=64)
+    zoo = build_task(task).collect(tmp_path / "zoo")
+    few = ["--set", "evaluate.num_baseline=2", "--set", "evaluate.baselines=[interpolation]"]
+    code, out, err = rpg("evaluate", zoo.path, *few, "--output", tmp_path / "out")
+    assert (code, err) == (0, "") and "DigitsTask, test data" in out
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(found["sets"]) == ["original", "average", "interpolation"]
+    expected = [
+        build_task(task).predict([zoo.state_dict(i)])[0].eq(build_task(task).labels()).double().mean().item()
+        for i in range(4)
+    ]
+    assert found["sets"]["original"]["figures"]["accuracy"] == pytest.approx(expected)
+    code, out, err = rpg("score", zoo.path, zoo.file(1))
+    assert code == 2 and "nothing says how to score" in err
+    code, out, err = rpg("score", zoo.path)
+    assert (code, err) == (0, "") and "accuracy" in out and out.count("safetensors") == 4
+
+
+def test_files_of_any_kind_are_scored(rpg: Run, here: Path) -> None:
+    torch.save({"3.weight": torch.ones(5, 12)}, "other.pth")
+    code, out, err = rpg("score", "other.pth", Zoo.open("zoo").file(0), "--score", "mine.py:norm")
+    assert (code, err) == (0, "") and "7.74597" in out and "mean loss" in out
+    (here / "by_path.py").write_text("def score(path):\n    return len(path.name)\n")
+    code, out, err = rpg("score", "other.pth", "--score", "by_path:score")
+    assert (code, err) == (0, "") and " 9 " in out
+
+
+def test_networks_of_a_conditional_generator_are_made_for_conditions_of_the_zoo(rpg: Run, here: Path) -> None:
+    make_zoo(here / "conditional", condition_size=2)
+    config = small_config(
+        here, zoo=str(here / "conditional"), model={"condition": {"kind": "binary"}}, train={"steps": 2}
+    )
+    train(config, say=lambda _: None)
+    (here / "conditional.py").write_text(CONDITIONAL)
+    code, _, err = rpg("evaluate", "run", "--score", "conditional:score", "--num", 3)
+    assert (code, err) == (0, ""), err
+    found = json.loads(Path("run/evaluation.json").read_text())
+    assert found["sets"]["generated"]["figures"]["score"] == [2.0, 2.0, 2.0]
+
+
+def test_two_processes_find_the_figures_of_one(here: Path) -> None:
+    """Networks of 12 tokens in tiles of 5, which `rpg generate` would share tile by tile."""
+    train(small_config(here, generate={"tile_tokens": 5}, train={"steps": 2}, evaluate={"num_baseline": 3}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = ["run", "--score", "mine:norm", "-n", "3", "--output"]
+    subprocess.run(
+        [sys.executable, "-m", "rpg.cli", "evaluate", *words, "one"], check=True, env=environment, timeout=300
+    )
+    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", ROOT / "scripts" / "evaluate.py"]
+    made = subprocess.run(
+        [*map(str, command), *words, "two"], check=True, env=environment, timeout=300, capture_output=True, text=True
+    )
+    one, two = (json.loads(Path(each, "evaluation.json").read_text()) for each in ("one", "two"))
+    one.pop("seconds_per_network"), two.pop("seconds_per_network")
+    assert one == two and len(one["sets"]["generated"]["figures"]["norm"]) == 3
+    assert made.stdout.count("new and good") == 1 and Path("two/report.html").exists()
+
+
+def test_what_is_refused(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}))
+    refused(rpg("evaluate", "run"), "--score")
+    refused(rpg("evaluate", "zoo"), "--score")
+    refused(rpg("evaluate", "zoo", "--num", 3, "--score", "mine:norm"), "--num")
+    refused(rpg("evaluate", "run", "--score", "mine:norm", "--set", "seed=1"), "--set")
+    refused(rpg("evaluate", "run", "--lower", "norm"), "--score")
+    refused(rpg("evaluate", "run", "--score", "mine:other"), "other")
+    refused(rpg("evaluate", "zoo", "--score", "mine:norm", "--lower", "nrom"), "nrom", "norm, mean_loss")
+    refused(rpg("evaluate", "zoo", "--score", "mine:norm", "--set", "evaluate.baselines=[run_average]"), "run_average")
+    refused(rpg("score", "zoo"), "--score")
+    refused(rpg("score", "none.safetensors", "--score", "mine:norm"), "none.safetensors")
+    refused(rpg("score", "a.yaml", "b.yaml", "zoo"), "CONFIG")
+    (here / "mine2.py").write_text("def norm(state_dict):\n    return state_dict['none'].norm()\n")
+    refused(rpg("evaluate", "zoo", "--score", "mine2:norm"), "KeyError", "line 2")
