@@ -95,7 +95,9 @@ Temperature = Annotated[
     float | None,
     option("Spread of fresh states, or of kernel ridge's draws, in that of the zoo; 0: the mean.", min=0),
 ]
-Device = Annotated[str | None, option("cpu (default), cuda, …; of a launched process its own.")]
+Device = Annotated[
+    str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
+]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
 Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]
 Written = Annotated[Path, option("The file (timm, torch) or folder (transformers, peft) to write.")]

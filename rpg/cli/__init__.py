@@ -103,11 +103,13 @@ def plan(
 @app.command()
 def train(
     config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
-    compare: o.Compare = False,
+    compare: o.Compare = False, device: o.Device = "auto",
 ) -> None:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
+    from rpg.devices import device_of_run
+
     settings, comparison = load(config, overrides), None
-    with progress_bar("training") as advance:
+    with progress_bar(f"training on {device_of_run(device)}") as advance:
         how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
         if compare:  # imports all of evaluation, which training alone need not
             from rpg.experiments.comparison import train_and_compare
@@ -128,7 +130,7 @@ def generate(
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
     prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    device: o.Device = None,
+    device: o.Device = "auto",
 ) -> None:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
@@ -138,10 +140,10 @@ def generate(
     from rpg.generation.generator import Generator
     from rpg.generation.partition import join_processes
 
-    partition, own_device = join_processes()
-    generator = Generator.from_pretrained(run, device or own_device)
+    partition, place = join_processes(device)
+    generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
-    with progress_bar("generating") as advance:
+    with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
             temperature=temperature, condition=vector, start=start, output=output or run / "generated",

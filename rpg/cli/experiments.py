@@ -20,16 +20,22 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
 
 
 def unseen(
-    config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None
-) -> None:
+    config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
+    device: o.Device = "auto",
+) -> None:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    held_out(settings, split, seeds, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png")
+    held_out(
+        settings, split, seeds, device, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png"
+    )
 
 
-def lora(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+def lora(
+    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None, device: o.Device = "auto"
+) -> None:
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
-    held_out(load(config or o.default_config("lora/tiny.yaml"), overrides), split, 1, "figures:  {run}/evaluation.json")
+    settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
+    held_out(settings, split, 1, device, "figures:  {run}/evaluation.json")
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -83,15 +89,17 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
-def held_out(settings: Any, split: str | None, seeds: int, written: str) -> None:
+def held_out(settings: Any, split: str | None, seeds: int, device: str, written: str) -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
+    from rpg.devices import use_device
     from rpg.experiments.held_out_table import print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
 
+    place = use_device(device)
     if split is not None:
         print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
         return
-    with progress_bar("collecting") as collecting, progress_bar("training") as training:
+    with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
         report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
     print_held_out(report, console)
     console.print(written.format(run=settings.run))

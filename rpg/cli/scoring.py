@@ -17,6 +17,7 @@ def evaluate(
     higher: o.Higher = None,
     overrides: o.Overrides = None,
     output: o.ResultFolder = None,
+    device: o.Device = "auto",
 ) -> None:
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
@@ -29,9 +30,9 @@ def evaluate(
     from rpg.experiments.single import evaluate_run
     from rpg.generation.partition import join_processes
 
-    partition, _ = join_processes()
+    partition, place = join_processes(device)
     judge = Judge(function, lower or (), higher or ())
-    with progress_bar("scoring") as advance:
+    with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         if (run / "zoo.json").is_file():
             from rpg.config import Config
@@ -62,20 +63,21 @@ def score(
     function: o.Function = None,
     overrides: o.Overrides = None,
     split: o.RowSplit = "test",
+    device: o.Device = "auto",
 ) -> None:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
     from rpg.evaluation.workers import Workers
     from rpg.experiments.scores import Judge, print_figures, score_checkpoints
     from rpg.generation.partition import join_processes
 
-    partition, _ = join_processes()
+    partition, place = join_processes(device)
     configs = [file for file in files if file.suffix in (".yaml", ".yml")]
     checkpoints = [file for file in files if file not in configs]
     if len(configs) > 1 or not checkpoints:
         found = f"{len(configs)} configurations and {len(checkpoints)} checkpoints"
         raise InputError(f"rpg score takes checkpoints and at most one CONFIG, but here are {found}")
     config = load(configs[0], overrides) if configs else None
-    with progress_bar("scoring") as advance:
+    with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         scores = score_checkpoints(checkpoints, Judge(function), config, split, workers)
     print_figures(scores, console)

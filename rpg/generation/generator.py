@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import chosen_device, parse_device
 from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
-from rpg.generation.devices import parse_device
 from rpg.generation.digest import folder_digest
 from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder
 from rpg.generation.model_card import model_card
@@ -85,13 +85,17 @@ class Generator:
     # --- folder ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> Generator:
+    def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None) -> Generator:
         """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
+
+        Args:
+            path: as above.
+            device: where it computes; the one that the command chose when None, and without a command the CPU.
 
         Raises:
             InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
         """
-        device = parse_device(device)
+        device = parse_device(device or chosen_device() or "cpu")
         folder = find_folder(path)
         for name in FILES:
             if not (folder / name).is_file():

@@ -10,6 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from rpg.devices import note_device, use_device
+from tokenization.errors import InputError
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -32,14 +35,24 @@ class Partition:
         return number % self.size == self.rank
 
 
-def join_processes() -> tuple[Partition, torch.device]:
-    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on the CPU.
+def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
+    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
 
     All processes wait here for one another.
+
+    Args:
+        device: what the user asked for; launched processes have devices of their own unless it is ``cpu``.
+
+    Raises:
+        InputError: there is no such device, or it was named for launched processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Partition(), torch.device("cpu")
+        return Partition(), use_device(device)
+    if device not in ("auto", "cpu"):
+        raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
     # Left to itself, accelerate takes several processes without a GPU for as many single ones.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    no_gpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     atexit.register(torch.distributed.destroy_process_group)
+    note_device(state.device)
     return Partition(state.process_index, state.num_processes), state.device

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from rpg.devices import chosen_device, parse_device
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.training.config import TrainConfig
 from rpg.training.sharding import Shards, ZeROShards
@@ -177,7 +178,7 @@ def mixed_precision(precision: str) -> str | None:
 
 def fast_bf16() -> bool:
     """Whether bf16 matrix products are faster than fp32 ones on the device that will be used."""
-    if torch.cuda.is_available():
+    if (chosen_device() or parse_device("auto")).type == "cuda":
         return torch.cuda.is_bf16_supported()
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)

@@ -16,6 +16,7 @@ from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
+from tests.rpg.launched_scores import score_everything
 from tokenization.zoo.zoo import Zoo
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,23 +112,36 @@ def test_networks_of_a_conditional_generator_are_made_for_conditions_of_the_zoo(
     assert found["sets"]["generated"]["figures"]["score"] == [2.0, 2.0, 2.0]
 
 
-def test_two_processes_find_the_figures_of_one(here: Path) -> None:
-    """Networks of 12 tokens in tiles of 5, which `rpg generate` would share tile by tile."""
-    train(small_config(here, generate={"tile_tokens": 5}, train={"steps": 2}, evaluate={"num_baseline": 3}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = ["run", "--score", "mine:norm", "-n", "3", "--output"]
-    subprocess.run(
-        [sys.executable, "-m", "rpg.cli", "evaluate", *words, "one"], check=True, env=environment, timeout=300
-    )
+def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
+    """Of networks cut into several tiles, which `rpg generate` would share tile by tile; in every way of scoring."""
+    task = DigitsConfig(network="mlp-mini", train_steps=60, steps=6, batch_size=64)
+    build_task(task).collect(tmp_path / "zoo")
+    few = ["noise", "interpolation", "low_rank_gaussian_at_distance"]
+    sections = {
+        "generate": {"tile_tokens": 50},
+        "train": {"steps": 2},
+        "evaluate": {"num_baseline": 2, "baselines": few},
+    }
+    train(small_config(tmp_path, task=task.model_dump(), **sections), say=lambda _: None)
+    (tmp_path / "mine.py").write_text("def norm(state_dict):\n    return next(iter(state_dict.values())).norm()\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", ROOT / "scripts" / "evaluate.py"]
-    made = subprocess.run(
-        [*map(str, command), *words, "two"], check=True, env=environment, timeout=300, capture_output=True, text=True
-    )
-    one, two = (json.loads(Path(each, "evaluation.json").read_text()) for each in ("one", "two"))
-    one.pop("seconds_per_network"), two.pop("seconds_per_network")
-    assert one == two and len(one["sets"]["generated"]["figures"]["norm"]) == 3
-    assert made.stdout.count("new and good") == 1 and Path("two/report.html").exists()
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        ROOT / "tests" / "rpg" / "launched_scores.py",
+    ]
+    subprocess.run([*map(str, command), str(tmp_path), str(tmp_path / "two")], check=True, env=environment, timeout=300)
+    score_everything(tmp_path, tmp_path / "one")
+    files = sorted(each.relative_to(tmp_path / "one") for each in (tmp_path / "one").rglob("*.json"))
+    assert len(files) == 5
+    for file in files:
+        one, two = (re.sub(r'"seconds_per_network":.*', "", (tmp_path / n / file).read_text()) for n in ("one", "two"))
+        assert one == two, file
+    for name in ("own", "zoo", "together", "streamed"):
+        assert (tmp_path / "two" / name / "report.html").exists()
 
 
 def test_what_is_refused(rpg: Run, here: Path) -> None:

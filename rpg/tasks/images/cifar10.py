@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.images import ImageSplits
@@ -41,7 +42,7 @@ class Cifar10SubsetsTask(SubsetTask):
 
     def __init__(self, config: Cifar10SubsetsConfig) -> None:
         super().__init__(config)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = task_device()
 
     @cached_property
     def data(self) -> ImageSplits:

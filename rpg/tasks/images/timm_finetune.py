@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
@@ -41,9 +42,7 @@ class TimmFinetuneTask:
 
     def __init__(self, config: TimmFinetuneConfig) -> None:
         self.config = config
-        self.device = torch.device(
-            config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        self.device = task_device(config.device)
         self._datasets: dict[str, Any] = {}
 
     def build(self) -> nn.Module:

@@ -1,0 +1,86 @@
+"""The device that a command computes on: the one its user names, or the best there is.
+
+Commands note it in the environment variable that accelerate reads, so that training, tasks and the processes they start
+agree. A program that uses the package without a command has noted nothing: generators are then on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+
+from tokenization.errors import InputError
+
+VARIABLE = "ACCELERATE_TORCH_DEVICE"
+
+
+def parse_device(name: torch.device | str) -> torch.device:
+    """A device of this machine by its name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …; ``auto`` is the best there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    known = ["cpu", *([accelerator.type] if accelerator is not None else [])]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is no name of a device; here are auto, {', '.join(known)}.") from None
+    if device.type not in known or (device.index or 0) >= max(count, 1):
+        raise InputError(f"There is no device {device} on this machine; here are auto, {', '.join(known)}.")
+    return device
+
+
+def use_device(name: str = "auto") -> torch.device:
+    """Compute on a device from now on, in this process and those it starts.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    device = parse_device(name)
+    note_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for no device in particular then takes this one
+    return device
+
+
+def device_of_run(name: str = "auto") -> torch.device:
+    """The same for training, whose launched processes get their devices from accelerate.
+
+    Raises:
+        InputError: there is no such device, or it was named for launched processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return use_device(name)
+    if name == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif name != "auto":
+        raise InputError(f"--device {name} names one device for several processes; leave it out, or give cpu")
+    return parse_device("cpu" if os.environ.get("ACCELERATE_USE_CPU", "") == "true" else "auto")
+
+
+def note_device(device: torch.device) -> None:
+    """Have everything in this process and those it starts take ``device``."""
+    os.environ[VARIABLE] = str(device)
+    if PartialState._shared_state:  # it has read the variable already
+        PartialState().device = device
+
+
+def chosen_device() -> torch.device | None:
+    """The device that was chosen for this process; None before `use_device`."""
+    name = os.environ.get(VARIABLE)
+    return torch.device(name) if name else None
+
+
+def task_device(name: str = "auto") -> torch.device:
+    """Where a task computes: on the device it is configured for, else the chosen one, else the best there is.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    return parse_device(name) if name != "auto" else chosen_device() or parse_device("auto")
