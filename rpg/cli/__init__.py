@@ -15,7 +15,7 @@ import typer
 
 from rpg import options as o
 from rpg.cli import experiments, scoring
-from rpg.cli.reading import load
+from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar, run_command
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionKind
@@ -36,9 +36,15 @@ app = typer.Typer(
 
 @app.command()
 def collect(
-    config: o.OtherConfig = None, overrides: o.Overrides = None, source: o.Source = None, zoo: o.NewZoo = None,
-    table: o.Table = None, pattern: o.Pattern = None, condition: o.Kind = None,
-) -> None:  # fmt: skip
+    config: o.OtherConfig = None,
+    overrides: o.Overrides = None,
+    source: o.Source = None,
+    zoo: o.NewZoo = None,
+    table: o.Table = None,
+    pattern: o.Pattern = None,
+    condition: o.Kind = None,
+    ignore_memory: o.IgnoreMemory = False,
+) -> None:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
     if source is not None:
         from tokenization.zoo.importing import collect_from
@@ -50,9 +56,12 @@ def collect(
             made = collect_from(source, zoo, table=table, pattern=pattern, condition=kind, progress=advance)
     elif config is not None:
         from rpg.experiments.single import collect as collect_task
+        from rpg.planning.collection import collection_need
 
+        settings = load(config, overrides)
+        guard(lambda: collection_need(settings), ignore_memory)
         with progress_bar("collecting") as advance:
-            made = collect_task(load(config, overrides), progress=advance)
+            made = collect_task(settings, progress=advance)
     else:
         raise InputError("There is nothing to collect: give a CONFIG with a task, or --from FOLDER.")
     console.print(f"{len(made)} checkpoints of {made.num_runs} run(s) in {made.path}")
@@ -103,13 +112,15 @@ def plan(
 @app.command()
 def train(
     config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
-    compare: o.Compare = False, device: o.Device = "auto",
+    compare: o.Compare = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
     from rpg.devices import device_of_run
+    from rpg.planning.guard import training_need
 
-    settings, comparison = load(config, overrides), None
-    with progress_bar(f"training on {device_of_run(device)}") as advance:
+    settings, comparison, place = load(config, overrides), None, device_of_run(device)
+    guard(lambda: training_need(settings), ignore_memory)
+    with progress_bar(f"training on {place}") as advance:
         how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
         if compare:  # imports all of evaluation, which training alone need not
             from rpg.experiments.comparison import train_and_compare
@@ -131,6 +142,7 @@ def generate(
     prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     device: o.Device = "auto",
+    ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
@@ -139,8 +151,10 @@ def generate(
     from rpg.generation.conditions import choose_condition
     from rpg.generation.generator import Generator
     from rpg.generation.partition import join_processes
+    from rpg.planning.guard import generation_need
 
     partition, place = join_processes(device)
+    guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
     with progress_bar(f"generating on {place}") as advance:

@@ -1,7 +1,9 @@
-"""What several commands read."""
+"""What several commands do first: read a configuration, and see whether there is room."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,3 +13,24 @@ def load(path: Path, overrides: list[str] | None) -> Any:
     from rpg.config import Config
 
     return Config.load(path, overrides)
+
+
+def guard(find: Callable[[], Any], ignore: bool) -> None:
+    """Stop, before anything begins, where more memory is needed than is free.
+
+    Args:
+        find: what is needed, as `rpg.planning.guard` finds it.
+        ignore: whether the user said to begin all the same; then nothing is found out.
+    """
+    if ignore:
+        return
+    from rpg.planning.guard import require_memory
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever is to be warned of, the command warns of
+            need = find()
+    except Exception:  # what cannot be planned cannot be compared; the command itself says what is wrong with it
+        return
+    if need is not None:
+        require_memory(need)

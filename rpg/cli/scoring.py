@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rpg import options as o
-from rpg.cli.reading import load
+from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
@@ -18,6 +18,7 @@ def evaluate(
     overrides: o.Overrides = None,
     output: o.ResultFolder = None,
     device: o.Device = "auto",
+    ignore_memory: o.IgnoreMemory = False,
 ) -> None:
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
@@ -27,11 +28,15 @@ def evaluate(
     from rpg.evaluation.tables import print_table
     from rpg.evaluation.workers import Workers
     from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
-    from rpg.experiments.single import evaluate_run
+    from rpg.experiments.single import MOST_VALUES, evaluate_run
     from rpg.generation.partition import join_processes
+    from rpg.planning.guard import evaluation_need
 
     partition, place = join_processes(device)
     judge = Judge(function, lower or (), higher or ())
+    if not (run / "zoo.json").is_file():
+        limit = 0 if function is not None else MOST_VALUES  # figures of one's own are of one network after the other
+        guard(lambda: evaluation_need(run, limit, num), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         if (run / "zoo.json").is_file():

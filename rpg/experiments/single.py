@@ -18,6 +18,7 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
+from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily
 from rpg.training.data import training_entries
@@ -82,7 +83,7 @@ def evaluate_run(
     zoo = Zoo.open(config.zoo)
     task = scoring_task(config, zoo)
     num = num or config.evaluate.num
-    if _num_held_values(generator, len(zoo), num) > MOST_VALUES:
+    if held_values(config, generator.layout, len(zoo), num) > MOST_VALUES:
         networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed, workers)
     else:
         networks, result = _evaluate_together(generator, zoo, task, num, seed, workers)
@@ -159,13 +160,6 @@ def zoo_span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
     """How networks lie among the checkpoints that a generator learned from."""
     checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
     return ZooSpan(checkpoints, [layer.name for layer in generator.layout.layers])
-
-
-def _num_held_values(generator: Generator, num_checkpoints: int, num: int) -> int:
-    """About how many values an evaluation holds at once that keeps all networks, baselines included."""
-    config = generator.config.evaluate
-    kinds = 15 + len(config.noise)
-    return generator.layout.num_values * (num_checkpoints + num + kinds * config.num_baseline)
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Classifier:

@@ -1,0 +1,166 @@
+"""The memory guard: what is free, what is needed, and what is said where it is too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from rpg.config import Config
+from rpg.planning import guard
+from rpg.planning.collection import collection_need, training_bytes
+from rpg.planning.guard import GIB, Need, evaluation_need, free_memory, generation_need, require_memory, training_need
+from rpg.planning.plan import make_plan
+from rpg.planning.zoo_summary import ZooSummary
+from rpg.training.loop import train
+from tests.conftest import make_zoo, small_config
+from tests.rpg.conftest import Run, refused
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+
+@pytest.fixture
+def one_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+
+
+def test_too_much_is_one_sentence_with_both_figures_and_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "free_memory", lambda: 16 * GIB)
+    need = Need("training", 31 * GIB, 0, "lower train.batch_size")
+    with pytest.raises(
+        InputError, match=r"training needs 31 GiB, 16 GiB of memory are free; lower train.batch_size, .*--ignore-memory"
+    ):
+        require_memory(need)
+    require_memory(need, ignore=True)
+    half = Need("training", 10 * GIB, 0, "wait")
+    require_memory(half)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"20 GiB \(2 processes\)"):
+        require_memory(half)
+
+
+def test_a_gpu_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "free_memory", lambda: GIB)
+    monkeypatch.setattr(guard, "free_on_device", lambda: 8 * GIB)
+    monkeypatch.setattr(guard, "chosen_device", lambda: torch.device("cuda:1"))
+    require_memory(Need("generating", 0, 7 * GIB, "wait"))
+    with pytest.raises(InputError, match="needs 9 GiB, 8 GiB of cuda:1 are free"):
+        require_memory(Need("generating", 0, 9 * GIB, "wait"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_control_groups_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int) -> None:
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    own = root / "outer" / "inner"
+    own.mkdir(parents=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, (limit, usage) in {
+        own: ("9223372036854771712" if version == 1 else "max", 10),
+        own.parent: (1000, 700),
+    }.items():
+        for name, value in zip(names, (limit, usage), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text("inactive_file 40\ntotal_inactive_file 40\n")
+    lines = "0::/outer/inner\n" if version == 2 else "4:cpu,memory:/outer/inner\n0::/\n"
+    monkeypatch.setattr(guard, "CGROUPS", tmp_path)
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, *a, **k: lines if str(p) == "/proc/self/cgroup" else read(p, *a, **k)
+    )
+    assert free_memory() == 1000 - 700 + 40  # page cache goes when it has to
+
+
+def test_without_limits_it_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(guard, "CGROUPS", tmp_path)
+    assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_training_needs_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = make_zoo(tmp_path / "zoo")
+    config = small_config(tmp_path)
+    summary = ZooSummary.of(Zoo.open(zoo.path), config)
+    assert training_need(config) is None  # clearly small
+    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+    need = training_need(config)
+    assert need is not None and need.host == make_plan(config, summary).training.total
+    assert need.host < guard.rough_training_bytes(guard.build_estimator(config, summary))
+    assert training_need(config.model_copy(update={"zoo": str(tmp_path / "none")})) is None
+
+
+def test_weights_that_are_spread_over_processes_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_zoo(tmp_path / "zoo")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert training_need(small_config(tmp_path)) is None
+
+
+def test_small_generators_are_not_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_zoo(tmp_path / "zoo", condition_size=2)
+    config = small_config(tmp_path, train={"steps": 2}, model={"condition": {"kind": "binary"}})
+    train(config, say=lambda _: None)
+    monkeypatch.setattr(guard, "free_memory", lambda: 16 * GIB)
+    assert generation_need(config.run) is None
+    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+    need = generation_need(config.run)
+    assert need is not None and 0 < need.host < guard.rough_generation_bytes(Path(config.run) / "generator")
+    one_by_one, together = (evaluation_need(config.run, most, 1000) for most in (0, 1 << 40))
+    assert one_by_one is not None and together is not None and one_by_one.host < together.host
+
+
+def test_collection_needs_weights_gradients_moments_and_activations() -> None:
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 1000, device="meta"), nn.ReLU(), nn.Linear(1000, 10, device="meta")
+    )
+    weights = 4 * (64 * 1000 + 1000 + 10000 + 10)
+    found = training_bytes(network, (32, 1, 8, 8))
+    activations = 4 * 32 * (64 + 2 * 1000 + 10)
+    assert 5 * weights < found < 5 * weights + 4 * activations
+    digits, large = (
+        collection_need(
+            Config.parse({"run": "r", "zoo": "z", "task": {"name": "digits", "image_size": 32, "network": name}}, "t")
+        )
+        for name in ("cnn", "convnext-large")
+    )
+    assert digits is not None and digits.host < GIB / 10
+    assert large is not None and large.host > 4 * 4 * 196_000_000
+    unknown = {"run": "r", "zoo": "z", "task": {"name": "imagenet", "network": "nothing"}}
+    assert collection_need(Config.parse(unknown, "t")) is None
+    tiny = {
+        "run": "r",
+        "zoo": "z",
+        "task": {"name": "imagenet", "network": "test_vit", "image_size": 160, "batch_size": 4},
+    }
+    assert collection_need(Config.parse(tiny, "t")) is not None
+
+
+def test_commands_stop_before_they_begin(rpg: Run, tmp_path: Path, one_mebibyte: None) -> None:
+    make_zoo(tmp_path / "zoo")
+    config = small_config(tmp_path, train={"steps": 2})
+    config.save(tmp_path / "config.yaml")
+    train_command = ("train", tmp_path / "config.yaml", "--device", "cpu")
+    refused(
+        rpg(*train_command, "--set", "model.denoiser.hidden=4096"),
+        "training needs",
+        "GiB of memory are free",
+        "--ignore-memory",
+    )
+    assert not (tmp_path / "run").exists()
+    assert rpg(*train_command, "--ignore-memory")[0] == 0
+    wide = ("--set", "model.denoiser.hidden=4096", "--set", f"run={tmp_path / 'wide'}")
+    assert rpg(*train_command, *wide, "--ignore-memory")[0] == 0
+    refused(rpg("generate", tmp_path / "wide", "--device", "cpu"), "generating needs")
+    assert not (tmp_path / "wide" / "generated").exists()
+    assert rpg("generate", tmp_path / "wide", "--device", "cpu", "--ignore-memory")[0] == 0
+    refused(rpg("evaluate", tmp_path / "wide", "--score", "mine:score"), "evaluating needs")
+    collect = {
+        "run": "r",
+        "zoo": str(tmp_path / "new"),
+        "task": {"name": "digits", "network": "cnn", "train_steps": 2, "batch_size": 1024, "steps": 1},
+    }
+    Config.parse(collect, "t").save(tmp_path / "collect.yaml")
+    refused(rpg("collect", tmp_path / "collect.yaml"), "collecting needs")
+    assert not (tmp_path / "new").exists() and rpg("collect", tmp_path / "collect.yaml", "--ignore-memory")[0] == 0
