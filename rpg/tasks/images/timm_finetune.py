@@ -22,6 +22,7 @@ from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
+from rpg.tasks.images.image_cache import CachedImages, cached_images
 from rpg.tasks.images.timm_data import AddressedImages, image_transform
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
@@ -44,6 +45,7 @@ class TimmFinetuneTask:
         self.config = config
         self.device = task_device(config.device)
         self._datasets: dict[str, Any] = {}
+        self._caches: dict[str, CachedImages | None] = {}
 
     def build(self) -> nn.Module:
         """The target network with as many logits as the data set has classes, with timm's weights if so configured.
@@ -111,8 +113,14 @@ class TimmFinetuneTask:
                 return datasets.Food101(root, split, transform)
 
     def batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the task's device; seed and ``parts`` decide order and alterations of ``train``."""
+        """Images and labels on the task's device; seed and ``parts`` decide order and alterations of ``train``.
+
+        Images that are scored are decoded once and for all (`rpg.tasks.images.image_cache`).
+        """
         train, dataset = split == "train", self.dataset(split)
+        if not train and (cached := self._cached(split)) is not None:
+            yield from cached.batches(self.config.batch_size, self.device)
+            return
         loader: Any = torch.utils.data.DataLoader(
             AddressedImages(dataset, self.config.seed, *parts) if train else dataset,
             self.config.batch_size,
@@ -122,6 +130,12 @@ class TimmFinetuneTask:
         )
         for images, labels in loader:
             yield images.to(self.device), labels.to(self.device)
+
+    def _cached(self, split: str) -> CachedImages | None:
+        if split not in self._caches:
+            dataset, root = self.dataset(split), Path(self.config.data)
+            self._caches[split] = cached_images(dataset, root, known_labels(dataset), self.config.workers)
+        return self._caches[split]
 
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
         """Train the base network if there is none yet, fine-tune it, save the fine-tuned parameters of each step.
@@ -215,11 +229,16 @@ class TimmFinetuneTask:
 
     def labels(self, split: str = "test") -> Tensor:
         """Right classes, int64 [images]."""
-        dataset = self.dataset(split)
-        for name in ("targets", "labels", "_labels"):
-            if hasattr(dataset, name):
-                return torch.as_tensor(getattr(dataset, name), dtype=torch.long)
-        return torch.cat([labels.cpu() for _, labels in self.batches(split)])
+        known = known_labels(self.dataset(split))
+        return known if known is not None else torch.cat([labels.cpu() for _, labels in self.batches(split)])
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Labels of a data set of torchvision, int64 ``[images]``, where it has them without reading images."""
+    for name in ("targets", "labels", "_labels"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name), dtype=torch.long)
+    return None
 
 
 def to_rgb(image: Any) -> Any:

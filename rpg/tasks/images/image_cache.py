@@ -1,0 +1,206 @@
+"""Images decoded once: a split as it is scored, in a file of bytes that all networks read through a memory map.
+
+A cache belongs to the very files it was made of (names, sizes, times of change) and to how they are prepared; if either
+changes, another one is made. It appears under its name when it is whole, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rpg.console import progress_bar
+from tokenization.errors import InputError
+from tokenization.files import atomic_file
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes may decode the same images
+    fcntl = None  # type: ignore[assignment]
+
+FOLDER = ".rpg-cache"
+VERSION = 1
+
+
+class CachedImages:
+    """Prepared images of a split, all of one size.
+
+    Args:
+        images: uint8 ``[n, 3, height, width]``, in a memory map.
+        labels: int64 ``[n]``.
+        mean, std: what remains to be taken off and divided by, of values in 0 … 1.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images, self.labels = images, labels
+        self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))
+
+    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as the network takes them, float32, and labels: the very values that decoding gives."""
+        mean, std = self.mean.to(device), self.std.to(device)
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield images.to(device).float().div(255).sub_(mean).div_(std), labels.to(device)
+
+
+def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int) -> CachedImages | None:
+    """The images of a data set, decoded once.
+
+    Args:
+        dataset: of torchvision, with timm's preparation as its ``transform``.
+        root: the folder of the files.
+        labels: int64 ``[n]``.
+        workers: processes that decode.
+
+    Returns:
+        None where the preparation or the labels are not known, or the disk has no room: images are then read anew.
+
+    Raises:
+        InputError: an image cannot be read; names it.
+    """
+    steps = _steps_of(dataset.transform)
+    prepared = _split_steps(steps)
+    if prepared is None or labels is None or len(labels) != len(dataset) or not len(dataset):
+        return None
+    geometric, mean, std = prepared
+    source = copy.copy(dataset)
+    _set_transform(source, geometric)
+    try:
+        shape = (len(dataset), *_pixels(source[0][0]).shape)
+    except OSError as error:
+        raise _unreadable(dataset, 0, error) from None
+    key = _key(dataset, root, steps)
+    folder = _folder(root, int(np.prod(shape)), f"{key}.npy")
+    if folder is None:
+        return None
+    path = folder / f"{key}.npy"
+    with _locked(folder / f"{key}.lock"):
+        if not path.is_file():
+            _write(path, source, shape, workers)
+    return CachedImages(torch.from_numpy(np.load(path, mmap_mode="c")), labels, mean, std)
+
+
+class _Pixels(torch.utils.data.Dataset[Any]):
+    """The decoded bytes of each image, or what is wrong with it in words, which crosses processes as it is."""
+
+    def __init__(self, dataset: Any, shape: tuple[int, ...]) -> None:
+        self.dataset, self.shape = dataset, shape
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            pixels = _pixels(self.dataset[index][0])
+        except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
+            return str(_unreadable(self.dataset, index, error))
+        return pixels if pixels.shape == self.shape else f"image {index} has the shape {pixels.shape}, not {self.shape}"
+
+
+def _write(path: Path, dataset: Any, shape: tuple[int, ...], workers: int) -> None:
+    loader: Iterable[list[Any]] = torch.utils.data.DataLoader(
+        _Pixels(dataset, shape[1:]), 64, num_workers=workers, collate_fn=list
+    )
+    done, started = 0, time.perf_counter()
+    with atomic_file(path) as temporary, progress_bar("decoding images") as advance, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for batch in loader:
+            for pixels in batch:
+                if isinstance(pixels, str):
+                    raise InputError(pixels)
+                file.write(pixels.tobytes())
+            done += len(batch)
+            advance(done, shape[0], note=f"{done / (time.perf_counter() - started):,.0f} images/s")
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """A prepared image as bytes, ``[3, height, width]``."""
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def _unreadable(dataset: Any, index: int, error: Exception) -> InputError:
+    samples = getattr(dataset, "samples", None)
+    name = samples[index][0] if samples is not None else f"image {index} of {type(dataset).__name__}"
+    return InputError(f"{name} cannot be read ({str(error).splitlines()[0]}); replace it or take it out")
+
+
+def _steps_of(transform: Any) -> list[Any]:
+    """The steps of a preparation, nested ones one after the other."""
+    steps = getattr(transform, "transforms", None)
+    return [transform] if steps is None else [step for each in steps for step in _steps_of(each)]
+
+
+def _split_steps(steps: Sequence[Any]) -> tuple[list[Any], list[float], list[float]] | None:
+    """What is done to the image, and the mean and deviation that follow; None if there is anything else."""
+    names = [type(step).__name__ for step in steps]
+    if names[-2:] not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
+        return None
+    if any(name.startswith("Random") or name in ("ColorJitter", "MaybePILToTensor") for name in names):
+        return None
+    last = steps[-1]
+    return list(steps[:-2]), [float(each) for each in last.mean], [float(each) for each in last.std]
+
+
+def _set_transform(dataset: Any, steps: Sequence[Any]) -> None:
+    from torchvision.datasets.vision import StandardTransform
+    from torchvision.transforms import Compose
+
+    dataset.transform = Compose(list(steps))
+    dataset.transforms = StandardTransform(dataset.transform, None)
+
+
+def _key(dataset: Any, root: Path, steps: Sequence[Any]) -> str:
+    """A name that changes with the files, the data set's own description and the preparation."""
+    samples = getattr(dataset, "samples", None)
+    paths = [Path(path) for path, _ in samples] if samples else sorted(root.rglob("*"))
+    files = []
+    for path in paths:
+        if path.is_file() and FOLDER not in path.parts:
+            status = path.stat()
+            files.append([os.path.relpath(path, root), status.st_size, status.st_mtime_ns])
+    shown = [step if isinstance(step, type(None)) else _shown(step) for step in steps]
+    split = [str(getattr(dataset, name, "")) for name in ("split", "_split", "train")]
+    content = json.dumps([VERSION, type(dataset).__name__, split, len(dataset), shown, files])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _shown(step: Any) -> str:
+    """A step in words; a function by its name, as its address changes."""
+    return getattr(step, "__qualname__", None) or repr(step)
+
+
+def _folder(root: Path, num_bytes: int, name: str) -> Path | None:
+    """Where the cache is, or has room: beside the images, else in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (root / FOLDER, home / "rpg" / "images"):
+        if (folder / name).is_file():
+            return folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1.05 * num_bytes:
+            return folder
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; a lock goes with the process that holds it."""
+    if fcntl is None or not os.access(path.parent, os.W_OK):
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
