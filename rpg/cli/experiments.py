@@ -25,9 +25,7 @@ def unseen(
 ) -> None:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    held_out(
-        settings, split, seeds, device, "figures:  {run}/evaluation.json\npictures: {run}/distance.png, parameters.png"
-    )
+    held_out(settings, split, seeds, device, "unseen", "pictures: {run}/distance.png, parameters.png")
 
 
 def lora(
@@ -35,7 +33,7 @@ def lora(
 ) -> None:
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
     settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
-    held_out(settings, split, 1, device, "figures:  {run}/evaluation.json")
+    held_out(settings, split, 1, device, "lora")
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -89,17 +87,22 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
-def held_out(settings: Any, split: str | None, seeds: int, device: str, written: str) -> None:
+def held_out(settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "") -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
     from rpg.devices import use_device
     from rpg.experiments.held_out_table import print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
+    from rpg.experiments.tasks_report import write_tasks_report
 
     place = use_device(device)
     if split is not None:
         print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        return
-    with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
-        report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
-    print_held_out(report, console)
-    console.print(written.format(run=settings.run))
+        if split == "validation":  # which writes nothing
+            return
+    else:
+        with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
+            report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+        print_held_out(report, console)
+    write_tasks_report(settings.run, f"rpg {command}" + (f" --split {split}" if split else ""))
+    console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
+    console.print(written.format(run=settings.run), end="\n" if written else "")

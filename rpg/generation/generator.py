@@ -234,18 +234,21 @@ class Generator:
         """
         return self.sampler().asked(num, seed)
 
-    def trajectories(self, num: int = 5, *, seed: int = 0, points: int = 20) -> list[tuple[int, list[StateDict]]]:
+    def trajectories(
+        self, num: int = 5, *, seed: int = 0, points: int = 20, condition: Any = None
+    ) -> list[tuple[int, list[StateDict]]]:
         """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
 
         Args:
             num: networks; network i is the one that ``generate`` makes of the same seed.
             seed: decides everything.
             points: how many steps to show at most, spread evenly over the sampling, its last among them.
+            condition: as ``generate`` takes it.
 
         Raises:
-            InputError: the generator takes a condition, which would have to be chosen.
+            InputError: the generator takes a condition and there is none, or it is impossible.
         """
-        request = self.request(num, seed)
+        request = self.request(num, seed, RequestOptions(condition=condition))
         shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
         sinks: dict[int, MemorySink] = {}
 

@@ -67,7 +67,7 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         "similarity_chart": _similarity(result),
         "novelty_chart": _novelty(novelty) if novelty else None,
         "distances_chart": _distances(novelty, data) if novelty else None,
-        "heatmap": data.heatmap and _png(data.heatmap[1]),
+        "heatmap": data.heatmap and heat_png(data.heatmap[1]),
         "trajectories_chart": _trajectories(result, data),
         "components_chart": _components(data),
         "losses_chart": _losses(data),
@@ -160,7 +160,7 @@ def _distances(novelty: NoveltyReport, data: ReportData) -> Chart:
     return histogram(series, Axis("distance"), caption)
 
 
-def _png(values: Tensor) -> str:
+def heat_png(values: Tensor) -> str:
     """``[rows, columns]`` in -3 … 3 as a base64 PNG on a diverging scale, one pixel a value."""
     from matplotlib import colormaps  # imported here: slow
     from matplotlib.image import imsave

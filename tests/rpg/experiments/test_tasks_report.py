@@ -1,0 +1,97 @@
+"""The page of an experiment on unseen tasks: of image classes and of adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.evaluation.report.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
+from rpg.experiments.tasks_report import head_of, write_tasks_report
+from rpg.generation.generator import Generator
+from tests.rpg.evaluation.test_page import Page
+from tests.rpg.experiments.test_lora import experiment as lora
+from tests.rpg.experiments.test_unseen import experiment as unseen
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+__all__ = ["lora", "unseen"]
+
+
+@pytest.mark.parametrize("name", ["unseen", "lora"])
+def test_the_page_shows_what_was_measured(name: str, request: pytest.FixtureRequest) -> None:
+    config, report = request.getfixturevalue(name)
+    path = write_tasks_report(config.run, f"rpg {name}")
+    text, page = path.read_text(), Page()
+    page.feed(text)
+    assert not page.open and all(each.startswith(("data:", "#")) for each in page.references if each)
+    for heading in (
+        "on unseen tasks",
+        "on seen tasks",
+        "By distance",
+        "Worst tasks",
+        "Parameters of the classifier",
+        "Provenance",
+    ):
+        assert heading in text
+    for method in report["unseen"]:
+        assert method.replace("_", " ") in text
+    generated = next(iter(report["unseen"]["generated"].values()))
+    assert f"{100 * generated['mean']:.2f}" in text
+    assert text.count("data:image/png") == 2 and f"rpg {name}" in text
+    assert sum("Parameters as colours" in str(each.get("alt")) for each in page.pictures) == 2
+
+
+def test_worst_tasks_are_sorted_and_named(unseen) -> None:
+    _, report = unseen
+    names = [f"digit {i}" for i in range(10)]
+    worst = worst_of(report, names)
+    figures = report["unseen"]["generated"]["accuracies"]
+    assert [each["generated"] for each in worst] == sorted(figures)[: len(worst)]
+    assert all("digit" in each["task"] for each in worst)
+    assert worst[0]["share"] == min(report["unseen_tasks"]["worst"][0]["accuracy_of_class"])
+    assert task_name([1, 0, 1], ["a", "b", "c"]) == "a, c" and task_name([1, 0, 1], ()) == "101"
+
+
+def test_the_head_is_the_last_matrix(unseen, lora) -> None:
+    config, _ = unseen
+    head = head_of(Generator.from_pretrained(config.run))
+    network = Zoo.open(config.zoo).state_dict(0)
+    assert network[head].ndim == 2 and network[head].shape[0] == 2  # one logit a side
+    assert head_of(Generator.from_pretrained(lora[0].run))
+
+
+def test_trajectories_end_at_the_networks_of_the_condition(unseen) -> None:
+    config, _ = unseen
+    generator = Generator.from_pretrained(config.run)
+    bits = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    made = generator.generate(2, seed=3, condition=bits)
+    step, last = generator.trajectories(2, seed=3, condition=bits)[-1]
+    assert step == config.generate.steps
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(made, last, strict=True) for name in a)
+    with pytest.raises(InputError, match="condition"):
+        generator.trajectories(2)
+
+
+def test_a_trajectory_of_several_steps_is_drawn(unseen, tmp_path: Path) -> None:
+    _, report = unseen
+    page = TasksPage("t", trajectory=[(1, torch.tensor([0.4, 0.5])), (2, torch.tensor([0.9, 0.8]))], condition="3, 7")
+    write_tasks_page(tmp_path / "page.html", report, page)
+    text = (tmp_path / "page.html").read_text()
+    assert "From noise to network" in text and "unseen task 3, 7" in text
+
+
+def test_a_run_without_scores_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"evaluation\.json does not exist"):
+        write_tasks_report(tmp_path, "rpg unseen")
+
+
+def test_the_same_scores_give_the_same_page(unseen) -> None:
+    config, _ = unseen
+    first = write_tasks_report(config.run, "rpg unseen").read_text()
+    assert first == write_tasks_report(config.run, "rpg unseen").read_text()
+    assert json.loads((Path(config.run) / "evaluation.json").read_text())["seeds"]  # left as it was
+    assert re.search(r"better on", first)
