@@ -151,7 +151,7 @@ def provenance_of(
         "configuration": yaml.safe_dump(config.plain(), sort_keys=False),
         "software": software(),
     }
-    return {name: str(value) for name, value in rows.items()}
+    return {name: str(value) for name, value in rows.items() if value is not None}
 
 
 def software() -> str:

@@ -59,7 +59,9 @@ def write_tasks_page(path: Path | str, report: Mapping[str, Any], page: TasksPag
     """
     figure = first_figure(report)
     shown = {
-        split: [_row(name, methods[name][figure_of(methods[name])], report, split) for name in methods]
+        split: [
+            _row(name, methods[name][figure_of(methods[name])], report, split) for name in _generated_first(methods)
+        ]
         for split, methods in (("unseen", report["unseen"]), ("seen", report["seen"]))
     }
     render_page(
@@ -121,6 +123,10 @@ def worst_of(report: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, 
             }
         )
     return found
+
+
+def _generated_first(methods: Mapping[str, Any]) -> list[str]:
+    return sorted(methods, key=lambda name: name != "generated")
 
 
 def _row(name: str, summary: Mapping[str, Any], report: Mapping[str, Any], split: str) -> dict[str, Any]:

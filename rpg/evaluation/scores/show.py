@@ -114,7 +114,7 @@ def write_score_page(path: Path | str, result: ScoreResult, page: ScorePage) -> 
         [label_of(kind), each.count, *spread_of(each, first, result.better[first])]
         + [number(mean_of(each, name)) for name in list(result.better)[1:]]
         + ([number(median_of(each.distances), 3)] if result.unit else [])
-        for kind, each in result.sets.items()
+        for kind, each in sorted(result.sets.items(), key=lambda each: each[0] != "generated")
     ]
     heads = ["networks", "number", f"mean {first}", "best", "worst", *(f"mean {n}" for n in list(result.better)[1:])]
     caption = f"The figure {first} of each network against its distance from the originals, by kind."
