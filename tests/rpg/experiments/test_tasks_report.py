@@ -12,6 +12,7 @@ import torch
 from rpg.evaluation.report.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
 from rpg.experiments.tasks_report import head_of, write_tasks_report
 from rpg.generation.generator import Generator
+from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
 from tests.rpg.experiments.test_lora import experiment as lora
 from tests.rpg.experiments.test_unseen import experiment as unseen
@@ -95,3 +96,13 @@ def test_the_same_scores_give_the_same_page(unseen) -> None:
     assert first == write_tasks_report(config.run, "rpg unseen").read_text()
     assert json.loads((Path(config.run) / "evaluation.json").read_text())["seeds"]  # left as it was
     assert re.search(r"better on", first)
+
+
+def test_the_command_writes_the_page(lora, rpg: Run) -> None:
+    config, _ = lora
+    page = Path(config.run) / "report.html"
+    page.unlink(missing_ok=True)
+    code, out, err = rpg("lora", Path(config.run) / "config.yaml", "--split", "validation", "--device", "cpu")
+    assert (code, err) == (0, "") and "report" not in out and not page.exists()
+    code, out, err = rpg("lora", Path(config.run) / "config.yaml", "--split", "test", "--device", "cpu")
+    assert (code, err) == (0, "") and "report.html" in out and "rpg lora --split test" in page.read_text()
