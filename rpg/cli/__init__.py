@@ -84,8 +84,7 @@ def inspect(path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify =
     """Show layers, tokens, padding, sizes and memory before anything is trained."""
     from rpg.planning.inspect import inspect as describe
 
-    for table in describe(path, overrides or [], verify=verify):
-        console.print(table)
+    console.print(*describe(path, overrides or [], verify=verify))
 
 
 @app.command()
