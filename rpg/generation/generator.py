@@ -88,9 +88,7 @@ class Generator:
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None) -> Generator:
         """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
 
-        Args:
-            path: as above.
-            device: where it computes; the one that the command chose when None, and without a command the CPU.
+        Without a ``device`` it computes on that which the command chose, and without a command on the CPU.
 
         Raises:
             InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
