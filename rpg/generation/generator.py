@@ -82,13 +82,11 @@ class Generator:
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest = ""
 
-    # --- folder ---------------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None) -> Generator:
         """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
 
-        Without a ``device`` it computes on that which the command chose, and without a command on the CPU.
+        Without a ``device`` it computes on that which the command chose, without a command on the CPU.
 
         Raises:
             InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
@@ -151,8 +149,6 @@ class Generator:
     def takes_start(self) -> bool:
         """Whether it improves checkpoints that it is given."""
         return self.config.model.start is not None
-
-    # --- sampling -------------------------------------------------------------------------------------------
 
     def generate(
         self,
