@@ -17,6 +17,7 @@ class FieldsConfig(Section):
     image_size: int = Field(8, ge=2, description="height and width to which a folder's images are brought")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of a folder's images that nothing is learned from")
     validation: float = Field(0.15, gt=0, lt=1, description="share of a folder's other images kept for choices")
+    dimensions: Literal[2, 3] = Field(2, description="2: images; 3: solid shapes")
     hidden: int = Field(32, ge=2, description="units of each of the two hidden layers; even")
     first_frequency: float = Field(15.0, gt=0, description="factor in the first layer's sines")
     frequency: float = Field(3.0, gt=0, description="factor in the second layer's sines")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.images import FieldImages, alter, load_images
-from rpg.tasks.fields.siren import Siren, evaluate, fit, pixel_points
+from rpg.tasks.fields.siren import Siren, evaluate, fit, grid_points
 from rpg.tasks.images.collection import open_zoo, single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -121,5 +121,5 @@ class FieldsTask:
 
     def render_stacked(self, fields: Stacked, size: int) -> Tensor:
         """`render` of stacked fields, all at once."""
-        values = evaluate(self.config, fields, pixel_points(size, size))  # [T, size², C]
+        values = evaluate(self.config, fields, grid_points(size, size))  # [T, size², C]
         return values.mT.reshape(len(values), -1, size, size)

@@ -2,29 +2,31 @@
 
 The start is antisymmetric: the second half of the hidden units repeats the first, with the opposite sign in the last
 layer. Every field therefore starts as 0, however large the last layer is, and a large one makes fits nearly linear in
-the image (lazy training, arXiv 1812.07956): fields of similar images have similar weights, and their leading principal
-components hold what they show.
+the data (lazy training, arXiv 1812.07956): fields of similar data have similar weights, and their leading principal
+components hold what they show. One Jacobian, that of the start, then serves all steps of all fits.
 
-E fields, P points, C channels, R = C · P residuals of a field, H hidden units.
+E fields, P points, d dimensions of a point, C channels, R = C · P residuals of a field, W weights, H hidden units.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
 
 from rpg.seeding import make_rng
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.side_by_side import Stacked
 
-MOST_GRAM_VALUES = 1 << 24
-"""Of the Gram matrices of the fields that are fitted at once (64 MiB of float32)."""
+MOST_HIDDEN_VALUES = 1 << 24
+"""Of the hidden units at all points, of the fields that are computed at once (64 MiB of float32)."""
 
 
 class Siren(nn.Module):
-    """A field: points ``[P, 2]`` in -1 … 1 (row, column) → values ``[P, C]``.
+    """A field: points ``[P, d]`` in -1 … 1 (row, column, …) → values ``[P, C]``.
 
     Args:
         config: sizes and frequencies.
@@ -34,7 +36,7 @@ class Siren(nn.Module):
     def __init__(self, config: FieldsConfig, channels: int) -> None:
         super().__init__()
         self.frequencies = config.first_frequency, config.frequency
-        self.first = nn.Linear(2, config.hidden)
+        self.first = nn.Linear(config.dimensions, config.hidden)
         self.hidden = nn.Linear(config.hidden, config.hidden)
         self.last = nn.Linear(config.hidden, channels)
 
@@ -45,10 +47,13 @@ class Siren(nn.Module):
         return self.last(hidden)  # [P, C]
 
 
-def pixel_points(height: int, width: int) -> Tensor:
-    """The centres of the pixels of an image that spans -1 … 1, ``[height · width, 2]``: any resolution, one field."""
-    rows, columns = ((2 * torch.arange(num) + 1) / num - 1 for num in (height, width))
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+def grid_points(*sizes: int) -> Tensor:
+    """The centres of the cells of a grid that spans -1 … 1 in each of d dimensions, ``[product of sizes, d]``.
+
+    A field has no resolution: any sizes will do.
+    """
+    axes = [(2 * torch.arange(num) + 1) / num - 1 for num in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
 
 def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
@@ -64,7 +69,7 @@ def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
     rows, biases = draw(half, num, limit=limit), draw(half, limit=math.pi / second)
     last = draw(channels, half, limit=config.output_scale * limit)
     return {
-        "first.weight": draw(num, 2, limit=0.5),
+        "first.weight": draw(num, config.dimensions, limit=0.5),
         "first.bias": draw(num, limit=math.pi / first),
         "hidden.weight": torch.cat([rows, rows]),
         "hidden.bias": torch.cat([biases, biases]),
@@ -74,69 +79,65 @@ def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
 
 
 def evaluate(config: FieldsConfig, weights: Stacked, points: Tensor) -> Tensor:
-    """The values of E fields ``[E, P, C]`` at points ``[P, 2]``."""
-    first = torch.sin(config.first_frequency * _linear(weights, "first", points))  # [E, P, H]
-    hidden = torch.sin(config.frequency * _linear(weights, "hidden", first))  # [E, P, H]
-    return _linear(weights, "last", hidden)
+    """The values of E fields ``[E, P, C]`` at points ``[P, d]``, or each at its own ``[E, P, d]``."""
+    chunk = max(1, MOST_HIDDEN_VALUES // (points.shape[-2] * config.hidden))
+    total, parts = len(weights["last.bias"]), []
+    for first in range(0, total, chunk):
+        some = {name: value[first : first + chunk] for name, value in weights.items()}
+        x = points[first : first + chunk] if points.dim() == 3 else points
+        x = torch.sin(config.first_frequency * _linear(some, "first", x))  # [E, P, H]
+        x = torch.sin(config.frequency * _linear(some, "hidden", x))  # [E, P, H]
+        parts.append(_linear(some, "last", x))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
-def fit(config: FieldsConfig, images: Tensor) -> Stacked:
-    """Fields of images ``[E, C, S, S]`` from the shared start: of all that show them, nearly the nearest to it."""
-    num, channels, height, width = images.shape
-    points = pixel_points(height, width)
-    begin = start(config, channels)
-    wanted = images.reshape(num, -1)  # [E, C · P]
-    chunk = max(1, MOST_GRAM_VALUES // wanted.shape[1] ** 2)
-    parts = []
-    for part in wanted.split(chunk):
-        weights = {name: value.expand(len(part), *value.shape) for name, value in begin.items()}
-        for _ in range(config.steps):
-            weights = _gauss_newton(config, begin, weights, points, part)
-        parts.append(weights)
-    return {name: torch.cat([part[name] for part in parts]) for name in begin}
+def fit(config: FieldsConfig, data: Tensor) -> Stacked:
+    """Fields of data on a grid ``[E, C, *grid]`` from the shared start: of all that show them, nearly the nearest to it.
+
+    Every step solves |y - f - J (w - v)|² + damping · |w - start|² for w, where J is the Jacobian of the start, f what the
+    weights v show, and y the data.
+    """
+    num, channels = data.shape[:2]
+    points, begin = grid_points(*data.shape[2:]), start(config, channels)
+    jacobian = _jacobian(config, begin, channels, points)  # [R, W]
+    solve = _ridge(jacobian, config.damping)
+    wanted = data.reshape(num, -1)  # [E, R]
+    moved = torch.zeros(num, jacobian.shape[1])  # w - start
+    for _ in range(config.steps):
+        shown = evaluate(config, _weights(begin, moved), points).mT.flatten(1)  # [E, R]
+        moved = solve(wanted - shown + moved @ jacobian.T)
+    return _weights(begin, moved)
 
 
-def _gauss_newton(
-    config: FieldsConfig, begin: dict[str, Tensor], weights: Stacked, points: Tensor, wanted: Tensor
-) -> Stacked:
-    """Of all weights that the field, taken as linear in them, shows ``wanted`` ``[E, R]`` with: the nearest to the
-    start, up to the damping. The Jacobian itself is never made, only its Gram matrix and its products."""
-    channels = len(begin["last.bias"])
-    before_first = _linear(weights, "first", points)  # [E, P, H]
-    first = torch.sin(config.first_frequency * before_first)
-    before_hidden = _linear(weights, "hidden", first)
-    hidden = torch.sin(config.frequency * before_hidden)  # [E, P, H]
-    slope = config.frequency * torch.cos(config.frequency * before_hidden)
-    # What each value changes by with each unit's sum, channel after channel, [E, R, H].
-    to_hidden = torch.cat([slope * weights["last.weight"][:, None, c] for c in range(channels)], 1)
-    slope = config.first_frequency * torch.cos(config.first_frequency * before_first)
-    to_first = (to_hidden @ weights["hidden.weight"]) * slope.repeat(1, channels, 1)
-    inputs, features = points.repeat(channels, 1), first.repeat(1, channels, 1)
-    own = torch.block_diag(*[torch.ones(len(points), len(points))] * channels)  # channels share no last weights
-    last = hidden.repeat(1, channels, 1)
-    gram = own * (last @ last.mT + 1)
-    gram = gram + (features @ features.mT + 1) * (to_hidden @ to_hidden.mT)
-    gram = gram + (inputs @ inputs.T + 1) * (to_first @ to_first.mT)  # [E, R, R]
-    moved = {name: value - begin[name] for name, value in weights.items()}
-    already = (_linear(moved, "first", inputs) * to_first).sum(-1)
-    already = already + (_linear(moved, "hidden", features) * to_hidden).sum(-1)
-    already = already + _linear(moved, "last", hidden).mT.flatten(1)
-    shown = _linear(weights, "last", hidden).mT.flatten(1)  # [E, R]
-    rest = wanted - shown + already
-    damping = config.damping * torch.eye(gram.shape[-1])
-    factors = torch.linalg.solve(gram + damping, rest[..., None])  # [E, R, 1]
-    by_hidden, by_first = factors * to_hidden, factors * to_first
-    by_channel = factors.view(len(wanted), channels, -1)  # [E, C, P]
-    steps = {
-        "first.weight": by_first.mT @ inputs,
-        "first.bias": by_first.sum(1),
-        "hidden.weight": by_hidden.mT @ features,
-        "hidden.bias": by_hidden.sum(1),
-        "last.weight": by_channel @ hidden,
-        "last.bias": by_channel.sum(-1),
-    }
-    return {name: begin[name] + step for name, step in steps.items()}
+def _jacobian(config: FieldsConfig, begin: dict[str, Tensor], channels: int, points: Tensor) -> Tensor:
+    """What each value changes by with each weight ``[R, W]``, channel after channel."""
+    network = Siren(config, channels)
+    slopes = vmap(jacrev(lambda weights, x: functional_call(network, weights, (x,))), in_dims=(None, 0))
+    by_name = slopes(begin, points)
+    return torch.cat([by_name[name].transpose(0, 1).flatten(0, 1).flatten(1) for name in begin], 1)
+
+
+def _ridge(jacobian: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """Ridge regression: residuals ``[E, R]`` → steps ``[E, W]``, in float64, by the smaller one of two Gram matrices."""
+    jacobian = jacobian.double()
+    wide = jacobian.shape[0] < jacobian.shape[1]
+    gram = jacobian @ jacobian.T if wide else jacobian.T @ jacobian
+    gram.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(gram)
+
+    def solve(rest: Tensor) -> Tensor:
+        wanted = rest.double() if wide else rest.double() @ jacobian
+        solved = torch.cholesky_solve(wanted.T, factor).T
+        return (solved @ jacobian if wide else solved).float()
+
+    return solve
+
+
+def _weights(begin: dict[str, Tensor], moved: Tensor) -> Stacked:
+    """Fields that are moved from the start by so much, ``[E, W]``."""
+    parts = moved.split([value.numel() for value in begin.values()], 1)
+    return {name: value + part.view(-1, *value.shape) for (name, value), part in zip(begin.items(), parts, strict=True)}
 
 
 def _linear(weights: Stacked, name: str, x: Tensor) -> Tensor:

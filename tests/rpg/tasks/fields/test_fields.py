@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev
 from rpg.tasks import build_task
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.siren import Siren, evaluate, fit, pixel_points, start
+from rpg.tasks.fields.siren import Siren, evaluate, fit, grid_points, start
 from rpg.tasks.side_by_side import unstack
 from tokenization.errors import InputError
 
@@ -22,7 +22,7 @@ def images_of(num: int, channels: int, size: int = 6) -> torch.Tensor:
 def test_a_start_shows_nothing():
     config = FieldsConfig()
     begin = {name: value[None] for name, value in start(config, 3).items()}
-    shown = evaluate(config, begin, pixel_points(9, 9))
+    shown = evaluate(config, begin, grid_points(9, 9))
     assert shown.shape == (1, 81, 3)
     assert torch.allclose(shown, torch.zeros_like(shown), atol=1e-5)
 
@@ -36,7 +36,7 @@ def test_the_start_needs_an_even_number_of_hidden_units():
 def test_side_by_side_fields_are_the_network(channels):
     config = FieldsConfig(hidden=8)
     fields = fit(config, images_of(3, channels, 4))
-    network, points = Siren(config, channels), pixel_points(5, 7)
+    network, points = Siren(config, channels), grid_points(5, 7)
     for shown, state_dict in zip(evaluate(config, fields, points), unstack(fields), strict=True):
         network.load_state_dict(state_dict)
         assert torch.allclose(shown, network(points), atol=1e-5)
@@ -48,7 +48,7 @@ def test_a_step_is_that_of_the_jacobian(channels):
     config = FieldsConfig(hidden=8, steps=1, damping=0.3, output_scale=3.0)
     images, begin = images_of(1, channels, 3), start(config, channels)
     network = Siren(config, channels)
-    points = pixel_points(3, 3)
+    points = grid_points(3, 3)
 
     def shown(weights):
         return functional_call(network, weights, (points,)).T.flatten()
