@@ -18,12 +18,22 @@ SYMBOLS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZabdefghijkmnpqrt"
 DRAWN, STEPS, BATCH = 28, 600, 128
 """Side of the drawn letters; training steps of the classifier of letters, and its batch."""
 
+MANY_VALUES, COMPONENTS = 512, 64
+"""From how many values on the judge of classes takes principal components, and how many."""
 
-def class_judge(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A support-vector machine of images ``[n, F]`` and classes ``[n]``: other images ``[M, F]`` → classes ``[M]``."""
-    from sklearn.svm import SVC  # imported here: slow, and only needed by this experiment
 
-    machine = SVC(C=10.0).fit(images.numpy(), labels.numpy())
+def class_judge(data: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A support-vector machine of data ``[n, F]`` and classes ``[n]``: other data ``[M, F]`` → classes ``[M]``.
+
+    Of data of many values it takes the leading principal components.
+    """
+    # imported here: slow, and only needed by this experiment
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import SVC
+
+    many = [PCA(COMPONENTS, random_state=0)] if data.shape[1] > MANY_VALUES and len(data) > COMPONENTS else []
+    machine = make_pipeline(*many, SVC(C=10.0)).fit(data.numpy(), labels.numpy())
     return lambda others: torch.from_numpy(machine.predict(others.numpy()))
 
 

@@ -18,25 +18,54 @@ from rpg.models.kernel_regression import square_root
 NEIGHBOURS = 3
 """k of precision and recall, as in arXiv 1904.06991."""
 
+Distances = Callable[[Tensor, Tensor], Tensor]
+"""Data ``[A, F]`` and ``[B, F]`` → the distance of every pair, ``[A, B]``."""
+
 Features = Callable[[Tensor], Tensor]
 """Data ``[M, F]`` as features of a classifier ``[M, K]``."""
 
 
-def measure_samples(samples: Sequence[Tensor], held_out: Tensor, training: Tensor, features: Features) -> dict:
+def overlap_distances(first: Tensor, second: Tensor) -> Tensor:
+    """1 - intersection over union of every pair of solid shapes, occupancies ``[A, F]`` and ``[B, F]`` of 0 and 1.
+
+    Two empty shapes are equal.
+    """
+    both = first @ second.T
+    either = first.sum(1)[:, None] + second.sum(1) - both
+    return 1 - torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+DISTANCES: dict[int, Distances] = {2: distances, 3: overlap_distances}
+"""Between images (of brightness) and between solid shapes (of occupancy), by the dimensions of their grids."""
+
+
+def shown_by(values: Tensor) -> Tensor:
+    """What is compared of data on a grid ``[n, C, *grid]``, as vectors: brightness, or of shapes the occupancy."""
+    return (values.flatten(1) > 0).float() if values.dim() == 5 else values.flatten(1)
+
+
+def measure_samples(
+    samples: Sequence[Tensor],
+    held_out: Tensor,
+    training: Tensor,
+    features: Features | None,
+    distances: Distances = distances,
+) -> dict:
     """Every measure of some sets of one kind, each ``[M, F]``, as the mean over the sets.
 
     Args:
         samples: sets of M = N data.
         held_out: the reference, ``[N, F]``.
         training: what was learned from, ``[T, F]``.
-        features: of a classifier that saw none of them.
+        features: of a classifier that saw none of them; without, there is no ``frechet``.
+        distances: between data; Euclidean unless told.
 
     Returns:
         ``one_nna`` (0.5 where samples and held-out data cannot be told apart), ``coverage``, ``mmd`` (mean distance of
         a held-out datum to the nearest sample), ``precision``, ``recall``, ``frechet``, ``nearest`` (median distance
         of a sample to the nearest training datum: near 0 where training data are repeated).
     """
-    within, wanted = distances(held_out, held_out), features(held_out)
+    within = distances(held_out, held_out)
     found = []
     for each in samples:
         own, between = distances(each, each), distances(each, held_out)
@@ -47,10 +76,11 @@ def measure_samples(samples: Sequence[Tensor], held_out: Tensor, training: Tenso
                 "mmd": minimum_matching_distance(between),
                 "precision": within_reach(between, within),
                 "recall": within_reach(between.T, own),
-                "frechet": frechet_distance(features(each), wanted),
                 "nearest": distances(each, training).amin(1).median().item(),
             }
         )
+        if features is not None:
+            found[-1]["frechet"] = frechet_distance(features(each), features(held_out))
     return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
 

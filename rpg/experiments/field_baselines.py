@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from rpg.config import Config
 from rpg.tasks.fields.fields import FieldsTask, append_many
 from tokenization.zoo.zoo import Zoo
 
-PIXELS = "pixels"
-"""The one tensor of a checkpoint that is an image itself."""
+VALUES = "values"
+"""The one tensor of a checkpoint that holds what a field would show, on the grid of the data."""
 
 
 def baseline_configs(config: Config) -> dict[str, Config]:
     """Configurations by name, whose runs lie in the experiment's.
 
-    - ``pixel_diffusion``: the same generator, of the images themselves in place of their fields.
+    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): the same generator, of the data themselves on their grid.
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
     """
@@ -38,9 +34,9 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     split = {**plain["train"], "steps": steps}
     no_prior = {**plain["generate"], "state": "stored", "steps": 16}
     originals = [each for each in config.train.splits if not each.startswith("altered")]
-    pixel_tokens = {**plain["tokens"], "size": 64}
+    direct = f"{grid_element(config)}_diffusion"
     return {
-        "pixel_diffusion": changed("pixel_diffusion", f"{config.zoo}_pixels", task=None, tokens=pixel_tokens),
+        direct: changed(direct, grid_zoo(config), task=None),
         "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
         "pdiff": changed(
             "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
@@ -50,17 +46,22 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     }  # fmt: skip
 
 
-def pixels_of(state_dicts: Sequence[Any]) -> Tensor:
-    """Images that are checkpoints themselves, ``[M, F]``."""
-    return torch.stack([each[PIXELS].flatten() for each in state_dicts])
+def grid_element(config: Config) -> str:
+    """What the values of a grid are called."""
+    return "voxel" if getattr(config.task, "dimensions", 2) == 3 else "pixel"
 
 
-def write_pixel_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
-    """What the fields of a zoo show on the images' own grid, as a zoo of images; one that is whole is kept."""
+def grid_zoo(config: Config) -> str:
+    """Where the zoo of the data themselves lies."""
+    return f"{config.zoo}_{grid_element(config)}s"
+
+
+def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
+    """What the fields of a zoo show on the data's own grid, as a zoo of its own; one that is whole is kept."""
     if (path / "zoo.json").exists() and len(Zoo.open(path)) == len(fields):
         return
     zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)
-    images = task.render((fields.state_dict(i) for i in range(len(fields))), task.data.images.shape[-1])
-    missing = list(zip(fields.entries, images, strict=True))[len(zoo) :]
+    values = task.sample((fields.state_dict(i) for i in range(len(fields))), task.data.size)
+    missing = list(zip(fields.entries, values, strict=True))[len(zoo) :]
     entries = [dataclasses.replace(entry, metrics={}) for entry, _ in missing]
-    append_many(zoo, entries, [{PIXELS: image} for _, image in missing])
+    append_many(zoo, entries, [{VALUES: each} for _, each in missing])

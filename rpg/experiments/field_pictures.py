@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.field_measures import DISTANCES, shown_by
 from rpg.evaluation.field_plots import beside, grid, save_image
 from rpg.generation.generator import Generator
 from rpg.generation.outputs import MemorySink
@@ -17,6 +18,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.fields.meshes import write_mesh
 from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -26,8 +28,12 @@ PER_CLASS, FINE, NUM_NEAREST, NUM_PATHS, PATH_POINTS = 8, 64, 12, 6, 12
 
 
 def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, seed: int) -> None:
-    """Write ``classes.png``, ``fine.png``, ``nearest.png`` and, of a prior over codes, ``path.png`` into ``run``."""
-    data, size = task.data, task.data.images.shape[-1]
+    """Write the pictures into ``run``.
+
+    ``fine.png`` and, of images on their own grid, ``classes.png``: generated ones of each class beside held-out ones;
+    ``nearest.png``; of a prior over codes, ``path.png``. Of shapes also one mesh of each class in ``meshes``.
+    """
+    data = task.data
     num_classes = len(data.class_names)
     wanted = torch.arange(num_classes).repeat_interleave(PER_CLASS)
     made = generator.generate(len(wanted), seed=seed, condition=wanted[:, None].float())
@@ -39,9 +45,16 @@ def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, s
     rows = torch.cat(real)
     fields = {(entry.run, entry.step): i for i, entry in enumerate(zoo.entries)}
     originals = [zoo.state_dict(fields[row, 0]) for row in rows.tolist()]
-    for name, resolution, scale in (("classes", size, 4), ("fine", FINE, 1)):
+    coarse = [("classes", data.size, 4)] if task.config.dimensions == 2 else []  # a view has no pixels of the data's
+    for name, resolution, scale in (*coarse, ("fine", FINE, 1)):
         sheets = [grid(task.render(each, resolution), PER_CLASS) for each in (made, originals)]  # type: ignore[arg-type]
         save_image(beside(sheets, max(2, resolution // 2)), run / f"{name}.png", scale)
+    if task.config.dimensions == 3:
+        (run / "meshes").mkdir(exist_ok=True)
+        for name, field in zip(data.class_names, made[::PER_CLASS], strict=True):
+            values = task.sample([field], FINE)[0, 0]  # type: ignore[list-item]
+            if (values > 0).any():
+                write_mesh(values, run / "meshes" / f"{name}.ply")
     _draw_nearest(run, task, zoo, generator.config, made[:: max(1, len(made) // NUM_NEAREST)])
     if generator.config.model.state.prior is not None:
         labels = torch.arange(min(NUM_PATHS, num_classes))
@@ -55,12 +68,11 @@ def learned_originals(zoo: Zoo, config: Config) -> list[int]:
 
 
 def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: Sequence) -> None:
-    """A row for each of some generated fields: it, and the five training images nearest to it."""
-    size = task.data.images.shape[-1]
-    rows = learned_originals(zoo, config)
-    training = torch.stack([task.data.images[zoo.entries[i].run] for i in rows])
-    shown = task.render(made, size)
-    nearest = torch.cdist(shown.flatten(1), training.flatten(1)).argsort(1)[:, :5]
+    """A row for each of some generated fields: it, and the five training data nearest to it."""
+    rows, size = learned_originals(zoo, config), task.data.size
+    training = shown_by(torch.stack([task.data.values[zoo.entries[i].run] for i in rows]))
+    distances = DISTANCES[task.config.dimensions](shown_by(task.sample(made, size)), training)
+    nearest = distances.argsort(1)[:, :5]
     fine = task.render(made, FINE)
     fields = [zoo.state_dict(rows[i]) for i in nearest.flatten().tolist()]
     beside_it = task.render(fields, FINE).view(len(made), 5, *fine.shape[1:])
@@ -90,22 +102,23 @@ def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list
 
 
 def render_files(files: Sequence[Path], size: int, output: Path | None, config: Config | None = None) -> list[Path]:
-    """Draw fields as PNG files beside them, or in ``output``.
+    """Draw fields as PNG files beside them, or in ``output``; of solid shapes a view, and a mesh as a PLY file.
 
     Args:
         files: safetensors of a zoo of fields, or generated ones.
-        size: height and width of the images.
+        size: height and width of the images; the grid on which meshes are made has as many points along each edge.
         output: a folder; made if it is not there.
         config: says how the fields were made, for files that lie in no run or zoo.
 
     Raises:
-        InputError: a file is no field, or nothing says how it was made.
+        InputError: a file is no field, or nothing says how it was made; a shape is empty.
     """
     written = []
     for file in files:
         task = FieldsTask(_task_of(file, config))
         field = Checkpoint.open(file).state_dict()
-        if not {"first.weight", "hidden.weight", "last.weight"} <= field.keys():
+        shapes = {name: tuple(value.shape) for name, value in field.items()}
+        if shapes.get("first.weight") != (task.config.hidden, task.config.dimensions) or "last.weight" not in shapes:
             raise InputError(f"{file} holds no field; name a file that `rpg generate` or `rpg collect` made of one")
         folder = output or file.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +126,9 @@ def render_files(files: Sequence[Path], size: int, output: Path | None, config: 
         path = folder / f"{file.stem}.png"
         save_image(1 - image if len(image) == 1 else image, path)
         written.append(path)
+        if task.config.dimensions == 3:
+            write_mesh(task.sample([field], size)[0, 0], path.with_suffix(".ply"))
+            written.append(path.with_suffix(".ply"))
     return written
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,16 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.field_judges import class_judge, letter_features
-from rpg.evaluation.field_measures import Features, measure_samples, trivial_weights
+from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
 from rpg.evaluation.vectors import FlatSpace
-from rpg.experiments.field_baselines import PIXELS, baseline_configs, pixels_of, write_pixel_zoo
+from rpg.experiments.field_baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
 from rpg.experiments.field_pictures import draw_pictures, learned_originals
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
+from rpg.tasks.fields.data import alter
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.images import alter
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
@@ -39,7 +40,7 @@ NUM_SETS = 5
 """Sets of generated fields, and of every baseline's, whose figures are averaged."""
 
 JUDGE_COPIES = 2
-"""Altered copies of every image that the judge of classes learns from."""
+"""Altered copies of every datum that the judge of classes learns from."""
 
 Progress = Callable[[int, int], None]
 
@@ -69,7 +70,7 @@ def run_fields(config: Config, *, progress: Progress | None = None, baselines: b
     collected = time.perf_counter() - started
     configs = [config]
     if baselines:
-        write_pixel_zoo(task, zoo, Path(config.zoo + "_pixels"))
+        write_grid_zoo(task, zoo, Path(grid_zoo(config)))
         configs += baseline_configs(config).values()
     # The longest first; each on a thread of its own, which two cores bear better than two threads each.
     with ProcessPoolExecutor(min(2, len(configs)), mp_context=get_context("spawn")) as pool:
@@ -84,12 +85,12 @@ def _train(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated data are compared with, as vectors of the values on the images' own grid.
+    """What generated data are compared with, as vectors of what is shown on the data's own grid.
 
     Attributes:
         training: what the originals show that were learned from ``[T, F]``.
         weights, labels: theirs, ``[T, P]`` and ``[T]``.
-        held_out: images that nothing was learned from, ``[N, F]``.
+        held_out: data that nothing was learned from, ``[N, F]``.
         wanted: their classes ``[N]``, which are asked for.
     """
 
@@ -104,7 +105,7 @@ class Reference:
 def evaluate_fields(
     run: Path | str, *, split: str = "unseen", seed: int = 0, seconds: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Generate one field for every held-out image, of its class, and compare; nothing is chosen here.
+    """Generate one field for every held-out datum, of its class, and compare; nothing is chosen here.
 
     Args:
         run: a run folder; baselines that were trained lie in it.
@@ -117,15 +118,23 @@ def evaluate_fields(
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     task = fields_task(config)
     reference = _reference(task, zoo, config, split)
-    size, channels = task.data.images.shape[-1], task.data.images.shape[1]
+    channels, size = task.data.values.shape[1:3]
     judge = class_judge(*_judged(task, config))
-    features = letter_features(size, channels)
+    dimensions = task.config.dimensions
+    measure = partial(
+        measure_samples,
+        held_out=reference.held_out,
+        training=reference.training,
+        features=letter_features(size, channels) if dimensions == 2 else None,
+        distances=DISTANCES[dimensions],
+    )
     samples = _samples(run, generator, task, zoo, reference, seed)
     report: dict[str, Any] = {}
     for name, sets in samples.items():
-        report[name] = _measure(sets, reference, judge, features)
+        right = [(judge(each) == reference.wanted).double().mean().item() for each in sets]
+        report[name] = {**measure(sets), "class_accuracy": sum(right) / len(right)}
     real = reference.held_out
-    distances = torch.cdist(real, reference.training).amin(1)
+    distances = DISTANCES[dimensions](real, reference.training).amin(1)
     report["held_out"] = {
         "num": len(real),
         "sets": NUM_SETS,
@@ -144,14 +153,8 @@ def evaluate_fields(
     return report
 
 
-def _measure(sets: Sequence[Tensor], reference: Reference, judge: Callable, features: Features) -> dict[str, float]:
-    found = measure_samples(sets, reference.held_out, reference.training, features)
-    right = [(judge(each) == reference.wanted).double().mean().item() for each in sets]
-    return {**found, "class_accuracy": sum(right) / len(right)}
-
-
 def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
-    data, size = task.data, task.data.images.shape[-1]
+    data = task.data
     if split in config.train.splits:
         raise InputError(f"{config.run} has learned from {split}; choose by a run whose train.splits lacks it")
     learned = learned_originals(zoo, config)
@@ -159,40 +162,41 @@ def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Refere
     weights = stack(fields)
     held_out = torch.tensor([i for i, each in enumerate(data.splits) if each == split])
     return Reference(
-        training=task.render(fields, size).flatten(1),
+        training=shown_by(task.sample(fields, data.size)),
         weights=FlatSpace(weights).flatten(weights),
         labels=torch.tensor([int(data.labels[zoo.entries[i].run]) for i in learned]),
-        held_out=data.images[held_out].flatten(1),
+        held_out=shown_by(data.values[held_out]),
         wanted=data.labels[held_out],
     )
 
 
 def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
-    """What the judge of classes learns from: the images of the splits that were learned from, and altered copies."""
+    """What the judge of classes learns from: the data of the splits that were learned from, and altered copies."""
     rows = torch.tensor([i for i, split in enumerate(task.data.splits) if split in config.train.splits])
-    images, labels = task.data.images[rows], task.data.labels[rows]
+    values, labels = task.data.values[rows], task.data.labels[rows]
     copies = range(min(task.config.altered, JUDGE_COPIES) + 1)
-    altered = [alter(images, task.config, copy) if copy else images for copy in copies]
-    return torch.cat(altered).flatten(1), labels.repeat(len(copies))
+    altered = [alter(values, task.config, copy) if copy else values for copy in copies]
+    return shown_by(torch.cat(altered)), labels.repeat(len(copies))
 
 
 def _samples(
     run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, reference: Reference, seed: int
 ) -> dict[str, list[Tensor]]:
     """The sets of every kind, what the fields show ``[N, F]``: generated, trained baselines that are there, trivial."""
-    size, wanted = task.data.images.shape[-1], reference.wanted
+    size, wanted = task.data.size, reference.wanted
 
     def drawn(source: Generator, number: int) -> Tensor:
         condition = wanted[:, None].float() if source.condition is not None else None
         made = source.generate(len(wanted), seed=seed + number, condition=condition)
-        return pixels_of(made) if PIXELS in made[0] else task.render(made, size).flatten(1)  # type: ignore
+        direct = VALUES in made[0]  # type: ignore[operator]
+        return shown_by(torch.stack([each[VALUES] for each in made]) if direct else task.sample(made, size))  # type: ignore
 
     sets = range(NUM_SETS)
     samples = {"generated": [drawn(generator, number) for number in sets]}
     rng, space = make_rng(seed, "trivial"), FlatSpace(stack([zoo.state_dict(0)]))
     for _ in sets:
         for name, weights in trivial_weights(reference.weights, reference.labels, wanted, rng).items():
-            samples.setdefault(name, []).append(task.render_stacked(space.unflatten(weights), size).flatten(1))
+            samples.setdefault(name, []).append(shown_by(task.sample_stacked(space.unflatten(weights), size)))
         others = torch.randperm(len(reference.training), generator=rng)[: len(wanted)]
         samples.setdefault("training_data", []).append(reference.training[others])
     for name in baseline_configs(generator.config):
@@ -201,14 +205,14 @@ def _samples(
             samples[name] = [drawn(other, number) for number in sets]
     for name, some in samples.items():
         if len(some[0]) != len(wanted):
-            raise InputError(f"there are fewer training images than held-out ones ({name}); hold fewer out")
+            raise InputError(f"there are fewer training data than held-out ones ({name}); hold fewer out")
     return samples
 
 
 def print_fields(report: dict[str, Any], console: Console) -> None:
     """One row a kind."""
     columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
-    table = Table(title=f"fields beside {report['held_out']['num']} held-out images")
+    table = Table(title=f"fields beside {report['held_out']['num']} held-out data")
     for column in ("", *columns):
         table.add_column(column.replace("_", " "), justify="right" if column else "left")
     for name, found in report.items():

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rpg.section import Section
 
 
 class FieldsConfig(Section):
-    """Images, the network that is fitted to each, and how."""
+    """Images or shapes, the network that is fitted to each, and how."""
 
     name: Literal["fields"] = "fields"
-    data: str = Field("digits", description="digits, or a folder: FOLDER/CLASS/*.png, grey or RGB")
-    image_size: int = Field(8, ge=2, description="height and width to which a folder's images are brought")
-    held_out: float = Field(0.25, gt=0, lt=1, description="share of a folder's images that nothing is learned from")
-    validation: float = Field(0.15, gt=0, lt=1, description="share of a folder's other images kept for choices")
     dimensions: Literal[2, 3] = Field(2, description="2: images; 3: solid shapes")
+    data: str = Field(
+        "digits", description="digits, shapes (3-D), or a folder: FOLDER/CLASS/*.png, grey or RGB, or *.ply, .obj, .stl"
+    )
+    image_size: int = Field(
+        8, ge=2, description="points along each edge of the grid of a folder's images, or of shapes"
+    )
+    num_shapes: int = Field(600, ge=48, description="of shapes: how many there are, in six classes")
+    truncation: float = Field(0.3, gt=0, description="of shapes: fields show tanh(-signed distance / truncation)")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of shapes or a folder's files nothing is learned from")
+    validation: float = Field(0.15, gt=0, lt=1, description="share of the other ones that is kept for choices")
     hidden: int = Field(32, ge=2, description="units of each of the two hidden layers; even")
     first_frequency: float = Field(15.0, gt=0, description="factor in the first layer's sines")
     frequency: float = Field(3.0, gt=0, description="factor in the second layer's sines")
@@ -26,7 +32,7 @@ class FieldsConfig(Section):
     )
     steps: int = Field(2, ge=1, description="Gauss-Newton steps of a fit")
     damping: float = Field(0.1, gt=0, description="of each step: weight of the distance from the start")
-    altered: int = Field(8, ge=0, description="moved, turned and stretched copies of each image to learn from")
+    altered: int = Field(8, ge=0, description="moved, turned and stretched copies of each datum to learn from")
     alteration: float = Field(2.0, ge=0, description="how much they are altered; 1: turned by 3 degrees (spread)")
     own_classes: bool = Field(
         True, description="altered copies are classes of their own, so that what is asked for looks like originals"
@@ -39,3 +45,10 @@ class FieldsConfig(Section):
         if hidden % 2:
             raise ValueError("it must be even, as half of the units repeat the others with the opposite sign")
         return hidden
+
+    @model_validator(mode="after")
+    def _data_have_their_dimensions(self) -> FieldsConfig:
+        wanted = {"digits": 2, "shapes": 3}.get(self.data, self.dimensions)
+        if self.dimensions != wanted:
+            raise ValueError(f"data: {self.data} needs dimensions: {wanted}")
+        return self

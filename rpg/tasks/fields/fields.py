@@ -1,4 +1,4 @@
-"""The task ``fields``: a zoo of neural fields, one for every image."""
+"""The task ``fields``: a zoo of neural fields, one for every image or solid shape."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.images import FieldImages, alter, load_images
+from rpg.tasks.fields.data import FieldData, alter, load_data
 from rpg.tasks.fields.siren import Siren, evaluate, fit, grid_points
+from rpg.tasks.fields.views import views
 from rpg.tasks.images.collection import open_zoo, single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -21,7 +22,7 @@ from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
 LEARNED = ("train", "validation")
-"""Splits of images that are altered, into the splits ``altered_train`` and ``altered_validation``."""
+"""Splits of data that are altered, into the splits ``altered_train`` and ``altered_validation``."""
 
 WRITERS = 8
 """Files written at a time: most of the time of a small file is waiting for the disk."""
@@ -40,31 +41,31 @@ def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Map
 
 
 class FieldsTask:
-    """Collects zoos of fields and renders fields. Entries: ``run`` is the image, ``step`` its copy, 0 the original.
+    """Collects zoos of fields and renders fields. Entries: ``run`` is the datum, ``step`` its copy, 0 the original.
 
     Args:
-        config: images, network and fit.
+        config: data, network and fit.
     """
 
     def __init__(self, config: FieldsConfig) -> None:
         self.config = config
 
     @cached_property
-    def data(self) -> FieldImages:
-        """Images, classes and splits. Raises InputError for a folder without images."""
-        return load_images(self.config)
+    def data(self) -> FieldData:
+        """Values, classes and splits. Raises InputError for a folder without data."""
+        return load_data(self.config)
 
     @property
     def condition(self) -> ConditionSpec:
-        """The class of the image; those of altered copies come after those of originals."""
+        """The class of the datum; those of altered copies come after those of originals."""
         names = self.data.class_names
         if self.config.altered and self.config.own_classes:
             names = (*names, *(f"{name} altered" for name in names))
         return ConditionSpec("class", len(names), names)
 
     def build(self) -> nn.Module:
-        """The untrained field: points ``[P, 2]`` → values ``[P, C]``."""
-        return Siren(self.config, self.data.images.shape[1])
+        """The untrained field: points ``[P, d]`` → values ``[P, C]``."""
+        return Siren(self.config, self.data.values.shape[1])
 
     @single_threaded()
     def collect(
@@ -84,21 +85,21 @@ class FieldsTask:
         zoo = open_zoo(path, self.config, self.condition)
         learned = torch.tensor([i for i, split in enumerate(data.splits) if split in LEARNED])
         copies = range(self.config.altered + 1) if limit is None else range(1)
-        total = len(data.images) + (len(copies) - 1) * len(learned)
+        total = len(data.values) + (len(copies) - 1) * len(learned)
         for copy in copies:
-            rows = torch.arange(len(data.images) if limit is None else limit) if copy == 0 else learned
+            rows = torch.arange(len(data.values) if limit is None else limit) if copy == 0 else learned
             written = {entry.run for entry in zoo.entries if entry.step == copy}
             if len(written) < len(rows):
-                images = alter(data.images[rows], self.config, copy) if copy else data.images[rows]
-                self._append(zoo, fit(self.config, images), images, rows, copy, written)
+                values = alter(data.values[rows], self.config, copy) if copy else data.values[rows]
+                self._append(zoo, fit(self.config, values), values, rows, copy, written)
             if progress is not None:
                 progress(len(zoo), total)
         return zoo
 
-    def _append(self, zoo: Zoo, fields: Stacked, images: Tensor, rows: Tensor, copy: int, written: set[int]) -> None:
+    def _append(self, zoo: Zoo, fields: Stacked, values: Tensor, rows: Tensor, copy: int, written: set[int]) -> None:
         """List the fields ``rows`` of one copy, all or none of those that are not ``written``."""
         data = self.data
-        errors = (self.render_stacked(fields, images.shape[-1]) - images).square().flatten(1).mean(1)
+        errors = (self.sample_stacked(fields, data.size) - values).square().flatten(1).mean(1)
         later = len(data.class_names) if copy and self.config.own_classes else 0
         entries, state_dicts = [], []
         for row, state_dict, error in zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True):
@@ -112,14 +113,25 @@ class FieldsTask:
                 state_dicts.append(state_dict)
         append_many(zoo, entries, state_dicts)
 
-    @torch.no_grad()
-    def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 256) -> Tensor:
-        """Images ``[T, C, size, size]`` of T fields; a field has no resolution, so any ``size`` will do."""
-        fields = list(state_dicts)
-        parts = (stack(fields[first : first + chunk]) for first in range(0, len(fields), chunk))
-        return torch.cat([self.render_stacked(part, size) for part in parts])
+    def sample(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 256) -> Tensor:
+        """What T fields show on a grid of any size, ``[T, C, *grid]``."""
+        return self._in_chunks(self.sample_stacked, state_dicts, size, chunk)
 
-    def render_stacked(self, fields: Stacked, size: int) -> Tensor:
-        """`render` of stacked fields, all at once."""
-        values = evaluate(self.config, fields, grid_points(size, size))  # [T, size², C]
-        return values.mT.reshape(len(values), -1, size, size)
+    def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 16) -> Tensor:
+        """Pictures ``[T, C, size, size]`` of T fields, in ink 0 … 1: of images themselves, of shapes a view."""
+        draw = self.sample_stacked if self.config.dimensions == 2 else self._view_stacked
+        return self._in_chunks(draw, state_dicts, size, chunk)
+
+    @torch.no_grad()
+    def _in_chunks(self, show: Callable, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int) -> Tensor:
+        fields = list(state_dicts)
+        return torch.cat([show(stack(fields[first : first + chunk]), size) for first in range(0, len(fields), chunk)])
+
+    def sample_stacked(self, fields: Stacked, size: int) -> Tensor:
+        """`sample` of stacked fields, all at once."""
+        sizes = [size] * self.config.dimensions
+        values = evaluate(self.config, fields, grid_points(*sizes))  # [T, P, C]
+        return values.mT.reshape(len(values), -1, *sizes)
+
+    def _view_stacked(self, fields: Stacked, size: int) -> Tensor:
+        return views(lambda points: evaluate(self.config, fields, points)[..., 0], size)

@@ -93,10 +93,10 @@ def evaluate(config: FieldsConfig, weights: Stacked, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(config: FieldsConfig, data: Tensor) -> Stacked:
-    """Fields of data on a grid ``[E, C, *grid]`` from the shared start: of all that show them, nearly the nearest to it.
+    """Fields of data on a grid ``[E, C, *grid]``: of all that show them, nearly the nearest to the shared start.
 
-    Every step solves |y - f - J (w - v)|² + damping · |w - start|² for w, where J is the Jacobian of the start, f what the
-    weights v show, and y the data.
+    Every step solves |y - f - J (w - v)|² + damping · |w - start|² for w, where J is the Jacobian of the start, f what
+    the weights v show, and y the data.
     """
     num, channels = data.shape[:2]
     points, begin = grid_points(*data.shape[2:]), start(config, channels)
@@ -119,7 +119,7 @@ def _jacobian(config: FieldsConfig, begin: dict[str, Tensor], channels: int, poi
 
 
 def _ridge(jacobian: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """Ridge regression: residuals ``[E, R]`` → steps ``[E, W]``, in float64, by the smaller one of two Gram matrices."""
+    """Ridge regression: residuals ``[E, R]`` → steps ``[E, W]``, in float64, by the smaller Gram matrix."""
     jacobian = jacobian.double()
     wide = jacobian.shape[0] < jacobian.shape[1]
     gram = jacobian @ jacobian.T if wide else jacobian.T @ jacobian

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.evaluation.field_measures import frechet_distance, measure_samples, trivial_weights
+from rpg.evaluation.field_measures import (
+    frechet_distance,
+    measure_samples,
+    overlap_distances,
+    trivial_weights,
+)
 
 
 def draws(num: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -39,3 +44,11 @@ def test_trivial_weights_are_of_the_wanted_class():
     for rows in made.values():
         assert ((rows.mean(1) > 0).long() == wanted).all()
     assert torch.allclose(made["average"][1], weights[:60].mean(0))
+
+
+def test_overlaps_of_solid_shapes():
+    shapes = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).float()
+    expected = torch.tensor([[0, 2 / 3, 1, 1], [2 / 3, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]])
+    assert torch.allclose(overlap_distances(shapes, shapes), expected)
+    found = measure_samples([shapes], shapes, shapes, None, overlap_distances)
+    assert found["nearest"] == 0 and "frechet" not in found

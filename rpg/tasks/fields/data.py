@@ -1,0 +1,148 @@
+"""What fields are fitted to: scikit-learn's digits, solid shapes, or a folder of either kind; and altered copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from rpg.seeding import make_rng, permutation
+from rpg.tasks.fields.config import FieldsConfig
+from rpg.tasks.fields.meshes import mesh_distances
+from rpg.tasks.fields.shapes import CLASSES, random_shape
+from rpg.tasks.fields.siren import grid_points
+from rpg.tasks.images.digits import load_splits
+from tokenization.errors import InputError
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+MESHES = {".ply", ".obj", ".stl"}
+DIGIT_SPLITS = {"train": "train", "validation": "validation", "unseen": "test"}
+
+
+@dataclass(frozen=True)
+class FieldData:
+    """Values on a grid, with classes and splits.
+
+    Attributes:
+        values: ``[n, C, S, S]`` in 0 … 1 of images; ``[n, 1, S, S, S]`` of shapes, their truncated signed distances in
+            -1 … 1, positive inside.
+        labels: int64 ``[n]``.
+        splits: ``train``, ``validation`` or ``unseen``, one a datum.
+        class_names: what the classes are called.
+    """
+
+    values: Tensor
+    labels: Tensor
+    splits: list[str]
+    class_names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """S, the points along each edge of the grid."""
+        return self.values.shape[-1]
+
+
+def load_data(config: FieldsConfig) -> FieldData:
+    """The data of a configuration. Raises InputError for a folder without classes, or with a file that is no datum."""
+    if config.data == "digits":
+        return _digits()
+    return _shapes(config) if config.data == "shapes" else _folder(config)
+
+
+def _digits() -> FieldData:
+    digits = load_splits()
+    images = torch.cat([digits.images[part] for part in DIGIT_SPLITS.values()])
+    labels = torch.cat([digits.labels[part] for part in DIGIT_SPLITS.values()])
+    splits = [split for split, part in DIGIT_SPLITS.items() for _ in digits.labels[part]]
+    least, most = images.amin(), images.amax()  # paper and full ink
+    return FieldData((images - least) / (most - least), labels, splits, tuple(map(str, range(10))))
+
+
+def _shapes(config: FieldsConfig) -> FieldData:
+    points = grid_points(*[config.image_size] * 3)
+    labels = torch.arange(config.num_shapes) % len(CLASSES)
+    names = tuple(CLASSES)
+    distances = torch.stack(
+        [
+            random_shape(names[label], make_rng(config.seed, "shape", number))(points)
+            for number, label in enumerate(labels.tolist())
+        ]
+    )
+    return FieldData(_truncated(distances, config), labels, _split(config.num_shapes, config), names)
+
+
+def _truncated(distances: Tensor, config: FieldsConfig) -> Tensor:
+    """Signed distances ``[n, S³]``, negative inside, as values of fields ``[n, 1, S, S, S]``."""
+    return torch.tanh(-distances / config.truncation).view(len(distances), 1, *[config.image_size] * 3)
+
+
+def _folder(config: FieldsConfig) -> FieldData:
+    root, (kind, endings) = Path(config.data), {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
+    if not files:
+        raise InputError(
+            f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
+            f"({', '.join(sorted(endings))})"
+        )
+    paths = [file for file, _ in files]
+    values = _images(paths, config) if config.dimensions == 2 else _meshes(paths, config)
+    return FieldData(values, torch.tensor([label for _, label in files]), _split(len(files), config), tuple(classes))
+
+
+def _images(paths: list[Path], config: FieldsConfig) -> Tensor:
+    size = (config.image_size, config.image_size)
+    opened = [Image.open(file) for file in paths]
+    grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
+    images = []
+    for each in opened:
+        values = torch.frombuffer(
+            bytearray(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC).tobytes()),
+            dtype=torch.uint8,
+        )
+        images.append(values.view(*size, -1).permute(2, 0, 1).float() / 255)
+    return torch.stack(images)
+
+
+def _meshes(paths: list[Path], config: FieldsConfig) -> Tensor:
+    points = grid_points(*[config.image_size] * 3)
+    return _truncated(torch.stack([mesh_distances(file, points) for file in paths]), config)
+
+
+def _split(num: int, config: FieldsConfig) -> list[str]:
+    """The split of each datum, at random."""
+    num_unseen = max(2, round(config.held_out * num))
+    num_validation = max(2, round(config.validation * (num - num_unseen)))
+    if num < num_unseen + num_validation + 2:
+        raise InputError(f"{config.data} holds {num} files, too few to hold some out; put at least 8 there")
+    splits = ["train"] * num
+    for rank, place in enumerate(permutation(num, config.seed, "splits").tolist()):
+        if rank < num_unseen + num_validation:
+            splits[place] = "unseen" if rank < num_unseen else "validation"
+    return splits
+
+
+def alter(values: Tensor, config: FieldsConfig, copy: int) -> Tensor:
+    """Each datum ``[n, C, *grid]`` moved, turned, slanted and stretched at random, by interpolation."""
+    num, size, dimensions = len(values), values.shape[-1], values.dim() - 2
+    rng = make_rng(config.seed, "alteration", copy)
+    if dimensions == 2:
+        normal = torch.randn(6, num, generator=rng) * config.alteration
+        turn, slant = 0.06 * normal[0], 0.06 * normal[1]
+        wide, high = 1 + 0.03 * normal[2], 1 + 0.03 * normal[3]
+        move = 0.3 / size * normal[4:]  # 0.15 pixels; the image is 2 wide
+        rows = [
+            torch.stack([wide * turn.cos(), slant - turn.sin(), move[0]], -1),
+            torch.stack([turn.sin(), high * turn.cos(), move[1]], -1),
+        ]
+        matrices = torch.stack(rows, 1)
+    else:
+        matrices = torch.eye(3, 4) + 0.04 * config.alteration * torch.randn(num, 3, 4, generator=rng)
+    grid = F.affine_grid(matrices, list(values.shape), align_corners=False)
+    mode = "bicubic" if dimensions == 2 else "bilinear"
+    shown = F.grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=False)
+    return shown.clamp(0, 1) if dimensions == 2 else shown
