@@ -27,7 +27,7 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
-    steps = max(2, config.train.steps // 4)
+    steps = max(2, config.train.steps // 2)
     stages = {
         "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
     }  # fmt: skip

@@ -84,11 +84,10 @@ def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list
     """What the prior takes its codes for on the way, as fields of the classes ``[B]``: from noise to the last step."""
     network = generator.network
     assert isinstance(network, RecurrentDiffusion) and network.prior is not None
-    noise = torch.stack(
-        [torch.randn(network.prior.code_size, generator=make_rng(seed, "state", i)) for i in range(len(labels))]
-    )
+    rngs = [make_rng(seed, "state", i) for i in range(len(labels))]
+    noise = torch.stack([torch.randn(network.prior.code_size, generator=rng) for rng in rngs])
     conditions, codes = labels[:, None].float(), []  # type: ignore[var-annotated]
-    codes.append(network.prior.sample(noise, conditions, codes.append))
+    codes.append(network.prior.sample(noise, conditions, codes.append, rngs))
     tokens = torch.arange(generator.layout.num_tokens)
     chosen = torch.linspace(0, len(codes) - 1, PATH_POINTS).round().long().unique().tolist()
     shown = []

@@ -165,7 +165,7 @@ class TokenSampler(TiledSampler):
             if self.network.prior is None:
                 raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
             noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs]).to(self.device)
-            return self.network.prior.sample(request.temperature * noise, conditions)
+            return self.network.prior.sample(request.temperature * noise, conditions, rngs=rngs)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)

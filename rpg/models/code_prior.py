@@ -10,11 +10,11 @@ Letters: B codes, m code values, W width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,12 +34,27 @@ class CodePriorConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the blocks: zoos are small")
     batch_size: int = Field(192, ge=1, description="codes a training step, over all processes")
     steps: int = Field(30, ge=1, description="sampling steps (Heun)")
+    churn: float = Field(
+        0.0,
+        ge=0,
+        description="of EDM: fresh noise while sampling (its S_churn), which mends what earlier steps got wrong",
+    )
+
+    @model_validator(mode="after")
+    def _flow_has_no_churn(self) -> CodePriorConfig:
+        if self.churn and self.objective != "edm":
+            raise ValueError("churn needs objective: edm")
+        return self
 
 
 LOG_NOISE_MEAN, LOG_NOISE_STD = -1.2, 1.2
 """Of EDM's training noise levels (table 1); codes have unit mean square, so that its sigma_data is 1."""
 LEAST_NOISE, MOST_NOISE, SPACING = 0.01, 40.0, 7.0
 """EDM's sampling noise levels (equation 5)."""
+MOST_CHURN = 2**0.5 - 1
+"""The share by which a step raises the noise level at most: new noise is no more than there was."""
+LEAST_CHURNED, MOST_CHURNED = 0.05, 5.0
+"""Noise levels between which noise is added anew (its S_tmin and S_tmax)."""
 
 
 class _Block(nn.Module):
@@ -116,10 +131,15 @@ class CodePrior(nn.Module):
         return (velocity.float() - (noise - codes)).square().mean()
 
     def sample(
-        self, noise: Tensor, conditions: Tensor | None = None, watch: Callable[[Tensor], None] | None = None
+        self,
+        noise: Tensor,
+        conditions: Tensor | None = None,
+        watch: Callable[[Tensor], None] | None = None,
+        rngs: Sequence[torch.Generator] = (),
     ) -> Tensor:
         """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's.
 
+        With churn that is EDM's algorithm 2, and each code's noise comes from its own one of B ``rngs``.
         ``watch`` is told, at every step, the codes ``[B, m]`` that one step from there to the end would give.
         """
         if self.config.objective == "edm":
@@ -127,7 +147,12 @@ class CodePrior(nn.Module):
             times, x = [*(ramp**SPACING).tolist(), 0.0], MOST_NOISE * noise
         else:
             times, x = torch.linspace(1, 0, self.config.steps + 1).tolist(), noise
-        for now, after in itertools.pairwise(times):
+        for level, after in itertools.pairwise(times):
+            now = level
+            if self.config.churn and LEAST_CHURNED <= level <= MOST_CHURNED:
+                now = level * (1 + min(self.config.churn / self.config.steps, MOST_CHURN))
+                fresh = torch.stack([torch.randn(self.code_size, generator=rng) for rng in rngs]).to(x.device)
+                x = x + (now**2 - level**2) ** 0.5 * fresh
             slope = self._slope(x, now, conditions)
             if watch is not None:
                 watch((x - now * slope) / (1 if self.spread is None else self.spread))

@@ -18,6 +18,7 @@ from rpg.generation.generator import Generator
 from rpg.training.loop import train
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,41 @@ def test_a_generated_field_is_one_function_at_two_resolutions(run, tmp_path):
     (file,) = generator.generate(1, seed=3, condition=[1.0], output=run / "generated")
     task = fields_task(generator.config)
     field = Checkpoint.open(file).state_dict()
-    coarse, fine = task.render([field], 8)[0], task.render([field], 24)[0]
+    coarse, fine = task.sample([field], 8)[0], task.sample([field], 24)[0]
     # Every third pixel of the fine image, from the second on, has the centre of a coarse one.
     assert torch.allclose(fine[:, 1::3, 1::3], coarse, atol=1e-5)
     (picture,) = render_files([file], 24, tmp_path)
     drawn = torch.frombuffer(bytearray(Image.open(picture).tobytes()), dtype=torch.uint8).view(24, 24) / 255
     assert torch.allclose(drawn, 1 - fine[0].clamp(0, 1), atol=0.5 / 255 + 1e-6)
+
+
+def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "NUM_SETS", 1)
+    config = Config.load(
+        "configs/fields3d.yaml",
+        [
+            f"run={tmp_path / 'run'}", f"zoo={tmp_path / 'zoo'}", "task.num_shapes=96", "task.image_size=8",
+            "task.hidden=16", "model.state.width=12", "model.state.prior.width=32", "model.state.prior.depth=1",
+            "model.state.prior.steps=8", "train.steps=20", "train.log_every=10", "task.held_out=0.2",
+        ],
+    )  # fmt: skip
+    collect(config)
+    train(config)
+    report = evaluate_fields(config.run)
+    for name in ("generated", "average", "midpoint", "covariance_gaussian", "training_data"):
+        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report[name].keys()
+    assert report["training_data"]["nearest"] == 0
+    for name in ("fine", "nearest", "path"):
+        assert min(Image.open(tmp_path / "run" / f"{name}.png").size) > 16
+    generator = Generator.from_pretrained(config.run)
+    (file,) = generator.generate(1, seed=3, condition=[1.0], output=tmp_path / "new")
+    # One function at two resolutions: every third point of the fine grid, from the second on, is one of the coarse.
+    task, field = fields_task(generator.config), Checkpoint.open(file).state_dict()
+    assert torch.allclose(task.sample([field], 24)[0, 0, 1::3, 1::3, 1::3], task.sample([field], 8)[0, 0], atol=1e-4)
+    shape = Zoo.open(config.zoo).file(1)  # a dumbbell
+    picture, mesh = render_files([shape], 24, tmp_path / "new")
+    assert (picture.suffix, mesh.suffix) == (".png", ".ply") and mesh.read_bytes().startswith(b"ply")
+    assert Image.open(picture).size == (24, 24)
 
 
 def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):

@@ -50,10 +50,11 @@ def test_it_learns_what_the_condition_says():
         assert torch.allclose(drawn.mean(0), centres[label], atol=0.25)
 
 
-def test_the_true_denoiser_of_a_gaussian_gives_that_gaussian():
+@pytest.mark.parametrize("churn", [0.0, 15.0])
+def test_the_true_denoiser_of_a_gaussian_gives_that_gaussian(churn):
     # z ~ N(0, s²), x = z + σ e: the best denoiser is s² x / (s² + σ²); F follows from EDM's preconditioning.
     spread = 0.5
-    config = CodePriorConfig(objective="edm", whitened=False, width=16, depth=1, steps=60)
+    config = CodePriorConfig(objective="edm", whitened=False, width=16, depth=1, steps=60, churn=churn)
     prior = CodePrior(config, 1).eval()
     prior.spread.fill_(2.0)
 
@@ -63,7 +64,8 @@ def test_the_true_denoiser_of_a_gaussian_gives_that_gaussian():
         return (clean - noisy / (1 + variance)) / (variance / (1 + variance)).sqrt()
 
     prior._denoiser_output = output  # type: ignore[method-assign, assignment]
-    drawn = prior.sample(torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
+    rngs = [torch.Generator().manual_seed(number) for number in range(4000)]
+    drawn = prior.sample(torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)), rngs=rngs)
     assert float(drawn.mean()) == pytest.approx(0, abs=0.02)
     assert float(drawn.std()) == pytest.approx(spread / 2, rel=0.05)  # codes are divided by their spread
 
@@ -77,3 +79,8 @@ def test_the_best_denoiser_has_the_least_loss_of_edm():
     assert float(untrained) == pytest.approx(1.0, rel=0.1)
     torch.nn.init.constant_(prior.output.bias, 0.3)
     assert prior.loss(codes, noise, time) > untrained
+
+
+def test_flow_matching_has_no_churn():
+    with pytest.raises(ValueError, match="churn needs objective: edm"):
+        CodePriorConfig(churn=1)
