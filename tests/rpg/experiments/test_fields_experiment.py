@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from rpg.config import Config
+from rpg.experiments import field_pictures as pictures
 from rpg.experiments import fields as experiment
 from rpg.experiments.field_pictures import render_files
 from rpg.experiments.fields import evaluate_fields, fields_task
@@ -40,6 +41,7 @@ def run(tmp_path_factory) -> Path:
             f"run={folder / 'run'}", f"zoo={folder / 'zoo'}", f"task.data={folder / 'images'}", "task.altered=1",
             "task.hidden=16", "model.state.width=12", "model.state.prior.width=32", "model.state.prior.depth=1",
             "model.state.prior.steps=8", "train.steps=20", "train.log_every=10",
+            "train.splits=[train, validation, altered_train, altered_validation]",
         ],
     )  # fmt: skip
     collect(config)
@@ -62,6 +64,8 @@ def test_a_generated_field_is_one_function_at_two_resolutions(run, tmp_path):
 
 def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "NUM_SETS", 1)
+    monkeypatch.setattr(pictures, "FINE", 20)
+    monkeypatch.setattr(pictures, "PER_CLASS", 2)
     config = Config.load(
         "configs/fields3d.yaml",
         [
