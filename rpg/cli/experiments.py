@@ -37,7 +37,7 @@ def lora(
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
-    """Neural fields of images: zoo, training, comparison in function space, pictures."""
+    """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
     from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
 
     settings = load(config or o.default_config("fields.yaml"), overrides)
@@ -47,7 +47,7 @@ def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o
         return
     with progress_bar("fitting fields") as collecting:
         print_fields(run_fields(settings, progress=collecting), console)
-    console.print(f"figures: {settings.run}/evaluation.json\npictures: classes, fine, nearest, path.png beside it")
+    console.print(f"figures: {settings.run}/evaluation.json\npictures: *.png beside it")
 
 
 def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -67,7 +67,7 @@ def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o
 def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> None:
-    """Draw neural fields as PNG files, at any resolution."""
+    """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
     from rpg.experiments.field_pictures import render_files
 
     console.print(*render_files(files, size, output, load(config, None) if config else None), sep="\n")
