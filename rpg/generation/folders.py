@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
 from tokenization.files import recover_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.spectral.layout import BASIS_FILE
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.metric import MetricScale
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
 OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
@@ -35,3 +44,33 @@ def find_folder(path: Path | str) -> Path:
     except Exception as error:  # the hub has many errors for what it does not have or cannot send
         reason = type(error).__name__
         raise InputError(f"{path} is neither a folder nor a hub repository that can be reached ({reason}).") from None
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """What ``model.safetensors`` of a generator holds: the networks' tensors, and the rest as metadata."""
+
+    tensors: dict[str, Tensor]
+    condition: ConditionSpec | None
+    num_states: int
+    facts: dict[str, Any]
+    metric: MetricScale | None
+
+
+def read_weights(path: Path) -> SavedWeights:
+    """Read the networks of a generator folder. Raises InputError if the file is damaged or not of a generator."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})["rpg"])
+        spec, metric, num_states = metadata["condition"], metadata.get("metric"), metadata["num_states"]
+        if not isinstance(num_states, int) or not 0 < num_states < 1 << 31:
+            raise ValueError(f"num_states is {num_states!r}")
+        return SavedWeights(
+            load_file(path),
+            ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None,
+            num_states,
+            dict(metadata["facts"]),
+            MetricScale(**metric) if metric else None,
+        )
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); train again or copy the folder again.") from None

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rpg.config import Config
@@ -19,7 +18,7 @@ from rpg.devices import chosen_device, parse_device
 from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
 from rpg.generation.digest import folder_digest
-from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder
+from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
@@ -99,25 +98,18 @@ class Generator:
         config = Config.load(folder / "config.yaml")
         layout = load_layout(folder)
         weights = folder / "model.safetensors"
-        try:
-            with safe_open(weights, "pt") as file:
-                metadata = json.loads((file.metadata() or {})["rpg"])
-            state = load_file(weights)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{weights} cannot be read ({error}); train again or copy the folder again.") from None
-        spec = metadata["condition"]
-        condition = ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None
+        saved = read_weights(weights)
+        condition = saved.condition
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
         size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
-        network = build_network(config.model, layout, metadata["num_states"], size)
+        network = build_network(config.model, layout, saved.num_states, size)
         try:
-            network.load_state_dict(state)
+            network.load_state_dict(saved.tensors)
         except RuntimeError as error:
             found = str(error).splitlines()[-1].strip()
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
-        metric = MetricScale(**metadata["metric"]) if metadata.get("metric") else None
-        loaded = cls(config, layout, network.to(device), condition, metadata["facts"], adapter, texts, metric)
+        loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
         loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
         return loaded
 

@@ -116,6 +116,8 @@ def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
     names, layers, ties, constants = [], [], {}, {}
     for entry in content["tensors"]:
         name = entry["name"]
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor is called {name!r}")
         names.append(name)
         if entry["role"] == "tie":
             ties[name] = entry["of"]

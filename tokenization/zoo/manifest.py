@@ -79,7 +79,7 @@ def entry_of(content: Any, where: str) -> ZooEntry:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise refuse(key, "a whole number from 0 on")
     for key in ("file", "split"):
-        if not values.get(key, "train"):
+        if not _is_name(values.get(key, "train")):
             raise refuse(key, "a name")
     if not isinstance(values.get("external", False), bool):
         raise refuse("external", "true or false")
@@ -173,6 +173,12 @@ def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) ->
     finally:
         os.close(descriptor)
     return size + len(data)
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can be a path: systems take no NUL, and 255 bytes a part at most."""
+    parts = text.encode(errors="surrogatepass").split(b"/")
+    return bool(text) and "\0" not in text and max(map(len, parts)) < 256 and sum(map(len, parts)) < 4000
 
 
 def _is_number(value: Any) -> bool:

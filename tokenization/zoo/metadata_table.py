@@ -63,7 +63,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise InputError(f"{path} has no rows; write one per checkpoint")
     for where, row in rows:
-        if not isinstance(row.get("file"), str):
+        if not isinstance(row.get("file"), str) or "\0" in row["file"]:
             raise InputError(f"{where} has no file; add a column 'file' that names the checkpoint")
     return rows
 
