@@ -6,7 +6,8 @@ T tasks, C classes, P values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,12 @@ def choose_regressions(
     """
     grid = regression_grid()
     if train.is_large:
-        grid = {name: _nearest_in_weights(each, train, validation) for name, each in grid.items()}
+        known, crossed = (
+            train.products(train),
+            validation.products(train),
+        )  # each reads every network: once for all kinds
+        shares = functools.partial(Regression.mixture, seen=train.bits, bits=validation.bits)
+        grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
 
     def score(regression: Regression) -> float:
         mixture = regression.mixture(train.bits, validation.bits)
@@ -52,13 +58,19 @@ def choose_regressions(
 
 
 def _nearest_in_weights(
-    regressions: list[Regression], train: TaskNetworks, validation: TaskNetworks
+    regressions: list[Regression], mixture: Callable[[Regression], Tensor], known: Tensor, crossed: Tensor
 ) -> list[Regression]:
-    """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights."""
-    known, crossed = train.products(train), validation.products(train)
+    """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights.
+
+    Args:
+        regressions: one kind.
+        mixture: the shares ``[V, S]`` of the S training networks in the V predictions.
+        known: inner products of the training networks, ``[S, S]``.
+        crossed: those of the validation tasks' own networks with them, ``[V, S]``.
+    """
     errors = []
     for each in regressions:
-        shares = each.mixture(train.bits, validation.bits)  # |prediction - own|² less |own|², which is the same for all
+        shares = mixture(each)  # |prediction - own|² less |own|², which is the same for all
         errors.append(((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item())
     order = sorted(range(len(regressions)), key=errors.__getitem__)
     return [regressions[index] for index in sorted(order[:NUM_TRIED])]

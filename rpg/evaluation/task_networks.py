@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from rpg.evaluation.asking import load
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks.side_by_side import LARGE, Stacked, stack
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ class TaskNetworks:
             yield self._all if rows is None else {name: value[rows] for name, value in self._all.items()}
             return
         chosen = range(len(self.checkpoints)) if rows is None else rows.tolist()
-        yield from in_parts(self._read(row) for row in chosen)
+        yield from in_parts(load(self.checkpoints[row]) for row in chosen)
 
     def mixed(self, mixture: Tensor) -> Iterator[Stacked]:
         """Networks that are weighted sums of these: shares ``[T', T]`` → T' networks; small ones in float64."""
@@ -115,13 +116,6 @@ class TaskNetworks:
                     total += block.double().std(0).square().sum().item()
                     count += block.shape[1]
         return (total / count) ** 0.5
-
-    def _read(self, row: int) -> StateDict:
-        checkpoint = self.checkpoints[row]
-        state_dict = checkpoint.state_dict()
-        for name in checkpoint.tensors:
-            checkpoint.release(name)
-        return state_dict
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
         """The values of a tensor, of all networks: ``[T, at most BLOCK]`` each."""
