@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rpg.evaluation.drawing import COLORS, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
+from rpg.evaluation.drawing import COLORS, GENERATED, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,25 @@ def lines(series: Sequence[Series], x: Axis, y: Axis, caption: str, *, markers: 
             axes.plot(each.x, each.y, color=COLORS[each.color], **style)
 
     return Chart(_svg(draw, x, y, caption), series, caption)
+
+
+def training_loss(logged: tuple[Sequence[float], Sequence[float]]) -> Chart | None:
+    """A run's loss at each logged step; None where fewer than two were."""
+    steps, losses = logged
+    if len(steps) < 2:
+        return None
+    caption = "Training loss at each logged optimizer step."
+    series = [Series("loss", steps, losses, GENERATED)]
+    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
+
+
+def principal_components(series: Sequence[Series], explained: float) -> Chart:
+    """Networks in the first two principal components of the originals, which hold ``explained`` of their variance."""
+    caption = (
+        "First two principal components of the originals’ weights, which hold "
+        f"{100 * explained:.0f} % of their variance, with the other networks projected on them."
+    )
+    return scatter(series, Axis("first component"), Axis("second component"), caption)
 
 
 def histogram(series: Sequence[Series], x: Axis, caption: str, num_bins: int = 24) -> Chart:

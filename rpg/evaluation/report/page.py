@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
-from rpg.evaluation.report.charts import Chart, histogram, lines, scatter
+from rpg.evaluation.report.charts import Chart, histogram, lines, principal_components, scatter, training_loss
 from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import (
     AT_DISTANCE,
@@ -70,7 +70,7 @@ def write_page(path: Path | str, result: EvaluationResult, data: ReportData) -> 
         "heatmap": data.heatmap and heat_png(data.heatmap[1]),
         "trajectories_chart": _trajectories(result, data),
         "components_chart": _components(data),
-        "losses_chart": _losses(data),
+        "losses_chart": training_loss(data.losses),
     }
     render_page(path, TEMPLATE, **shown)
 
@@ -192,17 +192,4 @@ def _components(data: ReportData) -> Chart | None:
         for i, (name, points) in enumerate(data.components.items())
     ]
     series.sort(key=lambda each: each.label in colors)  # the others are below
-    caption = (
-        "First two principal components of the originals’ weights, which hold "
-        f"{100 * data.explained:.0f} % of their variance, with the other networks projected on them."
-    )
-    return scatter(series, Axis("first component"), Axis("second component"), caption)
-
-
-def _losses(data: ReportData) -> Chart | None:
-    steps, losses = data.losses
-    if len(steps) < 2:
-        return None
-    caption = "Training loss at each logged optimizer step."
-    series = [Series("loss", steps, losses, GENERATED)]
-    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
+    return principal_components(series, data.explained)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series
-from rpg.evaluation.report.charts import Chart, lines, scatter
+from rpg.evaluation.report.charts import Chart, lines, scatter, training_loss
 from rpg.evaluation.report.page import heat_png
 from rpg.evaluation.report.template import render_page
 
@@ -75,7 +75,7 @@ def write_tasks_page(path: Path | str, report: Mapping[str, Any], page: TasksPag
         worst=worst_of(report, page.names),
         heatmaps=[(split, labels, heat_png(values)) for split, (labels, values) in page.heatmaps.items()],
         trajectory_chart=_trajectory(page, figure),
-        losses_chart=_losses(page),
+        losses_chart=training_loss(page.losses),
     )
 
 
@@ -172,12 +172,3 @@ def _trajectory(page: TasksPage, figure: str) -> Chart | None:
     caption = f"Networks for the unseen task {page.condition} after each sampling step, noise included."
     across = Axis("sampling step", ticks=steps if len(steps) < 12 else ())
     return lines(series, across, Axis(figure.replace("_", " "), -0.02, 1.02, percent=True), caption)
-
-
-def _losses(page: TasksPage) -> Chart | None:
-    steps, losses = page.losses
-    if len(steps) < 2:
-        return None
-    series = [Series("loss", steps, losses, GENERATED)]
-    caption = "Training loss at each logged optimizer step."
-    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)

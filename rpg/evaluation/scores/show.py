@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
-from rpg.evaluation.report.charts import Chart, histogram, lines, scatter
+from rpg.evaluation.report.charts import Chart, histogram, lines, principal_components, scatter, training_loss
 from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import AT_DISTANCE
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
@@ -130,7 +130,7 @@ def write_score_page(path: Path | str, result: ScoreResult, page: ScorePage) -> 
         novelty_chart=_novelty(result),
         distances_chart=_distances(result),
         components_chart=_components(result),
-        losses_chart=_losses(page),
+        losses_chart=training_loss(page.losses),
     )
 
 
@@ -229,17 +229,4 @@ def _components(result: ScoreResult) -> Chart | None:
             (kind, result.components[kind]) for kind, _ in in_drawing_order(result) if AT_DISTANCE not in kind
         )
     ]
-    caption = (
-        "First two principal components of the originals’ weights, which hold "
-        f"{100 * result.explained:.0f} % of their variance, with the other networks projected on them."
-    )
-    return scatter(series, Axis("first component"), Axis("second component"), caption)
-
-
-def _losses(page: ScorePage) -> Chart | None:
-    steps, losses = page.losses
-    if len(steps) < 2:
-        return None
-    series = [Series("loss", steps, losses, GENERATED)]
-    caption = "Training loss at each logged optimizer step."
-    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
+    return principal_components(series, result.explained)
