@@ -14,7 +14,7 @@ from torch import Tensor
 from rpg.evaluation.metrics import Summary, summarize
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.similarity import error_iou
-from rpg.evaluation.two_sample import function_vectors, nearest_neighbour_accuracy
+from rpg.evaluation.two_sample import coverage, function_vectors, nearest_neighbour_accuracy
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily
 
@@ -26,6 +26,12 @@ class TaskSamples(Section):
     accuracy: Summary = Field(description="over all networks")
     nearest_neighbour_accuracy: float | None = Field(
         description="1-NNA of a task's networks beside its originals, in class probabilities, mean; 0.5 is perfect"
+    )
+    coverage: float | None = Field(
+        None, description="share of a task's originals that are the nearest of one of its networks, mean"
+    )
+    nearest: float | None = Field(
+        None, description="distance in class probabilities to the nearest original of the task, mean"
     )
 
 
@@ -84,16 +90,29 @@ def _samples(probabilities: Tensor, originals: Tensor | None, targets: Tensor, s
     answers = probabilities.argmax(-1)  # [T, R, B]
     accuracies = (answers == targets[:, None]).double().mean(-1)  # [T, R]
     overlaps = torch.stack([_mean_overlap(own, right) for own, right in zip(answers, targets, strict=True)])
-    told_apart = None
+    beside: dict[str, float] = {}
     if originals is not None:
         pairs = zip(map(function_vectors, probabilities), map(function_vectors, originals), strict=True)
-        found = [nearest_neighbour_accuracy(distances(a, a), distances(b, b), distances(a, b)) for a, b in pairs]
-        told_apart = sum(found) / len(found)
+        found = [_beside(made, own) for made, own in pairs]
+        beside = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     return TaskSamples(
         error_iou=overlaps.mean().item(),
         accuracy=summarize(accuracies.flatten(), seed),
-        nearest_neighbour_accuracy=told_apart,
+        nearest_neighbour_accuracy=beside.pop("nearest_neighbour_accuracy", None),
+        **beside,
     )
+
+
+def _beside(made: Tensor, originals: Tensor) -> dict[str, float]:
+    """How vectors ``[R, F]`` of a task's networks lie beside those of its originals ``[R, F]``."""
+    between = distances(made, originals)
+    return {
+        "nearest_neighbour_accuracy": nearest_neighbour_accuracy(
+            distances(made, made), distances(originals, originals), between
+        ),
+        "coverage": coverage(between),
+        "nearest": between.amin(1).mean().item(),
+    }
 
 
 def _mean_overlap(answers: Tensor, targets: Tensor) -> Tensor:

@@ -13,14 +13,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field
 
 from rpg.config import Config
+from rpg.experiments.fields import evaluate_fields
+from rpg.experiments.held_out_tasks import evaluate_held_out
 from rpg.experiments.single import collect, evaluate_run
-from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of
+from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of, rows_of_rivals
 from rpg.section import Section, read_mapping, validated
+from rpg.tasks import build_task
+from rpg.tasks.base import TaskFamily
+from rpg.tasks.fields.fields import FieldsTask
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -150,6 +156,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
     failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
+    rows += rows_of_rivals([each.folder for each in experiments])
     folder = Path(sweep.run)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
@@ -216,7 +223,23 @@ def _step(step: str, path: str) -> None:
     (run / EVALUATION).unlink(missing_ok=True)
     same = _saved_config(run) == config
     train(config, resume=same, overwrite=not same)
-    evaluate_run(run)
+    if (report := _report(config)) is not None:
+        write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
+
+
+def _report(config: Config) -> dict[str, Any] | None:
+    """Score a trained run on ``evaluate.split`` as its task asks for; None where that has written its own report.
+
+    Runs on fields and families of tasks have ``validation`` for choices, which those experiments write nothing of.
+    """
+    task = build_task(config.task) if config.task is not None else None
+    split, choosing = config.evaluate.split, config.evaluate.split == "validation"
+    if isinstance(task, FieldsTask):
+        return evaluate_fields(config.run, split=split if choosing else "unseen", seed=config.seed)
+    if isinstance(task, TaskFamily):
+        return evaluate_held_out(config.run, split=split, seed=config.seed)
+    evaluate_run(config.run)
+    return None
 
 
 def _saved_config(run: Path) -> Config | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ _COLUMNS: tuple[tuple[str, str, float], ...] = (
     ("min", "worst", 100),
     ("similarity", "IoU", 1),
     ("distance", "distance", 1),
+    ("one_nna", "1-NNA", 1),
+    ("coverage", "coverage", 1),
+    ("nearest", "nearest", 1),
     ("seconds_per_network", "s a network", 1),
     ("training_seconds", "s training", 1),
 )
+
+GENERATED = "generated"
 
 
 def row_of(name: str, overrides: Sequence[str], folder: Path, failure: str | None = None) -> dict[str, Any]:
@@ -32,22 +37,60 @@ def row_of(name: str, overrides: Sequence[str], folder: Path, failure: str | Non
     if failure is not None or not path.is_file():
         return {**row, "failure": failure or "not run"}
     scores = json.loads(path.read_text())
+    row |= figures_of(scores)[GENERATED] | {"training_seconds": _training_seconds(folder)}
+    if "ensemble" not in scores:
+        return row
     row |= {
         "original_best": scores["original"]["accuracy"]["max"],
         "original_mean": scores["original"]["accuracy"]["mean"],
         "average": scores["ensemble"]["accuracy"],
-        "best": scores["generated"]["accuracy"]["max"],
-        "mean": scores["generated"]["accuracy"]["mean"],
-        "min": scores["generated"]["accuracy"]["min"],
-        "similarity": scores["generated"]["similarity"]["mean"],
-        "seconds_per_network": scores["generated"]["seconds_per_network"],
-        "training_seconds": _training_seconds(folder),
+        "seconds_per_network": scores[GENERATED]["seconds_per_network"],
     }
     if scores.get("novelty_details"):
-        distances = scores["novelty_details"]["sets"]["generated"]["matched_distances"]
+        distances = scores["novelty_details"]["sets"][GENERATED]["matched_distances"]
         row["distance"] = sorted(distances)[len(distances) // 2]
-        row["novelty"] = dict(zip(map(str, scores["novelty"]["tau"]), scores["novelty"]["generated"], strict=True))
+        row["novelty"] = dict(zip(map(str, scores["novelty"]["tau"]), scores["novelty"][GENERATED], strict=True))
     return row
+
+
+def rows_of_rivals(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row for every method that is no generator, of the first evaluation that has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in (folder / EVALUATION for folder in folders):
+        if path.is_file():
+            methods = figures_of(json.loads(path.read_text()))
+            found = {name: {"name": name, "set": [], **each} for name, each in methods.items()} | found
+    compared = ("one_nna", "similarity")
+    return [row for name, row in found.items() if name != GENERATED and any(each in row for each in compared)]
+
+
+def figures_of(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures of each method in a report on a single task, on unseen tasks or on fields; accuracies in 0 … 1."""
+    if "unseen" in scores:
+        found = {name: _accuracies(each) for name, each in scores["unseen"].items() if "accuracy" in each}
+        several = (scores.get("per_task") or {}).get("methods", {})
+        for name, each in several.items():
+            found[name] |= {"similarity": each["error_iou"]} | _two_sample(each)
+        return found
+    if "held_out" in scores:
+        kinds = {name: each for name, each in scores.items() if isinstance(each, dict) and "one_nna" in each}
+        return {name: {**each, "mean": each["class_accuracy"]} for name, each in kinds.items()}
+    found = {name: _accuracies(each) for name, each in (scores.get("baselines") or {}).items()}
+    found[GENERATED] = _accuracies(scores[GENERATED]) | {"similarity": scores[GENERATED]["similarity"]["mean"]}
+    for name, each in ((scores.get("two_sample") or {}).get("sets") or {}).items():
+        found[name] = found.get(name, {}) | _two_sample(each)
+    return found
+
+
+def _accuracies(scores: Mapping[str, Any]) -> dict[str, float]:
+    summary = scores["accuracy"]
+    return {"best": summary["max"], "mean": summary["mean"], "min": summary["min"]}
+
+
+def _two_sample(scores: Mapping[str, Any]) -> dict[str, float]:
+    names = {"one_nna": "nearest_neighbour_accuracy", "coverage": "coverage", "nearest": "nearest_training"}
+    nearest = {"nearest": scores["nearest"]} if scores.get("nearest") is not None else {}
+    return nearest | {short: scores[name] for short, name in names.items() if scores.get(name) is not None}
 
 
 def _training_seconds(folder: Path) -> float | None:
@@ -56,14 +99,15 @@ def _training_seconds(folder: Path) -> float | None:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown; accuracies in per cent."""
-    lines = ["| run | " + " | ".join(title for _, title, _ in _COLUMNS) + " | overrides |"]
-    lines.append("| --- |" + " ---: |" * len(_COLUMNS) + " --- |")
+    """The rows as Markdown, without columns that none has; accuracies in per cent."""
+    columns = [each for each in _COLUMNS if any(row.get(each[0]) is not None for row in rows)]
+    lines = ["| run | " + " | ".join(title for _, title, _ in columns) + " | overrides |"]
+    lines.append("| --- |" + " ---: |" * len(columns) + " --- |")
     for row in rows:
         if "failure" in row:
-            figures = [row["failure"].replace("|", "/"), *[""] * (len(_COLUMNS) - 1)]
+            figures = [row["failure"].replace("|", "/"), *[""] * (len(columns) - 1)]
         else:
-            figures = [_figure(row.get(key), factor) for key, _, factor in _COLUMNS]
+            figures = [_figure(row.get(key), factor) for key, _, factor in columns]
         lines.append(f"| {row['name']} | " + " | ".join(figures) + f" | {' '.join(row['set'])} |")
     return "\n".join(lines) + "\n"
 

@@ -106,7 +106,10 @@ class TaskFamily(Task, Protocol):
 
 @runtime_checkable
 class ImageTaskFamily(TaskFamily, BehaviourTask, Protocol):
-    """Binary tasks over the classes of one labelled image set, all fine-tuned from one base network."""
+    """Binary tasks over the classes of one labelled image set, all fine-tuned from one base network.
+
+    Its ``behaviour_losses`` also take T other networks, ``originals``, in place of the teacher.
+    """
 
     def classes(self, split: str = "test") -> Tensor:
         """The classes of a split's images, int64 ``[B]``."""

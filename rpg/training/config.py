@@ -14,8 +14,10 @@ class BehaviourConfig(Section):
 
     weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
     images: int = Field(128, ge=1, description="training images a step")
-    target: Literal["labels", "base"] = Field(
-        "labels", description="right answers: the images' labels, or the base network's class probabilities"
+    target: Literal["labels", "base", "original"] = Field(
+        "labels",
+        description="right answers: the images' labels, the base network's class probabilities, or those of the very "
+        "checkpoint that is learned, so that what it does differently from others of its task is learned, too",
     )
     fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 

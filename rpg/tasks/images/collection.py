@@ -107,7 +107,8 @@ def collect_runs(
     from its start, and only the checkpoints that are missing are appended.
 
     Args:
-        zoo: where checkpoints go; entries hold ``run``, ``step`` (1 … ``config.steps``) and ``validation_accuracy``.
+        zoo: where checkpoints go; entries hold ``run``, ``step`` (1 … ``config.steps``), split and
+            ``validation_accuracy``.
         build: makes the untrained network from torch's global random state.
         splits: images; ``train`` is trained on and ``validation`` measured.
         config: the recipe.
@@ -134,7 +135,8 @@ def collect_runs(
                 stored = convert_floats(network.state_dict(), DTYPES[config.dtype])
                 with use_threads(config.threads):
                     accuracy = accuracy_of(network, stored, splits, "validation")
-                zoo.append(stored, run=run, step=step, metrics={"validation_accuracy": accuracy})
+                split = "held_out" if config.hold_out and step % config.hold_out == 0 else "train"
+                zoo.append(stored, run=run, step=step, split=split, metrics={"validation_accuracy": accuracy})
             if limit is not None and len(zoo) >= limit:
                 return
     if progress is not None:  # runs that were complete have not ticked

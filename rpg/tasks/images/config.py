@@ -26,6 +26,12 @@ class CollectionConfig(Section):
     seed: int = Field(0, ge=0, description="decides the initial weights and the order of the images of every run")
     runs: int = Field(1, ge=1, description="independent training runs")
     steps: int = Field(128, ge=1, description="fine-tuning steps of a run; one checkpoint is saved after each")
+    hold_out: int = Field(
+        0,
+        ge=0,
+        description="every so-many-th checkpoint of a run is of split held_out: nothing is trained on it, and generated "
+        "networks are compared with it; 0 holds none out",
+    )
     train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
     batch_size: int = Field(128, ge=1, description="images a step")
     learning_rate: float = Field(5e-3, gt=0, description="peak of the one-cycle schedule to convergence")

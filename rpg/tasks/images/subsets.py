@@ -223,11 +223,12 @@ class SubsetTask:
         num_images: int,
         rng: torch.Generator,
         teacher: Teacher | None = None,
+        originals: Stacked | None = None,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
-        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side;
-        classes whose bit is withheld count for neither. Differentiable in ``weights``.
+        The right answers are the images' labels or, with a teacher, its class probabilities summed over either side, or
+        those of T other networks; classes whose bit is withheld count for none. Differentiable in ``weights``.
         """
         images, classes = self.draw(num_images, rng, augmented=True)
         images = images.to(conditions.device)
@@ -238,10 +239,17 @@ class SubsetTask:
         told = (conditions != WITHHELD).to(conditions)  # [T, C]
         share = told @ probabilities.T  # [T, B] probability of the classes whose bit is told
         positive = (told * conditions) @ probabilities.T / share.clamp(min=1e-6)  # [T, B]
-        logits = self.side(weights, images)  # [T, B, 2]
-        score = logits[..., 1] - logits[..., 0]  # the log-odds of the two logits' softmax
+        score = self._log_odds(weights, images)  # [T, B]
+        if originals is not None:
+            with torch.no_grad():
+                positive = self._log_odds(originals, images).sigmoid()
         losses = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")  # [T, B]
         return (losses * share).sum(1) / share.sum(1).clamp(min=1)
+
+    def _log_odds(self, weights: Stacked, images: Tensor) -> Tensor:
+        """Of "positive", by the softmax of the two logits: ``[T, B]``."""
+        logits = self.side(weights, images)  # [T, B, 2]
+        return logits[..., 1] - logits[..., 0]
 
 
 def load_base(zoo: Zoo) -> dict[str, Tensor]:

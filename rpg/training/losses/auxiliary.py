@@ -82,7 +82,10 @@ class AuxiliaryLosses:
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
         rng = make_rng(self.seed, "behaviour", step, 0)  # the same images on every process
-        return self.behaviour(loss.samples, batch.conditions[rows], dropped, rng)
+        given = (loss.samples, batch.conditions[rows], dropped, rng)
+        if isinstance(self.behaviour, BehaviourLoss):
+            return self.behaviour(*given, batch.samples[: batch.num_last])
+        return self.behaviour(*given)
 
     def _new_states_of(self, step: int) -> torch.Tensor | float:
         """The loss of new states, once it has set in."""

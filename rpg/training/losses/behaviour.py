@@ -2,18 +2,19 @@
 
 A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
 sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
-reaches the generator through them. The right answers are the images' labels, or those of the zoo's shared base network
-(distillation, arXiv 1503.02531). E examples, L tokens, D token width, C condition values, B images, K classes.
+reaches the generator through them. The right answers are the images' labels, or those of a network: the zoo's shared
+base, or the original itself (distillation, arXiv 1503.02531). E examples, L tokens, D token width, C condition values, B images, K classes.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.tasks.base import BehaviourTask
+from rpg.tasks.base import BehaviourTask, ImageTaskFamily
 from rpg.training.config import BehaviourConfig
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
@@ -30,7 +31,8 @@ class BehaviourLoss:
         zoo: holds the base network, where that gives the right answers.
 
     Raises:
-        InputError: the task cannot score many networks at once, or the zoo has no base network.
+        InputError: the task cannot score many networks at once, the zoo has no base network, or originals of the task
+            cannot give the right answers.
     """
 
     def __init__(self, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo) -> None:
@@ -39,12 +41,21 @@ class BehaviourLoss:
                 f"train.behaviour needs a task of conditions, not {type(task).__name__}; choose one, e.g. "
                 "digits_subsets"
             )
+        if config.target == "original" and not isinstance(task, ImageTaskFamily):
+            raise InputError("train.behaviour.target: original needs a family of image tasks; set it to labels")
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target == "base" else None
         self.seconds = 0.0
         self._backward_started = 0.0
 
-    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        conditions: Tensor,
+        dropped: Tensor | None,
+        rng: torch.Generator,
+        originals: Tensor | None = None,
+    ) -> Tensor:
         """The weighted mean loss.
 
         Args:
@@ -52,12 +63,17 @@ class BehaviourLoss:
             conditions: ``[E, C]``.
             dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
             rng: draws the images, on the CPU.
+            originals: the tokens that were to be predicted, ``[E, L, D]``; where they give the right answers.
         """
         started = time.perf_counter()
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
-        losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, self.teacher)  # [E]
+        more: dict[str, Any] = {"teacher": self.teacher}
+        if self.config.target == "original":
+            assert originals is not None
+            more = {"originals": self.layout.decode_batch(originals, constants=True)}
+        losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, **more)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
         self.seconds += time.perf_counter() - started

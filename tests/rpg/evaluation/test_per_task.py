@@ -47,6 +47,9 @@ def test_figures_by_hand():
     assert figures["generated"].accuracy.mean == pytest.approx(0.75)
     assert figures["original"].nearest_neighbour_accuracy is None
     assert 0 <= figures["generated"].nearest_neighbour_accuracy <= 1
+    # twice one network: it is the nearest of one original of two, and is that one
+    assert figures["kernel_ridge"].coverage == 0.5 and figures["original"].coverage is None
+    assert figures["kernel_ridge"].nearest == 0.0 < figures["generated"].nearest
     assert measure_per_task(PlantedFamily(), networks, BITS + torch.arange(6)[:, None]) is None
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from rpg.config import Config
 from rpg.experiments.sweep import load_sweep, run_sweep
+from rpg.experiments.sweep_table import figures_of, markdown_table, rows_of_rivals
 from tests.conftest import small_config
 from tokenization.errors import InputError
 
@@ -123,3 +124,44 @@ def test_the_matrix_of_pdiff_networks_is_what_its_42_files_were(tmp_path):
 def test_the_sweeps_that_come_with_the_package_are_valid():
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
         assert load_sweep(path)[1]
+
+
+def two_samples(nearest: str) -> dict:
+    return {"nearest_neighbour_accuracy": 0.7, "coverage": 0.4, nearest: 1.5}
+
+
+ACCURACY = {"mean": 0.9, "max": 1.0, "min": 0.8}
+
+
+def test_the_table_reads_reports_on_tasks_fields_and_held_out_checkpoints(tmp_path):
+    """One form for all three: each method's accuracy, 1-NNA, coverage and distance to the nearest original."""
+    tasks = {
+        "unseen": {name: {"accuracy": ACCURACY} for name in ("generated", "original", "kernel_ridge", "average")},
+        "per_task": {
+            "methods": {
+                "generated": {"error_iou": 0.6, **two_samples("nearest")},
+                "kernel_ridge": {"error_iou": 1.0, **two_samples("nearest")},
+                "original": {"error_iou": 0.5, "nearest_neighbour_accuracy": None},
+            }
+        },
+    }
+    fields = {
+        name: {"one_nna": 0.7, "coverage": 0.4, "nearest": 1.5, "class_accuracy": 0.9}
+        for name in ("generated", "midpoint")
+    } | {"held_out": {"num": 3, "class_accuracy": 1.0}}
+    single = {
+        "generated": {"accuracy": ACCURACY, "similarity": {"mean": 0.6}},
+        "baselines": {"interpolation": {"accuracy": ACCURACY}},
+        "two_sample": {"sets": {name: two_samples("nearest_training") for name in ("generated", "midpoint")}},
+    }
+    for report in (tasks, fields, single):
+        made = figures_of(report)["generated"]
+        assert (made["mean"], made["one_nna"], made["coverage"], made["nearest"]) == (0.9, 0.7, 0.4, 1.5)
+    folders = [tmp_path / name for name in ("tasks", "fields", "none")]
+    for folder, report in zip(folders, (tasks, fields), strict=False):
+        folder.mkdir()
+        (folder / "evaluation.json").write_text(json.dumps(report))
+    rows = {row["name"]: row for row in rows_of_rivals(folders)}
+    assert sorted(rows) == ["kernel_ridge", "midpoint", "original"]  # those that nothing is compared with are left out
+    table = markdown_table(list(rows.values()))
+    assert "1-NNA" in table and "s training" not in table  # a column that no row has is not shown

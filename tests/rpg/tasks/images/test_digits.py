@@ -64,6 +64,15 @@ def test_collect_records_runs_steps_metrics_and_task(zoo):
     assert isinstance(task, DigitsTask) and task.config == short_config(runs=2)
 
 
+def test_every_so_manieth_checkpoint_can_be_held_out(tmp_path):
+    config = DigitsConfig(network="mlp-mini", train_steps=1, steps=5, runs=2, hold_out=2)
+    zoo = DigitsTask(config).collect(tmp_path / "zoo")
+    assert [(entry.run, entry.step) for entry in zoo.entries if entry.split == "held_out"] == [
+        (0, 2), (0, 4), (1, 2), (1, 4),
+    ]  # fmt: skip
+    assert len(zoo.subset("train")) == 6
+
+
 def test_every_step_is_a_different_checkpoint_and_runs_are_independent(zoo):
     weights = torch.stack([zoo.state_dict(index)["conv1.weight"].flatten() for index in range(len(zoo))])
     distances = torch.cdist(weights, weights)

@@ -197,6 +197,22 @@ def test_a_teachers_probabilities_are_summed_over_either_side(task, zoo):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_right_answers_may_be_those_of_the_original(task):
+    """Against cross-entropy written out for one network; the original's own weights lie at the loss's minimum."""
+    network, original = task.build(), task.network(2)
+    stacked = [{name: value[None] for name, value in each.state_dict().items()} for each in (network, original)]
+    bits = task.bits()[[5]].float()
+    losses = [
+        task.behaviour_losses(each, bits, 32, torch.Generator().manual_seed(0), originals=stacked[1])
+        for each in stacked
+    ]
+    images, _ = task.draw(32, torch.Generator().manual_seed(0), augmented=True)
+    with torch.no_grad():
+        expected = F.cross_entropy(network.eval()(images), original.eval()(images).softmax(-1))
+    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[1].item() < losses[0].item()
+
+
 def test_classes_whose_bit_is_withheld_count_for_neither_side(task, zoo):
     """As if the images of those classes had not been drawn."""
     weights = {name: value[None] for name, value in task.build().state_dict().items()}
