@@ -85,7 +85,8 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
 
     Writes ``<run>/evaluation.json``, and of a family of image tasks ``distance.png`` and ``parameters.png``.
     Regressions and averages are made of the networks as the generator's layout cuts them: LoRA pairs in canonical form.
-    Networks are made, scored and dropped some at a time; of large ones no more seen tasks are scored than unseen ones.
+    Networks are made, scored and dropped some at a time; of large ones, and to choose by, no more seen tasks are scored
+    than unseen ones.
 
     Args:
         run: a run folder.
@@ -102,7 +103,8 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = networks["train"] if choosing or "validation" not in config.train.splits else _joined(networks)
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
-    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if seen.is_large else seen
+    few = seen.is_large or choosing
+    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if few else seen
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"])

@@ -162,7 +162,12 @@ class FittedCentre:
 
 
 def fit_centre(
-    centre: Centre, tokens: Tensor, conditions: Tensor | None, code_size: int, weight: Tensor
+    centre: Centre,
+    tokens: Tensor,
+    conditions: Tensor | None,
+    code_size: int,
+    weight: Tensor,
+    groups: Tensor | None = None,
 ) -> FittedCentre:
     """Fit both parts to a zoo, into ``centre``.
 
@@ -175,6 +180,8 @@ def fit_centre(
         conditions: ``[n, C]`` as they come from the zoo, or None.
         code_size: m; cut to n - 1; 0 for no codes.
         weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
+        groups: ``[n]`` long, where networks will be asked for conditions that nobody trained: checkpoints of one number
+            have one condition.
     """
     num, num_tokens, token_size = tokens.shape
     values = tokens.flatten(1).to(torch.float64)  # [n, T·k]
@@ -195,7 +202,8 @@ def fit_centre(
         values = left_out
     left_out = values.view(num, num_tokens, token_size)
     code_size = min(code_size, num - 1)
-    weighted = values * weights
+    differing = values if groups is None else _within(values, groups)
+    weighted = differing * weights
     codes = _whitened(weighted, code_size)  # [n, m or 0]
     reach = (codes.T @ weighted).norm(dim=1)  # [m]
     code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
@@ -208,6 +216,19 @@ def fit_centre(
         centre.fill(conditions=regression.conditions, length=torch.tensor(regression.length), dual=dual)
     spread = (reach / reach.square().mean().sqrt()).float() if code_size else reach.float()
     return FittedCentre(codes.float(), spread, regression, left_out.float())
+
+
+def _within(values: Tensor, groups: Tensor) -> Tensor:
+    """How checkpoints ``[n, M]`` differ from the mean of their own condition, where conditions have several; else all.
+
+    What a regression gets wrong of a condition is the same for all its checkpoints. A code of that would be drawn at
+    random for a new condition, and make every network worse; a code of the differences makes them differ, and no more.
+    """
+    counts = groups.bincount()
+    if len(groups) == len(counts):
+        return values
+    sums = values.new_zeros(len(counts), values.shape[1]).index_add_(0, groups, values)
+    return values - (sums / counts[:, None])[groups]
 
 
 def _whitened(values: Tensor, size: int) -> Tensor:

@@ -136,7 +136,9 @@ class RecurrentDiffusion(nn.Module):
         """Measure what is known of tokens in closed form, and codes; see `rpg.models.centre.fit_centre`."""
         assert self.centre is not None
         code_size = self.state.embedding_dim if isinstance(self.state, CodeTable) else 0
-        fitted = fit_centre(self.centre, tokens, conditions, code_size, weight)
+        new = conditions is not None and self.config.condition.kind != "class"  # a class is asked for again
+        groups = conditions.unique(dim=0, return_inverse=True)[1] if new and conditions is not None else None
+        fitted = fit_centre(self.centre, tokens, conditions, code_size, weight, groups)
         if isinstance(self.state, CodeTable):
             self.state.fill(weight=fitted.codes)
         if self.prior is not None and self.prior.spread is not None:

@@ -29,8 +29,8 @@ class CollectionConfig(Section):
     hold_out: int = Field(
         0,
         ge=0,
-        description="every so-many-th checkpoint of a run is of split held_out: nothing is trained on it, and generated "
-        "networks are compared with it; 0 holds none out",
+        description="every so-many-th checkpoint of a run is of split held_out: no generator learns from it, and "
+        "generated networks are compared with it; 0 holds none out",
     )
     train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
     batch_size: int = Field(128, ge=1, description="images a step")

@@ -3,7 +3,9 @@
 A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
 sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
 reaches the generator through them. The right answers are the images' labels, or those of a network: the zoo's shared
-base, or the original itself (distillation, arXiv 1503.02531). E examples, L tokens, D token width, C condition values, B images, K classes.
+base, or the original itself (distillation, arXiv 1503.02531).
+
+E examples, L tokens, D token width, C condition values, B images, K classes.
 """
 
 from __future__ import annotations

@@ -95,3 +95,19 @@ def test_many_checkpoints_have_the_codes_of_the_problem_that_is_larger() -> None
     values = torch.randn(40, 6, dtype=torch.float64) * torch.arange(1, 7)
     few = _leading_eigenvectors(values, 3)
     assert torch.allclose((_whitened(values, 3) / 40**0.5).abs(), few.abs(), atol=1e-9)
+
+
+def test_where_conditions_have_several_checkpoints_codes_say_how_these_differ() -> None:
+    """Not what a regression gets wrong of a condition, which is larger and the same for all its checkpoints."""
+    rng = torch.Generator().manual_seed(3)
+    groups = torch.arange(8).repeat_interleave(3)
+    of_task = 4 * torch.randn(8, 20, generator=rng)[groups]
+    within = torch.randn(24, 2, generator=rng) @ torch.randn(2, 20, generator=rng)
+    within = within - torch.stack([within[groups == each].mean(0) for each in range(8)])[groups]
+    tokens = (of_task + within).view(24, 5, 4)
+    centre = Centre(5, 4)
+    codes = fit_centre(centre, tokens - tokens.mean(0), None, 2, torch.ones(5), groups).codes
+    assert torch.allclose(centre(None, codes, torch.arange(5)).flatten(1), within, atol=1e-4)
+    plain = fit_centre(Centre(5, 4), tokens - tokens.mean(0), None, 2, torch.ones(5)).codes
+    means = torch.stack([plain[groups == each].mean(0) for each in range(8)])
+    assert means.square().mean() > 0.3  # of 1: without groups they name the task
