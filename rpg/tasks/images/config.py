@@ -106,6 +106,9 @@ class FinetuneConfig(Section):
 
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(128, ge=1)
+    images_at_a_time: int | None = Field(
+        None, ge=1, description="images of a step whose activations are held together; all of them when null"
+    )
     augment: bool = Field(True, description="move, turn and scale the images at random")
     precision: Precision = Field("fp32", description="arithmetic of the training steps")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
@@ -168,6 +171,7 @@ PAPER_FINETUNING = FinetuneConfig(
         Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
     ),
     batch_size=500,
+    images_at_a_time=100,  # all 500 take 14 GB of activations
     loss="focal",
     checkpoints=5,
     tail=0.05,
