@@ -108,6 +108,16 @@ class TaskFamily(Task, Protocol):
 class ImageTaskFamily(TaskFamily, BehaviourTask, Protocol):
     """Binary tasks over the classes of one labelled image set, all fine-tuned from one base network."""
 
+    def collect(
+        self,
+        path: Path | str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:
+        """Train the base and every task's network, so many groups at a time; complete a zoo that is partly there."""
+
     def classes(self, split: str = "test") -> Tensor:
         """The classes of a split's images, int64 ``[B]``."""
 

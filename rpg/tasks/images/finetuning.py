@@ -66,9 +66,7 @@ def finetune_many(
     return kept
 
 
-def _add_gradients(
-    side: SideBySide, weights: Stacked, images: Tensor, targets: Tensor, config: FinetuneConfig
-) -> None:
+def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: Tensor, config: FinetuneConfig) -> None:
     """Add the gradients of T networks' losses: some images, and of large networks one, at a time.
 
     Args:
