@@ -205,7 +205,7 @@ class TimmFinetuneConfig(Section):
     network: str = Field("resnet18", description="a timm model")
     pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
     data: str = Field("data", description="folder of the data set; it is never downloaded")
-    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png")
+    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg")
     image_size: int = Field(224, ge=1)
     base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
     seed: int = Field(0, ge=0)

@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     """Images of two classes: dark and bright."""
     root = tmp_path_factory.mktemp("finetune")
     random = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 6)):
+    for split, count in (("train", 12), ("val", 6)):
         for label, level in (("bright", 200), ("dark", 40)):
             (root / "data" / split / label).mkdir(parents=True)
             for index in range(count):
