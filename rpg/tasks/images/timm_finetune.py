@@ -78,8 +78,10 @@ class TimmFinetuneTask:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
-        found = getattr(self.dataset("train"), "classes", None)
-        return tuple(found) if found is not None else tuple(map(str, range(102)))  # flowers102 names none
+        dataset: Any = self.dataset("train")
+        if hasattr(dataset, "classes"):
+            return tuple(dataset.classes)
+        return tuple(map(str, range(int(max(dataset.labels)) + 1)))  # stl10 names none without its class_names.txt
 
     def dataset(self, split: str) -> Any:
         """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
