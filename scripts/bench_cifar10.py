@@ -16,6 +16,7 @@ import pickle
 import shutil
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from tokenization.errors import InputError
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 
+Part = Callable[[Config, Namespace], dict[str, Any]]
+
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 PER_BATCH = 10_000
 NUM_UNSEEN = 4
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of the few steps")
     parser.add_argument("--folder", type=Path, help="where all is written and kept; else a temporary one")
     parser.add_argument("--seen", type=int, default=822, help="networks of the regressions")
+    parser.add_argument("--split", default="test", choices=["test", "validation"], help="images that are scored")
     parser.add_argument("--only", nargs="+", choices=[part.__name__ for part in PARTS], help="parts to run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -69,17 +73,17 @@ def main() -> None:
         for part in PARTS:
             if arguments.only and part.__name__ not in arguments.only:
                 continue
-            figures[part.__name__] = alone(measured, part, arguments.config, overrides, arguments.seen)
+            figures[part.__name__] = alone(measured, part, overrides, arguments)
             print(part.__name__, json.dumps(figures[part.__name__]), flush=True)
             write_figures(arguments.json, figures)
 
 
-def measured(part: Callable[..., dict[str, Any]], file: Path, overrides: list[str], seen: int) -> dict[str, Any]:
+def measured(part: Part, overrides: list[str], arguments: Namespace) -> dict[str, Any]:
     """What a part found, its seconds by the clock and of the processor, and its highest resident memory."""
     torch.set_num_threads(1)
-    config = Config.load(file, overrides)
+    config = Config.load(arguments.config, overrides)
     started, processor = time.perf_counter(), time.process_time()
-    found = part(config, seen)
+    found = part(config, arguments)
     return {
         **found,
         "seconds": time.perf_counter() - started,
@@ -88,7 +92,7 @@ def measured(part: Callable[..., dict[str, Any]], file: Path, overrides: list[st
     }
 
 
-def archive(config: Config, _: int) -> dict[str, Any]:
+def archive(config: Config, _: Namespace) -> dict[str, Any]:
     """Write 50,000 training and 10,000 test images as CIFAR-10 lies on disk; values and labels are random."""
     folder, random = _archive(config), np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,7 @@ def archive(config: Config, _: int) -> dict[str, Any]:
     return {"bytes": sum(file.stat().st_size for file in folder.iterdir()), "images": 6 * PER_BATCH}
 
 
-def collect(config: Config, _: int) -> dict[str, Any]:
+def collect(config: Config, _: Namespace) -> dict[str, Any]:
     """Collect two tasks: seconds of a step by stage and of scoring a network on the validation images."""
     task = TimedTask(_known(config).task)
     zoo = task.collect(config.zoo, limit=2)
@@ -133,7 +137,7 @@ def whole_task() -> Cifar10SubsetsConfig:
     return task
 
 
-def generator(config: Config, _: int) -> dict[str, Any]:
+def generator(config: Config, _: Namespace) -> dict[str, Any]:
     """Train the generator on them for a few steps."""
     times = []
     train(config, overwrite=True, say=print, progress=lambda *_, **__: times.append(time.process_time()))
@@ -142,19 +146,19 @@ def generator(config: Config, _: int) -> dict[str, Any]:
     return {"processor_seconds_a_step": step, "processor_hours_of_all_steps": step * steps / 3600}
 
 
-def unseen(config: Config, _: int) -> dict[str, Any]:
+def unseen(config: Config, arguments: Namespace) -> dict[str, Any]:
     """Generate and score networks for four unseen tasks, one after the other."""
     task: Any = Cifar10SubsetsTask(_known(config).task)  # type: ignore[arg-type]
     bits = task.bits()[[number for number, split in enumerate(task.splits()) if split == "unseen"][:NUM_UNSEEN]]
     made = parts_for(Generator.from_pretrained(config.run), bits, seed=0)
-    scores = score_method(task, made, bits, "test", keep=True)
-    return {"accuracies": scores.first.tolist(), "images": len(task.classes("test"))}
+    scores = score_method(task, made, bits, arguments.split, keep=True)
+    return {"accuracies": scores.first.tolist(), "images": len(task.classes(arguments.split))}
 
 
-def regressions(config: Config, seen: int) -> dict[str, Any]:
+def regressions(config: Config, arguments: Namespace) -> dict[str, Any]:
     """Regressions and retrieval of as many networks as there are seen tasks, for four unseen ones."""
     task = Cifar10SubsetsTask(_known(config).task)  # type: ignore[arg-type]
-    zoo = _random_zoo(Path(config.zoo).parent / "many", task, seen)
+    zoo = _random_zoo(Path(config.zoo).parent / "many", task, arguments.seen)
     networks = networks_of(zoo, "train")
     bits = task.bits()[[number for number, split in enumerate(task.splits()) if split == "unseen"][:NUM_UNSEEN]]
     started = time.perf_counter()
@@ -165,14 +169,14 @@ def regressions(config: Config, seen: int) -> dict[str, Any]:
     parts += networks.parts(nearest_rows(bits, networks.bits, False))
     assert all(value.isfinite().all() for part in parts for value in part.values()) and products.isfinite().all()
     return {
-        "networks": seen,
+        "networks": arguments.seen,
         "bytes": sum(zoo.file(index).stat().st_size for index in range(len(zoo))),
         "seconds_of_inner_products": compared - started,
         "seconds_of_a_regression": mixed - compared,
     }
 
 
-PARTS: tuple[Callable[..., dict[str, Any]], ...] = (archive, collect, generator, unseen, regressions)
+PARTS: tuple[Part, ...] = (archive, collect, generator, unseen, regressions)
 
 
 class TimedTask(Cifar10SubsetsTask):

@@ -89,12 +89,19 @@ class TimmFinetuneTask:
             raise InputError(f"there is no split {split!r}; choose one of train, test")
         if split not in self._datasets:
             try:
-                self._datasets[split] = self.open_split(split)
+                opened = self.open_split(split)
             except (RuntimeError, FileNotFoundError) as error:
                 raise InputError(
                     f"task.data {self.config.data} does not hold the data set {self.config.dataset} "
                     f"({str(error).splitlines()[0]}); name the folder that does"
                 ) from None
+            self._datasets[split] = opened
+            found, known = (getattr(each, "classes", None) for each in (opened, self.dataset("train")))
+            if found != known:  # classes are numbered in the order of their names
+                raise InputError(
+                    f"task.data {self.config.data} has {len(found)} classes to score on and {len(known)} to train "
+                    "on, or others; give train and val the same folders"
+                )
         return self._datasets[split]
 
     def open_split(self, split: str) -> Any:

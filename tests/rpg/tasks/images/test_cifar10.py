@@ -9,6 +9,8 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from rpg.config import Config
+from rpg.seeding import derive_seed
+from rpg.tasks.images import subsets
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
 from rpg.tasks.images.config import Cifar10SubsetsConfig, FinetuneConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
@@ -66,6 +68,26 @@ def test_collecting_head_first_then_everything(root, tmp_path, monkeypatch):
     accuracy = (task.predict([state], "validation") == task.targets(bits[:1], "validation")).double().mean().item()
     assert accuracy == pytest.approx(zoo.entries[0].metrics["validation_accuracy"], abs=0.101)
     assert task.base_probabilities(zoo).shape == (20, 10)
+
+
+def test_a_gpu_gets_one_process(root, tmp_path, monkeypatch):
+    task, asked = Cifar10SubsetsTask(config_of(root)), []
+    monkeypatch.setattr(Cifar10SubsetsTask, "train_base", lambda self: {"weight": torch.zeros(1)})
+    monkeypatch.setattr(subsets, "collect_many", lambda *_, processes, **__: asked.append(processes))
+    for device in ("cuda", "cpu"):
+        task.device = torch.device(device)
+        task.collect(tmp_path / "zoo", processes=16)
+    assert asked == [1, 16]
+
+
+def test_of_the_base_only_the_head_is_trained(root):
+    task = Cifar10SubsetsTask(config_of(root))
+    base, again = task.train_base(), task.train_base()
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(task.config.seed, "base"))
+        start = task.network(10).state_dict()
+    changed = {name for name, value in base.items() if not torch.equal(value, start[name])}
+    assert changed == {"head.weight", "head.bias"} and torch.equal(base["head.weight"], again["head.weight"])
 
 
 def test_images_and_splits(root):
