@@ -49,7 +49,7 @@ BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 PER_BATCH = 10_000
 NUM_UNSEEN = 4
 FEW_STEPS = (
-    "task.group=2", "task.probe.steps=1", "train.steps=2",
+    "task.group=2", "task.probe.steps=1", "train.steps=2", "train.log_every=1",
     "task.finetune.stages=[{steps: 1, learning_rate: 1.0e-2, weight_decay: 0.1, only: [head.*]}, "
     "{steps: 1, learning_rate: 1.0e-4, weight_decay: 0.1}]", "task.finetune.checkpoints=1",
 )  # fmt: skip

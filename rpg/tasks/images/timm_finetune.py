@@ -96,7 +96,7 @@ class TimmFinetuneTask:
                     f"({str(error).splitlines()[0]}); name the folder that does"
                 ) from None
             self._datasets[split] = opened
-            found, known = (getattr(each, "classes", None) for each in (opened, self.dataset("train")))
+            found, known = (getattr(each, "classes", ()) for each in (opened, self.dataset("train")))
             if found != known:  # classes are numbered in the order of their names
                 raise InputError(
                     f"task.data {self.config.data} has {len(found)} classes to score on and {len(known)} to train "
