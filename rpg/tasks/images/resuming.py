@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 
@@ -39,15 +39,16 @@ class SavedTraining:
         """
         if not self.path.is_file():
             return 0
-        saved = Checkpoint.open(self.path)
-        network, state = {}, {}  # type: ignore[var-annotated]
-        for key, value in saved.state_dict().items():
+        saved, network = Checkpoint.open(self.path), self.network.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for key in saved.order:
+            stored = saved.ties.get(key, key)
             if key.startswith(NETWORK):
-                network[key.removeprefix(NETWORK)] = value
+                network[key.removeprefix(NETWORK)].copy_(saved.tensor(stored))  # in place: never two networks
             else:
                 number, name = key.removeprefix(OPTIMIZER).split("/")
-                state.setdefault(int(number), {})[name] = value
-        self.network.load_state_dict(network)
+                state.setdefault(int(number), {})[name] = saved.tensor(stored)
+            saved.release(stored)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return int(saved.metadata[STEP])
 
