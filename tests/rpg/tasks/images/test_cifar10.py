@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.seeding import derive_seed
 from rpg.tasks.images import subsets
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
-from rpg.tasks.images.config import Cifar10SubsetsConfig, FinetuneConfig, ProbeConfig, Stage
+from rpg.tasks.images.config import Cifar10FinetuneConfig, Cifar10SubsetsConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
 
 
@@ -44,7 +44,7 @@ def config_of(root, **changes):
     return Cifar10SubsetsConfig(
         root=str(root), pretrained=False, image_size=32, num_validation=10, group=2, validation=2, eval_batch=7,
         probe=ProbeConfig(steps=2, batch_size=4),
-        finetune=FinetuneConfig(
+        finetune=Cifar10FinetuneConfig(
             stages=(Stage(steps=2, only=("head.*",)), Stage(steps=3, learning_rate=1e-4)),
             batch_size=4, loss="focal", checkpoints=2, tail=0.5,
         ),
@@ -142,3 +142,5 @@ def test_the_papers_recipe_is_the_default():
     assert (everything.learning_rate, everything.weight_decay) == (1e-4, 0.1)
     assert (task.finetune.loss, task.finetune.focal_gamma, task.finetune.checkpoints) == ("focal", 2.0, 5)
     assert (task.finetune.batch_size, task.network) == (500, "vit_tiny_patch16_224")
+    other = Config.load("configs/cifar10_unseen.yaml", ["task.finetune.images_at_a_time=50"]).task
+    assert other.finetune == task.finetune.model_copy(update={"images_at_a_time": 50})  # one field changes no other
