@@ -169,6 +169,14 @@ def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monk
     assert on_gpu.need.host < GIB and on_gpu.need.device == on_gpu.device
 
 
+def test_the_plan_shows_what_collecting_takes(rpg: Run, tmp_path: Path) -> None:
+    config = small_config(tmp_path, task={"name": "digits", "network": "cnn", "runs": 2, "steps": 3, "image_size": 8})
+    config.save(tmp_path / "config.yaml")
+    code, said, _ = rpg("plan", tmp_path / "config.yaml")
+    assert code == 0 and "collecting the zoo" in said
+    assert f"{6 * 4 * 3658 / 1024:.1f} KiB" in said.split("the zoo on disk")[1]
+
+
 def test_a_complete_zoo_of_tasks_needs_nothing_more(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo", condition_size=2)
     task = {"name": "digits_subsets", "tasks": zoo.num_runs + 4}
