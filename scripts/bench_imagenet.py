@@ -22,6 +22,8 @@ from bench_scale import alone
 from PIL import Image
 
 from rpg.config import Config
+from rpg.evaluation.asking import ask_checkpoints
+from rpg.evaluation.workers import Workers
 from rpg.planning.collection import plan_collection
 from rpg.planning.peak import peak_resident_bytes
 from rpg.tasks import build_task
@@ -116,7 +118,7 @@ def score(config: Config, num_images: int) -> dict[str, Any]:
     dataset = task._tuning.dataset("test")
     dataset.samples, dataset.targets = dataset.samples[:num_images], dataset.targets[:num_images]
     zoo = Zoo.open(config.zoo)
-    found = task.predict(zoo.state_dict(index) for index in range(len(zoo)))
+    found = ask_checkpoints(task, [zoo.checkpoint(index) for index in range(len(zoo))], "test", Workers()).predictions
     return {"networks": len(found), "images": found.shape[1], "distinct_answers": len(found.unique())}
 
 
