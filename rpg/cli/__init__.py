@@ -93,6 +93,7 @@ def plan(
     checkpoints: o.Checkpoints = None, condition_size: o.ConditionSize = None, processes: o.Processes = 1,
 ) -> None:  # fmt: skip
     """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
+    from rpg.planning.collection import collection_table, plan_collection
     from rpg.planning.plan import largest_network, make_plan, parse_memory
     from rpg.planning.tables import plan_tables
     from rpg.planning.zoo_summary import find_zoo_summary
@@ -104,7 +105,8 @@ def plan(
     largest = largest_network(settings, zoo, room) if room else None
     layout = zoo.layout
     console.print(f"{layout.num_values:,} values in {layout.num_tokens:,} tokens of {layout.token_size:,}")
-    for table in plan_tables(made, largest):
+    collecting = plan_collection(settings) if network is None else None
+    for table in [*plan_tables(made, largest), *([collection_table(collecting)] if collecting else [])]:
         console.print(table)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 from rpg import options as o
-from rpg.cli.reading import load
+from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
 
 
@@ -21,19 +22,21 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
-    device: o.Device = "auto",
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    held_out(settings, split, seeds, device, "unseen", "pictures: {run}/distance.png, parameters.png")
+    written = "pictures: {run}/distance.png, parameters.png"
+    held_out(settings, split, seeds, device, "unseen", written, ignore_memory=ignore_memory)
 
 
 def lora(
-    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None, device: o.Device = "auto"
-) -> None:
+    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+) -> None:  # fmt: skip
     """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
     settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
-    held_out(settings, split, 1, device, "lora")
+    held_out(settings, split, 1, device, "lora", ignore_memory=ignore_memory)
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -87,12 +90,16 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
-def held_out(settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "") -> None:
+def held_out(
+    settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "", *, ignore_memory: bool
+) -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
     from rpg.devices import use_device
     from rpg.experiments.held_out_table import print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import write_tasks_report
+    from rpg.planning.collection import collection_need
+    from rpg.planning.guard import training_need
 
     place = use_device(device)
     if split is not None:
@@ -100,6 +107,8 @@ def held_out(settings: Any, split: str | None, seeds: int, device: str, command:
         if split == "validation":  # which writes nothing
             return
     else:
+        for need in (collection_need, training_need):
+            guard(functools.partial(need, settings), ignore_memory)
         with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
             report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
         print_held_out(report, console)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rpg.console import console
+from tokenization.errors import InputError
+
 
 def load(path: Path, overrides: list[str] | None) -> Any:
     """Read a configuration file with its overrides."""
@@ -30,7 +33,11 @@ def guard(find: Callable[[], Any], ignore: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever is to be warned of, the command warns of
             need = find()
-    except Exception:  # what cannot be planned cannot be compared; the command itself says what is wrong with it
+    except InputError:  # the command itself says it, or does without what is missing
+        return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"the memory that this needs could not be planned ({reason}), so it begins without", markup=False)
         return
     if need is not None:
         require_memory(need)

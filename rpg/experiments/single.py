@@ -18,6 +18,7 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
+from rpg.planning.collection import plan_collection
 from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily
@@ -44,7 +45,11 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
             "the configuration has no task that trains checkpoints; name one, or make a zoo of your own checkpoints "
             "with `rpg collect --from FOLDER --zoo ZOO`"
         )
-    return build_task(config.task).collect(Path(config.zoo), progress=progress)
+    task = build_task(config.task)
+    if isinstance(task, ImageTaskFamily):  # in as many processes as there is memory for
+        planned = plan_collection(config)
+        return task.collect(config.zoo, progress=progress, processes=planned.processes if planned is not None else None)
+    return task.collect(config.zoo, progress=progress)
 
 
 def generate_timed(generator: Generator, num: int, seed: int, **options: Any) -> tuple[list, float]:

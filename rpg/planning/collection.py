@@ -1,60 +1,143 @@
-"""What training the checkpoints of a zoo takes: one network, its gradients and moments, and a batch's activations."""
+"""What collecting a zoo takes: of one process, how many of them at a time, and of the disk."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.table import Table
 
 from rpg.config import Config
-from rpg.devices import parse_device, task_device
-from rpg.planning.guard import Need
+from rpg.planning.guard import Need, free_memory
 from rpg.planning.memory import num_bytes
-from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.planning.plan import CUDA_BYTES
-from rpg.tasks.config import DigitsConfig, ImageNetConfig, TimmFinetuneConfig
-from rpg.tasks.images.networks import build_network
+from rpg.planning.tables import facts_table, format_bytes
+from rpg.planning.target import Target, find_target
+from rpg.tasks import many
+from rpg.tasks.class_splits import all_tasks
+from rpg.tasks.images.config import (
+    Cifar10SubsetsConfig,
+    DigitsConfig,
+    DigitsSubsetsConfig,
+    ImageNetConfig,
+    SubsetsConfig,
+    TimmFinetuneConfig,
+)
+from rpg.tasks.side_by_side import LARGE
+from tokenization.zoo.zoo import Zoo
+
+NUM_CLASSES = 10
+
+CIFAR10_BYTES = 3 * 60_000 * 3 * 32 * 32
+"""Its images as they are read, in the order of channels, and by split."""
 
 
-def collection_need(config: Config) -> Need | None:
+@dataclass(frozen=True)
+class Collection:
+    """The needs of collecting a zoo.
+
+    Attributes:
+        host: bytes of the machine's memory, of one process, Python and its libraries apart.
+        device: bytes of a GPU; 0 where the CPU computes.
+        groups: how many processes at most have something to do.
+        disk: bytes of the whole zoo.
+        cure: what to change where memory is short.
+    """
+
+    host: int
+    device: int
+    groups: int
+    disk: int
+    cure: str
+
+    @property
+    def processes(self) -> int:
+        """Processes to start: one on a GPU, on a CPU as many as there are cores and as the free memory has room for."""
+        if self.device:
+            return 1
+        room = free_memory() // (self.host + psutil.Process().memory_info().rss)
+        return max(1, min(self.groups, many.num_cores(), room))
+
+    @property
+    def need(self) -> Need:
+        """What one process needs, as the memory guard compares it."""
+        return Need("collecting", self.host, self.device, self.cure)
+
+
+def plan_collection(config: Config) -> Collection | None:
     """What collecting the zoo takes; None of a task that nothing is known of here.
 
     Raises:
         InputError: the device that the task names is not there.
     """
-    task = config.task
-    if isinstance(task, DigitsConfig):
-        device, shape = parse_device("cpu"), (1, task.image_size, task.image_size)
-        with torch.device("meta"):
-            network = build_network(task.network, in_channels=1, image_size=task.image_size, num_classes=10)
-    elif isinstance(task, ImageNetConfig | TimmFinetuneConfig):
-        import timm
-
-        if not timm.is_model(task.network):
-            return None  # the task says so itself
-        device, shape = task_device(task.device), (3, task.image_size, task.image_size)
-        classes = task.num_classes if isinstance(task, ImageNetConfig) else 1000
-        with torch.device("meta"):
-            network = timm.create_model(task.network, num_classes=classes)
-    else:
+    task, target = config.task, find_target(config.task)
+    if target is None:
         return None
-    try:
-        needed = training_bytes(network, (task.batch_size, *shape))
-    except (RuntimeError, AssertionError):  # images of a size that the network does not take: the task says so itself
+    if isinstance(task, DigitsSubsetsConfig | Cifar10SubsetsConfig):
+        return _plan_subsets(task, target)
+    assert isinstance(task, DigitsConfig | ImageNetConfig | TimmFinetuneConfig)
+    step = target.step_bytes(task.batch_size)
+    if step is None:
         return None
-    cure = "lower task.batch_size"
-    if device.type == "cpu":
-        return Need("collecting", needed, 0, cure)
-    return Need("collecting", num_bytes(network.parameters()), needed + CUDA_BYTES, cure)
+    # gradients are in the step; two moments, and the checkpoint on its way to the disk
+    needed = step + 2 * target.weights + 2 * num_bytes(target.network.parameters())
+    needed += target.image_bytes(task.batch_size)
+    count = task.runs * task.steps if isinstance(task, DigitsConfig) else 0  # a few norms take next to nothing
+    count = task.checkpoints if isinstance(task, ImageNetConfig) else count
+    return _on_its_device(target, needed, 3 * target.weights, 1, count * target.weights, "lower task.batch_size")
 
 
-def training_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes of training a network (on the meta device) on a batch of images of a shape, by AdamW in fp32."""
-    with fake_mode():
-        network = fake_copy(network).train()
-        weights = num_bytes([*network.parameters(), *network.buffers()])
-        images = torch.empty(shape)
-        with LiveBytes() as live:
-            logits: Tensor = network(images)
-            logits.float().logsumexp(1).mean().backward()
-        # activations and gradients, two moments, and the checkpoint on its way to the disk
-        return live.peak + weights + 2 * num_bytes(network.parameters()) + weights + images.nbytes
+def _plan_subsets(task: DigitsSubsetsConfig | Cifar10SubsetsConfig, target: Target) -> Collection | None:
+    """Of a family of tasks, whose networks are trained in groups."""
+    recipe, data = task.finetune, CIFAR10_BYTES if isinstance(task, Cifar10SubsetsConfig) else 0
+    step = target.step_bytes(min(recipe.images_at_a_time or recipe.batch_size, recipe.batch_size))
+    if step is None:
+        return None
+    is_large = num_bytes(target.network.parameters()) >= 4 * LARGE  # then one runs after the other
+    written = task.group * target.weights * (1 + 2 * recipe.checkpoints)  # the start; checkpoints, once more as bytes
+    # the weights, their gradients and two moments; images drawn, and as they were before they were enlarged
+    needed = step * (1 if is_large else task.group) + 4 * task.group * target.weights
+    needed += written + data + 2 * target.image_bytes(recipe.batch_size)
+    num = num_runs(task)
+    cure = "lower task.finetune.images_at_a_time or task.group"
+    disk = num * recipe.checkpoints * target.weights
+    return _on_its_device(target, needed, written + data, math.ceil(num / task.group), disk, cure)
+
+
+def _on_its_device(target: Target, needed: int, host: int, groups: int, disk: int, cure: str) -> Collection:
+    """What is ``needed`` where the task computes, and the machine's part of it where that is a GPU."""
+    if target.device.type == "cpu":
+        return Collection(needed, 0, groups, disk, cure)
+    return Collection(host, needed + CUDA_BYTES, groups, disk, cure)
+
+
+def num_runs(task: SubsetsConfig) -> int:
+    """Networks of a family of tasks, checkpoints not counted."""
+    return (task.tasks or len(all_tasks(NUM_CLASSES))) * task.copies
+
+
+def collection_need(config: Config) -> Need | None:
+    """What one process of collecting the zoo takes; None where nothing is known, or nothing is left to collect.
+
+    Raises:
+        InputError: as `plan_collection`.
+    """
+    task, there = config.task, (Path(config.zoo) / "zoo.json").exists()
+    if isinstance(task, SubsetsConfig) and there and Zoo.open(config.zoo).num_runs >= num_runs(task):
+        return None
+    planned = plan_collection(config)
+    return planned.need if planned is not None else None
+
+
+def collection_table(planned: Collection) -> Table:
+    """What `rpg plan` shows of it."""
+    table = facts_table("collecting the zoo")
+    table.add_row("memory of a process", format_bytes(planned.host))
+    if planned.device:
+        table.add_row("of the GPU", f"{format_bytes(planned.device)}, CUDA's own included")
+    if planned.groups > 1:
+        table.add_row("processes here", f"{planned.processes:,}, for {planned.groups:,} groups of tasks")
+    table.add_row("the zoo on disk", format_bytes(planned.disk))
+    return table

@@ -21,6 +21,7 @@ from rpg.generation.folders import find_folder
 from rpg.planning.estimator import Estimator
 from rpg.planning.memory import FLOAT_BYTES
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator
+from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -121,7 +122,8 @@ def generation_need(run: Path | str) -> Need | None:
 
 
 def evaluation_need(run: Path | str, most_values: int, num: int | None = None) -> Need | None:
-    """What evaluating a run takes, the scoring network's activations apart; None where there is no run.
+    """What evaluating a run takes; of a task that nothing is known of here the scored network's activations apart.
+    None where there is no run.
 
     Args:
         run: the run folder.
@@ -141,7 +143,12 @@ def evaluation_need(run: Path | str, most_values: int, num: int | None = None) -
     # one at a time: the zoo's mean, a network as it is made, as it is loaded and what is computed of it
     values = held if held <= most_values else 5 * layout.num_values
     weights = (folder / "model.safetensors").stat().st_size
-    return Need("evaluating", values * FLOAT_BYTES + 2 * weights, 0, "lower evaluate.num and evaluate.num_baseline")
+    host, cure = values * FLOAT_BYTES + 2 * weights, "lower evaluate.num and evaluate.num_baseline"
+    target = find_target(config.task)
+    scoring = (target and target.scoring_bytes) or 0
+    if target is None or target.device.type == "cpu":
+        return Need("evaluating", host + scoring, 0, cure)
+    return Need("evaluating", host, scoring + weights + CUDA_BYTES, "lower task.batch_size, the images that are scored at a time")
 
 
 def held_values(config: Config, layout: Layout, num_checkpoints: int, num: int) -> int:

@@ -111,6 +111,16 @@ class ImageTaskFamily(TaskFamily, BehaviourTask, Protocol):
     Its ``behaviour_losses`` also take T other networks, ``originals``, in place of the teacher.
     """
 
+    def collect(
+        self,
+        path: Path | str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:
+        """Train the base and every task's network, so many groups at a time; complete a zoo that is partly there."""
+
     def classes(self, split: str = "test") -> Tensor:
         """The classes of a split's images, int64 ``[B]``."""
 

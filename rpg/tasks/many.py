@@ -1,8 +1,8 @@
 """Collecting a zoo of many tasks: in parts, over processes and machines, resumable after a kill.
 
 Tasks are cut into parts that are trained side by side. Each part is a function of the configuration alone and is
-published as one file, so that any process can train any part and a killed collection goes on where it stood. When
-all parts are there, the main process lists their networks in the zoo in the order of the tasks.
+published as one file, so that any process can train any part and a killed collection goes on where it stood. The main
+process lists their networks in the zoo in the order of the tasks, as soon as a part and all before it are there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -27,9 +28,12 @@ from tokenization.zoo.zoo import Zoo, with_digest
 
 _METRIC = "metric/"
 
+PATIENCE = timedelta(days=7)
+"""How long launched processes wait for the others, whose last part may take hours longer."""
+
 
 class Trainable(Protocol):
-    """What trains parts; it is sent to other processes, so it must pickle."""
+    """What trains parts; where the CPU computes it is sent to other processes, so it must pickle."""
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
         """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
@@ -68,7 +72,7 @@ def collect_many(
         bits: the tasks ``[T, C]``: task i becomes run i.
         splits: of each task.
         group: tasks of a part.
-        processes: parts trained at a time; as many as there are cores when None.
+        processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
         progress: called with (tasks trained, tasks in all).
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
@@ -80,26 +84,25 @@ def collect_many(
     parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
     folder = zoo.path / "parts"
     folder.mkdir(exist_ok=True)
-    missing = [number for number in range(len(parts)) if not _file(folder, number).exists()]
+    listed = {entry.run for entry in zoo.entries}
+    missing = [n for n, tasks in enumerate(parts) if not _file(folder, n).exists() and not listed.issuperset(tasks)]
     mine = missing[place.process_index :: place.num_processes]
     done = sum(len(tasks) for number, tasks in enumerate(parts) if number not in missing)
 
     def report(number: int) -> None:
         nonlocal done
         done += len(parts[number])
+        if place.is_main_process:
+            _list_parts(zoo, parts, folder, bits, splits, write)
         if progress is not None:
             progress(done, len(bits))
 
     if processes is None:
-        processes = 1 if place.num_processes > 1 else _cores()
+        processes = 1 if place.num_processes > 1 else num_cores()
     _train_parts(trainable, parts, mine, folder, min(processes, len(mine)), report)
     place.wait_for_everyone()
     if place.is_main_process:
-        listed = {entry.run for entry in zoo.entries}
-        for number, tasks in enumerate(parts):
-            if any(task not in listed for task in tasks):
-                wanted = [task for task in tasks if task not in listed]
-                _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
+        _list_parts(zoo, parts, folder, bits, splits, write)
         if total == len(bits):
             shutil.rmtree(folder)
     place.wait_for_everyone()
@@ -140,6 +143,20 @@ def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Pat
     temporary.rename(_file(folder, number))
 
 
+def _list_parts(
+    zoo: Zoo, parts: list[list[int]], folder: Path, bits: Tensor, splits: Sequence[str], write: Write
+) -> None:
+    """List the parts that are there up to the first that is not; what is listed takes no second room on the disk."""
+    listed = {entry.run for entry in zoo.entries}
+    for number, tasks in enumerate(parts):
+        wanted = [task for task in tasks if task not in listed]
+        if wanted:
+            if not _file(folder, number).exists():
+                return
+            _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
+        _file(folder, number).unlink(missing_ok=True)
+
+
 def _list_part(
     zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str], write: Write
 ) -> None:
@@ -169,5 +186,6 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.safetensors"
 
 
-def _cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 LARGE = 1 << 20
-"""Values from which a network is run by itself on a CPU: its operations fill the machine without company, and batched
-ones are slower than one after the other."""
+"""Values from which networks run one after the other: each fills the machine without company, batched operations are
+slower on a CPU, and the activations of all would be held at once."""
 
 Stacked = dict[str, Tensor]
 """The tensors of T networks of one structure, ``[T, *shape]`` each."""
@@ -37,10 +37,10 @@ class SideBySide:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        for module in self.network.modules():
-            if hasattr(module, "fused_attn"):  # timm's switch: the fused kernel has no batching rule
-                module.fused_attn = False  # type: ignore[assignment]
         self.is_large = sum(value.numel() for value in self.network.parameters()) >= LARGE
+        for module in self.network.modules():
+            if hasattr(module, "fused_attn") and not self.is_large:  # timm's switch: that kernel has no batching rule
+                module.fused_attn = False  # type: ignore[assignment]
         self._shared = vmap(self._call, in_dims=(0, None))
         self._own = vmap(self._call, in_dims=(0, 0))
 
@@ -50,7 +50,7 @@ class SideBySide:
     def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
         """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
         ``[T, B, C, H, W]``."""
-        if self.is_large and images.device.type == "cpu":
+        if self.is_large:
             networks = zip(*(value.unbind() for value in weights.values()), strict=True)
             batches = images if images.dim() == 5 else itertools.repeat(images)
             pairs = zip(networks, batches, strict=False)  # one batch may serve all

@@ -123,7 +123,7 @@ class Cifar10SubsetsTask(SubsetTask):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
             network = self._timm(self.num_classes, self.config.pretrained).to(self.device).eval()
         rng = make_rng(self.config.seed, "base images")
-        head = network.get_classifier()  # type: ignore[operator]
+        head = network.requires_grad_(False).get_classifier().requires_grad_(True)  # type: ignore[operator]
         optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
         for _ in range(config.steps):
             images, classes = self.draw(config.batch_size, rng, augmented=True)

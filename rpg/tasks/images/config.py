@@ -112,6 +112,9 @@ class FinetuneConfig(Section):
 
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(128, ge=1)
+    images_at_a_time: int | None = Field(
+        None, ge=1, description="images of a step whose activations are held together; all of them when null"
+    )
     augment: bool = Field(True, description="move, turn and scale the images at random")
     precision: Precision = Field("fp32", description="arithmetic of the training steps")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
@@ -168,16 +171,23 @@ class ProbeConfig(Section):
     batch_size: int = Field(500, ge=1)
 
 
-PAPER_FINETUNING = FinetuneConfig(
-    stages=(
-        Stage(steps=180, learning_rate=1e-2, weight_decay=0.1, only=("head.*",)),  # 2 epochs of 45,000 images
-        Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
-    ),
-    batch_size=500,
-    loss="focal",
-    checkpoints=5,
-    tail=0.05,
-)
+class Cifar10FinetuneConfig(FinetuneConfig):
+    """The paper's recipe, any field of which may be changed by itself."""
+
+    stages: tuple[Stage, ...] = Field(
+        (
+            Stage(steps=180, learning_rate=1e-2, weight_decay=0.1, only=("head.*",)),  # 2 epochs of 45,000 images
+            Stage(steps=1170, learning_rate=1e-4, weight_decay=0.1),  # 13 epochs
+        ),
+        min_length=1,
+    )
+    batch_size: int = Field(500, ge=1)
+    images_at_a_time: int | None = Field(
+        100, ge=1, description="images of a step whose activations are held together; all 500 take 14 GB"
+    )
+    loss: Literal["cross_entropy", "focal"] = "focal"
+    checkpoints: int = Field(5, ge=1, description="checkpoints kept of every task")
+    tail: float = Field(0.05, gt=0, le=1, description="share of the last stage that the checkpoints are means of")
 
 
 class Cifar10SubsetsConfig(SubsetsConfig):
@@ -193,7 +203,7 @@ class Cifar10SubsetsConfig(SubsetsConfig):
     eval_batch: int = Field(250, ge=1, description="images enlarged and scored at a time")
     probe: ProbeConfig = ProbeConfig()
     fresh_head: bool = Field(True, description="start every task's head at random, as the paper does")
-    finetune: FinetuneConfig = PAPER_FINETUNING
+    finetune: Cifar10FinetuneConfig = Cifar10FinetuneConfig()
     group: int = Field(4, ge=1, description="tasks trained side by side in one process")
 
 
@@ -207,7 +217,7 @@ class TimmFinetuneConfig(Section):
     network: str = Field("resnet18", description="a timm model")
     pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
     data: str = Field("data", description="folder of the data set; it is never downloaded")
-    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png")
+    dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg")
     image_size: int = Field(224, ge=1)
     base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
     seed: int = Field(0, ge=0)

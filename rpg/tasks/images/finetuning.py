@@ -56,17 +56,34 @@ def finetune_many(
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * learning_rate_share(step, stage)
             images, classes = draw(config.batch_size)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = side(weights, images)
-            loss = task_losses(logits, bits[:, classes], config).sum()
             optimizer.zero_grad()
-            loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
+            _add_gradients(side, weights, images, bits[:, classes], config)
             optimizer.step()
             if last and step + 1 > stretches[0][0]:
                 average_into(kept, stretches, step + 1, weights)
             done += 1
             tick(done)
     return kept
+
+
+def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: Tensor, config: FinetuneConfig) -> None:
+    """Add the gradients of T networks' losses: some images, and of large networks one, at a time.
+
+    Args:
+        side, weights, config: as `finetune_many` takes them.
+        images: ``[B, …]``.
+        targets: right answers ``[T, B]``.
+    """
+    size = config.images_at_a_time or len(images)
+    several = [weights]
+    if side.is_large:  # one network's activations are held, not those of all
+        several = [{name: value[row : row + 1] for name, value in weights.items()} for row in range(len(targets))]
+    for own, answers in zip(several, targets.chunk(len(several)), strict=True):
+        for part, wanted in zip(images.split(size), answers.split(size, 1), strict=True):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = side(own, part)
+            loss = task_losses(logits, wanted, config).sum() * (len(part) / len(images))
+            loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
 
 
 def task_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:

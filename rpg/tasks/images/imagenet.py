@@ -7,12 +7,9 @@ and not those either where ``weights`` names a file.
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +18,15 @@ from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
 from rpg.tasks.images.images import check_structure
-from rpg.tasks.images.timm_data import image_transform
+from rpg.tasks.images.resuming import SavedTraining
+from rpg.tasks.images.timm_data import require_image_size
 from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
+
+TRAINING = "training.safetensors"
+"""In a zoo folder: where a collection goes on; gone when the zoo is whole."""
 
 
 class ImageNetTask:
@@ -40,7 +41,7 @@ class ImageNetTask:
         common = set(TimmFinetuneConfig.model_fields) & set(ImageNetConfig.model_fields) - {"name"}
         shared = {name: getattr(config, name) for name in common}
         # Reading batches and taking steps is as in the task `finetune`.
-        self._tuning = _FolderTask(TimmFinetuneConfig(**shared))
+        self._tuning = TimmFinetuneTask(TimmFinetuneConfig(**shared))
         self.device = self._tuning.device
 
     def build(self) -> nn.Module:
@@ -98,7 +99,7 @@ class ImageNetTask:
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
         """Fine-tune the whole network and save its checkpoints with their training loss.
 
-        A collection that a kill cut short is trained again from its start; only what is missing is saved.
+        A collection that a kill cut short goes on from its last checkpoint, to the same bits.
 
         Raises:
             InputError: images or weights are not there, or the zoo at ``path`` is another one.
@@ -111,26 +112,32 @@ class ImageNetTask:
         if saved >= set(wanted):
             return zoo
         network = self.start().to(self.device).train()
-        torch.manual_seed(derive_seed(self.config.seed, "finetune"))
-        random.seed(derive_seed(self.config.seed, "images"))  # timm's random crops draw from Python's own generator
-        for step, loss in itertools.islice(self._train(network), wanted[-1]):
+        require_image_size(network, self.config)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        training = SavedTraining(zoo.path / TRAINING, network, optimizer)
+        for step, loss in self._train(network, optimizer, training.load()):
             if step in wanted and step not in saved:
                 state_dict = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
                 zoo.append(state_dict, run=0, step=step, metrics={"training_loss": loss})
             if progress is not None:
                 progress(step, wanted[-1])
+            if step == wanted[-1]:
+                training.remove()
+                break
+            if step in wanted:
+                training.save(step)
             if limit is not None and len(zoo) >= limit:
                 break
         return zoo
 
-    def _train(self, network: nn.Module) -> Iterable[tuple[int, float]]:
-        settings = self.config
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        batches = itertools.chain.from_iterable(self._tuning.batches("train", epoch) for epoch in itertools.count())
-        for step, (images, labels) in enumerate(batches, 1):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+    def _train(self, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> Iterator[tuple[int, float]]:
+        """Take the steps after ``done``: each one's number and loss."""
+        batches, seed = self._tuning.batches_after(done), self.config.seed
+        for step, (images, labels) in enumerate(batches, done + 1):
+            torch.manual_seed(derive_seed(seed, "finetune", step))  # of networks with dropout
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -161,6 +168,7 @@ class ImageNetTask:
             InputError: a state dict does not fit the network; names the tensor.
         """
         network = self.build().eval().to(self.device)
+        require_image_size(network, self.config)
         expected = network.state_dict()
         answers = []
         for index, state_dict in enumerate(state_dicts):
@@ -173,13 +181,3 @@ class ImageNetTask:
     def labels(self, split: str = "test") -> Tensor:
         """Right classes, int64 [images]."""
         return self._tuning.labels(split)
-
-
-class _FolderTask(TimmFinetuneTask):
-    """Images by folder, ``test`` being what ImageNet calls ``val``, prepared as timm does for the network."""
-
-    def open_split(self, split: str) -> Any:
-        from torchvision import datasets
-
-        transform = image_transform(self.config.network, self.config.image_size, training=split == "train")
-        return datasets.ImageFolder(Path(self.config.data) / {"test": "val"}.get(split, split), transform)

@@ -24,7 +24,7 @@ from rpg.tasks.class_splits import all_tasks, assign_splits
 from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.many import collect_many
+from rpg.tasks.many import PATIENCE, collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -142,12 +142,12 @@ class SubsetTask:
             path: the zoo folder, on a disk that all processes share.
             progress: called with (tasks trained, tasks in all).
             limit: train only so many tasks, rounded up to whole groups.
-            processes: parts trained at a time.
+            processes: parts trained at a time; on a GPU one, on a CPU as many as there are cores when None.
 
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
-        place = PartialState()
+        place = PartialState(timeout=PATIENCE)
         with place.main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder
             zoo = open_zoo(path, self.config, self.condition)
@@ -157,7 +157,7 @@ class SubsetTask:
         copies = self.config.copies
         collect_many(
             zoo, self, self.bits().repeat(copies, 1), self.splits() * copies, self.config.group,
-            processes=processes, progress=progress, limit=limit,
+            processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
         return zoo if place.is_main_process else Zoo.open(path)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from rpg.seeding import derive_seed
+from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
+from tokenization.errors import InputError
 
 
 def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
@@ -27,6 +30,34 @@ def image_transform(network: str, image_size: int, *, training: bool) -> Callabl
     known = timm.get_pretrained_cfg(network)
     prepared = timm.data.resolve_data_config({"img_size": image_size}, pretrained_cfg=known.to_dict() if known else {})
     return timm.data.create_transform(**prepared, is_training=training, color_jitter=0.0)
+
+
+def require_image_size(network: torch.nn.Module, task: TimmFinetuneConfig | ImageNetConfig) -> None:
+    """Raise InputError unless the network takes images of the task's size, ``[1, 3, image_size, image_size]``."""
+    size, training = task.image_size, network.training
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    try:
+        with torch.inference_mode():
+            network.eval()(image)
+    except (RuntimeError, AssertionError) as error:  # timm's own words, or those of an operation
+        own = network.default_cfg["input_size"][-1]  # type: ignore[index]
+        raise InputError(
+            f"task.image_size is {size}, which {task.network} does not take "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); its own is {own}"
+        ) from None
+    finally:
+        network.train(training)
+
+
+class LaterBatches(torch.utils.data.BatchSampler):
+    """The batches of an order but for the first ``skip``."""
+
+    def __init__(self, order: torch.utils.data.Sampler[int], size: int, skip: int) -> None:
+        super().__init__(order, size, drop_last=False)
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 class AddressedImages(torch.utils.data.Dataset[Any]):

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import CachedImages, cached_images
-from rpg.tasks.images.timm_data import AddressedImages, image_transform
+from rpg.tasks.images.resuming import SavedTraining
+from rpg.tasks.images.timm_data import AddressedImages, LaterBatches, image_transform, require_image_size
+from rpg.tasks.schedule import cosine_decay
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -53,6 +56,9 @@ class TimmFinetuneTask:
         Raises:
             InputError: timm has no such network, or its weights cannot be had.
         """
+        return self._build(self.config.pretrained)
+
+    def _build(self, pretrained: bool) -> nn.Module:
         import timm
 
         classes = len(self.classes)
@@ -63,8 +69,8 @@ class TimmFinetuneTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
             try:
-                return timm.create_model(self.config.network, pretrained=self.config.pretrained, num_classes=classes)
-            except OSError as error:
+                return timm.create_model(self.config.network, pretrained=pretrained, num_classes=classes)
+            except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
                 raise InputError(
                     f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
                 ) from None
@@ -72,8 +78,10 @@ class TimmFinetuneTask:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
-        found = getattr(self.dataset("train"), "classes", None)
-        return tuple(found) if found is not None else tuple(map(str, range(102)))  # flowers102 names none
+        dataset: Any = self.dataset("train")
+        if hasattr(dataset, "classes"):
+            return tuple(dataset.classes)
+        return tuple(map(str, range(int(max(dataset.labels)) + 1)))  # stl10 names none without its class_names.txt
 
     def dataset(self, split: str) -> Any:
         """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
@@ -81,12 +89,19 @@ class TimmFinetuneTask:
             raise InputError(f"there is no split {split!r}; choose one of train, test")
         if split not in self._datasets:
             try:
-                self._datasets[split] = self.open_split(split)
+                opened = self.open_split(split)
             except (RuntimeError, FileNotFoundError) as error:
                 raise InputError(
                     f"task.data {self.config.data} does not hold the data set {self.config.dataset} "
                     f"({str(error).splitlines()[0]}); name the folder that does"
                 ) from None
+            self._datasets[split] = opened
+            found, known = (getattr(each, "classes", ()) for each in (opened, self.dataset("train")))
+            if found != known:  # classes are numbered in the order of their names
+                raise InputError(
+                    f"task.data {self.config.data} has {len(found)} classes to score on and {len(known)} to train "
+                    "on, or others; give train and val the same folders"
+                )
         return self._datasets[split]
 
     def open_split(self, split: str) -> Any:
@@ -98,7 +113,7 @@ class TimmFinetuneTask:
         transform = transforms.Compose([to_rgb, prepare])
         match self.config.dataset:
             case "folder":
-                return datasets.ImageFolder(Path(root) / split, transform)
+                return datasets.ImageFolder(Path(root) / ("train" if train else "val"), transform)
             case "cifar10":
                 return datasets.CIFAR10(root, train, transform)
             case "cifar100":
@@ -112,24 +127,33 @@ class TimmFinetuneTask:
             case "food101":
                 return datasets.Food101(root, split, transform)
 
-    def batches(self, split: str, *parts: int | str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, *parts: int | str, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels on the task's device; seed and ``parts`` decide order and alterations of ``train``.
 
+        The first ``skip`` batches of ``train`` are left out, and their images not read.
         Images that are scored are decoded once and for all (`rpg.tasks.images.image_cache`).
         """
         train, dataset = split == "train", self.dataset(split)
         if not train and (cached := self._cached(split)) is not None:
             yield from cached.batches(self.config.batch_size, self.device)
             return
-        loader: Any = torch.utils.data.DataLoader(
+        rng = make_rng(self.config.seed, "batches", *parts) if train else None
+        order = RandomSampler(dataset, generator=rng) if train else SequentialSampler(dataset)
+        loader: Any = DataLoader(
             AddressedImages(dataset, self.config.seed, *parts) if train else dataset,
-            self.config.batch_size,
-            shuffle=train,
+            batch_sampler=LaterBatches(order, self.config.batch_size, skip),
             num_workers=self.config.workers,
-            generator=make_rng(self.config.seed, "batches", *parts) if train else None,
+            generator=rng,
         )
         for images, labels in loader:
             yield images.to(self.device), labels.to(self.device)
+
+    def batches_after(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches of all epochs but the first ``done`` ones, without end."""
+        first, skip = divmod(done, math.ceil(len(self.dataset("train")) / self.config.batch_size))
+        yield from self.batches("train", first, skip=skip)
+        for epoch in itertools.count(first + 1):
+            yield from self.batches("train", epoch)
 
     def _cached(self, split: str) -> CachedImages | None:
         if split not in self._caches:
@@ -148,7 +172,7 @@ class TimmFinetuneTask:
         saved = {entry.step for entry in zoo.entries}
         if saved >= set(range(1, self.config.steps + 1)):
             return zoo
-        network = self._base_network().to(self.device)
+        network = self._base_network()
         chosen = self.config.finetune or last_norms(network, self.config.num_norms)
         parameters = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
         if not parameters:
@@ -159,11 +183,8 @@ class TimmFinetuneTask:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         network.eval()  # what is not fine-tuned stays, running statistics included
-        torch.manual_seed(derive_seed(self.config.seed, "finetune"))
-        steps = self._train_steps(
-            network, list(parameters.values()), self.config.steps, self.config.finetune_learning_rate
-        )
-        for step in steps:
+        optimizer = self._optimizer(parameters.values())
+        for step in self._train_steps(network, optimizer, self.config.steps, self.config.finetune_learning_rate):
             if step not in saved:
                 zoo.append({n: p.detach().cpu().clone() for n, p in parameters.items()}, run=0, step=step)
             if progress is not None:
@@ -173,34 +194,48 @@ class TimmFinetuneTask:
         return zoo
 
     def _base_network(self) -> nn.Module:
-        """The whole network before fine-tuning: read from ``base``, or trained and written there."""
-        network, path = self.build(), Path(self.config.base)
+        """The whole network before fine-tuning: read from ``base``, or trained and written there.
+
+        Training that a kill cut short goes on from the end of its last epoch, to the same bits.
+        """
+        path, epochs = Path(self.config.base), self.config.train_epochs
+        network = self._build(self.config.pretrained and not path.is_file()).to(self.device)
+        require_image_size(network, self.config)
         if path.is_file():
             network.load_state_dict(read_state_dict(path))
             return network
-        if self.config.train_epochs:
-            network.to(self.device).train()
-            torch.manual_seed(derive_seed(self.config.seed, "train"))
-            total = self.config.train_epochs * math.ceil(len(self.dataset("train")) / self.config.batch_size)
-            for _ in self._train_steps(network, list(network.parameters()), total, self.config.learning_rate):
-                pass
+        if epochs:
+            optimizer = self._optimizer(network.parameters())
+            training = SavedTraining(path.with_suffix(".training.safetensors"), network, optimizer)
+            per_epoch = math.ceil(len(self.dataset("train")) / self.config.batch_size)
+            network.train()
+            steps = self._train_steps(
+                network, optimizer, epochs * per_epoch, self.config.learning_rate, training.load()
+            )
+            for step in steps:
+                if step % per_epoch == 0 and step < epochs * per_epoch:
+                    training.save(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, {name: value.cpu() for name, value in network.state_dict().items()})
+        if epochs:
+            training.remove()
         return network
 
+    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1.0, weight_decay=self.config.weight_decay)
+
     def _train_steps(
-        self, network: nn.Module, parameters: list[nn.Parameter], num_steps: int, learning_rate: float
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float, done: int = 0
     ) -> Iterator[int]:
-        """Optimizer steps with AdamW and a cosine; yield the number of each after it."""
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=self.config.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-        batches = itertools.chain.from_iterable(self.batches("train", epoch) for epoch in itertools.count())
-        for step, (images, labels) in enumerate(itertools.islice(batches, num_steps), 1):
+        """The optimizer steps after ``done``, with a cosine to 0; yield the number of each after it."""
+        for step, (images, labels) in zip(range(done, num_steps), self.batches_after(done), strict=False):
+            torch.manual_seed(derive_seed(self.config.seed, "training step", step))  # of networks with dropout
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * cosine_decay(step, num_steps)
             optimizer.zero_grad()
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
-            schedule.step()
-            yield step
+            yield step + 1
 
     @torch.inference_mode()
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
@@ -209,9 +244,10 @@ class TimmFinetuneTask:
         Raises:
             InputError: there is no base checkpoint, or a tensor does not fit.
         """
-        network = self.build().to(self.device).eval()
-        base = read_state_dict(Path(self.config.base))
-        networks = []
+        network = self._build(pretrained=False).to(self.device).eval()
+        require_image_size(network, self.config)
+        network.load_state_dict(read_state_dict(Path(self.config.base)))
+        base, networks = network.state_dict(), []
         for state_dict in state_dicts:
             for name, value in state_dict.items():
                 if name not in base or base[name].shape != value.shape:
@@ -219,11 +255,11 @@ class TimmFinetuneTask:
                         f"tensor {name!r} of shape {tuple(value.shape)} is not one of the target network; "
                         "score networks of this task"
                     )
-            networks.append({name: value.to(self.device) for name, value in {**base, **state_dict}.items()})
+            networks.append({name: value.to(self.device) for name, value in state_dict.items()})
         answers: list[list[Tensor]] = [[] for _ in networks]
         for images, _ in self.batches(split):
             for rows, weights in zip(answers, networks, strict=True):
-                logits = torch.func.functional_call(network, weights, (images,))
+                logits = torch.func.functional_call(network, weights, (images,))  # the rest is the base's
                 rows.append(logits.argmax(1).where(logits.isfinite().all(1), 0).cpu())
         return torch.stack([torch.cat(rows) for rows in answers]) if answers else torch.empty(0, 0, dtype=torch.long)
 

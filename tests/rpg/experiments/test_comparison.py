@@ -31,7 +31,7 @@ def subsets(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(many, "_cores", lambda: 1)
+        patch.setattr(many, "num_cores", lambda: 1)
         zoo = build_task(task).collect(folder / "zoo")
         yield folder, task, zoo
 

@@ -53,7 +53,7 @@ def experiment(tmp_path_factory):
         "generate": {"steps": 1},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(many, "_cores", lambda: 1)
+        patch.setattr(many, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         yield config, run_held_out(config, progress={})
 

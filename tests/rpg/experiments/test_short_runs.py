@@ -11,7 +11,7 @@ MARGIN = 0.05
 
 
 def run(tree, folder, monkeypatch, width):
-    monkeypatch.setattr(many, "_cores", lambda: 1)
+    monkeypatch.setattr(many, "num_cores", lambda: 1)
     common = {
         "run": str(folder / "run"), "zoo": str(folder / "zoo"), "generate": {"steps": 1},
         "evaluate": {"linear_head": False},

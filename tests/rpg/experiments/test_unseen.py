@@ -53,7 +53,7 @@ def experiment(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(many, "_cores", lambda: 1)
+        patch.setattr(many, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         report = run_held_out(config, progress={}, seeds=2)
         yield config, report

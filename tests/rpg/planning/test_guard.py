@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch import nn
 
+from rpg.cli import reading
 from rpg.config import Config
-from rpg.planning import guard
-from rpg.planning.collection import collection_need, training_bytes
+from rpg.planning import collection, guard
+from rpg.planning import target as target_module
+from rpg.planning.collection import collection_need, plan_collection
 from rpg.planning.guard import GIB, Need, evaluation_need, free_memory, generation_need, require_memory, training_need
 from rpg.planning.plan import make_plan
+from rpg.planning.target import Target, find_target
 from rpg.planning.zoo_summary import ZooSummary
+from rpg.tasks import many
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
+
+RECIPE: dict[str, Any] = {"batch_size": 100, "checkpoints": 5}
 
 
 @pytest.fixture
@@ -111,30 +118,95 @@ def test_small_generators_are_not_planned(tmp_path: Path, monkeypatch: pytest.Mo
     assert one_by_one is not None and together is not None and one_by_one.host < together.host
 
 
+def task_config(**task: Any) -> Config:
+    return Config.parse({"run": "r", "zoo": "z", "task": task}, "t")
+
+
 def test_collection_needs_weights_gradients_moments_and_activations() -> None:
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 1000, device="meta"), nn.ReLU(), nn.Linear(1000, 10, device="meta")
     )
-    weights = 4 * (64 * 1000 + 1000 + 10000 + 10)
-    found = training_bytes(network, (32, 1, 8, 8))
-    activations = 4 * 32 * (64 + 2 * 1000 + 10)
-    assert 5 * weights < found < 5 * weights + 4 * activations
+    target = Target(network, (1, 8, 8), torch.device("cpu"), 7)
+    weights, activations = 4 * (64 * 1000 + 1000 + 10000 + 10), 4 * 32 * (64 + 2 * 1000 + 10)
+    step, scoring = target.step_bytes(32), target.scoring_bytes
+    assert target.weights == weights and step is not None and scoring is not None
+    assert weights < step < weights + 4 * activations
+    assert weights + 4 * 7 * (64 + 1000) < scoring < weights + 4 * 7 * (64 + 3 * 1000)
     digits, large = (
-        collection_need(
-            Config.parse({"run": "r", "zoo": "z", "task": {"name": "digits", "image_size": 32, "network": name}}, "t")
-        )
-        for name in ("cnn", "convnext-large")
+        collection_need(task_config(name="digits", image_size=32, network=name)) for name in ("cnn", "convnext-large")
     )
     assert digits is not None and digits.host < GIB / 10
     assert large is not None and large.host > 4 * 4 * 196_000_000
-    unknown = {"run": "r", "zoo": "z", "task": {"name": "imagenet", "network": "nothing"}}
-    assert collection_need(Config.parse(unknown, "t")) is None
-    tiny = {
-        "run": "r",
-        "zoo": "z",
-        "task": {"name": "imagenet", "network": "test_vit", "image_size": 160, "batch_size": 4},
-    }
-    assert collection_need(Config.parse(tiny, "t")) is not None
+    assert collection_need(task_config(name="imagenet", network="nothing")) is None
+    small = task_config(name="imagenet", network="test_vit", image_size=160, batch_size=4, checkpoints=3)
+    planned = plan_collection(small)
+    assert planned is not None and planned.disk == 3 * 4 * 371_240 and planned.processes == 1
+    assert plan_collection(task_config(name="imagenet", network="test_vit", image_size=100)) is None  # it takes 160
+
+
+def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "num_cores", lambda: 16)
+    monkeypatch.setattr(collection, "free_memory", lambda: 1000 * GIB)
+    config = Config.load("configs/cifar10_unseen.yaml")
+    planned = plan_collection(config)
+    assert planned is not None and planned.processes == 16 and planned.groups == 256
+    assert 3 * GIB < planned.host < 7 * GIB  # 100 of the 500 images at a time, of one network of four
+    assert planned.disk == pytest.approx(1022 * 5 * 4 * 5_524_802, rel=1e-3)
+    monkeypatch.setattr(collection, "free_memory", lambda: 16 * GIB)
+    assert 2 <= planned.processes <= 4
+    monkeypatch.setattr(collection, "free_memory", lambda: GIB)
+    assert planned.processes == 1
+    changes = {"network": "test_vit", "image_size": 160, "finetune": {**RECIPE, "images_at_a_time": 10}}
+    small = task_config(name="cifar10_subsets", **changes)
+    few, all_ = (
+        plan_collection(small),
+        plan_collection(task_config(name="cifar10_subsets", **changes | {"finetune": RECIPE})),
+    )
+    assert few is not None and all_ is not None and all_.host > few.host + 20 * (1 << 20)
+    monkeypatch.setattr(target_module, "task_device", lambda name: torch.device("cuda"))
+    on_gpu = plan_collection(small)
+    assert on_gpu is not None and on_gpu.processes == 1 and on_gpu.device > GIB
+    assert on_gpu.need.host < GIB and on_gpu.need.device == on_gpu.device
+
+
+def test_the_plan_shows_what_collecting_takes(rpg: Run, tmp_path: Path) -> None:
+    config = small_config(tmp_path, task={"name": "digits", "network": "cnn", "runs": 2, "steps": 3, "image_size": 8})
+    config.save(tmp_path / "config.yaml")
+    code, said, _ = rpg("plan", tmp_path / "config.yaml")
+    assert code == 0 and "collecting the zoo" in said
+    assert f"{6 * 4 * 3658 / 1024:.1f} KiB" in said.split("the zoo on disk")[1]
+
+
+def test_a_complete_zoo_of_tasks_needs_nothing_more(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path / "zoo", condition_size=2)
+    task = {"name": "digits_subsets", "tasks": zoo.num_runs + 4}
+    config = Config.parse({"run": "r", "zoo": str(zoo.path), "task": task}, "t")
+    assert collection_need(config) is not None
+    complete = config.model_copy(update={"task": config.task.model_copy(update={"tasks": zoo.num_runs})})  # type: ignore
+    assert collection_need(complete) is None
+
+
+def test_evaluation_counts_the_network_that_is_scored(tmp_path: Path) -> None:
+    make_zoo(tmp_path / "zoo")
+    config = small_config(tmp_path, train={"steps": 2})
+    train(config, say=lambda _: None)
+    plain = evaluation_need(config.run, 1 << 40)
+    task = {"name": "imagenet", "network": "test_vit", "image_size": 160, "batch_size": 64, "device": "cpu"}
+    with_task = Config.parse({**config.model_dump(mode="json"), "task": task}, "t")
+    with_task.save(Path(config.run) / "generator" / "config.yaml")
+    scored, target = evaluation_need(config.run, 1 << 40), find_target(with_task.task)
+    assert plain is not None and scored is not None and target is not None
+    assert scored.host - plain.host == target.scoring_bytes
+    assert target.scoring_bytes is not None and target.scoring_bytes > target.weights + 64 * 3 * 160 * 160 * 4
+
+
+def test_a_plan_that_fails_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("no shape for this\nand more")
+
+    reading.guard(fail, ignore=False)
+    said = capsys.readouterr().out
+    assert "could not be planned (RuntimeError: no shape for this)" in " ".join(said.split()) and "more" not in said
 
 
 def test_commands_stop_before_they_begin(rpg: Run, tmp_path: Path, one_mebibyte: None) -> None:

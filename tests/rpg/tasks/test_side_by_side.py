@@ -66,6 +66,27 @@ def test_a_constant_learning_rate_stays_and_bf16_rounds():
     torch.testing.assert_close(made["bf16"], made["fp32"], rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("is_large", [False, True])
+def test_some_images_at_a_time_give_the_same_networks(is_large):
+    """Seven images in parts of three: a part's share of the loss is its share of the images."""
+    network = network_of()
+    start, bits = repeat(network.state_dict(), 2), torch.tensor([[1, 0, 0], [0, 1, 1]])
+    made = []
+    for num in (None, 3):
+        rng = torch.Generator().manual_seed(0)
+        config = FinetuneConfig(
+            stages=(Stage(steps=4, learning_rate=1e-3),), batch_size=7, images_at_a_time=num, loss="focal"
+        )
+        side = SideBySide(network)
+        side.is_large = is_large
+        made.append(finetune_many(
+            side, start, bits, lambda num, rng=rng: (torch.randn(num, 1, 8, 8, generator=rng), torch.arange(num) % 3),
+            config,
+        )[0])  # fmt: skip
+    torch.testing.assert_close(made[1], made[0], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(made[0]["conv1.weight"], start["conv1.weight"])
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
 def test_finetuning_together_equals_finetuning_alone(loss):
     """Against a plain loop with PyTorch's optimizer; also tells if gradients reach the fused optimizer in disorder."""

@@ -9,8 +9,10 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from rpg.config import Config
+from rpg.seeding import derive_seed
+from rpg.tasks.images import subsets
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
-from rpg.tasks.images.config import Cifar10SubsetsConfig, FinetuneConfig, ProbeConfig, Stage
+from rpg.tasks.images.config import Cifar10FinetuneConfig, Cifar10SubsetsConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
 
 
@@ -42,7 +44,7 @@ def config_of(root, **changes):
     return Cifar10SubsetsConfig(
         root=str(root), pretrained=False, image_size=32, num_validation=10, group=2, validation=2, eval_batch=7,
         probe=ProbeConfig(steps=2, batch_size=4),
-        finetune=FinetuneConfig(
+        finetune=Cifar10FinetuneConfig(
             stages=(Stage(steps=2, only=("head.*",)), Stage(steps=3, learning_rate=1e-4)),
             batch_size=4, loss="focal", checkpoints=2, tail=0.5,
         ),
@@ -66,6 +68,26 @@ def test_collecting_head_first_then_everything(root, tmp_path, monkeypatch):
     accuracy = (task.predict([state], "validation") == task.targets(bits[:1], "validation")).double().mean().item()
     assert accuracy == pytest.approx(zoo.entries[0].metrics["validation_accuracy"], abs=0.101)
     assert task.base_probabilities(zoo).shape == (20, 10)
+
+
+def test_a_gpu_gets_one_process(root, tmp_path, monkeypatch):
+    task, asked = Cifar10SubsetsTask(config_of(root)), []
+    monkeypatch.setattr(Cifar10SubsetsTask, "train_base", lambda self: {"weight": torch.zeros(1)})
+    monkeypatch.setattr(subsets, "collect_many", lambda *_, processes, **__: asked.append(processes))
+    for device in ("cuda", "cpu"):
+        task.device = torch.device(device)
+        task.collect(tmp_path / "zoo", processes=16)
+    assert asked == [1, 16]
+
+
+def test_of_the_base_only_the_head_is_trained(root):
+    task = Cifar10SubsetsTask(config_of(root))
+    base, again = task.train_base(), task.train_base()
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(task.config.seed, "base"))
+        start = task.network(10).state_dict()
+    changed = {name for name, value in base.items() if not torch.equal(value, start[name])}
+    assert changed == {"head.weight", "head.bias"} and torch.equal(base["head.weight"], again["head.weight"])
 
 
 def test_images_and_splits(root):
@@ -120,3 +142,5 @@ def test_the_papers_recipe_is_the_default():
     assert (everything.learning_rate, everything.weight_decay) == (1e-4, 0.1)
     assert (task.finetune.loss, task.finetune.focal_gamma, task.finetune.checkpoints) == ("focal", 2.0, 5)
     assert (task.finetune.batch_size, task.network) == (500, "vit_tiny_patch16_224")
+    other = Config.load("configs/cifar10_unseen.yaml", ["task.finetune.images_at_a_time=50"]).task
+    assert other.finetune == task.finetune.model_copy(update={"images_at_a_time": 50})  # one field changes no other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 from rpg.tasks import ImageNetConfig, build_task, task_of
+from rpg.tasks.images.imagenet import TRAINING
+from rpg.tasks.images.resuming import SavedTraining
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 
@@ -52,11 +55,52 @@ def test_the_zoo_holds_whole_networks_at_even_steps(folder, zoo):
     assert zoo.entries[3].metrics["training_loss"] < zoo.entries[0].metrics["training_loss"]
 
 
-def test_a_collection_that_was_cut_short_is_completed_to_the_same_bits(folder, zoo, tmp_path):
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_killed_collection_goes_on_from_its_last_checkpoint_to_the_same_bits(
+    folder, zoo, tmp_path, monkeypatch, saves
+):
+    """Killed before its last state is saved, or after: the first checkpoint is step 3, the second step 6."""
+    real, saved = SavedTraining.save, []
+
+    def dying(self, step):
+        saved.append(step)
+        if len(saved) == 2 and saves == 1:
+            raise KeyboardInterrupt
+        real(self, step)
+        if len(saved) == saves:
+            raise KeyboardInterrupt
+
     task = build_task(config_of(folder))
-    assert len(task.collect(tmp_path / "zoo", limit=2)) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SavedTraining, "save", dying)
+        task.collect(tmp_path / "zoo")
+    assert (tmp_path / "zoo" / TRAINING).is_file()
+    read = []
+    dataset = task._tuning.dataset("train")
+    load = dataset.loader
+    monkeypatch.setattr(dataset, "loader", lambda path: read.append(path) or load(path))
     again = task.collect(tmp_path / "zoo")
     assert [entry.sha256 for entry in again.entries] == [entry.sha256 for entry in zoo.entries]
+    assert len(read) == 8 * (12 - 3 * saves)  # of what had been trained on no image is read again
+    assert not (tmp_path / "zoo" / TRAINING).exists() and len(task.collect(tmp_path / "zoo")) == 4
+
+
+def test_a_wrong_image_size_is_one_line(folder, tmp_path):
+    task = build_task(config_of(folder, network="test_vit", image_size=100))
+    with pytest.raises(
+        InputError, match=r"task.image_size is 100, which test_vit does not take .*its own is 160"
+    ) as caught:
+        task.collect(tmp_path / "zoo")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="task.image_size is 100"):
+        task.predict([])
+
+
+def test_classes_must_be_the_same_in_both_folders(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "n1")
+    with pytest.raises(InputError, match="2 classes to score on and 3 to train on"):
+        build_task(config_of(tmp_path / "data")).labels()
 
 
 def test_predictions_are_those_of_the_network_and_its_training_shows(folder, zoo):
