@@ -81,6 +81,24 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield a new folder; when the block ends without an error its files, each of them whole, are put into ``folder``.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    temporary = temporary_name(folder / "files")
+    with _cleaned_up(folder, temporary):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            synchronise(file)
+            os.replace(file, folder / file.name)
+        synchronise(folder)
+        temporary.rmdir()
+
+
 def recover_folder(path: Path | str) -> None:
     """Undo what a kill in the last steps of `atomic_folder` left: afterwards ``path`` is the old or the new folder.
 
@@ -133,10 +151,19 @@ def make_folder(path: Path) -> None:
         raise writing_failed(path, error) from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders that a killed process left in ``folder``."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Delete the temporary files and folders that a killed process left in ``folder``; ``pattern`` is their names'."""
+    for leftover in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
         _remove(leftover)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there: its name goes at once, so that a kill leaves no part of it under that name."""
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_name(path: Path) -> Path:

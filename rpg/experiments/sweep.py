@@ -24,6 +24,7 @@ from rpg.section import Section, read_mapping, validated
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.locks import locked
 
 Say = Callable[[str], None]
 
@@ -148,6 +149,9 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
+    broken = {zoo: failures[each.name] for zoo, each in zoos.items() if each.name in failures}
+    failures |= {each.name: broken[each.config.zoo] for each in waiting if each.config.zoo in broken}
+    waiting = [each for each in waiting if each.name not in failures]
     failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
     folder = Path(sweep.run)
@@ -213,10 +217,11 @@ def _step(step: str, path: str) -> None:
         collect(config)
         return
     run = Path(config.run)
-    (run / EVALUATION).unlink(missing_ok=True)
-    same = _saved_config(run) == config
-    train(config, resume=same, overwrite=not same)
-    evaluate_run(run)
+    with locked(run):
+        (run / EVALUATION).unlink(missing_ok=True)
+        same = _saved_config(run) == config
+        train(config, resume=same, overwrite=not same)
+        evaluate_run(run)
 
 
 def _saved_config(run: Path) -> Config | None:

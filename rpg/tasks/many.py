@@ -8,7 +8,6 @@ all parts are there, the main process lists their networks in the zoo in the ord
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,6 +21,7 @@ from torch import Tensor
 from rpg.tasks.images.collection import Progress, single_threaded
 from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.files import atomic_file, remove_folder
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
@@ -73,12 +73,13 @@ def collect_many(
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
     """
+    place, folder = PartialState(), zoo.path / "parts"
     if len({entry.run for entry in zoo.entries}) == len(bits):
+        if place.is_main_process:
+            remove_folder(folder)  # of a collection that was killed at its very end
         return
-    place = PartialState()
     total = min(limit or len(bits), len(bits))
     parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
-    folder = zoo.path / "parts"
     folder.mkdir(exist_ok=True)
     missing = [number for number in range(len(parts)) if not _file(folder, number).exists()]
     mine = missing[place.process_index :: place.num_processes]
@@ -101,7 +102,7 @@ def collect_many(
                 wanted = [task for task in tasks if task not in listed]
                 _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
         if total == len(bits):
-            shutil.rmtree(folder)
+            remove_folder(folder)
     place.wait_for_everyone()
 
 
@@ -135,9 +136,8 @@ def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Pat
         f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
     }
     scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
-    temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"
-    save_file({**tensors, **scores}, temporary)
-    temporary.rename(_file(folder, number))
+    with atomic_file(_file(folder, number)) as temporary:
+        save_file({**tensors, **scores}, temporary)
 
 
 def _list_part(

@@ -18,6 +18,7 @@ from tokenization.checkpoint.safetensors import natural_key, read_json
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.locks import locks
 from tokenization.lora.adapter import (
     CONFIG_NAME,
     check_adapter_tensors,
@@ -52,6 +53,7 @@ class _Source:
     entry: ZooEntry | None = None
 
 
+@locks(lambda source, zoo_path, **_: zoo_path)
 def collect_from(
     source: Path | str | Sequence[Path | str],
     zoo_path: Path | str,

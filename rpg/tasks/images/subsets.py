@@ -28,6 +28,7 @@ from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
+from tokenization.locks import locks
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
@@ -252,6 +253,7 @@ def load_base(zoo: Zoo) -> dict[str, Tensor]:
     return load_file(file)
 
 
+@locks(lambda source, path, task: path)
 def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     """Make a zoo of the same networks with other held-out tasks, without training; files are linked, not copied.
 

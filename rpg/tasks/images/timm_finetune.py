@@ -23,7 +23,7 @@ from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import CachedImages, cached_images
-from rpg.tasks.images.timm_data import AddressedImages, image_transform
+from rpg.tasks.images.timm_data import AddressedImages, CheckedImages, batch_of, image_transform
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -121,14 +121,19 @@ class TimmFinetuneTask:
         if not train and (cached := self._cached(split)) is not None:
             yield from cached.batches(self.config.batch_size, self.device)
             return
+        read = AddressedImages(dataset, self.config.seed, *parts) if train else dataset
         loader: Any = torch.utils.data.DataLoader(
-            AddressedImages(dataset, self.config.seed, *parts) if train else dataset,
+            CheckedImages(read, dataset),
             self.config.batch_size,
             shuffle=train,
             num_workers=self.config.workers,
+            collate_fn=batch_of,
             generator=make_rng(self.config.seed, "batches", *parts) if train else None,
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            images, labels = batch
             yield images.to(self.device), labels.to(self.device)
 
     def _cached(self, split: str) -> CachedImages | None:
