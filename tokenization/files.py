@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import json
 import mmap
@@ -25,6 +26,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 
 TEMPORARY_SUFFIX = ".partial"
+ASIDE_SUFFIX = ".replaced"
 HUGE_PAGE = 2 << 20
 
 
@@ -60,12 +62,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     with _cleaned_up(path, temporary):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(None, "there is a file of this name")
         recover_folder(path)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        remove_abandoned(path.parent, f"{glob.escape(path.name)}.*")
         temporary.mkdir(parents=True)
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
@@ -114,6 +116,12 @@ def recover_folder(path: Path | str) -> None:
         os.replace(aside, path)
 
 
+def recover_folders(parent: Path) -> None:
+    """The same for every folder in ``parent``."""
+    for aside in parent.glob(f".*{ASIDE_SUFFIX}"):
+        recover_folder(aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE_SUFFIX)))
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises InputError as `atomic_file` does."""
     with atomic_file(path) as temporary:
@@ -151,9 +159,9 @@ def make_folder(path: Path) -> None:
         raise writing_failed(path, error) from error
 
 
-def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Delete the temporary files and folders that a killed process left in ``folder``; ``pattern`` is their names'."""
-    for leftover in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed process left in ``folder``."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         _remove(leftover)
 
 
@@ -172,13 +180,13 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_abandoned(folder: Path, pattern: str = "*") -> None:
-    """Delete the temporary files in ``folder`` that a process of this machine was filling when it was killed.
+    """Delete the temporary files and folders in ``folder`` that a process of this machine was filling when killed.
 
     Those of processes that run, and of other machines, stay: they may be at work in the same folder.
 
     Args:
         folder: where to look.
-        pattern: what the files were to be called.
+        pattern: what they were to be called.
     """
     owner = re.compile(rf"\.{re.escape(platform.node())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     for path in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
@@ -194,7 +202,7 @@ def writing_failed(path: Path | str, error: Exception) -> InputError:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+    return path.with_name(f".{path.name}{ASIDE_SUFFIX}")
 
 
 def _remove(path: Path) -> None:

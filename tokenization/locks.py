@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from tokenization.errors import InputError
-from tokenization.files import remove_abandoned, writing_failed
+from tokenization.files import recover_folder, recover_folders, remove_abandoned, writing_failed
 
 try:
     import fcntl
@@ -174,13 +174,14 @@ def take_lock(path: Path | str, *, beside: bool = False) -> None:
     try:
         _make_folders(file.parent, made)
         holder = _claim(file)
+        if holder is None:
+            _taken[file] = _Lock(os.getpid(), 1, made)
+            remove_abandoned(file.parent, f"{glob.escape(path.name)}.*" if beside else "*")
+            recover_folder(path) if beside else recover_folders(path)
     except OSError as error:
         _remove_folders(made)
         raise writing_failed(path, error) from error
-    if holder is None:
-        _taken[file] = _Lock(os.getpid(), 1, made)
-        remove_abandoned(file.parent, f"{glob.escape(path.name)}.*" if beside else "*")
-    elif not holder.is_ours():
+    if holder is not None and not holder.is_ours():
         raise holder.refusal(path, file)
 
 
@@ -191,9 +192,7 @@ def _claim(file: Path) -> Holder | None:
         try:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # some network disks cannot
-                    fcntl.flock(
-                        descriptor, fcntl.LOCK_EX
-                    )  # until it is closed, so that no two judge one file at a time
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # while it is judged, by one at a time
             if not _is_at(descriptor, file):
                 continue
             holder = Holder.parse(os.read(descriptor, 1 << 16))

@@ -205,6 +205,7 @@ def find_task(config: Config, zoo: Zoo) -> Task:
     return task_of(zoo, config.task)
 
 
+@locks(lambda config, **_: config.run)
 def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwrite: bool = True) -> EvaluationResult:
     """Collect, train, generate and score.
 

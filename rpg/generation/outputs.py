@@ -18,7 +18,7 @@ from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.generation.partition import Partition
 from rpg.generation.sampler import Tile
 from tokenization.errors import InputError
-from tokenization.files import atomic_folder, remove_leftovers
+from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, Writer, checkpoint_writer
 from tokenization.locks import locked
 
@@ -89,12 +89,11 @@ class FolderSink:
 
     def __enter__(self) -> FolderSink:
         _make_folder(self.folder)
-        together, first = self.partition.size > 1, self.partition.rank == 0
+        together = self.partition.size > 1
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder, together=together))
-            if first:
-                remove_leftovers(self.folder, "network-*")
             if together:
+                first = self.partition.rank == 0
                 self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
             self.lock = stack.pop_all()
         return self
