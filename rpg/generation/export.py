@@ -124,9 +124,9 @@ def _save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:  # of a name torch would make a part of it
         try:
-            torch.save(checkpoint.state_dict(), temporary)  # copies: a view would be saved with its whole file
+            torch.save(checkpoint.state_dict(), file)  # copies: a view would be saved with its whole file
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(None, str(error).splitlines()[0]) from error
 

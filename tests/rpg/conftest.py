@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from rpg import cli
+from tests.rpg.forks import ForkServer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,3 +40,11 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert all("/" in line and "%" not in line for line in out.splitlines()), out
     for part in parts:
         assert part in err, err
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts commands that can really be killed."""
+    server = ForkServer()
+    yield server
+    server.close()
