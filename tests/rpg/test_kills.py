@@ -55,7 +55,7 @@ ADAPTERS = {
     "training": {"steps": 10, "batch_size": 8, "learning_rate": 0.05},
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    "digits": {**SMALL, "task": DIGITS},
+    "digits": {**SMALL, "task": DIGITS, "evaluate": {"num_baseline": 2, "baselines": ["noise", "interpolation"]}},
     "unseen": {**CONDITIONAL, "task": SUBSETS},
     "lora": {**CONDITIONAL, "task": ADAPTERS, "tokens": {"size": 32}},
 }
@@ -80,7 +80,7 @@ CASES = {
     "unseen": Case("unseen unseen.yaml --device cpu"),
     "lora": Case("lora lora.yaml --device cpu"),
 }
-FEW = {"collect": 2, "align": 2, "generate": 2, "evaluate": 2, "export-torch": 1, "export-timm": 1}
+FEW = {"collect": 3, "align": 2, "generate": 2, "evaluate": 1, "export-torch": 1, "export-timm": 1}
 MANY = {
     "collect": 13, "align": 12, "train": 13, "generate": 13, "evaluate": 12, "export-torch": 6, "export-timm": 6,
     "unseen": 13, "lora": 12,
