@@ -38,7 +38,14 @@ MOST_VALUES = 1 << 28
 """Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
 
 
-@locks(lambda config, **_: config.zoo if config.task is not None else None)
+def _filled(config: Config) -> Path | None:
+    """The zoo that a collection may write; None for one that may only be read, as one that is whole may be."""
+    zoo = Path(config.zoo)
+    read_only = (zoo / "zoo.json").is_file() and not os.access(zoo, os.W_OK)
+    return None if config.task is None or read_only else zoo
+
+
+@locks(lambda config, **_: _filled(config))
 def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
     """Fill the zoo of ``config`` by its task; one that is partly filled is completed.
 

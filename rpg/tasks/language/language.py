@@ -151,7 +151,7 @@ class LanguageTask:
         place = PartialState()
         with place.main_process_first():
             zoo = open_zoo(path, self.config, self.condition, ignore=("processes", "score_rows"))
-            if place.is_main_process:
+            if place.is_main_process and not (zoo.path / CONFIG_NAME).exists():
                 self._write_config(zoo.path)
         processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
         collect_many(
