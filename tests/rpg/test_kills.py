@@ -11,7 +11,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,84 +24,16 @@ from safetensors.torch import load_file
 
 from rpg.generation.folders import FILES
 from rpg.training.run_folder import check_folder
+from tests.rpg.commands import CASES, write_configs
 from tests.rpg.forks import ForkServer
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.zoo import Zoo
 
-SMALL: dict[str, Any] = {
-    "model": {"backbone": {"kind": "lstm", "d_model": 16}, "denoiser": {"kind": "mlp", "width": 16, "hidden": 16}},
-    "train": {"steps": 12, "batch_size": 4, "warmup_steps": 0, "save_every": 4, "precision": "fp32"},
-    "generate": {"steps": 2, "tile_tokens": 16},
-}
-CONDITIONAL: dict[str, Any] = {
-    **SMALL,
-    "model": {**SMALL["model"], "state": {"of": "none"}, "condition": {"kind": "binary"}},
-    "train": {**SMALL["train"], "splits": ["train", "validation"], "behaviour": {"images": 4}},
-    "evaluate": {"linear_head": False},
-}
-DIGITS = {"name": "digits", "network": "mlp-mini", "runs": 2, "train_steps": 20, "steps": 3}
-SUBSETS = {
-    "name": "digits_subsets", "tasks": 20, "held_out": {"kind": "random", "num": 5}, "validation": 4, "group": 7,
-    "base": {"steps": 30}, "finetune": {"stages": [{"steps": 6}], "batch_size": 32},
-}  # fmt: skip
-SYMBOLS = {
-    "symbols": 4, "length": 3, "rows": 32, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "steps": 40,
-    "learning_rate": 1e-2,
-}  # fmt: skip
-ADAPTERS = {
-    "name": "language", "base": "base", "data": "tasks", "symbols": SYMBOLS, "unseen": 4, "validation": 3,
-    "rows": {"validation": 8, "test": 12}, "adapter": {"r": 2}, "group": 5,
-    "training": {"steps": 10, "batch_size": 8, "learning_rate": 0.05},
-}  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {
-    "digits": {**SMALL, "task": DIGITS, "evaluate": {"num_baseline": 2, "baselines": ["noise", "interpolation"]}},
-    "unseen": {**CONDITIONAL, "task": SUBSETS},
-    "lora": {**CONDITIONAL, "task": ADAPTERS, "tokens": {"size": 32}},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A command line, in which INPUT is a folder with ``zoo`` and ``run``, and what it refuses to write over."""
-
-    arguments: str
-    output: str = ""
-
-
-CASES = {
-    "collect": Case("collect digits.yaml"),
-    "align": Case("align INPUT/zoo aligned", "aligned"),
-    "train": Case("train digits.yaml --resume --set zoo=INPUT/zoo --ignore-memory"),
-    "generate": Case("generate INPUT/run -n 40 --output new --device cpu"),
-    "evaluate": Case("evaluate INPUT/run --num 4 --output scores --device cpu"),
-    "export-torch": Case("export INPUT/run --to torch --output out.pth", "out.pth"),
-    "export-timm": Case("export INPUT/run --to timm --output out.safetensors", "out.safetensors"),
-    "unseen": Case("unseen unseen.yaml --device cpu"),
-    "lora": Case("lora lora.yaml --device cpu"),
-}
 FEW = {"collect": 3, "align": 2, "generate": 2, "evaluate": 1, "export-torch": 1, "export-timm": 1}
 MANY = {
     "collect": 13, "align": 12, "train": 13, "generate": 13, "evaluate": 12, "export-torch": 6, "export-timm": 6,
     "unseen": 13, "lora": 12,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Path:
-    """A zoo of digits networks and a run on it."""
-    folder = tmp_path_factory.mktemp("prepared")
-    write_configs(folder)
-    for command in ("collect", "train"):
-        places = [each for name in ("run", "zoo") for each in ("--set", f"{name}={folder / name}")]
-        forks.start(folder, command, "digits.yaml", *places, log=folder / "log")
-        assert forks.finish() == 0, (folder / "log").read_text()
-    return folder
-
-
-def write_configs(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, tree in CONFIGS.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"run": "run", "zoo": "zoo", **tree}))
 
 
 # --- what is whole, and what is equal -------------------------------------------------------------------------------
