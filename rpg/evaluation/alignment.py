@@ -19,8 +19,8 @@ from rpg.evaluation.vectors import StateDict
 from rpg.tasks import Task
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
-from tokenization.locks import locks
 from tokenization.zoo.description import require_new_folder
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 

@@ -30,7 +30,7 @@ from rpg.training.loop import Progress, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.locks import locks
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 FILE = "compare.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.tasks.fields.fields import FieldsTask, append_many
-from tokenization.locks import locks
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 VALUES = "values"

@@ -34,7 +34,7 @@ from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.locks import locks
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_SETS = 5

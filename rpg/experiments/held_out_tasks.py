@@ -44,7 +44,7 @@ from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layouts import Layout
-from tokenization.locks import locks
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5

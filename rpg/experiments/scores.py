@@ -27,8 +27,8 @@ from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
 from tokenization.files import make_folder
-from tokenization.locks import locks
 from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 

@@ -29,7 +29,7 @@ from rpg.training.data import training_entries
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import make_folder
-from tokenization.locks import locks
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]

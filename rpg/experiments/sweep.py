@@ -24,7 +24,7 @@ from rpg.section import Section, read_mapping, validated
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.locks import locked
+from tokenization.zoo.locks import locked
 
 Say = Callable[[str], None]
 

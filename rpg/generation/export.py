@@ -18,8 +18,8 @@ from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, atomic_folder, temporary_name
-from tokenization.locks import locked
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
+from tokenization.zoo.locks import locked
 
 FORMS = ("timm", "transformers", "peft", "torch")
 

@@ -20,7 +20,7 @@ from rpg.generation.sampler import Tile
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, Writer, checkpoint_writer
-from tokenization.locks import locked
+from tokenization.zoo.locks import locked
 
 
 class MemorySink:

@@ -18,7 +18,7 @@ from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
-from tokenization.locks import lock_scope
+from tokenization.zoo.locks import lock_scope
 
 Progress = Callable[[int, int, float], None]
 

@@ -20,7 +20,7 @@ from tokenization.files import (
     remove_leftovers,
     write_text,
 )
-from tokenization.locks import take_lock
+from tokenization.zoo.locks import take_lock
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.

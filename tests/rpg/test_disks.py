@@ -19,7 +19,7 @@ from tests.rpg.commands import CASES, CONFIGS, write_configs
 from tests.rpg.conftest import Run, refused
 from tests.rpg.forks import ForkServer
 from tests.rpg.test_kills import assert_same, assert_whole
-from tokenization.locks import Holder, lock_file
+from tokenization.zoo.locks import Holder, lock_file
 from tokenization.zoo.zoo import Zoo
 
 

@@ -18,7 +18,6 @@ from tokenization.checkpoint.safetensors import natural_key, read_json
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.locks import locks
 from tokenization.lora.adapter import (
     CONFIG_NAME,
     check_adapter_tensors,
@@ -28,6 +27,7 @@ from tokenization.lora.adapter import (
 )
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
+from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.zoo import Zoo

@@ -104,8 +104,7 @@ class Zoo:
         zoo._manifest_size = (path / "manifest.jsonl").stat().st_size
         for entry in zoo.entries:
             zoo._require_entry(entry)
-        if repair and zoo.entries and zoo._structure is None:
-            zoo._structure = zoo.structure
+        if repair and zoo.entries and content.structure is None:
             zoo._write_description()
         return zoo
 
@@ -234,7 +233,6 @@ class Zoo:
         if was_empty:
             try:
                 self._structure = None
-                self._structure = self.structure
                 self._write_description()
             except BaseException:
                 self.entries.clear()
@@ -298,4 +296,5 @@ class Zoo:
         require_condition(self.condition, entry.condition, where)
 
     def _write_description(self) -> None:
-        Description(self.task, self.condition, self.runs, self._structure).write(self.path / "zoo.json")
+        structure = self.structure if self.entries else None
+        Description(self.task, self.condition, self.runs, structure).write(self.path / "zoo.json")

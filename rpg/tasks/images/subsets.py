@@ -28,8 +28,8 @@ from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
-from tokenization.locks import locks
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 BASE = "base.safetensors"

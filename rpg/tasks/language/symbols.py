@@ -21,7 +21,7 @@ from rpg.tasks.language.config import SymbolsConfig
 from rpg.tasks.schedule import cosine_decay
 from tokenization.errors import InputError
 from tokenization.files import atomic_files, write_text
-from tokenization.locks import locked
+from tokenization.zoo.locks import locked
 
 MARKER, EQUALS, PAD, END = "*", "=", "<pad>", "<end>"
 MADE_OF = "symbols.json"

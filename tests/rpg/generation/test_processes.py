@@ -21,7 +21,7 @@ from rpg.generation.sampler import TokenSampler, low_precision_copy
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
-from tokenization.locks import LOCK_NAME
+from tokenization.zoo.locks import LOCK_NAME
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tokenization.errors import InputError
-from tokenization.locks import LOCK_NAME, Holder, lock_file, locked, locks
+from tokenization.zoo.locks import LOCK_NAME, Holder, lock_file, locked, locks
 
 
 @pytest.fixture
