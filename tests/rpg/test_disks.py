@@ -50,7 +50,7 @@ def fill_up(forks: ForkServer, prepared: Path, disk: Path, name: str, sizes: lis
     whole, log = disk.parent / "whole", disk.parent / "log"
     write_configs(whole)
     assert run_on(forks, prepared, whole, name, log) == 0, log.read_text()
-    for size in sizes or [24 << n for n in range(12)]:
+    for size in sizes or [24 << 2 * n for n in range(8)]:
         mount("-t", "tmpfs", "-o", f"size={size}k", "none", disk)
         write_configs(disk)
         status = run_on(forks, prepared, disk, name, log)
