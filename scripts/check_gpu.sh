@@ -40,7 +40,7 @@ else
 fi
 
 settings=(
-  configs/digits.yaml --set zoo="$runs/zoo" --set task.runs=2 --set task.steps=8
+  configs/digits.yaml --set zoo="$runs/zoo" --set task.runs=2 --set task.train_steps=50 --set task.steps=8
   --set model.backbone.kind=mamba2 --set model.backbone.d_model=128 --set model.backbone.d_state=64
   --set model.backbone.headdim=32
   --set train.precision=fp32 --set train.log_every=1 --set train.save_every=20 --set train.steps=40

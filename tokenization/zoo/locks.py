@@ -79,6 +79,8 @@ class Holder:
             return ended or abs(process.create_time() - self.started) > SAME_START
         except psutil.NoSuchProcess:
             return True
+        except psutil.Error:  # a system that tells nothing of other users' processes
+            return False
 
     def is_ours(self) -> bool:
         """Whether it is this process or one that started it: all of them are one command."""
