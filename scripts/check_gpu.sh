@@ -1,63 +1,133 @@
 #!/usr/bin/env bash
-# Check what needs GPUs: every way of launching gives the losses of one process, a run goes on by another way, and the
-# GPU kernels agree with plain PyTorch. Prints 'no CUDA device' and exits 0 elsewhere. A few minutes; writes to
-# runs/check_gpu. Ways that need two GPUs are named and left out where there is one.
+# Check what needs GPUs: every way of launching gives the losses of one process, a run goes on by another way, the GPU
+# kernels agree with plain PyTorch, bf16 with fp32, and a seed gives the same bytes on all devices of a type. The
+# networks have Mamba-2 backbones. A few minutes; writes to runs/check_gpu (RUNS).
+#
+#   scripts/check_gpu.sh [CHECK …]     all checks, or some of them
+#   scripts/check_gpu.sh --list        their names
+#   DEVICE=cpu scripts/check_gpu.sh    what of them a machine without a GPU can show
+#
+# A check that cannot be made says why, and is named at the end. Without a GPU (and DEVICE=cpu) nothing is checked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
+device=${DEVICE:-cuda}
+runs=${RUNS:-runs/check_gpu}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-gpus=$("$bin/python" -c "import torch; print(torch.cuda.device_count())")
-if [ "$gpus" = 0 ]; then
-  echo "no CUDA device"
+
+checks=(
+  one_process ddp deepspeed_zero2 deepspeed_zero3 fsdp2 compiled bf16_training
+  mamba2 mamba2_fused unet bf16 generate_bytes two_process_bytes kernel_tests
+)
+if [ "${1:-}" = --list ]; then
+  printf '%s\n' "${checks[@]}"
   exit 0
 fi
-"$bin/python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count(), 'GPUs')"
-two=$((gpus > 1 ? 2 : 1))
-runs=runs/check_gpu
-rm -rf "$runs"
-mkdir -p "$runs"
 
-settings=(configs/digits.yaml --set train.precision=fp32 --set train.log_every=1 --set train.save_every=20)
-"$bin/rpg" collect configs/digits.yaml
+one=single_gpu
+two=2
+if [ "$device" = cpu ]; then
+  one=cpu
+  export CUDA_VISIBLE_DEVICES=
+else
+  gpus=$("$bin/python" -c "import torch; print(torch.cuda.device_count())")
+  if [ "$gpus" = 0 ]; then
+    echo "no CUDA device"
+    exit 0
+  fi
+  two=$((gpus > 1 ? 2 : 1))
+  "$bin/python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count(), 'GPUs')"
+fi
+
+settings=(
+  configs/digits.yaml --set zoo="$runs/zoo" --set task.runs=2 --set task.train_steps=50 --set task.steps=8
+  --set model.backbone.kind=mamba2 --set model.backbone.d_model=128 --set model.backbone.d_state=64
+  --set model.backbone.headdim=32
+  --set train.precision=fp32 --set train.log_every=1 --set train.save_every=20 --set train.steps=40
+)
+
+leave_out() { # reason
+  echo "$1"
+  exit 3
+}
+
+compare() { # check, more arguments
+  "$bin/python" scripts/gpu_checks.py "$1" --device "$device" --runs "$runs" "${@:2}"
+}
+
+start() { # way, processes, script, more arguments; its log is named as the way
+  local spread=()
+  if [ "$device" = cpu ] && [ "$1" != cpu ] && [[ "$1" != deepspeed_* ]]; then spread=(ACCELERATE_USE_CPU=true); fi
+  env "${spread[@]}" "$bin/accelerate-launch" --config_file "configs/accelerate/$1.yaml" --num_processes "$2" "${@:3}" \
+    > "$runs/$1.log" 2>&1 || { tail -30 "$runs/$1.log"; exit 1; }
+  grep -h "Mamba-2 layers" "$runs/$1.log" || true
+}
 
 launch() { # way, processes, run, more arguments
-  "$bin/accelerate-launch" --config_file "configs/accelerate/$1.yaml" --num_processes "$2" \
-    scripts/train.py "${settings[@]}" --set run="$runs/$3" "${@:4}" > "$runs/$3.log" 2>&1 \
-    || { tail -30 "$runs/$3.log"; echo "$1 failed"; exit 1; }
+  start "$1" "$2" scripts/train.py "${settings[@]}" --set run="$runs/$3" "${@:4}"
 }
 
-compare() { # run: its losses and its weights against those of the run single_gpu
-  "$bin/python" - "$runs" "$1" <<'PY'
-import json, sys
-from pathlib import Path
-from rpg.generation.generator import Generator
-
-folder, run = Path(sys.argv[1]), sys.argv[2]
-one, other = ([json.loads(line)["loss"] for line in open(folder / name / "metrics.jsonl")] for name in ("single_gpu", run))
-worst = max(abs(a - b) for a, b in zip(one, other, strict=True))
-Generator.from_pretrained(folder / run, "cuda").generate(1)
-print(f"{run}: {len(other)} steps, losses of one process to {worst:.1e}")
-assert worst < 1e-3, "GPU sums of another order differ by less"
-PY
+spread() { # way, processes: the whole run, and the second half once more from the first half of one process
+  if [[ "$1" = deepspeed_* ]] && ! "$bin/python" -c "import deepspeed" 2> /dev/null; then
+    leave_out "deepspeed is not installed"
+  fi
+  launch "$1" "$2" "$1"
+  compare losses --run "$1"
+  rm -rf "$runs/$1-resumed"
+  cp -r "$runs/one_process" "$runs/$1-resumed"
+  rm -r "$runs/$1-resumed/checkpoints/step-00000040" "$runs/$1-resumed/generator"
+  launch "$1" "$2" "$1-resumed" --resume
+  compare losses --run "$1-resumed"
 }
 
-launch single_gpu 1 single_gpu --set train.steps=40
-compare single_gpu
-for way in ddp deepspeed_zero2 deepspeed_zero3 fsdp2; do
-  case "$way-$two" in
-    ddp-1) echo "ddp: needs 2 GPUs"; continue ;;
-    deepspeed_*) "$bin/python" -c "import deepspeed" 2> /dev/null || { echo "$way: deepspeed is not installed"; continue; } ;;
+check_one_process() { compare losses --run one_process; }
+check_ddp() {
+  [ "$two" = 2 ] || leave_out "needs 2 GPUs"
+  spread ddp 2
+}
+check_deepspeed_zero2() { spread deepspeed_zero2 "$([ "$device" = cpu ] && echo 1 || echo "$two")"; }
+check_deepspeed_zero3() { spread deepspeed_zero3 "$two"; }
+check_fsdp2() { spread fsdp2 "$two"; }
+check_compiled() {
+  launch "$one" 1 compiled --set train.compile=inductor
+  compare losses --run compiled
+}
+check_bf16_training() {
+  launch "$one" 1 bf16_training --set train.precision=bf16
+  compare losses --run bf16_training --tolerance 0.1
+}
+check_mamba2() { compare mamba2; }
+check_mamba2_fused() { compare mamba2_fused; }
+check_unet() { compare unet; }
+check_bf16() { compare bf16; }
+check_generate_bytes() { compare generate_bytes; }
+check_two_process_bytes() {
+  [ "$two" = 2 ] || leave_out "needs 2 GPUs"
+  start "$one" 1 scripts/generate.py "$runs/one_process" -n 3 --output "$runs/generated/one"
+  start ddp 2 scripts/generate.py "$runs/one_process" -n 3 --output "$runs/generated/two"
+  compare same_files --folders generated/one generated/two
+}
+check_kernel_tests() {
+  "$bin/python" -m pytest -q tests/rpg/models/test_mamba2.py tests/rpg/models/test_backbone.py \
+    tests/rpg/models/test_denoiser.py tests/rpg/models/test_unet1d.py
+}
+
+rm -rf "$runs"
+mkdir -p "$runs"
+"$bin/rpg" collect "${settings[@]}"
+launch "$one" 1 one_process
+
+[ "$#" -gt 0 ] || set -- "${checks[@]}"
+left_out=()
+for check in "$@"; do
+  status=0
+  echo "--- $check"
+  (set -e; "check_$check") &  # not in a condition, which would let it go on after an error
+  wait $! || status=$?
+  case "$status" in
+    0) echo "$check: right" ;;
+    3) left_out+=("$check") ;;
+    *) echo "$check: WRONG"; exit 1 ;;
   esac
-  launch "$way" "$two" "$way" --set train.steps=40
-  compare "$way"
-  # The second half once more, from the first half of the plain run.
-  cp -r "$runs/single_gpu" "$runs/$way-resumed"
-  rm -r "$runs/$way-resumed/checkpoints/step-00000040" "$runs/$way-resumed/generator"
-  launch "$way" "$two" "$way-resumed" --set train.steps=40 --resume
-  compare "$way-resumed"
 done
-
-launch single_gpu 1 compiled --set train.steps=40 --set train.compile=inductor
-compare compiled
-"$bin/python" -m pytest -q tests/rpg/models/test_mamba2.py tests/rpg/models/test_backbone.py tests/rpg/models/test_denoiser.py
-echo "all that could be checked is right"
+echo "$(($# - ${#left_out[@]})) of ${#checks[@]} checks are right; left out: ${left_out[*]:-none}"

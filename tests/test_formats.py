@@ -27,6 +27,7 @@ from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
+from tokenization.zoo.locks import locked
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
@@ -81,6 +82,11 @@ def test_zoo(folder: Path) -> None:
     assert least == [key for key in documented("manifest.jsonl") if key not in optional]
     line = json.loads((folder / "zoo" / "manifest.jsonl").read_text().splitlines()[0])
     assert set(least) <= line.keys() <= set(documented("manifest.jsonl"))
+
+
+def test_lock_file(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert list(read(tmp_path / ".lock")) == documented("Lock file")
 
 
 def test_checkpoint_metadata(folder: Path, tmp_path: Path) -> None:

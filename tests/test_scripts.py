@@ -23,6 +23,7 @@ MISTAKES = [
     ("bench_cifar10", ["--set", "task.unknown=1"]),
     ("bench_gpu", ["--networks", "unknown"]),
     ("bench_imagenet", ["--networks", "unknown"]),
+    ("gpu_checks", ["unknown"]),
     ("bench_mamba", ["--repeat", "--twice"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),

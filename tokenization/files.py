@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import json
 import mmap
@@ -25,6 +26,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 
 TEMPORARY_SUFFIX = ".partial"
+ASIDE_SUFFIX = ".replaced"
 HUGE_PAGE = 2 << 20
 
 
@@ -60,12 +62,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path)
     with _cleaned_up(path, temporary):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(None, "there is a file of this name")
         recover_folder(path)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        remove_abandoned(path.parent, f"{glob.escape(path.name)}.*")
         temporary.mkdir(parents=True)
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
@@ -81,6 +83,24 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield a new folder; when the block ends without an error its files, each of them whole, are put into ``folder``.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    temporary = temporary_name(folder / "files")
+    with _cleaned_up(folder, temporary):
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            synchronise(file)
+            os.replace(file, folder / file.name)
+        synchronise(folder)
+        temporary.rmdir()
+
+
 def recover_folder(path: Path | str) -> None:
     """Undo what a kill in the last steps of `atomic_folder` left: afterwards ``path`` is the old or the new folder.
 
@@ -94,6 +114,12 @@ def recover_folder(path: Path | str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.replace(aside, path)
+
+
+def recover_folders(parent: Path) -> None:
+    """The same for every folder in ``parent``."""
+    for aside in parent.glob(f".*{ASIDE_SUFFIX}"):
+        recover_folder(aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE_SUFFIX)))
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -139,19 +165,28 @@ def remove_leftovers(folder: Path) -> None:
         _remove(leftover)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there: its name goes at once, so that a kill leaves no part of it under that name."""
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def temporary_name(path: Path) -> Path:
     """What ``path`` is called while this process fills it: the name tells machine and process."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def remove_abandoned(folder: Path, pattern: str = "*") -> None:
-    """Delete the temporary files in ``folder`` that a process of this machine was filling when it was killed.
+    """Delete the temporary files and folders in ``folder`` that a process of this machine was filling when killed.
 
     Those of processes that run, and of other machines, stay: they may be at work in the same folder.
 
     Args:
         folder: where to look.
-        pattern: what the files were to be called.
+        pattern: what they were to be called.
     """
     owner = re.compile(rf"\.{re.escape(platform.node())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     for path in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
@@ -167,7 +202,7 @@ def writing_failed(path: Path | str, error: Exception) -> InputError:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+    return path.with_name(f".{path.name}{ASIDE_SUFFIX}")
 
 
 def _remove(path: Path) -> None:

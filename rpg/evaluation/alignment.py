@@ -18,6 +18,9 @@ from rpg.evaluation.rebasin import permute
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks import Task
 from tokenization.errors import InputError
+from tokenization.files import atomic_folder
+from tokenization.zoo.description import require_new_folder
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 
@@ -54,8 +57,9 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
     return orders
 
 
+@locks(lambda zoo, task, target: target, beside=True)
 def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
-    """Write a zoo whose runs share one order of hidden units; every network computes what it did.
+    """Write a zoo whose runs share one order of hidden units, all of it or none; every network computes what it did.
 
     Args:
         zoo: whose runs are aligned.
@@ -63,8 +67,10 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
         target: the folder to write.
 
     Raises:
-        InputError: there is a zoo at ``target``, or nothing is known of the network's symmetries.
+        InputError: there is something at ``target``, or nothing is known of the network's symmetries.
     """
+    target = Path(target)
+    require_new_folder(target)
     groups = symmetries(task)
     if not groups:
         raise InputError(
@@ -73,14 +79,16 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
     originals: Sequence[StateDict] = [zoo.state_dict(index) for index in range(len(zoo))]
     measure = Distances(originals, [entry.run for entry in zoo.entries], groups)
     orders = run_orders(measure)
-    aligned = Zoo.create(target, task=zoo.task, condition=zoo.condition)
-    for entry, original in zip(zoo.entries, originals, strict=True):
-        aligned.append(
-            permute(original, measure.groups, orders[entry.run]),
-            run=entry.run,
-            step=entry.step,
-            condition=entry.condition,
-            metrics=entry.metrics,
-            split=entry.split,
-        )
-    return aligned
+    require_new_folder(target)
+    with atomic_folder(target) as folder:
+        aligned = Zoo.create(folder, task=zoo.task, condition=zoo.condition)
+        for entry, original in zip(zoo.entries, originals, strict=True):
+            aligned.append(
+                permute(original, measure.groups, orders[entry.run]),
+                run=entry.run,
+                step=entry.step,
+                condition=entry.condition,
+                metrics=entry.metrics,
+                split=entry.split,
+            )
+    return Zoo.open(target)

@@ -30,6 +30,7 @@ from rpg.training.loop import Progress, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 FILE = "compare.json"
@@ -66,6 +67,7 @@ class Comparison(Section):
         return f"{means}; {name} is better by {points:.2f} points (95 % interval {low:.2f} to {high:.2f})"
 
 
+@locks(lambda config, **_: config.run)
 def train_and_compare(
     config: Config,
     *,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.tasks.fields.fields import FieldsTask, append_many
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 VALUES = "values"
@@ -56,6 +57,7 @@ def grid_zoo(config: Config) -> str:
     return f"{config.zoo}_{grid_element(config)}s"
 
 
+@locks(lambda task, fields, path: path)
 def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     """What the fields of a zoo show on the data's own grid, as a zoo of its own; one that is whole is kept."""
     if (path / "zoo.json").exists() and len(Zoo.open(path)) == len(fields):

@@ -23,7 +23,7 @@ from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, 
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.field_baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
 from rpg.experiments.field_pictures import draw_pictures, learned_originals
-from rpg.experiments.single import collect
+from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
@@ -34,6 +34,7 @@ from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_SETS = 5
@@ -54,6 +55,7 @@ def fields_task(config: Config) -> FieldsTask:
     return task
 
 
+@locks(lambda config, **_: config.run)
 def run_fields(config: Config, *, progress: Progress | None = None, baselines: bool = True) -> dict[str, Any]:
     """Fit the fields, train the generator and the baselines that are trained, compare and draw.
 
@@ -102,6 +104,7 @@ class Reference:
 
 
 @single_threaded()
+@locks(lambda run, split="unseen", **_: existing(run) if split == "unseen" else None)
 def evaluate_fields(
     run: Path | str, *, split: str = "unseen", seed: int = 0, seconds: dict[str, float] | None = None
 ) -> dict[str, Any]:

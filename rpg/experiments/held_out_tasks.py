@@ -34,7 +34,7 @@ from rpg.evaluation.per_task import measure_per_task
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.task_networks import Parts, TaskNetworks, in_parts
 from rpg.experiments.held_out_table import headline
-from rpg.experiments.single import collect
+from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
@@ -44,11 +44,13 @@ from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layouts import Layout
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
 
+@locks(lambda config, **_: config.run)
 def run_held_out(config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1) -> dict[str, Any]:
     """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
 
@@ -80,6 +82,7 @@ def run_held_out(config: Config, *, progress: dict[str, Callable[..., None]], se
     return report
 
 
+@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") -> dict[str, Any]:
     """Generate a network for every task and compare with what is trivial.
 

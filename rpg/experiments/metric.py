@@ -22,7 +22,7 @@ from rpg.config import Config
 from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments.metric_rivals import RATES, Trajectories, repeated, trivial, tuned_training
-from rpg.experiments.single import collect
+from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.images.collection import single_threaded
@@ -31,6 +31,7 @@ from rpg.tasks.side_by_side import Stacked, stack, unstack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_ASKED = 20
@@ -40,6 +41,7 @@ ROUNDS = 5
 """Times that a generated network becomes the next start."""
 
 
+@locks(lambda config, **_: config.run)
 def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> dict[str, Any]:
     """Collect the trajectories, train the generator, compare and draw.
 
@@ -99,6 +101,7 @@ class Learned:
 
 
 @single_threaded()
+@locks(lambda run, split="unseen", **_: None if split == "validation" else existing(run))
 def evaluate_metric(
     run: Path | str, *, split: str = "unseen", seed: int = 0, seconds: dict[str, float] | None = None
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rpg.evaluation.scores.scorer import Figures, Scorer, TaskScorer, load_score
 from rpg.evaluation.scores.show import ScorePage, draw_scores, number, write_score_page
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.workers import Workers
-from rpg.experiments.single import find_task, parts_of, zoo_span
+from rpg.experiments.single import existing, find_task, parts_of, zoo_span
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier
@@ -28,6 +28,7 @@ from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 
@@ -45,6 +46,7 @@ class Judge:
     higher: Collection[str] = ()
 
 
+@locks(lambda run, judge, output=None, **_: output or existing(run))
 def evaluate_run_by_scores(
     run: Path | str,
     judge: Judge,
@@ -102,6 +104,7 @@ def evaluate_run_by_scores(
     return result
 
 
+@locks(lambda path, judge, config, output=None, **_: output or path)
 def evaluate_zoo(
     path: Path | str,
     judge: Judge,

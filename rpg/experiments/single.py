@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rpg.config import Config
 from rpg.evaluation.asking import Made
@@ -18,14 +21,16 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
+from rpg.generation.partition import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
-from rpg.tasks.base import Classifier, ImageTaskFamily
+from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import make_folder
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
@@ -34,8 +39,18 @@ MOST_VALUES = 1 << 28
 """Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
 
 
+def _filled(config: Config) -> Path | None:
+    """The zoo that a collection may write; None for one that may only be read, as one that is whole may be."""
+    zoo = Path(config.zoo)
+    read_only = (zoo / "zoo.json").is_file() and not os.access(zoo, os.W_OK)
+    return None if config.task is None or read_only else zoo
+
+
+@locks(lambda config, **_: _filled(config))
 def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
     """Fill the zoo of ``config`` by its task; one that is partly filled is completed.
+
+    Of several launched processes the first one works alone where the task does not share its work.
 
     Raises:
         InputError: the configuration has no task, or the zoo there is another task's.
@@ -45,11 +60,16 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
             "the configuration has no task that trains checkpoints; name one, or make a zoo of your own checkpoints "
             "with `rpg collect --from FOLDER --zoo ZOO`"
         )
-    task = build_task(config.task)
+    task, path = build_task(config.task), Path(config.zoo)
     if isinstance(task, ImageTaskFamily):  # in as many processes as there is memory for
         planned = plan_collection(config)
-        return task.collect(config.zoo, progress=progress, processes=planned.processes if planned is not None else None)
-    return task.collect(config.zoo, progress=progress)
+        return task.collect(path, progress=progress, processes=planned.processes if planned is not None else None)
+    if isinstance(task, TaskFamily) or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return task.collect(path, progress=progress)
+    if join_processes()[0].rank == 0:
+        task.collect(path, progress=progress)
+    torch.distributed.barrier()
+    return Zoo.open(path)
 
 
 def generate_timed(generator: Generator, num: int, seed: int, **options: Any) -> tuple[list, float]:
@@ -59,6 +79,7 @@ def generate_timed(generator: Generator, num: int, seed: int, **options: Any) ->
     return networks, (time.perf_counter() - started) / num
 
 
+@locks(lambda run, output=None, **_: output or existing(run))
 def evaluate_run(
     run: Path | str,
     *,
@@ -155,6 +176,11 @@ def _stored_span(
     return score_span(task, zoo, made, generator.config.evaluate.split, workers)
 
 
+def existing(run: Path | str) -> Path | None:
+    """A run folder that is there; of one on the hub, or that is named by mistake, there is nothing to lock."""
+    return Path(run) if Path(run).is_dir() else None
+
+
 def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)
@@ -190,6 +216,7 @@ def find_task(config: Config, zoo: Zoo) -> Task:
     return task_of(zoo, config.task)
 
 
+@locks(lambda config, **_: config.run)
 def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwrite: bool = True) -> EvaluationResult:
     """Collect, train, generate and score.
 

@@ -30,6 +30,7 @@ from rpg.tasks.fields.fields import FieldsTask
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.zoo.locks import locked
 
 Say = Callable[[str], None]
 
@@ -154,6 +155,9 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
+    broken = {zoo: failures[each.name] for zoo, each in zoos.items() if each.name in failures}
+    failures |= {each.name: broken[each.config.zoo] for each in waiting if each.config.zoo in broken}
+    waiting = [each for each in waiting if each.name not in failures]
     failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
     rows += rows_of_rivals([each.folder for each in experiments])
@@ -220,11 +224,12 @@ def _step(step: str, path: str) -> None:
         collect(config)
         return
     run = Path(config.run)
-    (run / EVALUATION).unlink(missing_ok=True)
-    same = _saved_config(run) == config
-    train(config, resume=same, overwrite=not same)
-    if (report := _report(config)) is not None:
-        write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
+    with locked(run):
+        (run / EVALUATION).unlink(missing_ok=True)
+        same = _saved_config(run) == config
+        train(config, resume=same, overwrite=not same)
+        if (report := _report(config)) is not None:
+            write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
 
 
 def _report(config: Config) -> dict[str, Any] | None:

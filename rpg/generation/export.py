@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
-from tokenization.files import TEMPORARY_SUFFIX, atomic_file, atomic_folder
+from tokenization.files import atomic_file, atomic_folder, temporary_name
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
+from tokenization.zoo.locks import locked
 
 FORMS = ("timm", "transformers", "peft", "torch")
 
@@ -60,14 +60,14 @@ def export(
         ``output``.
 
     Raises:
-        InputError: there is no such form or source, ``output`` is in the way, ``base`` is missing or does not fit the
-            weights, or the disk refuses; nothing is left behind then.
+        InputError: there is no such form or source, ``output`` is in the way or being written, ``base`` is missing or
+            does not fit the weights, or the disk refuses; nothing is left behind then.
     """
     output = Path(output)
     if to not in FORMS:
         raise InputError(f"--to {to!r} is no form of weights; choose one of {', '.join(FORMS)}")
     _require_free(output, to)
-    with _checkpoint(source, output, seed, condition, progress) as checkpoint:
+    with locked(output, beside=True), _checkpoint(source, output, seed, condition, progress) as checkpoint:
         if to == "timm":
             _save(checkpoint, output)
         elif to == "torch":
@@ -105,9 +105,12 @@ def _checkpoint(
         yield Checkpoint.open(path)
         return
     generator = Generator.from_pretrained(source)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=TEMPORARY_SUFFIX, dir=output.parent) as folder:
-        generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)
-        yield Checkpoint.open(next(Path(folder).iterdir()))
+    folder = temporary_name(output.with_name(f"{output.name}.generated"))
+    try:
+        [made] = generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)
+        yield Checkpoint.open(made)  # type: ignore[arg-type]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -121,9 +124,9 @@ def _save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:  # of a name torch would make a part of it
         try:
-            torch.save(checkpoint.state_dict(), temporary)  # copies: a view would be saved with its whole file
+            torch.save(checkpoint.state_dict(), file)  # copies: a view would be saved with its whole file
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(None, str(error).splitlines()[0]) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.generation.partition import Partition
 from rpg.generation.sampler import Tile
 from tokenization.errors import InputError
-from tokenization.files import remove_abandoned
+from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, Writer, checkpoint_writer
+from tokenization.zoo.locks import locked
 
 
 class MemorySink:
@@ -82,29 +84,33 @@ class FolderSink:
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
         self.partition, self.shared = partition or Partition(), shared
         self.open: dict[int, Writer] = {}
+        self.adapters: dict[int, AbstractContextManager[Path]] = {}  # folders that are being filled
+        self.lock = contextlib.ExitStack()
 
     def __enter__(self) -> FolderSink:
         _make_folder(self.folder)
-        remove_abandoned(self.folder, "network-*")
-        for adapter in self.folder.glob("network-*/"):
-            remove_abandoned(adapter)
-        if self.partition.size > 1:
-            first = self.partition.rank == 0
-            self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
+        together = self.partition.size > 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder, together=together))
+            if together:
+                first = self.partition.rank == 0
+                self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
+            self.lock = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is not None:
-            for index, writer in self.open.items():
-                writer.__exit__(kind, error, trace)
-                if self.adapter is not None:
-                    with contextlib.suppress(OSError):  # an earlier adapter stays
-                        self._path(index).rmdir()
-        elif self.partition.size > 1:
-            torch.distributed.barrier()  # every tile is written before a shared file is published
-            for index in self.shared:
-                self._publish(index)
-            torch.distributed.barrier()  # every file is there before any process says so
+        with self.lock:
+            if kind is not None:
+                for writer in self.open.values():
+                    writer.__exit__(kind, error, trace)
+                for folder in self.adapters.values():  # an earlier adapter stays
+                    with contextlib.suppress(InputError):
+                        folder.__exit__(kind, error, trace)
+            elif self.partition.size > 1:
+                torch.distributed.barrier()  # every tile is written before a shared file is published
+                for index in self.shared:
+                    self._publish(index)
+                torch.distributed.barrier()  # every file is there before any process says so
 
     def take(self, tile: Tile, rows: Tensor) -> None:
         """Write the rows ``[G, n, D]`` of a tile to their places."""
@@ -121,9 +127,9 @@ class FolderSink:
         return [self._path(index) for index in range(self.num)]
 
     def _publish(self, index: int) -> None:
-        if self.adapter is not None and (index not in self.shared or self.partition.rank == 0):
-            write_side_files(self._path(index), self.adapter, self.metadata(index))
         self.open.pop(index).close()
+        if index in self.adapters:
+            self.adapters.pop(index).__exit__(None, None, None)
 
     def _path(self, index: int) -> Path:
         return self.folder / (f"network-{index:05d}" + (".safetensors" if self.adapter is None else ""))
@@ -131,9 +137,10 @@ class FolderSink:
     def _writer(self, index: int) -> Writer:
         path = self._path(index)
         if self.adapter is not None:
-            with contextlib.suppress(FileExistsError):  # a file in the way is the writer's error
-                path.mkdir()
-            path = path / WEIGHTS_NAME
+            self.adapters[index] = atomic_folder(path)
+            folder = self.adapters[index].__enter__()
+            write_side_files(folder, self.adapter, self.metadata(index))
+            path = folder / WEIGHTS_NAME
         return checkpoint_writer(path, self.layout, self.metadata(index))
 
 

@@ -8,7 +8,6 @@ process lists their networks in the zoo in the order of the tasks, as soon as a 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -23,6 +22,7 @@ from torch import Tensor
 from rpg.tasks.images.collection import Progress, single_threaded
 from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.files import atomic_file, remove_folder
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
@@ -77,12 +77,13 @@ def collect_many(
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
     """
+    place, folder = PartialState(), zoo.path / "parts"
     if len({entry.run for entry in zoo.entries}) == len(bits):
+        if place.is_main_process:
+            remove_folder(folder)  # of a collection that was killed at its very end
         return
-    place = PartialState()
     total = min(limit or len(bits), len(bits))
     parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
-    folder = zoo.path / "parts"
     folder.mkdir(exist_ok=True)
     listed = {entry.run for entry in zoo.entries}
     missing = [n for n, tasks in enumerate(parts) if not _file(folder, n).exists() and not listed.issuperset(tasks)]
@@ -104,7 +105,7 @@ def collect_many(
     if place.is_main_process:
         _list_parts(zoo, parts, folder, bits, splits, write)
         if total == len(bits):
-            shutil.rmtree(folder)
+            remove_folder(folder)
     place.wait_for_everyone()
 
 
@@ -138,9 +139,8 @@ def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Pat
         f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
     }
     scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
-    temporary = folder / f"{_file(folder, number).name}.{os.getpid()}"
-    save_file({**tensors, **scores}, temporary)
-    temporary.rename(_file(folder, number))
+    with atomic_file(_file(folder, number)) as temporary:
+        save_file({**tensors, **scores}, temporary)
 
 
 def _list_parts(

@@ -18,6 +18,7 @@ from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
+from tokenization.zoo.locks import lock_scope
 
 Progress = Callable[[int, int, float], None]
 
@@ -57,7 +58,7 @@ def train(
         InputError: the zoo, the configuration, the launcher or the run folder does not allow it, the loss is not
             finite, or the disk is full. The newest checkpoint stays whole in every case.
     """
-    with stop_signal() as stop_requested, _disk_errors(config.run):
+    with stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run):
         trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,16 @@ import yaml
 
 from rpg.config import Config
 from tokenization.errors import InputError
-from tokenization.files import atomic_file, atomic_folder, file_digest, recover_folder, remove_leftovers, write_text
+from tokenization.files import (
+    atomic_file,
+    atomic_folder,
+    file_digest,
+    recover_folder,
+    remove_folder,
+    remove_leftovers,
+    write_text,
+)
+from tokenization.zoo.locks import take_lock
 
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
@@ -31,13 +39,13 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        """Make sure that a run may begin here, or that the one in the folder is the one to go on with.
+        """Make sure that a run may begin here, or that the one in the folder is the one to go on with; take its lock.
 
         Raises:
-            InputError: there is a run already and neither flag is set, or ``config`` differs from its own.
-            OSError: the folder cannot be made.
+            InputError: there is a run already and neither flag is set, ``config`` differs from its own, another
+                command writes there, or the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        take_lock(self.path)
         saved = self.path / "config.yaml"
         if saved.exists() and not resume and not overwrite:
             raise InputError(f"{self.path} has a run already; continue it with --resume or start anew with --overwrite")
@@ -59,7 +67,7 @@ class RunFolder:
         if saved.exists() and not resume:
             recover_folder(self.generator)  # what a kill left of it must not come back after the new run
             for name in (self.checkpoints, self.generator, self.path / "tensorboard"):
-                shutil.rmtree(name, ignore_errors=True)
+                remove_folder(name)
             self.metrics.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.checkpoints)
@@ -86,7 +94,7 @@ class RunFolder:
                 f"--resume, from {before}"
             ) from error
         for _, old in self.steps()[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         return target
 
     def steps(self) -> list[tuple[int, Path]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from rpg import cli
+from tests.rpg.commands import write_configs
+from tests.rpg.forks import ForkServer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,3 +42,23 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert all("/" in line and "%" not in line for line in out.splitlines()), out
     for part in parts:
         assert part in err, err
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts commands that can really be killed."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Path:
+    """A folder with the zoo and the run of ``digits.yaml`` of `tests.rpg.commands`."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_configs(folder)
+    for command in ("collect", "train"):
+        places = [each for name in ("run", "zoo") for each in ("--set", f"{name}={folder / name}")]
+        forks.start(folder, command, "digits.yaml", *places, log=folder / "log")
+        assert forks.finish() == 0, (folder / "log").read_text()
+    return folder

@@ -193,3 +193,21 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     for file in pickled:
         state_dict |= load_pickle(file)
     return cut_prefixes(state_dict)
+
+
+def free_place(folder: Path, number: int, state_dict: Mapping[str, Tensor]) -> Path:
+    """The first ``000000.safetensors`` from ``number`` on that is not there, or holds these very tensors."""
+    while (path := folder / f"{number:06d}.safetensors").exists() and not _holds(path, state_dict):
+        number += 1
+    return path
+
+
+def _holds(path: Path, state_dict: Mapping[str, Tensor]) -> bool:
+    try:
+        found = Checkpoint.open(path).state_dict()
+    except InputError:
+        return False
+    pairs = [(found.get(name), value) for name, value in state_dict.items()]
+    return len(found) == len(pairs) and all(
+        mine is not None and mine.dtype == value.dtype and torch.equal(mine, value.cpu()) for mine, value in pairs
+    )

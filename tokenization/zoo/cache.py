@@ -14,6 +14,7 @@ from typing import Any
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.errors import InputError
+from tokenization.files import remove_abandoned
 from tokenization.zoo.zoo import Zoo
 
 CACHE_FOLDER = "cache"
@@ -55,6 +56,7 @@ def cached_tensors(
 def _new_file(path: Path, specs: Mapping[str, TensorSpec]) -> TensorFile:
     try:
         path.parent.mkdir(exist_ok=True)
+        remove_abandoned(path.parent)
         return TensorFile(path, specs)
     except (OSError, InputError):  # a zoo that may not be written, or a full disk
         return TensorFile(Path(_scratch().name) / path.name, specs, reserve=False)

@@ -27,6 +27,7 @@ from tokenization.lora.adapter import (
 )
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
+from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.zoo import Zoo
@@ -52,6 +53,7 @@ class _Source:
     entry: ZooEntry | None = None
 
 
+@locks(lambda source, zoo_path, **_: zoo_path)
 def collect_from(
     source: Path | str | Sequence[Path | str],
     zoo_path: Path | str,

@@ -14,7 +14,7 @@ from typing import Any
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import digest_of
 from tokenization.errors import InputError
-from tokenization.files import writing_failed
+from tokenization.files import atomic_file, writing_failed
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
 
 
 def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) -> int:
-    """Append entries durably, all or none; return the new size of the file in bytes.
+    """Append entries durably, all or none, be it that the process is killed; return the new size of the file in bytes.
 
     Raises:
         InputError: the file is not ``expected_size`` bytes long (another process collects too), or the disk
@@ -160,6 +160,10 @@ def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) ->
             os.lseek(descriptor, -1, os.SEEK_END)
             if os.read(descriptor, 1) != b"\n":  # an editor left the last line without its end
                 data = b"\n" + data
+        if len(entries) > 1:  # a kill may cut a long write anywhere, between two lines too
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(os.pread(descriptor, size, 0) + data)
+            return size + len(data)
         try:
             remaining = data
             while remaining:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, free_place, save_checkpoint
 from tokenization.checkpoint.pickles import check_tensors
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values, digest_of
 from tokenization.errors import InputError
@@ -85,7 +85,7 @@ class Zoo:
 
         Args:
             path: the folder.
-            repair: drop what a killed collection left: an unfinished last line, temporary files.
+            repair: mend what a killed collection left: an unfinished last line or description, temporary files.
 
         Raises:
             InputError: there is no zoo, its files are malformed, or an entry's file is missing or out of bounds.
@@ -104,6 +104,8 @@ class Zoo:
         zoo._manifest_size = (path / "manifest.jsonl").stat().st_size
         for entry in zoo.entries:
             zoo._require_entry(entry)
+        if repair and zoo.entries and content.structure is None:
+            zoo._write_description()
         return zoo
 
     def __len__(self) -> int:
@@ -179,9 +181,8 @@ class Zoo:
         Raises:
             InputError: another structure, NaN or infinity, a wrong condition, no space; the zoo is as it was.
         """
-        number = len(self)
-        while (path := self.path / f"checkpoints/{number:06d}.safetensors").exists():  # never overwrite a stranger
-            number += 1
+        path = free_place(self.path / "checkpoints", len(self), state_dict)
+        saved = path.exists()  # by a collection that was killed before it listed it
         where = source or str(path)
         numbers = condition if condition is None else [float(value) for value in condition]
         file = path.relative_to(self.path).as_posix()
@@ -196,12 +197,14 @@ class Zoo:
         new_folder = not path.parent.exists()
         try:
             make_folder(path.parent)
-            save_checkpoint(path, tensors)
+            if not saved:
+                save_checkpoint(path, tensors)
             entry = with_digest(entry, Checkpoint.open(path))
             self.extend([entry])
         except BaseException:
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                if not saved:
+                    path.unlink(missing_ok=True)
                 if new_folder:
                     path.parent.rmdir()
             raise
@@ -230,7 +233,6 @@ class Zoo:
         if was_empty:
             try:
                 self._structure = None
-                self._structure = self.structure
                 self._write_description()
             except BaseException:
                 self.entries.clear()
@@ -294,4 +296,5 @@ class Zoo:
         require_condition(self.condition, entry.condition, where)
 
     def _write_description(self) -> None:
-        Description(self.task, self.condition, self.runs, self._structure).write(self.path / "zoo.json")
+        structure = self.structure if self.entries else None
+        Description(self.task, self.condition, self.runs, structure).write(self.path / "zoo.json")

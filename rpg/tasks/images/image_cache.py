@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from rpg.console import progress_bar
+from rpg.tasks.images.timm_data import unreadable
 from tokenization.errors import InputError
-from tokenization.files import atomic_file
+from tokenization.files import atomic_file, remove_abandoned
 
 try:
     import fcntl
@@ -79,7 +80,7 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     try:
         shape = (len(dataset), *_pixels(source[0][0]).shape)
     except OSError as error:
-        raise _unreadable(dataset, 0, error) from None
+        raise unreadable(dataset, 0, error) from None
     key = _key(dataset, root, steps)
     folder = _folder(root, int(np.prod(shape)), f"{key}.npy")
     if folder is None:
@@ -87,6 +88,7 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     path = folder / f"{key}.npy"
     with _locked(folder / f"{key}.lock"):
         if not path.is_file():
+            remove_abandoned(folder)
             _write(path, source, shape, workers)
     return CachedImages(torch.from_numpy(np.load(path, mmap_mode="c")), labels, mean, std)
 
@@ -104,7 +106,7 @@ class _Pixels(torch.utils.data.Dataset[Any]):
         try:
             pixels = _pixels(self.dataset[index][0])
         except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
-            return str(_unreadable(self.dataset, index, error))
+            return str(unreadable(self.dataset, index, error))
         return pixels if pixels.shape == self.shape else f"image {index} has the shape {pixels.shape}, not {self.shape}"
 
 
@@ -127,12 +129,6 @@ def _write(path: Path, dataset: Any, shape: tuple[int, ...], workers: int) -> No
 def _pixels(image: Any) -> np.ndarray:
     """A prepared image as bytes, ``[3, height, width]``."""
     return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-
-
-def _unreadable(dataset: Any, index: int, error: Exception) -> InputError:
-    samples = getattr(dataset, "samples", None)
-    name = samples[index][0] if samples is not None else f"image {index} of {type(dataset).__name__}"
-    return InputError(f"{name} cannot be read ({str(error).splitlines()[0]}); replace it or take it out")
 
 
 def _steps_of(transform: Any) -> list[Any]:

@@ -29,6 +29,7 @@ from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
+from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 BASE = "base.safetensors"
@@ -260,6 +261,7 @@ def load_base(zoo: Zoo) -> dict[str, Tensor]:
     return load_file(file)
 
 
+@locks(lambda source, path, task: path)
 def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     """Make a zoo of the same networks with other held-out tasks, without training; files are linked, not copied.
 

@@ -86,3 +86,32 @@ class AddressedImages(torch.utils.data.Dataset[Any]):
                 return self.dataset[index]
             finally:
                 random.setstate(before)
+
+
+class CheckedImages(torch.utils.data.Dataset[Any]):
+    """A data set in which an image that cannot be read is what is wrong with it, in words: these cross processes."""
+
+    def __init__(self, dataset: Any, images: Any) -> None:
+        self.dataset, self.images = dataset, images
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
+            return str(unreadable(self.images, index, error))
+
+
+def batch_of(samples: list[Any]) -> Any:
+    """A batch of samples, or what is wrong with the first of them that cannot be read."""
+    wrong = [sample for sample in samples if isinstance(sample, str)]
+    return wrong[0] if wrong else torch.utils.data.default_collate(samples)
+
+
+def unreadable(dataset: Any, index: int, error: Exception) -> InputError:
+    """What to raise for an image of a data set of torchvision that cannot be read."""
+    samples = getattr(dataset, "samples", None)
+    name = samples[index][0] if samples is not None else f"image {index} of {type(dataset).__name__}"
+    return InputError(f"{name} cannot be read ({str(error).splitlines()[0]}); replace it or take it out")

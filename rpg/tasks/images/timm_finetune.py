@@ -25,7 +25,14 @@ from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import CachedImages, cached_images
 from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.images.timm_data import AddressedImages, LaterBatches, image_transform, require_image_size
+from rpg.tasks.images.timm_data import (
+    AddressedImages,
+    CheckedImages,
+    LaterBatches,
+    batch_of,
+    image_transform,
+    require_image_size,
+)
 from rpg.tasks.schedule import cosine_decay
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
@@ -139,13 +146,18 @@ class TimmFinetuneTask:
             return
         rng = make_rng(self.config.seed, "batches", *parts) if train else None
         order = RandomSampler(dataset, generator=rng) if train else SequentialSampler(dataset)
+        read = AddressedImages(dataset, self.config.seed, *parts) if train else dataset
         loader: Any = DataLoader(
-            AddressedImages(dataset, self.config.seed, *parts) if train else dataset,
+            CheckedImages(read, dataset),
             batch_sampler=LaterBatches(order, self.config.batch_size, skip),
             num_workers=self.config.workers,
+            collate_fn=batch_of,
             generator=rng,
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            images, labels = batch
             yield images.to(self.device), labels.to(self.device)
 
     def batches_after(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,6 +26,7 @@ from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
+from tokenization.files import atomic_files, atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -150,7 +151,7 @@ class LanguageTask:
         place = PartialState()
         with place.main_process_first():
             zoo = open_zoo(path, self.config, self.condition, ignore=("processes", "score_rows"))
-            if place.is_main_process:
+            if place.is_main_process and not (zoo.path / CONFIG_NAME).exists():
                 self._write_config(zoo.path)
         processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
         collect_many(
@@ -209,14 +210,15 @@ class LanguageTask:
         with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
             pass
         config.inference_mode = True
-        config.save_pretrained(str(folder))
+        with atomic_files(folder) as made:
+            config.save_pretrained(str(made))
 
     def _write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
         several = self.config.training.checkpoints > 1
         name = f"checkpoints/{self.tasks[task].path.stem}" + (f"-{number:04d}" if several else "")
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
-        save_checkpoint(folder / name / "adapter_model.safetensors", state_dict)
+        with atomic_folder(folder / name) as temporary:
+            (temporary / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text())
+            save_checkpoint(temporary / "adapter_model.safetensors", state_dict)
         return name
 
     # --- scoring ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.language.config import SymbolsConfig
 from rpg.tasks.schedule import cosine_decay
 from tokenization.errors import InputError
-from tokenization.files import write_text
+from tokenization.files import atomic_files, write_text
+from tokenization.zoo.locks import locked
 
 MARKER, EQUALS, PAD, END = "*", "=", "<pad>", "<end>"
 MADE_OF = "symbols.json"
@@ -37,9 +38,10 @@ def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> No
     for folder, write in ((data, write_tasks), (base, write_base)):
         made_of = json.dumps({"seed": seed, **config.model_dump(mode="json")})
         if not (folder / MADE_OF).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write(config, folder, seed)
-            write_text(folder / MADE_OF, made_of)  # last: what is half done is done again
+            with locked(folder, together=False):
+                with atomic_files(folder) as made:
+                    write(config, made, seed)
+                write_text(folder / MADE_OF, made_of)  # last: what is half done is done again
         elif (found := (folder / MADE_OF).read_text()) != made_of:
             raise InputError(f"{folder / MADE_OF} says {found}, not {made_of}; remove the folder, or name another")
 
@@ -51,9 +53,9 @@ def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
     lines = ["file," + ",".join(f"condition.{name}" for name in names)]
     for bits in all_tasks(config.symbols).tolist():
         name = "".join(map(str, bits)) + ".jsonl"
-        write_text(data / name, "".join(_row(string, bits, names) for string in strings.tolist()))
+        (data / name).write_text("".join(_row(string, bits, names) for string in strings.tolist()), encoding="utf-8")
         lines.append(",".join([name, *map(str, bits)]))
-    write_text(data / "conditions.csv", "\n".join(lines) + "\n")
+    (data / "conditions.csv").write_text("\n".join(lines) + "\n")
 
 
 def symbols(config: SymbolsConfig) -> str:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from rpg.generation.adapter_folder import WEIGHTS_NAME
 from rpg.generation.config import GenerateConfig
 from rpg.generation.generator import Generator
 from rpg.generation.partition import Partition
@@ -20,6 +21,7 @@ from rpg.generation.sampler import TokenSampler, low_precision_copy
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
+from tokenization.zoo.locks import LOCK_NAME
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -70,12 +72,13 @@ def test_what_a_killed_process_left_goes_with_the_next_run(run, tmp_path, adapte
     if child == 0:
         generator.generate(2, output=tmp_path, progress=lambda done, total: os._exit(9))  # in the first network
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".network-00000") and f".{child}." in left.name
+    left, lock = sorted(tmp_path.iterdir(), reverse=True)
+    assert lock.name == LOCK_NAME and left.name.startswith(".network-00000") and f".{child}." in left.name
     others = [left.name.replace(f".{child}.", f".{os.getppid()}."), left.name.replace(f".{child}.", f".far.{child}.")]
-    if adapters:
-        (tmp_path / "network-00007").mkdir()
-        left.rename(tmp_path / "network-00007" / left.name)
+    if adapters:  # which are folders
+        left.unlink()
+        left.mkdir()
+        (left / WEIGHTS_NAME).touch()
     for name in others:
         (tmp_path / name).touch()
     generator.generate(1, output=tmp_path)

@@ -7,10 +7,7 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
 from rpg.training.trainer import Trainer
 from tests.conftest import small_config
+from tests.rpg.forks import ForkServer
 from tokenization.errors import InputError
 
 
@@ -38,57 +36,27 @@ def assert_same_run(run: str | Path, other: str | Path) -> None:
     assert [json.loads(line) for line in lines] == [json.loads(line) for line in expected]
 
 
-class ForkServer:
-    """Starts training processes that can really be killed."""
-
-    def __init__(self) -> None:
-        script, environment = str(Path(__file__).with_name("forking.py")), {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, script], stdin=-1, stdout=-1, text=True, env={**environment, "PYTHONPATH": "."}
-        )
-        self._answer("ready")
-
-    def _answer(self, event: str) -> int:
-        assert self.server.stdout is not None
-        word, number = self.server.stdout.readline().split()
-        assert word == event
-        return int(number)
-
-    def start(self, config: Config) -> int:
-        """Returns the process's id."""
-        assert self.server.stdin is not None
-        path = f"{config.run}.yaml"
-        config.save(path)
-        self.server.stdin.write(path + "\n")
-        self.server.stdin.flush()
-        return self._answer("started")
-
-    def finish(self) -> int:
-        """Wait for the process; returns its exit status, -9 after a SIGKILL."""
-        return self._answer("ended")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.server.communicate("")
-
-
 def long_config(folder: Path, run: str) -> Config:
     """Some seconds of training and many saves."""
     return small_config(folder, run=str(folder / run), train={"steps": 90, "save_every": 3, "log_every": 2})
 
 
+def start(forks: ForkServer, config: Config) -> int:
+    """Begin a run, or go on with it; what it says goes to ``<run>.log``."""
+    config.save(f"{config.run}.yaml")
+    arguments = ("train", f"{config.run}.yaml", "--resume", "--ignore-memory")
+    return forks.start(Path(config.run).parent, *arguments, log=Path(f"{config.run}.log"))
+
+
 def test_twenty_kills_at_random_points_change_nothing(tmp_path, zoo, forks):
     whole, killed = long_config(tmp_path, "whole"), long_config(tmp_path, "killed")
     started = time.monotonic()
-    forks.start(whole)
+    start(forks, whole)
     assert forks.finish() == 0
     seconds = time.monotonic() - started
     clock, folder, kills, saved = random.Random(0), RunFolder(killed.run), 0, 0
     while kills < 20:
-        process = forks.start(killed)
+        process = start(forks, killed)
         time.sleep(clock.uniform(0, seconds / 6))
         with contextlib.suppress(ProcessLookupError):  # it was done
             os.kill(process, signal.SIGKILL)
@@ -103,7 +71,7 @@ def test_twenty_kills_at_random_points_change_nothing(tmp_path, zoo, forks):
             assert_same_run(killed.run, whole.run)
             killed, saved = long_config(tmp_path, f"killed-{kills}"), 0
             folder = RunFolder(killed.run)
-    forks.start(killed)
+    start(forks, killed)
     assert forks.finish() == 0
     assert_same_run(killed.run, whole.run)
 
@@ -111,7 +79,7 @@ def test_twenty_kills_at_random_points_change_nothing(tmp_path, zoo, forks):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_ends_with_exit_code_0(tmp_path, zoo, forks, name):
     config = long_config(tmp_path, "run")
-    process, folder = forks.start(config), RunFolder(config.run)
+    process, folder = start(forks, config), RunFolder(config.run)
     while not folder.steps():
         time.sleep(0.01)
     os.kill(process, getattr(signal, name))

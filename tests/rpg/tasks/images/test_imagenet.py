@@ -15,6 +15,7 @@ from rpg.tasks.images.imagenet import TRAINING
 from rpg.tasks.images.resuming import SavedTraining
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,32 @@ def test_what_is_missing_is_named_in_one_line(folder, tmp_path, changes, expecte
     with pytest.raises(InputError, match=expected) as caught:
         build_task(config_of(folder, **changes)).collect(tmp_path / "zoo")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("harm", "workers"), [("vanishes", 0), ("is cut short", 0), ("is no image", 2)])
+def test_an_image_that_is_lost_is_named_and_the_zoo_goes_on(folder, zoo, tmp_path, harm, workers):
+    """After the first checkpoint; workers change no bit."""
+    data, path = tmp_path / "data", tmp_path / "data" / "train" / "n1" / "5.jpg"
+    shutil.copytree(folder, data, copy_function=shutil.copy2)
+    whole = path.read_bytes()
+
+    def lose(done: int, total: int) -> None:
+        if done == 4:
+            {"vanishes": path.unlink, "is cut short": lambda: path.write_bytes(whole[:600])}.get(
+                harm, lambda: path.write_bytes(b"text")
+            )()
+
+    task = build_task(config_of(data, workers=workers))
+    with pytest.raises(InputError, match=r"n1/5\.jpg cannot be read \(.*\); replace it or take it out") as caught:
+        task.collect(tmp_path / "zoo", progress=lose)
+    assert "\n" not in str(caught.value) and 1 <= len(Zoo.open(tmp_path / "zoo")) < 4
+    path.write_bytes(whole)
+    again = build_task(config_of(data, workers=workers)).collect(tmp_path / "zoo")
+    assert [entry.sha256 for entry in again.entries] == [entry.sha256 for entry in zoo.entries]
+
+
+def test_an_image_that_is_lost_before_scoring_is_named(folder, zoo, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "val" / "n2" / "1.jpg").write_bytes(b"text")
+    with pytest.raises(InputError, match=r"n2/1\.jpg cannot be read"):
+        build_task(config_of(tmp_path / "data")).predict([zoo.state_dict(0)])

@@ -1,0 +1,277 @@
+"""One command at a time writes a folder: a lock file names the process that does.
+
+A process that was killed leaves its lock behind; the next one on the same machine sees that it is gone and goes on.
+Whether a process of another machine still runs cannot be seen from here, so that its lock is the user's to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psutil
+import torch
+
+from tokenization.errors import InputError
+from tokenization.files import recover_folder, recover_folders, remove_abandoned, writing_failed
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes may take one lock in the same instant
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_NAME = ".lock"
+SAME_START = 2.0
+"""Seconds by which a process's start may seem to move as the system's clock is set."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who writes a folder: what a lock file holds.
+
+    Attributes:
+        host: name of the machine.
+        pid: number of the process there.
+        started: when the process started, in seconds since 1970, which tells it from a later one of that number.
+        command: what it was started as, in two words.
+    """
+
+    host: str
+    pid: int
+    started: float
+    command: str
+
+    @classmethod
+    def current(cls) -> Holder:
+        """This process."""
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])[:80]
+        return cls(platform.node(), os.getpid(), psutil.Process().create_time(), command)
+
+    @classmethod
+    def parse(cls, text: bytes) -> Holder | None:
+        """What a lock file says; None where a kill has left nothing of use in it."""
+        try:
+            content = json.loads(text)
+            return cls(str(content["host"]), int(content["pid"]), float(content["started"]), str(content["command"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def is_gone(self) -> bool:
+        """Whether it was a process of this machine that has ended, be it that another one has its number now."""
+        if self.host != platform.node():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return ended or abs(process.create_time() - self.started) > SAME_START
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:  # a system that tells nothing of other users' processes
+            return False
+
+    def is_ours(self) -> bool:
+        """Whether it is this process or one that started it: all of them are one command."""
+        return self.host == platform.node() and self.pid in (os.getpid(), *(each.pid for each in _ancestors()))
+
+    def refusal(self, path: Path, file: Path) -> InputError:
+        """What to say to who wants to write ``path`` too."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        if self.host == platform.node():
+            who = f"{self.command!r}, process {self.pid} since {since}"
+            return InputError(f"{path} is being written ({who}); wait for its end, or choose another place")
+        who = f"{self.command!r}, process {self.pid} on {self.host} since {since}"
+        return InputError(f"{path} is being written ({who}); if that process is gone, delete {file}")
+
+
+@dataclass
+class _Lock:
+    """A lock of this process: how often it was taken, and the folders that were made for it, innermost first."""
+
+    pid: int
+    count: int
+    made: list[Path]
+
+
+_taken: dict[Path, _Lock] = {}
+
+
+@contextlib.contextmanager
+def locked(path: Path | str, *, beside: bool = False, together: bool = True) -> Iterator[None]:
+    """Have ``path`` to oneself: no other command that asks for it writes there until the block ends.
+
+    Of several launched processes the first one takes the lock for all, and they enter together. A command, and what it
+    starts, may take its lock again. Temporary files of processes that were killed go.
+
+    Args:
+        path: the folder that is written; it is made, and goes if nothing was written.
+        beside: the lock lies beside ``path``, which may be a file, or a folder that appears as a whole.
+        together: whether all launched processes are here; without, the lock is for this process alone.
+
+    Raises:
+        InputError: on all processes: another command writes there, or the folder may not be written.
+    """
+    with lock_scope(path, beside=beside):
+        if together:
+            _on_first(lambda: take_lock(path, beside=beside))
+        else:
+            take_lock(path, beside=beside)
+        yield
+
+
+@contextlib.contextmanager
+def lock_scope(path: Path | str, *, beside: bool = False) -> Iterator[None]:
+    """Give back, when the block ends, the lock that was taken in it with `take_lock`, if it was."""
+    file = lock_file(path, beside=beside)
+    before = _count(file)
+    try:
+        yield
+    finally:
+        if _count(file) > before:
+            _give_back(file, before)
+
+
+def locks(
+    find: Callable[..., Path | str | None], *, beside: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a function run with the lock of what ``find`` reads off its arguments, as `locked` does; None is no lock."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            path = find(*args, **kwargs)
+            with locked(path, beside=beside) if path is not None else contextlib.nullcontext():
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def lock_file(path: Path | str, *, beside: bool = False) -> Path:
+    """Where the lock of a folder lies, all links followed."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}{LOCK_NAME}") if beside else path / LOCK_NAME
+
+
+def take_lock(path: Path | str, *, beside: bool = False) -> None:
+    """Take a lock within a `lock_scope`. Raises InputError as `locked` does, on this process alone."""
+    path, file = Path(path), lock_file(path, beside=beside)
+    if _count(file):
+        _taken[file].count += 1
+        return
+    made: list[Path] = []
+    try:
+        _make_folders(file.parent, made)
+        holder = _claim(file)
+        if holder is None:
+            _taken[file] = _Lock(os.getpid(), 1, made)
+            remove_abandoned(file.parent, f"{glob.escape(path.name)}.*" if beside else "*")
+            recover_folder(path) if beside else recover_folders(path)
+    except OSError as error:
+        _remove_folders(made)
+        raise writing_failed(path, error) from error
+    if holder is not None and not holder.is_ours():
+        raise holder.refusal(path, file)
+
+
+def _claim(file: Path) -> Holder | None:
+    """Write this process into a lock file; who holds it where somebody does. Raises OSError."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # some network disks cannot
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # while it is judged, by one at a time
+            if not _is_at(descriptor, file):
+                continue
+            holder = Holder.parse(os.read(descriptor, 1 << 16))
+            if holder is not None and not holder.is_gone():
+                return holder
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(asdict(Holder.current())).encode(), 0)
+            except OSError:
+                file.unlink()
+                raise
+            return None
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file still has its name: who held it may have deleted it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _give_back(file: Path, count: int) -> None:
+    lock = _taken[file]
+    lock.count = count
+    if not count:
+        del _taken[file]
+        with contextlib.suppress(OSError):
+            file.unlink()
+        _remove_folders(lock.made)
+
+
+def _count(file: Path) -> int:
+    """How often this process has taken a lock; one that was forked has taken none."""
+    lock = _taken.get(file)
+    return lock.count if lock is not None and lock.pid == os.getpid() else 0
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make a folder and its parents; those that were not there are put into ``made``, innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    made += missing
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    """Remove the folders, innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _on_first(action: Callable[[], object]) -> None:
+    """Run ``action`` on the first of several launched processes; what it raises, all of them raise.
+
+    Before they know one another the others go on: the launcher ends them where the first one fails.
+    """
+    distributed: Any = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if os.environ.get("RANK", "0") == "0":
+            action()
+        return
+    failure: list[InputError | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            action()
+        except InputError as error:
+            failure = [error]
+    distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def _ancestors() -> list[psutil.Process]:
+    try:
+        return psutil.Process().parents()
+    except psutil.Error:
+        return []
