@@ -72,7 +72,8 @@ def score(
 ) -> None:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.scores import Judge, print_figures, score_checkpoints
+    from rpg.experiments.score_files import print_figures, score_checkpoints
+    from rpg.experiments.scores import Judge
     from rpg.generation.partition import join_processes
 
     partition, place = join_processes(device)

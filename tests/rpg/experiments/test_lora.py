@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
-from rpg.experiments.scores import Judge, print_figures, score_checkpoints
+from rpg.experiments.score_files import print_figures, score_checkpoints
+from rpg.experiments.scores import Judge
 from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.language.config import AdapterConfig
