@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from rpg import options as o
 from rpg.cli.reading import load
 from rpg.console import console, progress_bar
+from tokenization.errors import InputError
 
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
@@ -29,11 +30,22 @@ def unseen(
 
 
 def lora(
-    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None, device: o.Device = "auto"
-) -> None:
-    """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
+    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
+    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, device: o.Device = "auto",
+) -> None:  # fmt: skip
+    """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
+
+    Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
+    """
+    from rpg.experiments.adapters import is_comparison_of_tasks
+
     settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
-    held_out(settings, split, 1, device, "lora")
+    if function is None and is_comparison_of_tasks(settings):
+        if lower or higher:
+            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+        held_out(settings, split, 1, device, "lora")
+        return
+    adapters(settings, split, (function, lower or (), higher or ()), device)
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -85,6 +97,25 @@ def demo(
     with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
         print_table(run_all(settings, progress={"collect": collecting, "train": training}))
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
+
+
+def adapters(settings: Any, split: str | None, judge: Any, device: str) -> None:
+    """Adapters of whatever conditions: collect what the task trains, train, score; or score a run alone."""
+    from rpg.evaluation.scores.show import print_scores
+    from rpg.evaluation.workers import Workers
+    from rpg.experiments.adapters import prepare_adapters
+    from rpg.experiments.scores import Judge, evaluate_run_by_scores
+    from rpg.generation.partition import join_processes
+
+    partition, place = join_processes(device)
+    if split is None:
+        with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
+            prepare_adapters(settings, {"collect": collecting, "train": training})
+    with progress_bar(f"scoring on {place}") as advance:
+        workers = Workers(partition, advance)
+        result = evaluate_run_by_scores(settings.run, Judge(*judge), seed=settings.seed, split=split, workers=workers)
+    print_scores(result, console)
+    console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
 
 
 def held_out(settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Evaluation by figures of runs and zoos, and the figures of any checkpoints."""
+"""Evaluation by figures of runs and zoos: those of a function, of a task, or of the weights alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rpg.config import Config
+from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
 from rpg.evaluation.report.gather import losses_of, provenance_of, software
-from rpg.evaluation.scores.measure import Conditions, Options, evaluate_scores
+from rpg.evaluation.scores.made_for import Conditions
+from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
 from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import find_task, parts_of, zoo_span
+from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
+from rpg.models.conditioning import regression_inputs
+from rpg.tasks.base import Classifier
 from tokenization.errors import InputError
 from tokenization.files import make_folder
+from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.zoo import Zoo
 
@@ -46,11 +54,14 @@ def evaluate_run_by_scores(
     seed: int = 0,
     output: Path | str | None = None,
     workers: Workers | None = None,
+    split: str | None = None,
 ) -> ScoreResult:
     """Generate networks with the generator of a run and score them beside originals and baselines, one at a time.
 
-    Of a generator that takes conditions, networks are made for those of the zoo's held-out checkpoints, or of its
-    training ones where none is held out. Writes ``evaluation.json``, ``scatter.png`` and ``report.html``.
+    Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
+    of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
+    are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
+    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``.
 
     Args:
         run: a run folder.
@@ -59,6 +70,8 @@ def evaluate_run_by_scores(
         seed: decides everything random.
         output: where the results go; the run folder when None.
         workers: the processes that share the work.
+        split: of the task's data, the configuration's when None; on ``validation`` networks are made for the tasks of
+            that split.
 
     Raises:
         InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
@@ -66,24 +79,20 @@ def evaluate_run_by_scores(
     run, workers = Path(run), workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
-    num = num or config.evaluate.num
-    scorer = _scorer(judge, generator.adapter, config, zoo)
+    num, split = num or config.evaluate.num, split or config.evaluate.split
+    scorer = _scorer(judge, generator.adapter, config, zoo, split)
     trained, held_out = parts_of(zoo, config)
-    wanted = _wanted(zoo, held_out or trained, num) if generator.condition is not None else []
-    requested: Any = None
-    if wanted:
-        requested = _texts(zoo, wanted) if zoo.condition and zoo.condition.kind == "text" else wanted
+    conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
     networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
     asked = generator.asked(num, seed) if config.generate.state == "stored" else []
-    conditions = [zoo.entries[index].condition for index in range(len(zoo))]
     result = evaluate_scores(
         scorer,
         zoo_span(generator, zoo, trained),
         Made(num, generator.share(num, workers.partition), networks, asked),
         config.evaluate,
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
-        conditions=Conditions([conditions[i] for i in trained], [conditions[i] for i in held_out], wanted),
-        options=Options(judge.lower, judge.higher, seed),
+        conditions=conditions,
+        options=Options(judge.lower, judge.higher, seed, _merges(generator.adapter, zoo, trained, generator.layout)),
         workers=workers,
     )
     if workers.is_first:
@@ -93,6 +102,20 @@ def evaluate_run_by_scores(
         page = ScorePage(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
         write_results(Path(output or run), result, page)
     return result
+
+
+def goes_by_figures(run: Path | str) -> bool:
+    """Whether a run is evaluated by figures even without a function: its task is no single classifier, or it has none.
+
+    Raises:
+        InputError: the run has no generator, its zoo is gone, or its task is broken.
+    """
+    folder = find_folder(run)
+    if not (folder / "config.yaml").is_file():
+        return False  # the evaluation says what is missing
+    config = Config.load(folder / "config.yaml")
+    zoo = Zoo.open(config.zoo)
+    return (config.task is None and zoo.task is None) or not isinstance(find_task(config, zoo), Classifier)
 
 
 def evaluate_zoo(
@@ -120,11 +143,12 @@ def evaluate_zoo(
     path, workers, zoo = Path(path), workers or Workers(), Zoo.open(path)
     adapter = path / CONFIG_NAME
     text = adapter.read_text(encoding="utf-8") if adapter.is_file() else None
-    scorer = _scorer(judge, text, config, zoo)
+    scorer = _scorer(judge, text, config, zoo, config.evaluate.split)
     trained, held_out = parts_of(zoo, config)
     if not trained:
         raise InputError(f"{path} has no checkpoint of the splits {', '.join(config.train.splits)}; set train.splits")
-    conditions = [zoo.entries[index].condition for index in range(len(zoo))]
+    own, others = ([zoo.entries[index].condition for index in each] for each in (trained, held_out))
+    wanted = [each for each in own if each is not None]
     first = zoo.checkpoint(trained[0])
     names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
     result = evaluate_scores(
@@ -133,10 +157,8 @@ def evaluate_zoo(
         None,
         config.evaluate,
         held_out=[zoo.checkpoint(index) for index in held_out],
-        conditions=Conditions(
-            [conditions[i] for i in trained], [conditions[i] for i in held_out], [conditions[i] for i in trained]
-        ),
-        options=Options(judge.lower, judge.higher, config.seed),
+        conditions=Conditions(own, others, wanted),
+        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained)),
         workers=workers,
     )
     if workers.is_first:
@@ -157,22 +179,60 @@ def write_results(folder: Path, result: ScoreResult, page: ScorePage) -> None:
     write_score_page(folder / "report.html", result, page)
 
 
-def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo) -> Scorer:
+def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:
+    """What gives figures; None where neither user nor configuration nor zoo says how."""
     if judge.reference is not None:
         return load_scorer(judge.reference, adapter)
-    return TaskScorer(find_task(config, zoo), config.evaluate.split)
+    if judge.lower or judge.higher:
+        raise InputError("--lower and --higher are for figures of your own; give --score, too")
+    if config.task is None and zoo.task is None:
+        return None
+    names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()
+    return TaskScorer(find_task(config, zoo), split, names)
 
 
-def _wanted(zoo: Zoo, indices: Sequence[int], num: int) -> list[tuple[float, ...]]:
-    """Conditions of ``num`` entries, evenly spaced; again and again where there are fewer."""
-    chosen = indices if len(indices) <= num else [indices[i * len(indices) // num] for i in range(num)]
-    found = [zoo.entries[index].condition for index in chosen]
-    return [condition for i in range(num) if (condition := found[i % len(found)]) is not None]
+def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:
+    """Merges the zoo's adapters as they were saved, into the form that the layout gives them."""
+    if adapter is None:
+        return None
+    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
+    return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 
 
-def _texts(zoo: Zoo, conditions: Sequence[Sequence[float]]) -> list[str]:
-    names = zoo.condition.names if zoo.condition is not None else ()
-    return [names[int(each[0])] for each in conditions]
+def _conditions(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
+) -> tuple[Conditions, Any]:
+    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
+    if generator.condition is None:
+        return Conditions(), None
+    places = _asked_entries(zoo, held_out, split) or trained
+    chosen = _spread(places, num)
+    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
+    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
+        return Conditions(own, others), None
+    text = zoo.condition.kind == "text"
+    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
+    if generator.texts is not None:
+        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
+    else:
+        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
+    conditions = Conditions(
+        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=zoo.condition.kind == "class",
+    )  # fmt: skip
+    return conditions, known[len(own) :] if text else wanted
+
+
+def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
+    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
+    names = ("validation",) if split == "validation" else ("unseen", "test")
+    return [index for index in held_out if zoo.entries[index].split in names] or held_out
+
+
+def _spread(places: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
+    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
+    return [chosen[i % len(chosen)] for i in range(num)]
 
 
 def _command(command: str, judge: Judge) -> str:
