@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
 from rpg.training.loop import train
+from tokenization.errors import InputError
+from tokenization.lora.adapter import CONFIG_NAME
 
 
 def is_comparison_of_tasks(config: Config) -> bool:
     """Whether there are unseen tasks of binary conditions, which `rpg.experiments.held_out_tasks` compares on.
 
     Raises:
-        InputError: the task's files or its table are not right.
+        InputError: there are neither adapters nor a task that trains any, or its files are not right.
     """
-    task = build_task(config.task) if config.task is not None else None
-    if not isinstance(task, TaskFamily):
+    if config.task is None:
+        if not (Path(config.zoo) / CONFIG_NAME).is_file():
+            raise InputError(
+                f"{config.zoo} holds no adapters, and the configuration has no task that trains any; adopt yours with "
+                "`rpg collect --from FOLDER --zoo ZOO`, or name a task"
+            )
         return False
+    task = build_task(config.task)
+    if not isinstance(task, TaskFamily):
+        raise InputError(f"task.name is {config.task.name}, which trains no adapters; see configs/lora/tiny.yaml")
     return config.model.condition.kind == "binary" and task.condition.kind == "binary"
 
 
