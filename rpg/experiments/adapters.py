@@ -9,6 +9,7 @@ from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
+from rpg.tasks.language.config import LanguageConfig
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
@@ -30,7 +31,8 @@ def is_comparison_of_tasks(config: Config) -> bool:
     task = build_task(config.task)
     if not isinstance(task, TaskFamily):
         raise InputError(f"task.name is {config.task.name}, which trains no adapters; see configs/lora/tiny.yaml")
-    return config.model.condition.kind == "binary" and task.condition.kind == "binary"
+    all_seen = isinstance(config.task, LanguageConfig) and config.task.unseen == 0 and config.task.conditions is None
+    return config.model.condition.kind == "binary" and not all_seen
 
 
 def prepare_adapters(config: Config, progress: Mapping[str, Callable[..., None]]) -> None:
