@@ -21,6 +21,7 @@ MISTAKES = [
     ("bench", ["--seconds", "long"]),
     ("bench_adapters", ["--num", "few"]),
     ("bench_gpu", ["--networks", "unknown"]),
+    ("bench_lora", ["--bases", "unknown"]),
     ("bench_mamba", ["--repeat", "--twice"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),

@@ -18,7 +18,7 @@ from rpg.tasks.language.config import RowsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
 from tokenization.files import json_lines
-from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_table, resolve_condition
 
 IGNORED = -100
@@ -78,7 +78,12 @@ def stack_rows(parts: Sequence[Rows]) -> Rows:
 
 
 def find_tasks(
-    data: Path | str, table: Path | str | None, num_unseen: int, num_validation: int, seed: int
+    data: Path | str,
+    table: Path | str | None,
+    num_unseen: int,
+    num_validation: int,
+    seed: int,
+    kind: ConditionKind | None = None,
 ) -> tuple[list[TaskFile], ConditionSpec]:
     """The tasks of a folder and what their conditions mean.
 
@@ -88,6 +93,7 @@ def find_tasks(
             perhaps ``split``. Without it a file's stem is its condition: bits if all are of 0 and 1, else a class.
         num_unseen, num_validation: tasks drawn for these splits where the table has no ``split``.
         seed: of the draw.
+        kind: what conditions are; found out from the values when None.
 
     Raises:
         InputError: no files, a bad table, an unknown split, or none left to train on.
@@ -95,7 +101,7 @@ def find_tasks(
     folder = Path(data)
     labelled = _from_table(folder, Path(table)) if table is not None else _from_stems(folder)
     labels = [label for _, label, _ in labelled]
-    spec = infer_condition(labels)
+    spec = infer_condition(labels, kind)
     if spec is None:
         raise InputError(f"{table} gives no condition; add a column condition, or columns condition.NAME")
     given = any(has_split for _, _, has_split in labelled)
