@@ -113,8 +113,8 @@ def make_encoder(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    BertModel(config).save_pretrained(folder)
 
 
 def make_data(folder: Path) -> None:
@@ -136,7 +136,8 @@ def fine_tune(base: Path, data: Path, output: Path, kind: str, steps: int) -> di
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, losses, started = AutoTokenizer.from_pretrained(base), {}, time.perf_counter()
+    tokenizer, started = AutoTokenizer.from_pretrained(base), time.perf_counter()
+    losses: dict[str, float] = {}
     for name in TASKS:
         lines = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()[:-KEPT]]
         torch.manual_seed(len(losses))
@@ -152,7 +153,7 @@ def fine_tune(base: Path, data: Path, output: Path, kind: str, steps: int) -> di
             optimizer.step()
             optimizer.zero_grad()
         losses[name] = round(loss.item(), 3)
-        model.save_pretrained(output / name)
+        model.save_pretrained(str(output / name))
     values = sum(each.numel() for each in model.parameters() if each.requires_grad)
     return {"seconds": round(time.perf_counter() - started, 1), "values": values, "losses": losses, **peak()}
 

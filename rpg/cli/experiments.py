@@ -24,7 +24,10 @@ def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
     device: o.Device = "auto",
 ) -> None:  # fmt: skip
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
+    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
+
+    On several devices: accelerate launch scripts/unseen.py CONFIG
+    """
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     held_out(settings, split, seeds, device, "unseen", "pictures: {run}/distance.png, parameters.png")
 
@@ -36,6 +39,7 @@ def lora(
     """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
+    On several devices: accelerate launch scripts/lora.py CONFIG
     """
     from rpg.experiments.adapters import is_comparison_of_tasks
 
@@ -120,20 +124,23 @@ def adapters(settings: Any, split: str | None, judge: Any, device: str) -> None:
 
 def held_out(settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "") -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.devices import use_device
+    from rpg.evaluation.workers import Workers
     from rpg.experiments.held_out_table import print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import write_tasks_report
+    from rpg.generation.partition import join_processes
 
-    place = use_device(device)
+    partition, place = join_processes(device)
+    workers = Workers(partition)
     if split is not None:
-        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        if split == "validation":  # which writes nothing
-            return
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers), console)
     else:
         with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
-            report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+            progress = {"collect": collecting, "train": training}
+            report = run_held_out(settings, progress=progress, seeds=seeds, workers=workers)
         print_held_out(report, console)
+    if split == "validation" or not workers.is_first:  # which writes nothing
+        return
     write_tasks_report(settings.run, f"rpg {command}" + (f" --split {split}" if split else ""))
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
     console.print(written.format(run=settings.run), end="\n" if written else "")

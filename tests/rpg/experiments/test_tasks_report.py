@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,8 @@ from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["lora", "unseen"]
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", ["unseen", "lora"])
@@ -44,6 +50,24 @@ def test_the_page_shows_what_was_measured(name: str, request: pytest.FixtureRequ
     assert f"{100 * generated['mean']:.2f}" in text
     assert text.count("data:image/png") == 2 and f"rpg {name}" in text
     assert sum("Parameters as colours" in str(each.get("alt")) for each in page.pictures) == 2
+
+
+def test_two_processes_find_the_figures_of_one(unseen, lora, tmp_path: Path) -> None:
+    """Of images and of adapters; what is written is what one process wrote."""
+    runs = []
+    for name, (config, _) in {"unseen": unseen, "lora": lora}.items():
+        runs.append(tmp_path / name)
+        shutil.copytree(config.run, runs[-1])
+        (runs[-1] / "evaluation.json").unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [Path(__file__).with_name("launched_tasks.py"), *runs]
+    subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
+    for run, (config, _) in zip(runs, (unseen, lora), strict=True):
+        one, two = (json.loads((Path(each) / "evaluation.json").read_text()) for each in (config.run, run))
+        assert two == {name: value for name, value in one.items() if name in two}
+        assert set(one) - set(two) == {"collect_seconds", "seconds", "seeds"}
 
 
 def test_worst_tasks_are_sorted_and_named(unseen) -> None:
