@@ -45,7 +45,8 @@ BASES = {
     "llama": {"intermediate_size": 2048, "num_key_value_heads": 4, "vocab_size": 16000},
     "qwen2": {"intermediate_size": 2048, "num_key_value_heads": 2, "vocab_size": 16000},
 }
-SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "tie_word_embeddings": True}
+SIZES = {"hidden_size": 768, "num_attention_heads": 12, "tie_word_embeddings": True}
+BASELINES = "[nearest_seen, kernel_ridge, peft_linear, peft_svd, peft_ties, peft_dare_linear, peft_dare_ties]"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 SCORE = '''"""Loss of an adapter on the rows of its task, by PEFT alone."""
@@ -83,7 +84,7 @@ def loss(path: Path, condition):
 '''
 
 
-def make_base(kind: str, folder: Path) -> int:
+def make_base(kind: str, folder: Path, layers: int) -> int:
     """A base of random values and its tokenizer, one token a character; how many values it has."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
@@ -96,7 +97,8 @@ def make_base(kind: str, folder: Path) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **BASES[kind], **ends))
+    config = AutoConfig.for_model(kind, num_hidden_layers=layers, **SIZES, **BASES[kind], **ends)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return sum(each.numel() for each in model.parameters())
@@ -203,7 +205,9 @@ def sets(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
 
 
-def through_folder(base: Path, data: Path, folder: Path, kind: str, steps: dict[str, int], take: Any) -> None:
+def through_folder(
+    base: Path, data: Path, folder: Path, kind: str, steps: dict[str, int], take: Any, whole: bool
+) -> None:
     """From PEFT's folders to new ones, by configs/lora/folder.yaml."""
     config, zoo, run, new = default_config("lora/folder.yaml"), folder / "zoo", folder / "run", folder / "new"
     take("fine-tune", alone(fine_tune, base, data, folder / "adapters", kind, steps["tune"]))
@@ -213,7 +217,7 @@ def through_folder(base: Path, data: Path, folder: Path, kind: str, steps: dict[
     take("collect", measured("collect", "--from", folder / "adapters", *table, "--zoo", zoo))
     changes = sets(
         run=run, zoo=zoo, model__condition__encoder=folder.parent / "encoder", tokens__rank=4,
-        train__steps=steps["train"], evaluate__num=4, evaluate__num_baseline=2,
+        train__steps=steps["train"], evaluate__num=3, evaluate__num_baseline=2, evaluate__baselines=BASELINES,
     )  # fmt: skip
     take("train", measured("train", config, *changes))
     text = TASKS[UNSEEN[0]][0]
@@ -221,7 +225,10 @@ def through_folder(base: Path, data: Path, folder: Path, kind: str, steps: dict[
     take("evaluate by weights", measured("evaluate", run))
     take("table by weights", table_of(run))
     (folder / "score.py").write_text(SCORE.format(base=str(base), data=str(data), zoo=str(zoo), kept=KEPT))
-    take("lora --score", measured("lora", config, *changes, "--score", f"{folder / 'score.py'}:loss"))
+    score = ("--score", f"{folder / 'score.py'}:loss")
+    take("evaluate --score", measured("evaluate", run, *score))
+    if whole:
+        take("lora --score", measured("lora", config, *changes, *score))
     take("table by loss", table_of(run))
     take("export", measured("export", new / "network-00000", "--to", "peft", "--output", folder / "exported"))
     take("PEFT loads it", alone(load_by_peft, base, folder / "exported"))
@@ -239,7 +246,7 @@ def through_task(base: Path, data: Path, folder: Path, steps: dict[str, int], ta
         model__backbone="{kind: mamba2, d_model: 256, num_layers: 2}",
         model__denoiser="{kind: mlp, width: 256, hidden: 256}", tokens__size=4096, train__optimizer="adamw",
         train__steps=steps["train"], train__tokens=128, train__batch_size=4, generate__steps=20,
-        evaluate__num=4, evaluate__num_baseline=2,
+        evaluate__num=3, evaluate__num_baseline=2, evaluate__baselines=BASELINES,
     )  # fmt: skip
     take("lora dora_r4", measured("lora", config, *changes))
     take("table of dora_r4", table_of(run))
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_lora"))
     parser.add_argument("--bases", default="llama,qwen2")
     parser.add_argument("--kinds", default="lora,dora")
+    parser.add_argument("--layers", type=int, default=12, help="of the bases")
     parser.add_argument("--tune", type=int, default=12, help="steps of every fine-tuning")
     parser.add_argument("--steps", type=int, default=60, help="steps of every generator")
     arguments = parser.parse_args()
@@ -265,7 +273,7 @@ def main() -> None:
     alone(make_encoder, folder / "encoder")
     for name in bases:
         base = folder / f"base-{name}"
-        values = alone(make_base, name, base)
+        values = alone(make_base, name, base, arguments.layers)
         print(f"{name}: {values:,} values", flush=True)
         for kind in kinds:
             figures: dict[str, Any] = {}
@@ -278,7 +286,7 @@ def main() -> None:
 
             place = folder / f"{name}-{kind}"
             place.mkdir()
-            through_folder(base, folder / "data", place, kind, steps, take)
+            through_folder(base, folder / "data", place, kind, steps, take, whole=len(results) == 1)
             if kind == "dora":
                 through_task(base, folder / "data", place, steps, take)
     shutil.rmtree(folder)

@@ -22,19 +22,21 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
-    device: o.Device = "auto",
+    trajectory: o.Trajectory = None, device: o.Device = "auto",
 ) -> None:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
 
     On several devices: accelerate launch scripts/unseen.py CONFIG
     """
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    held_out(settings, split, seeds, device, "unseen", "pictures: {run}/distance.png, parameters.png")
+    written = "pictures: {run}/distance.png, parameters.png"
+    held_out(settings, split, seeds, device, "unseen", trajectory, written)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
-    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, device: o.Device = "auto",
+    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
+    device: o.Device = "auto",
 ) -> None:  # fmt: skip
     """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
 
@@ -47,9 +49,9 @@ def lora(
     if function is None and is_comparison_of_tasks(settings):
         if lower or higher:
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
-        held_out(settings, split, 1, device, "lora")
+        held_out(settings, split, 1, device, "lora", trajectory)
         return
-    adapters(settings, split, (function, lower or (), higher or ()), device)
+    adapters(settings, split, (function, lower or (), higher or ()), device, trajectory)
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -103,7 +105,7 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
-def adapters(settings: Any, split: str | None, judge: Any, device: str) -> None:
+def adapters(settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None) -> None:
     """Adapters of whatever conditions: collect what the task trains, train, score; or score a run alone."""
     from rpg.evaluation.scores.show import print_scores
     from rpg.evaluation.workers import Workers
@@ -117,21 +119,26 @@ def adapters(settings: Any, split: str | None, judge: Any, device: str) -> None:
             prepare_adapters(settings, {"collect": collecting, "train": training})
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
-        result = evaluate_run_by_scores(settings.run, Judge(*judge), seed=settings.seed, split=split, workers=workers)
+        result = evaluate_run_by_scores(
+            settings.run, Judge(*judge), seed=settings.seed, split=split, workers=workers, trajectory=trajectory
+        )
     print_scores(result, console)
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
 
 
-def held_out(settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "") -> None:
+def held_out(
+    settings: Any, split: str | None, seeds: int, device: str, command: str, trajectory: str | None, written: str = ""
+) -> None:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
     from rpg.evaluation.workers import Workers
     from rpg.experiments.held_out_table import print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
-    from rpg.experiments.tasks_report import write_tasks_report
+    from rpg.experiments.tasks_report import wished_task, write_tasks_report
     from rpg.generation.partition import join_processes
 
     partition, place = join_processes(device)
     workers = Workers(partition)
+    wish = None if trajectory is None else wished_task(settings, trajectory)
     if split is not None:
         print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers), console)
     else:
@@ -141,6 +148,8 @@ def held_out(settings: Any, split: str | None, seeds: int, device: str, command:
         print_held_out(report, console)
     if split == "validation" or not workers.is_first:  # which writes nothing
         return
-    write_tasks_report(settings.run, f"rpg {command}" + (f" --split {split}" if split else ""))
+    options = {"--split": split, "--trajectory": trajectory}
+    words = [word for name, value in options.items() if value for word in (name, value)]
+    write_tasks_report(settings.run, " ".join([f"rpg {command}", *words]), wish)
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
     console.print(written.format(run=settings.run), end="\n" if written else "")

@@ -17,6 +17,7 @@ def evaluate(
     higher: o.Higher = None,
     overrides: o.Overrides = None,
     output: o.ResultFolder = None,
+    trajectory: o.Trajectory = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
 ) -> None:
@@ -36,6 +37,8 @@ def evaluate(
     partition, place = join_processes(device)
     judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()
     by_figures = not is_zoo and (function is not None or goes_by_figures(run))
+    if trajectory is not None and not by_figures:
+        raise InputError("--trajectory is for generators with conditions; the report shows the others' as they are")
     if not is_zoo:
         limit = 0 if by_figures else MOST_VALUES  # figures are of one network after the other
         guard(lambda: evaluation_need(run, limit, num), ignore_memory)
@@ -51,7 +54,9 @@ def evaluate(
         elif overrides:
             raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
         elif by_figures:
-            scores = evaluate_run_by_scores(run, judge, num=num, seed=seed, output=output, workers=workers)
+            scores = evaluate_run_by_scores(
+                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory
+            )
         elif lower or higher:
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
         else:

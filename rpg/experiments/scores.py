@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import PeftMerges
@@ -19,8 +20,10 @@ from rpg.evaluation.scores.results import ScoreResult
 from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import find_task, parts_of, zoo_span
+from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import regression_inputs
@@ -55,6 +58,7 @@ def evaluate_run_by_scores(
     output: Path | str | None = None,
     workers: Workers | None = None,
     split: str | None = None,
+    trajectory: str | None = None,
 ) -> ScoreResult:
     """Generate networks with the generator of a run and score them beside originals and baselines, one at a time.
 
@@ -72,6 +76,7 @@ def evaluate_run_by_scores(
         workers: the processes that share the work.
         split: of the task's data, the configuration's when None; on ``validation`` networks are made for the tasks of
             that split.
+        trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
         InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
@@ -81,13 +86,14 @@ def evaluate_run_by_scores(
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
     scorer = _scorer(judge, generator.adapter, config, zoo, split)
+    wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
     networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    asked = generator.asked(num, seed) if config.generate.state == "stored" else []
+    span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
     result = evaluate_scores(
         scorer,
-        zoo_span(generator, zoo, trained),
+        span,
         Made(num, generator.share(num, workers.partition), networks, asked),
         config.evaluate,
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
@@ -96,12 +102,18 @@ def evaluate_run_by_scores(
         workers=workers,
     )
     if workers.is_first:
-        command = f"rpg evaluate {config.run} --num {num} --seed {seed}"
-        seconds = result.seconds_per_network
-        facts = provenance_of(generator, zoo, num, seed, seconds, _command(command, judge))
+        command = _command(f"rpg evaluate {config.run} --num {num} --seed {seed}", judge)
+        facts = provenance_of(generator, zoo, num, seed, result.seconds_per_network, command)
         page = ScorePage(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
+        if wish is not None:
+            page.condition, page.trajectory = str(trajectory), _trajectory(generator, scorer, span, wish, seed)
         write_results(Path(output or run), result, page)
     return result
+
+
+def _stored(generator: Generator, num: int, seed: int) -> list[int]:
+    """The checkpoint that each network was asked to be, where states are those of checkpoints."""
+    return generator.asked(num, seed) if generator.config.generate.state == "stored" else []
 
 
 def goes_by_figures(run: Path | str) -> bool:
@@ -233,6 +245,24 @@ def _spread(places: Sequence[int], num: int) -> list[int]:
     """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
     chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
     return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def _trajectory(
+    generator: Generator, scorer: Scorer | None, span: ZooSpan, wish: Any, seed: int
+) -> list[tuple[int, Tensor]]:
+    """The first figure of networks for a condition on their way from noise, without figures their distance."""
+    names = generator.condition.names if generator.condition is not None else ()
+    asked = wish
+    if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
+        asked = [float(names.index(wish))] if wish in names else None
+
+    def measure(networks: Sequence[StateDict]) -> Tensor:
+        if scorer is None:
+            return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
+        every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]
+        return torch.tensor([next(iter(each.values())) for each in every])
+
+    return trajectory_of(generator, wish, seed, measure, wanted=True)
 
 
 def _command(command: str, judge: Judge) -> str:

@@ -136,7 +136,7 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
         train={"steps": 2}, evaluate={"num_baseline": 3, "baselines": ["nearest_seen", "kernel_ridge"]},
     )  # fmt: skip
     train(config, say=lambda _: None)
-    code, out, err = rpg("evaluate", "run", "--num", 3)
+    code, out, err = rpg("evaluate", "run", "--num", 3, "--trajectory", "01")
     assert (code, err) == (0, "") and "to its own" in out, err
     found = json.loads(Path("run/evaluation.json").read_text())
     assert list(found["sets"]) == ["original", "generated", "nearest_seen", "kernel_ridge", "average"]
@@ -144,7 +144,9 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
     assert len(own) == 3 and all(each > 0 for each in own)
     nearest = found["sets"]["nearest_seen"]
     assert nearest["distances"] == pytest.approx([0.0] * 3, abs=1e-3) and min(nearest["own_distances"]) > 0.5
-    assert "distance to its own original" in Path("run/report.html").read_text()
+    page = Path("run/report.html").read_text()
+    assert "distance to its own original" in page and "Networks for 01 after each sampling step" in page
+    refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory", "binary")
 
 
 def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:

@@ -9,9 +9,18 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
-from rpg.evaluation.report.charts import Chart, histogram, lines, principal_components, scatter, training_loss
+from rpg.evaluation.report.charts import (
+    Chart,
+    histogram,
+    lines,
+    principal_components,
+    scatter,
+    training_loss,
+    trajectories,
+)
 from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import AT_DISTANCE
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
@@ -27,11 +36,15 @@ class ScorePage:
         title: of the page.
         provenance: rows of the last table.
         losses: (optimizer steps, losses) of training; empty without a run.
+        trajectory: (sampling steps taken, a figure of each network then), for the condition that the user named.
+        condition: in the user's words.
     """
 
     title: str
     provenance: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[Sequence[float], Sequence[float]] = ((), ())
+    trajectory: Sequence[tuple[int, Tensor]] = ()
+    condition: str = ""
 
 
 def label_of(kind: str) -> str:
@@ -158,6 +171,7 @@ def write_score_page(path: Path | str, result: ScoreResult, page: ScorePage) -> 
         novelty_chart=_novelty(result),
         distances_chart=_distances(result),
         components_chart=_components(result),
+        trajectory_chart=_trajectory(page, result),
         losses_chart=training_loss(page.losses),
     )
 
@@ -221,6 +235,12 @@ def median_of(values: Sequence[float | None]) -> float | None:
 def number(value: float | None, digits: int = 4) -> str:
     """A figure as it is shown."""
     return "" if value is None else f"{value:.{digits}g}"
+
+
+def _trajectory(page: ScorePage, result: ScoreResult) -> Chart | None:
+    caption = f"Networks for {page.condition} after each sampling step, noise included."
+    shown = [(step, values.tolist()) for step, values in page.trajectory]
+    return trajectories(shown, result.first or "distance to the nearest original", caption)
 
 
 def _novelty(result: ScoreResult) -> Chart | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rpg.evaluation.report.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
-from rpg.experiments.tasks_report import head_of, write_tasks_report
+from rpg.experiments.tasks_report import head_of, wished_task, write_tasks_report
 from rpg.generation.generator import Generator
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
@@ -99,6 +99,24 @@ def test_trajectories_end_at_the_networks_of_the_condition(unseen) -> None:
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, last, strict=True) for name in a)
     with pytest.raises(InputError, match="condition"):
         generator.trajectories(2)
+
+
+def test_the_user_names_the_condition_whose_trajectory_is_shown(unseen, tmp_path: Path) -> None:
+    config, _ = unseen
+    generate = config.generate.model_copy(update={"steps": 3})
+    config = config.model_copy(update={"run": str(tmp_path / "run"), "generate": generate})
+    shutil.copytree(unseen[0].run, config.run)
+    config.save(tmp_path / "run" / "generator" / "config.yaml")
+    names = Zoo.open(config.zoo).condition.names
+    bits = wished_task(config, f"{names[3]},{names[7]}")
+    assert bits == wished_task(config, "0001000100") == wished_task(config, "0,0,0,1,0,0,0,1,0,0")
+    text = write_tasks_report(config.run, "rpg unseen", bits).read_text()
+    assert f"for the task {names[3]}, {names[7]} after each" in text and "for the unseen task" not in text
+    for wrong in ("1,0", "1111111111", "no class"):
+        with pytest.raises(InputError, match="--trajectory"):
+            wished_task(config, wrong)
+    with pytest.raises(InputError, match=r"generate\.steps"):
+        wished_task(unseen[0], "0001000100")
 
 
 def test_a_trajectory_of_several_steps_is_drawn(unseen, tmp_path: Path) -> None:
