@@ -39,7 +39,7 @@ TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
     "swapped": ("change capital and small letters", str.swapcase),
 }
 UNSEEN = ("twice", "swapped")
-ROWS, KEPT = 96, 16
+ROWS, KEPT, SCORED = 96, 16, 4
 
 BASES = {
     "llama": {"intermediate_size": 2048, "num_key_value_heads": 4, "vocab_size": 16000},
@@ -224,11 +224,12 @@ def through_folder(
     take("generate", measured("generate", run, "--prompt", text, "--num", 1, "--output", new))
     take("evaluate by weights", measured("evaluate", run))
     take("table by weights", table_of(run))
-    (folder / "score.py").write_text(SCORE.format(base=str(base), data=str(data), zoo=str(zoo), kept=KEPT))
+    (folder / "score.py").write_text(SCORE.format(base=str(base), data=str(data), zoo=str(zoo), kept=SCORED))
     score = ("--score", f"{folder / 'score.py'}:loss")
-    take("evaluate --score", measured("evaluate", run, *score))
     if whole:
         take("lora --score", measured("lora", config, *changes, *score))
+    else:
+        take("evaluate --score", measured("evaluate", run, *score))
     take("table by loss", table_of(run))
     take("export", measured("export", new / "network-00000", "--to", "peft", "--output", folder / "exported"))
     take("PEFT loads it", alone(load_by_peft, base, folder / "exported"))
@@ -250,7 +251,6 @@ def through_task(base: Path, data: Path, folder: Path, steps: dict[str, int], ta
     )  # fmt: skip
     take("lora dora_r4", measured("lora", config, *changes))
     take("table of dora_r4", table_of(run))
-    take("evaluate dora_r4", measured("evaluate", run, "--num", 2))
 
 
 def main() -> None:
