@@ -146,7 +146,7 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
     assert nearest["distances"] == pytest.approx([0.0] * 3, abs=1e-3) and min(nearest["own_distances"]) > 0.5
     page = Path("run/report.html").read_text()
     assert "distance to its own original" in page and "Networks for 01 after each sampling step" in page
-    refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory", "binary")
+    refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory")
 
 
 def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
