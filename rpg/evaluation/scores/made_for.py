@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.adapter_merges import METHODS, PeftMerges, average_shares
-from rpg.evaluation.combinations import Recipe
+from rpg.evaluation.combinations import MANY_VALUES, Recipe
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
@@ -29,6 +29,9 @@ Cook = Callable[[], StateDict]
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
 NAMES = (*CONDITIONAL, *METHODS)
 """What ``evaluate.baselines`` may name beside the kinds that serve any network."""
+
+AFFORDABLE = (*CONDITIONAL, "peft_svd")
+"""The default for networks of more than `MANY_VALUES` values."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def more_baselines(
         seed: decides draws.
     """
     count = len(zoo.checkpoints)
-    wanted = [name for name in NAMES if config.baselines is None or name in config.baselines]
+    large = sum(map(len, zoo.means.values())) > MANY_VALUES
+    default = AFFORDABLE if large else NAMES
+    wanted = [name for name in NAMES if name in (default if config.baselines is None else config.baselines)]
     made: dict[str, Sequence[Recipe | Cook]] = {}
     shares = average_shares(count, num, make_rng(seed, "merged adapters"))
     if conditions.seen is not None and conditions.asked is not None and count > 1:
