@@ -112,7 +112,7 @@ def test_the_user_names_the_condition_whose_trajectory_is_shown(unseen, tmp_path
     assert bits == wished_task(config, "0001000100") == wished_task(config, "0,0,0,1,0,0,0,1,0,0")
     text = write_tasks_report(config.run, "rpg unseen", bits).read_text()
     assert f"for the task {names[3]}, {names[7]} after each" in text and "for the unseen task" not in text
-    for wrong in ("1,0", "1111111111", "no class"):
+    for wrong in ("3,12", "1111111111", "no class"):
         with pytest.raises(InputError, match="--trajectory"):
             wished_task(config, wrong)
     with pytest.raises(InputError, match=r"generate\.steps"):
