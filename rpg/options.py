@@ -99,6 +99,14 @@ IgnoreMemory = Annotated[bool, option("Begin even if more memory is needed than 
 Device = Annotated[
     str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
 ]
+Trajectory = Annotated[
+    str | None,
+    option(
+        "Show in report.html how networks for this condition come out of noise: bits or classes, a class, numbers, or "
+        "a text.",
+        metavar="CONDITION",
+    ),
+]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
 Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]
 Written = Annotated[Path, option("The file (timm, torch) or folder (transformers, peft) to write.")]

@@ -2,7 +2,8 @@
 
 from _common import Parser, run_command
 
-from rpg.experiments.held_out_tasks import generate_for, networks_of, task_family
+from rpg.experiments.held_out_tasks import task_family
+from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
 from tokenization.zoo.zoo import Zoo

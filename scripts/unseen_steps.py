@@ -4,7 +4,8 @@ import time
 
 from _common import Parser, run_command
 
-from rpg.experiments.held_out_tasks import diversity, generate_for, networks_of, task_family
+from rpg.experiments.held_out_tasks import diversity, task_family
+from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.tasks.images.collection import single_threaded
 from tokenization.zoo.zoo import Zoo

@@ -160,7 +160,8 @@ def test_figures_of_a_scorer(folder: Path) -> None:
     result = evaluate_scores(OwnScorer(lambda state_dict: 1.0, "mine"), span_of(Zoo.open(folder / "zoo")), None, FEW)
     content = result.model_dump(mode="json")
     assert list(content) == documented("evaluation.json of a scorer")
-    assert list(content["sets"]["original"]) == ["count", "figures", "summaries", "distances", "novel_and_performant"]
+    keys = ["count", "figures", "summaries", "distances", "own_distances", "novel_and_performant"]
+    assert list(content["sets"]["original"]) == keys
 
 
 def test_run_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ MISTAKES = [
     ("bench_gpu", ["--networks", "unknown"]),
     ("bench_imagenet", ["--networks", "unknown"]),
     ("gpu_checks", ["unknown"]),
+    ("bench_lora", ["--bases", "unknown"]),
     ("bench_mamba", ["--repeat", "--twice"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),

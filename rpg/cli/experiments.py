@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from rpg import options as o
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
+from tokenization.errors import InputError
 
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
@@ -22,21 +23,36 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    trajectory: o.Trajectory = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial."""
+    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
+
+    On several devices: accelerate launch scripts/unseen.py CONFIG
+    """
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     written = "pictures: {run}/distance.png, parameters.png"
-    held_out(settings, split, seeds, device, "unseen", written, ignore_memory=ignore_memory)
+    held_out(settings, split, seeds, device, "unseen", trajectory, written, ignore_memory=ignore_memory)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
+    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
-    """LoRA adapters for tasks nobody trained: zoo, training, comparison with all that is trivial."""
+    """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
+
+    Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
+    On several devices: accelerate launch scripts/lora.py CONFIG
+    """
+    from rpg.experiments.adapters import is_comparison_of_tasks
+
     settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
-    held_out(settings, split, 1, device, "lora", ignore_memory=ignore_memory)
+    if function is None and is_comparison_of_tasks(settings):
+        if lower or higher:
+            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+        held_out(settings, split, 1, device, "lora", trajectory, ignore_memory=ignore_memory)
+        return
+    adapters(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -90,28 +106,71 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
-def held_out(
-    settings: Any, split: str | None, seeds: int, device: str, command: str, written: str = "", *, ignore_memory: bool
-) -> None:
-    """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.devices import use_device
-    from rpg.experiments.held_out_table import print_held_out
-    from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
-    from rpg.experiments.tasks_report import write_tasks_report
+def _guard_memory(settings: Any, ignore: bool) -> None:
     from rpg.planning.collection import collection_need
     from rpg.planning.guard import training_need
 
-    place = use_device(device)
-    if split is not None:
-        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split), console)
-        if split == "validation":  # which writes nothing
-            return
-    else:
-        for need in (collection_need, training_need):
-            guard(functools.partial(need, settings), ignore_memory)
+    for need in (collection_need, training_need):
+        guard(functools.partial(need, settings), ignore)
+
+
+def adapters(
+    settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None, ignore_memory: bool
+) -> None:
+    """Adapters of whatever conditions: collect what the task trains, train, score; or score a run alone."""
+    from rpg.evaluation.scores.show import print_scores
+    from rpg.evaluation.workers import Workers
+    from rpg.experiments.adapters import prepare_adapters
+    from rpg.experiments.scores import Judge, evaluate_run_by_scores
+    from rpg.generation.partition import join_processes
+
+    partition, place = join_processes(device)
+    if split is None:
+        _guard_memory(settings, ignore_memory)
         with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
-            report = run_held_out(settings, progress={"collect": collecting, "train": training}, seeds=seeds)
+            prepare_adapters(settings, {"collect": collecting, "train": training})
+    with progress_bar(f"scoring on {place}") as advance:
+        workers = Workers(partition, advance)
+        result = evaluate_run_by_scores(
+            settings.run, Judge(*judge), seed=settings.seed, split=split, workers=workers, trajectory=trajectory
+        )
+    print_scores(result, console)
+    console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
+
+
+def held_out(
+    settings: Any,
+    split: str | None,
+    seeds: int,
+    device: str,
+    command: str,
+    trajectory: str | None,
+    written: str = "",
+    *,
+    ignore_memory: bool,
+) -> None:
+    """Run an experiment on unseen tasks, or score a split of one that was run before."""
+    from rpg.evaluation.workers import Workers
+    from rpg.experiments.held_out_table import print_held_out
+    from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
+    from rpg.experiments.tasks_report import wished_task, write_tasks_report
+    from rpg.generation.partition import join_processes
+
+    partition, place = join_processes(device)
+    workers = Workers(partition)
+    wish = None if trajectory is None else wished_task(settings, trajectory)
+    if split is not None:
+        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers), console)
+    else:
+        _guard_memory(settings, ignore_memory)
+        with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
+            progress = {"collect": collecting, "train": training}
+            report = run_held_out(settings, progress=progress, seeds=seeds, workers=workers)
         print_held_out(report, console)
-    write_tasks_report(settings.run, f"rpg {command}" + (f" --split {split}" if split else ""))
+    if split == "validation" or not workers.is_first:  # which writes nothing
+        return
+    options = {"--split": split, "--trajectory": trajectory}
+    words = [word for name, value in options.items() if value for word in (name, value)]
+    write_tasks_report(settings.run, " ".join([f"rpg {command}", *words]), wish)
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
     console.print(written.format(run=settings.run), end="\n" if written else "")

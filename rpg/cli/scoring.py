@@ -17,29 +17,34 @@ def evaluate(
     higher: o.Higher = None,
     overrides: o.Overrides = None,
     output: o.ResultFolder = None,
+    trajectory: o.Trajectory = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
 ) -> None:
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
+    With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch scripts/evaluate.py RUN
     """
     from rpg.evaluation.scores.show import print_scores
     from rpg.evaluation.tables import print_table
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
+    from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, goes_by_figures
     from rpg.experiments.single import MOST_VALUES, evaluate_run
     from rpg.generation.partition import join_processes
     from rpg.planning.guard import evaluation_need
 
     partition, place = join_processes(device)
-    judge = Judge(function, lower or (), higher or ())
-    if not (run / "zoo.json").is_file():
-        limit = 0 if function is not None else MOST_VALUES  # figures of one's own are of one network after the other
+    judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()
+    by_figures = not is_zoo and (function is not None or goes_by_figures(run))
+    if trajectory is not None and not by_figures:
+        raise InputError("--trajectory is for generators with conditions; the report shows the others' as they are")
+    if not is_zoo:
+        limit = 0 if by_figures else MOST_VALUES  # figures are of one network after the other
         guard(lambda: evaluation_need(run, limit, num), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
-        if (run / "zoo.json").is_file():
+        if is_zoo:
             from rpg.config import Config
 
             if num is not None:
@@ -48,8 +53,10 @@ def evaluate(
             scores = evaluate_zoo(run, judge, config, output=output, workers=workers)
         elif overrides:
             raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
-        elif function is not None:
-            scores = evaluate_run_by_scores(run, judge, num=num, seed=seed, output=output, workers=workers)
+        elif by_figures:
+            scores = evaluate_run_by_scores(
+                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory
+            )
         elif lower or higher:
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
         else:
@@ -72,7 +79,8 @@ def score(
 ) -> None:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.scores import Judge, print_figures, score_checkpoints
+    from rpg.experiments.score_files import print_figures, score_checkpoints
+    from rpg.experiments.scores import Judge
     from rpg.generation.partition import join_processes
 
     partition, place = join_processes(device)

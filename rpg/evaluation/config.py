@@ -29,6 +29,13 @@ Baseline = Literal[
     "run_sharpened_gaussian_at_distance",
     "run_covariance_gaussian_at_distance",
     "extrapolation_at_distance",
+    "nearest_seen",
+    "kernel_ridge",
+    "peft_linear",
+    "peft_svd",
+    "peft_ties",
+    "peft_dare_linear",
+    "peft_dare_ties",
 ]
 """Kinds of networks that no generator is needed for; the average of all originals is always there."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.task_networks import Parts
+from rpg.evaluation.workers import Workers
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily
 
@@ -27,7 +28,13 @@ class Diversity(Section):
 
 
 def measure_diversity(
-    task: ImageTaskFamily, draws: Sequence[Parts], bits: Tensor, originals_spread: float, split: str = "test"
+    task: ImageTaskFamily,
+    draws: Sequence[Parts],
+    bits: Tensor,
+    originals_spread: float,
+    split: str = "test",
+    workers: Workers | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Diversity:
     """How several networks for one task differ, and what their vote gains.
 
@@ -37,14 +44,20 @@ def measure_diversity(
         bits: the tasks ``[T, C]``.
         originals_spread: root mean square deviation of the seen tasks' weights from their mean, to compare with.
         split: images.
+        workers: the processes that share the tasks; this one alone when None.
+        rows: the tasks that ``draws`` are for, those of this process; all when None.
     """
-    found, squares, count = [], 0.0, 0
+    workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
+    own: list[tuple[Tensor, float, int]] = []
     for parts in zip(*draws, strict=True):
-        found.append(torch.stack([task.probabilities(each, split) for each in parts]))
-        for name in parts[0]:
-            deviation = torch.stack([each[name] for each in parts]).double().std(0)
-            squares, count = squares + deviation.square().sum().item(), count + deviation.numel()
-    probabilities = torch.cat(found, 1)  # [R, T, images, 2]
+        made = torch.stack([task.probabilities(each, split) for each in parts])
+        for number in range(made.shape[1]):
+            deviations = [torch.stack([each[name][number] for each in parts]).double().std(0) for name in parts[0]]
+            square = sum(each.square().sum().item() for each in deviations)
+            own.append((made[:, number].clone(), square, sum(each.numel() for each in deviations)))
+    every, all_squares, counts = zip(*workers.collect(rows, own, len(bits)), strict=True)
+    squares, count = sum(all_squares), sum(counts)
+    probabilities = torch.stack(every, 1)  # [R, T, images, 2]
     answers = probabilities.argmax(-1)
     targets = task.targets(bits, split)
     pairs = [(a, b) for a in range(len(draws)) for b in range(a)]

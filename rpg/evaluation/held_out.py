@@ -7,7 +7,7 @@ T tasks, C classes, P values.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from rpg.evaluation.metrics import summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
@@ -32,13 +33,15 @@ METHODS = ("original", "generated", "kernel_ridge")
 
 
 def choose_regressions(
-    task: TaskFamily, train: TaskNetworks, validation: TaskNetworks
+    task: TaskFamily, train: TaskNetworks, validation: TaskNetworks, workers: Workers | None = None
 ) -> dict[str, tuple[Regression, float]]:
     """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
 
     Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images; of large
-    networks, where every candidate takes long, only those are tried whose weights come nearest.
+    networks, where every candidate takes long, only those are tried whose weights come nearest. Candidates are shared
+    among ``workers``.
     """
+    workers = workers or Workers()
     grid = regression_grid()
     if train.is_large:
         known, crossed = (
@@ -52,7 +55,9 @@ def choose_regressions(
         mixture = regression.mixture(train.bits, validation.bits)
         return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
 
-    chosen = {name: tune(regressions, score) for name, regressions in grid.items()}
+    every = [each for regressions in grid.values() for each in regressions]
+    found = dict(zip(every, workers.map(lambda _, each: score(each), every), strict=True))
+    chosen = {name: tune(regressions, found.__getitem__) for name, regressions in grid.items()}
     chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
     return chosen
 
@@ -217,7 +222,13 @@ class SplitScores:
 
 
 def score_split(
-    task: TaskFamily, networks: Mapping[str, Parts], bits: Tensor, seen: Tensor, split: str = "test"
+    task: TaskFamily,
+    networks: Mapping[str, Parts],
+    bits: Tensor,
+    seen: Tensor,
+    split: str = "test",
+    workers: Workers | None = None,
+    rows: Sequence[int] | None = None,
 ) -> SplitScores:
     """Score every method on the tasks ``bits`` ``[T, C]``, one after the other.
 
@@ -227,11 +238,32 @@ def score_split(
         bits: the tasks.
         seen: bits of the seen tasks, for the distance to the nearest.
         split: images or rows.
+        workers: the processes that share the tasks; this one alone when None.
+        rows: the tasks that ``networks`` are for, those of this process; all when None.
     """
-    scores = {name: score_method(task, each, bits, split, name in METHODS) for name, each in networks.items()}
-    kept = {name: each.kept for name, each in scores.items() if each.kept is not None}
-    figures = {name: each.figures for name, each in scores.items()}
+    workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
+    own = bits[list(rows)]
+    scores = {name: score_method(task, each, own, split, name in METHODS) for name, each in networks.items()}
+    found = workers.collect(rows, [_row(scores, number) for number in range(len(rows))], len(bits))
+    figures: dict[str, Mapping[str, Tensor]] = {}
+    kept: dict[str, Kept] = {}
+    for name, (first, held) in found[0].items():
+        every = [row[name][0] for row in found]
+        figures[name] = {each: torch.stack([figure[each] for figure in every]) for each in first}
+        if held is not None:
+            kept[name] = Kept(*(torch.stack(each) for each in zip(*(row[name][1] for row in found), strict=True)))
     return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures, kept)
+
+
+def _row(scores: Mapping[str, MethodScores], number: int) -> dict[str, tuple[dict[str, Tensor], Any]]:
+    """Of one task by method the figures, and what is kept of its network."""
+    return {
+        name: (
+            {figure: values[number].clone() for figure, values in each.figures.items()},
+            each.kept and (each.kept.probabilities[number].clone(), each.kept.head[number].clone()),
+        )
+        for name, each in scores.items()
+    }
 
 
 def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:

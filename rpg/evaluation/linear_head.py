@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import Stacked, Teacher
@@ -92,6 +93,7 @@ def tune_linear_head(
     validation: Tensor,
     seen: Tensor,
     training: LinearHeadTraining,
+    workers: Workers | None = None,
 ) -> tuple[LinearHead, float, float]:
     """A linear head trained on ``seen`` at the learning rate that does best on validation tasks and images.
 
@@ -102,15 +104,18 @@ def tune_linear_head(
         validation: tasks to choose by, none of them in ``train``.
         seen: tasks that the chosen rate is trained on: the same as ``train``, or with ``validation`` in addition.
         training: steps, batches and seed of every trial.
+        workers: the processes that share the trials; this one alone when None.
 
     Returns:
         The head, the rate, and that rate's mean accuracy on ``validation``. Call the head under ``torch.no_grad()`` for
         weights alone.
     """
-    accuracies = {}
-    for rate in LEARNING_RATES:
+
+    def trial(_: int, rate: float) -> float:
         model = fit_linear_head(task, base, train, rate, training)
         with torch.inference_mode():
-            accuracies[rate] = task.accuracies(model(validation), validation, "validation").mean().item()
+            return task.accuracies(model(validation), validation, "validation").mean().item()
+
+    accuracies = dict(zip(LEARNING_RATES, (workers or Workers()).map(trial, LEARNING_RATES), strict=True))
     best = max(accuracies, key=lambda rate: accuracies[rate])
     return fit_linear_head(task, base, seen, best, training), best, accuracies[best]

@@ -128,6 +128,17 @@ class ZooSpan:
         squares = places.squares[:, None] + self.gram.diagonal() - 2 * places.products
         return squares.clamp(min=0).sqrt()
 
+    def distance(self, network: StateDict, checkpoint: Checkpoint) -> float:
+        """Distance of a network to any checkpoint, which need not be one of the zoo's."""
+        square = 0.0
+        for name, scale in self.scales.items():
+            own, other = network[name].detach().flatten(), checkpoint.flat(name)
+            for first in range(0, len(own), BLOCK):
+                block = slice(first, first + BLOCK)
+                square += (own[block].float() - other[block].float()).double().square().sum().item() / scale**2
+                checkpoint.release(name, first, first + BLOCK)
+        return square**0.5
+
     def coordinates(self) -> Tensor:
         """The checkpoints' deviations in orthonormal axes of their span, the longest first, float64 ``[n, n]``."""
         values, vectors = torch.linalg.eigh(self.gram)

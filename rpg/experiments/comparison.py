@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.metrics import Summary, accuracy, summarize
-from rpg.experiments.held_out_tasks import generate_for
 from rpg.experiments.single import find_task
+from rpg.experiments.task_methods import generate_for
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section

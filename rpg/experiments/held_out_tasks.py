@@ -6,7 +6,6 @@ It serves any family of binary tasks: networks for groups of image classes, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -23,27 +22,24 @@ from rpg.evaluation.held_out import (
     SplitScores,
     base_summed,
     choose_regressions,
-    held_out_baselines,
-    random_other,
     score_split,
     worst_tasks,
 )
 from rpg.evaluation.held_out_plots import plot_distance, plot_parameters
-from rpg.evaluation.linear_head import LinearHeadTraining, tune_linear_head
+from rpg.evaluation.linear_head import LinearHead, LinearHeadTraining, tune_linear_head
 from rpg.evaluation.per_task import measure_per_task
-from rpg.evaluation.regression import Regression
-from rpg.evaluation.task_networks import Parts, TaskNetworks, in_parts
+from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_table import headline
 from rpg.experiments.single import collect, existing
+from rpg.experiments.task_methods import Methods, as_many, merges_of, networks_of, parts_for, untrained
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.images.collection import single_threaded
-from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.loop import train
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -51,13 +47,16 @@ NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
 
 @locks(lambda config, **_: config.run)
-def run_held_out(config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1) -> dict[str, Any]:
+def run_held_out(
+    config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1, workers: Workers | None = None
+) -> dict[str, Any]:
     """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
 
     Args:
         config: the experiment.
         progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
         seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
+        workers: the processes that share the scoring; this one alone when None.
 
     Returns:
         The report of the first seed, with the figures of all seeds under ``seeds``; it is what
@@ -75,15 +74,18 @@ def run_held_out(config: Config, *, progress: dict[str, Callable[..., None]], se
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
         train(each, overwrite=True, progress=progress.get("train"))
-        reports.append(evaluate_held_out(run, seed=each.seed))
+        reports.append(evaluate_held_out(run, seed=each.seed, workers=workers))
     report = {**reports[0], "collect_seconds": collected, "seconds": time.perf_counter() - started}
     report["seeds"] = [headline(each) for each in reports]
-    _write(Path(config.run), report)
+    if workers is None or workers.is_first:
+        _write(Path(config.run), report)
     return report
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") -> dict[str, Any]:
+def evaluate_held_out(
+    run: Path | str, *, seed: int = 0, split: str = "test", workers: Workers | None = None
+) -> dict[str, Any]:
     """Generate a network for every task and compare with what is trivial.
 
     Writes ``<run>/evaluation.json``, and of a family of image tasks ``distance.png`` and ``parameters.png``.
@@ -96,11 +98,12 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
         seed: decides the generated networks.
         split: images or rows to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
             writes nothing.
+        workers: the processes that share the tasks; this one alone when None.
 
     Raises:
         InputError: the run is not one of a family of binary tasks.
     """
-    run, choosing = Path(run), split == "validation"
+    run, choosing, workers = Path(run), split == "validation", workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
@@ -110,14 +113,20 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
     wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if few else seen
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
-        chosen = choose_regressions(task, networks["train"], networks["validation"])
+        chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
-        heads, tried = _linear_head(config, zoo, task, networks, wanted)
+        methods = Methods(generator, zoo, seen, regressions, merges_of(generator, zoo, seen), seed, workers.partition)
+        head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
         for name, originals in wanted.items():
-            extra = untrained(task, zoo, originals) | heads.get(name, {})
-            made = all_networks(generator, seen, originals, regressions, seed, own=name == "seen", extra=extra)
-            scored[name] = score_split(task, made, originals.bits, seen.bits, split)
+            rows = methods.rows(len(originals.bits))
+            mine = originals.bits[rows]
+            extra: dict[str, Parts] = untrained(task, zoo, mine, originals.part_size) if rows else {}
+            if head is not None and rows:
+                with torch.no_grad():
+                    extra["linear_head"] = [head(mine)]
+            made = methods.networks(originals, name == "seen", extra)
+            scored[name] = score_split(task, made, originals.bits, seen.bits, split, workers, rows)
         report = _report(generator, zoo, task, scored, split, seed)
         report["regressions"] = {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
         report |= {"linear_head": tried} if tried else {}
@@ -128,16 +137,13 @@ def evaluate_held_out(run: Path | str, *, seed: int = 0, split: str = "test") ->
         if choosing:
             return report
         if isinstance(task, ImageTaskFamily):
-            spread = diversity(generator, task, wanted["unseen"].bits, seen, seed)
+            spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
             report["diversity"] = spread.model_dump(mode="json")
+    if workers.is_first:
+        if isinstance(task, ImageTaskFamily):
             _plot(run, scored)
-    _write(run, report)
+        _write(run, report)
     return report
-
-
-def as_many(networks: TaskNetworks, num: int) -> TaskNetworks:
-    """At most ``num`` of them, far apart."""
-    return networks.select(torch.linspace(0, len(networks.bits) - 1, min(num, len(networks.bits))).round().long())
 
 
 def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
@@ -145,21 +151,21 @@ def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
 
 
 def _linear_head(
-    config: Config, zoo: Zoo, task: TaskFamily, networks: Mapping[str, TaskNetworks], wanted: Mapping[str, TaskNetworks]
-) -> tuple[dict[str, dict[str, Parts]], dict[str, float]]:
-    """The linear head's networks by split, and how it was tuned; none where the generator saw no images."""
+    config: Config, zoo: Zoo, task: TaskFamily, networks: Mapping[str, TaskNetworks],
+    wanted: Mapping[str, TaskNetworks], workers: Workers,
+) -> tuple[LinearHead | None, dict[str, float]]:  # fmt: skip
+    """The linear head, and how it was tuned; none where the generator saw no images."""
     settings = config.train.behaviour
     if not isinstance(task, ImageTaskFamily) or settings is None or not config.evaluate.linear_head:
-        return {}, {}
+        return None, {}
     training = LinearHeadTraining(
         config.train.steps, config.train.batch_size, settings.images, config.seed,
         task.teacher(zoo) if settings.target == "base" else None,
     )  # fmt: skip
     train, validation, seen = networks["train"].bits, networks["validation"].bits, wanted["seen"].bits
-    head, rate, accuracy = tune_linear_head(task, task.base_network(zoo), train, validation, seen, training)
-    with torch.no_grad():
-        made: dict[str, dict[str, Parts]] = {name: {"linear_head": [head(each.bits)]} for name, each in wanted.items()}
-    return made, {"learning_rate": rate, "validation_accuracy": accuracy}
+    base = task.base_network(zoo)
+    head, rate, accuracy = tune_linear_head(task, base, train, validation, seen, training, workers)
+    return head, {"learning_rate": rate, "validation_accuracy": accuracy}
 
 
 def _plot(run: Path, scored: Mapping[str, SplitScores]) -> None:
@@ -170,63 +176,16 @@ def _plot(run: Path, scored: Mapping[str, SplitScores]) -> None:
     plot_parameters(heads, run / "parameters.png")
 
 
-def all_networks(
-    generator: Generator,
-    seen: TaskNetworks,
-    originals: TaskNetworks,
-    regressions: dict[str, Regression],
-    seed: int,
-    own: bool,
-    extra: Mapping[str, Parts] | None = None,
-) -> dict[str, Parts]:
-    """Every method's networks for the tasks of ``originals``, ``extra`` methods among them."""
-    bits = originals.bits
-    return {
-        "original": originals.parts(),
-        "generated": parts_for(generator, bits, seed),
-        "no_condition": parts_for(generator, random_other(bits, seen.bits, seed), seed),
-        **(extra or {}),
-        **held_out_baselines(seen, bits, regressions, own),
-    }
-
-
-def untrained(task: TaskFamily, zoo: Zoo, originals: TaskNetworks) -> dict[str, Parts]:
-    """What the training of each task began with, by the name it is reported under."""
-    parts = originals.bits.split(originals.part_size)
-    return {name: (task.untrained(zoo, each)[name] for each in parts) for name in task.untrained(zoo, parts[0][:1])}
-
-
 def diversity(
-    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int, **options: Any
-) -> Diversity:
+    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int,
+    workers: Workers | None = None, **options: Any,
+) -> Diversity:  # fmt: skip
     """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
-    bits = bits[:NUM_DIVERSITY_TASKS]
-    draws = [parts_for(generator, bits, 1000 * (seed + 1) + number, **options) for number in range(NUM_DRAWS)]
-    return measure_diversity(task, draws, bits, seen.spread())
-
-
-def parts_for(generator: Generator, bits: Tensor, seed: int, **options: Any) -> Parts:
-    """One generated network for each task ``[T, C]``, a part at a time."""
-    return in_parts(generator.one_by_one(len(bits), condition=bits.float(), seed=seed, **options))
-
-
-def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) -> Stacked:
-    """One generated network for each task ``[T, C]``, stacked."""
-    return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
-
-
-def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetworks:
-    """The last checkpoint of every task of a split; with a layout as that cuts them, LoRA pairs in canonical form.
-
-    Raises:
-        InputError: the split is empty.
-    """
-    last = {zoo.entries[index].run: index for index in zoo.subset(split)}
-    if not last:
-        raise InputError(f"{zoo.path} has no task of split {split!r}; change task.held_out")
-    bits = torch.tensor([zoo.entries[index].condition for index in last.values()]).long()
-    opened = zoo.checkpoint if layout is None else functools.partial(layout.checkpoint, zoo)
-    return TaskNetworks(bits, [opened(index) for index in last.values()])
+    workers, bits = workers or Workers(), bits[:NUM_DIVERSITY_TASKS]
+    rows = generator.share(len(bits), workers.partition)
+    seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
+    draws = [parts_for(generator, bits, each, partition=workers.partition, **options) for each in seeds]
+    return measure_diversity(task, draws, bits, seen.spread(), "test", workers, rows)
 
 
 def task_family(config: Config) -> Any:

@@ -1,32 +1,36 @@
-"""Evaluation by figures of runs and zoos, and the figures of any checkpoints."""
+"""Evaluation by figures of runs and zoos: those of a function, of a task, or of the weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
+from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
 from rpg.evaluation.report.gather import losses_of, provenance_of, software
-from rpg.evaluation.scores.measure import Conditions, Options, evaluate_scores
+from rpg.evaluation.scores.made_for import Conditions
+from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
-from rpg.evaluation.scores.scorer import Figures, Scorer, TaskScorer, load_scorer
-from rpg.evaluation.scores.show import ScorePage, draw_scores, number, write_score_page
+from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
+from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, find_task, parts_of, zoo_span
+from rpg.experiments.trajectories import trajectory_of, wished_trajectory
+from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
-from rpg.tasks import build_task
-from rpg.tasks.base import AdapterScorer, Classifier
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from rpg.models.conditioning import regression_inputs
+from rpg.tasks.base import Classifier
 from tokenization.errors import InputError
 from tokenization.files import make_folder
+from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -55,11 +59,15 @@ def evaluate_run_by_scores(
     seed: int = 0,
     output: Path | str | None = None,
     workers: Workers | None = None,
+    split: str | None = None,
+    trajectory: str | None = None,
 ) -> ScoreResult:
     """Generate networks with the generator of a run and score them beside originals and baselines, one at a time.
 
-    Of a generator that takes conditions, networks are made for those of the zoo's held-out checkpoints, or of its
-    training ones where none is held out. Writes ``evaluation.json``, ``scatter.png`` and ``report.html``.
+    Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
+    of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
+    are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
+    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``.
 
     Args:
         run: a run folder.
@@ -68,6 +76,9 @@ def evaluate_run_by_scores(
         seed: decides everything random.
         output: where the results go; the run folder when None.
         workers: the processes that share the work.
+        split: of the task's data, the configuration's when None; on ``validation`` networks are made for the tasks of
+            that split.
+        trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
         InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
@@ -75,33 +86,50 @@ def evaluate_run_by_scores(
     run, workers = Path(run), workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
-    num = num or config.evaluate.num
-    scorer = _scorer(judge, generator.adapter, config, zoo)
+    num, split = num or config.evaluate.num, split or config.evaluate.split
+    scorer = _scorer(judge, generator.adapter, config, zoo, split)
+    wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
-    wanted = _wanted(zoo, held_out or trained, num) if generator.condition is not None else []
-    requested: Any = None
-    if wanted:
-        requested = _texts(zoo, wanted) if zoo.condition and zoo.condition.kind == "text" else wanted
+    conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
     networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    asked = generator.asked(num, seed) if config.generate.state == "stored" else []
-    conditions = [zoo.entries[index].condition for index in range(len(zoo))]
+    span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
     result = evaluate_scores(
         scorer,
-        zoo_span(generator, zoo, trained),
+        span,
         Made(num, generator.share(num, workers.partition), networks, asked),
         config.evaluate,
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
-        conditions=Conditions([conditions[i] for i in trained], [conditions[i] for i in held_out], wanted),
-        options=Options(judge.lower, judge.higher, seed),
+        conditions=conditions,
+        options=Options(judge.lower, judge.higher, seed, _merges(generator.adapter, zoo, trained, generator.layout)),
         workers=workers,
     )
     if workers.is_first:
-        command = f"rpg evaluate {config.run} --num {num} --seed {seed}"
-        seconds = result.seconds_per_network
-        facts = provenance_of(generator, zoo, num, seed, seconds, _command(command, judge))
+        command = _command(f"rpg evaluate {config.run} --num {num} --seed {seed}", judge)
+        facts = provenance_of(generator, zoo, num, seed, result.seconds_per_network, command)
         page = ScorePage(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
+        if wish is not None:
+            page.condition, page.trajectory = str(trajectory), _trajectory(generator, scorer, span, wish, seed)
         write_results(Path(output or run), result, page)
     return result
+
+
+def _stored(generator: Generator, num: int, seed: int) -> list[int]:
+    """The checkpoint that each network was asked to be, where states are those of checkpoints."""
+    return generator.asked(num, seed) if generator.config.generate.state == "stored" else []
+
+
+def goes_by_figures(run: Path | str) -> bool:
+    """Whether a run is evaluated by figures even without a function: its task is no single classifier, or it has none.
+
+    Raises:
+        InputError: the run has no generator, its zoo is gone, or its task is broken.
+    """
+    folder = find_folder(run)
+    if not (folder / "config.yaml").is_file():
+        return False  # the evaluation says what is missing
+    config = Config.load(folder / "config.yaml")
+    zoo = Zoo.open(config.zoo)
+    return (config.task is None and zoo.task is None) or not isinstance(find_task(config, zoo), Classifier)
 
 
 @locks(lambda path, judge, config, output=None, **_: output or path)
@@ -130,11 +158,12 @@ def evaluate_zoo(
     path, workers, zoo = Path(path), workers or Workers(), Zoo.open(path)
     adapter = path / CONFIG_NAME
     text = adapter.read_text(encoding="utf-8") if adapter.is_file() else None
-    scorer = _scorer(judge, text, config, zoo)
+    scorer = _scorer(judge, text, config, zoo, config.evaluate.split)
     trained, held_out = parts_of(zoo, config)
     if not trained:
         raise InputError(f"{path} has no checkpoint of the splits {', '.join(config.train.splits)}; set train.splits")
-    conditions = [zoo.entries[index].condition for index in range(len(zoo))]
+    own, others = ([zoo.entries[index].condition for index in each] for each in (trained, held_out))
+    wanted = [each for each in own if each is not None]
     first = zoo.checkpoint(trained[0])
     names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
     result = evaluate_scores(
@@ -143,10 +172,8 @@ def evaluate_zoo(
         None,
         config.evaluate,
         held_out=[zoo.checkpoint(index) for index in held_out],
-        conditions=Conditions(
-            [conditions[i] for i in trained], [conditions[i] for i in held_out], [conditions[i] for i in trained]
-        ),
-        options=Options(judge.lower, judge.higher, config.seed),
+        conditions=Conditions(own, others, wanted),
+        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained)),
         workers=workers,
     )
     if workers.is_first:
@@ -167,106 +194,78 @@ def write_results(folder: Path, result: ScoreResult, page: ScorePage) -> None:
     write_score_page(folder / "report.html", result, page)
 
 
-def score_checkpoints(
-    paths: Sequence[Path], judge: Judge, config: Config | None, split: str, workers: Workers | None = None
-) -> dict[str, dict[str, Figures]]:
-    """Figures of checkpoints, by name, then by task; the task is called "" where there is but one.
-
-    Args:
-        paths: zoos, of which every checkpoint is scored; checkpoints of any kind; PEFT folders.
-        judge: who scores.
-        config: its task scores where ``judge`` names no function; a zoo may do with its own.
-        split: of the task's data.
-        workers: the processes that share the work.
-
-    Raises:
-        InputError: nothing scores them, or one of them does not fit.
-    """
-    workers, own = workers or Workers(), load_scorer(judge.reference) if judge.reference else None
-    items = [each for path in paths for each in _checkpoints(path)]
-    tasks: dict[Path, Any] = {}
-
-    def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Figures]:
-        name, file, source = item
-        if own is not None:
-            condition = None
-            return {"": own.of_file(file, name) if own.takes_path else own(_state_dict(file), condition, name)}
-        if source not in tasks:
-            tasks[source] = _task(source, config)
-        task, state_dict = tasks[source], _state_dict(file)
-        if isinstance(task, AdapterScorer):
-            return task.score(state_dict, split)
-        return {"": TaskScorer(task, split)(state_dict, None, name)}
-
-    workers.expect(len(items))
-    found = workers.map(score, items)
-    return {item[0]: each for item, each in zip(items, found, strict=True)}
-
-
-def print_figures(scores: dict[str, dict[str, Figures]], console: Console) -> None:
-    """Print the figures of checkpoints, one row a checkpoint and task."""
-    several = any(task for tasks in scores.values() for task in tasks)
-    names = list(dict.fromkeys(name for tasks in scores.values() for each in tasks.values() for name in each))
-    table = Table(title="scores")
-    for column in ("checkpoint", *(("task",) if several else ())):
-        table.add_column(column)
-    for column in names:
-        table.add_column(column.replace("_", " "), justify="right")
-    for checkpoint, tasks in scores.items():
-        for task, figures in tasks.items():
-            cells = [number(figures[name], 6) if name in figures else "" for name in names]
-            table.add_row(checkpoint, *((task,) if several else ()), *cells)
-    console.print(table)
-
-
-def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo) -> Scorer:
+def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:
+    """What gives figures; None where neither user nor configuration nor zoo says how."""
     if judge.reference is not None:
         return load_scorer(judge.reference, adapter)
-    return TaskScorer(find_task(config, zoo), config.evaluate.split)
+    if judge.lower or judge.higher:
+        raise InputError("--lower and --higher are for figures of your own; give --score, too")
+    if config.task is None and zoo.task is None:
+        return None
+    names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()
+    return TaskScorer(find_task(config, zoo), split, names)
 
 
-def _task(source: Path, config: Config | None) -> Any:
-    if config is not None and config.task is not None:
-        task = build_task(config.task)
-    elif (source / "zoo.json").is_file():
-        task = find_task(config or Config(), Zoo.open(source))
+def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:
+    """Merges the zoo's adapters as they were saved, into the form that the layout gives them."""
+    if adapter is None:
+        return None
+    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
+    return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
+
+
+def _conditions(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
+) -> tuple[Conditions, Any]:
+    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
+    if generator.condition is None:
+        return Conditions(), None
+    places = _asked_entries(zoo, held_out, split) or trained
+    chosen = _spread(places, num)
+    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
+    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
+        return Conditions(own, others), None
+    text = zoo.condition.kind == "text"
+    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
+    if generator.texts is not None:
+        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
     else:
-        raise InputError(
-            f"nothing says how to score {source}; give a CONFIG with a task, or a function of your own (--score)"
-        )
-    if not isinstance(task, AdapterScorer | Classifier):
-        raise InputError(
-            f"the task {type(task).__name__} scores no single checkpoint; give a function of your own (--score)"
-        )
-    return task
+        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
+    conditions = Conditions(
+        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=zoo.condition.kind == "class",
+    )  # fmt: skip
+    return conditions, known[len(own) :] if text else wanted
 
 
-def _checkpoints(path: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Name, file and origin of every checkpoint of a path."""
-    if not path.exists():
-        raise InputError(f"there is no {path}; name zoos or checkpoints to score")
-    if not (path / "zoo.json").is_file():
-        yield str(path), path, path
-        return
-    zoo = Zoo.open(path)
-    for index in range(len(zoo)):
-        yield zoo.entries[index].file, zoo.file(index), path
+def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
+    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
+    names = ("validation",) if split == "validation" else ("unseen", "test")
+    return [index for index in held_out if zoo.entries[index].split in names] or held_out
 
 
-def _state_dict(path: Path) -> Any:
-    return read_state_dict(path) if pickled_files(path) else Checkpoint.open(path).state_dict()
+def _spread(places: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
+    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
+    return [chosen[i % len(chosen)] for i in range(num)]
 
 
-def _wanted(zoo: Zoo, indices: Sequence[int], num: int) -> list[tuple[float, ...]]:
-    """Conditions of ``num`` entries, evenly spaced; again and again where there are fewer."""
-    chosen = indices if len(indices) <= num else [indices[i * len(indices) // num] for i in range(num)]
-    found = [zoo.entries[index].condition for index in chosen]
-    return [condition for i in range(num) if (condition := found[i % len(found)]) is not None]
+def _trajectory(
+    generator: Generator, scorer: Scorer | None, span: ZooSpan, wish: Any, seed: int
+) -> list[tuple[int, Tensor]]:
+    """The first figure of networks for a condition on their way from noise, without figures their distance."""
+    names = generator.condition.names if generator.condition is not None else ()
+    asked = wish
+    if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
+        asked = [float(names.index(wish))] if wish in names else None
 
+    def measure(networks: Sequence[StateDict]) -> Tensor:
+        if scorer is None:
+            return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
+        every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]
+        return torch.tensor([next(iter(each.values())) for each in every])
 
-def _texts(zoo: Zoo, conditions: Sequence[Sequence[float]]) -> list[str]:
-    names = zoo.condition.names if zoo.condition is not None else ()
-    return [names[int(each[0])] for each in conditions]
+    return trajectory_of(generator, wish, seed, measure, wanted=True)
 
 
 def _command(command: str, judge: Judge) -> str:

@@ -10,26 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import Config
 from rpg.evaluation.report.gather import losses_of, provenance_of
 from rpg.evaluation.report.tasks_page import TasksPage, each_of, task_name, write_tasks_page
+from rpg.experiments.held_out_tasks import task_family
 from rpg.experiments.single import find_task
+from rpg.experiments.trajectories import OPTION, trajectory_of, wished_trajectory
 from rpg.generation.generator import Generator
 from rpg.tasks.base import TaskFamily
+from rpg.tasks.class_splits import check_bits
+from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.side_by_side import stack
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-TASKS_SHOWN, VALUES_SHOWN, NETWORKS_SHOWN = 4, 100, 5
-HELD_VALUES = 1 << 26
-"""Values up to which the networks on their way from noise are held together; of larger ones none is shown."""
+TASKS_SHOWN, VALUES_SHOWN = 4, 100
 
 
-def write_tasks_report(run: Path | str, command: str) -> Path:
+def write_tasks_report(run: Path | str, command: str, trajectory: Sequence[float] | None = None) -> Path:
     """Write ``<run>/report.html`` from ``<run>/evaluation.json``; a few networks are generated for it.
 
     Args:
         run: the run of ``rpg unseen`` or ``rpg lora``.
         command: what wrote the scores, for the last table.
+        trajectory: the task whose networks are shown on their way from noise; the unseen one of median figure if None.
 
     Raises:
         InputError: the run has no scores, no generator, or no family of tasks.
@@ -52,9 +56,25 @@ def write_tasks_report(run: Path | str, command: str) -> Path:
         page.heatmaps = _heatmaps(generator, zoo, page.head, report, names)
     task = find_task(config, zoo)
     if isinstance(task, TaskFamily):
-        page.condition, page.trajectory = _trajectory(generator, task, report, names)
+        bits = torch.tensor(trajectory if trajectory is not None else _middle(report)).long()
+        page.condition, page.chosen = task_name(bits.tolist(), names), trajectory is not None
+        page.trajectory = trajectory_of(
+            generator, bits.float(), report["seed"],
+            lambda networks: task.accuracies(stack(networks), bits.expand(len(networks), -1)), wanted=page.chosen,
+        )  # fmt: skip
     write_tasks_page(run / "report.html", report, page)
     return run / "report.html"
+
+
+def wished_task(config: Config, text: str) -> list[int]:
+    """The task that ``--trajectory`` names. Raises InputError if there is none such, or no way to show."""
+    task = task_family(config)
+    bits = check_bits(
+        [float(bit) for bit in wished_trajectory(config, task.condition, text)], task.condition.size, OPTION
+    )
+    if isinstance(task, LanguageTask):
+        task.places(bits[None])  # only of these there are rows
+    return bits.tolist()
 
 
 def head_of(generator: Generator) -> str:
@@ -92,16 +112,8 @@ def _heatmaps(
     return found
 
 
-def _trajectory(
-    generator: Generator, task: TaskFamily, report: dict[str, Any], names: Sequence[str]
-) -> tuple[str, list[tuple[int, Tensor]]]:
-    """Networks on their way from noise for the unseen task of median figure, and what that is called."""
+def _middle(report: dict[str, Any]) -> list[int]:
+    """The unseen task of median figure."""
     figures = each_of(report["unseen"]["generated"])
-    middle = sorted(range(len(figures)), key=lambda place: figures[place])[len(figures) // 2]
-    bits = torch.tensor(report["unseen_tasks"]["tasks"][middle])
-    if generator.layout.num_values * NETWORKS_SHOWN > HELD_VALUES:
-        return "", []
-    shown = generator.trajectories(NETWORKS_SHOWN, seed=report["seed"], condition=bits.float())
-    wanted = bits.expand(NETWORKS_SHOWN, -1)
-    scored = [(step, task.accuracies(stack(networks), wanted)) for step, networks in shown]
-    return task_name(bits.tolist(), names), scored
+    place = sorted(range(len(figures)), key=lambda place: figures[place])[len(figures) // 2]
+    return report["unseen_tasks"]["tasks"][place]

@@ -19,6 +19,7 @@ from rpg.console import console
 from rpg.generation.text_encoder import load_pretrained, mean_hidden
 from rpg.tasks.class_splits import bits_of_classes, check_bits
 from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.metric import MetricScale
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
@@ -35,6 +36,39 @@ def parse_condition(text: str | None) -> list[float] | None:
         raise InputError(
             f"--condition {text!r} is not understood; write comma-separated numbers such as 1,0,0,1"
         ) from None
+
+
+def named_condition(spec: ConditionSpec | None, text: str, where: str) -> list[float] | str:
+    """A condition of any kind from one text: bits or classes, a class, numbers, or the text itself.
+
+    Args:
+        spec: what conditions mean; None where there are none.
+        text: ``0110``, ``0,1,1,0`` or ``cat,dog``; ``french`` or ``3``; ``0.3,-1.2``; any text.
+        where: the option to name in errors.
+
+    Raises:
+        InputError: it is no such condition, or there are none.
+    """
+    if spec is None:
+        raise InputError(f"{where} names a condition, but the generator was trained without any; leave it out")
+    if spec.kind == "text":
+        return text
+    if spec.kind == "class" and text in spec.names:
+        return [float(spec.names.index(text))]
+    bits = text if "," in text else ",".join(text)
+    if spec.kind == "binary" and re.fullmatch(r"[01](,[01])*", bits) and bits.count(",") + 1 == spec.size:
+        return parse_condition(bits) or []
+    if spec.kind == "binary" and spec.names:
+        return bits_of_classes(text.split(","), spec.names, where).tolist()
+    values = [float(each) for each in text.split(",") if re.fullmatch(r"\s*-?\d+(\.\d*)?(e-?\d+)?\s*", each)]
+    size = 1 if spec.kind == "class" else spec.size
+    fits = len(values) == size == text.count(",") + 1
+    if not fits or spec.kind == "binary" or (spec.kind == "class" and values[0] not in range(spec.size)):
+        known = f" ({', '.join(spec.names)})" if spec.names else ""
+        raise InputError(
+            f"{where} {text!r} is no condition of this generator; give a {spec.kind} of {spec.size}{known}"
+        )
+    return values
 
 
 def choose_condition(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rpg.evaluation.workers import Workers
 from rpg.experiments import single
-from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, score_checkpoints
+from rpg.experiments.score_files import score_checkpoints
+from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
 from rpg.generation.generator import Generator
 from rpg.generation.partition import join_processes
 

@@ -178,7 +178,7 @@ MISTAKES = {
     "rpg export RUN --to torch --output FOLDER/out.pth --condition x": "--condition",
     "rpg export EMPTY --to torch --output FOLDER/out.pth": "empty",
     # scores and experiments
-    "rpg evaluate RUN": "task",
+    "rpg evaluate RUN --higher loss": "--score",
     "rpg evaluate RUN --num 0": "--num",
     "rpg evaluate FOLDER/none": "none",
     "rpg evaluate EMPTY": "config.yaml",

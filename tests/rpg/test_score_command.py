@@ -112,6 +112,43 @@ def test_networks_of_a_conditional_generator_are_made_for_conditions_of_the_zoo(
     assert found["sets"]["generated"]["figures"]["score"] == [2.0, 2.0, 2.0]
 
 
+def test_without_anything_that_scores_networks_are_told_apart_by_their_weights(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}), say=lambda _: None)
+    few = ["--set", "evaluate.num_baseline=2", "--set", "evaluate.baselines=[interpolation]"]
+    for given in (["run", "--num", 2], ["zoo", *few]):
+        code, out, err = rpg("evaluate", *given)
+        assert (code, err) == (0, "") and "by weights alone" in out and "new (%)" in out, err
+        found = json.loads(Path(str(given[0]), "evaluation.json").read_text())
+        assert found["better"] == {} and found["threshold"] is None
+        made = found["sets"].get("generated", found["sets"]["original"])
+        taus, distances = found["taus"], made["distances"]
+        shares = [sum(each >= tau for each in distances) / len(distances) for tau in taus]
+        assert made["novel_and_performant"] == pytest.approx(shares) and made["figures"] == {}
+        assert Path(str(given[0]), "scatter.png").stat().st_size > 1000
+        page = Path(str(given[0]), "report.html").read_text()
+        assert "Where the networks lie" in page and "against distance" not in page
+
+
+def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: Run, here: Path) -> None:
+    zoo = make_zoo(here / "conditional", condition_size=2)
+    config = small_config(
+        here, zoo=str(zoo.path), model={"condition": {"kind": "binary"}},
+        train={"steps": 2}, evaluate={"num_baseline": 3, "baselines": ["nearest_seen", "kernel_ridge"]},
+    )  # fmt: skip
+    train(config, say=lambda _: None)
+    code, out, err = rpg("evaluate", "run", "--num", 3, "--trajectory", "01")
+    assert (code, err) == (0, "") and "to its own" in out, err
+    found = json.loads(Path("run/evaluation.json").read_text())
+    assert list(found["sets"]) == ["original", "generated", "nearest_seen", "kernel_ridge", "average"]
+    own = found["sets"]["average"]["own_distances"]
+    assert len(own) == 3 and all(each > 0 for each in own)
+    nearest = found["sets"]["nearest_seen"]
+    assert nearest["distances"] == pytest.approx([0.0] * 3, abs=1e-3) and min(nearest["own_distances"]) > 0.5
+    page = Path("run/report.html").read_text()
+    assert "distance to its own original" in page and "Networks for 01 after each sampling step" in page
+    refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory")
+
+
 def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
     """Of networks cut into several tiles, which `rpg generate` would share tile by tile; in every way of scoring."""
     task = DigitsConfig(network="mlp-mini", train_steps=60, steps=6, batch_size=64)
@@ -146,8 +183,6 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
 
 def test_what_is_refused(rpg: Run, here: Path) -> None:
     train(small_config(here, train={"steps": 2}))
-    refused(rpg("evaluate", "run"), "--score")
-    refused(rpg("evaluate", "zoo"), "--score")
     refused(rpg("evaluate", "zoo", "--num", 3, "--score", "mine:norm"), "--num")
     refused(rpg("evaluate", "run", "--score", "mine:norm", "--set", "seed=1"), "--set")
     refused(rpg("evaluate", "run", "--lower", "norm"), "--score")

@@ -53,6 +53,26 @@ def training_loss(logged: tuple[Sequence[float], Sequence[float]]) -> Chart | No
     return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
 
 
+def trajectories(
+    shown: Sequence[tuple[int, Sequence[float]]], name: str, caption: str, *, percent: bool = False
+) -> Chart | None:
+    """A figure of networks on their way from noise, one line a network.
+
+    Args:
+        shown: (sampling steps taken, the figure of each network then); one step is no way, and gives None.
+        name: of the figure.
+        caption: below the chart.
+        percent: whether it is a share.
+    """
+    if len(shown) < 2:
+        return None
+    steps = [step for step, _ in shown]
+    num = len(shown[0][1])
+    series = [Series(f"network {i}", steps, [float(values[i]) for _, values in shown], i) for i in range(num)]
+    up = Axis(name, -0.02, 1.02, percent=True) if percent else Axis(name)
+    return lines(series, Axis("sampling step", ticks=steps if len(steps) < 12 else ()), up, caption)
+
+
 def principal_components(series: Sequence[Series], explained: float) -> Chart:
     """Networks in the first two principal components of the originals, which hold ``explained`` of their variance."""
     caption = (

@@ -13,7 +13,15 @@ import numpy as np
 from torch import Tensor
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
-from rpg.evaluation.report.charts import Chart, histogram, lines, principal_components, scatter, training_loss
+from rpg.evaluation.report.charts import (
+    Chart,
+    histogram,
+    lines,
+    principal_components,
+    scatter,
+    training_loss,
+    trajectories,
+)
 from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import (
     AT_DISTANCE,
@@ -171,16 +179,10 @@ def heat_png(values: Tensor) -> str:
 
 
 def _trajectories(result: EvaluationResult, data: ReportData) -> Chart | None:
-    if len(data.trajectories) < 2:  # one step is no way
-        return None
-    steps = [step for step, _ in data.trajectories]
-    num = len(data.trajectories[0][1])
-    series = [
-        Series(f"network {i}", steps, [float(values[i]) for _, values in data.trajectories], i) for i in range(num)
-    ]
+    num = len(data.trajectories[0][1]) if data.trajectories else 0
     caption = f"Accuracy on {result.split} images of {num} networks after each sampling step, noise included."
-    across = Axis("sampling step", ticks=steps if len(steps) < 12 else ())
-    return lines(series, across, Axis("accuracy", -0.02, 1.02, percent=True), caption)
+    shown = [(step, values.tolist()) for step, values in data.trajectories]
+    return trajectories(shown, "accuracy", caption, percent=True)
 
 
 def _components(data: ReportData) -> Chart | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series
-from rpg.evaluation.report.charts import Chart, lines, scatter, training_loss
+from rpg.evaluation.report.charts import Chart, scatter, training_loss, trajectories
 from rpg.evaluation.report.page import heat_png
 from rpg.evaluation.report.template import render_page
 
@@ -34,6 +34,7 @@ class TasksPage:
         head: name of the tensor that these are of.
         trajectory: (sampling steps taken, figure ``[networks]`` then), for the task that ``condition`` names.
         condition: in words.
+        chosen: whether the user named that task, which may be any.
     """
 
     title: str
@@ -44,6 +45,7 @@ class TasksPage:
     head: str = ""
     trajectory: Sequence[tuple[int, Tensor]] = ()
     condition: str = ""
+    chosen: bool = False
 
 
 def write_tasks_page(path: Path | str, report: Mapping[str, Any], page: TasksPage) -> None:
@@ -162,13 +164,7 @@ def _distance(report: Mapping[str, Any], figure: str) -> Chart:
 
 
 def _trajectory(page: TasksPage, figure: str) -> Chart | None:
-    if len(page.trajectory) < 2:  # one step is no way
-        return None
-    steps = [step for step, _ in page.trajectory]
-    series = [
-        Series(f"network {i}", steps, [float(values[i]) for _, values in page.trajectory], i)
-        for i in range(len(page.trajectory[0][1]))
-    ]
-    caption = f"Networks for the unseen task {page.condition} after each sampling step, noise included."
-    across = Axis("sampling step", ticks=steps if len(steps) < 12 else ())
-    return lines(series, across, Axis(figure.replace("_", " "), -0.02, 1.02, percent=True), caption)
+    kind = "task" if page.chosen else "unseen task"
+    caption = f"Networks for the {kind} {page.condition} after each sampling step, noise included."
+    shown = [(step, values.tolist()) for step, values in page.trajectory]
+    return trajectories(shown, figure.replace("_", " "), caption, percent=True)

@@ -20,13 +20,19 @@ class ScoredNetworks(Section):
     figures: dict[str, tuple[float | None, ...]] = Field(description="of each network; None where it is not finite")
     summaries: dict[str, Summary | None] = Field(description="of the finite figures; None without any")
     distances: tuple[float | None, ...] = Field((), description="to the nearest (other) original; empty if not known")
+    own_distances: tuple[float | None, ...] = Field(
+        (), description="to the original of the condition that it was made for; empty without conditions"
+    )
     novel_and_performant: tuple[float, ...] = Field(
         (), description="share that is at least τ away and as good as the median original, for each τ"
     )
 
 
 class ScoreResult(Section):
-    """Everything that an evaluation by a scorer measured; the first figure is the one that networks are judged by."""
+    """Everything that an evaluation by a scorer measured; the first figure is the one that networks are judged by.
+
+    Where nothing scores there are no figures, and networks are told apart by their weights alone.
+    """
 
     scorer: str = Field(description="the function or the task")
     seed: int
@@ -48,8 +54,8 @@ class ScoreResult(Section):
 
     @property
     def first(self) -> str:
-        """Name of the figure that networks are judged by."""
-        return next(iter(self.better))
+        """Name of the figure that networks are judged by; empty without any."""
+        return next(iter(self.better), "")
 
     def save(self, path: Path | str) -> None:
         """Write the result as JSON, atomically. Raises InputError if the file cannot be written."""

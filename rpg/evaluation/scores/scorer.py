@@ -19,13 +19,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, Task
+from rpg.tasks.base import AdapterScorer, Classifier, Task, TaskFamily
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
 
 Figures = dict[str, float]
 StateDict = Mapping[str, Tensor]
@@ -128,23 +130,23 @@ class OwnScorer:
 
 
 class TaskScorer:
-    """A task on one split of its data: the accuracy of a classifier, or the mean over the tasks of an adapter.
+    """A task on one split of its data: of a family of tasks that which a network was made for.
+
+    Of an adapter that was made for none of them in particular, the mean over all.
 
     Args:
-        task: predicts, or scores adapters.
+        task: predicts, or scores networks of a family.
         split: of its data.
+        names: what the zoo calls its classes or texts, by whose places conditions are told.
 
     Raises:
-        InputError: the task scores no single network.
+        InputError: the task scores no network.
     """
 
-    def __init__(self, task: Task, split: str) -> None:
-        if not isinstance(task, Classifier | AdapterScorer):
-            raise InputError(
-                f"{type(task).__name__} is a family of tasks, whose networks answer different questions; score them "
-                "with `rpg unseen`, or with a function of your own (--score)"
-            )
-        self.task, self.split = task, split
+    def __init__(self, task: Task, split: str, names: Sequence[str] = ()) -> None:
+        if not isinstance(task, Classifier | AdapterScorer | TaskFamily):
+            raise InputError(f"{type(task).__name__} scores no single network; give a function of your own (--score)")
+        self.task, self.split, self.names = task, split, names
         self.name = f"{type(task).__name__}, {split} data"
 
     def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
@@ -152,9 +154,26 @@ class TaskScorer:
         if isinstance(self.task, Classifier):
             predictions = self.task.predict([network], self.split)
             return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}
+        if condition is not None and isinstance(self.task, TaskFamily):
+            weights = {name: value[None] for name, value in network.items()}
+            scores = self.task.scores(weights, self._asked(self.task.condition, condition)[None], self.split)
+            return {name: value.item() for name, value in scores.items()}
+        if not isinstance(self.task, AdapterScorer):
+            raise InputError(f"{where} was made for no task of {type(self.task).__name__}; train with a condition")
         tasks = self.task.score(network, self.split)
         names = next(iter(tasks.values()))
         return {name: sum(each[name] for each in tasks.values()) / len(tasks) for name in names}
+
+    def _asked(self, spec: ConditionSpec, condition: Sequence[float]) -> Tensor:
+        """A condition of the zoo as the task writes it, ``[C]``."""
+        if spec.kind == "binary":
+            return torch.tensor(condition).long()
+        if spec.kind in ("class", "text") and self.names and spec.names:
+            name = self.names[int(condition[0])]
+            if name not in spec.names:
+                raise InputError(f"the task has no {spec.kind} {name!r}, which the zoo has; name it in task.conditions")
+            return torch.tensor([float(spec.names.index(name))])
+        return torch.tensor(condition)
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:

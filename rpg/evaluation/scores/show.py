@@ -9,9 +9,18 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
-from rpg.evaluation.report.charts import Chart, histogram, lines, principal_components, scatter, training_loss
+from rpg.evaluation.report.charts import (
+    Chart,
+    histogram,
+    lines,
+    principal_components,
+    scatter,
+    training_loss,
+    trajectories,
+)
 from rpg.evaluation.report.template import render_page
 from rpg.evaluation.results import AT_DISTANCE
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
@@ -27,11 +36,15 @@ class ScorePage:
         title: of the page.
         provenance: rows of the last table.
         losses: (optimizer steps, losses) of training; empty without a run.
+        trajectory: (sampling steps taken, a figure of each network then), for the condition that the user named.
+        condition: in the user's words.
     """
 
     title: str
     provenance: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[Sequence[float], Sequence[float]] = ((), ())
+    trajectory: Sequence[tuple[int, Tensor]] = ()
+    condition: str = ""
 
 
 def label_of(kind: str) -> str:
@@ -48,25 +61,43 @@ def print_scores(result: ScoreResult, console: Console | None = None) -> None:
         console: where to print; standard output when None.
     """
     console = console or Console()
-    first, *others = result.better
-    table = Table(title=f"{first} ({result.better[first]} is better), by {result.scorer}")
+    first = result.first
+    title = f"{first} ({result.better[first]} is better), by {result.scorer}" if first else f"by {result.scorer}"
+    table = Table(title=title)
     table.add_column("networks", no_wrap=True)
-    columns = ["count", "mean", "best", "worst", *(f"mean {name}" for name in others)]
-    for name in [*columns, "distance"] if result.unit else columns:
+    heads = ["count", *(["mean", "best", "worst"] if first else [])]
+    heads += [f"mean {name}" for name in list(result.better)[1:]]
+    for name in [*heads, *distance_heads(result)]:
         table.add_column(name, justify="right", no_wrap=True)
-    for kind, each in result.sets.items():
-        cells = [str(each.count), *spread_of(each, first, result.better[first])]
-        cells += [number(mean_of(each, name)) for name in others]
-        cells += [number(median_of(each.distances), 3)] if result.unit else []
-        table.add_row(_short(kind), *cells, style="bold" if kind == "generated" else "")
+    for kind in result.sets:
+        table.add_row(_short(kind), *cells_of(result, kind), style="bold" if kind == "generated" else "")
     console.print(table)
-    if result.unit and result.threshold is not None:
+    if result.unit and any(each.novel_and_performant for each in result.sets.values()):
         console.print(_novelty_table(result))
 
 
+def distance_heads(result: ScoreResult) -> list[str]:
+    """The columns of distances: to the nearest original, and to the one of the condition."""
+    if not result.unit:
+        return []
+    return ["distance", *(["to its own"] if any(each.own_distances for each in result.sets.values()) else [])]
+
+
+def cells_of(result: ScoreResult, kind: str) -> list[str]:
+    """A row of the table: number of networks, figures, distances."""
+    each, first = result.sets[kind], result.first
+    cells = [str(each.count), *(spread_of(each, first, result.better[first]) if first else [])]
+    cells += [number(mean_of(each, name)) for name in list(result.better)[1:]]
+    medians = [number(median_of(values), 3) for values in (each.distances, each.own_distances)]
+    return cells + medians[: len(distance_heads(result))]
+
+
 def _novelty_table(result: ScoreResult) -> Table:
-    at_least = "at least" if result.better[result.first] == "more" else "at most"
-    table = Table(title=f"new and good (%): {result.first} {at_least} {number(result.threshold)} and distance over")
+    title = "new (%): distance over"
+    if result.first:
+        at_least = "at least" if result.better[result.first] == "more" else "at most"
+        title = f"new and good (%): {result.first} {at_least} {number(result.threshold)} and distance over"
+    table = Table(title=title)
     table.add_column("networks", no_wrap=True)
     for tau in result.taus:
         table.add_column(f"{tau:g}", justify="right", no_wrap=True)
@@ -86,20 +117,30 @@ def _short(kind: str) -> str:
 
 
 def draw_scores(result: ScoreResult, path: Path | str) -> None:
-    """The first figure against the distance to the nearest original, or by kind, as a PNG."""
+    """The first figure against the distance to the nearest original, or by kind, as a PNG; without figures where the
+    networks lie.
+    """
     save_points(*score_by_distance(result), path)
 
 
 def score_by_distance(result: ScoreResult) -> tuple[list[Series], Axis, Axis]:
-    """Points and axes of the first figure against distance, one point a network; of a zoo without spread by kind."""
+    """Points and axes of the first figure against distance, one point a network; of a zoo without spread by kind.
+
+    Without figures the distance to the condition's own original takes their place, without conditions the zoo's second
+    principal component.
+    """
+    if not result.first and not any(each.own_distances for each in result.sets.values()):
+        return component_series(result), Axis("first principal component"), Axis("second principal component")
     series = []
     for index, (kind, each) in enumerate(in_drawing_order(result)):
         across = each.distances if result.unit else [index] * each.count
-        pairs = [(x, y) for x, y in zip(across, each.figures[result.first], strict=True) if None not in (x, y)]
+        values = each.figures[result.first] if result.first else each.own_distances
+        pairs = [(x, y) for x, y in zip(across, values, strict=False) if None not in (x, y)]  # originals are their own
         xs, ys = ([pair[i] for pair in pairs] for i in (0, 1))
         series.append(Series(label_of(kind), xs, ys, KINDS.get(kind, AVERAGE + 1 + index)))  # type: ignore[arg-type]
     title = "distance to the nearest (other) original, in the zoo's median" if result.unit else "kind of networks"
-    return series, Axis(title), Axis(f"{result.first} ({result.better[result.first]} is better)")
+    up = f"{result.first} ({result.better[result.first]} is better)" if result.first else "distance to its own original"
+    return series, Axis(title), Axis(up)
 
 
 def in_drawing_order(result: ScoreResult) -> list[tuple[str, ScoredNetworks]]:
@@ -110,36 +151,45 @@ def in_drawing_order(result: ScoreResult) -> list[tuple[str, ScoredNetworks]]:
 def write_score_page(path: Path | str, result: ScoreResult, page: ScorePage) -> None:
     """Write ``report.html``. Raises InputError if the file cannot be written."""
     first = result.first
-    rows = [
-        [label_of(kind), each.count, *spread_of(each, first, result.better[first])]
-        + [number(mean_of(each, name)) for name in list(result.better)[1:]]
-        + ([number(median_of(each.distances), 3)] if result.unit else [])
-        for kind, each in sorted(result.sets.items(), key=lambda each: each[0] != "generated")
-    ]
-    heads = ["networks", "number", f"mean {first}", "best", "worst", *(f"mean {n}" for n in list(result.better)[1:])]
-    caption = f"The figure {first} of each network against its distance from the originals, by kind."
+    kinds = sorted(result.sets, key=lambda kind: kind != "generated")
+    rows = [[label_of(kind), *cells_of(result, kind)] for kind in kinds]
+    heads = ["networks", "number", *([f"mean {first}", "best", "worst"] if first else [])]
+    heads += [f"mean {name}" for name in list(result.better)[1:]]
+    heads += [f"median {name}" if name == "distance" else f"median distance {name}" for name in distance_heads(result)]
+    conditional = any(each.own_distances for each in result.sets.values())
+    up = f"The figure {first}" if first else "The distance to the original of its condition"
+    caption = f"{up} of each network against its distance from the originals, by kind."
     render_page(
         path,
         "scores.html.j2",
         data=page,
         result=result,
         verdict=verdict_of(result),
-        heads=[*heads, *(["median distance"] if result.unit else [])],
+        heads=heads,
         rows=rows,
-        scatter_chart=scatter(*score_by_distance(result), caption),
+        scatter_chart=scatter(*score_by_distance(result), caption) if first or conditional else None,
         novelty_chart=_novelty(result),
         distances_chart=_distances(result),
         components_chart=_components(result),
+        trajectory_chart=_trajectory(page, result),
         losses_chart=training_loss(page.losses),
     )
 
 
 def verdict_of(result: ScoreResult) -> list[str]:
     """What the figures say, in words."""
-    first, sets = result.first, result.sets
-    means = {kind: mean for kind, each in sets.items() if (mean := mean_of(each, first)) is not None}
-    shown = ", ".join(f"{label_of(kind)} {number(means[kind])}" for kind in KINDS if kind in means)
-    said = [f"Mean {first}, of which {result.better[first]} is better: {shown}."]
+    first, sets, said = result.first, result.sets, []
+    if first:
+        means = {kind: mean for kind, each in sets.items() if (mean := mean_of(each, first)) is not None}
+        shown = ", ".join(f"{label_of(kind)} {number(means[kind])}" for kind in KINDS if kind in means)
+        said = [f"Mean {first}, of which {result.better[first]} is better: {shown}."]
+    own = {kind: middle for kind, each in sets.items() if (middle := median_of(each.own_distances)) is not None}
+    if "generated" in own:
+        best = min((kind for kind in own if kind != "generated"), key=lambda kind: own[kind], default="generated")
+        said.append(
+            f"From the original of their condition generated networks lie {number(own['generated'], 3)} of the zoo’s "
+            f"nearest-neighbour distances (median), {label_of(best)}, the nearest baseline, {number(own[best], 3)}."
+        )
     generated = sets.get("generated")
     if generated is None or not result.unit or not generated.novel_and_performant:
         return said
@@ -152,7 +202,9 @@ def verdict_of(result: ScoreResult) -> list[str]:
     index = min(range(len(result.taus)), key=lambda i: abs(result.taus[i] - 2))
     rivals = {k: e.novel_and_performant[index] for k, e in sets.items() if k not in KINDS and e.novel_and_performant}
     share = generated.novel_and_performant[index]
-    line = f"At τ = {result.taus[index]:g}, {100 * share:.0f} % of them are new and as good as the median original"
+    good = " and as good as the median original" if first else ""
+    line = f"At τ = {result.taus[index]:g}, {100 * share:.0f} % of them are new{good}"
+    rivals = rivals if first else {}  # distance alone is no merit
     if rivals:
         best = max(sorted(rivals), key=lambda kind: rivals[kind])
         line += f"; of the best trivial baseline, {label_of(best)}, {100 * rivals[best]:.0f} %"
@@ -185,6 +237,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
+def _trajectory(page: ScorePage, result: ScoreResult) -> Chart | None:
+    caption = f"Networks for {page.condition} after each sampling step, noise included."
+    shown = [(step, values.tolist()) for step, values in page.trajectory]
+    return trajectories(shown, result.first or "distance to the nearest original", caption)
+
+
 def _novelty(result: ScoreResult) -> Chart | None:
     kinds = [
         (kind, each) for kind, each in in_drawing_order(result) if each.novel_and_performant and kind != "original"
@@ -198,13 +256,13 @@ def _novelty(result: ScoreResult) -> Chart | None:
         for index, (kind, each) in enumerate(kinds)
         for dashed in [kind != "generated" and not kind.endswith(AT_DISTANCE)]
     ]
+    good = f" whose {result.first} is as good as {number(result.threshold)}, the median original’s" * bool(result.first)
     caption = (
-        "Share of networks at least τ nearest-neighbour distances from every original (hidden units unmatched) whose "
-        f"{result.first} is as good as {number(result.threshold)}, the median original’s. Dashed: baselines at "
-        "distances of their own."
+        "Share of networks at least τ nearest-neighbour distances from every original (hidden units unmatched)"
+        f"{good}. Dashed: baselines at distances of their own."
     )
     across = Axis("τ", log=min(result.taus) > 0, ticks=result.taus)
-    return lines(series, across, Axis("new and good", -0.02, 1.02, percent=True), caption)
+    return lines(series, across, Axis("new and good" if result.first else "new", -0.02, 1.02, percent=True), caption)
 
 
 def _distances(result: ScoreResult) -> Chart | None:
@@ -223,10 +281,13 @@ def _distances(result: ScoreResult) -> Chart | None:
 def _components(result: ScoreResult) -> Chart | None:
     if not result.components:
         return None
-    series = [
+    return principal_components(component_series(result), result.explained)
+
+
+def component_series(result: ScoreResult) -> list[Series]:
+    """Each network in the zoo's first two principal components, by kind; none of a zoo without spread."""
+    shown = [kind for kind, _ in in_drawing_order(result) if AT_DISTANCE not in kind and kind in result.components]
+    return [
         Series(label_of(kind), [x for x, _ in points], [y for _, y in points], KINDS.get(kind, AVERAGE + 1 + index))
-        for index, (kind, points) in enumerate(
-            (kind, result.components[kind]) for kind, _ in in_drawing_order(result) if AT_DISTANCE not in kind
-        )
+        for index, (kind, points) in enumerate((kind, result.components[kind]) for kind in shown)
     ]
-    return principal_components(series, result.explained)

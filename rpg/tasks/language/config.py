@@ -73,6 +73,9 @@ class LanguageConfig(Section):
     conditions: str | None = Field(
         None, description="table with file, condition or condition.NAME, split; without it the stems are the conditions"
     )
+    condition: Literal["binary", "class", "vector", "text"] | None = Field(
+        None, description="kind of the conditions; found out from the values if left out, names being classes"
+    )
     symbols: SymbolsConfig | None = Field(None, description="first make base and data: symbol strings")
     unseen: int = Field(50, ge=0, description="tasks that no generator sees, where the table has no split")
     validation: int = Field(20, ge=0, description="seen tasks kept for choices, where the table has no split")

@@ -63,7 +63,7 @@ class LanguageTask:
         if config.symbols is not None:
             make_symbols(config.symbols, Path(config.base), Path(config.data), config.seed)
             table = table or str(Path(config.data) / "conditions.csv")
-        return find_tasks(config.data, table, config.unseen, config.validation, config.seed)
+        return find_tasks(config.data, table, config.unseen, config.validation, config.seed, config.condition)
 
     @property
     def tasks(self) -> list[TaskFile]:

@@ -18,7 +18,7 @@ from rpg.tasks.language.config import RowsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
 from tokenization.files import json_lines
-from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_table, resolve_condition
 
 IGNORED = -100
@@ -78,7 +78,12 @@ def stack_rows(parts: Sequence[Rows]) -> Rows:
 
 
 def find_tasks(
-    data: Path | str, table: Path | str | None, num_unseen: int, num_validation: int, seed: int
+    data: Path | str,
+    table: Path | str | None,
+    num_unseen: int,
+    num_validation: int,
+    seed: int,
+    kind: ConditionKind | None = None,
 ) -> tuple[list[TaskFile], ConditionSpec]:
     """The tasks of a folder and what their conditions mean.
 
@@ -88,14 +93,15 @@ def find_tasks(
             perhaps ``split``. Without it a file's stem is its condition: bits if all are of 0 and 1, else a class.
         num_unseen, num_validation: tasks drawn for these splits where the table has no ``split``.
         seed: of the draw.
+        kind: what conditions are; found out from the values when None.
 
     Raises:
         InputError: no files, a bad table, an unknown split, or none left to train on.
     """
     folder = Path(data)
-    labelled = _from_table(folder, Path(table)) if table is not None else _from_stems(folder)
+    labelled = _from_table(folder, Path(table), kind) if table is not None else _from_stems(folder, kind)
     labels = [label for _, label, _ in labelled]
-    spec = infer_condition(labels)
+    spec = infer_condition(labels, kind)
     if spec is None:
         raise InputError(f"{table} gives no condition; add a column condition, or columns condition.NAME")
     given = any(has_split for _, _, has_split in labelled)
@@ -110,7 +116,7 @@ def find_tasks(
     return tasks, spec
 
 
-def _from_table(folder: Path, table: Path) -> list[tuple[Path, Label, bool]]:
+def _from_table(folder: Path, table: Path, kind: ConditionKind | None) -> list[tuple[Path, Label, bool]]:
     found = []
     for where, row in read_table(table):
         path = folder / row["file"]
@@ -118,18 +124,18 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, Label, bool]]:
             raise InputError(
                 f"{where} names the file {row['file']!r}, which is not in {folder}; put it there or correct the name"
             )
-        found.append((path, label_of(row, where), "split" in row))
+        found.append((path, label_of(row, where, kind), "split" in row))
     return found
 
 
-def _from_stems(folder: Path) -> list[tuple[Path, Label, bool]]:
+def _from_stems(folder: Path, kind: ConditionKind | None) -> list[tuple[Path, Label, bool]]:
     paths = sorted(folder.glob("*.jsonl"), key=lambda path: natural_key(path.name))
     if not paths:
         raise InputError(
             f"{folder} has no *.jsonl; check that task.data is the folder with a file of prompts and completions a task"
         )
     stems = [path.stem for path in paths]
-    binary = all(set(stem) <= {"0", "1"} and len(stem) == len(stems[0]) for stem in stems)
+    binary = kind in (None, "binary") and all(set(stem) <= {"0", "1"} and len(stem) == len(stems[0]) for stem in stems)
     labels = [Label(str(path), condition=tuple(map(float, path.stem)) if binary else f"{path.stem}") for path in paths]
     return [(path, label, False) for path, label in zip(paths, labels, strict=True)]
 

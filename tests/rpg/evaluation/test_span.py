@@ -56,6 +56,8 @@ def test_places_are_those_of_vectors_in_memory(zoo, monkeypatch, block, group):
     torch.testing.assert_close(places.squares, slow.square().sum(1), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(places.products, slow @ slow_zoo.T, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(span.distances(places), torch.cdist(slow, slow_zoo), rtol=1e-4, atol=1e-3)
+    far = span.distance(networks[0], zoo.checkpoint(4))
+    assert far == pytest.approx(torch.cdist(slow, slow_zoo)[0, 4].item(), rel=1e-5)
     among = torch.cdist(slow_zoo, slow_zoo).fill_diagonal_(torch.inf)
     assert span.unit() == pytest.approx(among.amin(1).median().item(), rel=1e-4)
     coordinates = span.coordinates()

@@ -11,8 +11,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
-from rpg.experiments.scores import Judge, print_figures, score_checkpoints
+from rpg.evaluation.adapter_merges import METHODS as MERGED
+from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
+from rpg.experiments.score_files import print_figures, score_checkpoints
+from rpg.experiments.scores import Judge
+from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.language.config import AdapterConfig
@@ -23,6 +26,7 @@ from tokenization.zoo.zoo import Zoo
 
 METHODS = {
     "original", "generated", "no_condition", "no_adapter", "nearest_seen", "average", "ridge", "kernel_ridge",
+    *MERGED,
 }  # fmt: skip
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rpg.evaluation.report.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
-from rpg.experiments.tasks_report import head_of, write_tasks_report
+from rpg.experiments.tasks_report import head_of, wished_task, write_tasks_report
 from rpg.generation.generator import Generator
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
@@ -20,6 +24,8 @@ from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["lora", "unseen"]
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", ["unseen", "lora"])
@@ -44,6 +50,24 @@ def test_the_page_shows_what_was_measured(name: str, request: pytest.FixtureRequ
     assert f"{100 * generated['mean']:.2f}" in text
     assert text.count("data:image/png") == 2 and f"rpg {name}" in text
     assert sum("Parameters as colours" in str(each.get("alt")) for each in page.pictures) == 2
+
+
+def test_two_processes_find_the_figures_of_one(unseen, lora, tmp_path: Path) -> None:
+    """Of images and of adapters; what is written is what one process wrote."""
+    runs = []
+    for name, (config, _) in {"unseen": unseen, "lora": lora}.items():
+        runs.append(tmp_path / name)
+        shutil.copytree(config.run, runs[-1])
+        (runs[-1] / "evaluation.json").unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [Path(__file__).with_name("launched_tasks.py"), *runs]
+    subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
+    for run, (config, _) in zip(runs, (unseen, lora), strict=True):
+        one, two = (json.loads((Path(each) / "evaluation.json").read_text()) for each in (config.run, run))
+        assert two == {name: value for name, value in one.items() if name in two}
+        assert set(one) - set(two) == {"collect_seconds", "seconds", "seeds"}
 
 
 def test_worst_tasks_are_sorted_and_named(unseen) -> None:
@@ -75,6 +99,24 @@ def test_trajectories_end_at_the_networks_of_the_condition(unseen) -> None:
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, last, strict=True) for name in a)
     with pytest.raises(InputError, match="condition"):
         generator.trajectories(2)
+
+
+def test_the_user_names_the_condition_whose_trajectory_is_shown(unseen, tmp_path: Path) -> None:
+    config, _ = unseen
+    generate = config.generate.model_copy(update={"steps": 3})
+    config = config.model_copy(update={"run": str(tmp_path / "run"), "generate": generate})
+    shutil.copytree(unseen[0].run, config.run)
+    config.save(tmp_path / "run" / "generator" / "config.yaml")
+    names = Zoo.open(config.zoo).condition.names
+    bits = wished_task(config, f"{names[3]},{names[7]}")
+    assert bits == wished_task(config, "0001000100") == wished_task(config, "0,0,0,1,0,0,0,1,0,0")
+    text = write_tasks_report(config.run, "rpg unseen", bits).read_text()
+    assert f"for the task {names[3]}, {names[7]} after each" in text and "for the unseen task" not in text
+    for wrong in ("3,12", "1111111111", "no class"):
+        with pytest.raises(InputError, match="--trajectory"):
+            wished_task(config, wrong)
+    with pytest.raises(InputError, match=r"generate\.steps"):
+        wished_task(unseen[0], "0001000100")
 
 
 def test_a_trajectory_of_several_steps_is_drawn(unseen, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from rpg.evaluation.diversity import measure_diversity
 from rpg.evaluation.held_out import base_summed, nearest_rows
 from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.vectors import FlatSpace
-from rpg.experiments.held_out_tasks import evaluate_held_out, generate_for, networks_of, run_held_out, task_family
+from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
 from rpg.experiments.single import scoring_task
+from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks import many

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from rpg.generation.conditions import bits_of_prompt, describe_bits
+from rpg.generation.conditions import bits_of_prompt, describe_bits, named_condition
 from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
 
 NAMES = ("cat", "dog", "ship")
 
@@ -83,3 +84,20 @@ def test_a_language_model_is_asked_for_every_class(tmp_path, monkeypatch):
     monkeypatch.setattr(GPT2LMHeadModel, "forward", answer)
     assert bits_of_prompt("animals!", NAMES, str(tmp_path)).tolist() == [1, 1, 0]
     assert len(asked) == 6  # each class with the prompt and with neutral words
+
+
+def test_one_text_names_a_condition_of_any_kind():
+    bits, pets = ConditionSpec("binary", 3), ConditionSpec("binary", 3, ("cat", "dog", "frog"))
+    for spec, text in ((bits, "010"), (bits, "0,1,0"), (pets, "dog"), (pets, "1")):
+        assert named_condition(spec, text, "--x") == [0, 1, 0]
+    assert named_condition(ConditionSpec("class", 2, ("french", "german")), "german", "--x") == [1.0]
+    assert named_condition(ConditionSpec("class", 4), "3", "--x") == [3.0]
+    assert named_condition(ConditionSpec("vector", 2), "0.3,-1.2e-1", "--x") == [0.3, -0.12]
+    assert named_condition(ConditionSpec("text", 1, ("polite",)), "anything, really", "--x") == "anything, really"
+    for spec, text in (
+        (None, "1"), (bits, "01"), (bits, "0,2,0"), (pets, "cow"), (ConditionSpec("class", 4), "4"),
+        (ConditionSpec("class", 2, ("french", "german")), "dutch"), (ConditionSpec("vector", 2), "0.3"),
+        (ConditionSpec("vector", 2), "a,b"), (ConditionSpec("vector", 2), "1,nan"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="--x"):
+            named_condition(spec, text, "--x")

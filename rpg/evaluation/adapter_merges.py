@@ -1,0 +1,154 @@
+"""PEFT's own ways of merging adapters, as baselines: `add_weighted_adapter` on a few adapters of one zoo.
+
+PEFT merges one low-rank pair at a time and asks no more of the base than the pair's shapes, so that here it is given a
+single layer of zeros that take no memory: the base is never opened, and no more than one pair of the merged adapters is
+held. n adapters of a zoo.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpg.evaluation.vectors import StateDict
+from rpg.seeding import derive_seed
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.layout.canonical import NO_PRODUCT
+from tokenization.lora.adapter import partner_of
+from tokenization.lora.low_rank import balanced_factors
+
+METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
+"""``peft_`` and PEFT's ``combination_type``."""
+
+NUM_MERGED = 4
+"""Adapters that are merged into one: those with the largest shares."""
+
+DENSITY = 0.2
+"""Share of the values that ties and dare keep: that of the TIES paper (arXiv 2306.01708) and of PEFT's guide."""
+
+MERGED = "merged"
+
+
+class PeftMerges:
+    """Merges adapters of one structure.
+
+    DoRA's magnitudes and whatever else is no pair of a linear layer are weighted means: PEFT merges pairs alone and
+    leaves magnitudes at the norms of the base.
+
+    Args:
+        config: text of PEFT's ``adapter_config.json``.
+        adapters: n of them, as they were saved.
+        finish: brings a merged adapter into the form that the others are compared in.
+    """
+
+    def __init__(
+        self, config: str, adapters: Sequence[Checkpoint], finish: Callable[[StateDict], Any] | None = None
+    ) -> None:
+        self.config: dict[str, Any] = json.loads(config)
+        self.adapters, self.finish = list(adapters), finish or dict
+        tensors = self.adapters[0].tensors
+        self.pairs = {  # A by B
+            partner: name
+            for name, info in tensors.items()
+            for side, partner in [partner_of(name) or ("", "")]
+            if side == "A" and "embedding" not in name and len(info.shape) == 2 and partner in tensors
+        }
+        self._models: dict[Any, Any] = {}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """`METHODS`; none of a single adapter, nor where updates are more than ``B A``."""
+        several = len(self.adapters) > 1 and bool(self.pairs)
+        return METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
+
+    def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
+        """One adapter, made by ``method`` of those with the largest positive shares.
+
+        Args:
+            method: one of ``methods``.
+            shares: of all adapters, ``[n]``; those that count are scaled to add up to 1.
+            seed: of what dare leaves out.
+        """
+        values, rows = shares.double().topk(min(NUM_MERGED, len(shares)))
+        values = values.clamp(min=0)
+        values = values / values.sum() if values.sum() > 0 else torch.full_like(values, 1 / len(values))
+        weights = [(row, value) for row, value in zip(rows.tolist(), values.tolist(), strict=True) if value > 0]
+        chosen = [(self.adapters[row], value) for row, value in weights]
+        made: dict[str, Tensor] = {}
+        for name, info in self.adapters[0].tensors.items():
+            if name in self.pairs:
+                a = self.pairs[name]
+                given = [(each.tensor(a), each.tensor(name), value) for each, value in chosen]
+                made[a], made[name] = self._pair(method, a, given, derive_seed(seed, method, name))
+            elif name not in self.pairs.values():
+                mean = sum(value * each.tensor(name).double() for each, value in chosen)
+                made[name] = torch.as_tensor(mean).to(info.dtype)
+            for each, _ in chosen:
+                each.release(name)
+        first = self.adapters[0]
+        return self.finish({name: made[first.ties.get(name, name)] for name in first.order})
+
+    def _pair(
+        self, method: str, name: str, given: Sequence[tuple[Tensor, Tensor, float]], seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """The merged factors, in the scaling of those that are given (PEFT's new adapters are scaled by other rules).
+
+        PEFT's ``svd`` decomposes the whole update ``[out, in]``; its ``cat``, decomposed by its factors, is the same to
+        rounding and some hundred times faster.
+        """
+        a, b, _ = given[0]
+        kind = "cat" if method == "peft_svd" else method.removeprefix("peft_")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model, layer = self._model(a.shape[1], b.shape[0], a.shape[0], self._alpha(name), len(given))
+            for number, (each_a, each_b, _) in enumerate(given):
+                layer.lora_A[str(number)].weight.data = each_a.float()
+                layer.lora_B[str(number)].weight.data = each_b.float()
+            torch.manual_seed(seed)
+            model.add_weighted_adapter(
+                [str(number) for number in range(len(given))], [value for *_, value in given], MERGED, kind,
+                density=DENSITY,
+            )  # fmt: skip
+        scale = layer.scaling[MERGED] / layer.scaling["0"]
+        new_a, new_b = layer.lora_A[MERGED].weight.data, layer.lora_B[MERGED].weight.data * scale
+        model.delete_adapter(MERGED)
+        if kind == "cat":
+            new_a, new_b = balanced_factors(new_a, new_b)
+            new_a, new_b = new_a[: len(a)], new_b[:, : len(a)]
+        return new_a.to(a.dtype), new_b.to(b.dtype)
+
+    def _alpha(self, name: str) -> float:
+        from peft.utils.other import get_pattern_key
+
+        module = name[: name.index(".lora_A")]
+        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
+        return patterns.get(get_pattern_key(list(patterns), module), float(self.config["lora_alpha"]))
+
+    def _model(self, size_in: int, size_out: int, rank: int, alpha: float, num: int) -> tuple[Any, Any]:
+        """A network of one layer with ``num`` adapters, called ``0``, ``1``, …, and that layer."""
+        from peft import LoraConfig, get_peft_model
+
+        key = (size_in, size_out, rank, alpha, num)
+        if key not in self._models:
+            base = nn.Module()
+            base.layer = nn.Linear(1, 1, bias=False)
+            base.layer.in_features, base.layer.out_features = size_in, size_out
+            base.layer.weight = nn.Parameter(torch.zeros(1, 1).expand(size_out, size_in), requires_grad=False)
+            rslora = bool(self.config.get("use_rslora"))
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], use_rslora=rslora)  # type: ignore[arg-type]
+            model = get_peft_model(base, config, "0")  # type: ignore[arg-type]
+            for number in range(1, num):
+                model.add_adapter(str(number), config)
+            self._models[key] = model, base.layer
+        return self._models[key]
+
+
+def average_shares(num: int, merged: int, draw: torch.Generator) -> Tensor:
+    """Equal shares ``[n]`` of ``NUM_MERGED`` of ``num`` adapters, for each of ``merged`` networks: ``[N, n]``."""
+    shares = torch.zeros(merged, num, dtype=torch.float64)
+    for row in shares:
+        row[torch.randperm(num, generator=draw)[:NUM_MERGED]] = 1 / min(num, NUM_MERGED)
+    return shares

@@ -1,0 +1,114 @@
+"""What networks are made for, and the baselines that look at it: nearest, regression, and merged adapters.
+
+n checkpoints of a zoo, W wanted networks, C numbers of a condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rpg.evaluation.adapter_merges import METHODS, PeftMerges, average_shares
+from rpg.evaluation.combinations import MANY_VALUES, Recipe
+from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.vectors import StateDict
+from rpg.models.kernel_regression import KernelRidge
+from rpg.seeding import derive_seed, make_rng
+from tokenization.checkpoint.checkpoint import Checkpoint
+
+Condition = Sequence[float] | None
+Cook = Callable[[], StateDict]
+"""Makes a network when it is called."""
+
+CONDITIONAL = ("nearest_seen", "kernel_ridge")
+NAMES = (*CONDITIONAL, *METHODS)
+"""What ``evaluate.baselines`` may name beside the kinds that serve any network."""
+
+AFFORDABLE = (*CONDITIONAL, "peft_svd")
+"""The default for networks of more than `MANY_VALUES` values."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What networks are made for, where they are made for something; empty otherwise.
+
+    Attributes:
+        originals: of each checkpoint.
+        held_out: of those that nothing was learned from.
+        wanted: of generated networks and of baselines, again and again.
+        targets: a checkpoint that was trained for each of ``wanted``.
+        seen, asked: the conditions of originals and ``wanted`` as numbers to regress on, float64 ``[n, C]``,
+            ``[W, C]``; None where there are no such numbers.
+        own: ``wanted`` are conditions of originals, so that the nearest one is that of another condition.
+        by_class: conditions are one-hot, so that each is left out with one checkpoint at a time.
+    """
+
+    originals: Sequence[Condition] = ()
+    held_out: Sequence[Condition] = ()
+    wanted: Sequence[Condition] = ()
+    targets: Sequence[Checkpoint] = ()
+    seen: Tensor | None = None
+    asked: Tensor | None = None
+    own: bool = False
+    by_class: bool = False
+
+
+def more_baselines(
+    zoo: ZooSpan, conditions: Conditions, merges: PeftMerges | None, config: EvaluateConfig, num: int, seed: int
+) -> dict[str, Sequence[Recipe | Cook]]:
+    """Baselines for the first ``num`` of the wanted conditions, and adapters that PEFT merges.
+
+    PEFT merges those with the largest shares in the regression; without conditions, some drawn at random.
+
+    Args:
+        zoo: the checkpoints that a generator learned from, or would.
+        conditions: what is wanted.
+        merges: merges the zoo's adapters; None of other networks.
+        config: which baselines.
+        num: networks of a kind.
+        seed: decides draws.
+    """
+    count = len(zoo.checkpoints)
+    large = sum(map(len, zoo.means.values())) > MANY_VALUES
+    default = AFFORDABLE if large else NAMES
+    wanted = [name for name in NAMES if name in (default if config.baselines is None else config.baselines)]
+    made: dict[str, Sequence[Recipe | Cook]] = {}
+    shares = average_shares(count, num, make_rng(seed, "merged adapters"))
+    if conditions.seen is not None and conditions.asked is not None and count > 1:
+        rows = torch.arange(num) % len(conditions.asked)
+        asked = conditions.asked[rows]
+        weights = regression_weights(zoo, conditions.seen, asked, conditions.by_class)
+        nearest = torch.eye(count, dtype=torch.float64)[nearest_rows(conditions.seen, asked, conditions.own)]
+        for name, each in (("nearest_seen", nearest), ("kernel_ridge", weights)):
+            if name in wanted:
+                made[name] = [Recipe(row) for row in each]
+        shares = weights + (1 - weights.sum(1, keepdim=True)) / count  # of the checkpoints, not of their deviations
+    for name in wanted if merges is not None else ():
+        if name in cast(PeftMerges, merges).methods:
+            seeds = [derive_seed(seed, name, number) for number in range(num)]
+            merge = cast(PeftMerges, merges).merge
+            made[name] = [partial(merge, name, row, each) for row, each in zip(shares, seeds, strict=True)]
+    return made
+
+
+def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool) -> Tensor:
+    """Weights of the checkpoints' deviations in kernel ridge's predictions, float64 ``[W, n]``.
+
+    Kernel and penalty are chosen by the leave-one-out error, in the normalised values of distances.
+    """
+    regression = KernelRidge.fit(seen, zoo.gram, by_condition=not by_class)
+    return regression.kernel(asked) @ regression.inverse
+
+
+def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
+    """The nearest of ``seen`` for each of ``asked``, ``[W]``; with ``own`` the nearest of another condition."""
+    distance = torch.cdist(asked.double(), seen.double())
+    if own:
+        distance[distance == 0] = float("inf")
+    return distance.argmin(1)

@@ -1,0 +1,107 @@
+"""The figures of any checkpoints, each by itself: of a zoo, of files of any kind, of PEFT folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rpg.config import Config
+from rpg.evaluation.scores.scorer import Figures, TaskScorer, load_scorer
+from rpg.evaluation.scores.show import number
+from rpg.evaluation.workers import Workers
+from rpg.experiments.scores import Judge
+from rpg.experiments.single import find_task
+from rpg.tasks import build_task
+from rpg.tasks.base import AdapterScorer, Classifier
+from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
+from tokenization.checkpoint.pickles import pickled_files
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+
+def score_checkpoints(
+    paths: Sequence[Path], judge: Judge, config: Config | None, split: str, workers: Workers | None = None
+) -> dict[str, dict[str, Figures]]:
+    """Figures of checkpoints, by name, then by task; the task is called "" where there is but one.
+
+    Args:
+        paths: zoos, of which every checkpoint is scored; checkpoints of any kind; PEFT folders.
+        judge: who scores.
+        config: its task scores where ``judge`` names no function; a zoo may do with its own.
+        split: of the task's data.
+        workers: the processes that share the work.
+
+    Raises:
+        InputError: nothing scores them, or one of them does not fit.
+    """
+    workers, own = workers or Workers(), load_scorer(judge.reference) if judge.reference else None
+    items = [each for path in paths for each in _checkpoints(path)]
+    tasks: dict[Path, Any] = {}
+
+    def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Figures]:
+        name, file, source = item
+        if own is not None:
+            condition = None
+            return {"": own.of_file(file, name) if own.takes_path else own(_state_dict(file), condition, name)}
+        if source not in tasks:
+            tasks[source] = _task(source, config)
+        task, state_dict = tasks[source], _state_dict(file)
+        if isinstance(task, AdapterScorer):
+            return task.score(state_dict, split)
+        return {"": TaskScorer(task, split)(state_dict, None, name)}
+
+    workers.expect(len(items))
+    found = workers.map(score, items)
+    return {item[0]: each for item, each in zip(items, found, strict=True)}
+
+
+def print_figures(scores: dict[str, dict[str, Figures]], console: Console) -> None:
+    """Print the figures of checkpoints, one row a checkpoint and task."""
+    several = any(task for tasks in scores.values() for task in tasks)
+    names = list(dict.fromkeys(name for tasks in scores.values() for each in tasks.values() for name in each))
+    table = Table(title="scores")
+    for column in ("checkpoint", *(("task",) if several else ())):
+        table.add_column(column)
+    for column in names:
+        table.add_column(column.replace("_", " "), justify="right")
+    for checkpoint, tasks in scores.items():
+        for task, figures in tasks.items():
+            cells = [number(figures[name], 6) if name in figures else "" for name in names]
+            table.add_row(checkpoint, *((task,) if several else ()), *cells)
+    console.print(table)
+
+
+def _task(source: Path, config: Config | None) -> Any:
+    if config is not None and config.task is not None:
+        task = build_task(config.task)
+    elif (source / "zoo.json").is_file():
+        task = find_task(config or Config(), Zoo.open(source))
+    else:
+        raise InputError(
+            f"nothing says how to score {source}; give a CONFIG with a task, or a function of your own (--score)"
+        )
+    if not isinstance(task, AdapterScorer | Classifier):
+        raise InputError(
+            f"the task {type(task).__name__} scores no single checkpoint; give a function of your own (--score)"
+        )
+    return task
+
+
+def _checkpoints(path: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Name, file and origin of every checkpoint of a path."""
+    if not path.exists():
+        raise InputError(f"there is no {path}; name zoos or checkpoints to score")
+    if not (path / "zoo.json").is_file():
+        yield str(path), path, path
+        return
+    zoo = Zoo.open(path)
+    for index in range(len(zoo)):
+        yield zoo.entries[index].file, zoo.file(index), path
+
+
+def _state_dict(path: Path) -> Any:
+    return read_state_dict(path) if pickled_files(path) else Checkpoint.open(path).state_dict()

@@ -1,0 +1,57 @@
+"""Networks on their way from noise, for a condition that the user chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.vectors import StateDict
+from rpg.generation.conditions import named_condition
+from rpg.generation.generator import Generator
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+
+NETWORKS_SHOWN, POINTS = 5, 20
+
+HELD_VALUES = 1 << 26
+"""Values up to which the networks on their way from noise are held together; of larger ones fewer are shown, if any."""
+
+OPTION = "--trajectory"
+
+
+def trajectory_of(
+    generator: Generator, condition: Any, seed: int, measure: Callable[[Sequence[StateDict]], Tensor], *, wanted: bool
+) -> list[tuple[int, Tensor]]:
+    """(Sampling steps taken, a figure ``[networks]`` then) of some networks for one condition.
+
+    Args:
+        generator: makes them.
+        condition: as ``Generator.generate`` takes it.
+        seed: decides everything.
+        measure: gives networks their figure.
+        wanted: show large networks, too: a single one, at no more steps than fit into the memory of the others.
+    """
+    num, points, size = NETWORKS_SHOWN, POINTS, generator.layout.num_values
+    if size * num > HELD_VALUES:
+        if not wanted:
+            return []
+        num, points = 1, max(2, min(points, HELD_VALUES * POINTS // NETWORKS_SHOWN // size))
+    shown = generator.trajectories(num, seed=seed, points=points, condition=condition)
+    return [(step, measure(networks)) for step, networks in shown]
+
+
+def wished_trajectory(config: Config, spec: ConditionSpec | None, text: str) -> list[float] | str:
+    """The condition that ``--trajectory`` names, checked before anything long begins.
+
+    Raises:
+        InputError: it is none of the generator's, or there is no way to show.
+    """
+    condition = named_condition(spec, text, OPTION)
+    if config.model.kind == "kernel_ridge" or config.generate.steps < 2:
+        raise InputError(
+            f"{OPTION} shows networks step by step, but this generator takes one step (generate.steps); leave it out"
+        )
+    return condition

@@ -1,0 +1,14 @@
+"""Runs on unseen tasks scored by as many processes as are launched: torchrun … launched_tasks.py RUN…"""
+
+from __future__ import annotations
+
+import sys
+
+from rpg.evaluation.workers import Workers
+from rpg.experiments.held_out_tasks import evaluate_held_out
+from rpg.generation.partition import join_processes
+
+if __name__ == "__main__":
+    partition, _ = join_processes("cpu")
+    for run in sys.argv[1:]:
+        evaluate_held_out(run, workers=Workers(partition))
