@@ -21,7 +21,11 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): the same generator, of the data themselves on their grid.
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
+
+    A run that is no recurrent diffusion has none.
     """
+    if config.model.kind != "recurrent":
+        return {}
     plain = config.plain()
 
     def changed(name: str, zoo: str, **sections: Any) -> Config:
