@@ -153,3 +153,5 @@ def test_the_papers_networks_and_data_sets_have_configurations():
         task = each.config.task
         assert isinstance(task, TimmFinetuneConfig) and timm.is_model(task.network)
         assert each.config.run.endswith(each.name)
+        rates = (task.learning_rate, task.finetune_learning_rate, task.weight_decay, task.batch_size)
+        assert rates == (5e-4, 3e-2, 5e-4, 128) and task.train_epochs in (0, 10)  # tables 5a and 5b
