@@ -148,12 +148,7 @@ def evaluation_need(run: Path | str, most_values: int, num: int | None = None) -
     scoring = (target and target.scoring_bytes) or 0
     if target is None or target.device.type == "cpu":
         return Need("evaluating", host + scoring, 0, cure)
-    return Need(
-        "evaluating",
-        host,
-        scoring + weights + CUDA_BYTES,
-        "lower task.batch_size, the images that are scored at a time",
-    )
+    return Need("evaluating", host, scoring + weights + CUDA_BYTES, "lower the task's images that are scored at a time")
 
 
 def held_values(config: Config, layout: Layout, num_checkpoints: int, num: int) -> int:
