@@ -83,7 +83,7 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     assert found["sets"]["generated"]["figures"]["score"] == unseen == found["sets"]["peft_svd"]["figures"]["score"]
 
 
-@pytest.mark.parametrize("kind", ["class", "none"])
+@pytest.mark.parametrize("kind", ["class", pytest.param("none", marks=pytest.mark.slow)])
 def test_classes_and_nothing_that_scores(kind: str, folder: Path, rpg: Run) -> None:
     config = written(folder, kind, {"kind": kind}, split=False)
     assert rpg("lora", config, "--device", "cpu")[0] == 0
