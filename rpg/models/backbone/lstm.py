@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ class LSTMConfig(BackboneSection):
     norm: bool = Field(False, description="Normalise the input of every layer (layer norm).")
 
 
+def has_bf16_lstm() -> bool:
+    """Whether PyTorch has an LSTM in bf16 for this CPU: one that has AVX-512. Elsewhere it runs in fp32."""
+    check = getattr(torch.cpu, "_is_avx512_supported", None)
+    return bool(check and check())
+
+
 class LSTMLayer(nn.Module):
     """One LSTM over the tokens, optionally with layer norm before it and a residual connection around it."""
 
@@ -34,7 +41,12 @@ class LSTMLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, L, H]`` to ``[B, L, H]``."""
-        y, _ = self.lstm(self.norm(x))  # [B, L, H]
+        normed = self.norm(x)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not has_bf16_lstm():
+            with torch.autocast("cpu", enabled=False):
+                y, _ = self.lstm(normed.float())  # [B, L, H]
+        else:
+            y, _ = self.lstm(normed)  # [B, L, H]
         return x + y if self.residual else y  # [B, L, H]
 
 
