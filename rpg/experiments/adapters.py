@@ -7,8 +7,6 @@ from pathlib import Path
 
 from rpg.config import Config
 from rpg.experiments.single import collect
-from rpg.tasks import build_task
-from rpg.tasks.base import TaskFamily
 from rpg.tasks.language.config import LanguageConfig
 from rpg.training.loop import train
 from tokenization.errors import InputError
@@ -28,10 +26,9 @@ def is_comparison_of_tasks(config: Config) -> bool:
                 "`rpg collect --from FOLDER --zoo ZOO`, or name a task"
             )
         return False
-    task = build_task(config.task)
-    if not isinstance(task, TaskFamily):
+    if not isinstance(config.task, LanguageConfig):
         raise InputError(f"task.name is {config.task.name}, which trains no adapters; see configs/lora/tiny.yaml")
-    all_seen = isinstance(config.task, LanguageConfig) and config.task.unseen == 0 and config.task.conditions is None
+    all_seen = config.task.unseen == 0 and config.task.conditions is None
     return config.model.condition.kind == "binary" and not all_seen
 
 

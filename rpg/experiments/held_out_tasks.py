@@ -109,8 +109,7 @@ def evaluate_held_out(
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = networks["train"] if choosing or "validation" not in config.train.splits else _joined(networks)
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
-    few = seen.is_large or choosing
-    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if few else seen
+    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if seen.is_large or choosing else seen
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
