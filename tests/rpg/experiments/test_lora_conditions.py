@@ -57,7 +57,7 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     config = written(folder, "text", kind, split=True)
     code, out, err = rpg("lora", config, "--device", "cpu", "--trajectory", NAMES[4])
     assert code == 0, err
-    assert "symbol_accuracy" in out and "to its own" in out and "peft dare ties" in out
+    assert "report:" in out
     found = json.loads((folder / "run-text" / "evaluation.json").read_text())
     assert list(found["sets"]) == [
         "original", "held_out", "generated", "nearest_seen", "kernel_ridge", *METHODS, "average",
