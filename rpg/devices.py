@@ -7,6 +7,7 @@ agree. A program that uses the package without a command has noted nothing: gene
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -14,6 +15,9 @@ from accelerate import PartialState
 from tokenization.errors import InputError
 
 VARIABLE = "ACCELERATE_TORCH_DEVICE"
+
+PATIENCE = timedelta(days=7)
+"""How long launched processes wait for the others, whose last part may take hours longer."""
 
 
 def parse_device(name: torch.device | str) -> torch.device:

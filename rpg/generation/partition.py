@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from rpg.devices import note_device, use_device
+from rpg.devices import PATIENCE, note_device, use_device
 from tokenization.errors import InputError
 
 
@@ -52,7 +52,7 @@ def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
         raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
     # Left to itself, accelerate takes several processes without a GPU for as many single ones.
     no_gpu = device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     atexit.register(torch.distributed.destroy_process_group)
     note_device(state.device)
     return Partition(state.process_index, state.num_processes), state.device

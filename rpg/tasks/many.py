@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -27,9 +26,6 @@ from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
 _METRIC = "metric/"
-
-PATIENCE = timedelta(days=7)
-"""How long launched processes wait for the others, whose last part may take hours longer."""
 
 
 class Trainable(Protocol):

@@ -19,12 +19,13 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
 from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.many import PATIENCE, collect_many
+from rpg.tasks.many import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
