@@ -26,7 +26,7 @@ from rpg.experiments.single import existing, find_task, parts_of, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
-from rpg.models.conditioning import regression_inputs
+from rpg.models.conditioning import are_new, regression_inputs
 from rpg.tasks.base import Classifier
 from tokenization.errors import InputError
 from tokenization.files import make_folder
@@ -233,7 +233,7 @@ def _conditions(
         inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
     conditions = Conditions(
         own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
-        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=zoo.condition.kind == "class",
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=not are_new(zoo.condition.kind),
     )  # fmt: skip
     return conditions, known[len(own) :] if text else wanted
 

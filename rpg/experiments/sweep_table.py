@@ -88,9 +88,10 @@ def _accuracies(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _two_sample(scores: Mapping[str, Any]) -> dict[str, float]:
-    names = {"one_nna": "nearest_neighbour_accuracy", "coverage": "coverage", "nearest": "nearest_training"}
-    nearest = {"nearest": scores["nearest"]} if scores.get("nearest") is not None else {}
-    return nearest | {short: scores[name] for short, name in names.items() if scores.get(name) is not None}
+    """Of several networks a task the nearest original is the task's; else any that was learned from."""
+    names = {"nearest_neighbour_accuracy": "one_nna", "coverage": "coverage"}
+    names |= {"nearest": "nearest", "nearest_training": "nearest"}
+    return {short: scores[name] for name, short in names.items() if scores.get(name) is not None}
 
 
 def _training_seconds(folder: Path) -> float | None:

@@ -93,7 +93,12 @@ class Methods:
 def untrained(task: TaskFamily, zoo: Zoo, bits: Tensor, part_size: int) -> dict[str, Parts]:
     """What the training of each task ``[T, C]`` began with, by the name it is reported under."""
     parts = bits.split(part_size)
-    return {name: (task.untrained(zoo, each)[name] for each in parts) for name in task.untrained(zoo, parts[0][:1])}
+
+    def made(name: str) -> Parts:
+        for each in parts:
+            yield task.untrained(zoo, each)[name]
+
+    return {name: made(name) for name in task.untrained(zoo, parts[0][:1])}
 
 
 def as_many(networks: TaskNetworks, num: int) -> TaskNetworks:

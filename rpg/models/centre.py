@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rpg.models.conditioning import regression_inputs
+from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, rbf
 
 SMALLEST_REMAINDER = 1e-5
@@ -190,8 +190,8 @@ def fit_centre(
     if centre.condition is not None and conditions is not None:
         scaled = values * weights
         inputs = regression_inputs(centre.condition[0], conditions, centre.condition[1])
-        # A class is asked for again, other conditions are new ones: they are left out with all their checkpoints.
-        by_condition = centre.condition[0] != "class"
+        # New conditions are left out with all their checkpoints.
+        by_condition = are_new(centre.condition[0])
         regression = KernelRidge.fit(inputs, scaled @ scaled.T, by_condition)
         dual = (regression.inverse @ values).float().view(num, num_tokens, token_size)
         left_out = regression.left_out() @ values

@@ -79,6 +79,11 @@ class ConditionEncoder(nn.Module):
         return embedded
 
 
+def are_new(kind: str) -> bool:
+    """Whether networks are asked for conditions of a kind that nobody trained; of classes for those that were."""
+    return kind != "class"
+
+
 def regression_inputs(kind: str, conditions: Tensor, size: int) -> Tensor:
     """Conditions ``[B, C]`` as numbers to regress on, ``[B, size]`` float64: bits as ±1, classes one-hot."""
     if kind == "class":

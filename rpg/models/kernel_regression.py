@@ -60,9 +60,7 @@ class KernelRidge:
         apart = distances[distances > 0]
         unit = float(apart.median()) if len(apart) else 1.0
         total = float(gram.trace())
-        groups = torch.arange(len(x))
-        if by_condition:
-            groups = x.unique(dim=0, return_inverse=True)[1]
+        groups = condition_groups(x) if by_condition else torch.arange(len(x))
         best: KernelRidge | None = None
         for factor in LENGTHS:
             length = factor * unit
@@ -92,6 +90,11 @@ class KernelRidge:
     def root(self) -> Tensor:
         """``A^½``, ``[n, n]``: its product with the outputs spans their covariance."""
         return square_root(self.inverse)
+
+
+def condition_groups(conditions: Tensor) -> Tensor:
+    """Numbers that are the same for checkpoints of one condition: ``[n, C]`` → ``[n]`` long."""
+    return conditions.unique(dim=0, return_inverse=True)[1]
 
 
 def square_root(matrix: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rpg.models.centre import FittedBuffers
-from rpg.models.conditioning import ConditionConfig, regression_inputs
+from rpg.models.conditioning import ConditionConfig, are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.models.state import StateConfig
 from rpg.section import Section
@@ -93,7 +93,7 @@ class KernelRidgeGenerator(FittedBuffers):
         if conditions is not None:
             inputs = regression_inputs(self.config.condition.kind, conditions, self.condition_size)
             weighted = (tokens.to(torch.float64) * weight.to(torch.float64)[:, None]).flatten(1)
-            regression = KernelRidge.fit(inputs, weighted @ weighted.T, self.config.condition.kind != "class")
+            regression = KernelRidge.fit(inputs, weighted @ weighted.T, are_new(self.config.condition.kind))
             self.fill(
                 conditions=regression.conditions,
                 length=torch.tensor(regression.length),

@@ -20,9 +20,10 @@ from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
 from rpg.models.batch import Batch, Loss
 from rpg.models.centre import Centre, CodeTable, fit_centre
 from rpg.models.code_prior import CodePrior
-from rpg.models.conditioning import ConditionConfig, ConditionEncoder
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder, are_new
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.embeddings import position_embedding
+from rpg.models.kernel_regression import condition_groups
 from rpg.models.start import StartConfig
 from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
@@ -136,8 +137,8 @@ class RecurrentDiffusion(nn.Module):
         """Measure what is known of tokens in closed form, and codes; see `rpg.models.centre.fit_centre`."""
         assert self.centre is not None
         code_size = self.state.embedding_dim if isinstance(self.state, CodeTable) else 0
-        new = conditions is not None and self.config.condition.kind != "class"  # a class is asked for again
-        groups = conditions.unique(dim=0, return_inverse=True)[1] if new and conditions is not None else None
+        grouped = conditions is not None and are_new(self.config.condition.kind)
+        groups = condition_groups(conditions) if grouped else None  # type: ignore[arg-type]
         fitted = fit_centre(self.centre, tokens, conditions, code_size, weight, groups)
         if isinstance(self.state, CodeTable):
             self.state.fill(weight=fitted.codes)

@@ -96,9 +96,13 @@ def test_what_may_only_be_read_is_read(forks, prepared, disk, tmp_path):
         f"export {run} --to torch --output {work}/out.pth",
         f"inspect {zoo}",
     ]
-    for command in works:
+
+    def run_to_end(command: str) -> int:
         forks.start(work, *command.split(), log=log)
-        assert forks.finish() == 0, log.read_text()
+        return forks.finish()
+
+    for command in works:
+        assert run_to_end(command) == 0, log.read_text()
     refuses = [
         f"train digits.yaml --ignore-memory --set zoo={zoo} --set run={run} --overwrite",
         f"train {run}/config.yaml --ignore-memory --set run={run} --resume",
@@ -110,8 +114,7 @@ def test_what_may_only_be_read_is_read(forks, prepared, disk, tmp_path):
         f"export {run} --to torch --output {disk}/out.pth",
     ]
     for command in refuses:
-        forks.start(work, *command.split(), log=log)
-        assert forks.finish() == 2, log.read_text()
+        assert run_to_end(command) == 2, log.read_text()
         (said,) = log.read_text().splitlines()
         assert said.startswith("error: ") and str(disk) in said, said
 
