@@ -195,6 +195,7 @@ for command in (
     experiments.render,
     scoring.score,
     experiments.demo,
+    experiments.run,
 ):
     app.command()(command)
 

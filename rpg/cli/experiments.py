@@ -52,7 +52,7 @@ def lora(
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
         held_out(settings, split, 1, device, "lora", trajectory, ignore_memory=ignore_memory)
         return
-    adapters(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
+    figures(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
 
 
 def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
@@ -106,6 +106,34 @@ def demo(
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
 
 
+def run(
+    config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
+    ignore_memory: o.IgnoreMemory = False,
+) -> None:  # fmt: skip
+    """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
+
+    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, or figures of the
+    task's own.
+    """
+    from rpg.tasks import build_task
+    from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
+
+    settings = load(config, overrides)
+    task = build_task(settings.task) if settings.task is not None else None
+    kind = settings.task.name if settings.task is not None else ""
+    if kind in ("fields", "trajectories"):
+        {"fields": fields, "trajectories": metric}[kind](config, overrides)
+    elif isinstance(task, ImageTaskFamily):
+        unseen(config, overrides, device=device, ignore_memory=ignore_memory)
+    elif isinstance(task, TaskFamily):
+        lora(config, overrides, device=device, ignore_memory=ignore_memory)
+    elif isinstance(task, Classifier):
+        _guard_memory(settings, ignore_memory)
+        demo(config, overrides)
+    else:
+        figures(settings, None, (None, (), ()), device, None, ignore_memory)
+
+
 def _guard_memory(settings: Any, ignore: bool) -> None:
     from rpg.planning.collection import collection_need
     from rpg.planning.guard import training_need
@@ -114,10 +142,10 @@ def _guard_memory(settings: Any, ignore: bool) -> None:
         guard(functools.partial(need, settings), ignore)
 
 
-def adapters(
+def figures(
     settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None, ignore_memory: bool
 ) -> None:
-    """Adapters of whatever conditions: collect what the task trains, train, score; or score a run alone."""
+    """Networks judged by figures: collect what the task trains, train, score; or score a run alone."""
     from rpg.evaluation.scores.show import print_scores
     from rpg.evaluation.workers import Workers
     from rpg.experiments.adapters import prepare_adapters

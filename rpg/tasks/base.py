@@ -143,3 +143,14 @@ class AdapterScorer(Protocol):
 
     def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
         """Figures by task and name of one adapter, under PEFT's names. Raises InputError if it does not fit."""
+
+
+@runtime_checkable
+class FigureTask(Task, Protocol):
+    """A single task whose networks are told apart by figures of their own: AP50, mIoU, a distance of samples."""
+
+    def figures(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
+        """Figures by name of one network, the one that counts first; names with loss or error are better if small.
+
+        Raises InputError if the network does not fit.
+        """

@@ -212,6 +212,9 @@ MISTAKES = {
     "rpg score LORA EMPTY --split banana": "banana",
     "rpg demo --set run=TEXT": "text",
     "rpg demo --set task=null": "task",
+    "rpg run FOLDER/none.yaml": "none.yaml",
+    "rpg run CONFIG --set zoo=FOLDER/none --set task=null": "none",
+    "rpg run DIGITS --set run=TEXT": "text",
 }
 """What is typed, with names of ``world`` in capitals, and what the line must name."""
 

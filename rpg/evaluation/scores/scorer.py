@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, Task, TaskFamily
+from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, Task, TaskFamily
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -144,13 +144,15 @@ class TaskScorer:
     """
 
     def __init__(self, task: Task, split: str, names: Sequence[str] = ()) -> None:
-        if not isinstance(task, Classifier | AdapterScorer | TaskFamily):
+        if not isinstance(task, FigureTask | Classifier | AdapterScorer | TaskFamily):
             raise InputError(f"{type(task).__name__} scores no single network; give a function of your own (--score)")
         self.task, self.split, self.names = task, split, names
         self.name = f"{type(task).__name__}, {split} data"
 
     def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
         """Its figures. Raises InputError if the network does not fit the task."""
+        if isinstance(self.task, FigureTask):
+            return self.task.figures(network, self.split)
         if isinstance(self.task, Classifier):
             predictions = self.task.predict([network], self.split)
             return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}
