@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tokenization.errors import InputError
 from tokenization.checkpoint.masks import cut_mask
+from tokenization.errors import InputError
 
 
 def test_the_highest_scores_live_and_their_number_is_the_wished_one():
