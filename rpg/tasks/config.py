@@ -16,6 +16,7 @@ from rpg.tasks.images.config import (
     TrajectoriesConfig,
 )
 from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.vision.detection_config import DetectionConfig
 
 TaskConfig: TypeAlias = Annotated[
     DigitsConfig
@@ -25,7 +26,8 @@ TaskConfig: TypeAlias = Annotated[
     | TrajectoriesConfig
     | TimmFinetuneConfig
     | ImageNetConfig
-    | LanguageConfig,
+    | LanguageConfig
+    | DetectionConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""

@@ -21,6 +21,7 @@ TASKS = {
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",
+    "detection": "rpg.tasks.vision.detection:DetectionTask",
 }
 """Module and class of the task that each ``name`` of a configuration stands for."""
 

@@ -1,0 +1,147 @@
+"""Networks that detect: torchvision's own, and its Faster R-CNN on a pyramid of any backbone of timm.
+
+B images of H×W pixels, C channels of a backbone, F of a pyramid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torchvision
+from timm.layers import LayerNorm2d
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from rpg.tasks.vision.detection_config import DetectionConfig
+from tokenization.errors import InputError
+
+ASPECTS = (0.5, 1.0, 2.0)
+POOLED = 7  # height and width of a region's features
+
+
+def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: bool = False) -> nn.Module:
+    """A network of torchvision's detection interface, drawn from torch's global random state.
+
+    In training it takes images and targets and returns losses by name, in evaluation detections.
+
+    Args:
+        config: which network.
+        num_outputs: classes, of which the first is the background.
+        pretrained: with the backbone's ImageNet weights.
+
+    Raises:
+        InputError: there is no such network, backbone or argument, or the weights cannot be had.
+    """
+    retina, arguments = config.network.startswith("retinanet"), dict[str, Any](config.arguments)
+    if config.anchors:
+        anchors = _anchors(config.anchors, octaves=3 if retina else 1)  # as each of the two has them
+        arguments["anchor_generator" if retina else "rpn_anchor_generator"] = anchors
+    try:
+        if config.network == "fasterrcnn":
+            return _on_timm(config, num_outputs, pretrained, arguments)
+        return torchvision.models.get_model(
+            config.network, weights=None, weights_backbone="DEFAULT" if pretrained else None,
+            num_classes=num_outputs, **arguments,
+        )  # fmt: skip
+    except TypeError as error:
+        raise InputError(f"task.arguments do not fit {config.network}: {error}; name those of torchvision") from None
+    except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this backbone
+        raise InputError(
+            f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
+        ) from None
+
+
+def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool, arguments: dict[str, Any]) -> FasterRCNN:
+    if not timm.is_model(config.backbone):
+        raise InputError(f"task.backbone {config.backbone!r} is not a timm model; choose one of timm.list_models()")
+    plain = is_model_in_modules(config.backbone, ["vision_transformer"])
+    backbone = (SimplePyramid if plain else ConvolutionPyramid)(config.backbone, config.channels, pretrained)
+    arguments.setdefault("rpn_anchor_generator", _anchors(tuple(32 * 2**level for level in range(backbone.levels + 1))))
+    return FasterRCNN(
+        backbone,
+        box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(backbone.levels)], POOLED, sampling_ratio=2),
+        box_head=TwoMLPHead(config.channels * POOLED**2, config.hidden),
+        box_predictor=FastRCNNPredictor(config.hidden, num_outputs),
+        **arguments,
+    )
+
+
+class ConvolutionPyramid(nn.Module):
+    """A feature pyramid (arXiv 1612.03144) on the feature maps of a convolutional network from stride 4 on.
+
+    Args:
+        name: a timm model that gives feature maps.
+        channels: F.
+        pretrained: with timm's weights.
+    """
+
+    def __init__(self, name: str, channels: int, pretrained: bool = False) -> None:
+        super().__init__()
+        every: Any = timm.create_model(name, features_only=True)
+        kept = [index for index, stride in enumerate(every.feature_info.reduction()) if stride >= 4]
+        body: Any = timm.create_model(name, features_only=True, out_indices=kept, pretrained=pretrained)
+        self.body, self.fpn = body, FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool())
+        self.levels, self.out_channels = len(kept), channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` → maps ``[B, F, H / stride, W / stride]`` by level: 0, 1, …, pool."""
+        return self.fpn({str(level): features for level, features in enumerate(self.body(images))})
+
+
+class SimplePyramid(nn.Module):
+    """The simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): all levels from the last map alone.
+
+    Unlike there, every block of the transformer attends globally.
+
+    Args:
+        name: a plain vision transformer of timm; strides are its patch size times ¼, ½, 1 and 2.
+        channels: F.
+        pretrained: with timm's weights.
+    """
+
+    levels = 4
+
+    def __init__(self, name: str, channels: int, pretrained: bool = False) -> None:
+        super().__init__()
+        body: Any = timm.create_model(
+            name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, pretrained=pretrained
+        )
+        self.body, width = body, body.num_features
+        scales = (
+            nn.Sequential(_doubled(width), LayerNorm2d(width // 2), nn.GELU(), _doubled(width // 2)),
+            _doubled(width),
+            nn.Identity(),
+            nn.MaxPool2d(2),
+        )
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                scale,
+                nn.Conv2d(width // divided, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for scale, divided in zip(scales, (4, 2, 1, 1), strict=True)
+        )
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` → maps ``[B, F, H / stride, W / stride]`` by level: 0, 1, 2, 3, pool."""
+        (last,) = self.body.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)  # [B, C, …]
+        maps = {str(level): scale(last) for level, scale in enumerate(self.scales)}
+        return {**maps, "pool": maps["3"][:, :, ::2, ::2]}
+
+
+def _doubled(channels: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
+
+def _anchors(sizes: tuple[int, ...], octaves: int = 1) -> AnchorGenerator:
+    steps = tuple(tuple(int(size * 2 ** (part / octaves)) for part in range(octaves)) for size in sizes)
+    return AnchorGenerator(steps, (ASPECTS,) * len(sizes))
