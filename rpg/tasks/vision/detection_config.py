@@ -53,7 +53,9 @@ class DetectionConfig(StepwiseConfig):
     )
     channels: int = Field(256, ge=1, description="of fasterrcnn: channels of the feature pyramid")
     hidden: int = Field(1024, ge=1, description="of fasterrcnn: width of the box head")
-    anchors: tuple[int, ...] = Field((), description="anchors' side in pixels, one a level; empty: torchvision's")
+    anchors: tuple[int, ...] = Field(
+        (), description="side in pixels of the smallest anchors, one a level; empty: as torchvision has them"
+    )
     arguments: dict[str, int | float] = Field(
         {}, description="other arguments of torchvision's: min_size, rpn_post_nms_top_n_test, …"
     )

@@ -38,7 +38,7 @@ class ThingEntry(TypedDict):
 
     image_id: int
     category_id: int
-    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
     area: NotRequired[FiniteFloat]
     iscrowd: NotRequired[int]
 
@@ -119,7 +119,7 @@ def _canvases(split: str, data: CanvasesData) -> DetectionSet:
     things: list[ThingEntry] = []
     for number, canvas in enumerate(made):
         for (left, top, right, bottom), label in zip(canvas.boxes.tolist(), canvas.labels.tolist(), strict=True):
-            box = (left, top, right - left, bottom - top)
+            box = [left, top, right - left, bottom - top]
             things.append({"image_id": number, "category_id": label + 1, "bbox": box})
     instances: Instances = {
         "images": [{"id": number, "file_name": f"canvas {number}"} for number in range(num)],

@@ -5,6 +5,7 @@ B images of H×W pixels, C channels of a backbone, F of a pyramid.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import timm
@@ -12,7 +13,7 @@ import torchvision
 from timm.layers import LayerNorm2d
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -38,37 +39,70 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
     Raises:
         InputError: there is no such network, backbone or argument, or the weights cannot be had.
     """
-    retina, arguments = config.network.startswith("retinanet"), dict[str, Any](config.arguments)
-    if config.anchors:
-        anchors = _anchors(config.anchors, octaves=3 if retina else 1)  # as each of the two has them
-        arguments["anchor_generator" if retina else "rpn_anchor_generator"] = anchors
+    _check_arguments(config)
     try:
-        if config.network == "fasterrcnn":
-            return _on_timm(config, num_outputs, pretrained, arguments)
-        return torchvision.models.get_model(
-            config.network, weights=None, weights_backbone="DEFAULT" if pretrained else None,
-            num_classes=num_outputs, **arguments,
-        )  # fmt: skip
-    except TypeError as error:
-        raise InputError(f"task.arguments do not fit {config.network}: {error}; name those of torchvision") from None
+        network = _build(config, num_outputs, pretrained)
     except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this backbone
+        if not pretrained:
+            raise
         raise InputError(
             f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
         ) from None
+    if config.anchors:
+        holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
+        holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
+    return network
 
 
-def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool, arguments: dict[str, Any]) -> FasterRCNN:
+def _check_arguments(config: DetectionConfig) -> None:
+    """Torchvision itself would pass over an unknown name."""
+    kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
+    known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
+    for name in config.arguments:
+        if name not in known:
+            raise InputError(
+                f"task.arguments has {name!r}, no number that {kind.__name__} takes; known: {', '.join(known)}"
+            )
+
+
+def _build(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Any:
+    if config.network == "fasterrcnn":
+        return _on_timm(config, num_outputs, pretrained)
+    weights = "DEFAULT" if pretrained else None
+    return torchvision.models.get_model(
+        config.network, weights=None, weights_backbone=weights, num_classes=num_outputs, **config.arguments
+    )
+
+
+def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:
+    """Anchors of the same number and relative sizes on each level, the smallest with given sides in pixels.
+
+    Raises:
+        InputError: there is another number of levels.
+    """
+    if len(sides) != len(generator.sizes):
+        raise InputError(
+            f"task.anchors has {len(sides)} sides; the network has {len(generator.sizes)} levels: one each"
+        )
+    sizes = tuple(
+        tuple(side * size // known[0] for size in known) for side, known in zip(sides, generator.sizes, strict=True)
+    )
+    return AnchorGenerator(sizes, generator.aspect_ratios)
+
+
+def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool) -> FasterRCNN:
     if not timm.is_model(config.backbone):
         raise InputError(f"task.backbone {config.backbone!r} is not a timm model; choose one of timm.list_models()")
     plain = is_model_in_modules(config.backbone, ["vision_transformer"])
     backbone = (SimplePyramid if plain else ConvolutionPyramid)(config.backbone, config.channels, pretrained)
-    arguments.setdefault("rpn_anchor_generator", _anchors(tuple(32 * 2**level for level in range(backbone.levels + 1))))
+    sizes = tuple((32 * 2**level,) for level in range(backbone.levels + 1))
     return FasterRCNN(
         backbone,
+        rpn_anchor_generator=AnchorGenerator(sizes, (ASPECTS,) * len(sizes)),
         box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(backbone.levels)], POOLED, sampling_ratio=2),
         box_head=TwoMLPHead(config.channels * POOLED**2, config.hidden),
         box_predictor=FastRCNNPredictor(config.hidden, num_outputs),
-        **arguments,
+        **config.arguments,
     )
 
 
@@ -140,8 +174,3 @@ class SimplePyramid(nn.Module):
 
 def _doubled(channels: int) -> nn.Module:
     return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
-
-
-def _anchors(sizes: tuple[int, ...], octaves: int = 1) -> AnchorGenerator:
-    steps = tuple(tuple(int(size * 2 ** (part / octaves)) for part in range(octaves)) for size in sizes)
-    return AnchorGenerator(steps, (ASPECTS,) * len(sizes))
