@@ -59,6 +59,10 @@ class DetectionConfig(StepwiseConfig):
     arguments: dict[str, int | float] = Field(
         {}, description="other arguments of torchvision's: min_size, rpn_post_nms_top_n_test, …"
     )
-    pretrained: bool = Field(False, description="start from ImageNet weights of the backbone, fetched from the hub")
+    pretrained: bool = Field(
+        False,
+        description="start from ImageNet weights of the backbone, fetched where task.base is no file; its batch norms "
+        "are then frozen, as torchvision does",
+    )
     data: Annotated[CanvasesData | CocoData, Field(discriminator="kind")] = CanvasesData()
     workers: int = Field(0, ge=0, description="processes that read images")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpg.tasks.vision.detection_config import DetectionConfig
@@ -48,6 +48,8 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
         raise InputError(
             f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
         ) from None
+    if config.pretrained and config.network != "fasterrcnn" and not config.network.endswith("_v2"):
+        _freeze_norms(network.backbone)  # torchvision does so with weights alone, and checkpoints must not differ
     if config.anchors:
         holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
         holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
@@ -72,6 +74,13 @@ def _build(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Any:
     return torchvision.models.get_model(
         config.network, weights=None, weights_backbone=weights, num_classes=num_outputs, **config.arguments
     )
+
+
+def _freeze_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, child.eps))
+        _freeze_norms(child)
 
 
 def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:
