@@ -16,6 +16,8 @@ from rpg.tasks.images.config import (
     TrajectoriesConfig,
 )
 from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
+from rpg.tasks.vision.segmentation_config import SegmentationConfig
 
 TaskConfig: TypeAlias = Annotated[
     DigitsConfig
@@ -25,7 +27,9 @@ TaskConfig: TypeAlias = Annotated[
     | TrajectoriesConfig
     | TimmFinetuneConfig
     | ImageNetConfig
-    | LanguageConfig,
+    | LanguageConfig
+    | SegmentationConfig
+    | DiffusionUnetConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""
