@@ -1,7 +1,7 @@
 """The task ``diffusion_unet``: diffusers' U-Net as a DDPM of scikit-learn's digits, judged by the samples it draws.
 
-DDPM (arXiv 2006.11239) with the cosine schedule of arXiv 2102.09672; samples by DDIM (arXiv 2010.02502) from fixed noise,
-so that two networks differ in what they make of the same noise. B images of 8×8 pixels.
+DDPM (arXiv 2006.11239) with the cosine schedule of arXiv 2102.09672; samples by DDIM (arXiv 2010.02502) from fixed
+noise, so that two networks differ in what they make of the same noise. B images of 8×8 pixels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class DiffusionUnetTask(StepwiseTask):
                 down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
             )  # fmt: skip
         except ValueError as error:
-            raise InputError(f"task.channels {self.config.channels} make no U-Net ({error}); change task.groups") from None
+            raise InputError(
+                f"task.channels {self.config.channels} make no U-Net ({error}); change task.groups"
+            ) from None
 
     def scheduler(self, kind: str = "DDPMScheduler") -> Any:
         """diffusers' scheduler of that name with the task's noise levels."""

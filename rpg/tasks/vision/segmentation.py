@@ -5,6 +5,7 @@ B images, S height and width that images are brought to, C classes.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ class SegmentationTask(StepwiseTask):
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise InputError("the task segmentation needs torchmetrics; install it with: pip install rpg[vision]")
         self.config = config
         self.num_classes = NUM_CLASSES[config.dataset]
         self._opened: dict[str, Dataset[Any]] = {}

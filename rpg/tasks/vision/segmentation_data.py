@@ -128,7 +128,9 @@ def open_split(split: str, config: SegmentationConfig) -> Dataset[Sample]:
         order = permutation(len(samples), config.seed, "validation").tolist()
         samples = [samples[place] for place in sorted(order[:num] if split == "validation" else order[num:])]
     if not samples:
-        raise InputError(f"task.data {config.data} has no image for the split {split}; add images, or set task.validation")
+        raise InputError(
+            f"task.data {config.data} has no image for the split {split}; add images, or set task.validation"
+        )
     return MappedImages(samples, config, split == "train")
 
 
