@@ -1,4 +1,4 @@
-"""Small archives of real files in the layouts of ADE20K and Pascal VOC: digits on canvases as JPEG, their classes as PNG.
+"""Small archives of real files in the layouts of ADE20K and Pascal VOC: digits on canvases, and maps of their classes.
 
 python scripts/segmentation_archives.py ade20k data --train 48 --test 16
 """

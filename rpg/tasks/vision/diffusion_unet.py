@@ -32,7 +32,7 @@ class DiffusionUnetTask(StepwiseTask):
         super().__init__(config)
         self.config = config
 
-    def make_network(self) -> nn.Module:
+    def make_network(self) -> Any:
         """The untrained U-Net. Raises InputError if its channels cannot be grouped."""
         from diffusers import UNet2DModel  # imported here: slow
 

@@ -151,6 +151,6 @@ def _voc(root: Path, training: bool) -> list[tuple[Path, Path]]:
         opened: Any = datasets.VOCSegmentation(str(root), "2012", "train" if training else "val")
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"task.data {root} does not hold VOCdevkit/VOC2012 ({str(error).splitlines()[0]}); name the folder that does"
+            f"task.data {root} holds no VOCdevkit/VOC2012 ({str(error).splitlines()[0]}); name the folder that does"
         ) from None
     return [(Path(image), Path(classes)) for image, classes in zip(opened.images, opened.masks, strict=True)]

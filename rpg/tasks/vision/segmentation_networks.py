@@ -26,14 +26,14 @@ SEGFORMERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 
 class SmallSegmenter(nn.Module):
-    """A U-Net (arXiv 1505.04597) at half resolution with group norms: images [B, 3, S, S] → logits [B, classes, S/2, S/2].
+    """A U-Net (arXiv 1505.04597) with group norms: images ``[B, 3, S, S]`` → logits ``[B, classes, S / 2, S / 2]``.
 
     Args:
         num_classes: of the pixels.
         widths: channels of its levels, each half as large as the last.
     """
 
-    def __init__(self, num_classes: int, widths: tuple[int, ...] = (24, 48, 64)) -> None:
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
         self.down = nn.ModuleList(
@@ -77,11 +77,8 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
         depths, widths, decoder = SEGFORMERS[size]
-        return SegformerForSemanticSegmentation(
-            SegformerConfig(
-                depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder, num_labels=num_classes
-            )
-        )
+        options: dict[str, Any] = {"depths": list(depths), "hidden_sizes": list(widths), "num_labels": num_classes}
+        return SegformerForSemanticSegmentation(SegformerConfig(decoder_hidden_size=decoder, **options))
     known = models.list_models(module=models.segmentation)
     if name not in known:
         ours = ["unet-mini", *(f"segformer-{each}" for each in SEGFORMERS)]
