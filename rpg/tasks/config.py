@@ -17,6 +17,8 @@ from rpg.tasks.images.config import (
 )
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.vision.detection_config import DetectionConfig
+from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
+from rpg.tasks.vision.segmentation_config import SegmentationConfig
 
 TaskConfig: TypeAlias = Annotated[
     DigitsConfig
@@ -27,7 +29,9 @@ TaskConfig: TypeAlias = Annotated[
     | TimmFinetuneConfig
     | ImageNetConfig
     | LanguageConfig
-    | DetectionConfig,
+    | DetectionConfig
+    | SegmentationConfig
+    | DiffusionUnetConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""

@@ -69,7 +69,7 @@ class StepwiseTask(ABC):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise InputError(
-                    f"task.finetune has {pattern!r}, which matches no parameter; write patterns of names like {names[0]}"
+                    f"task.finetune has {pattern!r}, which matches no parameter; write patterns of names as {names[0]}"
                 )
         return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
