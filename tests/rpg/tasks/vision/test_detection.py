@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rpg.tasks import build_task
-from rpg.tasks.vision.canvases import make_canvases
 from rpg.tasks.vision.detection import average_precision
 from rpg.tasks.vision.detection_config import DetectionConfig
 from rpg.tasks.vision.detection_data import open_split
@@ -21,6 +21,7 @@ from rpg.tasks.vision.detection_networks import SimplePyramid, build_detector
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 
+SCRIPTS = Path(__file__).parents[4] / "scripts"
 SMALL = {
     "min_size": 32, "max_size": 32, "rpn_post_nms_top_n_train": 16, "rpn_post_nms_top_n_test": 16,
     "box_batch_size_per_image": 16,
@@ -37,33 +38,13 @@ def config_of(folder: Path, **changes) -> DetectionConfig:
     return DetectionConfig.model_validate({**settings, **changes})
 
 
-def write_coco(root: Path, counts: dict[str, int], size: int = 64) -> Path:
-    """A folder in COCO's format of digit canvases."""
-    (root / "annotations").mkdir(parents=True)
-    for split, (folder, count) in zip(("train", "test"), counts.items(), strict=True):
-        (root / folder).mkdir()
-        images, things = [], []
-        for number, canvas in enumerate(make_canvases(split, count, size, sides=(size // 4, size * 7 // 16)), 100):
-            name = f"{number:012}.jpg"
-            pixels = (canvas.image * 255).byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(root / folder / name, quality=95)
-            images.append({"id": number, "file_name": name, "height": size, "width": size, "license": 1})
-            for (x1, y1, x2, y2), label in zip(canvas.boxes.tolist(), canvas.labels.tolist(), strict=True):
-                things.append(
-                    {
-                        "id": len(things) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "segmentation": [],
-                    }
-                )  # fmt: skip
-        categories = [{"id": label + 1, "name": str(label), "supercategory": "digit"} for label in range(10)]
-        tree = {"info": {}, "images": images, "annotations": things, "categories": categories}
-        (root / "annotations" / f"instances_{folder}.json").write_text(json.dumps(tree))
-    return root
-
-
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("coco") / "data", {"train2017": 10, "val2017": 5}, size=32)
+    """A folder in COCO's format: 10 training images of 32×32 pixels, 5 to score on."""
+    root = tmp_path_factory.mktemp("coco")
+    command = [SCRIPTS / "coco_archive.py", root, "--train", "10", "--test", "5", "--size", "32"]
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return root
 
 
 def rows_of(things: list[dict], score: float = 0.9) -> np.ndarray:
@@ -221,7 +202,7 @@ def test_training_images_are_mirrored_with_their_boxes(coco, tmp_path):
 
 
 def test_crowds_and_boxes_without_area_are_no_targets(coco, tmp_path):
-    root = write_coco(tmp_path / "data", {"train2017": 3, "val2017": 1}, size=32)
+    root = copytree(coco, tmp_path / "data")
     path = root / "annotations" / "instances_train2017.json"
     tree = json.loads(path.read_text())
     count = len(tree["annotations"])
@@ -230,7 +211,7 @@ def test_crowds_and_boxes_without_area_are_no_targets(coco, tmp_path):
     tree["images"].append({**tree["images"][0], "id": 7})  # nothing is on it
     path.write_text(json.dumps(tree))
     train = open_split("train", config_of(tmp_path, data={"kind": "coco", "root": str(root)}).data)
-    assert len(train) == 3 and sum(len(target["labels"]) for _, target in train) == count
+    assert len(train) == 10 and sum(len(target["labels"]) for _, target in train) == count
 
 
 def _set(*path):
@@ -269,13 +250,13 @@ def test_malformed_annotations_are_one_line(change, message, coco, tmp_path):
 def test_files_that_are_missing_or_broken_are_one_line(coco, tmp_path):
     with pytest.raises(InputError, match="there is no file .*instances_train2017.json"):
         build_task(config_of(tmp_path, data={"kind": "coco", "root": str(tmp_path)})).build()
-    root = write_coco(tmp_path / "data", {"train2017": 4, "val2017": 1}, size=32)
+    root = copytree(coco, tmp_path / "data")
     (root / "annotations" / "instances_val2017.json").write_text("{")
     data = {"kind": "coco", "root": str(root)}
     with pytest.raises(InputError, match="Invalid JSON"):
         open_split("test", config_of(tmp_path, data=data).data)
-    with pytest.raises(InputError, match="task.data.validation keeps 0 of 4"):
+    with pytest.raises(InputError, match="task.data.validation keeps 0 of 10"):
         open_split("validation", config_of(tmp_path, data=data).data)
-    next((root / "train2017").glob("*.jpg")).write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"000000000\d+.jpg cannot be read"):
+    (root / "train2017" / "000000000103.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="000000000103.jpg cannot be read"):
         build_task(config_of(tmp_path, data=data)).collect(tmp_path / "zoo")
