@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -42,8 +42,11 @@ def config_of(folder: Path, **changes) -> DetectionConfig:
 def coco(tmp_path_factory) -> Path:
     """A folder in COCO's format: 10 training images of 32×32 pixels, 5 to score on."""
     root = tmp_path_factory.mktemp("coco")
-    command = [SCRIPTS / "coco_archive.py", root, "--train", "10", "--test", "5", "--size", "32"]
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        write_split = importlib.import_module("coco_archive").write_split
+    for split, name, num in (("train", "train2017", 10), ("test", "val2017", 5)):
+        write_split(root, split, name, num, 32)
     return root
 
 
