@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rpg.section import Section
+from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.vision.stepwise_config import StepwiseConfig
 
 
@@ -14,10 +15,18 @@ class CanvasesData(Section):
     """Digits placed on canvases; nothing is read from the disk."""
 
     kind: Literal["canvases"] = "canvases"
-    size: int = Field(64, ge=32, description="height and width of a canvas; digits are a quarter as high or more")
+    size: int = Field(64, ge=32, description="height and width of a canvas")
+    most: int = Field(3, ge=1, description="digits on a canvas at most, as far as there is room")
+    sides: tuple[int, int] = Field((16, 28), description="smallest and largest height of a digit's square")
     train: int = Field(1000, ge=1, description="canvases to train on")
     scored: int = Field(200, ge=1, description="canvases of validation, and of test")
     seed: int = Field(0, ge=0, description="decides what is on them")
+
+    @model_validator(mode="after")
+    def _digits_fit(self) -> CanvasesData:
+        if not DIGITS_SIZE <= self.sides[0] <= self.sides[1] <= self.size:
+            raise ValueError(f"sides are {self.sides}; give two sizes from {DIGITS_SIZE} to size {self.size}")
+        return self
 
 
 class CocoData(Section):
@@ -52,6 +61,7 @@ class DetectionConfig(StepwiseConfig):
         "vit_base_patch16_224", description="of fasterrcnn: a timm model; plain ViTs get the simple pyramid of ViTDet"
     )
     channels: int = Field(256, ge=1, description="of fasterrcnn: channels of the feature pyramid")
+    convolutions: int = Field(4, ge=0, description="of fasterrcnn: convolutions of the box head")
     hidden: int = Field(1024, ge=1, description="of fasterrcnn: width of the box head")
     anchors: tuple[int, ...] = Field(
         (), description="side in pixels of the smallest anchors, one a level; empty: as torchvision has them"

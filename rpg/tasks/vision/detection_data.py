@@ -115,7 +115,7 @@ def open_split(split: str, data: CanvasesData | CocoData) -> DetectionSet:
 
 def _canvases(split: str, data: CanvasesData) -> DetectionSet:
     num = data.train if split == "train" else data.scored
-    made = make_canvases(split, num, data.size, data.seed, sides=(data.size // 4, data.size * 7 // 16))
+    made = make_canvases(split, num, data.size, data.seed, most=data.most, sides=data.sides)
     things: list[ThingEntry] = []
     for number, canvas in enumerate(made):
         for (left, top, right, bottom), label in zip(canvas.boxes.tolist(), canvas.labels.tolist(), strict=True):

@@ -15,7 +15,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -109,7 +109,9 @@ def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Fas
         backbone,
         rpn_anchor_generator=AnchorGenerator(sizes, (ASPECTS,) * len(sizes)),
         box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(backbone.levels)], POOLED, sampling_ratio=2),
-        box_head=TwoMLPHead(config.channels * POOLED**2, config.hidden),
+        box_head=FastRCNNConvFCHead(
+            (config.channels, POOLED, POOLED), [config.channels] * config.convolutions, [config.hidden], LayerNorm2d
+        ),
         box_predictor=FastRCNNPredictor(config.hidden, num_outputs),
         **config.arguments,
     )
@@ -129,7 +131,10 @@ class ConvolutionPyramid(nn.Module):
         every: Any = timm.create_model(name, features_only=True)
         kept = [index for index, stride in enumerate(every.feature_info.reduction()) if stride >= 4]
         body: Any = timm.create_model(name, features_only=True, out_indices=kept, pretrained=pretrained)
-        self.body, self.fpn = body, FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool())
+        self.body, self.fpn = (
+            body,
+            FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool(), LayerNorm2d),
+        )
         self.levels, self.out_channels = len(kept), channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def config_of(folder: Path, **changes) -> DetectionConfig:
     settings = {
         "network": "fasterrcnn", "backbone": "test_resnet", "channels": 16, "hidden": 16,
         "anchors": [8, 12, 16, 24, 32], "arguments": SMALL,
-        "data": {"kind": "canvases", "size": 32, "train": 12, "scored": 6},
+        "data": {"kind": "canvases", "size": 32, "sides": [8, 14], "train": 12, "scored": 6},
         "base": str(folder / "base.safetensors"), "train_steps": 2, "steps": 3, "batch_size": 4,
     }  # fmt: skip
     return DetectionConfig.model_validate({**settings, **changes})
