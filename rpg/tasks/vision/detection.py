@@ -67,11 +67,12 @@ class DetectionTask(StepwiseTask):
             InputError: the network does not fit, or an image cannot be read.
         """
         fitted, dataset = self.network_with(network).eval(), self.dataset(split)
-        entries, rows = iter(dataset.images), []
+        rows: list[Tensor] = []
         with use_threads(self.config.threads):
             for batch in batches_to_score(dataset, self.config):
-                for entry, found in zip(entries, fitted([image.to(self.device) for image, _ in batch]), strict=False):
-                    rows.append(_rows(entry["id"], {name: value.cpu().double() for name, value in found.items()}))
+                for found in fitted([image.to(self.device) for image, _ in batch]):
+                    values = {name: value.cpu().double() for name, value in found.items()}
+                    rows.append(_rows(dataset.images[len(rows)]["id"], values))
         return average_precision(dataset.instances, torch.cat(rows).numpy())
 
 

@@ -178,6 +178,18 @@ def test_a_part_is_fine_tuned_and_scored_in_the_base_network_whose_statistics_st
         task.figures({"x": torch.zeros(1)})
 
 
+def test_each_image_is_judged_by_its_own_detections_however_many_are_looked_at_together(tmp_path):
+    class Oracle(torch.nn.Module):
+        def forward(self, images):
+            return [{**known[image.sum().item()], "scores": torch.ones(99)[: len(known[image.sum().item()]["boxes"])]}
+                    for image in images]  # fmt: skip
+
+    task = build_task(config_of(tmp_path, batch_size=4))
+    known = {image.sum().item(): target for image, target in (task.dataset("test")[i] for i in range(6))}
+    task.network_with = lambda tensors: Oracle()
+    assert task.figures({}) == pytest.approx({"AP50": 1.0, "AP": 1.0})
+
+
 def test_canvases_and_a_coco_folder_of_them_are_the_same_data(coco, tmp_path):
     canvases = open_split("test", config_of(tmp_path).data)
     folder = open_split("test", config_of(tmp_path, data={"kind": "coco", "root": str(coco)}).data)
