@@ -29,7 +29,8 @@ def write_split(root: Path, split: str, name: str, num: int, size: int) -> None:
     """``NAME/*.jpg`` and ``annotations/instances_NAME.json``; the digits 0 … 9 are the categories 1 … 10."""
     for folder in (root / name, root / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
-    images, things = [], []
+    images: list[dict[str, object]] = []
+    things: list[dict[str, object]] = []
     for number, canvas in enumerate(make_canvases(split, num, size, sides=(size // 4, size * 7 // 16)), 100):
         file = f"{number:012}.jpg"
         pixels = np.ascontiguousarray((canvas.image * 255).byte().permute(1, 2, 0).numpy())
