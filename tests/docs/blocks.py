@@ -49,7 +49,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def make_lines(command: str) -> Iterator[str]:
-    """The `rpg` commands that ``make TARGET NAME="value"`` stands for. Raises KeyError where there is no such target."""
+    """The `rpg` commands that ``make TARGET NAME="value"`` stands for. Raises KeyError where there is none."""
     words = shlex.split(command)[1:]
     values = dict(word.split("=", 1) for word in words if "=" in word)
     makefile = (ROOT / "Makefile").read_text()
