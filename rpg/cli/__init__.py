@@ -42,6 +42,7 @@ def collect(
     zoo: o.NewZoo = None,
     table: o.Table = None,
     pattern: o.Pattern = None,
+    find_runs: o.FindRuns = True,
     condition: o.Kind = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> None:
@@ -51,9 +52,15 @@ def collect(
 
         if zoo is None:
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
+        notices: list[str] = []
         with progress_bar("reading") as advance:
             kind = cast(ConditionKind | None, condition)
-            made = collect_from(source, zoo, table=table, pattern=pattern, condition=kind, progress=advance)
+            made = collect_from(
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
+                say=notices.append,
+            )  # fmt: skip
+        for notice in notices:
+            console.print(notice, highlight=False, markup=False, soft_wrap=True)
     elif config is not None:
         from rpg.experiments.single import collect as collect_task
         from rpg.planning.collection import collection_need
