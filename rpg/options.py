@@ -56,6 +56,9 @@ Kind = Annotated[
 # inspect and plan
 Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
 Verify = Annotated[bool, option("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
+WriteConfig = Annotated[
+    Path | None, option("Of a zoo: write a configuration that suits it, ready for rpg train.", metavar="FILE")
+]
 Memory = Annotated[str | None, option("Of a GPU: 24GB or a100; shows the largest target network that fits.")]
 TimmName = Annotated[str | None, option("The target network, by timm's name; needs no zoo.")]
 Checkpoints = Annotated[int | None, option("In a zoo that is not there yet (default: 50).", min=1)]

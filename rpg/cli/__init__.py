@@ -87,11 +87,18 @@ def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write
 
 
 @app.command()
-def inspect(path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False) -> None:
-    """Show layers, tokens, padding, sizes and memory before anything is trained."""
+def inspect(
+    path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None
+) -> None:
+    """Show layers, tokens, padding, sizes and memory before anything is trained; propose a configuration for a zoo."""
     from rpg.planning.inspect import inspect as describe
+    from rpg.planning.proposal import write_config as write
 
+    written = write(path, write_config) if write_config is not None else None
     console.print(*describe(path, overrides or [], verify=verify))
+    if written is not None:
+        console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
+        console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
 
 
 @app.command()
