@@ -13,6 +13,7 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.asking import Made
 from rpg.evaluation.evaluate import evaluate, save_evaluation
+from rpg.evaluation.network_merges import NetworkMerges
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
 from rpg.evaluation.span import ZooSpan, measure_span
@@ -158,6 +159,7 @@ def _evaluate_streamed(
         generator.config.evaluate,
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
         seed=seed,
+        merges=NetworkMerges(place.checkpoints, [zoo.entries[index].run for index in trained]),
         workers=workers,
     )
     if asked and not stored:
