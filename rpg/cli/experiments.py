@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,10 @@ from tokenization.errors import InputError
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
     """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
     from rpg.experiments.sweep import run_sweep
+    from rpg.experiments.sweep_table import print_sweep
 
     table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
-    console.print(table.read_text(), markup=False, soft_wrap=True)
+    print_sweep(json.loads(table.with_suffix(".json").read_text()), console)
     console.print(f"table: {table}")
 
 

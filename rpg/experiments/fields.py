@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.console import FiguresTable
 from rpg.evaluation.field_judges import class_judge, letter_features
 from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
 from rpg.evaluation.vectors import FlatSpace
@@ -215,10 +215,10 @@ def _samples(
 def print_fields(report: dict[str, Any], console: Console) -> None:
     """One row a kind."""
     columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
-    table = Table(title=f"fields beside {report['held_out']['num']} held-out data")
-    for column in ("", *columns):
-        table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    for name, found in report.items():
-        if isinstance(found, dict):
-            table.add_row(name.replace("_", " "), *(f"{found[each]:.3f}" if each in found else "" for each in columns))
-    console.print(table)
+    rows = [
+        [name.replace("_", " "), *(f"{found[each]:.3f}" if each in found else "" for each in columns)]
+        for name, found in report.items()
+        if isinstance(found, dict)
+    ]
+    heads = ("fields", *(column.replace("_", " ") for column in columns))
+    console.print(FiguresTable(heads, rows, f"fields beside {report['held_out']['num']} held-out data"))
