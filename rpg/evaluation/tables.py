@@ -41,6 +41,12 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
         console.print(_novelty_table(result.novelty_details))
 
 
+def means_of(result: EvaluationResult) -> dict[str, dict[str, float]]:
+    """Mean accuracy, and similarity to the originals, of every kind of networks."""
+    found = {name: {"accuracy": s.accuracy.mean, "similarity": s.similarity.mean} for name, s in result.kinds()}
+    return {**found, ENSEMBLE: {"accuracy": result.ensemble.accuracy, "similarity": result.ensemble.similarity}}
+
+
 def _accuracy_table(result: EvaluationResult) -> FiguresTable:
     rows = []
     original, *baselines, generated = result.kinds()

@@ -31,9 +31,10 @@ from rpg.tasks.fields.data import alter
 from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.progress import steps
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -76,13 +77,13 @@ def run_fields(config: Config, *, progress: Progress | None = None, baselines: b
         configs += baseline_configs(config).values()
     # The longest first; each on a thread of its own, which two cores bear better than two threads each.
     with ProcessPoolExecutor(min(2, len(configs)), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_train, configs))
+        list(steps("training", pool.map(_train, configs), len(configs), after=0))
     return evaluate_fields(config.run, seconds={"collect_seconds": collected, "started": started})
 
 
 @single_threaded()
 def _train(config: Config) -> None:
-    train(config, overwrite=True)
+    train_to_the_end(config, overwrite=True)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ def print_held_out(report: dict[str, Any], console: Console) -> None:
     console.print(f"that is {report['share_of_originals']:.1%} of the originals' mean", highlight=False)
 
 
+def means_of_tasks(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The mean of every figure over tasks, of every method."""
+    figures = {name: {key: value for key, value in each.items() if "mean" in value} for name, each in methods.items()}
+    return {name: {key: value["mean"] for key, value in each.items()} for name, each in figures.items()}
+
+
 def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The figures that seeds are told apart by."""
     summary = next(iter(report["unseen"]["generated"].values()))

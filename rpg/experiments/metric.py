@@ -28,7 +28,7 @@ from rpg.tasks import build_task
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.images.trajectories import TrajectoriesTask
 from rpg.tasks.side_by_side import Stacked, stack, unstack
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locks
@@ -47,7 +47,8 @@ def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> d
 
     Args:
         config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
 
     Returns:
         What ``<run>/evaluation.json`` holds.
@@ -56,7 +57,7 @@ def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> d
     started = time.perf_counter()
     collect(config, progress=progress.get("collect"))
     collected = time.perf_counter() - started
-    train(config, overwrite=True, progress=progress.get("train"))
+    train_to_the_end(config, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
     return evaluate_metric(config.run, seed=config.seed, seconds={"collect_seconds": collected, "started": started})
 
 

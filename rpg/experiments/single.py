@@ -28,7 +28,7 @@ from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.zoo.locks import locks
@@ -224,9 +224,10 @@ def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwri
 
     Args:
         config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
         overwrite: discard an earlier run of the same folder.
     """
     collect(config, progress=progress.get("collect"))
-    train(config, overwrite=overwrite, progress=progress.get("train"))
-    return evaluate_run(config.run)
+    train_to_the_end(config, overwrite=overwrite, progress=progress.get("train"), watch=progress.get("watch"))
+    return evaluate_run(config.run, workers=Workers(report=progress.get("score")))

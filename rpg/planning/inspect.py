@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -52,6 +53,22 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
         Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
     )
     return [checkpoint_table(checkpoint), *layout_tables(layout_without_statistics(checkpoint, config.tokens, 50))]
+
+
+def facts_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same in few figures, for a machine; of a checkpoint that is no zoo only where it is."""
+    path = Path(path)
+    file = _config_file(path)
+    config = Config.load(file, list(overrides)) if file else Config.defaults(list(overrides))
+    folder = Path(config.zoo) if file else path
+    if not (folder / "zoo.json").is_file():
+        return {"path": str(path)}
+    zoo = Zoo.open(folder)
+    layout = layout_without_statistics(zoo.checkpoint(0), config.tokens, len(zoo))
+    condition = None if zoo.condition is None else {"kind": zoo.condition.kind, "size": zoo.condition.size}
+    facts = {"zoo": str(folder), "checkpoints": len(zoo), "runs": zoo.num_runs, "condition": condition}
+    tokens = {"values": layout.num_values, "tokens": layout.num_tokens, "token_size": layout.token_size}
+    return {"path": str(path), **facts, **tokens, "splits": dict(Counter(entry.split for entry in zoo.entries))}
 
 
 def _config_file(path: Path) -> Path | None:

@@ -71,6 +71,14 @@ def print_scores(result: ScoreResult, console: Console | None = None) -> None:
         console.print(_novelty_table(result))
 
 
+def means_of(result: ScoreResult) -> dict[str, dict[str, float | None]]:
+    """The mean of every figure and the median distance, of every kind of networks."""
+    return {
+        kind: {name: mean_of(each, name) for name in result.better} | {"distance": median_of(each.distances)}
+        for kind, each in result.sets.items()
+    }
+
+
 def distance_heads(result: ScoreResult) -> list[str]:
     """The columns of distances: to the nearest original, and to the one of the condition."""
     if not result.unit:
