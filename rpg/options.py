@@ -48,6 +48,7 @@ Table = Annotated[
 Pattern = Annotated[
     str | None, option("With --from: regular expression on file names with groups run, step, condition.")
 ]
+FindRuns = Annotated[bool, option("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
 Kind = Annotated[
     str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
 ]
@@ -55,6 +56,9 @@ Kind = Annotated[
 # inspect and plan
 Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
 Verify = Annotated[bool, option("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
+WriteConfig = Annotated[
+    Path | None, option("Of a zoo: write a configuration that suits it, ready for rpg train.", metavar="FILE")
+]
 Memory = Annotated[str | None, option("Of a GPU: 24GB or a100; shows the largest target network that fits.")]
 TimmName = Annotated[str | None, option("The target network, by timm's name; needs no zoo.")]
 Checkpoints = Annotated[int | None, option("In a zoo that is not there yet (default: 50).", min=1)]

@@ -25,6 +25,7 @@ from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
 from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
 from tokenization.lora.low_rank import align_factors, balanced_factors
+from tokenization.progress import steps
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 
@@ -195,7 +196,7 @@ def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[La
     form = Canonical("svd", pairs, None)
 
     def write(file: TensorFile) -> None:
-        for pair in pairs:
+        for pair in steps("aligning adapters", pairs):
             factors = [form._factors(pair, *_values(checkpoint, pair)) for checkpoint in checkpoints]
             for layer, mean in zip(pair, _mean_of_aligned(factors), strict=True):
                 file.write(reference_name(layer.name), 0, mean.float())

@@ -25,6 +25,7 @@ from tokenization.layout.placement import BLOCK_VALUES, Layer, TokenOptions, cho
 from tokenization.layout.rows import read_rows
 from tokenization.layout.statistics import fitted_statistics
 from tokenization.layout.summary import LayerGroup, group_layers
+from tokenization.progress import steps
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Layer", "TokenLayout", "TokenOptions"]
@@ -64,7 +65,8 @@ class TokenLayout(LayoutDescription):
         first = zoo.checkpoint(indices[0])
         layout = cls._placed(first, options, _open_base(zoo, options.base) or first)
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
-        checkpoints = [layout.checkpoint(zoo, index) for index in indices]
+        opened = steps("bringing adapters into one form", indices) if layout.canonical else indices
+        checkpoints = [layout.checkpoint(zoo, index) for index in opened]
         form = layout.canonical.key if layout.canonical else None
         mode = options.normalization
         layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form)

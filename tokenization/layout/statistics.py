@@ -16,6 +16,7 @@ from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import LayerStatistics, Statistics, mean_name, statistics_specs
 from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization
+from tokenization.progress import steps
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 
@@ -139,7 +140,8 @@ def fit_statistics(
 
     totals = [Moments() for _ in layers]
     with ThreadPoolExecutor(num_threads or min(MOST_THREADS, torch.get_num_threads())) as pool:
-        for (index, _), moments in zip(jobs, pool.map(work, jobs), strict=True):
+        measured = zip(jobs, pool.map(work, jobs), strict=True)
+        for (index, _), moments in steps("measuring the zoo", measured, len(jobs)):
             totals[index] = totals[index].merge(moments)
     centre = [0.0 if residual else moments.mean for moments in totals]
     scale = [math.sqrt(moments.squares / moments.count) for moments in totals]
