@@ -7,6 +7,7 @@ seen only when its commit has come through, as on the hub itself.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -36,6 +37,7 @@ class HubServer(ThreadingHTTPServer):
         self.folder = folder
         self.lock = threading.RLock()
         self.requests: list[tuple[str, str]] = []
+        self.connections: list[tuple[socket.socket, Any]] = []
         self.drop: Callable[[str, str], bool] = lambda method, path: False
         (folder / "blobs").mkdir(parents=True)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -56,6 +58,18 @@ class HubServer(ThreadingHTTPServer):
     def commits(self, repo: str, kind: str = "model") -> int:
         """How many commits there are, the empty first one included."""
         return len(json.loads(self.description(kind, repo).read_text())["commits"])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections.append(super().get_request())
+        return self.connections[-1]
+
+    def stop(self) -> None:
+        """Be gone, for those too who are connected."""
+        self.shutdown()
+        self.server_close()
+        for connection, _ in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone is no fault of the server's."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring
+from rpg.cli import experiments, scoring, sharing
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar, run_command
 from tokenization.errors import InputError
@@ -158,13 +158,14 @@ def generate(
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, output=output or run / "generated",
-            progress=advance, partition=partition,
+            temperature=temperature, condition=vector, start=start, output=output, progress=advance,
+            partition=partition,
         )  # fmt: skip
-    console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
+    console.print(f"{len(paths)} network(s) in {output}")
 
 
 @app.command()
@@ -196,6 +197,8 @@ for command in (
     scoring.score,
     experiments.demo,
     experiments.run,
+    sharing.push,
+    sharing.pull,
 ):
     app.command()(command)
 

@@ -93,7 +93,7 @@ def publish(
             api.create_branch(repo, branch=branch, repo_type=kind, exist_ok=True)
         there = api.list_repo_files(repo, repo_type=kind, revision=branch)
         old = [name for name in there if name not in files and any(fnmatch(name, each) for each in patterns)]
-        operations = [
+        operations: list[Any] = [
             *(CommitOperationAdd(name, content) for name, content in files.items()),
             *(CommitOperationDelete(name) for name in old),
         ]

@@ -39,7 +39,10 @@ class SharedZoo:
     runs: list[str]
     entries: list[ZooEntry]
     if TYPE_CHECKING:
-        structure: Structure
+
+        @property
+        def structure(self) -> Structure:
+            """What all checkpoints have in common."""
 
         @classmethod
         def open(cls: type[AnyZoo], path: Path | str) -> AnyZoo:
