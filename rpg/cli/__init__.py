@@ -29,9 +29,13 @@ for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
 
 app = typer.Typer(
     help="Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(version: sharing.Version = False) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
@@ -199,6 +203,7 @@ for command in (
     experiments.run,
     sharing.push,
     sharing.pull,
+    sharing.doctor,
 ):
     app.command()(command)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import typer
+
+import rpg
 from rpg import options as o
 from rpg.console import console
 from tokenization.errors import InputError
@@ -13,6 +17,16 @@ Kind = Annotated[
     Literal["model", "dataset"] | None,
     o.option("What it is (default: found out): model, a generator; dataset, a zoo.", "--type"),
 ]
+
+
+def say_version(asked: bool) -> None:
+    """Print the version and end, if that was asked."""
+    if asked:
+        print(f"rpg {rpg.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, o.option("Print the version.", "--version", callback=say_version, is_eager=True)]
 Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
 Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
 
@@ -63,3 +77,39 @@ def pull(
 
         copy_folder(repo, folder, revision=revision)
     console.print(f"{repo} in {folder}")
+
+
+def doctor(as_json: Annotated[bool, o.option("For machines.", "--json")] = False) -> None:
+    """What is installed and what this machine can do: versions, devices, kernels, memory, disk, the hub."""
+    from rpg.planning.versions import unmet, versions
+
+    found: dict[str, Any] = {"versions": versions(), "unmet": unmet()}
+    if not as_json:  # before what takes seconds to load
+        numbers = found["versions"].items()
+        _say(", ".join(f"{name} {number}" for name, number in numbers if number))
+        _say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
+        _say(*found["unmet"])
+
+    from rpg.planning.machine import devices, features, hub, room
+
+    found |= {"devices": devices(), "features": features(), **room(), "hub": hub()}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for each in found["devices"]:
+        more = f", {_gib(each['free'])} of {_gib(each['total'])} free" if "total" in each else ""
+        _say(f"device {each['name']}: {each['what']}{more}")
+    _say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
+    memory = found["memory"]
+    _say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
+    _say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
+    _say(f"hub: {found['hub']['note']}")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
