@@ -1,4 +1,4 @@
-"""The package as it is built and installed, far from the checkout. ``make package``; PACKAGE_TORCH=2.6 for that version.
+"""The package as built and installed, far from the checkout: ``make package``; PACKAGE_TORCH=2.6 for that version.
 
 Without PACKAGE_TORCH the versions are those of ``constraints.txt``, which uv has in its cache already.
 """
