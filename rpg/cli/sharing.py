@@ -83,7 +83,7 @@ def doctor(as_json: Annotated[bool, o.option("For machines.", "--json")] = False
     """What is installed and what this machine can do: versions, devices, kernels, memory, disk, the hub."""
     from rpg.planning.versions import unmet, versions
 
-    found: dict[str, Any] = {"versions": versions(), "unmet": unmet()}
+    found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}
     if not as_json:  # before what takes seconds to load
         numbers = found["versions"].items()
         _say(", ".join(f"{name} {number}" for name, number in numbers if number))

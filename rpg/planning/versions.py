@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-import rpg
-
 EXTRAS = ("deepspeed", "bitsandbytes", "mamba-ssm", "causal-conv1d", "triton", "trimesh", "scikit-image")
 """What is used where it is there."""
 
@@ -23,10 +21,10 @@ def installed(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions by name of this program, Python, and all that it needs or can use; None of what is missing."""
+    """Versions by name of Python and all that the package needs or can use; None of what is missing."""
     needed = [requirement.name for requirement in requirements()]
     found = {name: installed(name) for name in [*needed, *EXTRAS]}
-    return {"rpg": rpg.__version__, "python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **found}
 
 
 def unmet() -> list[str]:
