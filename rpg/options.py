@@ -24,7 +24,7 @@ OtherConfig = Annotated[
     Path | None,
     argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "[CONFIG]"),
 ]
-RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
+RunFolder = Annotated[Path, argument("A run or generator folder, or an id on the Hugging Face hub.", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
     list[str] | None,

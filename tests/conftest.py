@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
+from tests.hub_server import TOKEN, HubServer
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 torch.set_num_threads(1)
@@ -67,3 +69,30 @@ def small_config(folder: Path, **sections: object) -> Config:
 @pytest.fixture
 def zoo(tmp_path: Path) -> Zoo:
     return make_zoo(tmp_path / "zoo")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hugging Face hub on this machine, for this process and those it starts; its caches are empty."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _cache_assets, _http
+
+    server = HubServer(tmp_path / "hub")
+    home = tmp_path / "hf"
+    settings = {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    # The client has read its environment when it was imported.
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its tries
+    yield server
+    server.stop()
