@@ -17,7 +17,10 @@ STILL_INSIDE: dict[str, set[str]] = {}
 OPTIONAL = {"bitsandbytes", "causal_conv1d", "deepspeed", "mamba_ssm", "skimage", "trimesh"}
 SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm", "tokenizers", "torchvision"}
 SLOW |= {"transformers"}
-LAZY = {"rpg/__init__.py", *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "reading", "scoring"))}
+LAZY = {
+    "rpg/__init__.py",
+    *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "reading", "scoring", "serving")),
+}
 """These load everything of our own when it is first asked for, so that ``rpg --help`` is quick."""
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring
+from rpg.cli import experiments, scoring, serving
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar, run_command
 from tokenization.errors import InputError
@@ -196,6 +196,7 @@ for command in (
     scoring.score,
     experiments.demo,
     experiments.run,
+    serving.app,
 ):
     app.command()(command)
 
