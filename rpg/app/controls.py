@@ -98,7 +98,7 @@ def start_controls(run: LoadedRun) -> Controls:
     names = [originals.name(index) for index in chosen] if originals is not None else []
     box = gr.Dropdown(names, value=names[0] if names else None, label="Go on from", elem_id="start",
                       info="A checkpoint that was learned from.", visible=bool(names))  # fmt: skip
-    file = gr.File(label="… or from a checkpoint of your own", file_types=[".safetensors"], height=110,
+    file = gr.File(label="… or from a checkpoint of your own", file_types=[".safetensors"], height=150,
                    elem_id="start-file")  # fmt: skip
 
     def read(name: str | None, upload: str | None) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def example_controls(run: LoadedRun, condition: Controls) -> tuple[Any, Callable
     """An upload of pictures that set the condition, where the task understands them; and what reads them."""
     if not reads_examples(run) or run.condition is None or run.zoo is None:
         return None
-    files = gr.File(
-        label="… or examples: pictures of digits", file_count="multiple", file_types=[".png", ".jpg", ".jpeg"],
-        height=110, elem_id="examples",
+    files = gr.UploadButton(
+        "… or by pictures of digits", file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], size="sm",
+        elem_id="examples",
     )  # fmt: skip
     names = list(run.condition.names)
 

@@ -87,6 +87,7 @@ class LoadedRun:
 
     Attributes:
         missing: why there are no originals or no figures, one sentence each.
+        is_large: whether networks are not scored because somebody waits.
 
     Raises:
         InputError: there is no generator, or a file of it is broken.
@@ -103,6 +104,7 @@ class LoadedRun:
         self.originals: Originals | None = None
         self.scorer: TaskScorer | None = None
         self.missing: list[str] = []
+        self.is_large = False
         for step in (self._open_zoo, self._open_task, self._open_originals):
             try:
                 step()
@@ -116,8 +118,10 @@ class LoadedRun:
         if self.zoo is None or (self.config.task is None and self.zoo.task is None):
             return  # said before, or somebody's own checkpoints, which no task scores
         self.task = find_task(self.config, self.zoo)
-        cheap = self.generator.layout.num_values <= MOST_SCORED_VALUES and isinstance(self.task, CHEAP)
-        if cheap and isinstance(self.task, FigureTask | Classifier | AdapterScorer | TaskFamily):
+        if not isinstance(self.task, FigureTask | Classifier | AdapterScorer | TaskFamily):
+            return
+        self.is_large = self.generator.layout.num_values > MOST_SCORED_VALUES or not isinstance(self.task, CHEAP)
+        if not self.is_large:
             names = self.zoo.condition.names if self.zoo.condition is not None else ()
             self.scorer = TaskScorer(self.task, self.config.evaluate.split, names)
 

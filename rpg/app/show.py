@@ -79,7 +79,7 @@ def show_made(run: LoadedRun, made: Made | None) -> str:
     mean = statistics.fmean(row["figure"] for row in rows) if made.figures else None
     return _render(
         "made", made=made, rows=rows, name=name, percent=_is_share(name), mean=mean, wanted=made.wanted,
-        heat=_heat(run, made), fields=_fields(run, made), large=run.scorer is None and run.task is not None,
+        heat=_heat(run, made), fields=_fields(run, made), large=run.is_large,
     )  # fmt: skip
 
 
