@@ -12,7 +12,7 @@ import gradio as gr
 from rpg.app.controls import condition_controls, example_controls, sampling_controls, start_controls, wish_of
 from rpg.app.digits import answers, drawn, reads_digits
 from rpg.app.loaded import LoadedRun, Made, Wish
-from rpg.app.show import show_answers, show_header, show_made, show_mistake
+from rpg.app.show import show_answers, show_drawing, show_header, show_made, show_mistake
 from tokenization.errors import InputError
 
 HERE = Path(__file__).parent
@@ -54,40 +54,46 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
                 mistake = gr.HTML(elem_id="mistake")
                 download = gr.DownloadButton("Download", elem_id="download", interactive=False)
-                if reads_digits(run):
-                    pad = gr.HTML(html_template=CANVAS, js_on_load=PAD, elem_id="pad")
             with gr.Column(scale=5, min_width=300):
-                if reads_digits(run):
-                    said = gr.HTML(show_answers(run, None, None, []), elem_id="answers")
                 result = gr.HTML(show_made(run, None), elem_id="result")
+                if reads_digits(run):
+                    gr.HTML(show_drawing(), elem_id="draw-head")
+                    with gr.Row(elem_id="draw"):
+                        pad = gr.HTML(html_template=CANVAS, js_on_load=PAD, elem_id="pad")
+                        said = gr.HTML(elem_id="answers")
         inputs = [component for each in parts for component in each.components]
 
         def generate(old: Made | None, *values: Any) -> list[Any]:
-            return _or_refused(lambda: _generate(run, folder, old, wish_of(parts, values)), 3)
+            found, line = _tried(lambda: _generate(run, folder, old, wish_of(parts, values)))
+            return [*(found or [gr.skip()] * 3), line]
 
-        def ask(now: Made | None, event: gr.EventData) -> list[Any]:
-            return _or_refused(lambda: [_answers(run, now, event._data)], 1)
+        def understand(paths: list[str]) -> list[Any]:
+            found, line = _tried(lambda: [read(paths)])
+            return [*(found or [gr.skip()]), line]
+
+        def ask(now: Made | None, event: gr.EventData) -> str:
+            found, line = _tried(lambda: [_answers(run, now, event._data)])
+            return found[0] if found else line
 
         button.click(generate, [made, *inputs], [made, result, download, mistake], api_visibility="private",
                      concurrency_limit=1)  # fmt: skip
         if examples is not None:
             files, read = examples
-            files.upload(lambda paths: _or_refused(lambda: [read(paths)], 1), files,
-                         [condition.components[0], mistake], api_visibility="private")  # fmt: skip
+            files.upload(understand, files, [condition.components[0], mistake], api_visibility="private")
         if reads_digits(run):
-            pad.input(ask, made, [said, mistake], api_visibility="private")
+            pad.input(ask, made, said, api_visibility="private")
+            made.change(lambda: "", None, said, api_visibility="private")  # what the networks before these said
     return page
 
 
-def _or_refused(work: Callable[[], list[Any]], outputs: int) -> list[Any]:
-    """What the work puts out and an empty line, or nothing new and the line that says what the user got wrong."""
+def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:
+    """What the work puts out and an empty line, or nothing and the line that says what the user got wrong."""
     try:
-        return [*work(), ""]
+        return work(), ""
     except InputError as error:
-        line = str(error)
+        return None, show_mistake(str(error))
     except OSError as error:  # the disk, as on the command line
-        line = (error.strerror or str(error)).lower()
-    return [*[gr.skip()] * outputs, show_mistake(line)]
+        return None, show_mistake((error.strerror or str(error)).lower())
 
 
 def _generate(run: LoadedRun, folder: Path, old: Made | None, wish: Wish) -> list[Any]:

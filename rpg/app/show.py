@@ -127,12 +127,13 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def show_answers(
-    run: LoadedRun, made: Made | None, counts: Tensor | None, found: list[tuple[Answer, Answer | None, str]]
-) -> str:
-    """What networks say to a drawn digit ``[8, 8]``, originals beside them; before one is drawn, how to."""
-    question = ""
-    if made is not None and isinstance(run.task, DigitsSubsetsTask):
-        question = f"Is it one of: {told(run.condition, made.wish.condition)}?"
-    picture = _png(1 - counts[None] / 16) if counts is not None else ""
-    return _render("answers", picture=picture, question=question, found=found)
+def show_drawing() -> str:
+    """What the canvas is for."""
+    return _render("draw")
+
+
+def show_answers(run: LoadedRun, made: Made, counts: Tensor, found: list[tuple[Answer, Answer | None, str]]) -> str:
+    """What networks say to a drawn digit ``[8, 8]``, originals beside them."""
+    family = isinstance(run.task, DigitsSubsetsTask)
+    question = f"Is it one of: {told(run.condition, made.wish.condition)}?" if family else ""
+    return _render("answers", picture=_png(1 - counts[None] / 16), question=question, found=found)

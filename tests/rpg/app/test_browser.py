@@ -177,14 +177,14 @@ def test_examples_set_the_switches_and_what_is_none_is_refused_in_a_line(
     page: Page, run: LoadedRun, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    page.find("#examples input[type=file], input#examples").send_keys(str(tmp_path / "broken.png"))
+    page.find("input[data-testid$=upload-button]").send_keys(str(tmp_path / "broken.png"))
     line = page.until(".mistake", "broken.png")
     assert line.strip() == "broken.png is no picture that can be read; give a PNG or JPEG file of one digit"
     assert page.switches() == ["three", "seven"]
     image = Image.new("L", (64, 64), "white")
     ImageDraw.Draw(image).line([(64 * x, 64 * y) for x, y in SEVEN], fill=0, width=7, joint="curve")
     image.save(tmp_path / "seven.png")
-    page.find("#examples input[type=file], input#examples").send_keys(str(tmp_path / "seven.png"))
+    page.find("input[data-testid$=upload-button]").send_keys(str(tmp_path / "seven.png"))
     found = classes_of(run, [tmp_path / "seven.png"])
     names = [run.task.class_names[place] for place in found]  # type: ignore[union-attr]
     page.wait.until(lambda _: page.switches() == names and not page.all(".mistake"))
