@@ -59,6 +59,7 @@ class Originals:
         if not trained:
             raise InputError(f"{zoo.path} holds no checkpoint that the generator learned from; put its zoo back")
         self.zoo, self.layout, self.total = zoo, generator.layout, len(trained)
+        self.several_steps = len({entry.step for entry in zoo.entries}) > 1
         self.indices = trained[:: -(-len(trained) // MOST)]
         self.span = zoo_span(generator, zoo, self.indices)
         self.unit = self.span.unit() or 1.0
@@ -71,10 +72,11 @@ class Originals:
         return self.layout.checkpoint(self.zoo, index).state_dict()
 
     def name(self, index: int) -> str:
-        """What an entry was trained for, its run and its step."""
+        """What an entry was trained for, its run, and its step where they have several."""
         entry = self.zoo.entries[index]
         run = self.zoo.runs[entry.run] if entry.run < len(self.zoo.runs) else f"run {entry.run}"
-        where = f"image {entry.run}" if self.fields else f"{run}, step {entry.step}"
+        step = f", step {entry.step}" if self.several_steps else ""
+        where = f"image {entry.run}" if self.fields else f"{run}{step}"
         what = told(self.zoo.condition, entry.condition)
         return f"{what} ({where})" if what else where
 
