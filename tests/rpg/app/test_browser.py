@@ -32,6 +32,7 @@ from rpg.training.loop import train
 from tests.rpg.commands import CONFIGS
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import CHROMIUM, OWN_TRAFFIC
+from tokenization.errors import InputError
 
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or its driver is not installed")
@@ -215,6 +216,11 @@ def test_it_fits_a_phone(page: Page, scheme: str) -> None:
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     time.sleep(0.5)
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_a_port_that_is_taken_is_refused(address: str, run: LoadedRun) -> None:
+    with pytest.raises(InputError, match="choose another --port"), served(run, port=int(address.rpartition(":")[2])):
+        pass
 
 
 def test_files_of_this_machine_are_not_served(address: str, run: LoadedRun, tmp_path: Path) -> None:
