@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring, sharing
+from rpg.cli import experiments, scoring, serving, sharing
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, console, progress_bar, run_command, voice_of
 from tokenization.errors import InputError
@@ -250,6 +250,7 @@ for command in (
     sharing.push,
     sharing.pull,
     sharing.doctor,
+    serving.app,
 ):
     app.command()(command)
 
