@@ -169,8 +169,8 @@ class LoadedRun:
             labels = self._labels(values)
             if labels is not None and isinstance(self.task, Classifier | ImageTaskFamily):
                 split = self.config.evaluate.split
-                predicted = [self.task.predict(each, split) for each in (made.networks, originals)]  # type: ignore[union-attr]
-                made.shared_errors = error_iou(*predicted, labels).diagonal().tolist()
+                first, second = (self.task.predict(each, split) for each in (made.networks, originals))  # type: ignore[union-attr]
+                made.shared_errors = error_iou(first, second, labels).diagonal().tolist()
 
     def _values(self, condition: Any) -> Sequence[float] | None:
         """A condition as the zoo's entries have it; None of a text that it does not have."""

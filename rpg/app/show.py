@@ -76,7 +76,7 @@ def show_made(run: LoadedRun, made: Made | None) -> str:
         for index in range(len(made.networks))
     ]
     name = next(iter(made.figures[0])) if made.figures else ""
-    mean = statistics.fmean(row["figure"] for row in rows) if made.figures else None
+    mean = statistics.fmean(map(_first, made.figures)) if made.figures else None
     return _render(
         "made", made=made, rows=rows, name=name, percent=_is_share(name), mean=mean, wanted=made.wanted,
         heat=_heat(run, made), fields=_fields(run, made), large=run.is_large,
