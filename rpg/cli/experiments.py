@@ -112,8 +112,8 @@ def run(
 ) -> None:  # fmt: skip
     """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
 
-    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, or figures of the
-    task's own.
+    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, lottery tickets, or
+    figures of the task's own.
     """
     from rpg.tasks import build_task
     from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
@@ -123,6 +123,8 @@ def run(
     kind = settings.task.name if settings.task is not None else ""
     if kind in ("fields", "trajectories"):
         {"fields": fields, "trajectories": metric}[kind](config, overrides)
+    elif kind == "tickets":
+        tickets(settings, ignore_memory)
     elif isinstance(task, ImageTaskFamily):
         unseen(config, overrides, device=device, ignore_memory=ignore_memory)
     elif isinstance(task, TaskFamily):
@@ -132,6 +134,16 @@ def run(
         demo(config, overrides)
     else:
         figures(settings, None, (None, (), ()), device, None, ignore_memory)
+
+
+def tickets(settings: Any, ignore_memory: bool) -> None:
+    """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
+    from rpg.experiments.tickets import print_tickets, run_tickets
+
+    _guard_memory(settings, ignore_memory)
+    with progress_bar("searching tickets") as collecting, progress_bar("training") as training:
+        print_tickets(run_tickets(settings, progress={"collect": collecting, "train": training}), console)
+    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/tickets.png")
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
