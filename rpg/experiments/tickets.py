@@ -33,7 +33,7 @@ from tokenization.files import write_text
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
-SPARSITIES = (0.8, 0.9, 0.95, 0.97)
+SPARSITIES = (0.9, 0.95, 0.98)
 """Shares of zeros at which all kinds of masks are compared."""
 
 Scores = Mapping[str, Tensor]
