@@ -134,6 +134,11 @@ def _metric(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     save_file(build_task(config.task).build().state_dict(), sandbox.folder / "start.safetensors")
 
 
+def _tickets(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
+    """One process: others would take longer to start than to work."""
+    patch.setattr("rpg.tasks.many.num_cores", lambda: 1)
+
+
 def _unseen(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
     """A tiny language model to read words with; what it answers is worth nothing."""
     encoder_at(sandbox.folder / "PATH_OR_NAME", "llama")
@@ -145,6 +150,7 @@ PREPARED: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "lora": _lora,
     "metric": _metric,
     "own-checkpoints": _own,
+    "tickets": _tickets,
     "unseen": _unseen,
 }
 """What the pages take for granted, by their names."""
