@@ -17,8 +17,8 @@ from rpg import options as o
 from rpg.cli import experiments, scoring
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
+from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.progress import listen
 from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as

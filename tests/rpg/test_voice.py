@@ -19,7 +19,7 @@ from rpg.training.loop import train, train_to_the_end
 from rpg.training.run_folder import RunFolder
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run
-from tokenization import progress
+from tokenization.checkpoint import progress
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 
