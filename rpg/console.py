@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -202,6 +201,8 @@ def run_command(command: Callable[[], object], voice: Voice | None = None, inter
     try:
         with _speaking(voice) as said:
             facts = command()
+        if facts == INTERRUPTED:  # as newer versions of typer say it
+            raise KeyboardInterrupt
         code = facts if isinstance(facts, int) else facts.pop("exit_code", 0) if isinstance(facts, dict) else 0
     except InputError as error:
         code = _refuse(str(error), voice)
@@ -209,7 +210,7 @@ def run_command(command: Callable[[], object], voice: Voice | None = None, inter
         reason = (error.strerror or str(error)).lower()
         code = _refuse(f"{error.filename}: {reason}" if error.filename else reason, voice)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # as typer has it, in every version
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # as older ones do
             code = _refuse(f"interrupted; {interrupted}".rstrip("; "), voice, INTERRUPTED)
         elif hasattr(error, "format_message"):  # typer's own errors
             code = _refuse(_usage(error), voice)
@@ -217,31 +218,29 @@ def run_command(command: Callable[[], object], voice: Voice | None = None, inter
             raise
     else:
         if voice.as_json and _IS_FIRST:
-            told = facts if isinstance(facts, dict) else {"text": said.getvalue()}
+            told = facts if isinstance(facts, dict) else {"text": said.get()}
             print(json.dumps(told, indent=1, default=str))
     sys.exit(code)
 
 
 @contextlib.contextmanager
-def _speaking(voice: Voice) -> Iterator[io.StringIO]:
+def _speaking(voice: Voice) -> Iterator[Any]:
     """What the console said, where a machine listens; no library and no child reaches standard output then."""
-    said = io.StringIO()
     if not voice.as_json and not voice.quiet:
-        yield said
+        yield None
         return
-    before = console.file, console.quiet
-    console.file, console.quiet = (said, before[1]) if voice.as_json else (before[0], True)
+    before, console.quiet = console.quiet, console.quiet or voice.quiet
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
-        with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+        with console.capture() as said, open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
             yield said
     finally:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
-        console.file, console.quiet = before
+        console.quiet = before
 
 
 def _refuse(text: str, voice: Voice, code: int = 2) -> int:

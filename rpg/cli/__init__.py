@@ -16,9 +16,9 @@ import typer
 from rpg import options as o
 from rpg.cli import experiments, scoring, serving, sharing
 from rpg.cli.reading import guard, load, training_bar
-from rpg.console import INTERRUPTED, console, progress_bar, run_command, voice_of
+from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
+from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.progress import listen
 from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
@@ -269,5 +269,7 @@ def main() -> None:
     """Run the command line; every mistake is one line on standard error and exit code 2 (`rpg.console.run_command`)."""
     words, voice = voice_of(sys.argv[1:])
     listen(progress_bar)
+    if words and "--help" not in words and sys.stderr.isatty() and voice == Voice():
+        print(f"rpg {words[0]}: loading …", file=sys.stderr, flush=True)  # torch alone takes seconds
     resumed = next((RESUMED[word] for word in words if word in RESUMED), "")
     run_command(lambda: app(words or ["--help"], prog_name="rpg", standalone_mode=False), voice, resumed)

@@ -161,7 +161,7 @@ def tickets(settings: Any, ignore_memory: bool) -> dict[str, Any]:
         report = run_tickets(settings, progress={"collect": collecting, "train": training})
     print_tickets(report, console)
     console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/tickets.png")
-    return {"run": str(settings.run), "report": report}
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:

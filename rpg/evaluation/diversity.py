@@ -14,7 +14,7 @@ from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.workers import Workers
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily
-from tokenization.progress import steps
+from tokenization.checkpoint.progress import steps
 
 
 class Diversity(Section):

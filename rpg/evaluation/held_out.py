@@ -22,7 +22,7 @@ from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.side_by_side import Stacked
-from tokenization.progress import steps
+from tokenization.checkpoint.progress import steps
 
 NUM_WORST = 5
 

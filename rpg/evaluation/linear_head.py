@@ -17,7 +17,7 @@ from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import Stacked, Teacher
-from tokenization.progress import steps
+from tokenization.checkpoint.progress import steps
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 

@@ -32,9 +32,9 @@ from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
+from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.progress import steps
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 

@@ -28,9 +28,9 @@ from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.fields.fields import FieldsTask
 from rpg.training.loop import train_to_the_end
+from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.progress import steps
 from tokenization.zoo.locks import locked
 
 Say = Callable[[str], None]

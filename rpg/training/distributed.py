@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -227,8 +226,11 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     """What accelerate logs with; ``tensorboard`` is a folder of the run, ``wandb`` goes by its own environment."""
     if "wandb" not in names:
         return list(names)
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError("train.log_with has wandb, which is not installed; pip install 'rpg[wandb]', or leave it out")
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        cure = "pip install 'rpg[wandb]', or leave it out"
+        raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
     from accelerate.tracking import WandBTracker
 
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)

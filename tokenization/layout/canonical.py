@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.errors import InputError
@@ -25,7 +26,6 @@ from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
 from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
 from tokenization.lora.low_rank import align_factors, balanced_factors
-from tokenization.progress import steps
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
@@ -25,7 +26,6 @@ from tokenization.layout.placement import BLOCK_VALUES, Layer, TokenOptions, cho
 from tokenization.layout.rows import read_rows
 from tokenization.layout.statistics import fitted_statistics
 from tokenization.layout.summary import LayerGroup, group_layers
-from tokenization.progress import steps
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Layer", "TokenLayout", "TokenOptions"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import LayerStatistics, Statistics, mean_name, statistics_specs
 from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization
-from tokenization.progress import steps
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 

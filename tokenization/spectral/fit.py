@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
 from tokenization.layout.rows import read_rows
-from tokenization.progress import steps
 from tokenization.spectral.basis import DIRECTIONS, NUMBERS, Basis, basis_specs
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo

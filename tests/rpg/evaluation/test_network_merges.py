@@ -72,11 +72,9 @@ def test_dare_is_right_on_average() -> None:
 
 
 def test_as_mergekit() -> None:
-    pytest.importorskip("mergekit")
-    from mergekit.merge_methods.generalized_task_arithmetic import get_mask
-    from mergekit.merge_methods.slerp import slerp as theirs
-    from mergekit.sparsify import magnitude
-
+    magnitude = pytest.importorskip("mergekit.sparsify").magnitude
+    get_mask = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic").get_mask
+    theirs = pytest.importorskip("mergekit.merge_methods.slerp").slerp
     values, base = torch.randn(4, 50, generator=rng()), torch.randn(50, generator=rng(1))
     weights = torch.tensor([0.4, 0.3, 0.2, 0.1])
     weighted = torch.stack([magnitude(each - base, DENSITY["ties"]) for each in values]) * weights[:, None]
