@@ -213,7 +213,12 @@ def test_a_push_that_breaks_off_or_may_not_be_is_one_line(
 
 def test_scores_of_every_kind_of_evaluation() -> None:
     mean = {"mean": 0.5, "max": 1.0}
-    plain = {"generated": {"accuracy": mean, "count": 3}, "ensemble": {"accuracy": 0.4}, "spread": {"ratio": 1.0}}
+    plain = {
+        "generated": {"accuracy": mean, "count": 3},
+        "ensemble": {"accuracy": 0.4},
+        "span": {"accuracy": 0.5},
+        "spread": {},
+    }
     assert scores_of({**plain, "baselines": {"noise": {"accuracy": mean}}}) == {
         "generated": {"accuracy": 0.5}, "ensemble": {"accuracy": 0.4}, "noise": {"accuracy": 0.5},
     }  # fmt: skip
