@@ -178,24 +178,6 @@ def test_the_command_line_pushes_pulls_and_generates(
     refused(rpg("push", run, "not an id"), "write name/repository")
 
 
-def test_the_code_of_the_document_runs(
-    hub: HubServer, rpg: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "hub.md").read_text()
-    (tmp_path / "runs" / "zoos").mkdir(parents=True)
-    (tmp_path / "runs" / "zoos" / "demo").symlink_to(run.parent / "zoo")
-    (tmp_path / "runs" / "demo").symlink_to(run)
-    monkeypatch.chdir(tmp_path)
-    (commands,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "python"))
-    for line in commands.splitlines():
-        words = line.partition("#")[0].split()[1:]
-        condition = ["--condition", "1,0"] if words[0] == "generate" else []  # of this generator
-        code_, out, err = rpg(*words, *condition)
-        assert code_ == 0, (line, out, err)
-    exec(code, {})
-    assert hub.commits("name/digits") == 3 and hub.commits("name/digits-zoo", "dataset") == 2
-
-
 def test_a_push_that_breaks_off_or_may_not_be_is_one_line(
     hub: HubServer, rpg: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
