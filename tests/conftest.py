@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
-from tests.hub_server import TOKEN, HubServer
+from tests.hub_server import HubServer, use_hub
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 torch.set_num_threads(1)
@@ -74,25 +74,6 @@ def zoo(tmp_path: Path) -> Zoo:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The Hugging Face hub on this machine, for this process and those it starts; its caches are empty."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _cache_assets, _http
-
-    server = HubServer(tmp_path / "hub")
-    home = tmp_path / "hf"
-    settings = {
-        "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    # The client has read its environment when it was imported.
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its tries
+    server = use_hub(tmp_path, monkeypatch)
     yield server
     server.stop()

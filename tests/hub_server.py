@@ -13,12 +13,15 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
 
 TOKEN = "hf_localTestTokenOfNobody"
@@ -302,3 +305,28 @@ ROUTES = [
     ("HEAD", rf"{PLAIN}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"{PLAIN}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
+
+
+def use_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """Start a hub in ``folder``, for this process and those it starts, with empty caches beside it."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _cache_assets, _http
+
+    server, home = HubServer(folder / "hub"), folder / "hf"
+    settings = {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    # The client has read its environment when it was imported.
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(home / "assets"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(
+        _http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    )  # between tries
+    return server

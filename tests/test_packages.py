@@ -32,6 +32,13 @@ SMALL = [
     "model.state.width=2",
 ]
 
+SCRIPT = """
+import os, pathlib, rpg
+from rpg.cli.reading import load
+config = load(pathlib.Path("configs/large/vit_base.yaml"), None)  # the package's own
+print(os.getcwd(), rpg.__file__, config.task.network, rpg.Generator, rpg.Zoo)
+"""
+
 Command = Callable[..., str]
 
 
@@ -81,15 +88,15 @@ def test_wheel_and_source_carry_the_configurations(dist: Path) -> None:
 
 @pytest.mark.package
 def test_an_installed_package_works_far_from_the_checkout(away: Command) -> None:
-    said = away("python", "-c", "import os, rpg; print(os.getcwd(), rpg.__file__, rpg.Generator, rpg.Zoo)")
-    where, file = said.split()[:2]
+    said = away("python", "-c", SCRIPT)
+    where, file, network = said.split()[:3]
+    assert network == "vit_base_patch16_224"
     assert "site-packages" in file and str(ROOT) not in said
     assert away("rpg", "--version") == away("python", "-m", "rpg", "--version") == f"rpg {rpg.__version__}\n"
     assert "Networks for tasks nobody trained" in away("rpg", "unseen", "--help")
     found = json.loads(away("rpg", "doctor", "--json"))
     assert found["unmet"] == []
     assert found["versions"]["torch"].startswith(os.environ.get("PACKAGE_TORCH", ""))
-    away("rpg", "plan", "configs/large/resnet18.yaml", "--network", "resnet18")
     said = away("rpg", "demo", *(word for change in SMALL for word in ("--set", change)))
     run = Path(where) / "runs" / "demo"
     assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["generated"]["count"] == 2

@@ -62,11 +62,12 @@ networks = generator.generate(num=4, seed=0{_example(generator)})
 
 Each is a state dict that plain `load_state_dict` takes; with `output="folder"` they are written as safetensors files.
 
-| training | |
+{_table(shown.scores)}
+## How it was trained
+| | |
 | --- | --- |
 {rows}
-
-{_table(shown.scores)}"""
+"""
 
 
 def _metadata(generator: Any, published: Published, base: str | None) -> str:
@@ -123,4 +124,5 @@ def _table(scores: Scores) -> str:
         for kind, each in scores.items()
     ]
     head = f"| networks | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
-    return "\n".join(["## How good they are", head, *lines, ""])
+    said = "Means over the networks. What needs no generator is in the other rows; better than those is what counts."
+    return "\n".join(["## How good they are", head, *lines, "", said, ""])

@@ -75,9 +75,9 @@ def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """
     root = evaluation.get("unseen") or evaluation.get("sets") or evaluation
     kinds = {**root, **(root.get("baselines") or {})}
-    found = {
-        kind: dict(_figures(each.get("summaries", each))) for kind, each in kinds.items() if isinstance(each, dict)
-    }
+    kinds.pop("span", None)  # the generated networks once more
+    sets = {kind: each.get("summaries", each) for kind, each in kinds.items() if isinstance(each, dict)}
+    found = {kind: dict(_figures(each)) for kind, each in sets.items()}
     generated = found.pop("generated", {})
     if not generated:
         return {}

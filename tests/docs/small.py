@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 
 from rpg.config import Config
 from rpg.tasks import build_task
+from rpg.training.loop import train
+from tests.conftest import make_zoo, small_config
 from tests.docs.blocks import Sandbox
+from tests.hub_server import use_hub
 from tests.rpg.commands import CONDITIONAL, SUBSETS
 from tests.rpg.commands import SMALL as SECTIONS
 from tests.rpg.generation.test_adapters import adapters_at
@@ -51,8 +54,17 @@ SMALL: dict[str, dict[str, Any]] = {
 """Changes to configurations that pages name, so that each takes a second."""
 
 
-def _readme(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
+def _readme(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     timm_networks(sandbox.folder / "checkpoints")
+    use_hub(sandbox.folder / "server", patch)
+
+
+def _hub(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
+    """A run and its zoo, and a hub of this machine."""
+    place = sandbox.folder / "runs"
+    make_zoo(place / "zoos" / "demo")
+    train(small_config(place, zoo="runs/zoos/demo", run="runs/demo", train={"steps": 1}), say=lambda _: None)
+    use_hub(sandbox.folder / "server", patch)
 
 
 def _own(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
@@ -147,6 +159,7 @@ def _unseen(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
 PREPARED: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "README": _readme,
     "fields": _fields,
+    "hub": _hub,
     "lora": _lora,
     "metric": _metric,
     "own-checkpoints": _own,

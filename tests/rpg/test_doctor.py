@@ -61,8 +61,10 @@ def test_the_version_is_said_in_one_place(rpg: Run) -> None:
 def test_shells_complete_commands_and_mistakes_stay_one_line(rpg: Run, tmp_path: Path) -> None:
     words = {"_RPG_COMPLETE": "complete_bash", "COMP_WORDS": "rpg ge", "COMP_CWORD": "1"}
     assert process(**words).stdout.split() == ["generate"]
-    shown = process("--show-completion", "bash", HOME=str(tmp_path))
-    assert shown.returncode == 0 and "_RPG_COMPLETE=complete_bash" in shown.stdout
+    named = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # not the shell of the tests
+    installed = process("--install-completion", "bash", **named)
+    assert installed.returncode == 0, installed.stderr
+    assert "_RPG_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "rpg.sh").read_text()
     refused(rpg("genrate"), "No such command", "see `rpg --help`")
     refused(rpg("--nothing"), "No such option", "see `rpg --help`")
 

@@ -178,24 +178,6 @@ def test_the_command_line_pushes_pulls_and_generates(
     refused(rpg("push", run, "not an id"), "write name/repository")
 
 
-def test_the_code_of_the_document_runs(
-    hub: HubServer, rpg: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "hub.md").read_text()
-    (tmp_path / "runs" / "zoos").mkdir(parents=True)
-    (tmp_path / "runs" / "zoos" / "demo").symlink_to(run.parent / "zoo")
-    (tmp_path / "runs" / "demo").symlink_to(run)
-    monkeypatch.chdir(tmp_path)
-    (commands,), (code,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "python"))
-    for line in commands.splitlines():
-        words = line.partition("#")[0].split()[1:]
-        condition = ["--condition", "1,0"] if words[0] == "generate" else []  # of this generator
-        code_, out, err = rpg(*words, *condition)
-        assert code_ == 0, (line, out, err)
-    exec(code, {})
-    assert hub.commits("name/digits") == 3 and hub.commits("name/digits-zoo", "dataset") == 2
-
-
 def test_a_push_that_breaks_off_or_may_not_be_is_one_line(
     hub: HubServer, rpg: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +195,12 @@ def test_a_push_that_breaks_off_or_may_not_be_is_one_line(
 
 def test_scores_of_every_kind_of_evaluation() -> None:
     mean = {"mean": 0.5, "max": 1.0}
-    plain = {"generated": {"accuracy": mean, "count": 3}, "ensemble": {"accuracy": 0.4}, "spread": {"ratio": 1.0}}
+    plain = {
+        "generated": {"accuracy": mean, "count": 3},
+        "ensemble": {"accuracy": 0.4},
+        "span": {"accuracy": 0.5},
+        "spread": {},
+    }
     assert scores_of({**plain, "baselines": {"noise": {"accuracy": mean}}}) == {
         "generated": {"accuracy": 0.5}, "ensemble": {"accuracy": 0.4}, "noise": {"accuracy": 0.5},
     }  # fmt: skip
