@@ -191,10 +191,11 @@ def test_redrawn_digits_come_back_as_the_digits_they_were(tmp_path: Path) -> Non
 
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).float(), torch.from_numpy(digits.target)
-    drawings = F.interpolate(images[:100, None] / 16, size=128, mode="bicubic", align_corners=False)[:, 0].clamp(0, 1)
+    drawings = F.interpolate(images[:300, None] / 16, size=128, mode="bicubic", align_corners=False)[:, 0].clamp(0, 1)
     counts = torch.stack([counted(drawing, "it") for drawing in drawings])
-    nearest = torch.cdist(counts.flatten(1), images[100:].flatten(1)).argmin(1)
-    assert (labels[100:][nearest] == labels[:100]).float().mean() > 0.9
+    distances = torch.cdist(counts.flatten(1), images.flatten(1))
+    distances.fill_diagonal_(float("inf"))  # another digit than that itself
+    assert (labels[distances.argmin(1)] == labels[:300]).float().mean() > 0.92
     for index in range(3):
         Image.fromarray((255 * (1 - drawings[index])).byte().numpy()).save(tmp_path / f"{index}.png")
     run: Any = SimpleNamespace(zoo=object(), task=FieldsTask(FieldsConfig()))
