@@ -16,6 +16,7 @@ from rpg.generation.conditions import named_condition
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import bits_of_classes
 from tokenization.errors import InputError
+from tokenization.zoo.metric import MetricScale
 
 STARTS = 50
 """Originals that are offered to go on from."""
@@ -64,28 +65,29 @@ def condition_controls(run: LoadedRun) -> Controls:
     return Controls([box], lambda text: {"condition": named_condition(spec, text.replace(" ", ""), "the condition")})
 
 
-def _metric(scale: Any) -> Controls:
-    low, high = (math.log10(end) if scale.log else end for end in (scale.low, scale.high))
-    middle = (low + high) / 2
-    shown = 10**middle if scale.log else middle
-    slider = gr.Slider(
-        low, high, value=middle, step=(high - low) / 200, label=f"{scale.name}, power of ten" if scale.log else "",
-        visible=scale.log, elem_id="power", buttons=[],
-    )  # fmt: skip
-    number = (
-        gr.Number(float(f"{shown:.3g}"), label=f"Wished {scale.name}", elem_id="condition",
-                  info=f"Learned from {scale.low:.3g} to {scale.high:.3g}; beyond that it is a guess.")
-        if scale.log
-        else gr.Slider(low, high, value=shown, label=f"Wished {scale.name}", elem_id="condition")
-    )  # fmt: skip
-    slider.input(lambda power: float(f"{10**power:.3g}"), slider, number, api_visibility="private")
+def _metric(scale: MetricScale) -> Controls:
+    about = f"Learned from {scale.low:.3g} to {scale.high:.3g}."
+    if scale.log:
+        low, high = math.log10(scale.low), math.log10(scale.high)
+        power = gr.Slider(low, high, value=(low + high) / 2, step=(high - low) / 200, elem_id="power", buttons=[],
+                          label=f"{scale.name}, power of ten")  # fmt: skip
+        wished: Any = gr.Number(_power(power.value), label=f"Wished {scale.name}", elem_id="condition",
+                                info=f"{about} Beyond that it is a guess.")  # fmt: skip
+        power.input(_power, power, wished, api_visibility="private")
+    else:
+        wished = gr.Slider(scale.low, scale.high, value=(scale.low + scale.high) / 2, elem_id="condition", info=about,
+                           label=f"Wished {scale.name}")  # fmt: skip
 
     def read(value: float | None) -> dict[str, Any]:
         if value is None or not math.isfinite(value):
             raise InputError(f"the wished {scale.name} is no number; give one from {scale.low:.3g} to {scale.high:.3g}")
         return {"condition": [float(value)]}
 
-    return Controls([number], read)
+    return Controls([wished], read)
+
+
+def _power(exponent: float) -> float:
+    return float(f"{10**exponent:.3g}")
 
 
 def start_controls(run: LoadedRun) -> Controls:

@@ -30,7 +30,7 @@ _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
     undefined=StrictUndefined,
 )  # fmt: skip
-_templates.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+_templates.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
 
 
 def _render(part: str, **shown: Any) -> str:

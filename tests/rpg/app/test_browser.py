@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +55,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     return LoadedRun(config.run)
 
 
-@pytest.fixture(scope="module")
-def address(run: LoadedRun) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with served(run, port=port) as address:
-        yield address
-
-
 class Page:
     """The page as somebody uses it."""
 
@@ -76,6 +65,7 @@ class Page:
             options.add_argument(flag)
         options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.folder = folder
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
         self.wait = WebDriverWait(self.driver, PATIENCE)
         self.driver.get(address)
@@ -138,15 +128,29 @@ class Page:
         return {url.split("/")[2] for url in urls if url.startswith("http")}
 
 
-@pytest.fixture(scope="module")
-def page(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    page = Page(address, tmp_path_factory.mktemp("browser"))
-    yield page
-    page.driver.quit()
+def test_somebody_uses_the_page(run: LoadedRun, rpg: Run, tmp_path: Path) -> None:
+    """One visit, from the first network to the last refusal: what happens later builds on what was there before."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(run, port=port) as address:
+        page = Page(address, tmp_path)
+        try:
+            the_download_is_what_generate_writes(page, run, rpg)
+            every_network_answers_to_a_drawn_digit(page, run)
+            pictures_set_the_switches_and_others_are_refused_in_a_line(page, run)
+            no_class_at_all_is_refused_in_a_line_and_the_networks_stay(page)
+            nothing_else_is_asked_for_and_nothing_complained_of(page, address)
+            nothing_sticks_out(page)
+        finally:
+            page.driver.quit()
+        files_of_this_machine_are_not_served(address, run)
+        paths_do_not_come_from_the_page(address, tmp_path)
+        with pytest.raises(InputError, match="choose another --port"), served(run, port=port):
+            pass
 
 
-def test_the_download_is_what_generate_writes(page: Page, run: LoadedRun, rpg: Run, tmp_path: Path) -> None:
-    folder = Path(page.driver.capabilities["chrome"]["userDataDir"]).parent
+def the_download_is_what_generate_writes(page: Page, run: LoadedRun, rpg: Run) -> None:
     page.switch("three", "seven")
     page.write("#num input[type=number]", 2)
     page.write("#seed input", 7)
@@ -156,22 +160,22 @@ def test_the_download_is_what_generate_writes(page: Page, run: LoadedRun, rpg: R
     assert "accuracy" in text and "nearest originals" in text and "Seed 7" in text
     page.until("#download", "networks.zip")
     page.find("#download").click()
-    page.wait.until(lambda _: (folder / "networks.zip").is_file())
-    with zipfile.ZipFile(folder / "networks.zip") as archive:
-        archive.extractall(tmp_path / "taken")
-    code, _, err = rpg("generate", run.name, "-n", 2, "--seed", 7, "--classes", "3,7", "--output", tmp_path / "made")
+    page.wait.until(lambda _: (page.folder / "networks.zip").is_file())
+    with zipfile.ZipFile(page.folder / "networks.zip") as archive:
+        archive.extractall(page.folder / "taken")
+    made = page.folder / "made"
+    code, _, err = rpg("generate", run.name, "-n", 2, "--seed", 7, "--classes", "3,7", "--output", made)
     assert code == 0, err
     names = [f"network-0000{index}.safetensors" for index in range(2)]
     for name in names:
-        assert (tmp_path / "taken" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+        assert (page.folder / "taken" / name).read_bytes() == (made / name).read_bytes()
     network = run.task.build()  # type: ignore[union-attr]
-    network.load_state_dict(load_file(tmp_path / "taken" / names[1]))
+    network.load_state_dict(load_file(page.folder / "taken" / names[1]))
 
 
-def test_every_network_answers_to_a_drawn_digit(page: Page, run: LoadedRun) -> None:
+def every_network_answers_to_a_drawn_digit(page: Page, run: LoadedRun) -> None:
     page.draw(SEVEN)
     assert "Is it one of: three, seven?" in page.until("#answers", "Is it one of")
-    assert len(page.all("#answers li")) == 2
     counts = drawn(page.driver.execute_script("return document.querySelector('#pad canvas').toDataURL()"))
     bits = [float(digit in (3, 7)) for digit in range(10)]
     for network, item in zip(run.generator.generate(2, seed=7, condition=bits), page.all("#answers li"), strict=True):
@@ -179,52 +183,72 @@ def test_every_network_answers_to_a_drawn_digit(page: Page, run: LoadedRun) -> N
         assert item.text.startswith(f"{expected.text} {100 * expected.share:.0f} %")
 
 
-def test_examples_set_the_switches_and_what_is_none_is_refused_in_a_line(
-    page: Page, run: LoadedRun, tmp_path: Path
-) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    page.upload(tmp_path / "broken.png")
+def pictures_set_the_switches_and_others_are_refused_in_a_line(page: Page, run: LoadedRun) -> None:
+    (page.folder / "broken.png").write_bytes(b"no picture")
+    page.upload(page.folder / "broken.png")
     line = page.until(".mistake", "broken.png")
     assert line.strip() == "broken.png is no picture that can be read; give a PNG or JPEG file of one digit"
     assert page.switches() == ["three", "seven"]
     image = Image.new("L", (64, 64), "white")
     ImageDraw.Draw(image).line([(64 * x, 64 * y) for x, y in SEVEN], fill=0, width=7, joint="curve")
-    image.save(tmp_path / "seven.png")
-    page.upload(tmp_path / "seven.png")
-    found = classes_of(run, [tmp_path / "seven.png"])
-    names = [run.task.class_names[place] for place in found]  # type: ignore[union-attr]
+    image.save(page.folder / "seven.png")
+    page.upload(page.folder / "seven.png")
+    names = [run.task.class_names[each] for each in classes_of(run, [page.folder / "seven.png"])]  # type: ignore[union-attr]
     page.wait.until(lambda _: page.switches() == names and not page.all(".mistake"))
 
 
-def test_no_class_at_all_is_refused_in_a_line_and_the_networks_stay(page: Page) -> None:
+def no_class_at_all_is_refused_in_a_line_and_the_networks_stay(page: Page) -> None:
     page.switch()
     page.find("#generate").click()
     assert "no positive class" in page.until(".mistake", "asks nothing")
     assert "for three, seven" in page.find("#result h2").text
 
 
-def test_nothing_else_is_asked_for_and_nothing_is_complained_of(page: Page, address: str) -> None:
+def nothing_else_is_asked_for_and_nothing_complained_of(page: Page, address: str) -> None:
     assert {each for each in page.hosts() if not each.endswith(OWN_TRAFFIC)} == {address.removeprefix("http://")}
     assert [each["message"] for each in page.driver.get_log("browser") if each["level"] == "SEVERE"] == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(page: Page, scheme: str) -> None:
-    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    time.sleep(0.5)
-    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+def nothing_sticks_out(page: Page) -> None:
+    """On a desk and on a phone, in light and dark."""
+    outside = """return [...document.querySelectorAll('#work *')].filter(
+        each => each.getBoundingClientRect().right > innerWidth + 1).map(each => each.outerHTML.slice(0, 80))"""
+    for width, scheme in ((1200, "light"), (1200, "dark"), (390, "light"), (390, "dark")):
+        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        assert page.driver.execute_script(outside) == [], (width, scheme)
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_a_port_that_is_taken_is_refused(address: str, run: LoadedRun) -> None:
-    with pytest.raises(InputError, match="choose another --port"), served(run, port=int(address.rpartition(":")[2])):
-        pass
-
-
-def test_files_of_this_machine_are_not_served(address: str, run: LoadedRun, tmp_path: Path) -> None:
+def files_of_this_machine_are_not_served(address: str, run: LoadedRun) -> None:
     for path in ("/etc/passwd", Path(run.name).resolve() / "generator/config.yaml", "pyproject.toml"):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
         assert caught.value.code in (403, 404)
+
+
+def paths_do_not_come_from_the_page(address: str, folder: Path) -> None:
+    """Whoever speaks to the server without the page may not name a file of this machine as an upload."""
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        config = json.load(answer)
+    button = next(each["id"] for each in config["components"] if each["type"] == "uploadbutton")
+    event = next(each["id"] for each in config["dependencies"] if each["inputs"] == [button])
+    picture = (folder / "seven.png").read_bytes()
+    start, end = b'--x\r\nContent-Disposition: form-data; name="files"; filename="seven.png"\r\n\r\n', b"\r\n--x--\r\n"
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    uploaded = json.loads(post(f"{address}/gradio_api/upload", start + picture + end, form))[0]
+    for path, accepted in ((uploaded, True), (folder / "seven.png", False), ("/etc/passwd", False)):
+        file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        body = json.dumps({"data": [[file]], "fn_index": event, "session_hash": "mine", "event_data": None})
+        post(f"{address}/gradio_api/queue/join", body.encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=mine", timeout=PATIENCE) as stream:
+            lines = [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
+        done = next(each for each in lines if each["msg"] == "process_completed")
+        assert done["success"] is accepted, path
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:
+        return answer.read()

@@ -9,21 +9,25 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rpg.app.controls import condition_controls, sampling_controls, start_controls, wish_of
-from rpg.app.digits import PREFIX, counted, drawn, read_image
+from rpg.app.digits import PREFIX, classes_of, counted, drawn, read_image
 from rpg.app.loaded import LoadedRun, Wish
 from rpg.app.show import show_header, show_made, show_mistake
 from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
+from rpg.tasks.fields.config import FieldsConfig
+from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.images.digits import load_splits, standardise
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
@@ -179,6 +183,23 @@ def test_a_cut_out_digit_is_counted_in_blocks_of_four() -> None:
     assert torch.equal(counted(far, "it"), expected), "wherever it was drawn"
     narrow = counted(torch.ones(40, 5), "it")
     assert narrow[:, [0, 1, 2, 5, 6, 7]].sum() == 0 and (narrow.sum(1) > 0).all(), "a stroke stays one, in the middle"
+
+
+def test_redrawn_digits_come_back_as_the_digits_they_were(tmp_path: Path) -> None:
+    """Digits enlarged to smooth pictures, as somebody may draw them, and read again."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = torch.from_numpy(digits.images).float(), torch.from_numpy(digits.target)
+    drawings = F.interpolate(images[:300, None] / 16, size=128, mode="bicubic", align_corners=False)[:, 0].clamp(0, 1)
+    counts = torch.stack([counted(drawing, "it") for drawing in drawings])
+    distances = torch.cdist(counts.flatten(1), images.flatten(1))
+    distances.fill_diagonal_(float("inf"))  # another digit than that itself
+    assert (labels[distances.argmin(1)] == labels[:300]).float().mean() > 0.92
+    for index in range(3):
+        Image.fromarray((255 * (1 - drawings[index])).byte().numpy()).save(tmp_path / f"{index}.png")
+    run: Any = SimpleNamespace(zoo=object(), task=FieldsTask(FieldsConfig()))
+    assert classes_of(run, [tmp_path / f"{index}.png" for index in range(3)]) == labels[:3].tolist()
 
 
 def test_counts_are_standardised_as_the_images_that_networks_learned_from() -> None:
