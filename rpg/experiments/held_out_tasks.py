@@ -116,9 +116,8 @@ def evaluate_held_out(
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
-        bases = (lambda bits: next(iter(task.untrained(zoo, bits).values()))) if generator.adapter is None else None
         merges = merges_of(generator, zoo, seen)
-        methods = Methods(generator, zoo, seen, regressions, merges, bases, seed, workers.partition)
+        methods = Methods(generator, zoo, seen, regressions, merges, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
         for name, originals in wanted.items():
             rows = methods.rows(len(originals.bits))

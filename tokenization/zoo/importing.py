@@ -57,19 +57,17 @@ def collect_from(
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are
-    converted into the zoo, so that a killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are converted.
+    A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``,
-            ``split``, ``condition`` (or ``condition.NAME`` columns); other columns are metrics. Its rows choose
-            the checkpoints.
-        pattern: regular expression on each path whose named groups mean the same as the columns; a table's
-            columns go first.
-        find_runs: without a pattern, take run and step from common names (`tokenization.zoo.names`); a table's columns
-            go first. Without a run from anywhere, every checkpoint is a run of its own.
+        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+            ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
+        pattern: regular expression on each path; named groups mean the same as the columns, which go first.
+        find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`).
+            Without a run from anywhere, every checkpoint is a run of its own.
         condition: what the conditions mean, or their kind; inferred if left out.
         task: the zoo's task, for a new zoo.
         progress: called with (checked, total) checkpoints.
