@@ -87,11 +87,7 @@ def evaluate_streamed(
         seed=seed,
         original=summarize_originals(originals.predictions, labels, seed),
         ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
-        noise=tuple(
-            NoiseScores(sigma=sigma, relative=True, **dict(scores[name]))
-            for name, sigma in sigmas.items()
-            if name in scores
-        ),
+        noise=tuple(NoiseScores(sigma=s, relative=True, **dict(scores[n])) for n, s in sigmas.items() if n in scores),
         baselines={name: each for name, each in scores.items() if name not in (*sigmas, "average", "generated")},
         generated=GeneratedScores(seconds_per_network=clock.mean if clock.count else None, **dict(scores["generated"])),
         spread=_spread(zoo, made["generated"], originals.predictions),

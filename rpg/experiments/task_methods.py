@@ -37,7 +37,6 @@ class Methods:
         zoo: what it learned from.
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
-        merges: merges the adapters of ``seen``, or its networks.
         task: knows what a task's training began with, from which networks are merged as deviations.
         seed: decides everything random.
         partition: which tasks this process makes networks for.
@@ -47,10 +46,14 @@ class Methods:
     zoo: Zoo
     seen: TaskNetworks
     regressions: Mapping[str, Regression]
-    merges: PeftMerges | NetworkMerges
     task: TaskFamily
     seed: int = 0
     partition: Partition = field(default_factory=Partition)
+
+    @functools.cached_property
+    def merges(self) -> PeftMerges | NetworkMerges:
+        """Merges the adapters of ``seen``, or its networks."""
+        return merges_of(self.generator, self.zoo, self.seen)
 
     def rows(self, num: int) -> list[int]:
         """Which of ``num`` tasks are this process's."""
