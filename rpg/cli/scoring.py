@@ -30,8 +30,6 @@ def evaluate(
     """
     from rpg.evaluation import tables
     from rpg.evaluation.scores import show
-    from rpg.evaluation.scores.show import print_scores
-    from rpg.evaluation.tables import print_table
     from rpg.evaluation.workers import Workers
     from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, goes_by_figures
     from rpg.experiments.single import MOST_VALUES, evaluate_run
@@ -66,10 +64,7 @@ def evaluate(
         else:
             scores = None
             result = evaluate_run(run, num=num, seed=seed, output=output, workers=workers)
-    if scores is not None:
-        print_scores(scores, console)
-    else:
-        print_table(result, console)
+    show.print_scores(scores, console) if scores is not None else tables.print_table(result, console)
     told = tables.means_of(result) if scores is None else show.means_of(scores)
     for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
         console.print(f"{kind + ':':<8} {(output or run) / name}")

@@ -59,8 +59,8 @@ def evaluate_streamed(
         config: images, baselines and distances.
         held_out: checkpoints that nothing was learned from.
         seed: decides the baselines' draws and the bootstrap.
-        merges: merges the zoo's networks; none are merged when None.
-        workers: the processes that share the work; this one alone when None.
+        merges: merges the zoo's networks, if they are to be merged.
+        workers: share the work; this process alone when None.
 
     Raises:
         InputError: a baseline that there is none of, or baselines that were to be trained.
@@ -68,15 +68,13 @@ def evaluate_streamed(
     if config.control is not None:
         raise InputError("evaluate.control trains baselines side by side, which networks this large do not allow.")
     labels, split, workers = task.labels(config.split), config.split, workers or Workers()
-    clock = Stopwatch(generated.networks)
-    num = min(config.num_baseline, generated.num)
+    clock, num = Stopwatch(generated.networks), min(config.num_baseline, generated.num)
     workers.expect(len(zoo.checkpoints) + generated.num + len(held_out) + most_baselines(config, num), len(labels))
     made = {"generated": score(task, clock, split, zoo, workers, generated.places, generated.num)}
     originals = ask_checkpoints(task, zoo.checkpoints, split, workers)
     distance = zoo.distances(made["generated"].places).amin(1).nanmedian().item()
-    common = config.model_copy(update={"baselines": without_merges(config.baselines)})
-    batches: dict[str, Sequence[Recipe | Cook]] = dict(baseline_recipes(zoo, common, num, distance, seed))
-    for name, batch in (batches | merge_recipes(zoo, merges, config, num, seed)).items():
+    sums, merged = baseline_recipes(zoo, config, num, distance, seed), merge_recipes(zoo, merges, config, num, seed)
+    for name, batch in [*sums.items(), *merged.items()]:
         made[name] = _score_recipes(task, zoo, batch, split, workers)
     two_samples = _two_sample(task, made, originals, held_out, split, workers)
     workers.finish()
@@ -89,11 +87,7 @@ def evaluate_streamed(
         seed=seed,
         original=summarize_originals(originals.predictions, labels, seed),
         ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
-        noise=tuple(
-            NoiseScores(sigma=sigma, relative=True, **dict(scores[name]))
-            for name, sigma in sigmas.items()
-            if name in scores
-        ),
+        noise=tuple(NoiseScores(sigma=s, relative=True, **dict(scores[n])) for n, s in sigmas.items() if n in scores),
         baselines={name: each for name, each in scores.items() if name not in (*sigmas, "average", "generated")},
         generated=GeneratedScores(seconds_per_network=clock.mean if clock.count else None, **dict(scores["generated"])),
         spread=_spread(zoo, made["generated"], originals.predictions),
@@ -117,7 +111,7 @@ def baseline_recipes(
     """The average and the baselines that are asked for or affordable, by the name under which they are reported."""
     count = len(zoo.checkpoints)
     made = {"average": [Recipe(torch.zeros(count, dtype=torch.float64))]}
-    names = config.baselines if config.baselines is not None else AFFORDABLE if is_large(zoo) else NAMES
+    names = without_merges(config.baselines) if config.baselines is not None else AFFORDABLE if is_large(zoo) else NAMES
     for name in names if count > 1 and distance == distance else ():
         if name == "noise":
             made |= {f"noise_{sigma:g}": recipes(zoo, name, num, seed, sigma=sigma) for sigma in config.noise}
@@ -150,9 +144,9 @@ def is_large(zoo: ZooSpan) -> bool:
     return sum(map(len, zoo.means.values())) > MANY_VALUES
 
 
-def without_merges(names: Sequence[Baseline] | None) -> tuple[Baseline, ...] | None:
+def without_merges(names: Sequence[Baseline]) -> tuple[Baseline, ...]:
     """The kinds of baselines that are recipes."""
-    return None if names is None else tuple(each for each in names if not each.startswith(("merge_", "peft_")))
+    return tuple(each for each in names if not each.startswith(("merge_", "peft_")))
 
 
 def most_baselines(config: EvaluateConfig, num: int) -> int:

@@ -32,7 +32,7 @@ from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_table import headline
 from rpg.experiments.single import collect, existing
-from rpg.experiments.task_methods import Methods, as_many, merges_of, networks_of, parts_for, untrained
+from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
@@ -116,9 +116,7 @@ def evaluate_held_out(
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
-        bases = (lambda bits: next(iter(task.untrained(zoo, bits).values()))) if generator.adapter is None else None
-        merges = merges_of(generator, zoo, seen)
-        methods = Methods(generator, zoo, seen, regressions, merges, bases, seed, workers.partition)
+        methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
         for name, originals in wanted.items():
             rows = methods.rows(len(originals.bits))

@@ -6,7 +6,7 @@ T tasks, C condition values, S seen tasks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,7 @@ class Methods:
         zoo: what it learned from.
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
-        merges: merges the adapters of ``seen``, or its networks.
-        bases: what the training of each task ``[T, C]`` began with, to merge deviations from; None of adapters.
+        task: knows what a task's training began with, from which networks are merged as deviations.
         seed: decides everything random.
         partition: which tasks this process makes networks for.
     """
@@ -47,10 +46,14 @@ class Methods:
     zoo: Zoo
     seen: TaskNetworks
     regressions: Mapping[str, Regression]
-    merges: PeftMerges | NetworkMerges
-    bases: Callable[[Tensor], Stacked] | None = None
+    task: TaskFamily
     seed: int = 0
     partition: Partition = field(default_factory=Partition)
+
+    @functools.cached_property
+    def merges(self) -> PeftMerges | NetworkMerges:
+        """Merges the adapters of ``seen``, or its networks."""
+        return merges_of(self.generator, self.zoo, self.seen)
 
     def rows(self, num: int) -> list[int]:
         """Which of ``num`` tasks are this process's."""
@@ -87,11 +90,11 @@ class Methods:
         def made(method: str) -> Iterator[Any]:
             for row, task in zip(shares, bits, strict=True):
                 seed = derive_seed(self.seed, method, *task.tolist())
-                if isinstance(self.merges, PeftMerges) or self.bases is None:
+                if isinstance(self.merges, PeftMerges):
                     yield self.merges.merge(method, row, seed)
-                else:
-                    base = {name: value[0] for name, value in self.bases(task[None]).items()}
-                    yield self.merges.merge(method, row, seed, base)
+                    continue
+                begun = next(iter(self.task.untrained(self.zoo, task[None]).values()))
+                yield self.merges.merge(method, row, seed, {name: value[0] for name, value in begun.items()})
 
         whole = isinstance(self.merges, NetworkMerges) and self.seen.is_large
         return {method: in_parts(made(method)) for method in (AFFORDABLE_MERGES if whole else self.merges.methods)}

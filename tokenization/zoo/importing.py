@@ -57,23 +57,20 @@ def collect_from(
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are
-    converted into the zoo, so that a killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are converted.
+    A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``,
-            ``split``, ``condition`` (or ``condition.NAME`` columns); other columns are metrics. Its rows choose
-            the checkpoints.
-        pattern: regular expression on each path whose named groups mean the same as the columns; a table's
-            columns go first.
-        find_runs: without a pattern, take run and step from common names (`tokenization.zoo.names`); a table's columns
-            go first. Without a run from anywhere, every checkpoint is a run of its own.
+        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+            ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
+        pattern: regular expression on each path; named groups mean the same as the columns, which go first.
+        find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`); no run
+            from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
         task: the zoo's task, for a new zoo.
-        progress: called with (checked, total) checkpoints.
-        say: receives the notice of one line of what names told.
+        progress: called with (checked, total) checkpoints; say: receives one line of what names told.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -90,7 +87,7 @@ def collect_from(
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
-    labelled = [(path, label) for path, label in labelled if str(path.resolve()) not in known]
+    labelled = [each for each in labelled if str(each[0].resolve()) not in known]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
     sources, adapter = _checked(labelled, zoo, runs, progress)
