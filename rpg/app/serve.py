@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -46,7 +47,8 @@ def served(run: LoadedRun, host: str = "127.0.0.1", port: int = 7860) -> Iterato
 
 
 def serve(run: LoadedRun, host: str, port: int, say: Callable[[str], object]) -> None:
-    """Serve the page until the program is interrupted."""
+    """Serve the page until the program is interrupted or told to end; its files go either way."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with served(run, host, port) as address:
         say(f"{address} (stop with Ctrl+C)")
         try:
