@@ -59,6 +59,14 @@ def test_the_pipeline_of_diffusers_draws_from_a_checkpoint(trained):
     assert drawn.shape == (3, 8, 8, 1) and drawn.min() >= 0 and drawn.max() <= 1
 
 
+def test_a_zoo_serves_whatever_is_drawn_from_it(trained, tmp_path):
+    base = trained[0].settings.base
+    assert len(task_of(tmp_path, base=base).collect(tmp_path / "zoo", limit=1)) == 1
+    assert len(task_of(tmp_path, base=base, samples=8, sample_steps=2).collect(tmp_path / "zoo")) == 2
+    with pytest.raises(InputError, match=r"task\.average"):
+        task_of(tmp_path, base=base, average=0.5).collect(tmp_path / "zoo")
+
+
 def test_samples_come_from_the_same_noise_and_a_broken_network_draws_black(trained):
     task, weights = trained
     drawn = task.samples(weights, 5)
