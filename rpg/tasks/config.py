@@ -15,6 +15,7 @@ from rpg.tasks.images.config import (
     TimmFinetuneConfig,
     TrajectoriesConfig,
 )
+from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.vision.detection_config import DetectionConfig
 from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
@@ -26,6 +27,7 @@ TaskConfig: TypeAlias = Annotated[
     | Cifar10SubsetsConfig
     | FieldsConfig
     | TrajectoriesConfig
+    | TicketsConfig
     | TimmFinetuneConfig
     | ImageNetConfig
     | LanguageConfig

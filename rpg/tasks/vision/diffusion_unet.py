@@ -28,6 +28,8 @@ SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample":
 class DiffusionUnetTask(StepwiseTask):
     """Collects zoos of diffusion models and draws from state dicts."""
 
+    unrecorded = ("device", "samples", "sample_steps")
+
     def __init__(self, config: DiffusionUnetConfig) -> None:
         super().__init__(config)
         self.config = config

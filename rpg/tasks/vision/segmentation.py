@@ -31,6 +31,8 @@ Batch = tuple[Tensor, list[Tensor]]
 class SegmentationTask(StepwiseTask):
     """Collects zoos of segmentation networks and scores state dicts by mean IoU."""
 
+    unrecorded = ("device", "workers")
+
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
         if importlib.util.find_spec("torchmetrics") is None:

@@ -35,6 +35,9 @@ SAVE_EVERY = 100
 class StepwiseTask(ABC):
     """Collects the zoo and puts checkpoints into the base network; a task of its own adds network, data and loss."""
 
+    unrecorded: tuple[str, ...] = ("device",)
+    """Fields of the configuration that change no checkpoint, so that a zoo may be gone on with when they change."""
+
     def __init__(self, config: StepwiseConfig) -> None:
         self.settings = config
         self.device = task_device(config.device)
@@ -79,7 +82,7 @@ class StepwiseTask(ABC):
         Raises:
             InputError: the data are not there, the base is another network's, or the zoo at ``path`` is another one.
         """
-        config, zoo = self.settings, open_zoo(path, self.settings, ignore=("device",))
+        config, zoo = self.settings, open_zoo(path, self.settings, ignore=self.unrecorded)
         missing = set(range(1, config.steps + 1)) - {entry.step for entry in zoo.entries}
         if not missing:
             return zoo

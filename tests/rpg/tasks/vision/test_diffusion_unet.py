@@ -4,10 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rpg.evaluation.scores import samples as sampled
+from rpg.evaluation.scores.results import ScoreResult
 from rpg.evaluation.scores.scorer import TaskScorer, less_is_better
+from rpg.experiments.scores import Judge, evaluate_run_by_scores
+from rpg.experiments.single import collect
 from rpg.tasks import build_task
+from rpg.training.loop import train
+from tests.conftest import small_config
 from tokenization.errors import InputError
 
 
@@ -53,6 +59,14 @@ def test_the_pipeline_of_diffusers_draws_from_a_checkpoint(trained):
     assert drawn.shape == (3, 8, 8, 1) and drawn.min() >= 0 and drawn.max() <= 1
 
 
+def test_a_zoo_serves_whatever_is_drawn_from_it(trained, tmp_path):
+    base = trained[0].settings.base
+    assert len(task_of(tmp_path, base=base).collect(tmp_path / "zoo", limit=1)) == 1
+    assert len(task_of(tmp_path, base=base, samples=8, sample_steps=2).collect(tmp_path / "zoo")) == 2
+    with pytest.raises(InputError, match=r"task\.average"):
+        task_of(tmp_path, base=base, average=0.5).collect(tmp_path / "zoo")
+
+
 def test_samples_come_from_the_same_noise_and_a_broken_network_draws_black(trained):
     task, weights = trained
     drawn = task.samples(weights, 5)
@@ -81,3 +95,24 @@ def test_figures_are_the_measures_of_fields(trained, monkeypatch):
 def test_channels_that_cannot_be_grouped_are_named(tmp_path):
     with pytest.raises(InputError, match=r"task\.channels"):
         task_of(tmp_path, channels=(9,)).build()
+
+
+def test_a_run_is_scored_by_samples_and_shows_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled, "letter_features", lambda size, channels: lambda images: images[:, :6])
+    task = {
+        "name": "diffusion_unet", "channels": [8], "groups": 4, "train_steps": 5, "steps": 6, "hold_out": 3,
+        "samples": 20, "sample_steps": 2, "average": 0.5, "base": str(tmp_path / "base.safetensors"),
+    }  # fmt: skip
+    config = small_config(
+        tmp_path, task=task, evaluate={"num": 2, "num_baseline": 2, "noise": [0.05], "baselines": ["noise"]},
+        tokens={"size": 64},
+    )  # fmt: skip
+    collect(config)
+    train(config)
+    evaluate_run_by_scores(config.run, Judge())
+    result = ScoreResult.model_validate_json((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(result.sets) == ["original", "held_out", "generated", "average", "noise_0.05"]
+    assert result.first == "one_nna" and result.better["one_nna"] == "less"
+    assert [result.sets[name].count for name in ("original", "held_out", "generated")] == [4, 2, 2]
+    height, width = sampled.ROWS * 9 + 1, 4 * (sampled.COLUMNS * 9 + 1) + 3 * sampled.GAP
+    assert Image.open(tmp_path / "run" / "samples.png").size == (sampled.SCALE * width, sampled.SCALE * height)
