@@ -29,6 +29,7 @@ MISTAKES = [
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),
     ("check_plan", ["--cases", "unknown"]),
+    ("segmentation_archives", ["coco", "folder"]),
 ]
 
 

@@ -16,7 +16,7 @@ from rpg.evaluation.workers import Workers
 from rpg.experiments.scores import Judge
 from rpg.experiments.single import find_task
 from rpg.tasks import build_task
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask
+from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
@@ -81,7 +81,7 @@ def _task(source: Path, config: Config | None) -> Any:
         raise InputError(
             f"nothing says how to score {source}; give a CONFIG with a task, or a function of your own (--score)"
         )
-    if not isinstance(task, AdapterScorer | Classifier | FigureTask):
+    if not isinstance(task, AdapterScorer | Classifier | FigureTask | SampleTask):
         raise InputError(
             f"the task {type(task).__name__} scores no single checkpoint; give a function of your own (--score)"
         )

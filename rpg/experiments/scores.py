@@ -18,6 +18,7 @@ from rpg.evaluation.report.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
+from rpg.evaluation.scores.samples import draw_samples
 from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
@@ -28,7 +29,7 @@ from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
-from rpg.tasks.base import Classifier
+from rpg.tasks.base import Classifier, SampleTask
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.layouts import Layout
@@ -68,7 +69,7 @@ def evaluate_run_by_scores(
     Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
     of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
     are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
-    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``.
+    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
         run: a run folder.
@@ -111,6 +112,10 @@ def evaluate_run_by_scores(
         if wish is not None:
             page.condition, page.trajectory = str(trajectory), _trajectory(generator, scorer, span, wish, seed)
         write_results(Path(output or run), result, page)
+        if isinstance(scorer, TaskScorer) and isinstance(scorer.task, SampleTask):  # two originals, two generated ones
+            pair = [generator.layout.checkpoint(zoo, index).state_dict() for index in (trained[0], trained[-1])]
+            pair += generator.one_by_one(2, seed=seed, condition=requested and requested[:2])
+            draw_samples(scorer.task, pair, Path(output or run) / "samples.png")
     return result
 
 

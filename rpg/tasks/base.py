@@ -154,3 +154,17 @@ class FigureTask(Task, Protocol):
 
         Raises InputError if the network does not fit.
         """
+
+
+@runtime_checkable
+class SampleTask(Task, Protocol):
+    """A single task whose networks draw data, judged by how these lie among data that nobody learned from."""
+
+    def samples(self, network: Mapping[str, Tensor], num: int | None = None) -> Tensor:
+        """``num`` images that a network draws from fixed noise, ``[num, channels, S, S]`` in 0 … 1.
+
+        As many as the configuration says when None. Raises InputError if the network does not fit.
+        """
+
+    def images(self, split: str = "test") -> Tensor:
+        """The images of a split, ``[B, channels, S, S]`` in 0 … 1."""

@@ -17,6 +17,9 @@ from rpg.tasks.images.config import (
 )
 from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.vision.detection_config import DetectionConfig
+from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
+from rpg.tasks.vision.segmentation_config import SegmentationConfig
 
 TaskConfig: TypeAlias = Annotated[
     DigitsConfig
@@ -27,7 +30,10 @@ TaskConfig: TypeAlias = Annotated[
     | TicketsConfig
     | TimmFinetuneConfig
     | ImageNetConfig
-    | LanguageConfig,
+    | LanguageConfig
+    | DetectionConfig
+    | SegmentationConfig
+    | DiffusionUnetConfig,
     Field(discriminator="name"),
 ]
 """Configuration of any task; its literal ``name`` tells which."""

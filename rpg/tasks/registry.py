@@ -22,6 +22,9 @@ TASKS = {
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",
+    "detection": "rpg.tasks.vision.detection:DetectionTask",
+    "segmentation": "rpg.tasks.vision.segmentation:SegmentationTask",
+    "diffusion_unet": "rpg.tasks.vision.diffusion_unet:DiffusionUnetTask",
 }
 """Module and class of the task that each ``name`` of a configuration stands for."""
 

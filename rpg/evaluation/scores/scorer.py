@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.scores.samples import sample_figures
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, Task, TaskFamily
+from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask, Task, TaskFamily
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -32,7 +33,7 @@ from tokenization.zoo.condition import ConditionSpec
 Figures = dict[str, float]
 StateDict = Mapping[str, Tensor]
 
-SMALL = re.compile(r"(^|_)(loss|error|errors|perplexity|nll|bpc|mse|rmse|mae|wer|cer|fid|regret)($|_)")
+SMALL = re.compile(r"(^|_)(loss|error|errors|perplexity|nll|bpc|mse|rmse|mae|wer|cer|fid|nna|mmd|frechet|regret)($|_)")
 """Names of figures of which less is better, as whole words between underscores."""
 
 PATHS = re.compile(r"(^|_)(path|file|filename|folder)$")
@@ -144,7 +145,7 @@ class TaskScorer:
     """
 
     def __init__(self, task: Task, split: str, names: Sequence[str] = ()) -> None:
-        if not isinstance(task, FigureTask | Classifier | AdapterScorer | TaskFamily):
+        if not isinstance(task, FigureTask | SampleTask | Classifier | AdapterScorer | TaskFamily):
             raise InputError(f"{type(task).__name__} scores no single network; give a function of your own (--score)")
         self.task, self.split, self.names = task, split, names
         self.name = f"{type(task).__name__}, {split} data"
@@ -153,6 +154,8 @@ class TaskScorer:
         """Its figures. Raises InputError if the network does not fit the task."""
         if isinstance(self.task, FigureTask):
             return self.task.figures(network, self.split)
+        if isinstance(self.task, SampleTask):
+            return sample_figures(self.task, network, self.split)
         if isinstance(self.task, Classifier):
             predictions = self.task.predict([network], self.split)
             return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}

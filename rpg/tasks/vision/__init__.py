@@ -1,0 +1,1 @@
+"""Dense targets: networks that say where things are in an image."""

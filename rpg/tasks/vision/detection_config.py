@@ -1,0 +1,78 @@
+"""Configuration of the task ``detection``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rpg.section import Section
+from rpg.tasks.images.config import DIGITS_SIZE
+from rpg.tasks.vision.stepwise_config import StepwiseConfig
+
+
+class CanvasesData(Section):
+    """Digits placed on canvases; nothing is read from the disk."""
+
+    kind: Literal["canvases"] = "canvases"
+    size: int = Field(64, ge=32, description="height and width of a canvas")
+    most: int = Field(3, ge=1, description="digits on a canvas at most, as far as there is room")
+    sides: tuple[int, int] = Field((16, 28), description="smallest and largest height of a digit's square")
+    train: int = Field(1000, ge=1, description="canvases to train on")
+    scored: int = Field(200, ge=1, description="canvases of validation, and of test")
+    seed: int = Field(0, ge=0, description="decides what is on them")
+
+    @model_validator(mode="after")
+    def _digits_fit(self) -> CanvasesData:
+        if not DIGITS_SIZE <= self.sides[0] <= self.sides[1] <= self.size:
+            raise ValueError(f"sides are {self.sides}; give two sizes from {DIGITS_SIZE} to size {self.size}")
+        return self
+
+
+class CocoData(Section):
+    """A folder in COCO's own format; it is never downloaded."""
+
+    kind: Literal["coco"] = "coco"
+    root: str = Field("data/coco", description="folder with annotations/instances_*.json, train2017/ and val2017/")
+    train: str = Field("train2017", description="folder of the training images, and the end of their annotations' name")
+    test: str = Field("val2017", description="the same of the images of split test")
+    validation: int = Field(0, ge=0, description="so many training images, the last ones, are kept to make choices by")
+    scored: int | None = Field(
+        None, ge=1, description="networks are scored on so many of a split's images; null: on all"
+    )
+    flip: bool = Field(True, description="mirror half of the training images")
+
+
+DetectionNetwork = Literal[
+    "fasterrcnn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2",
+]  # fmt: skip
+
+
+class DetectionConfig(StepwiseConfig):
+    """A network that says where things are, and the images it is trained on."""
+
+    name: Literal["detection"] = "detection"
+    network: DetectionNetwork = Field(
+        "fasterrcnn_resnet50_fpn",
+        description="a model of torchvision; fasterrcnn: its Faster R-CNN on task.backbone",
+    )
+    backbone: str = Field(
+        "vit_base_patch16_224", description="of fasterrcnn: a timm model; plain ViTs get the simple pyramid of ViTDet"
+    )
+    channels: int = Field(256, ge=1, description="of fasterrcnn: channels of the feature pyramid")
+    convolutions: int = Field(4, ge=0, description="of fasterrcnn: convolutions of the box head")
+    hidden: int = Field(1024, ge=1, description="of fasterrcnn: width of the box head")
+    anchors: tuple[int, ...] = Field(
+        (), description="side in pixels of the smallest anchors, one a level; empty: as torchvision has them"
+    )
+    arguments: dict[str, int | float] = Field(
+        {}, description="other arguments of torchvision's: min_size, rpn_post_nms_top_n_test, …"
+    )
+    pretrained: bool = Field(
+        False,
+        description="start from ImageNet weights of the backbone, fetched where task.base is no file; its batch norms "
+        "are then frozen, as torchvision does",
+    )
+    data: Annotated[CanvasesData | CocoData, Field(discriminator="kind")] = CanvasesData()
+    workers: int = Field(0, ge=0, description="processes that read images")

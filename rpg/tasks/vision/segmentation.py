@@ -1,0 +1,126 @@
+"""The task ``segmentation``: a network that tells the class of each pixel, whole or in part, judged by mean IoU.
+
+B images, S height and width that images are brought to, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from rpg.seeding import make_rng
+from rpg.tasks.images.collection import use_threads
+from rpg.tasks.images.timm_data import AddressedImages, CheckedImages, LaterBatches
+from rpg.tasks.vision.segmentation_config import SegmentationConfig
+from rpg.tasks.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
+from rpg.tasks.vision.segmentation_networks import build_segmenter, enlarge, logits_of
+from rpg.tasks.vision.stepwise import StepwiseTask
+from tokenization.errors import InputError
+
+Batch = tuple[Tensor, list[Tensor]]
+"""Images ``[B, 3, S, S]`` and a map of classes ``[H, W]`` of each."""
+
+
+class SegmentationTask(StepwiseTask):
+    """Collects zoos of segmentation networks and scores state dicts by mean IoU."""
+
+    unrecorded = ("device", "workers")
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        super().__init__(config)
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise InputError("the task segmentation needs torchmetrics; install it with: pip install rpg[vision]")
+        self.config = config
+        self.num_classes = NUM_CLASSES[config.dataset]
+        self._opened: dict[str, Dataset[Any]] = {}
+
+    def make_network(self) -> nn.Module:
+        """The untrained target network. Raises InputError if there is none of that name."""
+        return build_segmenter(self.config.network, self.num_classes)
+
+    def dataset(self, split: str) -> Any:
+        """Images and maps of a split. Raises InputError where the folder does not hold them."""
+        if split not in self._opened:
+            self._opened[split] = open_split(split, self.config)
+        return self._opened[split]
+
+    def batches(self, split: str, *parts: int | str, skip: int = 0) -> Iterator[Batch]:
+        """Images and maps; seed and ``parts`` decide order and alterations of ``train``, whose first are left out.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        train, dataset = split == "train", self.dataset(split)
+        rng = make_rng(self.config.seed, "batches", *parts) if train else None
+        order = RandomSampler(dataset, generator=rng) if train else SequentialSampler(dataset)
+        read = AddressedImages(dataset, self.config.seed, *parts) if train else dataset
+        loader: Any = DataLoader(
+            CheckedImages(read, dataset),
+            batch_sampler=LaterBatches(order, self.config.batch_size, skip),
+            num_workers=self.config.workers,
+            collate_fn=list,
+            generator=rng,
+        )
+        for samples in loader:
+            for sample in samples:
+                if isinstance(sample, str):
+                    raise InputError(sample)
+            images, maps = zip(*samples, strict=True)
+            yield torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
+
+    def batches_after(self, done: int) -> Iterator[Batch]:
+        """The training batches of all epochs but the first ``done`` ones, without end; each is full."""
+        dataset, size = self.dataset("train"), self.config.batch_size
+        first, skip = divmod(done, max(1, len(dataset) // size))
+        for epoch in itertools.count(first):
+            whole = itertools.islice(self.batches("train", epoch, skip=skip), max(1, len(dataset) // size) - skip)
+            yield from whole  # a batch of one image is too few for a batch norm of global features
+            skip = 0
+
+    def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Mean cross entropy of the pixels that count."""
+        images, maps = batch
+        classes = torch.stack(maps).long()
+        logits = enlarge(logits_of(network, images), classes.shape[-2:])
+        total = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
+        return total / (classes != IGNORED).sum().clamp(min=1)
+
+    @torch.inference_mode()
+    def figures(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
+        """Mean intersection over union of the classes that are there or answered, and the share of right pixels.
+
+        Both over all pixels of the split, at the maps' own resolution.
+
+        Raises:
+            InputError: the network does not fit, or an image cannot be read.
+        """
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+        fitted = self.network_with(network).eval()
+        options: dict[str, Any] = {"ignore_index": IGNORED, "validate_args": False}
+        overlap = MulticlassJaccardIndex(self.num_classes, **options).to(self.device)
+        right = MulticlassAccuracy(self.num_classes, average="micro", **options).to(self.device)
+        with use_threads(self.config.threads):
+            for images, maps in self.batches(split):
+                logits = logits_of(fitted, images)
+                for some, classes in _by_size(logits, maps):
+                    answers = enlarge(some, classes.shape[-2:])
+                    answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # broken ones decide nothing
+                    overlap.update(answers, classes.long())
+                    right.update(answers, classes.long())
+        return {"miou": overlap.compute().item(), "pixel_accuracy": right.compute().item()}
+
+
+def _by_size(logits: Tensor, maps: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and maps ``[b, H, W]`` together where all maps are of one size, else one by one."""
+    if len({each.shape for each in maps}) == 1:
+        yield logits, torch.stack(maps)
+    else:
+        yield from ((some[None], classes[None]) for some, classes in zip(logits, maps, strict=True))
