@@ -13,12 +13,13 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
+from rpg.evaluation.field_plots import save_image
 from rpg.evaluation.network_merges import Merges, NetworkMerges
 from rpg.evaluation.report.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
-from rpg.evaluation.scores.samples import draw_samples
+from rpg.evaluation.scores.samples import SCALE, draw_samples
 from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
@@ -111,11 +112,7 @@ def evaluate_run_by_scores(
         page = ScorePage(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
         if wish is not None:
             page.condition, page.trajectory = str(trajectory), _trajectory(generator, scorer, span, wish, seed)
-        write_results(Path(output or run), result, page)
-        if isinstance(scorer, TaskScorer) and isinstance(scorer.task, SampleTask):  # two originals, two generated ones
-            pair = [generator.layout.checkpoint(zoo, index).state_dict() for index in (trained[0], trained[-1])]
-            pair += generator.one_by_one(2, seed=seed, condition=requested and requested[:2])
-            draw_samples(scorer.task, pair, Path(output or run) / "samples.png")
+        write_results(Path(output or run), result, page, _drawn(scorer, generator, zoo, trained, requested, seed))
     return result
 
 
@@ -192,12 +189,28 @@ def evaluate_zoo(
     return result
 
 
-def write_results(folder: Path, result: ScoreResult, page: ScorePage) -> None:
-    """Write ``evaluation.json``, ``scatter.png`` and ``report.html``. Raises InputError if the folder refuses."""
+def _drawn(
+    scorer: Scorer | None, generator: Generator, zoo: Zoo, trained: Sequence[int], requested: Any, seed: int
+) -> Tensor | None:
+    """What the first and last original and two generated networks draw; None of networks that do not."""
+    if not isinstance(scorer, TaskScorer) or not isinstance(scorer.task, SampleTask):
+        return None
+    originals = [generator.layout.checkpoint(zoo, index).state_dict() for index in (trained[0], trained[-1])]
+    made = generator.one_by_one(2, seed=seed, condition=requested and requested[:2])
+    return draw_samples(scorer.task, [*originals, *made])
+
+
+def write_results(folder: Path, result: ScoreResult, page: ScorePage, drawn: Tensor | None = None) -> None:
+    """Write ``evaluation.json``, ``scatter.png`` and ``report.html``, and ``drawn`` as ``samples.png``.
+
+    Raises InputError if the folder refuses.
+    """
     make_folder(folder)
     result.save(folder / "evaluation.json")
     draw_scores(result, folder / "scatter.png")
     write_score_page(folder / "report.html", result, page)
+    if drawn is not None:
+        save_image(drawn, folder / "samples.png", SCALE)
 
 
 def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from rpg.evaluation.field_judges import letter_features
 from rpg.evaluation.field_measures import measure_samples, shown_by
-from rpg.evaluation.field_plots import beside, grid, save_image
+from rpg.evaluation.field_plots import beside, grid
 from rpg.evaluation.two_sample import evenly
 from rpg.tasks.base import SampleTask
 from tokenization.errors import InputError
@@ -37,6 +36,6 @@ def sample_figures(task: SampleTask, network: Mapping[str, Tensor], split: str) 
     return measure_samples([own], others, known, features)
 
 
-def draw_samples(task: SampleTask, networks: Iterable[Mapping[str, Tensor]], path: Path) -> None:
-    """Write what networks draw from the same noise side by side as a PNG. Raises InputError if one does not fit."""
-    save_image(beside([grid(task.samples(each, ROWS * COLUMNS), COLUMNS) for each in networks], GAP), path, SCALE)
+def draw_samples(task: SampleTask, networks: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """What networks draw from the same noise, side by side: ``[C, H, W]``. Raises InputError if one does not fit."""
+    return beside([grid(task.samples(each, ROWS * COLUMNS), COLUMNS) for each in networks], GAP)
