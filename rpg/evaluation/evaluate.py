@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ def evaluate(
     seed: int = 0,
     seconds_per_network: float | None = None,
     workers: Workers | None = None,
+    finish: Callable[[StateDict], StateDict] | None = None,
 ) -> EvaluationResult:
     """Score generated networks beside the originals and the trivial baselines.
 
@@ -54,6 +55,7 @@ def evaluate(
         seed: decides the baselines' draws and the bootstrap.
         seconds_per_network: what generating one took, to be reported.
         workers: the processes that share the scoring; this one alone when None.
+        finish: makes every baseline what the zoo's networks are: pruned, or quantised.
 
     Raises:
         InputError: there are no originals or no generated networks, or they do not fit the task.
@@ -68,6 +70,8 @@ def evaluate(
     noisy = noisy_baselines(originals, sigmas, config.num_baseline, seed)
     trivial = _trivial(task, measure, networks, config, seed)
     sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
+    if finish is not None:
+        sets = {name: each if name == "generated" else list(map(finish, each)) for name, each in sets.items()}
     workers.expect(len(originals) + sum(map(len, sets.values())), len(labels))
     original_predictions = predict(task, originals, config.split, workers)
     answers = {name: predict(task, each, config.split, workers) for name, each in sets.items()}

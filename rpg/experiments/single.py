@@ -28,6 +28,7 @@ from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train
+from tokenization.compressed.form import dense
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.zoo.locks import locks
@@ -127,17 +128,21 @@ def _evaluate_together(
     config = generator.config.evaluate
     networks, seconds = generate_timed(generator, num, seed)
     trained, held_out = parts_of(zoo, generator.config)
-    originals, others = ([zoo.state_dict(index) for index in each] for each in (trained, held_out))
+    originals, others = ([dense(zoo.state_dict(index)) for index in each] for each in (trained, held_out))
+    form, stored = generator.layout.compressed, networks
+    networks = [dict(dense(each)) for each in stored]  # baselines are made of what networks compute with
     runs = [zoo.entries[index].run for index in trained]
     result = evaluate(
-        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers
-    )
+        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers,
+        finish=form.again if form is not None else None,
+    )  # fmt: skip
     two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
     span, asked = None, generator.asked(num, seed)
     if asked:
         place = zoo_span(generator, zoo, trained)
         if generator.config.generate.state == "stored":
-            span = measure_span(place, place.place(networks), asked, result.generated.accuracy.mean)
+            placed = place.place(stored if form is None else map(form.expand, stored))
+            span = measure_span(place, placed, asked, result.generated.accuracy.mean)
         else:
             span = _stored_span(generator, place, task, asked, seed, workers)
     return networks, result.model_copy(update={"span": span, "two_sample": two_sample})

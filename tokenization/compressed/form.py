@@ -10,15 +10,15 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.masks import share_out
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
 from tokenization.zoo.cache import cached_tensors
@@ -130,22 +130,24 @@ class Compressed(Form):
             original.path, infos, original.ties, order, original.ordered, metadata, {**original.sizes, **sizes}
         )
 
-    def expand(self, source: Checkpoint | StateDict) -> Checkpoint | StateDict:
-        """A checkpoint in this form, in memory; one that ``checkpoint`` gave is returned as it is.
+    def apply(self, source: Checkpoint | StateDict) -> Checkpoint | StateDict:
+        """A checkpoint in this form, in memory; one that ``checkpoint`` gave stays as it is. Raises as `expand`."""
+        if not isinstance(source, Checkpoint):
+            return self.expand(source)
+        return source if source.metadata.get(MARK) == self.key else self.expand(source.state_dict())
+
+    def expand(self, network: StateDict) -> dict[str, Tensor]:
+        """A state dict, as it is stored, in this form.
 
         Raises:
             InputError: a tensor is missing, or is no mask, no scale, or of other indices.
         """
-        if isinstance(source, Checkpoint):
-            if source.metadata.get(MARK) == self.key:
-                return source
-            source = {name: source.flat(name).view(info.shape) for name, info in source.tensors.items()}
-        given: StateDict = source
-        for part in self.parts:
-            for name in part.stored:
-                if name not in given:
-                    raise InputError(f"tensor {name!r} is missing from the state dict; give a network of the zoo's form")
-        return self._merge(given, lambda part: dict(zip(part.tokens, part.expand(given.__getitem__), strict=True)))
+        missing = [name for part in self.parts for name in part.stored if name not in network]
+        if missing:
+            raise InputError(
+                f"tensor {missing[0]!r} is missing from the state dict; give a network stored as the zoo's"
+            )
+        return self._merge(network, lambda part: dict(zip(part.tokens, part.expand(network.__getitem__), strict=True)))
 
     def compress(self, expanded: StateDict) -> dict[str, Tensor]:
         """A state dict in this form → as the zoo's checkpoints are stored: masks cut, codes rounded."""
@@ -164,28 +166,19 @@ class Compressed(Form):
     def _alive(self, sparsity: float) -> dict[str, int]:
         """How many values of each pruned weight live: in proportion to the zoo's numbers, none above its size."""
         pruned = [part for part in self.parts if part.pruned]
-        sizes = torch.tensor([part.num_values for part in pruned], dtype=torch.float64)
-        total = sum(part.num_values for part in pruned)
-        wanted = total - round(sparsity * total)
-        shares = torch.tensor([max(part.alive, 1) for part in pruned], dtype=torch.float64)
-        counts = torch.zeros_like(sizes)
-        for _ in pruned:  # what does not fit into a weight goes to the others
-            room = counts < sizes
-            missing = wanted - counts.sum()
-            counts += torch.where(room, shares, 0.0) / torch.where(room, shares, 0.0).sum().clamp(min=1e-300) * missing
-            counts = counts.minimum(sizes)
-        whole = counts.floor()
-        order = (counts - whole).argsort(descending=True, stable=True)[: int(round(wanted - whole.sum().item()))]
-        whole[order] += 1  # the largest remainders
-        return {part.name: int(count) for part, count in zip(pruned, whole.tolist(), strict=True)}
+        sizes = [part.num_values for part in pruned]
+        total = sum(sizes) - round(sparsity * sum(sizes))
+        counts = share_out(total, [max(part.alive, 1) for part in pruned], sizes)
+        return {part.name: count for part, count in zip(pruned, counts, strict=True)}
 
     @functools.cached_property
     def _token_names(self) -> set[str]:
         return {name for part in self.parts for name in part.tokens}
 
     def _infos(self, part: Part, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-        specs: Iterator[tuple[str, TensorSpec]] = iter(part.tokens.items())
-        return {name: TensorInfo(name, dtype, shape, checkpoint.path, 0) for name, (dtype, shape) in specs}
+        return {
+            name: TensorInfo(name, dtype, shape, checkpoint.path, 0) for name, (dtype, shape) in part.tokens.items()
+        }
 
     def _merge(self, stored: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
         """Entries by stored name, those of each part (in place of its first) replaced by ``tokens(part)``."""

@@ -161,7 +161,9 @@ class Part:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        stored = [[name, str(dtype).removeprefix("torch."), list(shape)] for name, (dtype, shape) in self.stored.items()]
+        stored = [
+            [name, str(dtype).removeprefix("torch."), list(shape)] for name, (dtype, shape) in self.stored.items()
+        ]
         return {**asdict(replace(self, stored={})), "shape": list(self.shape), "stored": stored}
 
     @classmethod
@@ -211,7 +213,7 @@ def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
 
 
 def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: the largest value of a channel is the last code.
+    """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: a channel's largest value is the last code.
 
     Args:
         weight: floats.
@@ -239,7 +241,7 @@ def find_parts(
         InputError: sizes that contradict each other.
     """
     parts = []
-    for name, (dtype, shape) in specs.items():
+    for name, (_, shape) in specs.items():
         for kind, suffixes in SUFFIXES.items():
             base = name.removesuffix(suffixes[0])
             names = [base + suffix for suffix in suffixes]

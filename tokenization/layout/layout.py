@@ -69,9 +69,9 @@ class TokenLayout(LayoutDescription):
         layout.compressed = compressed
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options) if compressed is None else None
         checkpoints = [layout.checkpoint(zoo, index) for index in indices]
-        form = (compressed or layout.canonical).key if compressed or layout.canonical else None
+        form = compressed or layout.canonical
         mode = options.normalization
-        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form)
+        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form and form.key)
         return layout
 
     @classmethod
@@ -108,7 +108,7 @@ class TokenLayout(LayoutDescription):
         """
         tokens = empty_huge((self.num_tokens, self.token_size), dtype)
         source = source if self.canonical is None else self.canonical.apply(source)
-        source = source if self.compressed is None else self.compressed.expand(source)
+        source = source if self.compressed is None else self.compressed.apply(source)
         self.encode_into(tokens, source)
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
