@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rpg.evaluation.report.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
-from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
+from rpg.evaluation.scores.scorer import Scorer, StoredScorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
@@ -28,6 +29,7 @@ from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.tasks.base import Classifier
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.layouts import Layout
@@ -92,6 +94,8 @@ def evaluate_run_by_scores(
     trained, held_out = parts_of(zoo, config)
     conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
     networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    form = generator.layout.compressed
+    scorer, networks = _in_form(scorer, form), networks if form is None else map(form.expand, networks)
     span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
     result = evaluate_scores(
         scorer,
@@ -164,14 +168,17 @@ def evaluate_zoo(
         raise InputError(f"{path} has no checkpoint of the splits {', '.join(config.train.splits)}; set train.splits")
     own, others = ([zoo.entries[index].condition for index in each] for each in (trained, held_out))
     wanted = [each for each in own if each is not None]
-    first = zoo.checkpoint(trained[0])
+    form = Compressed.find(zoo.checkpoint(trained[0]), config.tokens.pruned)
+    form = form and form.measured(zoo, trained)
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    first = opened(trained[0])
     names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
     result = evaluate_scores(
-        scorer,
-        ZooSpan([zoo.checkpoint(index) for index in trained], names),
+        _in_form(scorer, form),
+        ZooSpan([opened(index) for index in trained], names),
         None,
         config.evaluate,
-        held_out=[zoo.checkpoint(index) for index in held_out],
+        held_out=[opened(index) for index in held_out],
         conditions=Conditions(own, others, wanted),
         options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained)),
         workers=workers,
@@ -204,6 +211,11 @@ def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: 
         return None
     names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()
     return TaskScorer(find_task(config, zoo), split, names)
+
+
+def _in_form(scorer: Scorer | None, form: Compressed | None) -> Scorer | None:
+    """The scorer, of networks in the form of their tokens where those are stored otherwise."""
+    return scorer if scorer is None or form is None else StoredScorer(scorer, form.compress)
 
 
 def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:
@@ -259,7 +271,10 @@ def _trajectory(
     if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
         asked = [float(names.index(wish))] if wish in names else None
 
+    form = generator.layout.compressed
+
     def measure(networks: Sequence[StateDict]) -> Tensor:
+        networks = networks if form is None else [form.expand(each) for each in networks]
         if scorer is None:
             return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
         every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]

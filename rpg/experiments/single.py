@@ -111,6 +111,10 @@ def evaluate_run(
     task = scoring_task(config, zoo)
     num = num or config.evaluate.num
     if held_values(config, generator.layout, len(zoo), num) > MOST_VALUES:
+        if generator.layout.compressed is not None:
+            raise InputError(
+                f"{run}: pruned and quantised networks of this size are not scored; score fewer with --num"
+            )
         networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed, workers)
     else:
         networks, result = _evaluate_together(generator, zoo, task, num, seed, workers)
@@ -141,7 +145,7 @@ def _evaluate_together(
     if asked:
         place = zoo_span(generator, zoo, trained)
         if generator.config.generate.state == "stored":
-            placed = place.place(stored if form is None else map(form.expand, stored))
+            placed = place.place(stored if form is None else [form.expand(each) for each in stored])
             span = measure_span(place, placed, asked, result.generated.accuracy.mean)
         else:
             span = _stored_span(generator, place, task, asked, seed, workers)
