@@ -71,7 +71,9 @@ class TokenLayout(LayoutDescription):
         checkpoints = [layout.checkpoint(zoo, index) for index in indices]
         form = compressed or layout.canonical
         mode = options.normalization
-        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key)
+        layout.statistics = fitted_statistics(
+            zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key
+        )
         return layout
 
     @classmethod
