@@ -179,10 +179,16 @@ def _stored_span(
     generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int, workers: Workers
 ) -> Span | None:
     """Of networks with stored states, made for this alone where others are evaluated."""
-    part, num = workers.partition, len(asked)
+    part, num, split = workers.partition, len(asked), generator.config.evaluate.split
+    form = generator.layout.compressed
+    if form is not None:  # placed in the form of their tokens, scored as they are stored
+        stored = generator.generate(num, seed=seed, state="stored")
+        right = task.predict(stored, split) == task.labels(split)  # type: ignore[arg-type]
+        places = zoo.place([form.expand(each) for each in stored])  # type: ignore[arg-type]
+        return measure_span(zoo, places, asked, right.double().mean().item())
     networks = generator.one_by_one(num, seed=seed, state="stored", partition=part)
     made = Made(num, generator.share(num, part), networks, asked)
-    return score_span(task, zoo, made, generator.config.evaluate.split, workers)
+    return score_span(task, zoo, made, split, workers)
 
 
 def existing(run: Path | str) -> Path | None:
