@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,8 @@ def evaluate_run_by_scores(
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
-    networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    form = generator.layout.compressed
-    scorer, networks = _in_form(scorer, form), networks if form is None else map(form.expand, networks)
+    made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
     result = evaluate_scores(
         scorer,
@@ -174,7 +173,7 @@ def evaluate_zoo(
     first = opened(trained[0])
     names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
     result = evaluate_scores(
-        _in_form(scorer, form),
+        _in_form(scorer, form)[0],
         ZooSpan([opened(index) for index in trained], names),
         None,
         config.evaluate,
@@ -213,9 +212,13 @@ def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: 
     return TaskScorer(find_task(config, zoo), split, names)
 
 
-def _in_form(scorer: Scorer | None, form: Compressed | None) -> Scorer | None:
-    """The scorer, of networks in the form of their tokens where those are stored otherwise."""
-    return scorer if scorer is None or form is None else StoredScorer(scorer, form.compress)
+def _in_form(
+    scorer: Scorer | None, form: Compressed | None, networks: Iterable[StateDict] = ()
+) -> tuple[Scorer | None, Iterator[StateDict]]:
+    """Networks in the form of their tokens where they are stored otherwise, and the scorer of such."""
+    if form is None:
+        return scorer, iter(networks)
+    return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
 
 
 def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tokenization.checkpoint.masks import cut_mask
 from tokenization.checkpoint.safetensors import DTYPES
 from tokenization.checkpoint.tensor_file import TensorSpec
+from tokenization.compressed.packing import LARGEST, by_channel, packed, quantised, scattered, unpacked
 from tokenization.errors import InputError
 
 Kind = Literal["mask", "zeros", "csr", "int8", "int4"]
@@ -40,9 +41,6 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 """What a weight's name is followed by in the names of what is stored of it."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LARGEST = {8: 127, 4: 7}
-"""The largest code of so many bits; the smallest that is made is its negative."""
-
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 Read = Callable[[str], Tensor]
 
@@ -109,12 +107,12 @@ class Part:
         if self.kind in ("csr", "int4") and tuple(found[-1].tolist()) != self.shape:
             raise InputError(f"{where}: {self.name!r} has shape {found[-1].tolist()}, but the zoo's {list(self.shape)}")
         if not self.pruned:
-            codes = _unpacked(found[0], self.shape) if self.kind == "int4" else found[0]
+            codes = unpacked(found[0], self.shape) if self.kind == "int4" else found[0]
             if not bool((found[1] > 0).all()):
                 raise InputError(f"{where}: {self.name}_scale has values that are not above 0; quantise it anew")
             return codes.float(), found[1].double().log()
         if self.kind == "csr":
-            values, mask = _scattered(found[0], found[1], found[2], self.shape, f"{where}: {self.name!r}")
+            values, mask = scattered(found[0], found[1], found[2], self.shape, f"{where}: {self.name!r}")
         else:
             values, mask = found[0], found[-1] != 0
             if self.kind == "mask" and not bool((found[1] == mask).all()):
@@ -131,7 +129,7 @@ class Part:
         if not self.pruned:
             most = LARGEST[8 if self.kind == "int8" else 4]
             codes = first.round().clamp(-most - 1, most)
-            tensors = [_packed(codes) if self.kind == "int4" else codes, second.double().exp(), self._shape]
+            tensors = [packed(codes) if self.kind == "int4" else codes, second.double().exp(), self._shape]
             return self._stored(tensors)
         if alive is None and self.varies:
             mask = second > 0
@@ -150,14 +148,14 @@ class Part:
 
     def dense(self, first: Tensor, second: Tensor) -> Tensor:
         """What a network computes with: values under their mask, or codes times their channel's scale."""
-        return torch.where(second > 0, first, 0) if self.pruned else first * _by_channel(second.exp().float(), first)
+        return torch.where(second > 0, first, 0) if self.pruned else first * by_channel(second.exp().float(), first)
 
     def again(self, weight: Tensor) -> Tensor:
         """A dense weight, as if it had been pruned by magnitude to the zoo's share or quantised, dense again."""
         if self.pruned:
             return weight * cut_mask(weight.abs(), 1 - self.alive / self.num_values)
         codes, scale = quantised(weight, 8 if self.kind == "int8" else 4)
-        return codes * _by_channel(scale, codes)
+        return codes * by_channel(scale, codes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -210,21 +208,6 @@ def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
     }
     stored = dict(zip((name + suffix for suffix in SUFFIXES[kind]), specs[kind], strict=True))
     return Part(kind, name, tuple(weight.shape), stored, alive)
-
-
-def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: a channel's largest value is the last code.
-
-    Args:
-        weight: floats.
-        bits: 8 or 4.
-
-    Returns:
-        codes, float32 whole numbers of the weight's shape, and scales; weight ≈ codes · scale.
-    """
-    largest = weight.detach().flatten(1).abs().amax(1)
-    scale = (largest / LARGEST[bits]).clamp(min=torch.finfo(weight.dtype).tiny)
-    return (weight / _by_channel(scale, weight)).round(), scale
 
 
 def find_parts(
@@ -280,31 +263,3 @@ def _require_sizes(part: Part) -> None:
     if part.num_values < 1 or not fits():
         found = ", ".join(f"{name} of shape {list(shape)}" for name, (_, shape) in part.stored.items())
         raise InputError(f"{found} do not make a weight of shape {list(part.shape)}; save the network again")
-
-
-def _by_channel(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _packed(codes: Tensor) -> Tensor:
-    flat = torch.nn.functional.pad(codes.reshape(codes.shape[0], -1) + 8, (0, codes[0].numel() % 2), value=8)
-    pairs = flat.to(torch.uint8).unflatten(1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
-def _unpacked(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
-    return (pairs[:, : math.prod(shape[1:])].to(torch.int8) - 8).reshape(shape)
-
-
-def _scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...], where: str) -> tuple[Tensor, ...]:
-    """A dense tensor of values, and its mask, from compressed rows; foreign indices may be anything."""
-    width, counts, columns = math.prod(shape[1:]), rows.long().diff(), columns.long()
-    whole = int(rows[0]) == 0 and int(rows[-1]) == len(columns) and bool((counts >= 0).all())
-    inside = whole and bool(((columns >= 0) & (columns < width)).all())
-    places = torch.arange(shape[0]).repeat_interleave(counts) * width + columns if inside else columns
-    if not inside or not bool((places.diff() > 0).all()):
-        raise InputError(f"{where} has indices of compressed rows that do not fit; save the network again")
-    dense, mask = torch.zeros(math.prod(shape), dtype=values.dtype), torch.zeros(math.prod(shape), dtype=torch.bool)
-    dense[places], mask[places] = values, True
-    return dense.view(shape), mask.view(shape)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rpg.tasks.images.config import Pruning, Quantisation
+from rpg.tasks.images.compress_config import Pruning, Quantisation
 from tokenization.checkpoint.masks import cut_mask, share_out
-from tokenization.compressed.parts import Kind, new_part, quantised
+from tokenization.compressed.packing import by_channel, quantised
+from tokenization.compressed.parts import Kind, new_part
 
 MASKS: dict[str, Kind] = {"csr": "csr", "stored": "mask", "implied": "zeros"}
 """How a pruned weight is stored, by the configuration's name for it."""
@@ -55,7 +56,7 @@ class Compression:
             masks = self._masks(weights, self.config.sparsity * (1 - (1 - progress) ** 3))
             return {name: weight * masks[name] for name, weight in weights.items()}
         pairs = {name: quantised(weight, self.config.bits) for name, weight in weights.items()}
-        return {name: codes * scale.view(-1, *[1] * (codes.ndim - 1)) for name, (codes, scale) in pairs.items()}
+        return {name: codes * by_channel(scale, codes) for name, (codes, scale) in pairs.items()}
 
     def store(self, network: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of dense weights, compressed: what the checkpoint holds."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rpg.section import Section
+from rpg.tasks.images.compress_config import Compress
 
 DIGITS_SIZE = 8
 """Height and width of scikit-learn's digits."""
@@ -49,27 +50,6 @@ class CollectionConfig(Section):
     augment: bool = Field(False, description="move, turn and scale the training images at random, in both phases")
 
 
-class Pruning(Section):
-    """Networks of which most weights are zero."""
-
-    kind: Literal["prune"] = "prune"
-    sparsity: float = Field(0.8, gt=0, lt=1, description="share of zeros among the weights of layers, biases apart")
-    steps: int = Field(400, ge=1, description="fine-tuning steps in which the share of zeros rises")
-    masks: Literal["csr", "stored", "implied"] = Field(
-        "csr",
-        description="how a pruned weight is stored: compressed rows; its mask beside it, as torch.nn.utils.prune does; "
-        "or dense with zeros (then name it in tokens.pruned)",
-    )
-
-
-class Quantisation(Section):
-    """Networks whose weights are integers with one scale for each output channel."""
-
-    kind: Literal["quantise"] = "quantise"
-    bits: Literal[8, 4] = Field(8, description="of a code")
-    steps: int = Field(200, ge=1, description="fine-tuning steps with rounded weights before the first checkpoint")
-
-
 RECIPES: dict[str, dict[str, Any]] = {
     # chosen on the validation images: with the general recipe it stays at 93 %
     "vit": {"train_steps": 1500, "batch_size": 64, "finetune_learning_rate": 5e-4},
@@ -85,9 +65,7 @@ class DigitsConfig(CollectionConfig):
         DIGITS_SIZE, ge=DIGITS_SIZE, description="height and width to which the images are enlarged"
     )
 
-    compress: Annotated[Pruning | Quantisation, Field(discriminator="kind")] | None = Field(
-        None, description="prune or quantise: all runs then begin with one dense network, which each compresses anew"
-    )
+    compress: Compress | None = Field(None, description="all runs then compress one dense network, each by itself")
 
     @model_validator(mode="before")
     @classmethod

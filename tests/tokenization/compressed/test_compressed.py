@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 
 from tokenization.checkpoint.masks import cut_mask, share_out
 from tokenization.compressed.form import Compressed, dense
-from tokenization.compressed.parts import Kind, new_part, quantised
+from tokenization.compressed.packing import quantised
+from tokenization.compressed.parts import Kind, new_part
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
