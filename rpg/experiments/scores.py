@@ -78,8 +78,7 @@ def evaluate_run_by_scores(
         seed: decides everything random.
         output: where the results go; the run folder when None.
         workers: the processes that share the work.
-        split: of the task's data, the configuration's when None; on ``validation`` networks are made for the tasks of
-            that split.
+        split: of the task's data, the configuration's when None; of ``validation`` networks are made for its tasks.
         trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
