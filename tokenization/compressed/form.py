@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
@@ -48,12 +49,19 @@ class Compressed(Form):
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, zeros: Sequence[str] = ()) -> Compressed | None:
-        """The compressed weights of one checkpoint; None without any. Raises InputError as `find_parts`, or for ties.
+        """The compressed weights of one checkpoint; None without any.
 
         Args:
             checkpoint: one of the zoo.
             zeros: glob patterns of weights whose zeros are their mask.
+
+        Raises:
+            InputError: a pattern fits nothing, sizes contradict each other, or a compressed weight is tied.
         """
+        for pattern in zeros:
+            if not any(fnmatchcase(name, pattern) for name in checkpoint.tensors):
+                what = f"tokens.pruned: {pattern!r} fits no tensor of {checkpoint.path}"
+                raise InputError(f"{what}; write glob patterns of tensor names")
         specs = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
         if not checkpoint.sizes:  # nothing can be read of it: only what needs no shape is found
             specs = {name: spec for name, spec in specs.items() if not name.endswith(("_crow_indices", "_packed"))}

@@ -220,6 +220,8 @@ def test_ordinary_names_are_no_compressed_weights(tmp_path: Path) -> None:
     assert Compressed.find(zoo.checkpoint(0)) is None
     network = zoo.state_dict(0)
     assert dense(network) is network
+    with pytest.raises(InputError, match="tokens.pruned: 'c\\*' fits no tensor"):
+        Compressed.find(zoo.checkpoint(0), ["c*"])
 
 
 def test_living_weights_are_shared_out_in_full() -> None:
