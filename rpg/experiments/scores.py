@@ -14,6 +14,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
+from rpg.evaluation.network_merges import Merges, NetworkMerges
 from rpg.evaluation.report.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
@@ -178,7 +179,7 @@ def evaluate_zoo(
         config.evaluate,
         held_out=[opened(index) for index in held_out],
         conditions=Conditions(own, others, wanted),
-        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained)),
+        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained, form=form)),
         workers=workers,
     )
     if workers.is_first:
@@ -220,10 +221,14 @@ def _in_form(
     return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
 
 
-def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:
-    """Merges the zoo's adapters as they were saved, into the form that the layout gives them."""
+def _merges(
+    adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
+) -> Merges:
+    """Merges the zoo's networks; its adapters as they were saved, into the form that the layout gives them."""
+    form = layout.compressed if layout is not None else form
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     if adapter is None:
-        return None
+        return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
     finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
     return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rpg.config import Config
+from rpg.generation.generator import Generator
 from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
@@ -254,24 +255,30 @@ class Trainer:
 
     def finish(self) -> Path:
         """Write the generator folder from the averaged weights."""
-        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
-        weights |= checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+        weights = self._averaged_weights()
         self.distributed.on_main(lambda: self._write_generator(weights))
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.folder.generator
 
-    def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
+    def _averaged_weights(self) -> dict[str, torch.Tensor]:
+        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
+        return weights | checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+
+    def generator(self, weights: dict[str, torch.Tensor] | None = None, **facts: Any) -> Generator:
+        """The generator as it is now, of the averaged weights."""
         network = self.build_network()
-        network.load_state_dict(weights)
+        network.load_state_dict(self._averaged_weights() if weights is None else weights)
+        return trained_generator(self.config, self.layout, network, self.zoo, facts)
+
+    def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
         facts: dict[str, Any] = {
             "training seconds": round(self.seconds, 1),
             "parameters": self.num_parameters,
             "training checkpoints": len(self.sampler),
             **self.auxiliary.facts(time.monotonic() - self.started),
         }
-        made = trained_generator(self.config, self.layout, network, self.zoo, facts)
-        made.save_pretrained(self.folder.generator)
+        self.generator(weights, **facts).save_pretrained(self.folder.generator)
 
 
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.structure import Structure, digest_of
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
@@ -68,8 +69,9 @@ class TokenLayout(LayoutDescription):
         layout = cls._placed(first, options, _open_base(zoo, options.base, compressed) or first)
         layout.compressed = compressed
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options) if compressed is None else None
-        checkpoints = [layout.checkpoint(zoo, index) for index in indices]
         form = compressed or layout.canonical
+        opened = steps("bringing checkpoints into one form", indices) if form else indices
+        checkpoints = [layout.checkpoint(zoo, index) for index in opened]
         mode = options.normalization
         layout.statistics = fitted_statistics(
             zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key
