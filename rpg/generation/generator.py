@@ -215,8 +215,8 @@ class Generator:
         """
         request = self.request(num, seed, RequestOptions(**options))
         part = replace(partition or Partition(), whole=True)
-        layout = with_sparsity(self.layout, request.sparsity)
-        return decoded_networks(layout, self.sampler().sample(request, partition=part))
+        tiles = self.sampler().sample(request, partition=part)
+        return decoded_networks(with_sparsity(self.layout, request.sparsity), tiles)
 
     def share(self, num: int, partition: Partition) -> list[int]:
         """Which of ``num`` networks this process makes in `one_by_one`."""
@@ -296,7 +296,5 @@ class Generator:
             facts = partial(request.provenance, self.digest)
             return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
-            raise InputError(
-                "several processes need an output folder that they fill together; name one, or start a single process"
-            )
+            raise InputError("several processes fill an output folder together; name one, or start a single process")
         return MemorySink(layout, request.num)
