@@ -99,6 +99,9 @@ Temperature = Annotated[
     float | None,
     option("Spread of fresh states, or of kernel ridge's draws, in that of the zoo; 0: the mean.", min=0),
 ]
+Sparsity = Annotated[
+    float | None, option("Of pruned networks: share of zeros among their pruned weights (default: the zoo's).")
+]
 IgnoreMemory = Annotated[bool, option("Begin even if more memory is needed than is free.", "--ignore-memory")]
 Device = Annotated[
     str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")

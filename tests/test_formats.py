@@ -26,6 +26,7 @@ from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
 from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.compressed.parts import SUFFIXES
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
 from tokenization.zoo.locks import locked
@@ -141,6 +142,17 @@ def test_a_tie_in_a_layout(tmp_path: Path) -> None:
     TokenLayout.fit(zoo, TokenOptions(size=4)).save(tmp_path)
     tie = read(tmp_path / "layout.json")["tensors"][1]
     assert tie == {"name": "b", "role": "tie", "of": "a"} and tie.keys() <= set(documented("layout.json tensors"))
+
+
+def test_compressed_weights(tmp_path: Path) -> None:
+    names = {"w" + suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    assert names == set(documented("Compressed weights"))
+    zoo = Zoo.create(tmp_path / "zoo")
+    zoo.append({"w": torch.ones(3, 2, dtype=torch.int8), "w_scale": torch.rand(3)}, run=0, step=0)
+    TokenLayout.fit(zoo, TokenOptions(size=4)).save(tmp_path)
+    layout = read(tmp_path / "layout.json")
+    assert layout["version"] == 2
+    assert [*layout["compressed"], *layout["compressed"]["weights"][0]] == documented("layout.json compressed")
 
 
 def test_directions_on_disk(tmp_path: Path) -> None:

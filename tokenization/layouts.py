@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.compressed.writer import CompressedWriter
+from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
 from tokenization.layout.reader import TokenReader
@@ -16,7 +19,7 @@ from tokenization.zoo.zoo import Zoo
 
 Layout = TokenLayout | SpectralLayout
 Reader = TokenReader | SpectralReader
-Writer = CheckpointWriter | SpectralWriter
+Writer = CheckpointWriter | SpectralWriter | CompressedWriter
 
 
 def fit_layout(zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = None) -> Layout:
@@ -44,9 +47,30 @@ def token_reader(zoo: Zoo, layout: Layout) -> Reader:
 
 def checkpoint_writer(path: Path | str, layout: Layout, metadata: Mapping[str, str] | None = None) -> Writer:
     """A file that tokens are streamed into."""
-    if isinstance(layout, SpectralLayout):
-        return SpectralWriter(path, layout, metadata)
-    return CheckpointWriter(path, layout, metadata)
+
+    def opened(file: Path | str) -> SpectralWriter | CheckpointWriter:
+        kind = SpectralWriter if isinstance(layout, SpectralLayout) else CheckpointWriter
+        return kind(file, layout, metadata)  # type: ignore[arg-type]
+
+    return opened(path) if layout.compressed is None else CompressedWriter(path, layout.compressed, opened, metadata)
+
+
+def with_sparsity(layout: Layout, sparsity: float | None) -> Layout:
+    """The layout, that stores pruned weights of another share of zeros; None for the zoo's own.
+
+    Raises:
+        InputError: nothing is pruned, or it is no share.
+    """
+    if sparsity is None:
+        return layout
+    if layout.compressed is None:
+        raise InputError("this generator's networks are not pruned; leave the sparsity out")
+    changed = copy.copy(layout)
+    if isinstance(changed, SpectralLayout):
+        changed.cut = copy.copy(changed.cut)
+    cut = changed.cut if isinstance(changed, SpectralLayout) else changed
+    cut.compressed = layout.compressed.with_sparsity(sparsity)
+    return changed
 
 
 def cached_bytes(layout: Layout, num_checkpoints: int) -> int:

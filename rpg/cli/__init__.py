@@ -190,7 +190,7 @@ def generate(
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
     prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    device: o.Device = "auto",
+    sparsity: o.Sparsity = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
@@ -210,8 +210,8 @@ def generate(
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, output=output, progress=advance,
-            partition=partition,
+            temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
+            progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
     return {"folder": str(output), "networks": [str(path) for path in paths]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ def evaluate(
     seed: int = 0,
     seconds_per_network: float | None = None,
     workers: Workers | None = None,
+    finish: Callable[[StateDict], StateDict] | None = None,
 ) -> EvaluationResult:
     """Score generated networks beside the originals and the trivial baselines.
 
@@ -54,21 +55,22 @@ def evaluate(
         runs: which training run each original is of; all of one when None.
         seed: decides the baselines' draws and the bootstrap.
         seconds_per_network: what generating one took, to be reported.
-        workers: the processes that share the scoring; this one alone when None.
+        workers: the processes that share the scoring.
+        finish: makes every baseline what the zoo's networks are: pruned, or quantised.
 
     Raises:
         InputError: there are no originals or no generated networks, or they do not fit the task.
     """
-    for name, given in (("originals", originals), ("generated networks", networks)):
-        if not given:
-            raise InputError(f"there are no {name}; give at least one")
+    if not originals or not networks:
+        raise InputError(f"there are no {'generated networks' if originals else 'originals'}; give at least one")
     config, workers = config or EvaluateConfig(), workers or Workers()
     labels = task.labels(config.split)
     measure = Distances(originals, [0] * len(originals) if runs is None else runs, symmetries(task))
     sigmas = config.noise if _wanted(config, "noise") else ()
     noisy = noisy_baselines(originals, sigmas, config.num_baseline, seed)
     trivial = _trivial(task, measure, networks, config, seed)
-    sets = {"generated": networks, **noisy, "average": [baselines.average(originals)], **trivial}
+    made = {**noisy, "average": [baselines.average(originals)], **trivial}
+    sets = {"generated": networks, **{name: [*map(finish or dict, each)] for name, each in made.items()}}
     workers.expect(len(originals) + sum(map(len, sets.values())), len(labels))
     original_predictions = predict(task, originals, config.split, workers)
     answers = {name: predict(task, each, config.split, workers) for name, each in sets.items()}

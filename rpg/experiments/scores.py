@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
 from rpg.evaluation.scores.samples import SCALE, draw_samples
-from rpg.evaluation.scores.scorer import Scorer, TaskScorer, load_scorer
+from rpg.evaluation.scores.scorer import Scorer, StoredScorer, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
@@ -31,6 +32,7 @@ from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.tasks.base import Classifier, SampleTask
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.layouts import Layout
@@ -79,8 +81,7 @@ def evaluate_run_by_scores(
         seed: decides everything random.
         output: where the results go; the run folder when None.
         workers: the processes that share the work.
-        split: of the task's data, the configuration's when None; on ``validation`` networks are made for the tasks of
-            that split.
+        split: of the task's data, the configuration's when None; of ``validation`` networks are made for its tasks.
         trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
@@ -94,7 +95,8 @@ def evaluate_run_by_scores(
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
-    networks = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
     result = evaluate_scores(
         scorer,
@@ -167,16 +169,19 @@ def evaluate_zoo(
         raise InputError(f"{path} has no checkpoint of the splits {', '.join(config.train.splits)}; set train.splits")
     own, others = ([zoo.entries[index].condition for index in each] for each in (trained, held_out))
     wanted = [each for each in own if each is not None]
-    first = zoo.checkpoint(trained[0])
+    form = Compressed.find(zoo.checkpoint(trained[0]), config.tokens.pruned)
+    form = form and form.measured(zoo, trained)
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    first = opened(trained[0])
     names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
     result = evaluate_scores(
-        scorer,
-        ZooSpan([zoo.checkpoint(index) for index in trained], names),
+        _in_form(scorer, form)[0],
+        ZooSpan([opened(index) for index in trained], names),
         None,
         config.evaluate,
-        held_out=[zoo.checkpoint(index) for index in held_out],
+        held_out=[opened(index) for index in held_out],
         conditions=Conditions(own, others, wanted),
-        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained)),
+        options=Options(judge.lower, judge.higher, config.seed, _merges(text, zoo, trained, form=form)),
         workers=workers,
     )
     if workers.is_first:
@@ -225,10 +230,23 @@ def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: 
     return TaskScorer(find_task(config, zoo), split, names)
 
 
-def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> Merges:
+def _in_form(
+    scorer: Scorer | None, form: Compressed | None, networks: Iterable[StateDict] = ()
+) -> tuple[Scorer | None, Iterator[StateDict]]:
+    """Networks in the form of their tokens where they are stored otherwise, and the scorer of such."""
+    if form is None:
+        return scorer, iter(networks)
+    return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
+
+
+def _merges(
+    adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
+) -> Merges:
     """Merges the zoo's networks; its adapters as they were saved, into the form that the layout gives them."""
+    form = layout.compressed if layout is not None else form
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     if adapter is None:
-        return NetworkMerges([zoo.checkpoint(index) for index in trained], [zoo.entries[i].run for i in trained])
+        return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
     finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
     return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 
@@ -278,7 +296,10 @@ def _trajectory(
     if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
         asked = [float(names.index(wish))] if wish in names else None
 
+    form = generator.layout.compressed
+
     def measure(networks: Sequence[StateDict]) -> Tensor:
+        networks = networks if form is None else [form.expand(each) for each in networks]
         if scorer is None:
             return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
         every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]

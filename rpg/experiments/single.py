@@ -29,6 +29,7 @@ from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
+from tokenization.compressed.form import dense
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.zoo.locks import locks
@@ -111,6 +112,10 @@ def evaluate_run(
     task = scoring_task(config, zoo)
     num = num or config.evaluate.num
     if held_values(config, generator.layout, len(zoo), num) > MOST_VALUES:
+        if generator.layout.compressed is not None:
+            raise InputError(
+                f"{run}: pruned and quantised networks of this size are not scored; score fewer with --num"
+            )
         networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed, workers)
     else:
         networks, result = _evaluate_together(generator, zoo, task, num, seed, workers)
@@ -128,17 +133,21 @@ def _evaluate_together(
     config = generator.config.evaluate
     networks, seconds = generate_timed(generator, num, seed)
     trained, held_out = parts_of(zoo, generator.config)
-    originals, others = ([zoo.state_dict(index) for index in each] for each in (trained, held_out))
+    originals, others = ([dense(zoo.state_dict(index)) for index in each] for each in (trained, held_out))
+    form, stored = generator.layout.compressed, networks
+    networks = [dict(dense(each)) for each in stored]  # baselines are made of what networks compute with
     runs = [zoo.entries[index].run for index in trained]
     result = evaluate(
-        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers
-    )
+        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers,
+        finish=form.again if form is not None else None,
+    )  # fmt: skip
     two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
     span, asked = None, generator.asked(num, seed)
     if asked:
         place = zoo_span(generator, zoo, trained)
         if generator.config.generate.state == "stored":
-            span = measure_span(place, place.place(networks), asked, result.generated.accuracy.mean)
+            placed = place.place(stored if form is None else [form.expand(each) for each in stored])
+            span = measure_span(place, placed, asked, result.generated.accuracy.mean)
         else:
             span = _stored_span(generator, place, task, asked, seed, workers)
     return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
@@ -172,10 +181,16 @@ def _stored_span(
     generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int, workers: Workers
 ) -> Span | None:
     """Of networks with stored states, made for this alone where others are evaluated."""
-    part, num = workers.partition, len(asked)
+    part, num, split = workers.partition, len(asked), generator.config.evaluate.split
+    form = generator.layout.compressed
+    if form is not None:  # placed in the form of their tokens, scored as they are stored
+        stored = generator.generate(num, seed=seed, state="stored")
+        right = task.predict(stored, split) == task.labels(split)  # type: ignore[arg-type]
+        places = zoo.place([form.expand(each) for each in stored])  # type: ignore[arg-type]
+        return measure_span(zoo, places, asked, right.double().mean().item())
     networks = generator.one_by_one(num, seed=seed, state="stored", partition=part)
     made = Made(num, generator.share(num, part), networks, asked)
-    return score_span(task, zoo, made, generator.config.evaluate.split, workers)
+    return score_span(task, zoo, made, split, workers)
 
 
 def existing(run: Path | str) -> Path | None:

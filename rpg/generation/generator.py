@@ -31,7 +31,7 @@ from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
-from tokenization.layouts import Layout, load_layout
+from tokenization.layouts import Layout, load_layout, with_sparsity
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
@@ -163,6 +163,7 @@ class Generator:
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
+        sparsity: float | None = None,
         output: Path | str | None = None,
         progress: Callable[[int, int], None] | None = None,
         partition: Partition | None = None,
@@ -177,6 +178,7 @@ class Generator:
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
                 also one text, or one each; of a metric its value as it is measured.
             start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
+            sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
             progress: called with (tokens done, tokens in all), of this process's part.
@@ -188,7 +190,7 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, start)
+        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, start, sparsity)
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
@@ -213,7 +215,8 @@ class Generator:
         """
         request = self.request(num, seed, RequestOptions(**options))
         part = replace(partition or Partition(), whole=True)
-        return decoded_networks(self.layout, self.sampler().sample(request, partition=part))
+        tiles = self.sampler().sample(request, partition=part)
+        return decoded_networks(with_sparsity(self.layout, request.sparsity), tiles)
 
     def share(self, num: int, partition: Partition) -> list[int]:
         """Which of ``num`` networks this process makes in `one_by_one`."""
@@ -278,6 +281,7 @@ class Generator:
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
+            sparsity=options.sparsity,
         )
 
     def sampler(self) -> Sampler:
@@ -287,11 +291,10 @@ class Generator:
     def _sink(
         self, request: Request, output: Path | str | None, partition: Partition, shared: range
     ) -> MemorySink | FolderSink:
+        layout = with_sparsity(self.layout, request.sparsity)
         if output is not None:
             facts = partial(request.provenance, self.digest)
-            return FolderSink(self.layout, Path(output), facts, request.num, self.adapter, partition, shared)
+            return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
-            raise InputError(
-                "several processes need an output folder that they fill together; name one, or start a single process"
-            )
-        return MemorySink(self.layout, request.num)
+            raise InputError("several processes fill an output folder together; name one, or start a single process")
+        return MemorySink(layout, request.num)

@@ -33,6 +33,7 @@ class RequestOptions:
     temperature: float | None = None
     condition: Any = None  # in any form that ``Generator.generate`` takes
     start: Any = None  # likewise
+    sparsity: float | None = None  # of pruned networks
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
         """The section with these options in place of its values."""
@@ -60,6 +61,7 @@ class Request:
     texts: tuple[str, ...] | None = None  # what the conditions were made of
     metrics: Tensor | None = None  # [num, 1] likewise: values of a metric
     starts: Tensor | None = None  # [num, L, D] tokens to go on from
+    sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
 
     def __post_init__(self) -> None:
         for name in ("num", "steps"):
@@ -93,6 +95,8 @@ class Request:
         facts["start"] = None
         if self.starts is not None:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
+        if self.sparsity is not None:
+            facts["sparsity"] = self.sparsity
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 

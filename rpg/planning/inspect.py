@@ -150,6 +150,10 @@ def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
     if layout.canonical is not None:
         count = len(layout.canonical.pairs)
         table.add_row("LoRA pairs", f"{count:,} in canonical form ({layout.canonical.form}), their products the same")
+    if layout.compressed is not None:
+        zeros, kinds = layout.compressed.zoo_sparsity, sorted({part.kind for part in layout.compressed.parts})
+        share = "" if zeros is None else f", {zeros:.2%} of their values zero"
+        table.add_row("compressed weights", f"{len(layout.compressed.parts):,} ({', '.join(kinds)}){share}")
     exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
     exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")

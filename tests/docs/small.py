@@ -47,6 +47,12 @@ SMALL: dict[str, dict[str, Any]] = {
         "task": {"hidden": 16, "num_shapes": 96, "image_size": 8, "held_out": 0.2},
     },
     "gpt.yaml": {**SECTIONS, "task": RUNS, "model": {"backbone": {"d_model": 16, "num_layers": 1}}},
+    "sparse.yaml": {
+        **SECTIONS,
+        "task": {"train_steps": 40, "runs": 2, "steps": 2, "compress": {"steps": 10}},
+        "model": {"state": {"width": 2}},
+        "evaluate": {"num": 2, "num_baseline": 2, "baselines": ["noise"]},
+    },
     "lora/folder.yaml": {**SECTIONS, **ADAPTERS},
     "tickets.yaml": {**SECTIONS, "task": {"family": TICKETS, "rounds": 2}, "model": {"backbone": {"d_model": 16}}},
     "sweeps/position.yaml": {"set": ["train.steps=8"], "entries": [{"name": "2d", "set": ["model.position=2d"]}]},

@@ -1,6 +1,8 @@
-"""Which weights of a pruned tensor live: a mask cut from scores at a wished share."""
+"""Which weights of pruned tensors live: masks cut from scores, and how many live in each tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +29,26 @@ def cut_mask(scores: Tensor, sparsity: float) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool).flatten()
     mask[scores.flatten().argsort(descending=True, stable=True)[:alive]] = True
     return mask.view_as(scores)
+
+
+def share_out(total: int, shares: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """``total`` living weights among tensors, in proportion to their shares, none above its size.
+
+    Args:
+        total: 0 … the sum of ``sizes``.
+        shares: of each tensor, above 0; what does not fit into one goes to the others.
+        sizes: values of each tensor.
+
+    Returns:
+        whole numbers that sum to ``total``; largest remainders are rounded up.
+    """
+    weights, room = (torch.tensor(each, dtype=torch.float64) for each in (shares, sizes))
+    counts = torch.zeros_like(room)
+    for _ in sizes:
+        open_shares = torch.where(counts < room, weights, 0.0)
+        counts += open_shares / open_shares.sum().clamp(min=1e-300) * (total - counts.sum())
+        counts = counts.minimum(room)
+    whole = (counts + 1e-9).floor()
+    order = (counts - whole).argsort(descending=True, stable=True)
+    whole[order[: total - int(whole.sum())]] += 1
+    return [int(count) for count in whole.tolist()]

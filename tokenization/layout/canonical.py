@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +25,10 @@ from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
 from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
 from tokenization.lora.low_rank import align_factors, balanced_factors
 from tokenization.zoo.cache import cached_tensors
+from tokenization.zoo.form import MARK, Form
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1
-MARK = "rpg.canonical"
-"""Metadata of an opened canonical checkpoint: by which form it is one."""
-
 NO_PRODUCT = ("target_parameters", "kasa_config", "use_bdlora")
 """Fields of PEFT's configuration under which an update is not ``B A``: stacked experts, a diagonal, blocks."""
 
@@ -65,7 +61,7 @@ def find_pairs(layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
     return tuple(pairs)
 
 
-class Canonical:
+class Canonical(Form):
     """Brings adapters of one structure into canonical form.
 
     Args:
@@ -77,14 +73,10 @@ class Canonical:
     def __init__(
         self, form: CanonicalForm, pairs: Sequence[tuple[Layer, Layer]], reference: TensorSource | None
     ) -> None:
+        super().__init__()
         self.form = form
         self.pairs = tuple(pairs)
         self.reference = reference
-        self._start()
-
-    def _start(self) -> None:
-        self._opened: tuple[Zoo | None, dict[int, Checkpoint]] = (None, {})
-        self._lock = threading.Lock()
 
     @classmethod
     def fit(cls, zoo: Zoo, indices: Sequence[int], layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:
@@ -121,22 +113,6 @@ class Canonical:
     def reference_specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of the reference's tensors, by name; none without a reference."""
         return reference_specs(self.layers) if self.reference is not None else {}
-
-    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
-        """An entry of a zoo in canonical form: its pairs from the zoo's cache, made if need be, the rest as it is.
-
-        It is kept for the next call.
-
-        Raises:
-            InputError: the checkpoint is broken, or there is no place to write.
-        """
-        with self._lock:
-            if self._opened[0] is not zoo:
-                self._opened = (zoo, {})
-            opened = self._opened[1]
-            if index not in opened:
-                opened[index] = self._open(zoo, index)
-            return opened[index]
 
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:
         original = zoo.checkpoint(index)
@@ -181,12 +157,6 @@ class Canonical:
         if self.reference is None:
             return a, b
         return align_factors(a, b, *(self.reference.flat(reference_name(x.name)).view(x.shape) for x in pair))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"form": self.form, "pairs": self.pairs, "reference": self.reference}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
 
 def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[Layer, Layer]]) -> Checkpoint:

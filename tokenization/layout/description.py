@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorSpec
+from tokenization.compressed.form import Compressed
 from tokenization.layout.canonical import Canonical
 from tokenization.layout.normalization import LayerStatistics, Statistics, TensorSource
 from tokenization.layout.placement import Layer, RunTable, TokenOptions
@@ -33,6 +34,7 @@ class LayoutDescription:
         statistics: the normalisation.
         constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
         canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
+        compressed: pruned and quantised weights, if any: the names above are of their tokens, ``decode`` stores them.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LayoutDescription:
         constant_source: TensorSource,
         constant_prefix: str = "",
         canonical: Canonical | None = None,
+        compressed: Compressed | None = None,
     ) -> None:
         self.options = options
         self.names = tuple(names)
@@ -56,6 +59,7 @@ class LayoutDescription:
         self.constant_specs = dict(constant_specs)
         self.statistics = statistics
         self.canonical = canonical
+        self.compressed = compressed
         self._constant_source = constant_source
         self._constant_prefix = constant_prefix
 
@@ -111,7 +115,12 @@ class LayoutDescription:
 
     def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
         """An entry of a zoo as it is cut into tokens: the zoo's own, its LoRA pairs in canonical form."""
-        return zoo.checkpoint(index) if self.canonical is None else self.canonical.checkpoint(zoo, index)
+        form = self.compressed or self.canonical
+        return zoo.checkpoint(index) if form is None else form.checkpoint(zoo, index)
+
+    def finished(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict as its tokens say it, as the zoo's checkpoints are stored."""
+        return state_dict if self.compressed is None else self.compressed.compress(state_dict)
 
     @property
     def constants(self) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import Structure
+from tokenization.checkpoint.structure import Structure, digest_of
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
 from tokenization.layout import serialization
@@ -62,14 +63,19 @@ class TokenLayout(LayoutDescription):
         indices = list(range(len(zoo))) if indices is None else [int(index) for index in indices]
         if not indices:
             raise InputError(f"{zoo.path} has no checkpoint to measure; collect some with `rpg collect`")
-        first = zoo.checkpoint(indices[0])
-        layout = cls._placed(first, options, _open_base(zoo, options.base) or first)
-        layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
-        opened = steps("bringing adapters into one form", indices) if layout.canonical else indices
+        compressed = Compressed.find(zoo.checkpoint(indices[0]), options.pruned)
+        compressed = compressed and compressed.measured(zoo, indices)
+        first = compressed.checkpoint(zoo, indices[0]) if compressed else zoo.checkpoint(indices[0])
+        layout = cls._placed(first, options, _open_base(zoo, options.base, compressed) or first)
+        layout.compressed = compressed
+        layout.canonical = Canonical.fit(zoo, indices, layout.layers, options) if compressed is None else None
+        form = compressed or layout.canonical
+        opened = steps("bringing checkpoints into one form", indices) if form else indices
         checkpoints = [layout.checkpoint(zoo, index) for index in opened]
-        form = layout.canonical.key if layout.canonical else None
         mode = options.normalization
-        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form)
+        layout.statistics = fitted_statistics(
+            zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key
+        )
         return layout
 
     @classmethod
@@ -79,7 +85,10 @@ class TokenLayout(LayoutDescription):
         Raises:
             InputError: patterns that fit nothing, a tensor of a dtype that cannot be tokenised.
         """
+        compressed = Compressed.find(checkpoint, options.pruned)
+        checkpoint = checkpoint if compressed is None else compressed.describe(checkpoint)
         layout = cls._placed(checkpoint, options, checkpoint)
+        layout.compressed = compressed
         pairs = find_pairs(layout.layers) if options.lora_canonical != "none" else ()
         layout.canonical = Canonical("svd", pairs, None) if pairs else None  # the only one: nothing to align it with
         return layout
@@ -95,7 +104,7 @@ class TokenLayout(LayoutDescription):
     def encode(self, source: Checkpoint | Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Cut a checkpoint or a state dict into normalised tokens ``[L, D]`` of ``dtype``; padding is 0.
 
-        LoRA pairs are brought into the layout's canonical form first.
+        LoRA pairs are brought into the layout's canonical form first, compressed weights into that of their tokens.
 
         Raises:
             InputError: a tensor is missing or has another shape, or differs in a layer that does not vary in the zoo
@@ -103,6 +112,7 @@ class TokenLayout(LayoutDescription):
         """
         tokens = empty_huge((self.num_tokens, self.token_size), dtype)
         source = source if self.canonical is None else self.canonical.apply(source)
+        source = source if self.compressed is None else self.compressed.apply(source)
         self.encode_into(tokens, source)
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
@@ -158,7 +168,7 @@ class TokenLayout(LayoutDescription):
             stored[layer.name] = values.view(layer.shape)
             self._release(None, layer)
         stored |= {name: self.constant(name).clone() for name in self.constant_specs}
-        return self.with_aliases(stored)
+        return self.finished(self.with_aliases(stored))
 
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]`` in the tokens' dtype and on their device.
@@ -172,8 +182,11 @@ class TokenLayout(LayoutDescription):
 
         Raises:
             ValueError: tokens of another shape.
+            InputError: of compressed weights, which no gradient goes through.
         """
         self._require_shape(tokens.shape[-2:])
+        if self.compressed is not None:
+            raise InputError("losses on data need dense networks, and the zoo's are pruned or quantised; drop the loss")
         batch = tokens.shape[:-2]
         buffer = tokens.reshape(*batch, self.num_tokens * self.token_size)
         stored: dict[str, Tensor] = {}
@@ -241,13 +254,13 @@ class TokenLayout(LayoutDescription):
             raise ValueError(f"tokens of shape {list(shape)} must be [{self.num_tokens}, {self.token_size}]")
 
 
-def _open_base(zoo: Zoo, base: str | None) -> Checkpoint | None:
+def _open_base(zoo: Zoo, base: str | None, compressed: Compressed | None) -> Checkpoint | None:
     """The checkpoint that ``tokens.base`` names: a file of the zoo, or a path. It must fit the zoo's structure."""
     if base is None:
         return None
     for index, entry in enumerate(zoo.entries):
         if entry.file == base:
-            return zoo.checkpoint(index)
+            return compressed.checkpoint(zoo, index) if compressed else zoo.checkpoint(index)
     checkpoint = Checkpoint.open(base)
     zoo.structure.require(Structure.of_checkpoint(checkpoint), f"tokens.base: {base}")
-    return checkpoint
+    return compressed.open(zoo, checkpoint, digest_of(checkpoint)) if compressed else checkpoint

@@ -57,6 +57,7 @@ class TokenOptions:
         basis_dtype: ``bf16`` or ``fp32``, in which the directions are kept.
         centre: what a token's coefficients are deviations from: the ``zoo``'s mean, or their regression on the
             ``condition``.
+        pruned: glob patterns of tensors whose zeros are pruned weights; masks that are stored are found by themselves.
 
     Raises:
         ValueError: an impossible value.
@@ -78,6 +79,7 @@ class TokenOptions:
     basis: Literal["token", "network"] = "token"
     basis_dtype: Literal["bf16", "fp32"] = "bf16"
     centre: Literal["zoo", "condition"] = "zoo"
+    pruned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
@@ -85,7 +87,7 @@ class TokenOptions:
         for field, kind in (("normalization", Normalization), ("flatten", Flatten), ("lora_canonical", CanonicalForm)):
             if getattr(self, field) not in get_args(kind):
                 raise ValueError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(get_args(kind))}")
-        for field in ("include", "exclude"):
+        for field in ("include", "exclude", "pruned"):
             patterns = getattr(self, field)
             if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise ValueError(f"{field} is {patterns!r}; give a list of glob patterns")
@@ -111,13 +113,15 @@ class TokenOptions:
     @property
     def cut(self) -> dict[str, Any]:
         """What decides which values lie in which token, and the directions: JSON values."""
-        return {name: value for name, value in asdict(self).items() if name not in ("rank", "rank_share", "centre")}
+        unlike = ("rank", "rank_share", "centre", *(() if self.pruned else ("pruned",)))
+        return {name: value for name, value in asdict(self).items() if name not in unlike}
 
     def written(self) -> dict[str, Any]:
         """As a layout's file says them: without what belongs to directions where there are none."""
         of_directions = () if self.rank is not None else ("rank", "rank_share", "basis", "basis_dtype")
         if self.centre == "zoo" and self.rank is None:
             of_directions = (*of_directions, "centre")
+        of_directions = of_directions if self.pruned else (*of_directions, "pruned")
         return {name: value for name, value in asdict(self).items() if name not in of_directions}
 
 

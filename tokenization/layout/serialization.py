@@ -11,6 +11,7 @@ from typing import Any
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import DTYPES, read_json
 from tokenization.checkpoint.tensor_file import TensorFile
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layout.canonical import Canonical, find_pairs
@@ -18,7 +19,7 @@ from tokenization.layout.description import LayoutDescription
 from tokenization.layout.normalization import Statistics, mean_name, statistics_specs
 from tokenization.layout.placement import Layer, TokenOptions
 
-FORMAT, VERSION = "rpg.layout", 1
+FORMAT, VERSION, COMPRESSED_VERSION = "rpg.layout", 1, 2
 LAYOUT_FILE, STATISTICS_FILE = "layout.json", "statistics.safetensors"
 CONSTANT_PREFIX = "constant."
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -59,11 +60,12 @@ def load(folder: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is no layout: its format is not {FORMAT!r}; name the folder of a generator")
-    if content.get("version") != VERSION:
+    if content.get("version") != (COMPRESSED_VERSION if "compressed" in content else VERSION):
         what = f"{path} has version {content.get('version')!r}, and this rpg reads version {VERSION}"
         raise InputError(f"{what}; use the rpg that wrote it, or train again")
     try:
         arguments = _from_json(content)
+        compressed = Compressed.from_json(content["compressed"]) if "compressed" in content else None
         normalization = TokenOptions(normalization=content["normalization"]).normalization
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} has a malformed entry ({error!r}); copy the folder again") from error
@@ -75,7 +77,8 @@ def load(folder: Path) -> dict[str, Any]:
         "statistics": Statistics.read(source, normalization),
         "constant_source": source,
         "constant_prefix": CONSTANT_PREFIX,
-        "canonical": _canonical(source, arguments["layers"], arguments["options"]),
+        "canonical": None if compressed else _canonical(source, arguments["layers"], arguments["options"]),
+        "compressed": compressed,
     }
 
 
@@ -101,13 +104,16 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
             runs = {field: getattr(layer, field) for field in ("start", "num_runs", "run_length", "run_stride")}
             entry |= {"role": "layer", **runs}
         tensors.append(entry)
+    # An older program would take the tokens' names for those of the checkpoint.
+    compressed = {"compressed": layout.compressed.to_json()} if layout.compressed is not None else {}
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": COMPRESSED_VERSION if compressed else VERSION,
         "options": layout.options.written(),
         "normalization": layout.statistics.normalization,
         "num_tokens": layout.num_tokens,
         "tensors": tensors,
+        **compressed,
     }
 
 

@@ -36,7 +36,8 @@ def verify_round_trip(
 ) -> RoundTrip:
     """Encode every checkpoint into float64 tokens, decode them, and compare with what is on disk.
 
-    LoRA pairs are compared with their canonical form, whose product is compared with that on disk.
+    LoRA pairs are compared with their canonical form, whose product is compared with that on disk; pruned and quantised
+    weights in the form of their tokens.
 
     Holds one checkpoint's tokens and values in memory.
 
@@ -54,6 +55,7 @@ def verify_round_trip(
         checkpoint = layout.checkpoint(zoo, index)
         _check_products(zoo.checkpoint(index), checkpoint, layout)
         decoded = layout.decode(layout.encode(checkpoint, torch.float64))
+        decoded = decoded if layout.compressed is None else layout.compressed.expand(decoded)
         num_exact += sum(_num_exact(checkpoint, layer.name, decoded[layer.name]) for layer in layout.layers)
         if progress is not None:
             progress(index + 1, len(zoo))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.compressed.form import Compressed
 from tokenization.files import empty_huge
 from tokenization.layout.canonical import Canonical
 from tokenization.layout.layout import TokenLayout
@@ -106,6 +107,11 @@ class SpectralLayout:
         return self.cut.canonical
 
     @property
+    def compressed(self) -> Compressed | None:
+        """Pruned and quantised weights, if any."""
+        return self.cut.compressed
+
+    @property
     def constants(self) -> dict[str, Tensor]:
         """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
         return self.cut.constants
@@ -180,7 +186,7 @@ class SpectralLayout:
                 stored[name][place : place + len(values)] = values
         stored = {name: values.view(self.cut.spec(name)[1]) for name, values in stored.items()}
         constants = {name: self.cut.constant(name).clone() for name in self.cut.constant_specs}
-        return self.cut.with_aliases({**stored, **constants})
+        return self.cut.finished(self.cut.with_aliases({**stored, **constants}))
 
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Coefficients ``[..., T, k]`` → the tokenised tensors ``[..., *shape]``; see `TokenLayout.decode_batch`."""

@@ -23,6 +23,7 @@ from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks.base import Classifier
 from rpg.training.data import training_entries
+from tokenization.compressed.form import dense
 from tokenization.zoo.zoo import Zoo
 
 NUM_TRAJECTORIES = 5
@@ -71,7 +72,7 @@ def write_html_report(
         return page
     data.trajectories = _trajectories(generator, task, result.split, seed)
     trained = training_entries(zoo, generator.config.train.splits)
-    originals = [zoo.state_dict(index) for index in trained]
+    originals = [dense(zoo.state_dict(index)) for index in trained]
     if len(originals) > 1:
         zoo_vectors, vectors = weight_vectors(originals, networks)
         own = nearest_within(zoo_vectors)

@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +48,9 @@ class Scorer(Protocol):
         name: what reports call it.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
         """The figures of a network that was made for ``condition``; ``where`` names it in errors."""
@@ -179,6 +182,28 @@ class TaskScorer:
                 raise InputError(f"the task has no {spec.kind} {name!r}, which the zoo has; name it in task.conditions")
             return torch.tensor([float(spec.names.index(name))])
         return torch.tensor(condition)
+
+
+@dataclass(frozen=True)
+class StoredScorer:
+    """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes.
+
+    Args:
+        scorer: of stored networks.
+        compress: from the form of tokens to the stored one.
+    """
+
+    scorer: Scorer
+    compress: Callable[[StateDict], StateDict]
+
+    @property
+    def name(self) -> str:
+        """The scorer's own."""
+        return self.scorer.name
+
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
+        """The scorer's figures. Raises as it does."""
+        return self.scorer(self.compress(network), condition, where)
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rpg.section import Section
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.augmentation import augment
+from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of
 from tokenization.checkpoint.saving import find_ties
@@ -100,6 +102,7 @@ def collect_runs(
     *,
     progress: Progress | None = None,
     limit: int | None = None,
+    compression: Compression | None = None,
 ) -> None:
     """Append every checkpoint that ``zoo`` still lacks.
 
@@ -116,7 +119,7 @@ def collect_runs(
         limit: stop once the zoo holds this many checkpoints.
     """
     saved = {(entry.run, entry.step) for entry in zoo.entries}
-    run_length = config.train_steps + config.steps
+    run_length = config.train_steps + config.steps + (compression.steps if compression else 0)
     total = config.runs * run_length
 
     for run in range(config.runs):
@@ -130,9 +133,10 @@ def collect_runs(
             if progress is not None:
                 progress(before + done, total)
 
-        for step, network in train_run(build, splits, config, run, tick):
+        for step, network in train_run(build, splits, config, run, tick, compression):
             if step in missing:
                 stored = convert_floats(network.state_dict(), DTYPES[config.dtype])
+                stored = compression.store(stored) if compression else stored
                 with use_threads(config.threads):
                     accuracy = accuracy_of(network, stored, splits, "validation")
                 split = "held_out" if config.hold_out and step % config.hold_out == 0 else "train"
@@ -149,6 +153,7 @@ def train_run(
     config: CollectionConfig,
     run: int,
     tick: Callable[[int], None] = lambda done: None,
+    compression: Compression | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Train one run; yield (step, network) after every fine-tuning step. The network is the same object throughout.
 
@@ -158,24 +163,48 @@ def train_run(
         config: the recipe.
         run: number of the run.
         tick: called after every optimizer step with the number done.
+        compression: prunes or quantises what all runs together converged to.
     """
+    first = run if compression is None else 0
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "initialisation", run))
+        torch.manual_seed(derive_seed(config.seed, "initialisation", first))
         network = build()
-    draws = make_rng(config.seed, "batches", run)
+    draws = make_rng(config.seed, "batches", first)
     images, labels = splits.images["train"], splits.labels["train"]
     background = float(images.min())
 
     @use_threads(config.threads)
-    def update(optimizer: torch.optim.Optimizer) -> None:
+    def update(optimizer: torch.optim.Optimizer, progress: float | None = None) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
         drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = F.cross_entropy(network.train()(drawn), labels[rows])
+            weights = {} if compression is None or progress is None else compression.weights(network, progress)
+            loss = F.cross_entropy(functional_call(network.train(), weights, (drawn,)), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
+    if compression is not None and compression.trunk:
+        network.load_state_dict(compression.trunk)
+    else:
+        _converge(network, update, config, tick)
+    before = config.train_steps
+    if compression is not None:
+        compression.trunk = {name: value.clone() for name, value in network.state_dict().items()}
+        draws.manual_seed(derive_seed(config.seed, "compression", run))
+        before += compression.steps
+    # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
+    optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
+    for step in range(config.train_steps - before + 1, config.steps + 1):
+        update(optimizer, min(1.0, 1 + step / max(1, before - config.train_steps)))
+        tick(before + step)
+        if step > 0:
+            yield step, network
+
+
+def _converge(
+    network: nn.Module, update: Callable[..., None], config: CollectionConfig, tick: Callable[[int], None]
+) -> None:
     # one-cycle: these networks converge in half the steps a plain cosine takes
     optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.train_steps + 1)
@@ -183,14 +212,6 @@ def train_run(
         update(optimizer)
         schedule.step()
         tick(step)
-
-    del optimizer, schedule  # of a large network two optimizers would not fit side by side
-    # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
-    optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
-    for step in range(1, config.steps + 1):
-        update(optimizer)
-        tick(config.train_steps + step)
-        yield step, network
 
 
 def convert_floats(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rpg.section import Section
+from rpg.tasks.images.compress_config import Compress
 
 DIGITS_SIZE = 8
 """Height and width of scikit-learn's digits."""
@@ -63,6 +64,8 @@ class DigitsConfig(CollectionConfig):
     image_size: int = Field(
         DIGITS_SIZE, ge=DIGITS_SIZE, description="height and width to which the images are enlarged"
     )
+
+    compress: Compress | None = Field(None, description="all runs then compress one dense network, each by itself")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, use_threads
+from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig
 from rpg.tasks.images.images import ImageSplits, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
@@ -98,7 +99,8 @@ class DigitsTask:
             InputError: the zoo there was collected with another configuration.
         """
         zoo = open_zoo(path, self.config)
-        collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit)
+        compression = Compression(self.config.compress) if self.config.compress is not None else None
+        collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit, compression=compression)
         return zoo
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:

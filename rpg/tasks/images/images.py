@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tokenization.compressed.form import dense
 from tokenization.errors import InputError
 
 
@@ -71,13 +72,13 @@ def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tens
 
     Args:
         network, images: as `predict_images` takes them.
-        state_dict: the weights.
+        state_dict: the weights; pruned and quantised ones are made dense.
         where: what to call them in errors.
 
     Raises:
         InputError: it does not fit the network; names the tensor.
     """
-    expected = network.eval().state_dict()
+    expected, state_dict = network.eval().state_dict(), dense(state_dict)
     check_structure(state_dict, expected, where)
     weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
     with torch.no_grad():

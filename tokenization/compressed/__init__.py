@@ -1,0 +1,1 @@
+"""Pruned and quantised weights: values and masks, codes and scales, in place of tensors of floats."""
