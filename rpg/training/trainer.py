@@ -104,6 +104,9 @@ class Trainer:
         """Measure what is known without training; a run that goes on measures it again, and finds the same."""
         fit_closed_form(self.network, self.config, self.layout, self.zoo)
 
+    def complete(self, network: Any) -> None:
+        """Measure what the trained networks need in generation: nothing."""
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """That of the configuration, over all parameters."""
         return build_optimizer(self.config.train, self.network.parameters())
@@ -264,6 +267,7 @@ class Trainer:
     def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
         network = self.build_network()
         network.load_state_dict(weights)
+        self.complete(network)
         facts: dict[str, Any] = {
             "training seconds": round(self.seconds, 1),
             "parameters": self.num_parameters,
