@@ -129,7 +129,7 @@ def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment
 
 
 def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say: Say = print) -> Path:
-    """Run what is not finished yet, or some of it, and write ``<run>/table.md``, and beside it ``table.json`` and similarities.
+    """Run what is not finished yet, or some of it, and write `table.md`, `table.json` and similarities into `<run>`.
 
     Zoos are collected first, each by one process. A killed sweep goes on where it stopped; an entry whose configuration
     has changed is run anew. One that fails is named in the table, and the others go on.
