@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric
+.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric docs
 
 install: $(STAMP)
 
@@ -50,6 +50,10 @@ report: $(STAMP)
 # p-diff on the mini networks, recurrent diffusion on the same zoos: runs/pdiff/table.md
 pdiff: $(STAMP)
 	$(BIN)/rpg sweep configs/sweeps/pdiff.yaml --jobs 2
+
+# The documentation as a site: site/index.html
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -16,7 +16,8 @@ tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BY_NAME = {"tensorboard"}  # accelerate imports it where a run logs
-EXTRAS = {name: extra for name, extra in PROJECT["optional-dependencies"].items() if name != "test"}
+TOOLS = {"test", "docs"}  # extras that the package itself does not import
+EXTRAS = {name: extra for name, extra in PROJECT["optional-dependencies"].items() if name not in TOOLS}
 
 
 def names(requirements: Iterable[str]) -> set[str]:

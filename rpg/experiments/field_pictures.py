@@ -41,6 +41,7 @@ def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, s
     real = []
     for label in range(num_classes):
         members = ((data.labels == label) & unseen).nonzero()[:, 0]
+        members = members if len(members) else unseen.nonzero()[:, 0]  # of few data a class may have none held out
         real.append(members[torch.arange(PER_CLASS) % len(members)])
     rows = torch.cat(real)
     fields = {(entry.run, entry.step): i for i, entry in enumerate(zoo.entries)}

@@ -106,9 +106,8 @@ def choose_condition(
         return [float(spec.names.index(condition))]
     vector = parse_condition(condition)
     if classes is None and prompt is None:
-        family = generator.config.task is not None and hasattr(generator.config.task, "held_out")
-        if family and vector is not None:
-            check_bits(vector, spec.size, "--condition")
+        if vector is not None and spec is not None and spec.kind == "binary" and generator.config.task is not None:
+            check_bits(vector, spec.size, "--condition")  # of all or no classes there is no task
         return vector
     if spec is None or spec.kind != "binary" or not spec.names:
         raise InputError(
