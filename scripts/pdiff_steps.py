@@ -1,7 +1,8 @@
 """What the number of diffusion steps T does to p-diff's latents: a run's denoiser, trained anew for each T and seed.
 
 Along the direction in which the zoo's latents vary most, their variance is many times that of the noise. Where the last
-noise level still holds some of that signal, sampling from noise alone starts in the middle, and stays there.
+noise level still holds some of that signal, sampling from noise alone starts in the middle, and stays there, also with an
+exact denoiser.
 
 python scripts/pdiff_steps.py RUN [--steps 10 100 1000 2000] [--seeds 3] [--training 1000]
 """
@@ -43,24 +44,35 @@ def main() -> None:
         f"{len(entries)} latents of {latents.shape[1]}: the first direction has {shares[0] / shares.sum():.0%} of their"
     )
     print(f"variance, {shares[0]:.1f} times that of the noise.\n")
-    print("| T | signal left of it at T, over the noise | spread along it, generated over zoo, by seed |")
-    print("| --- | --- | --- |")
+    print("| T | signal left of it at T, over the noise | spread, generated over zoo: exact denoiser | by seed |")
+    print("| --- | --- | --- | --- |")
     for num_steps in arguments.steps:
         found = []
         for seed in range(arguments.seeds):
-            network, last = denoiser(trained, latents, num_steps, arguments.training, seed)
+            network = denoiser(trained, latents, num_steps, arguments.training, seed)
             drawn = sample(network, num_steps, seed)
             found.append(float(((drawn @ directions[0]).var() / shares[0]).sqrt()))
-        print(
-            f"| {num_steps} | {float((last * shares[0]).sqrt()):.2f} | {', '.join(f'{each:.2f}' for each in found)} |",
-            flush=True,
-        )
+        left, exact = linear_chain(num_steps, float(shares[0]))
+        spreads = ", ".join(f"{each:.2f}" for each in found)
+        print(f"| {num_steps} | {left:.2f} | {exact:.2f} | {spreads} |", flush=True)
+
+
+def linear_chain(num_steps: int, variance: float) -> tuple[float, float]:
+    """What the best denoiser of a Gaussian of ``variance`` makes of unit noise: the signal over the noise at T, and the
+    standard deviation of the samples over the Gaussian's own."""
+    betas = torch.linspace(DDPMConfig().beta_start, DDPMConfig().beta_end, num_steps, dtype=torch.float64)
+    kept, sampled = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)]), torch.tensor(1.0)
+    for step in range(num_steps, 0, -1):
+        beta, after, before = betas[step - 1], kept[step], kept[step - 1]
+        slope = (1 - beta / (after * variance + 1 - after)) / (1 - beta).sqrt()
+        sampled = slope.square() * sampled + beta * (1 - before) / (1 - after)
+    return float((kept[-1] * variance).sqrt()), float((sampled / variance).sqrt())
 
 
 def denoiser(
     trained: ParameterDiffusion, latents: torch.Tensor, num_steps: int, training: int, seed: int
-) -> tuple[ParameterDiffusion, torch.Tensor]:
-    """A denoiser of standardised latents ``[K, Z]``, and ᾱ of its last noise level."""
+) -> ParameterDiffusion:
+    """A denoiser of standardised latents ``[K, Z]``."""
     torch.manual_seed(seed)
     diffusion = DDPMConfig(num_steps=num_steps)
     network = ParameterDiffusion(trained.config.model_copy(update={"diffusion": diffusion}), num_values=1)
@@ -73,8 +85,7 @@ def denoiser(
         network.diffusion_loss(rows, torch.randn_like(rows), time).backward()
         optimizer.step()
         optimizer.zero_grad()
-    betas = torch.linspace(diffusion.beta_start, diffusion.beta_end, num_steps, dtype=torch.float64)
-    return network.eval().requires_grad_(False), (1 - betas).prod()
+    return network.eval().requires_grad_(False)
 
 
 def sample(network: ParameterDiffusion, num_steps: int, seed: int) -> torch.Tensor:
