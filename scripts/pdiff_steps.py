@@ -1,8 +1,8 @@
 """What the number of diffusion steps T does to p-diff's latents: a run's denoiser, trained anew for each T and seed.
 
 Along the direction in which the zoo's latents vary most, their variance is many times that of the noise. Where the last
-noise level still holds some of that signal, sampling from noise alone starts in the middle, and stays there, also with an
-exact denoiser.
+noise level still holds some of that signal, sampling from noise alone starts in the middle, and stays there, also
+with an exact denoiser.
 
 python scripts/pdiff_steps.py RUN [--steps 10 100 1000 2000] [--seeds 3] [--training 1000]
 """
