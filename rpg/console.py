@@ -3,76 +3,250 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
 
 from tokenization.errors import InputError
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
+_IS_FIRST = os.environ.get("RANK", "0") == "0"
+
+console = Console(quiet=not _IS_FIRST)
 """Where the command line speaks; of several launched processes the first one does."""
 
 
+INTERRUPTED = 130
+"""The exit code of a command that was stopped, as shells have it."""
+
+
+@dataclass(frozen=True)
+class FiguresTable:
+    """A table that fits the console: no cell is cut off, no head has more than two lines.
+
+    What is too wide for one table goes on in another below it, under the same names.
+
+    Attributes:
+        heads: of the names' column, and of every column of figures.
+        rows: names and figures.
+        title, caption: above and below.
+        bold: names of the rows that stand out.
+        section: draw a line above the last row, of totals.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+    bold: Collection[str] = ("generated",)
+    section: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.heads)
+        cells = [max(map(cell_len, column), default=0) for column in columns]
+        heads = [_two_lines(head, width) for head, width in zip(self.heads, cells, strict=True)]
+        widths = [max(width, *map(cell_len, head.split("\n"))) for head, width in zip(heads, cells, strict=True)]
+        first = min(widths[0], max(options.max_width - max(widths[1:], default=0) - 2, 12))
+        groups: list[list[int]] = [[]]
+        for index in range(1, len(heads)):
+            if groups[-1] and first + sum(widths[i] + 2 for i in (*groups[-1], index)) > options.max_width:
+                groups.append([])
+            groups[-1].append(index)
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            table = Table(
+                title=self.title if number == 0 else None, caption=self.caption if last else None, box=box.SIMPLE_HEAD,
+                show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left",
+            )  # fmt: skip
+            table.add_column(heads[0], overflow="fold", max_width=first, vertical="bottom")
+            for index in group:
+                table.add_column(heads[index], justify="right", overflow="fold", min_width=widths[index])
+            for place, row in enumerate(self.rows):
+                if self.section and place == len(self.rows) - 1:
+                    table.add_section()
+                table.add_row(row[0], *(row[index] for index in group), style="bold" if row[0] in self.bold else "")
+            yield table
+
+
+def _two_lines(head: str, width: int) -> str:
+    """A head of one line if it is no wider than ``width``, else in the two lines that are narrowest."""
+    words = head.split(" ")
+    if cell_len(head) <= width or len(words) < 2:
+        return head
+    lines = [(" ".join(words[:place]), " ".join(words[place:])) for place in range(1, len(words))]
+    return "\n".join(min(lines, key=lambda pair: max(map(cell_len, pair))))
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.3g}/s" if speed >= 1 else f"{1 / speed:.3g} s each")
+
+
+_live = False
+"""Whether a bar is on the screen: of two the second keeps silent."""
+
+
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
+def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None, note="").
 
     A report after the last one begins a line of its own: several runs, one after the other.
+
+    Args:
+        title: what is done.
+        after: seconds from when on the bar appears; what takes less shows none.
     """
+    global _live
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(None),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=console,
         redirect_stdout=False,
     )
     tasks: list[Any] = []
+    began, finished = time.monotonic(), False
 
     def advance(done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        global _live
+        nonlocal finished
+        late = time.monotonic() - began >= after
+        if not tasks and (not late or _live or (finished and done >= total)):
+            return
         if not tasks:
             bar.start()
+            _live = True
             tasks.append(bar.add_task(title, total=total, note=""))
-        bar.update(tasks[0], completed=done, total=total, note=note if loss is None else f"loss {loss:.4f}")
-        if done >= total:
-            bar.stop()
-            tasks.clear()
+        told = ", ".join(filter(None, ("" if loss is None else f"loss {loss:.3g}", note)))
+        bar.update(tasks[0], completed=done, total=total, note=told)
+        finished = done >= total
+        if finished:
+            stop()
+
+    def stop() -> None:
+        global _live
+        bar.stop()
+        _live = False
+        tasks.clear()
 
     try:
         yield advance
     finally:
         if tasks:  # one that never began would still print an empty line
-            bar.stop()
+            stop()
 
 
-def run_command(command: Callable[[], object]) -> None:
-    """Run a command; whatever the user or the disk got wrong is one line on standard error and exit code 2.
+@dataclass(frozen=True)
+class Voice:
+    """How a command speaks.
 
-    A fault of the program itself keeps its traceback.
+    Attributes:
+        quiet: say nothing but what went wrong.
+        as_json: one object on standard output, and nothing else.
     """
+
+    quiet: bool = False
+    as_json: bool = False
+
+
+def voice_of(words: Sequence[str]) -> tuple[list[str], Voice]:
+    """The command line without ``--quiet`` and ``--json``, which every command takes anywhere, and what they say."""
+    own = list(words[: words.index("--")]) if "--" in words else list(words)
+    rest = [word for word in own if word not in ("--quiet", "--json")] + list(words[len(own) :])
+    return rest, Voice("--quiet" in own, "--json" in own) if "--help" not in own else Voice()
+
+
+def run_command(command: Callable[[], object], voice: Voice | None = None, interrupted: str = "") -> None:
+    """Run a command and leave with its exit code.
+
+    0 where all went well; 2 where the user or the disk got something wrong, which is one line on standard error (an
+    object with ``error`` and ``exit_code`` under ``--json``); 130 where it was interrupted. A fault of the program
+    itself keeps its traceback and leaves with 1.
+
+    Args:
+        command: returns its exit code, or what it tells a machine, where ``exit_code`` may be among it.
+        voice: how it speaks.
+        interrupted: what is left of the work, where an interruption ends it.
+    """
+    facts: object = None
+    voice = voice or Voice()
     try:
-        code = command()
+        with _speaking(voice) as said:
+            facts = command()
+        if facts == INTERRUPTED:  # as newer versions of typer say it
+            raise KeyboardInterrupt
+        code = facts if isinstance(facts, int) else facts.pop("exit_code", 0) if isinstance(facts, dict) else 0
     except InputError as error:
-        code = _refuse(str(error))
+        code = _refuse(str(error), voice)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        code = _refuse(f"{error.filename}: {reason}" if error.filename else reason)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # as typer's own errors have it, in every version
+        code = _refuse(f"{error.filename}: {reason}" if error.filename else reason, voice)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # as older ones do
+            code = _refuse(f"interrupted; {interrupted}".rstrip("; "), voice, INTERRUPTED)
+        elif hasattr(error, "format_message"):  # typer's own errors
+            code = _refuse(_usage(error), voice)
+        else:
             raise
-        code = _refuse(_usage(error))
-    sys.exit(code if isinstance(code, int) else 0)
+    else:
+        if voice.as_json and _IS_FIRST:
+            told = facts if isinstance(facts, dict) else {"text": said.get()}
+            print(json.dumps(told, indent=1, default=str))
+    sys.exit(code)
 
 
-def _refuse(text: str) -> int:
-    print("error: " + " ".join(text.split()), file=sys.stderr)
-    return 2
+@contextlib.contextmanager
+def _speaking(voice: Voice) -> Iterator[Any]:
+    """What the console said, where a machine listens; no library and no child reaches standard output then."""
+    if not voice.as_json and not voice.quiet:
+        yield None
+        return
+    before, console.quiet = console.quiet, console.quiet or voice.quiet
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        with console.capture() as said, open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+            yield said
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+        console.quiet = before
+
+
+def _refuse(text: str, voice: Voice, code: int = 2) -> int:
+    text = " ".join(text.split())
+    print(json.dumps({"error": text, "exit_code": code}) if voice.as_json else f"error: {text}", file=sys.stderr)
+    return code
 
 
 def _usage(error: Any) -> str:

@@ -24,7 +24,7 @@ OtherConfig = Annotated[
     Path | None,
     argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "[CONFIG]"),
 ]
-RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
+RunFolder = Annotated[Path, argument("A run or generator folder, or an id on the Hugging Face hub.", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
     list[str] | None,
@@ -48,6 +48,7 @@ Table = Annotated[
 Pattern = Annotated[
     str | None, option("With --from: regular expression on file names with groups run, step, condition.")
 ]
+FindRuns = Annotated[bool, option("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
 Kind = Annotated[
     str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
 ]
@@ -55,6 +56,9 @@ Kind = Annotated[
 # inspect and plan
 Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
 Verify = Annotated[bool, option("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
+WriteConfig = Annotated[
+    Path | None, option("Of a zoo: write a configuration that suits it, ready for rpg train.", metavar="FILE")
+]
 Memory = Annotated[str | None, option("Of a GPU: 24GB or a100; shows the largest target network that fits.")]
 TimmName = Annotated[str | None, option("The target network, by timm's name; needs no zoo.")]
 Checkpoints = Annotated[int | None, option("In a zoo that is not there yet (default: 50).", min=1)]
@@ -99,6 +103,8 @@ IgnoreMemory = Annotated[bool, option("Begin even if more memory is needed than 
 Device = Annotated[
     str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
 ]
+Host = Annotated[str, option("Address to serve at; 0.0.0.0 lets in everybody who reaches this machine.")]
+Port = Annotated[int, option("Port to serve at.", min=1, max=65535)]
 Trajectory = Annotated[
     str | None,
     option(

@@ -14,9 +14,10 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring
-from rpg.cli.reading import guard, load
-from rpg.console import console, progress_bar, run_command
+from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli.reading import guard, load, training_bar
+from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
+from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionKind
 
@@ -29,9 +30,17 @@ for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
 
 app = typer.Typer(
     help="Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: sharing.Version = False,
+    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
+    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+) -> None:
+    """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
 
 
 @app.command()
@@ -42,18 +51,25 @@ def collect(
     zoo: o.NewZoo = None,
     table: o.Table = None,
     pattern: o.Pattern = None,
+    find_runs: o.FindRuns = True,
     condition: o.Kind = None,
     ignore_memory: o.IgnoreMemory = False,
-) -> None:
+) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
     if source is not None:
         from tokenization.zoo.importing import collect_from
 
         if zoo is None:
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
+        notices: list[str] = []
         with progress_bar("reading") as advance:
             kind = cast(ConditionKind | None, condition)
-            made = collect_from(source, zoo, table=table, pattern=pattern, condition=kind, progress=advance)
+            made = collect_from(
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
+                say=notices.append,
+            )  # fmt: skip
+        for notice in notices:
+            console.print(notice, highlight=False, markup=False, soft_wrap=True)
     elif config is not None:
         from rpg.experiments.single import collect as collect_task
         from rpg.planning.collection import collection_need
@@ -64,34 +80,49 @@ def collect(
             made = collect_task(settings, progress=advance)
     else:
         raise InputError("There is nothing to collect: give a CONFIG with a task, or --from FOLDER.")
-    console.print(f"{len(made)} checkpoints of {made.num_runs} run(s) in {made.path}")
+    return _told(made)
+
+
+def _told(zoo: Any) -> dict[str, Any]:
+    """Say what zoo was made."""
+    console.print(f"{len(zoo)} checkpoints of {zoo.num_runs} run(s) in {zoo.path}")
+    return {"zoo": str(zoo.path), "checkpoints": len(zoo), "runs": zoo.num_runs, "digest": zoo.digest()}
 
 
 @app.command()
-def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> None:
+def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> dict[str, Any]:
     """Put the hidden units of all runs into one order (Git Re-Basin); every network computes what it did."""
     from rpg.evaluation.alignment import align_zoo
     from rpg.tasks.registry import task_of
     from tokenization.zoo.zoo import Zoo
 
     source = Zoo.open(zoo)
-    made = align_zoo(source, task_of(source), output)
-    console.print(f"{len(made)} checkpoints of {made.num_runs} run(s) in {made.path}")
+    return _told(align_zoo(source, task_of(source), output))
 
 
 @app.command()
-def inspect(path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False) -> None:
-    """Show layers, tokens, padding, sizes and memory before anything is trained."""
+def inspect(
+    path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None
+) -> dict[str, Any]:
+    """Show layers, tokens, padding, sizes and memory before anything is trained; propose a configuration for a zoo."""
+    from rpg.planning.inspect import facts_of
     from rpg.planning.inspect import inspect as describe
+    from rpg.planning.proposal import write_config as write
 
+    written = write(path, write_config) if write_config is not None else None
     console.print(*describe(path, overrides or [], verify=verify))
+    if written is not None:
+        console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
+        console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
+    config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
+    return {**facts_of(path, overrides or []), **config}
 
 
 @app.command()
 def plan(
     config: o.ConfigFile, overrides: o.Overrides = None, memory: o.Memory = None, network: o.TimmName = None,
     checkpoints: o.Checkpoints = None, condition_size: o.ConditionSize = None, processes: o.Processes = 1,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
     from rpg.planning.collection import collection_table, plan_collection
     from rpg.planning.plan import largest_network, make_plan, parse_memory
@@ -108,21 +139,35 @@ def plan(
     collecting = plan_collection(settings) if network is None else None
     for table in [*plan_tables(made, largest), *([collection_table(collecting)] if collecting else [])]:
         console.print(table)
+    return {
+        "values": layout.num_values, "tokens": layout.num_tokens, "token_size": layout.token_size,
+        "parameters": made.parameters, "training_flops": made.training_flops,
+        "generation_flops": made.generation_flops.total, "training_bytes": made.training.total,
+        "generation_bytes": made.generation.total, "process_bytes": made.process,
+    }  # fmt: skip
 
 
 @app.command()
 def train(
     config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
     compare: o.Compare = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
     from rpg.devices import device_of_run
     from rpg.planning.guard import training_need
 
     settings, comparison, place = load(config, overrides), None, device_of_run(device)
     guard(lambda: training_need(settings), ignore_memory)
-    with progress_bar(f"training on {place}") as advance:
-        how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "say": console.print}
+    last = (0, 0)
+    with training_bar(f"training on {place}") as bar:
+
+        def advance(done: int, total: int, loss: float) -> None:
+            nonlocal last
+            last = (done, total)
+            bar["train"](done, total, loss)
+
+        how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "watch": bar["watch"]}
+        how["say"] = console.print
         if compare:  # imports all of evaluation, which training alone need not
             from rpg.experiments.comparison import train_and_compare
 
@@ -134,6 +179,9 @@ def train(
     console.print(f"generator in {folder}")
     if comparison is not None:
         console.print(comparison.line(), highlight=False, soft_wrap=True)
+    told = {"run": settings.run, "generator": str(folder), "steps": last[0], "of": last[1]}
+    compared = {} if comparison is None else {"comparison": comparison.model_dump(mode="json")}
+    return {**told, **compared, "exit_code": 0 if last[0] == last[1] else INTERRUPTED}
 
 
 @app.command()
@@ -144,7 +192,7 @@ def generate(
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch scripts/generate.py RUN -n NUM
@@ -158,13 +206,15 @@ def generate(
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, output=output or run / "generated",
-            progress=advance, partition=partition,
+            temperature=temperature, condition=vector, start=start, output=output, progress=advance,
+            partition=partition,
         )  # fmt: skip
-    console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
+    console.print(f"{len(paths)} network(s) in {output}")
+    return {"folder": str(output), "networks": [str(path) for path in paths]}
 
 
 @app.command()
@@ -175,7 +225,7 @@ def export(
     base: o.Base = None,
     seed: o.Seed = 0,
     condition: o.Condition = None,
-) -> None:
+) -> dict[str, Any]:
     """Write weights in the form that timm, transformers or PEFT loads by itself."""
     from rpg.generation.conditions import parse_condition
     from rpg.generation.export import export as write
@@ -183,6 +233,7 @@ def export(
     with progress_bar("generating") as advance:
         path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
     console.print(f"{to}: {path}")
+    return {"form": to, "path": str(path)}
 
 
 for command in (
@@ -196,10 +247,29 @@ for command in (
     scoring.score,
     experiments.demo,
     experiments.run,
+    sharing.push,
+    sharing.pull,
+    sharing.doctor,
+    serving.app,
 ):
     app.command()(command)
 
 
+RESUMED = {
+    "train": "continue with --resume",
+    "collect": "run it again, and it goes on where it stopped",
+    "sweep": "run it again, and it goes on where it stopped",
+    "generate": "the files that are there are whole",
+    **dict.fromkeys(("unseen", "lora", "fields", "metric", "demo", "run"), "what is collected stays; run it again"),
+}
+"""What is left of a command that was interrupted, and how it goes on."""
+
+
 def main() -> None:
-    """Run the command line; every mistake is one line on standard error and exit code 2."""
-    run_command(lambda: app(sys.argv[1:] or ["--help"], prog_name="rpg", standalone_mode=False))
+    """Run the command line; every mistake is one line on standard error and exit code 2 (`rpg.console.run_command`)."""
+    words, voice = voice_of(sys.argv[1:])
+    listen(progress_bar)
+    if words and "--help" not in words and sys.stderr.isatty() and voice == Voice():
+        print(f"rpg {words[0]}: loading …", file=sys.stderr, flush=True)  # torch alone takes seconds
+    resumed = next((RESUMED[word] for word in words if word in RESUMED), "")
+    run_command(lambda: app(words or ["--help"], prog_name="rpg", standalone_mode=False), voice, resumed)

@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from rpg import options as o
-from rpg.cli.reading import guard, load
+from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
 
-def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> None:
+def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
     """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
     from rpg.experiments.sweep import run_sweep
+    from rpg.experiments.sweep_table import print_sweep
 
     table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
-    console.print(table.read_text(), markup=False, soft_wrap=True)
+    rows = json.loads(table.with_suffix(".json").read_text())
+    print_sweep(rows, console)
     console.print(f"table: {table}")
+    return {"table": str(table), "rows": rows}
 
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
     trajectory: o.Trajectory = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
 
     On several devices: accelerate launch scripts/unseen.py CONFIG
     """
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     written = "pictures: {run}/distance.png, parameters.png"
-    held_out(settings, split, seeds, device, "unseen", trajectory, written, ignore_memory=ignore_memory)
+    return held_out(settings, split, seeds, device, "unseen", trajectory, written, ignore_memory=ignore_memory)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
     function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
@@ -50,70 +54,83 @@ def lora(
     if function is None and is_comparison_of_tasks(settings):
         if lower or higher:
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
-        held_out(settings, split, 1, device, "lora", trajectory, ignore_memory=ignore_memory)
-        return
-    figures(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
+        return held_out(settings, split, 1, device, "lora", trajectory, ignore_memory=ignore_memory)
+    return figures(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
 
 
-def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> dict[str, Any]:
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
     from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
 
     settings = load(config or o.default_config("fields.yaml"), overrides)
     if split is not None:
         scored = "validation" if split == "validation" else "unseen"
-        print_fields(evaluate_fields(settings.run, split=scored, seed=settings.seed), console)
-        return
+        report = evaluate_fields(settings.run, split=scored, seed=settings.seed)
+        print_fields(report, console)
+        return {"run": settings.run, "split": split, **report}
     with progress_bar("fitting fields") as collecting:
-        print_fields(run_fields(settings, progress=collecting), console)
+        report = run_fields(settings, progress=collecting)
+    print_fields(report, console)
     console.print(f"figures: {settings.run}/evaluation.json\npictures: *.png beside it")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
-def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> None:
+def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> dict[str, Any]:
     """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
     from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
 
     settings = load(config or o.default_config("gpt.yaml"), overrides)
     if split is not None:
         scored = "validation" if split == "validation" else "unseen"
-        print_metric(evaluate_metric(settings.run, split=scored, seed=settings.seed), console)
-        return
-    with progress_bar("collecting the runs") as collecting, progress_bar("training") as training:
-        print_metric(run_metric(settings, progress={"collect": collecting, "train": training}), console)
+        report = evaluate_metric(settings.run, split=scored, seed=settings.seed)
+        print_metric(report, console)
+        return {"run": settings.run, "split": split, **report}
+    with progress_bar("collecting the runs") as collecting, training_bar("training") as training:
+        report = run_metric(settings, progress={"collect": collecting, **training})
+    print_metric(report, console)
     console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
 def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
-) -> None:
+) -> dict[str, Any]:
     """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
     from rpg.experiments.field_pictures import render_files
 
-    console.print(*render_files(files, size, output, load(config, None) if config else None), sep="\n")
+    written = list(render_files(files, size, output, load(config, None) if config else None))
+    console.print(*written, sep="\n")
+    return {"files": [str(path) for path in written]}
 
 
 def demo(
     config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
     overrides: o.Overrides = None,
-) -> None:
+) -> dict[str, Any]:
     """The whole job on real handwritten digits: zoo, training, generation, scores."""
-    from rpg.evaluation.tables import print_table
+    from rpg.evaluation.tables import means_of, print_table
     from rpg.experiments.single import run_all
 
     settings = load(config or o.default_config("demo.yaml"), overrides or [])
-    with progress_bar("collecting the zoo") as collecting, progress_bar("training") as training:
-        print_table(run_all(settings, progress={"collect": collecting, "train": training}))
+    with (
+        progress_bar("collecting the zoo") as collecting,
+        training_bar("training") as training,
+        progress_bar("scoring") as scoring,
+    ):
+        result = run_all(settings, progress={"collect": collecting, **training, "score": scoring})
+    print_table(result, console)
     console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": means_of(result)}
 
 
 def run(
     config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
 
-    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, or figures of the
-    task's own.
+    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, lottery tickets, or
+    figures of the task's own.
     """
     from rpg.tasks import build_task
     from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
@@ -122,16 +139,29 @@ def run(
     task = build_task(settings.task) if settings.task is not None else None
     kind = settings.task.name if settings.task is not None else ""
     if kind in ("fields", "trajectories"):
-        {"fields": fields, "trajectories": metric}[kind](config, overrides)
-    elif isinstance(task, ImageTaskFamily):
-        unseen(config, overrides, device=device, ignore_memory=ignore_memory)
-    elif isinstance(task, TaskFamily):
-        lora(config, overrides, device=device, ignore_memory=ignore_memory)
-    elif isinstance(task, Classifier):
+        return {"fields": fields, "trajectories": metric}[kind](config, overrides)
+    if kind == "tickets":
+        return tickets(settings, ignore_memory)
+    if isinstance(task, ImageTaskFamily):
+        return unseen(config, overrides, device=device, ignore_memory=ignore_memory)
+    if isinstance(task, TaskFamily):
+        return lora(config, overrides, device=device, ignore_memory=ignore_memory)
+    if isinstance(task, Classifier):
         _guard_memory(settings, ignore_memory)
-        demo(config, overrides)
-    else:
-        figures(settings, None, (None, (), ()), device, None, ignore_memory)
+        return demo(config, overrides)
+    return figures(settings, None, (None, (), ()), device, None, ignore_memory)
+
+
+def tickets(settings: Any, ignore_memory: bool) -> dict[str, Any]:
+    """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
+    from rpg.experiments.tickets import print_tickets, run_tickets
+
+    _guard_memory(settings, ignore_memory)
+    with progress_bar("searching tickets") as collecting, progress_bar("training") as training:
+        report = run_tickets(settings, progress={"collect": collecting, "train": training})
+    print_tickets(report, console)
+    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/tickets.png")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
@@ -144,9 +174,9 @@ def _guard_memory(settings: Any, ignore: bool) -> None:
 
 def figures(
     settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None, ignore_memory: bool
-) -> None:
+) -> dict[str, Any]:
     """Networks judged by figures: collect what the task trains, train, score; or score a run alone."""
-    from rpg.evaluation.scores.show import print_scores
+    from rpg.evaluation.scores.show import means_of, print_scores
     from rpg.evaluation.workers import Workers
     from rpg.experiments.adapters import prepare_adapters
     from rpg.experiments.scores import Judge, evaluate_run_by_scores
@@ -155,8 +185,8 @@ def figures(
     partition, place = join_processes(device)
     if split is None:
         _guard_memory(settings, ignore_memory)
-        with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
-            prepare_adapters(settings, {"collect": collecting, "train": training})
+        with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
+            prepare_adapters(settings, {"collect": collecting, **training})
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         result = evaluate_run_by_scores(
@@ -164,6 +194,7 @@ def figures(
         )
     print_scores(result, console)
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": means_of(result)}
 
 
 def held_out(
@@ -176,10 +207,10 @@ def held_out(
     written: str = "",
     *,
     ignore_memory: bool,
-) -> None:
+) -> dict[str, Any]:
     """Run an experiment on unseen tasks, or score a split of one that was run before."""
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.held_out_table import print_held_out
+    from rpg.experiments.held_out_table import means_of_tasks, print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import wished_task, write_tasks_report
     from rpg.generation.partition import join_processes
@@ -188,17 +219,19 @@ def held_out(
     workers = Workers(partition)
     wish = None if trajectory is None else wished_task(settings, trajectory)
     if split is not None:
-        print_held_out(evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers), console)
+        report = evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers)
     else:
         _guard_memory(settings, ignore_memory)
-        with progress_bar("collecting") as collecting, progress_bar(f"training on {place}") as training:
-            progress = {"collect": collecting, "train": training}
+        with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
+            progress = {"collect": collecting, **training}
             report = run_held_out(settings, progress=progress, seeds=seeds, workers=workers)
-        print_held_out(report, console)
+    print_held_out(report, console)
+    told = {"run": settings.run, "tasks": {name: means_of_tasks(report[name]) for name in ("unseen", "seen")}}
     if split == "validation" or not workers.is_first:  # which writes nothing
-        return
+        return told
     options = {"--split": split, "--trajectory": trajectory}
     words = [word for name, value in options.items() if value for word in (name, value)]
     write_tasks_report(settings.run, " ".join([f"rpg {command}", *words]), wish)
     console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
     console.print(written.format(run=settings.run), end="\n" if written else "")
+    return {**told, "figures": f"{settings.run}/evaluation.json", "report": f"{settings.run}/report.html"}

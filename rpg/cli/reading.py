@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpg.console import console
+from rpg.console import console, progress_bar
+from rpg.options import default_config
 from tokenization.errors import InputError
 
 
 def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides."""
+    """Read a configuration file with its overrides; where there is no such file, ``configs/…`` is the package's own."""
     from rpg.config import Config
 
+    if not path.exists() and path.parts[:1] == ("configs",):
+        own = default_config(str(Path(*path.parts[1:])))
+        path = own if own.is_file() else path
     return Config.load(path, overrides)
+
+
+@contextlib.contextmanager
+def training_bar(title: str) -> Iterator[dict[str, Callable[..., None]]]:
+    """A progress bar of training with the accuracy on validation data now and then: ``train`` and ``watch``."""
+    validation: Any = None
+    with progress_bar(title) as bar:
+
+        def watch(generator: Any) -> None:
+            nonlocal validation
+            if validation is None:
+                from rpg.experiments.watching import Validation
+
+                validation = Validation()
+            validation(generator)
+
+        def advance(done: int, total: int, loss: float) -> None:
+            bar(done, total, loss, validation.last if validation is not None else "")
+
+        yield {"train": advance, "watch": watch}
 
 
 def guard(find: Callable[[], Any], ignore: bool) -> None:

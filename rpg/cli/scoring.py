@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rpg import options as o
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
@@ -20,14 +22,14 @@ def evaluate(
     trajectory: o.Trajectory = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
-) -> None:
+) -> dict[str, Any]:
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
     With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch scripts/evaluate.py RUN
     """
-    from rpg.evaluation.scores.show import print_scores
-    from rpg.evaluation.tables import print_table
+    from rpg.evaluation import tables
+    from rpg.evaluation.scores import show
     from rpg.evaluation.workers import Workers
     from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, goes_by_figures
     from rpg.experiments.single import MOST_VALUES, evaluate_run
@@ -62,12 +64,11 @@ def evaluate(
         else:
             scores = None
             result = evaluate_run(run, num=num, seed=seed, output=output, workers=workers)
-    if scores is not None:
-        print_scores(scores, console)
-    else:
-        print_table(result, console)
+    show.print_scores(scores, console) if scores is not None else tables.print_table(result, console)
+    told = tables.means_of(result) if scores is None else show.means_of(scores)
     for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
         console.print(f"{kind + ':':<8} {(output or run) / name}")
+    return {"run": str(run), "figures": str((output or run) / "evaluation.json"), "networks": told}
 
 
 def score(
@@ -76,7 +77,7 @@ def score(
     overrides: o.Overrides = None,
     split: o.RowSplit = "test",
     device: o.Device = "auto",
-) -> None:
+) -> dict[str, Any]:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import print_figures, score_checkpoints
@@ -94,3 +95,4 @@ def score(
         workers = Workers(partition, advance)
         scores = score_checkpoints(checkpoints, Judge(function), config, split, workers)
     print_figures(scores, console)
+    return {"checkpoints": scores}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpg.evaluation.network_merges import chosen_of, draw_shares
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -23,9 +24,6 @@ from tokenization.lora.low_rank import balanced_factors
 
 METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
 """``peft_`` and PEFT's ``combination_type``."""
-
-NUM_MERGED = 4
-"""Adapters that are merged into one: those with the largest shares."""
 
 DENSITY = 0.2
 """Share of the values that ties and dare keep: that of the TIES paper (arXiv 2306.01708) and of PEFT's guide."""
@@ -65,6 +63,10 @@ class PeftMerges:
         several = len(self.adapters) > 1 and bool(self.pairs)
         return METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
 
+    def draw(self, num: int, generator: torch.Generator) -> Tensor:
+        """Equal shares ``[num, n]`` of a few random adapters."""
+        return draw_shares([0] * len(self.adapters), num, generator)
+
     def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
         """One adapter, made by ``method`` of those with the largest positive shares.
 
@@ -73,11 +75,8 @@ class PeftMerges:
             shares: of all adapters, ``[n]``; those that count are scaled to add up to 1.
             seed: of what dare leaves out.
         """
-        values, rows = shares.double().topk(min(NUM_MERGED, len(shares)))
-        values = values.clamp(min=0)
-        values = values / values.sum() if values.sum() > 0 else torch.full_like(values, 1 / len(values))
-        weights = [(row, value) for row, value in zip(rows.tolist(), values.tolist(), strict=True) if value > 0]
-        chosen = [(self.adapters[row], value) for row, value in weights]
+        rows, weights = chosen_of(shares)
+        chosen = list(zip([self.adapters[row] for row in rows], weights.tolist(), strict=True))
         made: dict[str, Tensor] = {}
         for name, info in self.adapters[0].tensors.items():
             if name in self.pairs:
@@ -144,11 +143,3 @@ class PeftMerges:
                 model.add_adapter(str(number), config)
             self._models[key] = model, base.layer
         return self._models[key]
-
-
-def average_shares(num: int, merged: int, draw: torch.Generator) -> Tensor:
-    """Equal shares ``[n]`` of ``NUM_MERGED`` of ``num`` adapters, for each of ``merged`` networks: ``[N, n]``."""
-    shares = torch.zeros(merged, num, dtype=torch.float64)
-    for row in shares:
-        row[torch.randperm(num, generator=draw)[:NUM_MERGED]] = 1 / min(num, NUM_MERGED)
-    return shares

@@ -7,6 +7,7 @@ networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,9 @@ AFFORDABLE = ("interpolation", "low_rank_gaussian", "low_rank_gaussian" + AT_DIS
 """The default for networks of more than `MANY_VALUES` values, where a network of each kind takes minutes to score."""
 
 MANY_VALUES = 50_000_000
+
+Cook = Callable[[], StateDict]
+"""Makes a network when it is called, where that is no sum."""
 
 
 @dataclass(frozen=True)

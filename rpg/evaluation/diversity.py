@@ -14,6 +14,7 @@ from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.workers import Workers
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily
+from tokenization.checkpoint.progress import steps
 
 
 class Diversity(Section):
@@ -49,7 +50,7 @@ def measure_diversity(
     """
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
     own: list[tuple[Tensor, float, int]] = []
-    for parts in zip(*draws, strict=True):
+    for parts in steps("generating several networks a task", zip(*draws, strict=True)):
         made = torch.stack([task.probabilities(each, split) for each in parts])
         for number in range(made.shape[1]):
             deviations = [torch.stack([each[name][number] for each in parts]).double().std(0) for name in parts[0]]

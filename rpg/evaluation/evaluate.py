@@ -13,6 +13,7 @@ from rpg.evaluation.baseline_sets import baselines_at_distance, baselines_of_sev
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.drawing import accuracy_by_similarity, save_points
 from rpg.evaluation.metrics import accuracy, summarize
+from rpg.evaluation.network_merges import MERGES, merged_networks
 from rpg.evaluation.novelty import measure_spread
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
 from rpg.evaluation.permutations import symmetries
@@ -116,6 +117,8 @@ def _trivial(
 ) -> Mapping[str, Sequence[StateDict]]:
     """All baselines but noise and the average, by name; those of the control among them."""
     made = baselines_of_several(measure.originals, measure.runs.tolist(), config.num_baseline, seed)
+    methods = [name for name in MERGES if _wanted(config, name)] if len(measure.originals) > 1 else []
+    made |= merged_networks(measure.originals, measure.runs.tolist(), config.num_baseline, seed, methods)
     near = baselines_at_distance(measure, networks, config.num_baseline, seed)
     made |= near
     if config.control is not None:

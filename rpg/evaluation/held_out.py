@@ -22,6 +22,7 @@ from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.side_by_side import Stacked
+from tokenization.checkpoint.progress import steps
 
 NUM_WORST = 5
 
@@ -44,10 +45,7 @@ def choose_regressions(
     workers = workers or Workers()
     grid = regression_grid()
     if train.is_large:
-        known, crossed = (
-            train.products(train),
-            validation.products(train),
-        )  # each reads every network: once for all kinds
+        known, crossed = train.products(train), validation.products(train)  # each reads every network, once for all
         shares = functools.partial(Regression.mixture, seen=train.bits, bits=validation.bits)
         grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
 
@@ -56,7 +54,9 @@ def choose_regressions(
         return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
 
     every = [each for regressions in grid.values() for each in regressions]
-    found = dict(zip(every, workers.map(lambda _, each: score(each), every), strict=True))
+    places = workers.places(len(every))
+    tuned = workers.collect(places, [score(every[i]) for i in steps("tuning regressions", places)], len(every))
+    found = dict(zip(every, tuned, strict=True))
     chosen = {name: tune(regressions, found.__getitem__) for name, regressions in grid.items()}
     chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
     return chosen
@@ -243,7 +243,8 @@ def score_split(
     """
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
     own = bits[list(rows)]
-    scores = {name: score_method(task, each, own, split, name in METHODS) for name, each in networks.items()}
+    named = steps("scoring tasks", list(networks), after=0)
+    scores = {name: score_method(task, networks[name], own, split, name in METHODS) for name in named}
     found = workers.collect(rows, [_row(scores, number) for number in range(len(rows))], len(bits))
     figures: dict[str, Mapping[str, Tensor]] = {}
     kept: dict[str, Kept] = {}

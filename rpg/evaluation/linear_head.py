@@ -17,6 +17,7 @@ from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import Stacked, Teacher
+from tokenization.checkpoint.progress import steps
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -76,7 +77,7 @@ def fit_linear_head(
     rng = make_rng(training.seed, "linear head")
     optimizer = torch.optim.AdamW([*model.body.values(), *model.head.values()], lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=training.steps + 1)
-    for _ in range(training.steps):
+    for _ in steps("training a linear head", range(training.steps)):
         bits = seen[torch.randint(len(seen), (training.batch_size,), generator=rng)]
         losses = task.behaviour_losses(model(bits), bits.float(), training.images, rng, training.teacher)
         optimizer.zero_grad()

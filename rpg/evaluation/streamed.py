@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.asking import Answers, Made, Scored, Stopwatch, ask, ask_checkpoints, score
-from rpg.evaluation.combinations import AFFORDABLE, MANY_VALUES, NAMES, Recipe, cook, recipes
-from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.combinations import AFFORDABLE, MANY_VALUES, NAMES, Cook, Recipe, cook, recipes
+from rpg.evaluation.config import Baseline, EvaluateConfig
 from rpg.evaluation.evaluate import score_networks, summarize_originals
 from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.novelty_curve import score_novelty
 from rpg.evaluation.results import (
     AverageScore,
@@ -32,6 +33,7 @@ from rpg.evaluation.results import (
 from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.two_sample import two_sample
 from rpg.evaluation.workers import Workers
+from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.base import Classifier
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -45,6 +47,7 @@ def evaluate_streamed(
     *,
     held_out: Sequence[Checkpoint] = (),
     seed: int = 0,
+    merges: Merges | None = None,
     workers: Workers | None = None,
 ) -> EvaluationResult:
     """What `rpg.evaluation.evaluate.evaluate` measures, of networks that are not held together.
@@ -56,7 +59,8 @@ def evaluate_streamed(
         config: images, baselines and distances.
         held_out: checkpoints that nothing was learned from.
         seed: decides the baselines' draws and the bootstrap.
-        workers: the processes that share the work; this one alone when None.
+        merges: merges the zoo's networks, if they are to be merged.
+        workers: share the work; this process alone when None.
 
     Raises:
         InputError: a baseline that there is none of, or baselines that were to be trained.
@@ -64,13 +68,13 @@ def evaluate_streamed(
     if config.control is not None:
         raise InputError("evaluate.control trains baselines side by side, which networks this large do not allow.")
     labels, split, workers = task.labels(config.split), config.split, workers or Workers()
-    clock = Stopwatch(generated.networks)
-    num = min(config.num_baseline, generated.num)
+    clock, num = Stopwatch(generated.networks), min(config.num_baseline, generated.num)
     workers.expect(len(zoo.checkpoints) + generated.num + len(held_out) + most_baselines(config, num), len(labels))
     made = {"generated": score(task, clock, split, zoo, workers, generated.places, generated.num)}
     originals = ask_checkpoints(task, zoo.checkpoints, split, workers)
     distance = zoo.distances(made["generated"].places).amin(1).nanmedian().item()
-    for name, batch in baseline_recipes(zoo, config, num, distance, seed).items():
+    sums, merged = baseline_recipes(zoo, config, num, distance, seed), merge_recipes(zoo, merges, config, num, seed)
+    for name, batch in [*sums.items(), *merged.items()]:
         made[name] = _score_recipes(task, zoo, batch, split, workers)
     two_samples = _two_sample(task, made, originals, held_out, split, workers)
     workers.finish()
@@ -83,11 +87,7 @@ def evaluate_streamed(
         seed=seed,
         original=summarize_originals(originals.predictions, labels, seed),
         ensemble=AverageScore(accuracy=average.accuracy.mean, similarity=average.similarity.mean),
-        noise=tuple(
-            NoiseScores(sigma=sigma, relative=True, **dict(scores[name]))
-            for name, sigma in sigmas.items()
-            if name in scores
-        ),
+        noise=tuple(NoiseScores(sigma=s, relative=True, **dict(scores[n])) for n, s in sigmas.items() if n in scores),
         baselines={name: each for name, each in scores.items() if name not in (*sigmas, "average", "generated")},
         generated=GeneratedScores(seconds_per_network=clock.mean if clock.count else None, **dict(scores["generated"])),
         spread=_spread(zoo, made["generated"], originals.predictions),
@@ -111,8 +111,7 @@ def baseline_recipes(
     """The average and the baselines that are asked for or affordable, by the name under which they are reported."""
     count = len(zoo.checkpoints)
     made = {"average": [Recipe(torch.zeros(count, dtype=torch.float64))]}
-    large = sum(map(len, zoo.means.values())) > MANY_VALUES
-    names = config.baselines if config.baselines is not None else AFFORDABLE if large else NAMES
+    names = without_merges(config.baselines) if config.baselines is not None else AFFORDABLE if is_large(zoo) else NAMES
     for name in names if count > 1 and distance == distance else ():
         if name == "noise":
             made |= {f"noise_{sigma:g}": recipes(zoo, name, num, seed, sigma=sigma) for sigma in config.noise}
@@ -122,22 +121,50 @@ def baseline_recipes(
     return made
 
 
+def merge_recipes(
+    zoo: ZooSpan, merges: Merges | None, config: EvaluateConfig, num: int, seed: int, shares: Tensor | None = None
+) -> dict[str, Sequence[Recipe | Cook]]:
+    """Merged networks that are asked for or affordable, by method, of the networks with the largest ``shares``.
+
+    Without shares ``[num, n]`` they are drawn at random.
+    """
+    if merges is None or len(zoo.checkpoints) < 2:
+        return {}
+    default = (*AFFORDABLE_MERGES, "peft_svd") if is_large(zoo) else merges.methods
+    wanted = [name for name in merges.methods if name in (default if config.baselines is None else config.baselines)]
+    rows = merges.draw(num, make_rng(seed, "merged")) if shares is None else shares
+    return {
+        name: [partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)]
+        for name in wanted
+    }
+
+
+def is_large(zoo: ZooSpan) -> bool:
+    """Whether each network takes minutes."""
+    return sum(map(len, zoo.means.values())) > MANY_VALUES
+
+
+def without_merges(names: Sequence[Baseline]) -> tuple[Baseline, ...]:
+    """The kinds of baselines that are recipes."""
+    return tuple(each for each in names if not each.startswith(("merge_", "peft_")))
+
+
 def most_baselines(config: EvaluateConfig, num: int) -> int:
     """About how many baselines there will be: only progress is told by it."""
     return 1 + num * (len(config.baselines) if config.baselines is not None else len(NAMES) - 1 + len(config.noise))
 
 
-def _score_recipes(task: Classifier, zoo: ZooSpan, batch: Sequence[Recipe], split: str, workers: Workers) -> Scored:
+def _score_recipes(
+    task: Classifier, zoo: ZooSpan, batch: Sequence[Recipe | Cook], split: str, workers: Workers
+) -> Scored:
     places = workers.places(len(batch))
-    networks = map(partial(cook, zoo), (batch[place] for place in places))
-    if any(recipe.noise for recipe in batch):
+    made = (batch[place] for place in places)
+    networks = (cook(zoo, each) if isinstance(each, Recipe) else each() for each in made)
+    combined = [each.weights for each in batch if isinstance(each, Recipe) and not each.noise]
+    if len(combined) < len(batch):
         return score(task, networks, split, zoo, workers, places, len(batch))
     asked = ask(task, networks, split, workers, places, len(batch))
-    return Scored(
-        asked.predictions,
-        asked.probabilities,
-        zoo.place_combinations(torch.stack([recipe.weights for recipe in batch])),
-    )
+    return Scored(asked.predictions, asked.probabilities, zoo.place_combinations(torch.stack(combined)))
 
 
 def _spread(zoo: ZooSpan, generated: Scored, original_predictions: Tensor) -> Spread | None:

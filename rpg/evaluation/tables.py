@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from rpg.console import FiguresTable
 from rpg.evaluation.results import (
     AT_DISTANCE,
     ENSEMBLE,
     EvaluationResult,
-    NetworkScores,
     NoveltyReport,
     Spread,
     TwoSample,
@@ -42,26 +41,25 @@ def print_table(result: EvaluationResult, console: Console | None = None) -> Non
         console.print(_novelty_table(result.novelty_details))
 
 
-def _accuracy_table(result: EvaluationResult) -> Table:
-    table = Table(title=f"accuracy (%) on {result.num_images} {result.split} images")
-    table.add_column("networks", no_wrap=True)
-    for name in ("count", "mean", "best", "min", "IoU", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
+def means_of(result: EvaluationResult) -> dict[str, dict[str, float]]:
+    """Mean accuracy, and similarity to the originals, of every kind of networks."""
+    found = {name: {"accuracy": s.accuracy.mean, "similarity": s.similarity.mean} for name, s in result.kinds()}
+    return {**found, ENSEMBLE: {"accuracy": result.ensemble.accuracy, "similarity": result.ensemble.similarity}}
 
-    def row(name: str, scores: NetworkScores, seconds: str = "", style: str = "") -> None:
+
+def _accuracy_table(result: EvaluationResult) -> FiguresTable:
+    rows = []
+    original, *baselines, generated = result.kinds()
+    average = f"{100 * result.ensemble.accuracy:.1f}"
+    for name, scores in (original, *baselines, generated):
         figures = (scores.accuracy.mean, scores.accuracy.max, scores.accuracy.min)
         percent = [f"{100 * figure:.1f}" for figure in figures]
-        table.add_row(name, str(scores.count), *percent, f"{scores.similarity.mean:.2f}", seconds, style=style)
-
-    original, *baselines, generated = result.kinds()
-    row(*original)
-    average = f"{100 * result.ensemble.accuracy:.1f}"
-    table.add_row(ENSEMBLE, "1", average, "", "", f"{result.ensemble.similarity:.2f}", "")
-    for each in baselines:
-        row(*each)
+        rows.append([name, str(scores.count), *percent, f"{scores.similarity.mean:.2f}", ""])
     seconds = result.generated.seconds_per_network
-    row(*generated, "" if seconds is None else f"{seconds:.4f}", style="bold")
-    return table
+    rows[-1][-1] = "" if seconds is None else f"{seconds:.4f}"
+    rows.insert(1, [ENSEMBLE, "1", average, "", "", f"{result.ensemble.similarity:.2f}", ""])
+    title = f"accuracy (%) on {result.num_images} {result.split} images"
+    return FiguresTable(("networks", "count", "mean", "best", "min", "IoU", "seconds"), rows, title)
 
 
 def _spread_line(spread: Spread) -> str:
@@ -73,12 +71,9 @@ def _spread_line(spread: Spread) -> str:
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios if ratio is not None)
 
 
-def _two_sample_table(result: TwoSample) -> Table:
+def _two_sample_table(result: TwoSample) -> FiguresTable:
     """Every kind beside as many held-out originals."""
-    table = Table(title=f"beside {result.num} originals held out of the training, in class probabilities")
-    table.add_column("networks", no_wrap=True)
-    for name in ("1-NNA", "coverage", "matching distance", "nearest training"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for name, each in result.sets.items():
         figures = (
             each.nearest_neighbour_accuracy,
@@ -86,29 +81,30 @@ def _two_sample_table(result: TwoSample) -> Table:
             each.minimum_matching_distance,
             each.nearest_training,
         )
-        style = "bold" if name == "generated" else ""
-        table.add_row(name.replace("_", " "), *(f"{figure:.3f}" for figure in figures), style=style)
-    table.caption = (
+        rows.append([name.replace("_", " "), *(f"{figure:.3f}" for figure in figures)])
+    title = f"beside {result.num} originals held out of the training, in class probabilities"
+    caption = (
         "1-NNA: nearest neighbour of the same kind, 0.5 where kinds cannot be told apart; nearest training original of "
         f"the held-out ones: {result.held_out_nearest_training:.3f}"
     )
-    return table
+    return FiguresTable(
+        ("networks", "1-NNA", "coverage", "matching distance", "nearest training"), rows, title, caption
+    )
 
 
-def _novelty_table(novelty: NoveltyReport) -> Table:
+def _novelty_table(novelty: NoveltyReport) -> FiguresTable:
     """The novelty curves, those of the baselines at the generated networks' distance first."""
     columns = [i for i, tau in enumerate(novelty.taus) if tau in TAUS_SHOWN] or list(range(len(novelty.taus)))
-    table = Table(title=f"new and good (%): accuracy at least {100 * novelty.accuracy_threshold:.1f} and distance over")
-    table.add_column("networks", no_wrap=True)
-    for index in columns:
-        table.add_column(f"{novelty.taus[index]:g}", justify="right", no_wrap=True)
-    table.add_column("median", justify="right", no_wrap=True)
+    rows = []
     for name in sorted(novelty.sets, key=lambda name: (name != "generated", not name.endswith(AT_DISTANCE))):
         each = novelty.sets[name]
         shares = [f"{100 * each.novel_and_performant[index]:.0f}" for index in columns]
         distance = f"{torch.tensor(each.matched_distances).median():.1f}"
         label = name.removesuffix(AT_DISTANCE) + (" *" if name.endswith(AT_DISTANCE) else "")
-        style = "bold" if name == "generated" else ""
-        table.add_row(label.replace("_", " "), *shares, distance, style=style)
-    table.caption = "distances in the zoo's median nearest-neighbour distances; * at the generated networks' distance"
-    return table
+        rows.append([label.replace("_", " "), *shares, distance])
+    return FiguresTable(
+        ("networks", *(f"{novelty.taus[index]:g}" for index in columns), "median"),
+        rows,
+        f"new and good (%): accuracy at least {100 * novelty.accuracy_threshold:.1f} and distance over",
+        "distances in the zoo's median nearest-neighbour distances; * at the generated networks' distance",
+    )

@@ -106,5 +106,5 @@ class Workers:
         self.done = min(self.done + num * self.partition.size, self.total)
         if self.report is not None and self.is_first and self.total:
             rate = self.done / max(time.perf_counter() - self._started, 1e-9)
-            note = f"{rate * self.images:,.0f} images/s" if self.images else f"{rate:.3g} networks/s"
+            note = f"{rate * self.images:,.0f} images/s" if self.images else ""
             self.report(self.done, self.total, note=note)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.tasks.language.config import LanguageConfig
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
 
@@ -37,11 +37,12 @@ def prepare_adapters(config: Config, progress: Mapping[str, Callable[..., None]]
 
     Args:
         config: the experiment; without a task its zoo is one that `rpg collect --from` made.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
 
     Raises:
         InputError: there is neither a task nor a zoo, or one of them does not fit.
     """
     if config.task is not None:
         collect(config, progress=progress.get("collect"))
-    train(config, overwrite=True, progress=progress.get("train"))
+    train_to_the_end(config, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))

@@ -26,7 +26,7 @@ from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
 from rpg.tasks.images.collection import single_threaded
-from rpg.training.loop import Progress, train
+from rpg.training.loop import Progress, Watch, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -74,6 +74,7 @@ def train_and_compare(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Path, Comparison | None]:
     """Train the configured generator, and kernel ridge in ``<run>/kernel_ridge``; write ``<run>/compare.json``.
@@ -82,7 +83,7 @@ def train_and_compare(
     (``generate.temperature: 0``), which is what is as accurate as it can be; without one they are draws.
 
     Args:
-        config, resume, overwrite, progress, say: as of `rpg.training.loop.train`.
+        config, resume, overwrite, progress, watch, say: as of `rpg.training.loop.train`.
 
     Returns:
         The configured generator's folder and the comparison; None if the run was stopped before its end.
@@ -105,7 +106,7 @@ def train_and_compare(
         if progress is not None:
             progress(done, total, loss)
 
-    folder = train(config, resume=resume, overwrite=overwrite, progress=advance, say=say)
+    folder = train(config, resume=resume, overwrite=overwrite, progress=advance, watch=watch, say=say)
     if stopped:
         return folder, None
     figures = [scores(Generator.from_pretrained(each)) for each in (folder, train(rival, overwrite=True, say=say))]

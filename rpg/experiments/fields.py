@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.console import FiguresTable
 from rpg.evaluation.field_judges import class_judge, letter_features
 from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
 from rpg.evaluation.vectors import FlatSpace
@@ -31,7 +31,8 @@ from rpg.tasks.fields.data import alter
 from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
+from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locks
@@ -76,13 +77,13 @@ def run_fields(config: Config, *, progress: Progress | None = None, baselines: b
         configs += baseline_configs(config).values()
     # The longest first; each on a thread of its own, which two cores bear better than two threads each.
     with ProcessPoolExecutor(min(2, len(configs)), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_train, configs))
+        list(steps("training", pool.map(_train, configs), len(configs), after=0))
     return evaluate_fields(config.run, seconds={"collect_seconds": collected, "started": started})
 
 
 @single_threaded()
 def _train(config: Config) -> None:
-    train(config, overwrite=True)
+    train_to_the_end(config, overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,10 @@ def _samples(
 def print_fields(report: dict[str, Any], console: Console) -> None:
     """One row a kind."""
     columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
-    table = Table(title=f"fields beside {report['held_out']['num']} held-out data")
-    for column in ("", *columns):
-        table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    for name, found in report.items():
-        if isinstance(found, dict):
-            table.add_row(name.replace("_", " "), *(f"{found[each]:.3f}" if each in found else "" for each in columns))
-    console.print(table)
+    rows = [
+        [name.replace("_", " "), *(f"{found[each]:.3f}" if each in found else "" for each in columns)]
+        for name, found in report.items()
+        if isinstance(found, dict)
+    ]
+    heads = ("fields", *(column.replace("_", " ") for column in columns))
+    console.print(FiguresTable(heads, rows, f"fields beside {report['held_out']['num']} held-out data"))

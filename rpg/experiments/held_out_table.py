@@ -5,27 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from rpg.console import FiguresTable
 
 
 def print_held_out(report: dict[str, Any], console: Console) -> None:
     """Print the comparison, one row a method."""
     first = next(iter(report["unseen"]["generated"]))
     exact = "exact_match" in report["unseen"]["generated"]
-    table = Table(title=f"{first.replace('_', ' ')} (%), over tasks")
-    table.add_column("networks", no_wrap=True)
-    for split in ("unseen", "seen"):
-        for column in ("mean", "95 % interval", "min", *(("exact",) if exact else ())):
-            table.add_column(f"{split} {column}", justify="right")
+    columns = ("mean", "95 % interval", "min", *(("exact",) if exact else ()))
+    heads = ["networks", *(f"{split} {column}" for split in ("unseen", "seen") for column in columns)]
+    rows = []
     for name in report["unseen"]:
         cells = []
         for figures in (report[split][name] for split in ("unseen", "seen")):
             low, high = figures[first]["ci95"]
-            cells += [f"{100 * figures[first]['mean']:.2f}", f"{100 * low:.2f} – {100 * high:.2f}"]
+            cells += [f"{100 * figures[first]['mean']:.2f}", f"{100 * low:.2f}–{100 * high:.2f}"]
             cells += [f"{100 * figures[first]['min']:.1f}"]
             cells += [f"{100 * figures['exact_match']['mean']:.1f}"] if exact else []
-        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "generated" else "")
-    console.print(table)
+        rows.append([name.replace("_", " "), *cells])
+    console.print(FiguresTable(heads, rows, f"{first.replace('_', ' ')} (%), over tasks"))
     shown = {"": headline(report)} | {f"seed {each['seed']}, ": each for each in report.get("seeds", [])}
     for seed, each in shown.items():
         console.print(
@@ -39,6 +38,12 @@ def print_held_out(report: dict[str, Any], console: Console) -> None:
             line = f"{per_task['networks_per_task']} for one task: {name.replace('_', ' ')}, error IoU {alike:.2f}"
             console.print(line + ("" if told is None else f", 1-NNA {told:.2f}"), highlight=False)
     console.print(f"that is {report['share_of_originals']:.1%} of the originals' mean", highlight=False)
+
+
+def means_of_tasks(methods: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The mean of every figure over tasks, of every method."""
+    figures = {name: {key: value for key, value in each.items() if "mean" in value} for name, each in methods.items()}
+    return {name: {key: value["mean"] for key, value in each.items()} for name, each in figures.items()}
 
 
 def headline(report: dict[str, Any]) -> dict[str, Any]:

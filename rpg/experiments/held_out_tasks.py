@@ -32,12 +32,12 @@ from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_table import headline
 from rpg.experiments.single import collect, existing
-from rpg.experiments.task_methods import Methods, as_many, merges_of, networks_of, parts_for, untrained
+from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.images.collection import single_threaded
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locks
@@ -54,7 +54,8 @@ def run_held_out(
 
     Args:
         config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
         seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
         workers: the processes that share the scoring; this one alone when None.
 
@@ -73,7 +74,7 @@ def run_held_out(
     for number in range(seeds):
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
-        train(each, overwrite=True, progress=progress.get("train"))
+        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
         reports.append(evaluate_held_out(run, seed=each.seed, workers=workers))
     report = {**reports[0], "collect_seconds": collected, "seconds": time.perf_counter() - started}
     report["seeds"] = [headline(each) for each in reports]
@@ -115,7 +116,7 @@ def evaluate_held_out(
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
-        methods = Methods(generator, zoo, seen, regressions, merges_of(generator, zoo, seen), seed, workers.partition)
+        methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
         for name, originals in wanted.items():
             rows = methods.rows(len(originals.bits))

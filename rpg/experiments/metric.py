@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.console import FiguresTable
 from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments.metric_rivals import RATES, Trajectories, repeated, trivial, tuned_training
@@ -28,7 +28,7 @@ from rpg.tasks import build_task
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.images.trajectories import TrajectoriesTask
 from rpg.tasks.side_by_side import Stacked, stack, unstack
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locks
@@ -47,7 +47,8 @@ def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> d
 
     Args:
         config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
 
     Returns:
         What ``<run>/evaluation.json`` holds.
@@ -56,7 +57,7 @@ def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> d
     started = time.perf_counter()
     collect(config, progress=progress.get("collect"))
     collected = time.perf_counter() - started
-    train(config, overwrite=True, progress=progress.get("train"))
+    train_to_the_end(config, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
     return evaluate_metric(config.run, seed=config.seed, seconds={"collect_seconds": collected, "started": started})
 
 
@@ -196,23 +197,20 @@ def _means(scores: dict[str, Tensor]) -> dict[str, float]:
 
 def print_metric(report: dict[str, Any], console: Console) -> None:
     """Asked and got by method, and one generated step beside training."""
-    table = Table(title=f"asked and got, from {report['num']} held-out first weights")
-    columns = ("rank correlation", "off by a factor of", "on test images", "along its own training", "another's")
-    for column in ("networks", *columns):
-        table.add_column(column, justify="left" if column == "networks" else "right")
+    heads = ("networks", "rank correlation", "off by a factor of", "on test images", "along own training", "another's")
+    table = []
     for name, found in report.items():
         if isinstance(found, dict) and "spearman" in found:
             cells = (found["spearman"], found["factor"], found["test_spearman"], *found["direction"].values())
-            table.add_row(name.replace("_", " "), *(f"{each:.3f}" for each in cells))
-    console.print(table)
+            table.append([name.replace("_", " "), *(f"{each:.3f}" for each in cells)])
+    console.print(FiguresTable(heads, table, f"asked and got, from {report['num']} held-out first weights"))
     step = report["one_step"]
-    table = Table(title="from first weights")
-    for column in ("optimizer", "steps", "rate", "loss", "test loss", "test accuracy"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    table = []
     rows = [("generated", "1", step["generated"])]
     rows += [(name, steps, each) for name in RATES for steps, each in step[name].items()]
     for name, steps, each in rows:
         rate = f"{each['learning_rate']:g}" if "learning_rate" in each else f"asked {step['asked']:.3f}"
         figures = (f"{each['loss']:.3f}", f"{each['test_loss']:.3f}", f"{each['test_accuracy']:.2%}")
-        table.add_row(name, steps, rate, *figures)
-    console.print(table)
+        table.append([name, steps, rate, *figures])
+    heads = ("optimizer", "steps", "rate", "loss", "test loss", "test accuracy")
+    console.print(FiguresTable(heads, table, "from first weights"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from rpg.config import Config
+from rpg.console import FiguresTable
 from rpg.evaluation.scores.scorer import Figures, TaskScorer, load_scorer
 from rpg.evaluation.scores.show import number
 from rpg.evaluation.workers import Workers
@@ -63,16 +63,13 @@ def print_figures(scores: dict[str, dict[str, Figures]], console: Console) -> No
     """Print the figures of checkpoints, one row a checkpoint and task."""
     several = any(task for tasks in scores.values() for task in tasks)
     names = list(dict.fromkeys(name for tasks in scores.values() for each in tasks.values() for name in each))
-    table = Table(title="scores")
-    for column in ("checkpoint", *(("task",) if several else ())):
-        table.add_column(column)
-    for column in names:
-        table.add_column(column.replace("_", " "), justify="right")
+    rows = []
     for checkpoint, tasks in scores.items():
         for task, figures in tasks.items():
             cells = [number(figures[name], 6) if name in figures else "" for name in names]
-            table.add_row(checkpoint, *((task,) if several else ()), *cells)
-    console.print(table)
+            rows.append([checkpoint, *((task,) if several else ()), *cells])
+    heads = ("checkpoint", *(("task",) if several else ()), *(column.replace("_", " ") for column in names))
+    console.print(FiguresTable(heads, rows, "scores"))
 
 
 def _task(source: Path, config: Config | None) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
+from rpg.evaluation.network_merges import Merges, NetworkMerges
 from rpg.evaluation.report.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
@@ -206,10 +207,10 @@ def _scorer(judge: Judge, adapter: str | None, config: Config, zoo: Zoo, split: 
     return TaskScorer(find_task(config, zoo), split, names)
 
 
-def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> PeftMerges | None:
-    """Merges the zoo's adapters as they were saved, into the form that the layout gives them."""
+def _merges(adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None) -> Merges:
+    """Merges the zoo's networks; its adapters as they were saved, into the form that the layout gives them."""
     if adapter is None:
-        return None
+        return NetworkMerges([zoo.checkpoint(index) for index in trained], [zoo.entries[i].run for i in trained])
     finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
     return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 

@@ -13,6 +13,7 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.asking import Made
 from rpg.evaluation.evaluate import evaluate, save_evaluation
+from rpg.evaluation.network_merges import NetworkMerges
 from rpg.evaluation.report.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
 from rpg.evaluation.span import ZooSpan, measure_span
@@ -27,7 +28,7 @@ from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import make_folder
 from tokenization.zoo.locks import locks
@@ -158,6 +159,7 @@ def _evaluate_streamed(
         generator.config.evaluate,
         held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
         seed=seed,
+        merges=NetworkMerges(place.checkpoints, [zoo.entries[index].run for index in trained]),
         workers=workers,
     )
     if asked and not stored:
@@ -222,9 +224,10 @@ def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwri
 
     Args:
         config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss).
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
+            `rpg.training.loop.train` takes it.
         overwrite: discard an earlier run of the same folder.
     """
     collect(config, progress=progress.get("collect"))
-    train(config, overwrite=overwrite, progress=progress.get("train"))
-    return evaluate_run(config.run)
+    train_to_the_end(config, overwrite=overwrite, progress=progress.get("train"), watch=progress.get("watch"))
+    return evaluate_run(config.run, workers=Workers(report=progress.get("score")))

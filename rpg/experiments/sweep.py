@@ -28,7 +28,8 @@ from rpg.section import Section, read_mapping, validated
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
+from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locked
@@ -190,7 +191,12 @@ def _in_parallel(
         return failures
     with ThreadPoolExecutor(min(jobs, len(experiments))) as pool:
         futures = {pool.submit(_in_process, step, experiment, threads): experiment for experiment in experiments}
-        for future in as_completed(futures):
+        for future in steps(
+            {"collect": "collecting zoos"}.get(step, "training and scoring"),
+            as_completed(futures),
+            len(futures),
+            after=0,
+        ):
             name = futures[future].name
             failure, took = future.result()
             if failure is None:
@@ -229,7 +235,7 @@ def _step(step: str, path: str) -> None:
     with locked(run):
         (run / EVALUATION).unlink(missing_ok=True)
         same = _saved_config(run) == config
-        train(config, resume=same, overwrite=not same)
+        train_to_the_end(config, resume=same, overwrite=not same)
         if (report := _report(config)) is not None:
             write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from rpg.console import FiguresTable
 from rpg.generation.generator import Generator
 
 EVALUATION = "evaluation.json"
@@ -111,6 +114,18 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
             figures = [_figure(row.get(key), factor) for key, _, factor in columns]
         lines.append(f"| {row['name']} | " + " | ".join(figures) + f" | {' '.join(row['set'])} |")
     return "\n".join(lines) + "\n"
+
+
+def print_sweep(rows: list[dict[str, Any]], console: Console) -> None:
+    """The same on the screen; overrides are in ``table.md``."""
+    columns = [each for each in _COLUMNS if any(row.get(each[0]) is not None for row in rows)]
+    done = [row for row in rows if "failure" not in row]
+    cells = [[row["name"], *(_figure(row.get(key), factor) for key, _, factor in columns)] for row in done]
+    if done:
+        console.print(FiguresTable(("run", *(title for _, title, _ in columns)), cells))
+    for row in rows:
+        if "failure" in row:
+            console.print(f"{row['name']}: {row['failure']}", markup=False, highlight=False)
 
 
 def _figure(value: float | None, factor: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.held_out import held_out_baselines, random_other
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.task_networks import Parts, TaskNetworks, in_parts
 from rpg.generation.generator import Generator
@@ -36,7 +37,7 @@ class Methods:
         zoo: what it learned from.
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
-        merges: merges the adapters of ``seen``; None of other networks.
+        task: knows what a task's training began with, from which networks are merged as deviations.
         seed: decides everything random.
         partition: which tasks this process makes networks for.
     """
@@ -45,9 +46,14 @@ class Methods:
     zoo: Zoo
     seen: TaskNetworks
     regressions: Mapping[str, Regression]
-    merges: PeftMerges | None = None
+    task: TaskFamily
     seed: int = 0
     partition: Partition = field(default_factory=Partition)
+
+    @functools.cached_property
+    def merges(self) -> PeftMerges | NetworkMerges:
+        """Merges the adapters of ``seen``, or its networks."""
+        return merges_of(self.generator, self.zoo, self.seen)
 
     def rows(self, num: int) -> list[int]:
         """Which of ``num`` tasks are this process's."""
@@ -78,16 +84,20 @@ class Methods:
         }
 
     def _merged(self, bits: Tensor) -> dict[str, Parts]:
-        """Adapters that PEFT merges of those with the largest shares in kernel ridge, for the tasks ``[T, C]``."""
-        if self.merges is None:
-            return {}
-        shares, merge = self.regressions["kernel_ridge"].mixture(self.seen.bits, bits), self.merges.merge
+        """Merges of the seen networks with the largest shares in kernel ridge, for the tasks ``[T, C]``."""
+        shares = self.regressions["kernel_ridge"].mixture(self.seen.bits, bits)
 
         def made(method: str) -> Iterator[Any]:
-            for row, task in zip(shares, bits.tolist(), strict=True):
-                yield merge(method, row, derive_seed(self.seed, method, *task))
+            for row, task in zip(shares, bits, strict=True):
+                seed = derive_seed(self.seed, method, *task.tolist())
+                if isinstance(self.merges, PeftMerges):
+                    yield self.merges.merge(method, row, seed)
+                    continue
+                begun = next(iter(self.task.untrained(self.zoo, task[None]).values()))
+                yield self.merges.merge(method, row, seed, {name: value[0] for name, value in begun.items()})
 
-        return {method: in_parts(made(method)) for method in self.merges.methods}
+        whole = isinstance(self.merges, NetworkMerges) and self.seen.is_large
+        return {method: in_parts(made(method)) for method in (AFFORDABLE_MERGES if whole else self.merges.methods)}
 
 
 def untrained(task: TaskFamily, zoo: Zoo, bits: Tensor, part_size: int) -> dict[str, Parts]:
@@ -116,10 +126,10 @@ def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) 
     return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
-def merges_of(generator: Generator, zoo: Zoo, seen: TaskNetworks) -> PeftMerges | None:
-    """Merges the adapters of seen tasks as they were saved; None where networks are no adapters."""
+def merges_of(generator: Generator, zoo: Zoo, seen: TaskNetworks) -> PeftMerges | NetworkMerges:
+    """Merges the networks of seen tasks; adapters as they were saved."""
     if generator.adapter is None:
-        return None
+        return NetworkMerges(seen.checkpoints)
     last = {tuple(map(int, entry.condition or ())): index for index, entry in enumerate(zoo.entries)}
     adapters = [zoo.checkpoint(last[tuple(bits)]) for bits in seen.bits.tolist()]
     canonical = generator.layout.canonical

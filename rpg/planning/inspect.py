@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from rpg.config import Config
+from rpg.console import FiguresTable
 from rpg.planning.plan import make_plan
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
@@ -53,6 +55,22 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
     return [checkpoint_table(checkpoint), *layout_tables(layout_without_statistics(checkpoint, config.tokens, 50))]
 
 
+def facts_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same in few figures, for a machine; of a checkpoint that is no zoo only where it is."""
+    path = Path(path)
+    file = _config_file(path)
+    config = Config.load(file, list(overrides)) if file else Config.defaults(list(overrides))
+    folder = Path(config.zoo) if file else path
+    if not (folder / "zoo.json").is_file():
+        return {"path": str(path)}
+    zoo = Zoo.open(folder)
+    layout = layout_without_statistics(zoo.checkpoint(0), config.tokens, len(zoo))
+    condition = None if zoo.condition is None else {"kind": zoo.condition.kind, "size": zoo.condition.size}
+    facts = {"zoo": str(folder), "checkpoints": len(zoo), "runs": zoo.num_runs, "condition": condition}
+    tokens = {"values": layout.num_values, "tokens": layout.num_tokens, "token_size": layout.token_size}
+    return {"path": str(path), **facts, **tokens, "splits": dict(Counter(entry.split for entry in zoo.entries))}
+
+
 def _config_file(path: Path) -> Path | None:
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -85,7 +103,7 @@ def zoo_table(zoo: Zoo) -> Table:
     table.add_row("on disk", format_bytes(num_bytes))
     table.add_row("task", _task(zoo))
     table.add_row("runs", f"{zoo.num_runs:,}" + (f": {_names(zoo.runs)}" if zoo.runs else ""))
-    table.add_row("steps", f"{min(steps)} … {max(steps)}")
+    table.add_row("steps", f"{min(steps)} to {max(steps)}")
     table.add_row("splits", ", ".join(f"{name} {count:,}" for name, count in splits.items()))
     table.add_row("condition", _condition(zoo))
     for name in sorted({name for entry in zoo.entries for name in entry.metrics}):
@@ -107,15 +125,14 @@ def checkpoint_table(checkpoint: Checkpoint) -> Table:
 
 def layout_tables(layout: Layout) -> list[RenderableType]:
     """The tokens by kind of layer, and what is outside them."""
-    table = Table(title=f"{layout.num_tokens:,} tokens of {layout.token_size:,} values", title_justify="left")
-    for column in ("layers", "tensors", "values", "tokens", "padding"):
-        table.add_column(column, justify="left" if column == "layers" else "right")
-    for group in layout.describe():
-        counts = (group.tensors, group.values, group.tokens)
-        table.add_row(group.kind, *(f"{count:,}" for count in counts), f"{group.padding_share:.1%}")
-    table.add_section()
+    rows = [
+        [group.kind, *(f"{n:,}" for n in (group.tensors, group.values, group.tokens)), f"{group.padding_share:.1%}"]
+        for group in layout.describe()
+    ]
     totals = (len(layout.layers), layout.num_values, layout.num_tokens)
-    table.add_row("all", *(f"{total:,}" for total in totals), f"{layout.padding_share:.1%}")
+    rows.append(["all", *(f"{total:,}" for total in totals), f"{layout.padding_share:.1%}"])
+    title = f"{layout.num_tokens:,} tokens of {layout.token_size:,} values"
+    table = FiguresTable(("layers", "tensors", "values", "tokens", "padding"), rows, title, section=True)
     outside = facts_table("outside the tokens")
     constants = [name for name in layout.names if name in layout.constant_specs]
     outside.add_row("constants", f"{len(constants):,}" + (f": {_names(constants)}" if constants else ""))
@@ -145,12 +162,10 @@ def directions_tables(layout: SpectralLayout) -> list[RenderableType]:
     facts.add_row("of", f"every {layout.basis.kind}" if layout.basis.kind == "token" else "the whole network")
     facts.add_row("rank", f"{layout.token_size:,}")
     facts.add_row("variance kept", f"{layout.basis.share:.2%}")
-    losses = Table(title="layers that lose most of the zoo's variance", title_justify="left")
-    for column in ("layer", "part of the variance", "kept"):
-        losses.add_column(column, justify="left" if column == "layer" else "right")
-    for name, part, kept in sorted(layout.shares(), key=lambda row: row[1] * (row[2] - 1))[:MOST_NAMES]:
-        losses.add_row(name, f"{part:.2%}", f"{kept:.2%}")
-    return [facts, losses]
+    lost = sorted(layout.shares(), key=lambda row: row[1] * (row[2] - 1))[:MOST_NAMES]
+    rows = [[name, f"{part:.2%}", f"{kept:.2%}"] for name, part, kept in lost]
+    heads = ("layer", "part of the variance", "kept")
+    return [facts, FiguresTable(heads, rows, "layers that lose most of the zoo's variance")]
 
 
 def _with_tensors(table: Table, checkpoint: Checkpoint) -> Table:
@@ -177,4 +192,4 @@ def _condition(zoo: Zoo) -> str:
 
 def _names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MOST_NAMES])
-    return shown if len(names) <= MOST_NAMES else f"{shown}, … ({len(names) - MOST_NAMES:,} more)"
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"

@@ -85,6 +85,6 @@ def format_bytes(num_bytes: float) -> str:
 def facts_table(title: str) -> Table:
     """An empty table of names and texts."""
     table = Table(title=title, title_justify="left", show_header=False, min_width=32)
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     return table

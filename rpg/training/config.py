@@ -58,4 +58,8 @@ class TrainConfig(Section):
     new_states: NewStatesConfig | None = Field(
         None, description="score networks of permutation states that no checkpoint has"
     )
+    log_with: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",),
+        description="where losses go beside metrics.jsonl; wandb: Weights & Biases, the extra rpg[wandb]",
+    )
     log_every: int = Field(10, ge=1, description="steps between logged losses")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import WandBTracker
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +47,7 @@ class DistributedContext:
         self.accelerator = Accelerator(
             mixed_precision="no" if deepspeed else precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
-            log_with="tensorboard",
+            log_with=_trackers(settings.log_with, folder),
             project_dir=folder,
             kwargs_handlers=_deepspeed_on_cpu() if deepspeed and not torch.cuda.is_available() else [],
         )
@@ -219,3 +221,16 @@ def _fully_shard(network: Any) -> None:
     for module in (network.backbone, network.denoiser, network):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(network.denoiser, "precompute")
+
+
+def _trackers(names: Sequence[str], folder: str) -> list[Any]:
+    """What accelerate logs with; ``tensorboard`` is a folder of the run, ``wandb`` goes by its own environment."""
+    if "wandb" not in names:
+        return list(names)
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        cure = "pip install 'rpg[wandb]', or leave it out"
+        raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
+    tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)
+    return [*(name for name in names if name != "wandb"), tracker]

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rpg.config import Config
+from rpg.generation.generator import Generator
 from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
 from rpg.training.sane_trainer import SaneTrainer
@@ -23,6 +24,9 @@ from tokenization.zoo.locks import lock_scope
 
 Progress = Callable[[int, int, float], None]
 
+Watch = Callable[[Generator], None]
+"""Looks at the generator while it is trained."""
+
 TRAINERS: dict[str, Callable[..., Any]] = {
     "recurrent": Trainer,
     "pdiff": PDiffTrainer,
@@ -30,6 +34,12 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "sane": SaneTrainer,
 }
 """What trains each kind of model."""
+
+WATCHED, FIRST_WATCHED = 0.03, 5.0
+"""Part of the time that watching may take, and seconds of training before the first time."""
+
+MOST_WATCHED = 1_000_000
+"""Values of a network up to which generating and scoring a few is cheap."""
 
 
 def train(
@@ -39,6 +49,7 @@ def train(
     overwrite: bool = False,
     max_seconds: float | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train a generator on the zoo of ``config`` and write it to ``<run>/generator``.
@@ -51,6 +62,7 @@ def train(
         overwrite: discard the run that is in the run folder.
         max_seconds: stop, as if interrupted, once the loop has run that long.
         progress: called by the main process with (steps done, steps in all, loss) at every logged step.
+        watch: is shown the generator now and then, as often as `WATCHED` allows; of small networks on one process.
         say: receives the notices of one line.
 
     Returns:
@@ -62,6 +74,7 @@ def train(
     """
     with stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run):
         trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
+        watching = _Watching(trainer, watch)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)
             done = step + 1
@@ -70,6 +83,7 @@ def train(
             stopping = not finished and trainer.distributed.any(ended)
             if done % config.train.log_every == 0 or finished or stopping:
                 loss = trainer.log(done, loss)
+                watching(done)
                 if progress is not None and trainer.distributed.is_main:
                     progress(done, trainer.num_steps, loss)
             if done % config.train.save_every == 0 or finished or stopping:
@@ -78,6 +92,45 @@ def train(
                 trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
         return trainer.finish()
+
+
+def train_to_the_end(config: Config, **options: Any) -> Path:
+    """As `train`, of which something else comes next. Raises KeyboardInterrupt if it was stopped before its end."""
+    progress, stopped = options.pop("progress", None), False
+
+    def advance(done: int, total: int, loss: float) -> None:
+        nonlocal stopped
+        stopped = done < total
+        if progress is not None:
+            progress(done, total, loss)
+
+    folder = train(config, progress=advance, **options)
+    if stopped:
+        raise KeyboardInterrupt
+    return folder
+
+
+class _Watching:
+    """Shows the generator at every tenth of a run, as long as that takes no more than `WATCHED` of the time."""
+
+    def __init__(self, trainer: Any, watch: Watch | None) -> None:
+        plain = isinstance(trainer, Trainer) and trainer.config.model.kind == "recurrent"
+        small = plain and trainer.layout.num_values <= MOST_WATCHED and trainer.distributed.world_size == 1
+        self.trainer, self.watch = trainer, watch if small else None
+        self.tenth, self.spent, self.last = 0, 0.0, WATCHED * FIRST_WATCHED
+
+    def __call__(self, done: int) -> None:
+        now, tenth = time.monotonic(), 10 * done // max(1, self.trainer.num_steps)
+        room = WATCHED * (now - self.trainer.started)
+        if self.watch is None or tenth <= self.tenth or self.spent + self.last > room:
+            return
+        self.tenth = tenth
+        try:
+            self.watch(self.trainer.generator())
+        except InputError:  # nothing scores these networks, which only the scoring need say
+            self.watch = None
+        self.last = time.monotonic() - now
+        self.spent += self.last
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tokenization.zoo.locks import take_lock
 COMPLETE = "complete.json"
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
 FREE_TO_CHANGE = {"run", "zoo", "generate", "evaluate", "train.save_every", "train.keep", "train.log_every"}
-FREE_TO_CHANGE |= {"train.gradient_accumulation", "train.compile"}
+FREE_TO_CHANGE |= {"train.gradient_accumulation", "train.compile", "train.log_with"}
 FREE_TO_CHANGE |= {"model.backbone.checkpointing", "model.denoiser.checkpoint_rows", "model.denoiser.checkpointing"}
 
 

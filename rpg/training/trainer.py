@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rpg.config import Config
+from rpg.generation.generator import Generator
 from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
@@ -24,6 +25,7 @@ from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
     Rows,
+    check_split,
     check_zoo,
     condition_size,
     metric_scale,
@@ -113,7 +115,7 @@ class Trainer:
 
     def build_sampler(self, rank: int, world_size: int) -> Any:
         """What reads the rows of each step."""
-        _check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
+        check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
         config = self.config
         return BatchSampler(self.zoo, self.layout, config.train, config.model, config.seed, rank, world_size)
 
@@ -257,25 +259,31 @@ class Trainer:
 
     def finish(self) -> Path:
         """Write the generator folder from the averaged weights."""
-        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
-        weights |= checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+        weights = self._averaged_weights()
         self.distributed.on_main(lambda: self._write_generator(weights))
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.folder.generator
 
-    def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
+    def _averaged_weights(self) -> dict[str, torch.Tensor]:
+        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
+        return weights | checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+
+    def generator(self, weights: dict[str, torch.Tensor] | None = None, **facts: Any) -> Generator:
+        """The generator as it is now, of the averaged weights."""
         network = self.build_network()
-        network.load_state_dict(weights)
+        network.load_state_dict(self._averaged_weights() if weights is None else weights)
         self.complete(network)
+        return trained_generator(self.config, self.layout, network, self.zoo, facts)
+
+    def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
         facts: dict[str, Any] = {
             "training seconds": round(self.seconds, 1),
             "parameters": self.num_parameters,
             "training checkpoints": len(self.sampler),
             **self.auxiliary.facts(time.monotonic() - self.started),
         }
-        made = trained_generator(self.config, self.layout, network, self.zoo, facts)
-        made.save_pretrained(self.folder.generator)
+        self.generator(weights, **facts).save_pretrained(self.folder.generator)
 
 
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
@@ -285,11 +293,3 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
-
-
-def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
-    parts = world_size * accumulation
-    if batch_size % parts:
-        raise InputError(
-            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
-        )

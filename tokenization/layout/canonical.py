@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.errors import InputError
@@ -195,7 +196,7 @@ def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[La
     form = Canonical("svd", pairs, None)
 
     def write(file: TensorFile) -> None:
-        for pair in pairs:
+        for pair in steps("aligning adapters", pairs):
             factors = [form._factors(pair, *_values(checkpoint, pair)) for checkpoint in checkpoints]
             for layer, mean in zip(pair, _mean_of_aligned(factors), strict=True):
                 file.write(reference_name(layer.name), 0, mean.float())

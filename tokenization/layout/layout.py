@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
@@ -64,7 +65,8 @@ class TokenLayout(LayoutDescription):
         first = zoo.checkpoint(indices[0])
         layout = cls._placed(first, options, _open_base(zoo, options.base) or first)
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options)
-        checkpoints = [layout.checkpoint(zoo, index) for index in indices]
+        opened = steps("bringing adapters into one form", indices) if layout.canonical else indices
+        checkpoints = [layout.checkpoint(zoo, index) for index in opened]
         form = layout.canonical.key if layout.canonical else None
         mode = options.normalization
         layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, mode, form)

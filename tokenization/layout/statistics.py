@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
@@ -139,7 +140,8 @@ def fit_statistics(
 
     totals = [Moments() for _ in layers]
     with ThreadPoolExecutor(num_threads or min(MOST_THREADS, torch.get_num_threads())) as pool:
-        for (index, _), moments in zip(jobs, pool.map(work, jobs), strict=True):
+        measured = zip(jobs, pool.map(work, jobs), strict=True)
+        for (index, _), moments in steps("measuring the zoo", measured, len(jobs)):
             totals[index] = totals[index].merge(moments)
     centre = [0.0 if residual else moments.mean for moments in totals]
     scale = [math.sqrt(moments.squares / moments.count) for moments in totals]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
@@ -146,7 +147,7 @@ class _Found:
 def _row_blocks(layout: TokenLayout, zoo: Zoo, indices: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of tokens with all checkpoints' rows, ``[m, n, D]`` float64."""
     step = _tokens_a_block(len(indices), layout.token_size)
-    for first in range(0, layout.num_tokens, step):
+    for first in steps("finding directions", range(0, layout.num_tokens, step)):
         tokens = slice(first, min(first + step, layout.num_tokens))
         rows = read_rows(layout, zoo, indices, range(tokens.start, tokens.stop))  # [n, m, D]
         yield tokens, rows.transpose(0, 1).to(torch.float64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import SUFFIXES, pickled_files
-from tokenization.checkpoint.safetensors import natural_key, read_json
+from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -30,18 +28,9 @@ from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
+from tokenization.zoo.names import recognise
+from tokenization.zoo.sources import find_checkpoints
 from tokenization.zoo.zoo import Zoo
-
-CONVERTED_NAME = re.compile(r"[0-9]{6}\.safetensors")
-"""How `Zoo.append` names files in ``checkpoints/``."""
-
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_FOLDER_FILES = {
-    stem + suffix
-    for stem in ("model", "diffusion_pytorch_model", "pytorch_model")
-    for suffix in (".safetensors", ".bin", *_INDEX_SUFFIXES)
-}
-"""A folder that holds one of these is one checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +51,26 @@ def collect_from(
     pattern: str | None = None,
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
+    find_runs: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are
-    converted into the zoo, so that a killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are converted.
+    A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``,
-            ``split``, ``condition`` (or ``condition.NAME`` columns); other columns are metrics. Its rows choose
-            the checkpoints.
-        pattern: regular expression on each path whose named groups mean the same as the columns; a table's
-            columns go first. Without a run from either, every checkpoint is a run of its own.
+        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+            ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
+        pattern: regular expression on each path; named groups mean the same as the columns, which go first.
+        find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`); no run
+            from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
         task: the zoo's task, for a new zoo.
-        progress: called with (checked, total) checkpoints.
+        progress: called with (checked, total) checkpoints; say: receives one line of what names told.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -89,14 +80,14 @@ def collect_from(
     zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
     wanted = zoo.condition or condition
     kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
-    labelled = _labelled(source, zoo_path, table, pattern, kind)
+    labelled = _labelled(source, zoo_path, table, pattern, kind, say if find_runs and pattern is None else None)
     labels = [label for _, label in labelled]
     if not exists:
         require_new_folder(zoo_path, [path for path, _ in labelled])
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
-    labelled = [(path, label) for path, label in labelled if str(path.resolve()) not in known]
+    labelled = [each for each in labelled if str(each[0].resolve()) not in known]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
     sources, adapter = _checked(labelled, zoo, runs, progress)
@@ -114,75 +105,15 @@ def collect_from(
     return zoo
 
 
-def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[Path]:
-    """The checkpoints (files, or folders that hold one) that a folder or glob stands for, ``step2`` before ``step10``.
-
-    Args:
-        source: an existing path, or a glob.
-        zoo_path: a zoo whose own files are no sources: those it converted, and all if it lies in the source.
-
-    Raises:
-        InputError: there are none.
-    """
-    text = str(source)
-    matches = [Path(text)] if os.path.exists(text) else [Path(match) for match in glob.glob(text, recursive=True)]
-    if not matches:
-        raise InputError(f"{text} does not exist; give a folder or glob of checkpoints")
-    found: dict[Path, None] = {}
-    for path in sorted(matches, key=lambda path: natural_key(path.as_posix())):
-        if path.is_dir():
-            found |= dict.fromkeys(_search(path, zoo_path))
-        elif path.name.startswith("adapter_model.") and is_adapter(path.parent):
-            found[path.parent] = None
-        else:
-            found[path] = None
-    # A glob such as ** matches a folder and its files alike.
-    found = {path: None for path in found if path.is_dir() or path.parent not in found}
-    if zoo_path is not None:
-        own = (zoo_path / "checkpoints").resolve()
-        found = {
-            path: None for path in found if path.resolve().parent != own or not CONVERTED_NAME.fullmatch(path.name)
-        }
-    if not found:
-        raise InputError(f"{text} has no checkpoint; they end in .safetensors, {', '.join(SUFFIXES)}")
-    return list(found)
-
-
-def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) -> list[Path]:
-    seen = set() if seen is None else seen
-    seen.add(folder.resolve())  # links may lead in circles
-    try:
-        children = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
-    except OSError as error:
-        raise InputError(f"{folder} is unreadable ({error.strerror}); make it readable or name another") from error
-    names = {child.name for child in children}
-    if is_adapter(folder) or not names.isdisjoint(_FOLDER_FILES):
-        found = [folder]
-    else:
-        indices = [child for child in children if child.name.endswith(_INDEX_SUFFIXES)]
-        shards: set[str] = set()
-        for index in indices:
-            content = read_json(index)
-            weight_map = content.get("weight_map") if isinstance(content, dict) else None
-            shards |= set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        files = [child for child in children if child.suffix in (".safetensors", *SUFFIXES) and not child.is_dir()]
-        found = [*indices, *(file for file in files if file.name not in shards)]
-        found.sort(key=lambda path: natural_key(path.name))
-    for child in children:
-        if not child.is_dir() or child.name.startswith(".") or child.resolve() in seen:
-            continue
-        if zoo_path is None or child.resolve() != zoo_path.resolve():
-            found += _search(child, zoo_path, seen)
-    return found
-
-
 def _labelled(
     source: Path | str | Sequence[Path | str],
     zoo_path: Path,
     table: Path | str | None,
     pattern: str | None,
     kind: ConditionKind | None,
+    say: Callable[[str], None] | None,
 ) -> list[tuple[Path, Label]]:
+    """Every checkpoint with what is known of it; where ``say`` is given, names are asked what the table leaves open."""
     sources = [source] if isinstance(source, str | Path) else list(source)
     rows: list[tuple[Path, str, dict[str, Any]]] = []
     if table is None:
@@ -196,7 +127,7 @@ def _labelled(
                 what = f"{where}: file {row['file']!r} does not exist"
                 raise InputError(f"{what}; name a checkpoint beside the table or in the source")
             rows.append((path, where, row))
-    labelled = []
+    kept: list[tuple[Path, str, dict[str, Any]]] = []
     seen: dict[Path, str] = {}
     for path, where, row in rows:
         if path.resolve() in seen:
@@ -206,8 +137,14 @@ def _labelled(
             raise InputError(f"{what}; drop one of the lines")
         seen[path.resolve()] = where
         named = read_name(pattern, path.as_posix()) if pattern is not None else {}
-        labelled.append((path, label_of({**named, **row}, where, kind)))
-    return labelled
+        kept.append((path, where, {**named, **row}))
+    if say is not None and not all("run" in row and "step" in row for *_, row in kept):
+        told = recognise([path for path, *_ in kept])
+        say(told.notice) if told.notice else None
+        kept = [
+            (path, where, {**more, **row}) for (path, where, row), more in zip(kept, told.rows, strict=False)
+        ] or kept
+    return [(path, label_of(row, where, kind)) for path, where, row in kept]
 
 
 def _checked(

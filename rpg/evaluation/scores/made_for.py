@@ -5,33 +5,25 @@ n checkpoints of a zoo, W wanted networks, C numbers of a condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.adapter_merges import METHODS, PeftMerges, average_shares
-from rpg.evaluation.combinations import MANY_VALUES, Recipe
+from rpg.evaluation.adapter_merges import METHODS
+from rpg.evaluation.combinations import Cook, Recipe
 from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.network_merges import MERGES, Merges
 from rpg.evaluation.span import ZooSpan
-from rpg.evaluation.vectors import StateDict
+from rpg.evaluation.streamed import merge_recipes
 from rpg.models.kernel_regression import KernelRidge
-from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 Condition = Sequence[float] | None
-Cook = Callable[[], StateDict]
-"""Makes a network when it is called."""
-
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
-NAMES = (*CONDITIONAL, *METHODS)
+NAMES = (*CONDITIONAL, *METHODS, *MERGES)
 """What ``evaluate.baselines`` may name beside the kinds that serve any network."""
-
-AFFORDABLE = (*CONDITIONAL, "peft_svd")
-"""The default for networks of more than `MANY_VALUES` values."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +52,24 @@ class Conditions:
 
 
 def more_baselines(
-    zoo: ZooSpan, conditions: Conditions, merges: PeftMerges | None, config: EvaluateConfig, num: int, seed: int
+    zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
 ) -> dict[str, Sequence[Recipe | Cook]]:
-    """Baselines for the first ``num`` of the wanted conditions, and adapters that PEFT merges.
+    """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
 
-    PEFT merges those with the largest shares in the regression; without conditions, some drawn at random.
+    Merged are those with the largest shares in the regression; without conditions, some drawn at random.
 
     Args:
         zoo: the checkpoints that a generator learned from, or would.
         conditions: what is wanted.
-        merges: merges the zoo's adapters; None of other networks.
+        merges: merges the zoo's networks.
         config: which baselines.
         num: networks of a kind.
         seed: decides draws.
     """
     count = len(zoo.checkpoints)
-    large = sum(map(len, zoo.means.values())) > MANY_VALUES
-    default = AFFORDABLE if large else NAMES
-    wanted = [name for name in NAMES if name in (default if config.baselines is None else config.baselines)]
+    wanted = CONDITIONAL if config.baselines is None else config.baselines
     made: dict[str, Sequence[Recipe | Cook]] = {}
-    shares = average_shares(count, num, make_rng(seed, "merged adapters"))
+    shares: Tensor | None = None
     if conditions.seen is not None and conditions.asked is not None and count > 1:
         rows = torch.arange(num) % len(conditions.asked)
         asked = conditions.asked[rows]
@@ -89,12 +79,7 @@ def more_baselines(
             if name in wanted:
                 made[name] = [Recipe(row) for row in each]
         shares = weights + (1 - weights.sum(1, keepdim=True)) / count  # of the checkpoints, not of their deviations
-    for name in wanted if merges is not None else ():
-        if name in cast(PeftMerges, merges).methods:
-            seeds = [derive_seed(seed, name, number) for number in range(num)]
-            merge = cast(PeftMerges, merges).merge
-            made[name] = [partial(merge, name, row, each) for row, each in zip(shares, seeds, strict=True)]
-    return made
+    return {**made, **merge_recipes(zoo, merges, config, num, seed, shares)}
 
 
 def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made, Stopwatch, load
-from rpg.evaluation.combinations import Recipe, cook
+from rpg.evaluation.combinations import Cook, Recipe, cook
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.metrics import summarize
+from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.results import AT_DISTANCE
-from rpg.evaluation.scores.made_for import NAMES, Conditions, Cook, more_baselines
+from rpg.evaluation.scores.made_for import NAMES, Conditions, more_baselines
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
 from rpg.evaluation.scores.scorer import Figures, Scorer, finite, less_is_better
 from rpg.evaluation.span import Places, ZooSpan, measure_span
@@ -40,13 +40,13 @@ class Options:
     Attributes:
         lower, higher: figures of which less or more is better, whatever their names say.
         seed: decides the baselines' draws and the bootstrap.
-        merges: makes adapters of the zoo's, as PEFT does; None of other networks.
+        merges: merges the zoo's networks, or its adapters as PEFT does; none are merged when None.
     """
 
     lower: Collection[str] = ()
     higher: Collection[str] = ()
     seed: int = 0
-    merges: PeftMerges | None = None
+    merges: Merges | None = None
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from rpg.console import FiguresTable
 from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
 from rpg.evaluation.report.charts import (
     Chart,
@@ -63,17 +63,20 @@ def print_scores(result: ScoreResult, console: Console | None = None) -> None:
     console = console or Console()
     first = result.first
     title = f"{first} ({result.better[first]} is better), by {result.scorer}" if first else f"by {result.scorer}"
-    table = Table(title=title)
-    table.add_column("networks", no_wrap=True)
-    heads = ["count", *(["mean", "best", "worst"] if first else [])]
+    heads = ["networks", "count", *(["mean", "best", "worst"] if first else [])]
     heads += [f"mean {name}" for name in list(result.better)[1:]]
-    for name in [*heads, *distance_heads(result)]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for kind in result.sets:
-        table.add_row(_short(kind), *cells_of(result, kind), style="bold" if kind == "generated" else "")
-    console.print(table)
+    rows = [[_short(kind), *cells_of(result, kind)] for kind in result.sets]
+    console.print(FiguresTable([*heads, *distance_heads(result)], rows, title))
     if result.unit and any(each.novel_and_performant for each in result.sets.values()):
         console.print(_novelty_table(result))
+
+
+def means_of(result: ScoreResult) -> dict[str, dict[str, float | None]]:
+    """The mean of every figure and the median distance, of every kind of networks."""
+    return {
+        kind: {name: mean_of(each, name) for name in result.better} | {"distance": median_of(each.distances)}
+        for kind, each in result.sets.items()
+    }
 
 
 def distance_heads(result: ScoreResult) -> list[str]:
@@ -92,24 +95,21 @@ def cells_of(result: ScoreResult, kind: str) -> list[str]:
     return cells + medians[: len(distance_heads(result))]
 
 
-def _novelty_table(result: ScoreResult) -> Table:
+def _novelty_table(result: ScoreResult) -> FiguresTable:
     title = "new (%): distance over"
     if result.first:
         at_least = "at least" if result.better[result.first] == "more" else "at most"
         title = f"new and good (%): {result.first} {at_least} {number(result.threshold)} and distance over"
-    table = Table(title=title)
-    table.add_column("networks", no_wrap=True)
-    for tau in result.taus:
-        table.add_column(f"{tau:g}", justify="right", no_wrap=True)
-    for kind, each in reversed(in_drawing_order(result)):
-        if each.novel_and_performant and kind != "original":
-            shares = [f"{100 * share:.0f}" for share in each.novel_and_performant]
-            table.add_row(_short(kind), *shares, style="bold" if kind == "generated" else "")
-    table.caption = (
+    rows = [
+        [_short(kind), *(f"{100 * share:.0f}" for share in each.novel_and_performant)]
+        for kind, each in reversed(in_drawing_order(result))
+        if each.novel_and_performant and kind != "original"
+    ]
+    caption = (
         "distances in the zoo's median nearest-neighbour distances, hidden units unmatched; * at the generated "
         "networks' distance"
     )
-    return table
+    return FiguresTable(("networks", *(f"{tau:g}" for tau in result.taus)), rows, title, caption)
 
 
 def _short(kind: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpg.evaluation.adapter_merges import DENSITY, METHODS, NUM_MERGED, PeftMerges, average_shares
+from rpg.evaluation.adapter_merges import DENSITY, METHODS, PeftMerges
+from rpg.evaluation.network_merges import NUM_MERGED, draw_shares
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,6 +92,6 @@ def test_a_single_adapter_merges_to_itself(adapters) -> None:
 
 
 def test_average_shares_are_equal_and_of_few() -> None:
-    shares = average_shares(10, 3, torch.Generator().manual_seed(0))
+    shares = draw_shares([0] * 10, 3, torch.Generator().manual_seed(0))
     assert (shares > 0).sum(1).tolist() == [NUM_MERGED] * 3 and torch.allclose(shares.sum(1), torch.ones(3).double())
-    assert torch.allclose(average_shares(2, 1, torch.Generator()), torch.full((1, 2), 0.5).double())
+    assert torch.allclose(draw_shares([0] * 2, 1, torch.Generator()), torch.full((1, 2), 0.5).double())

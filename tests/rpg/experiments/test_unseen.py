@@ -9,6 +9,7 @@ from rpg.config import Config
 from rpg.evaluation import held_out, task_networks
 from rpg.evaluation.diversity import measure_diversity
 from rpg.evaluation.held_out import base_summed, nearest_rows
+from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
@@ -26,7 +27,7 @@ from tokenization.zoo.zoo import Zoo
 
 METHODS = {
     "original", "generated", "nearest_seen", "ridge", "kernel_ridge", "base_summed", "average", "no_condition", "start",
-    "ridge_degree_1", "ridge_degree_2", "ridge_degree_3",
+    "ridge_degree_1", "ridge_degree_2", "ridge_degree_3", *MERGES,
 }  # fmt: skip
 
 

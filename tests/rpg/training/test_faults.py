@@ -77,13 +77,13 @@ def test_twenty_kills_at_random_points_change_nothing(tmp_path, zoo, forks):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_with_exit_code_0(tmp_path, zoo, forks, name):
+def test_a_signal_saves_and_ends_as_interrupted(tmp_path, zoo, forks, name):
     config = long_config(tmp_path, "run")
     process, folder = start(forks, config), RunFolder(config.run)
     while not folder.steps():
         time.sleep(0.01)
     os.kill(process, getattr(signal, name))
-    assert forks.finish() == 0
+    assert forks.finish() == 130
     stopped = re.search(
         r"stopped after step (\d+) of 90; continue with --resume", Path(f"{config.run}.log").read_text()
     )

@@ -13,7 +13,8 @@ from torch import Tensor
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.importing import collect_from, find_checkpoints
+from tokenization.zoo.importing import collect_from
+from tokenization.zoo.sources import find_checkpoints
 from tokenization.zoo.zoo import Zoo
 
 

@@ -1,0 +1,231 @@
+"""Merges of whole networks, as mergekit makes them: what a user would try on a few checkpoints before any generator.
+
+Linear (arXiv 2203.05482), SLERP of two, TIES (arXiv 2306.01708), DARE with and without TIES' signs (arXiv 2311.03099)
+and Model Stock (arXiv 2403.19522), each tensor by itself. By formula: mergekit would bring datasets, pandas and more,
+and its functions of plain tensors are no interface that it keeps. Where it is installed, a test compares.
+
+m merged networks, n of a zoo, V values of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.seeding import derive_seed, make_rng
+from tokenization.checkpoint.checkpoint import Checkpoint
+
+MERGES = ("merge_linear", "merge_slerp", "merge_ties", "merge_dare_linear", "merge_dare_ties", "merge_model_stock")
+
+AFFORDABLE_MERGES = ("merge_linear", "merge_ties")
+"""Those of networks so large that each takes minutes."""
+
+NUM_MERGED = 4
+"""Networks that are merged into one."""
+
+NUM_MADE = 12
+"""Networks of a kind at most where they are drawn at random: merges of one run differ little."""
+
+DENSITY = {"ties": 0.2, "dare_linear": 0.5, "dare_ties": 0.5}
+"""Share of the deviations that are kept: that of the TIES paper, and that of mergekit's examples."""
+
+PARALLEL = 0.9995
+"""Cosine from which on two tensors are taken as parallel, between which SLERP is a straight line."""
+
+
+class Merges(Protocol):
+    """Makes one network of a few of a zoo, by several methods."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods there are."""
+
+    def draw(self, num: int, generator: torch.Generator) -> Tensor:
+        """Shares of the zoo's networks in ``num`` merged ones, drawn at random: float64 ``[num, n]``."""
+
+    def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
+        """The network that ``method`` makes of those with the largest shares."""
+
+
+def merge_values(method: str, values: Tensor, base: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """One tensor of a merged network.
+
+    Args:
+        method: one of `MERGES`.
+        values: of the merged networks, ``[m, V]``, m at least 2.
+        base: of what all of them began with, or stands for that, ``[V]``.
+        weights: of the networks, from 0 on, ``[m]``; they add up to 1.
+        generator: of what DARE leaves out.
+    """
+    kind, weights = method.removeprefix("merge_"), weights.to(values.dtype)
+    if kind == "linear":
+        return weights @ values
+    if kind == "slerp":
+        first, second = weights.topk(2).indices.tolist()
+        return slerp(values[first], values[second], (weights[second] / (weights[first] + weights[second])).item())
+    deltas = values - base
+    if kind == "model_stock":
+        return base + stock_ratio(deltas) * deltas.mean(0)
+    density = DENSITY[kind]
+    if kind == "ties":
+        kept = max(1, int(density * deltas.shape[1]))
+        smallest = deltas.abs().topk(kept, dim=1).values[:, -1:]
+        deltas = deltas.where(deltas.abs() >= smallest, 0.0)
+    else:
+        deltas = deltas * (torch.rand(deltas.shape, generator=generator) < density) / density
+    weighted = weights[:, None] * deltas
+    if kind == "dare_linear":
+        return base + weighted.sum(0)
+    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    agree = weighted.sign() == sign
+    share = (weights[:, None] * agree).sum(0)
+    return base + (weighted * agree).sum(0) / share.where(share > 0, 1.0)
+
+
+def slerp(first: Tensor, second: Tensor, place: float) -> Tensor:
+    """The point at ``place`` (0 … 1) on the arc between the directions of two tensors, lengths included ``[V]``."""
+    norms = first.norm() * second.norm()
+    cosine = (first @ second / norms).clamp(-1, 1) if norms > 0 else torch.ones(())
+    if abs(cosine) > PARALLEL:
+        return torch.lerp(first, second, place)
+    angle = torch.acos(cosine)
+    return (torch.sin((1 - place) * angle) * first + torch.sin(place * angle) * second) / torch.sin(angle)
+
+
+def stock_ratio(deltas: Tensor) -> Tensor:
+    """How far Model Stock goes from the base to the mean: ``k cos θ / (1 + (k - 1) cos θ)``, its equation 5.
+
+    θ is the mean angle between the k deviations ``[k, V]``; 0 where there is no such point.
+    """
+    unit = torch.nn.functional.normalize(deltas, dim=1)
+    num = len(deltas)
+    cosine = ((unit @ unit.T).sum() - unit.square().sum()) / (num * (num - 1))
+    below = 1 + (num - 1) * cosine
+    return torch.where(below.abs() < 1e-6, 0.0, num * cosine / below)
+
+
+def merged_networks(
+    originals: Sequence[StateDict], runs: Sequence[int], num: int, seed: int, methods: Sequence[str] = MERGES
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Networks of every method, of a zoo in memory; the base is the mean of the run that they are of.
+
+    Args:
+        originals: the zoo, at least two.
+        runs: which run each is of.
+        num: networks of a kind, at most `NUM_MADE`.
+        seed: decides the draws.
+        methods: some of `MERGES`.
+    """
+    space = VectorSpace(originals)
+    vectors = space.flatten(originals)
+    shares = draw_shares(runs, min(num, NUM_MADE), make_rng(seed, "merged"))
+    made: dict[str, list[dict[str, Tensor]]] = {}
+    for method in methods:
+        merged = torch.empty(len(shares), space.size)
+        for number, (row, out) in enumerate(zip(shares, merged, strict=True)):
+            rows, weights = chosen_of(row)
+            base = vectors[_of_run(runs, rows[0])].mean(0, dtype=torch.float64).float()
+            for slot in space.slots:
+                part = slice(slot.start, slot.stop)
+                rng = make_rng(derive_seed(seed, method, number), slot.name)
+                out[part] = merge_values(method, vectors[rows, part], base[part], weights, rng)
+        made[method] = space.unflatten(merged)
+    return made
+
+
+class NetworkMerges:
+    """Merges checkpoints of one structure, a tensor at a time, read from their memory maps.
+
+    Args:
+        networks: n of them.
+        runs: which run each is of; all of one when None.
+        base: what all of them began with; the mean of the run that they are of when None.
+    """
+
+    def __init__(
+        self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None, base: StateDict | None = None
+    ) -> None:
+        self.networks, self.base = list(networks), base
+        self.runs = [0] * len(self.networks) if runs is None else list(runs)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """`MERGES`; none of a single network."""
+        return MERGES if len(self.networks) > 1 else ()
+
+    def draw(self, num: int, generator: torch.Generator) -> Tensor:
+        """Equal shares ``[num, n]`` of some networks of a random run."""
+        return draw_shares(self.runs, min(num, NUM_MADE), generator)
+
+    def merge(self, method: str, shares: Tensor, seed: int = 0, base: StateDict | None = None) -> StateDict:
+        """One network, made by ``method`` of those with the largest positive shares, in the stored dtypes.
+
+        Args:
+            method: one of ``methods``.
+            shares: of all networks, ``[n]``; those that count are scaled to add up to 1.
+            seed: of what DARE leaves out.
+            base: in place of that of all.
+        """
+        rows, weights = chosen_of(shares)
+        base, first = base or self.base, self.networks[0]
+        stored: dict[str, Tensor] = {}
+        for name, info in first.tensors.items():
+            if not info.dtype.is_floating_point or not info.num_values:
+                stored[name] = first.tensor(name)
+                continue
+            values = torch.stack([self.networks[row].flat(name).float() for row in rows])
+            if len(rows) > 1:
+                begun = base[name].flatten().float() if base is not None else self._mean(name, rows[0])
+                made = merge_values(method, values, begun, weights, make_rng(seed, name))
+            else:
+                made = values[0]
+            if name.endswith("running_var"):
+                made = made.clamp(min=values.min())
+            stored[name] = made.to(info.dtype).view(info.shape)
+            for network in self.networks:
+                network.release(name)
+        return {name: stored[first.ties.get(name, name)] for name in first.order}
+
+    def _mean(self, name: str, row: int) -> Tensor:
+        """The mean of a tensor over the run that a network is of."""
+        members = _of_run(self.runs, row)
+        total = torch.zeros(self.networks[0].flat(name).numel(), dtype=torch.float64)
+        for member in members:
+            total += self.networks[member].flat(name)
+        return (total / len(members)).float()
+
+
+def draw_shares(runs: Sequence[int], num: int, generator: torch.Generator) -> Tensor:
+    """Equal shares of up to `NUM_MERGED` networks of a random run, of any where runs have one each: ``[num, n]``."""
+    groups = [members for members in _groups(runs).values() if len(members) > 1] or [list(range(len(runs)))]
+    shares = torch.zeros(num, len(runs), dtype=torch.float64)
+    for row in shares:
+        members = groups[int(torch.randint(len(groups), (), generator=generator))]
+        order = torch.randperm(len(members), generator=generator)[:NUM_MERGED].tolist()
+        row[[members[place] for place in order]] = 1 / len(order)
+    return shares
+
+
+def chosen_of(shares: Tensor) -> tuple[list[int], Tensor]:
+    """The networks with the largest positive shares, and their weights, which add up to 1."""
+    values, rows = shares.double().topk(min(NUM_MERGED, len(shares)))
+    values = values.clamp(min=0)
+    values = values / values.sum() if values.sum() > 0 else torch.full_like(values, 1 / len(values))
+    return rows[values > 0].tolist(), values[values > 0]
+
+
+def _groups(runs: Sequence[int]) -> Mapping[int, list[int]]:
+    groups: dict[int, list[int]] = {}
+    for place, run in enumerate(runs):
+        groups.setdefault(run, []).append(place)
+    return groups
+
+
+def _of_run(runs: Sequence[int], row: int) -> list[int]:
+    """The networks of one's run; all of them where it is alone in its run."""
+    members = _groups(runs)[runs[row]]
+    return members if len(members) > 1 else list(range(len(runs)))

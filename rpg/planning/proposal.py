@@ -1,0 +1,174 @@
+"""A configuration for a zoo that comes without one: what has worked for zoos of its size, its runs and its conditions.
+
+The rules are those of the recipes that were measured (docs/results.md): configs/demo.yaml for small networks,
+configs/large/base.yaml for large ones, configs/digits_unseen_vit_tiny.yaml for conditions, configs/fields.yaml for
+several networks of one class.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rpg.config import Config
+from rpg.planning.guard import require_memory, training_need
+from rpg.planning.zoo_summary import ZooSummary
+from tokenization.errors import InputError
+from tokenization.files import write_text
+from tokenization.layouts import layout_without_statistics
+from tokenization.zoo.zoo import Zoo
+
+MANY_VALUES = 500_000
+"""Values from which on tokens are coefficients along the zoo's directions, which are few in any network."""
+
+SMALL_TOKENS = 32
+"""About as many tokens a small network is cut into, whatever its size."""
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What is proposed.
+
+    Attributes:
+        tree: the values that differ from the defaults, or that a user will want to change.
+        reasons: a sentence each.
+    """
+
+    tree: dict[str, Any]
+    reasons: tuple[str, ...]
+
+    @property
+    def config(self) -> Config:
+        """The whole configuration."""
+        return Config.parse(self.tree, "the proposed configuration")
+
+    def text(self) -> str:
+        """As YAML, the reasons as comments above it."""
+        lines = [f"# {line}" for reason in self.reasons for line in textwrap.wrap(reason, 116)]
+        return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
+
+
+def propose(zoo: Zoo, run: str | None = None) -> Proposal:
+    """A configuration to train a generator on a zoo with; no values are read.
+
+    Args:
+        zoo: two checkpoints or more.
+        run: the run folder; ``runs/`` and the zoo's name when None.
+
+    Raises:
+        InputError: a single checkpoint, or no size of training fits into the memory that is free.
+    """
+    splits = Counter(entry.split for entry in zoo.entries)
+    trained = ["train"] if splits["train"] else sorted(splits)
+    conditions = [entry.condition for entry in zoo.entries if entry.split in trained]
+    runs = len({entry.run for entry in zoo.entries if entry.split in trained})
+    count = len(conditions)
+    if count < 2:
+        raise InputError(f"{zoo.path} has one checkpoint to learn from; a generator needs several, so add some")
+    values = ZooSummary.of(zoo, Config.defaults()).layout.num_values
+    reasons = [f"Proposed by rpg inspect for {count:,} checkpoints of {runs:,} run(s) of {values:,} values."]
+    tree: dict[str, Any] = {"run": run or f"runs/{zoo.path.resolve().name}", "zoo": str(zoo.path)}
+    large = values >= MANY_VALUES
+    tree["tokens"] = _tokens(values, large, reasons)
+    model, generate = _state(count, runs, conditions, zoo, large, tree["tokens"], reasons)
+    model |= {
+        "backbone": {"kind": "lstm", "d_model": 128, "num_layers": 1},
+        "denoiser": {"kind": "mlp", "width": 128, "hidden": 256, "depth": 2},
+    }
+    train: dict[str, Any] = {"splits": trained, "steps": 150 if large else 200, "batch_size": 8 if large else 16}
+    train["learning_rate"] = 1e-3 if zoo.condition is not None else 3e-3
+    if large:
+        layout = layout_without_statistics(zoo.checkpoint(0), Config.parse(tree, "tokens").tokens, len(zoo))
+        train |= {"warmup_steps": 20, "ema_decay": 0.95}
+        if layout.num_tokens > 2048:
+            train |= {"tokens": 2048, "batch_size": 4}
+    tree |= {"model": {"kind": "recurrent", **model}, "train": train, "generate": generate}
+    if large:
+        tree["evaluate"] = {"num": 24, "num_baseline": 5}
+    if zoo.task is not None:
+        reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
+    return _fitted(Proposal(tree, tuple(reasons)))
+
+
+def write_config(zoo: Path, path: Path) -> Proposal:
+    """Write the configuration that is proposed for a zoo. Raises InputError if it is none, or the file is there."""
+    if not (zoo / "zoo.json").is_file():
+        raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
+    if path.exists():
+        raise InputError(f"{path} is there already; name another file with --write-config, or remove it")
+    proposal = propose(Zoo.open(zoo))
+    write_text(path, proposal.text())
+    return proposal
+
+
+def _tokens(values: int, large: bool, reasons: list[str]) -> dict[str, Any]:
+    if large:
+        reasons.append("Large networks: tokens are coefficients along the directions in which the zoo varies (rank).")
+        return {"size": 16384, "pack": True, "rank": "auto"}
+    size = 2 ** round(math.log2(values / SMALL_TOKENS)) if values > SMALL_TOKENS else 1
+    reasons.append(f"Small networks: about {SMALL_TOKENS} tokens of values each.")
+    return {"size": min(max(size, 16), 4096)}
+
+
+def _state(
+    count: int, runs: int, conditions: list[Any], zoo: Zoo, large: bool, tokens: dict[str, Any], reasons: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The permutation state and the condition, and how networks are asked for."""
+    kind = zoo.condition.kind if zoo.condition is not None else "none"
+    if kind == "none":
+        together = 1 < runs < count
+        width = min(runs - 1 if together else count - 1, 32 if together else 16)
+        reasons.append(
+            f"No conditions: a code of {width} numbers says which "
+            f"{'run' if together else 'checkpoint'} a network is like; generate.state: gaussian draws new codes."
+        )
+        fresh = runs == 1 and large  # between independent runs new codes are as bad as the runs' averages
+        return {"state": {"of": "code", "width": width}}, {"steps": 4, "state": "gaussian" if fresh else "stored"}
+    condition: dict[str, Any] = {"kind": kind}
+    if kind == "text":
+        condition["encoder"] = ENCODER
+        reasons.append(f"Texts: {ENCODER} turns them into vectors; name a local one if there is no network.")
+    several = count / len(set(conditions))
+    if several >= 4:
+        width = min(64, count - 1)
+        reasons.append(
+            f"{several:.0f} checkpoints for each condition: a code of {width} numbers, drawn by a prior of its own, "
+            "says which of them a network is like."
+        )
+        state = {"of": "code", "width": width, "prior": {}}
+        return {"state": state, "condition": condition}, {"steps": 4, "state": "prior"}
+    tokens["centre"] = "condition"
+    reasons.append(
+        "Conditions: tokens are their regression on the condition, and diffusion makes the rest; no state of its own, "
+        "which would explain what the condition should. rpg train --compare says whether kernel ridge alone is better."
+    )
+    return {"state": {"of": "none"}, "condition": condition}, {"steps": 1}
+
+
+def _fitted(proposal: Proposal) -> Proposal:
+    """With the largest batch, then the most tokens a step, whose training fits into the memory that is free."""
+    while True:
+        need = training_need(proposal.config)
+        try:
+            if need is not None:
+                require_memory(need)
+            return proposal
+        except InputError:
+            train = dict(proposal.tree["train"])
+            if train["batch_size"] > 1:
+                train["batch_size"] //= 2
+            elif train.get("tokens", 2048) > 64:
+                train["tokens"] = train.get("tokens", 2048) // 2
+            else:
+                raise
+        note = f"train.batch_size {train['batch_size']}: what the free memory has room for."
+        kept = tuple(reason for reason in proposal.reasons if not reason.startswith("train.batch_size"))
+        proposal = Proposal({**proposal.tree, "train": train}, (*kept, note))

@@ -1,0 +1,99 @@
+"""A configuration proposed for a zoo is one that trains it, and fits the memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.config import Config
+from rpg.generation.generator import Generator
+from rpg.planning import guard
+from rpg.planning.proposal import propose, write_config
+from rpg.training.loop import train
+from tests.conftest import make_zoo
+from tests.rpg.conftest import Run
+from tests.rpg.generation.test_adapters import adapters_at
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.importing import collect_from
+from tokenization.zoo.zoo import Zoo
+
+FEW = {"steps": 2, "batch_size": 2, "splits": ("train",)}
+
+
+def trained(zoo: Zoo, folder: Path) -> Generator:
+    """A generator trained for two steps as proposed."""
+    config = propose(zoo, str(folder / "run")).config
+    config = config.model_copy(update={"train": config.train.model_copy(update=FEW)})
+    return Generator.from_pretrained(train(config, say=lambda _: None))
+
+
+def test_from_names_to_networks_without_a_line_of_yaml(rpg: Run, tmp_path: Path) -> None:
+    source = make_zoo(tmp_path / "source", num=6, num_runs=2)
+    (tmp_path / "mine").mkdir()
+    for index, entry in enumerate(source.entries):
+        torch.save(dict(source.state_dict(index)), tmp_path / "mine" / f"run{entry.run}_step{entry.step + index}.pth")
+    zoo, config = tmp_path / "zoo", tmp_path / "mine.yaml"
+    code, out, _ = rpg("collect", "--from", f"{tmp_path}/mine/*.pth", "--zoo", zoo)
+    assert code == 0 and "2 runs found in the names" in out
+    code, out, _ = rpg("inspect", zoo, "--write-config", config)
+    assert code == 0 and f"rpg train {config}" in out
+    code, _, err = rpg("inspect", zoo, "--write-config", config)
+    assert code == 2 and "there already" in err
+    run = f"run={tmp_path / 'run'}"
+    assert rpg("train", config, "--set", run, "--set", "train.steps=3")[0] == 0
+    assert rpg("generate", tmp_path / "run", "-n", "2", "--output", tmp_path / "new")[0] == 0
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) == 2
+    assert Config.load(config).model.state.width == 1  # two runs differ in one direction
+
+
+def test_conditions_are_heeded(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path / "binary", num=6, num_runs=6, condition_size=3)
+    config = propose(zoo).config
+    assert config.model.condition.kind == "binary" and config.tokens.centre == "condition"
+    assert len(trained(zoo, tmp_path / "binary-run").generate(1, seed=0, condition=torch.tensor([[1.0, 0, 1]]))) == 1
+    several = Zoo.create(tmp_path / "class", condition=ConditionSpec("class", 2))
+    for index in range(10):
+        state = make_zoo(tmp_path / f"one{index}", num=1).state_dict(0)
+        several.append({n: v + 0.1 * index for n, v in state.items()}, run=index, step=0, condition=(float(index % 2),))
+    config = propose(several).config
+    assert config.model.state.prior is not None and config.generate.state == "prior"
+    assert len(trained(several, tmp_path / "class-run").generate(1, seed=0, condition=torch.tensor([[1.0]]))) == 1
+
+
+def test_adapters(tmp_path: Path) -> None:
+    folder = adapters_at(tmp_path, "llama")
+    zoo = collect_from(folder, tmp_path / "zoo")
+    generator = trained(zoo, tmp_path)
+    assert generator.adapter is not None and set(generator.generate(1, seed=0)[0]) == set(zoo.state_dict(0))
+
+
+def test_large_networks_have_spectral_tokens_and_fit_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo = Zoo.create(tmp_path / "zoo")
+    for step in range(3):
+        torch.manual_seed(step)
+        zoo.append({"weight": torch.randn(800, 800)}, run=0, step=step)
+    config = propose(zoo).config
+    assert config.tokens.rank == "auto" and config.generate.state == "gaussian"
+    need = guard.Need("training", 0, 0, "")
+    monkeypatch.setattr(
+        "rpg.planning.proposal.training_need",
+        lambda config: guard.Need(need.what, config.train.batch_size, 0, "lower train.batch_size"),
+    )
+    monkeypatch.setattr(guard, "free_memory", lambda: 3)
+    proposal = propose(zoo)
+    assert proposal.config.train.batch_size == 2 and "train.batch_size 2" in proposal.text()
+    monkeypatch.setattr(guard, "free_memory", lambda: 0)
+    with pytest.raises(InputError, match="needs"):
+        propose(zoo)
+
+
+def test_what_no_configuration_suits(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one checkpoint"):
+        propose(make_zoo(tmp_path / "one", num=1, num_runs=1))
+    with pytest.raises(InputError, match="is none"):
+        write_config(tmp_path, tmp_path / "c.yaml")
