@@ -21,6 +21,7 @@ from rpg.generation.folders import FILES, OPTIONAL_FILES
 from rpg.generation.generator import Generator
 from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.sane import SaneConfig, TokenAutoencoder
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
@@ -131,7 +132,10 @@ def test_what_is_measured_in_closed_form() -> None:
     names = RecurrentDiffusion(recurrent, positions, 3, num_states=5, condition_size=2, regress=True).state_dict()
     measured = [name for name in names if name.startswith(("state.", "centre."))]
     ridge = KernelRidgeGenerator(KernelRidgeConfig.model_validate({"condition": condition}), 4, 3, 2).state_dict()
-    assert documented("model.safetensors") == [*measured, *ridge]
+    anchors = next(
+        name for name, _ in TokenAutoencoder(SaneConfig(), positions, 3).named_buffers() if name != "position"
+    )
+    assert documented("model.safetensors") == [*measured, *ridge, anchors]
     assert any(name.startswith("prior.") for name in names)
 
 

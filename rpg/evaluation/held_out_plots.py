@@ -42,8 +42,8 @@ def plot_distance(accuracies: Mapping[str, Tensor], hamming_to_seen: Tensor, pat
 def plot_parameters(heads: Mapping[str, tuple[Tensor, Tensor]], path: Path | str) -> None:
     """Draw the classifier of original and generated networks as heat maps (arXiv 2501.11587, figure 5), as a PNG.
 
-    One row a task; columns are the values of the classifier's matrix that vary most over the tasks, each divided by its
-    spread over the originals.
+    One row a task; columns are the values of the classifier's matrix that vary most, each less its mean and divided by
+    its spread over the tasks of its panel; the titles say how the spreads compare.
 
     Args:
         heads: (original, generated) matrices ``[T, V]`` by split.
@@ -57,20 +57,21 @@ def plot_parameters(heads: Mapping[str, tuple[Tensor, Tensor]], path: Path | str
     figure = Figure(figsize=(10, 2.2 * len(heads) + 0.6), dpi=150, layout="constrained")
     panels: Any = figure.subplots(2 * len(heads), 1)
     first = next(iter(heads.values()))[0]
-    mean, spread = first.mean(0), first.std(0).clamp(min=1e-12)
+    spread = first.std(0).mean()
     columns = first.std(0).topk(min(VALUES_SHOWN, first.shape[1])).indices.sort().values
     for number, (split, pair) in enumerate(heads.items()):
         for offset, (kind, values) in enumerate(zip(("original", "generated"), pair, strict=True)):
             axes = panels[2 * number + offset]
             rows = torch.linspace(0, len(values) - 1, TASKS_SHOWN).long()  # tasks far apart
-            shown = ((values - mean) / spread)[rows][:, columns]
+            shown = ((values - values.mean(0)) / values.std(0).clamp(min=1e-12))[rows][:, columns]
+            times = f"; spread {values.std(0).mean() / spread:.2g} times the first panel's" if number or offset else ""
             image = axes.imshow(shown, aspect="auto", cmap="RdBu", vmin=-2.5, vmax=2.5, interpolation="nearest")
-            axes.set_title(f"{split} tasks, {kind}", fontsize=9, loc="left")
+            axes.set_title(f"{split} tasks, {kind}{times}", fontsize=9, loc="left")
             axes.set_yticks([])
             axes.set_xticks([])
     panels[-1].set_xlabel(
-        f"{len(columns)} values of the classifier, in their spread over originals; one row a task, the same in both "
-        "pictures of a split"
+        f"{len(columns)} values of the classifier, each in its spread over the panel's tasks; one row a task, the "
+        "same in both panels of a split"
     )
     figure.colorbar(image, ax=list(panels), shrink=0.6)
     save_png(figure, path)

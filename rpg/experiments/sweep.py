@@ -22,6 +22,7 @@ from rpg.config import Config
 from rpg.experiments.fields import evaluate_fields
 from rpg.experiments.held_out_tasks import evaluate_held_out
 from rpg.experiments.single import collect, evaluate_run
+from rpg.experiments.sweep_similarity import write_similarities
 from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of, rows_of_rivals
 from rpg.section import Section, read_mapping, validated
 from rpg.tasks import build_task
@@ -129,7 +130,7 @@ def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment
 
 
 def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say: Say = print) -> Path:
-    """Run what is not finished yet, or some of it, and write ``<run>/table.md`` and ``<run>/table.json``.
+    """Run what is not finished yet, or some of it, and write `table.md`, `table.json` and similarities into `<run>`.
 
     Zoos are collected first, each by one process. A killed sweep goes on where it stopped; an entry whose configuration
     has changed is run anew. One that fails is named in the table, and the others go on.
@@ -166,6 +167,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
     write_text(folder / "table.md", markdown_table(rows))
+    write_similarities({each.name: each.folder for each in experiments}, folder)
     for name, failure in failures.items():
         say(f"{name}: {failure}")
     return folder / "table.md"

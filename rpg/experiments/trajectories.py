@@ -50,7 +50,7 @@ def wished_trajectory(config: Config, spec: ConditionSpec | None, text: str) -> 
         InputError: it is none of the generator's, or there is no way to show.
     """
     condition = named_condition(spec, text, OPTION)
-    if config.model.kind == "kernel_ridge" or config.generate.steps < 2:
+    if config.model.kind in ("kernel_ridge", "sane") or config.generate.steps < 2:
         raise InputError(
             f"{OPTION} shows networks step by step, but this generator takes one step (generate.steps); leave it out"
         )

@@ -22,7 +22,9 @@ class GenerateConfig(Section):
         "diffusion over codes (model.state.prior)",
     )
     temperature: float = Field(
-        1.0, ge=0, description="spread of gaussian states or of kernel ridge's draws, in that of the zoo; 0: the mean"
+        1.0,
+        ge=0,
+        description="spread of gaussian states, of kernel ridge's draws or of SANE's kernels, in that of the zoo",
     )
     tile_tokens: int = Field(512, ge=1, description="tokens computed together; part of what decides the bytes")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks")

@@ -26,6 +26,7 @@ from rpg.generation.pdiff_sampler import LatentSampler
 from rpg.generation.posterior_sampler import PosteriorSampler
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
 from rpg.generation.sampler import Tile, TokenSampler
+from rpg.generation.sane_sampler import CodeSampler
 from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
@@ -42,6 +43,7 @@ SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], Sampler]] = {
     "recurrent": TokenSampler,
     "pdiff": LatentSampler,
     "kernel_ridge": PosteriorSampler,
+    "sane": CodeSampler,
 }
 """What samples from each kind of model."""
 

@@ -11,12 +11,21 @@ from pydantic import Field
 from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
+from rpg.models.sane import SaneConfig, TokenAutoencoder
 from tokenization.layouts import Layout
 
-ModelConfig = Annotated[RecurrentConfig | PDiffConfig | KernelRidgeConfig, Field(discriminator="kind")]
-Network = RecurrentDiffusion | ParameterDiffusion | KernelRidgeGenerator
+ModelConfig = Annotated[RecurrentConfig | PDiffConfig | KernelRidgeConfig | SaneConfig, Field(discriminator="kind")]
+Network = RecurrentDiffusion | ParameterDiffusion | KernelRidgeGenerator | TokenAutoencoder
 
-__all__ = ["KernelRidgeConfig", "ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
+__all__ = [
+    "KernelRidgeConfig",
+    "ModelConfig",
+    "Network",
+    "PDiffConfig",
+    "RecurrentConfig",
+    "SaneConfig",
+    "build_network",
+]
 
 
 def _recurrent(config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> RecurrentDiffusion:
@@ -36,10 +45,15 @@ def _kernel_ridge(
     return KernelRidgeGenerator(config, layout.num_tokens, layout.token_size, condition_size)
 
 
+def _sane(config: SaneConfig, layout: Layout, num_states: int, condition_size: int) -> TokenAutoencoder:
+    return TokenAutoencoder(config, layout.positions.to(torch.get_default_device()), layout.token_size)
+
+
 NETWORKS: dict[str, Callable[[Any, Layout, int, int], Network]] = {
     "recurrent": _recurrent,
     "pdiff": _pdiff,
     "kernel_ridge": _kernel_ridge,
+    "sane": _sane,
 }
 """What builds the networks of each kind of model."""
 

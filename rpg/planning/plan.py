@@ -17,6 +17,7 @@ from rpg.planning.kernel_ridge import KernelRidgeEstimator
 from rpg.planning.memory import GenerationMemory, TrainingMemory
 from rpg.planning.pdiff import PDiffEstimator
 from rpg.planning.recurrent import RecurrentEstimator
+from rpg.planning.sane import SaneEstimator
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
 from rpg.training.distributed import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "recurrent": RecurrentEstimator,
     "pdiff": PDiffEstimator,
     "kernel_ridge": KernelRidgeEstimator,
+    "sane": SaneEstimator,
 }
 """What estimates the needs of each kind of model."""
 

@@ -177,6 +177,15 @@ class BatchSampler:
                 yield step, rows
 
 
+def check_split(batch_size: int, world_size: int, accumulation: int) -> None:
+    """Raise InputError if the processes cannot share a batch evenly."""
+    parts = world_size * accumulation
+    if batch_size % parts:
+        raise InputError(
+            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
+        )
+
+
 def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
     """See to it that the zoo has checkpoints and conditions of the kind ``wanted``. Raises InputError if not."""
     if not training_entries(zoo, splits):

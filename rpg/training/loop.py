@@ -17,6 +17,7 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
+from rpg.training.sane_trainer import SaneTrainer
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.zoo.locks import lock_scope
@@ -30,6 +31,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "recurrent": Trainer,
     "pdiff": PDiffTrainer,
     "kernel_ridge": ClosedFormTrainer,
+    "sane": SaneTrainer,
 }
 """What trains each kind of model."""
 

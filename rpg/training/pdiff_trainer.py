@@ -29,6 +29,21 @@ OF_RECURRENT = ("betas", "warmup_steps", "tokens", "optimizer", "behaviour", "ne
 """What only recurrent diffusion is trained with."""
 
 
+def require_one_process(trainer: Trainer, world_size: int) -> None:
+    """Raise InputError for several processes, DeepSpeed, compilation and accumulation."""
+    kind = trainer.config.model.kind
+    if world_size > 1 or trainer.distributed.spread != "none":
+        raise InputError(
+            f"model.kind {kind} trains in one process without DeepSpeed or FSDP, not in {world_size} or with them; "
+            "launch it so"
+        )
+    if trainer.config.train.compile or trainer.config.train.gradient_accumulation > 1:
+        raise InputError(
+            f"train.compile and train.gradient_accumulation have no use with model.kind {kind}, whose networks are "
+            "small; leave them out"
+        )
+
+
 class VectorSampler:
     """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
 
@@ -117,16 +132,7 @@ class PDiffTrainer(Trainer):
 
     def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
         """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
-        if world_size > 1 or self.distributed.spread != "none":
-            raise InputError(
-                f"p-diff trains in one process without DeepSpeed or FSDP, not in {world_size} or with them; launch "
-                "it so"
-            )
-        if self.config.train.compile or self.config.train.gradient_accumulation > 1:
-            raise InputError(
-                "train.compile and train.gradient_accumulation have no use with model.kind pdiff, whose networks are "
-                "small; leave them out"
-            )
+        require_one_process(self, world_size)
         stages = self.settings.autoencoder, self.settings.latent
         sizes = (stages[0].batch_size, stages[1].batch_size)
         self._latents: Tensor | None = None

@@ -25,6 +25,7 @@ from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
     Rows,
+    check_split,
     check_zoo,
     condition_size,
     metric_scale,
@@ -105,13 +106,16 @@ class Trainer:
         """Measure what is known without training; a run that goes on measures it again, and finds the same."""
         fit_closed_form(self.network, self.config, self.layout, self.zoo)
 
+    def complete(self, network: Any) -> None:
+        """Measure what the trained networks need in generation: nothing."""
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """That of the configuration, over all parameters."""
         return build_optimizer(self.config.train, self.network.parameters())
 
     def build_sampler(self, rank: int, world_size: int) -> Any:
         """What reads the rows of each step."""
-        _check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
+        check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
         config = self.config
         return BatchSampler(self.zoo, self.layout, config.train, config.model, config.seed, rank, world_size)
 
@@ -269,6 +273,7 @@ class Trainer:
         """The generator as it is now, of the averaged weights."""
         network = self.build_network()
         network.load_state_dict(self._averaged_weights() if weights is None else weights)
+        self.complete(network)
         return trained_generator(self.config, self.layout, network, self.zoo, facts)
 
     def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
@@ -288,11 +293,3 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
-
-
-def _check_split(batch_size: int, world_size: int, accumulation: int) -> None:
-    parts = world_size * accumulation
-    if batch_size % parts:
-        raise InputError(
-            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
-        )

@@ -7,13 +7,10 @@ what should be small (`SMALL`) or the user says otherwise.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import inspect
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.scores.samples import sample_figures
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask, Task, TaskFamily
+from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -207,23 +205,8 @@ class StoredScorer:
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
-    """A function by its place: ``package.module:function`` or ``folder/file.py:function``.
-
-    Modules are looked for in the working directory first.
-
-    Raises:
-        InputError: there is no such module or function, or importing it failed.
-    """
-    module_name, separator, name = reference.rpartition(":")
-    if not separator or not module_name or not name:
-        raise InputError(f"--score {reference!r} names no function; write package.module:function or file.py:function")
-    module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
-    function: Any = module
-    for part in name.split("."):
-        function = getattr(function, part, None)
-    if not callable(function):
-        raise InputError(f"--score {reference}: {module_name} has no function {name!r}")
-    return OwnScorer(function, reference, adapter)
+    """The scorer of a function by its place. Raises InputError as `rpg.tasks.user_code.load_callable` does."""
+    return OwnScorer(load_callable(reference, "--score"), reference, adapter)
 
 
 def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: Collection[str] = ()) -> set[str]:
@@ -256,31 +239,6 @@ def _is_path(parameter: inspect.Parameter) -> bool:
     if isinstance(annotation, str):
         return bool(re.fullmatch(r"(\w+\.)?(Path|PathLike|str)(\[str\])?(\s*\|.*)?", annotation))
     return annotation in (str, Path, os.PathLike) or bool(PATHS.search(parameter.name))
-
-
-def _import_module(name: str) -> Any:
-    sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever a module of the user's does when it is imported
-        raise InputError(f"--score: {name} cannot be imported ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def _import_file(path: Path) -> Any:
-    specification = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
-    if specification is None or specification.loader is None:
-        raise InputError(f"--score: there is no file {path}")
-    module = importlib.util.module_from_spec(specification)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--score: {path} cannot be imported ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    return module
 
 
 def _place(error: Exception) -> str:

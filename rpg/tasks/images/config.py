@@ -14,7 +14,7 @@ DIGITS_SIZE = 8
 
 NetworkName = Literal[
     "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini",
-    "convnext-large",
+    "convnext-large", "convnet-mini-24k", "resnet-mini-25k",
 ]  # fmt: skip
 
 
@@ -214,11 +214,20 @@ DatasetName = Literal["folder", "cifar10", "cifar100", "stl10", "flowers102", "p
 
 
 class TimmFinetuneConfig(Section):
-    """A timm network, a data set, and how one is fitted to the other."""
+    """A network, a data set, and how one is fitted to the other."""
 
     name: Literal["finetune"] = "finetune"
-    network: str = Field("resnet18", description="a timm model")
-    pretrained: bool = Field(True, description="start from timm's weights, fetched from the hub")
+    network: str = Field(
+        "resnet18",
+        description="a timm model, or a class or function of yours that makes a module for images [B, 3, S, S]: "
+        "package.module:name or file.py:name",
+    )
+    network_arguments: dict[str, Any] = Field(
+        {}, description="keyword arguments of a network of yours, the number of its classes among them"
+    )
+    pretrained: bool = Field(
+        True, description="start from timm's weights, fetched from the hub; a network of yours loads its own, if any"
+    )
     data: str = Field("data", description="folder of the data set; it is never downloaded")
     dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg")
     image_size: int = Field(224, ge=1)

@@ -18,7 +18,7 @@ def image_transform(network: str, image_size: int, *, training: bool) -> Callabl
     """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
 
     Args:
-        network: a timm model; without weights of timm's, those of ImageNet stand.
+        network: its name; without weights of timm's, those of ImageNet stand.
         image_size: height and width in pixels, in place of the network's own.
         training: cut out and mirror at random. Colours stay as they are.
 
@@ -27,26 +27,39 @@ def image_transform(network: str, image_size: int, *, training: bool) -> Callabl
     """
     import timm  # imported here: slow
 
-    known = timm.get_pretrained_cfg(network)
+    known = None if ":" in network else timm.get_pretrained_cfg(network)
     prepared = timm.data.resolve_data_config({"img_size": image_size}, pretrained_cfg=known.to_dict() if known else {})
     return timm.data.create_transform(**prepared, is_training=training, color_jitter=0.0)
 
 
-def require_image_size(network: torch.nn.Module, task: TimmFinetuneConfig | ImageNetConfig) -> None:
-    """Raise InputError unless the network takes images of the task's size, ``[1, 3, image_size, image_size]``."""
+def require_image_size(
+    network: torch.nn.Module, task: TimmFinetuneConfig | ImageNetConfig, num_classes: int | None = None
+) -> None:
+    """See to it that the network takes images of the task's size, ``[1, 3, image_size, image_size]``.
+
+    Raises:
+        InputError: it does not, or gives anything but ``num_classes`` logits.
+    """
     size, training = task.image_size, network.training
     image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     try:
         with torch.inference_mode():
-            network.eval()(image)
+            logits = network.eval()(image)
     except (RuntimeError, AssertionError) as error:  # timm's own words, or those of an operation
-        own = network.default_cfg["input_size"][-1]  # type: ignore[index]
+        known: Any = getattr(network, "default_cfg", None)
+        cure = f"its own is {known['input_size'][-1]}" if known else "set it to what the network takes"
         raise InputError(
             f"task.image_size is {size}, which {task.network} does not take "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); its own is {own}"
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); {cure}"
         ) from None
     finally:
         network.train(training)
+    shape = tuple(getattr(logits, "shape", ()))
+    if num_classes is not None and shape != (1, num_classes):
+        raise InputError(
+            f"task.network {task.network} gives {shape or type(logits).__name__} for one image, not {num_classes} "
+            "logits, one for each class of task.data; set its argument in task.network_arguments"
+        )
 
 
 class LaterBatches(torch.utils.data.BatchSampler):

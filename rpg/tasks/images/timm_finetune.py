@@ -1,4 +1,4 @@
-"""The task ``finetune``: a timm network on a data set of yours, whose last norm layers are fine-tuned and saved.
+"""The task ``finetune``: a network of timm's or yours on your data; its last norm layers are fine-tuned and saved.
 
 p-diff's default (arXiv 2402.13144, section 3.1): train the whole network, or take a pretrained one, then fine-tune the
 last two normalisation layers and keep their parameters after each step. The zoo holds the fine-tuned parameters alone;
@@ -24,6 +24,7 @@ from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import CachedImages, cached_images
+from rpg.tasks.images.networks import own_network
 from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.images.timm_data import (
     AddressedImages,
@@ -61,20 +62,23 @@ class TimmFinetuneTask:
         """The target network with as many logits as the data set has classes, with timm's weights if so configured.
 
         Raises:
-            InputError: timm has no such network, or its weights cannot be had.
+            InputError: there is no such network, its weights cannot be had, or it does not take its arguments.
         """
         return self._build(self.config.pretrained)
 
     def _build(self, pretrained: bool) -> nn.Module:
         import timm
 
-        classes = len(self.classes)
-        if not timm.is_model(self.config.network):
+        classes, own = len(self.classes), ":" in self.config.network
+        if not own and not timm.is_model(self.config.network):
             raise InputError(
-                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models()"
+                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models(), or write "
+                "package.module:name of your own"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
+            if own:
+                return own_network(self.config.network, self.config.network_arguments)
             try:
                 return timm.create_model(self.config.network, pretrained=pretrained, num_classes=classes)
             except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
@@ -212,7 +216,7 @@ class TimmFinetuneTask:
         """
         path, epochs = Path(self.config.base), self.config.train_epochs
         network = self._build(self.config.pretrained and not path.is_file()).to(self.device)
-        require_image_size(network, self.config)
+        require_image_size(network, self.config, len(self.classes))
         if path.is_file():
             network.load_state_dict(read_state_dict(path))
             return network
@@ -257,7 +261,7 @@ class TimmFinetuneTask:
             InputError: there is no base checkpoint, or a tensor does not fit.
         """
         network = self._build(pretrained=False).to(self.device).eval()
-        require_image_size(network, self.config)
+        require_image_size(network, self.config, len(self.classes))
         network.load_state_dict(read_state_dict(Path(self.config.base)))
         base, networks = network.state_dict(), []
         for state_dict in state_dicts:

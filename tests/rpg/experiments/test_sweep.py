@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from rpg.config import Config
+from rpg.evaluation.config import EvaluateConfig
 from rpg.experiments.sweep import load_sweep, run_sweep
 from rpg.experiments.sweep_table import figures_of, markdown_table, rows_of_rivals
 from tests.conftest import small_config
 from tokenization.errors import InputError
 
+NOISE = EvaluateConfig().noise
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
@@ -43,6 +45,9 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
     assert 0 <= rows[0]["mean"] <= rows[0]["best"] <= 1 and rows[0]["training_seconds"] > 0
     assert "fits no tensor" in rows[1]["failure"]
     assert table.read_text().count("\n") == 4
+    lines = (table.parent / "similarity.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["original", *(f"noise {s}" for s in NOISE), "generated"]
+    assert (table.parent / "similarity.png").stat().st_size > 5000
 
     said.clear()
     tree = yaml.safe_load(sweep.read_text())

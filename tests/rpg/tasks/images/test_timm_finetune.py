@@ -139,6 +139,60 @@ def test_pdiff_generates_them(folder, zoo):
     assert evaluate_run(config.run).generated.count == 3
 
 
+OWN = """
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.head(self.body(images).flatten(1))
+
+
+def no_module():
+    return 3
+"""
+
+
+def test_a_network_of_ones_own_is_fine_tuned_and_scored(folder, tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "network_arguments": {"width": 8, "num_classes": 2},
+        "base": str(tmp_path / "base.safetensors"),
+        "num_norms": 1,
+    }
+    for network in ("own_networks:Small", "own_networks.py:Small"):
+        config = config_of(folder, network=network, learning_rate=3e-2, **settings)
+        task = build_task(config)
+        collected = task.collect(tmp_path / f"zoo-of-{network}".replace(":", "-"))
+        assert set(collected.state_dict(0)) == {"body.1.weight", "body.1.bias"} and len(collected) == 5
+        right = (task.predict([collected.state_dict(4)]) == task.labels()).double().mean()
+        assert right > 0.7
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "message"),
+    [
+        ("own_networks:Small", {}, "does not take task.network_arguments .*width"),
+        ("own_networks:Small", {"width": 8, "num_classes": 5}, r"gives \(1, 5\) for one image, not 2 logits"),
+        ("own_networks:no_module", {}, "makes a int; it has to make a torch module"),
+        ("own_networks:Missing", {}, "has no function 'Missing'"),
+        ("no_such_module:Small", {}, "task.network: no_such_module cannot be imported"),
+    ],
+)
+def test_mistakes_in_networks_of_ones_own(folder, tmp_path, monkeypatch, network, arguments, message):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    config = config_of(folder, network=network, network_arguments=arguments, base=str(tmp_path / "base"))
+    with pytest.raises(InputError, match=message):
+        build_task(config).collect(tmp_path / "zoo")
+
+
 def test_missing_data_and_networks_are_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"task.data .*nowhere does not hold"):
         build_task(config_of(folder, data=str(tmp_path / "nowhere"))).collect(tmp_path / "zoo")

@@ -1,0 +1,113 @@
+"""Training of SANE: the autoencoder of token sequences, then the anchors that new codes are drawn around.
+
+B examples, K training checkpoints, L tokens of a checkpoint, D token width, Z code width of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rpg.generation.pdiff_sampler import unflatten_values
+from rpg.generation.sane_sampler import random_numbers
+from rpg.models.sane import SaneConfig, TokenAutoencoder
+from rpg.seeding import make_rng
+from rpg.tasks import task_of
+from rpg.tasks.base import Classifier, FigureTask
+from rpg.training.config import TrainConfig
+from rpg.training.data import training_entries
+from rpg.training.pdiff_trainer import VectorSampler, require_one_process
+from rpg.training.trainer import Trainer
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+OF_RECURRENT = ("tokens", "behaviour", "new_states")
+"""What only recurrent diffusion is trained with."""
+
+
+class SaneTrainer(Trainer):
+    """The state of a run of SANE; a step takes whole checkpoints, twice with different noise."""
+
+    network: TokenAutoencoder
+    sampler: VectorSampler
+
+    @property
+    def settings(self) -> SaneConfig:
+        """The section ``model`` of the configuration."""
+        return cast(SaneConfig, self.config.model)
+
+    def check(self, zoo: Zoo) -> None:
+        """Raise InputError for what cannot be trained, settings that SANE has no use for among them."""
+        super().check(zoo)
+        for name in OF_RECURRENT:
+            if getattr(self.config.train, name) != getattr(TrainConfig(), name):
+                raise InputError(f"train.{name} has no effect on SANE (model.kind: sane); leave it out.")
+
+    def fit_closed_form(self) -> None:
+        """Nothing: the anchors are encoded once the autoencoder is trained (`complete`)."""
+
+    def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
+        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
+        require_one_process(self, world_size)
+        size, indices = self.config.train.batch_size, training_entries(self.zoo, self.config.train.splits)
+        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, (size, size), self.num_steps)
+
+    def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
+        """One optimizer step; returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.model.train()
+        tokens = unflatten_values(self.layout, self.sampler.vectors[examples])  # [B, L, D]
+        noise = torch.randn(2, *tokens.shape, generator=make_rng(self.config.seed, "sane", step))
+        inputs = (each.to(self.accelerator.device) for each in (tokens, self.layout.mask.float(), noise))
+        with self.accelerator.autocast():
+            loss = self.model(*inputs)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"the loss of step {step + 1} is {value}; lower train.learning_rate")
+        self.backward_and_step(step, loss)
+        self.update_average()
+        return value
+
+    @torch.no_grad()
+    def complete(self, network: TokenAutoencoder) -> None:
+        """Choose the anchors: codes of the training checkpoints, of the best of them, or bootstrapped from those.
+
+        A code's score is that of the network it decodes to.
+
+        Raises:
+            InputError: scores are wanted, and there is no task that scores single networks.
+        """
+        network.eval()
+        parts = self.sampler.vectors.split(self.config.train.batch_size)
+        codes = torch.cat([network.encode(unflatten_values(self.layout, part)) for part in parts])  # [K, L, Z]
+        bootstrap = self.settings.bootstrap
+        if self.settings.best < 1 or bootstrap is not None:
+            split = bootstrap.split if bootstrap is not None else "train"
+            codes, scores = self._best(codes, self._scores(network, codes, split), self.settings.best * len(codes))
+        network.fill(anchors=codes)
+        for number in range(bootstrap.rounds if bootstrap is not None else 0):
+            assert bootstrap is not None
+            rngs = [make_rng(self.config.seed, "bootstrap", number, i) for i in range(bootstrap.candidates)]
+            drawn = network.draw(*random_numbers(network, rngs))
+            scores = torch.cat([scores, self._scores(network, drawn, bootstrap.split)])
+            codes, scores = self._best(torch.cat([codes, drawn]), scores, bootstrap.keep)
+            network.fill(anchors=codes)
+
+    def _best(self, codes: Tensor, scores: Tensor, num: float) -> tuple[Tensor, Tensor]:
+        chosen = scores.argsort(descending=True, stable=True)[: max(1, round(num))]
+        return codes[chosen], scores[chosen]
+
+    def _scores(self, network: TokenAutoencoder, codes: Tensor, split: str) -> Tensor:
+        """The score of the network that each of the codes ``[n, L, Z]`` decodes to, ``[n]``; more is better."""
+        task: Any = task_of(self.zoo, self.config.task)
+        networks = [self.layout.decode(network.decode(each[None])[0] * self.layout.mask) for each in codes]
+        if isinstance(task, Classifier):
+            return (task.predict(networks, split) == task.labels(split)).float().mean(1)
+        if isinstance(task, FigureTask):
+            figures = [next(iter(task.figures(each, split).items())) for each in networks]
+            return torch.tensor([-value if "loss" in name or "error" in name else value for name, value in figures])
+        raise InputError("model.best and model.bootstrap need a task that scores single networks; leave them out")
