@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric docs
+.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric docs package
 
 install: $(STAMP)
 
@@ -63,6 +63,10 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The wheel, built and installed in an environment of its own; with the oldest PyTorch (2 GB): make package PACKAGE_TORCH=2.6
+package: $(STAMP)
+	PACKAGE_TORCH=$(PACKAGE_TORCH) $(BIN)/python -m pytest -m package tests/test_packages.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from rpg.experiments.single import evaluate_run as evaluate
     from rpg.generation.generator import Generator
     from rpg.training.loop import train
+    from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Config", "Generator", "InputError", "evaluate", "train"]
+__all__ = ["Config", "Generator", "InputError", "Zoo", "evaluate", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": ("rpg.config", "Config"),
     "Generator": ("rpg.generation.generator", "Generator"),
+    "Zoo": ("tokenization.zoo.zoo", "Zoo"),
     "evaluate": ("rpg.experiments.single", "evaluate_run"),
     "train": ("rpg.training.loop", "train"),
 }

@@ -24,7 +24,7 @@ OtherConfig = Annotated[
     Path | None,
     argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "[CONFIG]"),
 ]
-RunFolder = Annotated[Path, argument("A run folder (or a generator folder).", "RUN")]
+RunFolder = Annotated[Path, argument("A run or generator folder, or an id on the Hugging Face hub.", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
     list[str] | None,
@@ -103,6 +103,8 @@ IgnoreMemory = Annotated[bool, option("Begin even if more memory is needed than 
 Device = Annotated[
     str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
 ]
+Host = Annotated[str, option("Address to serve at; 0.0.0.0 lets in everybody who reaches this machine.")]
+Port = Annotated[int, option("Port to serve at.", min=1, max=65535)]
 Trajectory = Annotated[
     str | None,
     option(

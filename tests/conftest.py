@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
+from tests.hub_server import HubServer, use_hub
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 torch.set_num_threads(1)
@@ -67,3 +69,11 @@ def small_config(folder: Path, **sections: object) -> Config:
 @pytest.fixture
 def zoo(tmp_path: Path) -> Zoo:
     return make_zoo(tmp_path / "zoo")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hugging Face hub on this machine, for this process and those it starts; its caches are empty."""
+    server = use_hub(tmp_path, monkeypatch)
+    yield server
+    server.stop()

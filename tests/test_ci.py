@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +20,24 @@ def test_a_demo_is_accepted_within_two_points_of_the_originals(tmp_path: Path, g
     (tmp_path / "evaluation.json").write_text(json.dumps(scores))
     process = subprocess.run([sys.executable, ROOT / "scripts" / "check_demo.py", tmp_path], capture_output=True)
     assert (process.returncode == 0) == passes
+
+
+def test_pre_commit_runs_the_linters_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    linters = re.findall(
+        r"^\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text().partition("lint:")[2].partition("test:")[0], re.M
+    )
+    ours = {hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for hook in hooks}
+    assert ours == {linter.replace(" --check", "").removesuffix(" .") for linter in linters}
+
+
+def test_forms_of_issues_and_citation_are_read() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= form.keys()
+        assert all({"type", "id", "attributes"} <= field.keys() for field in form["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_the_check_is_run() -> None:

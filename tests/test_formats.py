@@ -23,6 +23,7 @@ from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.hub_server import HubServer
 from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
@@ -162,6 +163,19 @@ def test_figures_of_a_scorer(folder: Path) -> None:
     assert list(content) == documented("evaluation.json of a scorer")
     keys = ["count", "figures", "summaries", "distances", "own_distances", "novel_and_performant"]
     assert list(content["sets"]["original"]) == keys
+
+
+def test_a_repository_on_the_hub(folder: Path, hub: HubServer) -> None:
+    run = folder / "run"
+    (run / "evaluation.json").write_text("{}")
+    (run / "scatter.png").write_bytes(b"")
+    try:
+        Generator.from_pretrained(run).push_to_hub("me/gen")
+    finally:
+        (run / "evaluation.json").unlink()
+        (run / "scatter.png").unlink()
+    more = {re.sub(r"/\w+\.png", "/NAME.png", name) for name in hub.files("me/gen")} - {*FILES, "README.md"}
+    assert more == set(documented("Repository of a generator"))
 
 
 def test_run_folder(folder: Path) -> None:

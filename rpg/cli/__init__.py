@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring
+from rpg.cli import experiments, scoring, serving, sharing
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
@@ -30,9 +30,17 @@ for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
 
 app = typer.Typer(
     help="Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: sharing.Version = False,
+    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
+    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+) -> None:
+    """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
 
 
 @app.command()
@@ -198,14 +206,15 @@ def generate(
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, output=output or run / "generated",
-            progress=advance, partition=partition,
+            temperature=temperature, condition=vector, start=start, output=output, progress=advance,
+            partition=partition,
         )  # fmt: skip
-    console.print(f"{len(paths)} network(s) in {output or run / 'generated'}")
-    return {"folder": str(output or run / "generated"), "networks": [str(path) for path in paths]}
+    console.print(f"{len(paths)} network(s) in {output}")
+    return {"folder": str(output), "networks": [str(path) for path in paths]}
 
 
 @app.command()
@@ -238,6 +247,10 @@ for command in (
     scoring.score,
     experiments.demo,
     experiments.run,
+    sharing.push,
+    sharing.pull,
+    sharing.doctor,
+    serving.app,
 ):
     app.command()(command)
 
@@ -260,11 +273,3 @@ def main() -> None:
         print(f"rpg {words[0]}: loading …", file=sys.stderr, flush=True)  # torch alone takes seconds
     resumed = next((RESUMED[word] for word in words if word in RESUMED), "")
     run_command(lambda: app(words or ["--help"], prog_name="rpg", standalone_mode=False), voice, resumed)
-
-
-@app.callback()
-def _voice(
-    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
-    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
-) -> None:
-    """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""

@@ -129,8 +129,8 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
 
-    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, or figures of the
-    task's own.
+    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, lottery tickets, or
+    figures of the task's own.
     """
     from rpg.tasks import build_task
     from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
@@ -140,6 +140,8 @@ def run(
     kind = settings.task.name if settings.task is not None else ""
     if kind in ("fields", "trajectories"):
         return {"fields": fields, "trajectories": metric}[kind](config, overrides)
+    if kind == "tickets":
+        return tickets(settings, ignore_memory)
     if isinstance(task, ImageTaskFamily):
         return unseen(config, overrides, device=device, ignore_memory=ignore_memory)
     if isinstance(task, TaskFamily):
@@ -148,6 +150,18 @@ def run(
         _guard_memory(settings, ignore_memory)
         return demo(config, overrides)
     return figures(settings, None, (None, (), ()), device, None, ignore_memory)
+
+
+def tickets(settings: Any, ignore_memory: bool) -> dict[str, Any]:
+    """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
+    from rpg.experiments.tickets import print_tickets, run_tickets
+
+    _guard_memory(settings, ignore_memory)
+    with progress_bar("searching tickets") as collecting, progress_bar("training") as training:
+        report = run_tickets(settings, progress={"collect": collecting, "train": training})
+    print_tickets(report, console)
+    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/tickets.png")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rpg.console import console, progress_bar
+from rpg.options import default_config
 from tokenization.errors import InputError
 
 
 def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides."""
+    """Read a configuration file with its overrides; where there is no such file, ``configs/…`` is the package's own."""
     from rpg.config import Config
 
+    if not path.exists() and path.parts[:1] == ("configs",):
+        own = default_config(str(Path(*path.parts[1:])))
+        path = own if own.is_file() else path
     return Config.load(path, overrides)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
-from tokenization.files import recover_folder
+from tokenization.files import atomic_folder, recover_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.spectral.layout import BASIS_FILE
 from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.hub import pull
 from tokenization.zoo.metric import MetricScale
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
@@ -25,8 +27,16 @@ OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
 """What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
 
 
-def find_folder(path: Path | str) -> Path:
-    """The generator folder of a run, of itself or of a hub repository. Raises InputError if there is none."""
+def find_folder(path: Path | str, **options: Any) -> Path:
+    """The generator folder of a run, of itself or of a hub repository.
+
+    Args:
+        path: a folder, or an id ``name/generator``, also with a revision: ``name/generator@v1``.
+        options: of the hub, as `tokenization.zoo.hub.pull` takes them.
+
+    Raises:
+        InputError: there is none, or the hub cannot give it.
+    """
     folder = Path(path)
     for each in (folder / "generator", folder):
         with contextlib.suppress(OSError):  # what cannot be mended is missing below
@@ -37,13 +47,26 @@ def find_folder(path: Path | str) -> Path:
         return folder
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
         raise InputError(f"there is no folder {path}; name a run, a generator folder or an id on the Hugging Face hub")
-    from huggingface_hub import snapshot_download
+    repo, _, revision = str(path).partition("@")
+    if revision:
+        options["revision"] = revision
+    return pull(repo, "model", [*FILES, *OPTIONAL_FILES, "README.md"], **options)
 
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[*FILES, *OPTIONAL_FILES, "README.md"]))
-    except Exception as error:  # the hub has many errors for what it does not have or cannot send
-        reason = type(error).__name__
-        raise InputError(f"{path} is neither a folder nor a hub repository that can be reached ({reason}).") from None
+
+def require_files(folder: Path) -> None:
+    """Check that a generator folder is whole. Raises InputError that names the first file that is missing."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
+
+
+def copy_folder(path: Path | str, target: Path, **options: Any) -> None:
+    """Copy a generator, found as `find_folder` does, into a new folder. Raises InputError if it is none."""
+    source = find_folder(path, **options)
+    require_files(source)
+    with atomic_folder(target) as temporary:
+        for file in source.iterdir():
+            shutil.copyfile(file.resolve(), temporary / file.name)
 
 
 @dataclass(frozen=True)

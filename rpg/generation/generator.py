@@ -18,7 +18,7 @@ from rpg.devices import chosen_device, parse_device
 from rpg.generation.adapter_folder import adapter_config_of
 from rpg.generation.config import GenerateConfig
 from rpg.generation.digest import folder_digest
-from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights
+from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights, require_files
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
@@ -26,6 +26,7 @@ from rpg.generation.pdiff_sampler import LatentSampler
 from rpg.generation.posterior_sampler import PosteriorSampler
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
 from rpg.generation.sampler import Tile, TokenSampler
+from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
@@ -79,22 +80,21 @@ class Generator:
         self.texts, self.metric = texts, metric
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
-        self.digest = ""
+        self.digest, self.folder = "", Path()
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None) -> Generator:
+    def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
         """Load a generator folder, a run folder that holds one, or a repository id on the Hugging Face hub.
 
-        Without a ``device`` it computes on that which the command chose, without a command on the CPU.
+        Without a ``device`` it computes on that which the command chose, without a command on the CPU. ``hub`` is
+        ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` of `tokenization.zoo.hub.pull`.
 
         Raises:
-            InputError: a file is missing or damaged, or does not fit the others, or there is no such device.
+            InputError: a file is missing, damaged or does not fit the others, there is no such device or repository.
         """
         device = parse_device(device or chosen_device() or "cpu")
-        folder = find_folder(path)
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
+        folder = find_folder(path, **hub)
+        require_files(folder)
         config = Config.load(folder / "config.yaml")
         layout = load_layout(folder)
         weights = folder / "model.safetensors"
@@ -110,7 +110,7 @@ class Generator:
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
-        loaded.digest = folder_digest(folder, FILES + OPTIONAL_FILES)
+        loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
         return loaded
 
     def save_pretrained(self, path: Path | str) -> Path:
@@ -131,11 +131,19 @@ class Generator:
                 (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
             if self.texts is not None:
                 self.texts.save(temporary / TEXTS_FILE)
-            encoder = self.texts.encoder if self.texts is not None else None
-            card = model_card(self.config.model, self.layout, self.condition, encoder, self.adapter, self.facts)
-            (temporary / "README.md").write_text(card)
+            (temporary / "README.md").write_text(model_card(self), encoding="utf-8")
         self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Publish it on the Hugging Face hub, with scores and pictures of the run it is from; gives the address.
+
+        ``options`` are ``private``, ``branch``, ``token`` and ``message`` (`tokenization.zoo.hub.publish`).
+
+        Raises:
+            InputError: the hub refuses or cannot be reached; nothing is published then.
+        """
+        return push_generator(self, repo, self.folder.parent if self.folder.name == "generator" else None, **options)
 
     @property
     def takes_start(self) -> bool:

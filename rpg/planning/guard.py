@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 
@@ -19,6 +18,7 @@ from rpg.config import Config
 from rpg.devices import chosen_device
 from rpg.generation.folders import find_folder
 from rpg.planning.estimator import Estimator
+from rpg.planning.free import free_memory
 from rpg.planning.memory import FLOAT_BYTES
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator
 from rpg.planning.target import find_target
@@ -30,8 +30,6 @@ from tokenization.layouts import Layout, load_layout
 from tokenization.zoo.zoo import Zoo
 
 FLAG = "--ignore-memory"
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 CLEARLY_SMALL = 0.25
 """A rough bound below this share of the free memory needs no plan, which would take longer than loading."""
@@ -157,11 +155,6 @@ def held_values(config: Config, layout: Layout, num_checkpoints: int, num: int) 
     return layout.num_values * (num_checkpoints + num + kinds * config.evaluate.num_baseline)
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, within the limits of its control groups."""
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_room()]))
-
-
 def free_on_device() -> int | None:
     """Bytes that are free on the chosen GPU; None where that cannot be asked."""
     device = chosen_device()
@@ -192,39 +185,6 @@ def rough_generation_bytes(folder: Path) -> int:
     width = max((max(info.shape[-2:]) for info in checkpoint.tensors.values() if len(info.shape) > 1), default=1)
     rows = 64 * (config.generate.tile_tokens + layout.num_tokens)
     return 3 * sum(checkpoint.sizes.values()) + rows * (layout.token_size + min(width, 1 << 14)) * FLOAT_BYTES
-
-
-def _cgroup_room() -> list[int]:
-    """Bytes left under each limit of this process's control groups, page cache that may be dropped not counted."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        if controllers == "":
-            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        own = root / place.strip("/")
-        for folder in [own, *own.parents]:  # a limit of any group above holds, too
-            if folder == root or root in folder.parents:
-                found += _room_of(folder, *names)
-    return found
-
-
-def _room_of(folder: Path, limit: str, usage: str, droppable: str) -> list[int]:
-    try:
-        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return []
-    if not most.isdigit() or int(most) >= 1 << 60:  # "max", or version 1's way of saying so
-        return []
-    return [int(most) - used + int(statistics.get(droppable, "0"))]
 
 
 def _gib(num_bytes: int) -> str:

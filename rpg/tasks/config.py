@@ -15,6 +15,7 @@ from rpg.tasks.images.config import (
     TimmFinetuneConfig,
     TrajectoriesConfig,
 )
+from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.language.config import LanguageConfig
 
 TaskConfig: TypeAlias = Annotated[
@@ -23,6 +24,7 @@ TaskConfig: TypeAlias = Annotated[
     | Cifar10SubsetsConfig
     | FieldsConfig
     | TrajectoriesConfig
+    | TicketsConfig
     | TimmFinetuneConfig
     | ImageNetConfig
     | LanguageConfig,

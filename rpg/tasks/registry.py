@@ -18,6 +18,7 @@ TASKS = {
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
     "fields": "rpg.tasks.fields.fields:FieldsTask",
     "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",
+    "tickets": "rpg.tasks.images.tickets:TicketsTask",
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",

@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 
 from rpg.config import Config
 from rpg.tasks import build_task
+from rpg.training.loop import train
+from tests.conftest import make_zoo, small_config
 from tests.docs.blocks import Sandbox
+from tests.hub_server import use_hub
 from tests.rpg.commands import CONDITIONAL, SUBSETS
 from tests.rpg.commands import SMALL as SECTIONS
 from tests.rpg.generation.test_adapters import adapters_at
@@ -27,6 +30,9 @@ FIELDS = {
     "model": {"state": {"width": 12, "prior": {"width": 32, "depth": 1, "steps": 8}}},
     "train": {"steps": 20, "log_every": 10, "splits": ["train", "validation"]},
 }
+TICKETS = {
+    **SUBSETS, "base": {"steps": 2}, "finetune": {"stages": [{"steps": 4}], "batch_size": 32},
+}  # fmt: skip
 RUNS = {"runs": 24, "validation": 3, "unseen": 4, "hidden": 8, "steps": [0, 5, 15], "group": 8}
 ADAPTERS = {"tokens": {"size": 32, "rank": None}, "evaluate": {**SCORES, "baselines": ["nearest_seen", "kernel_ridge"]}}
 
@@ -42,13 +48,23 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "gpt.yaml": {**SECTIONS, "task": RUNS, "model": {"backbone": {"d_model": 16, "num_layers": 1}}},
     "lora/folder.yaml": {**SECTIONS, **ADAPTERS},
+    "tickets.yaml": {**SECTIONS, "task": {"family": TICKETS, "rounds": 2}, "model": {"backbone": {"d_model": 16}}},
     "sweeps/position.yaml": {"set": ["train.steps=8"], "entries": [{"name": "2d", "set": ["model.position=2d"]}]},
 }
 """Changes to configurations that pages name, so that each takes a second."""
 
 
-def _readme(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
+def _readme(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     timm_networks(sandbox.folder / "checkpoints")
+    use_hub(sandbox.folder / "server", patch)
+
+
+def _hub(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
+    """A run and its zoo, and a hub of this machine."""
+    place = sandbox.folder / "runs"
+    make_zoo(place / "zoos" / "demo")
+    train(small_config(place, zoo="runs/zoos/demo", run="runs/demo", train={"steps": 1}), say=lambda _: None)
+    use_hub(sandbox.folder / "server", patch)
 
 
 def _own(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
@@ -130,6 +146,11 @@ def _metric(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     save_file(build_task(config.task).build().state_dict(), sandbox.folder / "start.safetensors")
 
 
+def _tickets(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
+    """One process: others would take longer to start than to work."""
+    patch.setattr("rpg.tasks.many.num_cores", lambda: 1)
+
+
 def _unseen(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
     """A tiny language model to read words with; what it answers is worth nothing."""
     encoder_at(sandbox.folder / "PATH_OR_NAME", "llama")
@@ -138,9 +159,11 @@ def _unseen(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:
 PREPARED: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "README": _readme,
     "fields": _fields,
+    "hub": _hub,
     "lora": _lora,
     "metric": _metric,
     "own-checkpoints": _own,
+    "tickets": _tickets,
     "unseen": _unseen,
 }
 """What the pages take for granted, by their names."""

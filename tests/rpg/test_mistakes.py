@@ -56,6 +56,7 @@ MISTAKES = {
     "rpg fields FOLDER/none.yaml": "none.yaml",
     "rpg metric FOLDER/none.yaml": "none.yaml",
     "rpg score FOLDER/none.yaml EMPTY": "none.yaml",
+    "rpg app RUN --port 0": "--port",
     # zoos
     "rpg train CONFIG --set zoo=FOLDER/none": "none",
     "rpg train CONFIG --set zoo=TEXT": "text",

@@ -48,8 +48,8 @@ class Description:
             None if structure is None else Structure.from_json(structure, str(path)),
         )
 
-    def write(self, path: Path) -> None:
-        """Write ``zoo.json`` atomically. Raises InputError if the disk refuses."""
+    def to_text(self) -> str:
+        """What ``zoo.json`` holds."""
         content = {
             "format": FORMAT,
             "task": self.task,
@@ -57,7 +57,11 @@ class Description:
             "runs": list(self.runs),
             "structure": None if self.structure is None else self.structure.to_json(),
         }
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        return json.dumps(content, indent=1) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write ``zoo.json`` atomically. Raises InputError if the disk refuses."""
+        write_text(path, self.to_text())
 
 
 def require_new_folder(path: Path, among: Sequence[Path] = ()) -> None:

@@ -24,12 +24,13 @@ from tokenization.files import make_folder, remove_leftovers, write_text
 from tokenization.zoo.condition import ConditionSpec, require_condition
 from tokenization.zoo.description import Description, require_new_folder
 from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest, with_digest
+from tokenization.zoo.sharing import SharedZoo
 
 __all__ = ["ConditionSpec", "Zoo", "ZooEntry", "with_digest"]
 
 
-class Zoo:
-    """A folder of checkpoints of one structure. Make one with `create`, open one with `open`.
+class Zoo(SharedZoo):
+    """A folder of checkpoints of one structure. Make one with `create`, open one with `open` or `from_hub`.
 
     Attributes:
         path: the folder.
@@ -48,9 +49,7 @@ class Zoo:
         runs: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
-        self.task = task
-        self.condition = condition
-        self.runs = list(runs)
+        self.task, self.condition, self.runs = task, condition, list(runs)
         self.entries: list[ZooEntry] = []
         self._structure: Structure | None = None
         self._manifest_size = 0

@@ -145,7 +145,7 @@ class SubsetsConfig(Section):
 class BaseConfig(Section):
     """How the shared base network is trained: AdamW, one-cycle schedule, altered images."""
 
-    steps: int = Field(3000, ge=1)
+    steps: int = Field(3000, ge=0, description="0 keeps the first weights")
     batch_size: int = Field(256, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.05, ge=0)

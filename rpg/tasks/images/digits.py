@@ -32,9 +32,7 @@ def load_splits(image_size: int = DIGITS_SIZE) -> ImageSplits:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1)
-    if image_size != DIGITS_SIZE:
-        images = F.interpolate(images, size=image_size, mode="bicubic", align_corners=False)
+    images = _enlarged(torch.from_numpy(digits.images).float().unsqueeze(1), image_size)
     labels = torch.from_numpy(digits.target).long()
 
     def cut(rows: Tensor, num: int) -> list[Tensor]:
@@ -43,13 +41,28 @@ def load_splits(image_size: int = DIGITS_SIZE) -> ImageSplits:
 
     rest, test = cut(torch.arange(len(labels)), NUM_TEST)
     train, validation = cut(rest, NUM_VALIDATION)
-    standardised = (images - images[train].mean()) / images[train].std()
+    mean, std = images[train].mean(), images[train].std()
+    standardised = (images - mean) / std
     rows = {"train": train, "validation": validation, "test": test}
     return ImageSplits(
         images={split: standardised[index] for split, index in rows.items()},
         labels={split: labels[index] for split, index in rows.items()},
         num_classes=10,
+        mean=mean.item(),
+        std=std.item(),
     )
+
+
+def _enlarged(images: Tensor, image_size: int) -> Tensor:
+    if image_size == DIGITS_SIZE:
+        return images
+    return F.interpolate(images, size=image_size, mode="bicubic", align_corners=False)
+
+
+def standardise(images: Tensor, image_size: int = DIGITS_SIZE) -> Tensor:
+    """Further digits ``[B, 1, 8, 8]`` in 0 … 16 as networks take them, ``[B, 1, S, S]``."""
+    splits = load_splits(image_size)
+    return (_enlarged(images, image_size) - splits.mean) / splits.std
 
 
 class DigitsTask:

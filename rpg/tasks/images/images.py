@@ -20,11 +20,14 @@ class ImageSplits:
         images: float32 [n, C, S, S], standardised with the statistics of the training images alone.
         labels: int64 [n].
         num_classes: number of classes.
+        mean, std: of the training images' values before they were standardised.
     """
 
     images: dict[str, Tensor]
     labels: dict[str, Tensor]
     num_classes: int
+    mean: float = 0.0
+    std: float = 1.0
 
     def check(self, split: str) -> str:
         """Return ``split`` if it exists. Raises InputError otherwise."""

@@ -131,13 +131,9 @@ class SubsetTask:
             return torch.cat([teacher(images).cpu() for images in self.batches(split)])
 
     def collect(
-        self,
-        path: Path | str,
-        *,
-        progress: Progress | None = None,
-        limit: int | None = None,
+        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
         processes: int | None = None,
-    ) -> Zoo:
+    ) -> Zoo:  # fmt: skip
         """Train the base and every task's network; a zoo that is partly there is completed.
 
         Args:
@@ -149,16 +145,22 @@ class SubsetTask:
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
+        return self.collect_as(self, path, progress, limit, processes)
+
+    def collect_as(
+        self, task: Any, path: Path | str, progress: Progress | None, limit: int | None, processes: int | None = None
+    ) -> Zoo:
+        """`collect` what another task trains for this family, by its ``config``, ``train_base`` and ``train_part``."""
         place = PartialState(timeout=PATIENCE)
         with place.main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder
-            zoo = open_zoo(path, self.config, self.condition)
+            zoo = open_zoo(path, task.config, self.condition)
             if place.is_main_process and not (zoo.path / BASE).exists():
                 with single_threaded():
-                    save_checkpoint(zoo.path / BASE, self.train_base())
-        copies = self.config.copies
+                    save_checkpoint(zoo.path / BASE, task.train_base())
+        bits, splits = self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies
         collect_many(
-            zoo, self, self.bits().repeat(copies, 1), self.splits() * copies, self.config.group,
+            zoo, task, bits, splits, self.config.group,
             processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
         return zoo if place.is_main_process else Zoo.open(path)

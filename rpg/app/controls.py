@@ -1,0 +1,174 @@
+"""The controls of a page that say what to generate: one set for each kind of condition, one for how to sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from rpg.app.digits import classes_of, reads_examples
+from rpg.app.loaded import MOST_NETWORKS, LoadedRun, Wish
+from rpg.generation.conditions import named_condition
+from rpg.tasks.base import TaskFamily
+from rpg.tasks.class_splits import bits_of_classes
+from tokenization.errors import InputError
+from tokenization.zoo.metric import MetricScale
+
+STARTS = 50
+"""Originals that are offered to go on from."""
+
+
+@dataclass
+class Controls:
+    """Components, and what turns their values into a part of a wish (raising InputError)."""
+
+    components: list[Any]
+    read: Callable[..., dict[str, Any]]
+
+
+def condition_controls(run: LoadedRun) -> Controls:
+    """What to generate for: switches, a class, words, numbers, or the value of a metric."""
+    spec, metric = run.condition, run.generator.metric
+    if spec is None:
+        return Controls([], dict)
+    if metric is not None:
+        return _metric(metric)
+    if run.generator.texts is not None:
+        texts = list(run.generator.texts.texts)
+        box: Any = gr.Dropdown(
+            texts, value=texts[0], label="In words", allow_custom_value=True, elem_id="condition",
+            info="Choose a text that was learned, or write one of your own.",
+        )  # fmt: skip
+        return Controls([box], lambda text: {"condition": str(text or "")})
+    if spec.kind == "binary":
+        names = list(spec.names) or [str(place) for place in range(spec.size)]
+        box = gr.CheckboxGroup(names, value=names[: max(1, len(names) // 3)], label="Classes that count as positive",
+                               elem_id="condition")  # fmt: skip
+
+        def bits(chosen: list[str]) -> dict[str, Any]:
+            if isinstance(run.task, TaskFamily):
+                return {"condition": bits_of_classes(chosen, names, "the condition").float().tolist()}
+            return {"condition": [float(name in chosen) for name in names]}
+
+        return Controls([box], bits)
+    if spec.kind == "class":
+        names = list(spec.names) or [str(place) for place in range(spec.size)]
+        box = gr.Dropdown(names, value=names[0], label="Class", elem_id="condition")
+        return Controls([box], lambda name: {"condition": [float(names.index(name))]})
+    box = gr.Textbox(
+        ", ".join(["0"] * spec.size), label=f"{spec.size} numbers, separated by commas", elem_id="condition"
+    )
+    return Controls([box], lambda text: {"condition": named_condition(spec, text.replace(" ", ""), "the condition")})
+
+
+def _metric(scale: MetricScale) -> Controls:
+    about = f"Learned from {scale.low:.3g} to {scale.high:.3g}."
+    if scale.log:
+        low, high = math.log10(scale.low), math.log10(scale.high)
+        power = gr.Slider(low, high, value=(low + high) / 2, step=(high - low) / 200, elem_id="power", buttons=[],
+                          label=f"{scale.name}, power of ten")  # fmt: skip
+        wished: Any = gr.Number(_power(power.value), label=f"Wished {scale.name}", elem_id="condition",
+                                info=f"{about} Beyond that it is a guess.")  # fmt: skip
+        power.input(_power, power, wished, api_visibility="private")
+    else:
+        wished = gr.Slider(scale.low, scale.high, value=(scale.low + scale.high) / 2, elem_id="condition", info=about,
+                           label=f"Wished {scale.name}")  # fmt: skip
+
+    def read(value: float | None) -> dict[str, Any]:
+        if value is None or not math.isfinite(value):
+            raise InputError(f"the wished {scale.name} is no number; give one from {scale.low:.3g} to {scale.high:.3g}")
+        return {"condition": [float(value)]}
+
+    return Controls([wished], read)
+
+
+def _power(exponent: float) -> float:
+    return float(f"{10**exponent:.3g}")
+
+
+def start_controls(run: LoadedRun) -> Controls:
+    """The checkpoint to go on from, of a generator that improves one: an original, or a file of the user's own."""
+    if not run.generator.takes_start:
+        return Controls([], dict)
+    chosen = list(run.originals.indices) if run.originals is not None else []
+    chosen = chosen[:: max(1, len(chosen) // STARTS)][:STARTS]
+    zoo, originals = run.zoo, run.originals
+    names = [originals.name(index) for index in chosen] if originals is not None else []
+    box = gr.Dropdown(names, value=names[0] if names else None, label="Go on from", elem_id="start",
+                      info="A checkpoint that was learned from.", visible=bool(names))  # fmt: skip
+    file = gr.File(label="… or from a checkpoint of your own", file_types=[".safetensors"], height=150,
+                   elem_id="start-file")  # fmt: skip
+
+    def read(name: str | None, upload: str | None) -> dict[str, Any]:
+        if upload is not None:
+            return {"start": Path(upload)}
+        if name not in names or zoo is None:
+            raise InputError("this generator improves a checkpoint; upload one as a safetensors file")
+        return {"start": zoo.file(chosen[names.index(name)])}
+
+    return Controls([box, file], read)
+
+
+def sampling_controls(run: LoadedRun) -> Controls:
+    """How many networks, of which seed, and how they are sampled, as far as the kind of generator leaves it open."""
+    settings, model = run.config.generate, run.config.model
+    names = ["num", "seed"]
+    with gr.Row():
+        parts: list[Any] = [
+            gr.Slider(1, MOST_NETWORKS, value=4, step=1, label="Networks", elem_id="num", buttons=[], min_width=150),
+            gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed", min_width=90),
+        ]
+    state = getattr(model, "state", None)
+    states = [] if state is None or state.of == "none" else ["stored", "gaussian", *(["prior"] if state.prior else [])]
+    with gr.Accordion("Sampling", open=False):
+        if model.kind != "kernel_ridge":
+            names.append("steps")
+            most = max(50, settings.steps)
+            parts.append(gr.Slider(1, most, value=settings.steps, step=1, label="Steps", elem_id="steps", buttons=[]))
+        if states:
+            names.append("state")
+            parts.append(gr.Dropdown(states, value=settings.state, label="Permutation state", elem_id="state",
+                                     info="Of an original, or a fresh one."))  # fmt: skip
+        if states or model.kind == "kernel_ridge":
+            names.append("temperature")
+            parts.append(gr.Slider(0, 2, value=settings.temperature, step=0.05, label="Temperature", buttons=[],
+                                   elem_id="temperature", info="Spread of fresh ones; 0 is the mean."))  # fmt: skip
+
+    def read(*values: Any) -> dict[str, Any]:
+        for name, value in zip(names, values, strict=True):
+            if value is None:
+                raise InputError(f"{name} is empty; give a number")
+        return dict(zip(names, values, strict=True))
+
+    return Controls(parts, read)
+
+
+def wish_of(parts: list[Controls], values: tuple[Any, ...]) -> Wish:
+    """The wish that the values of all controls make, one set after the other. Raises InputError if it is impossible."""
+    wish, rest = Wish(), list(values)
+    for each in parts:
+        mine, rest = rest[: len(each.components)], rest[len(each.components) :]
+        wish = replace(wish, **each.read(*mine))
+    return wish
+
+
+def example_controls(run: LoadedRun, condition: Controls) -> tuple[Any, Callable[..., Any]] | None:
+    """An upload of pictures that set the condition, where the task understands them; and what reads them."""
+    if not reads_examples(run) or run.condition is None or run.zoo is None:
+        return None
+    files = gr.UploadButton(
+        "… or by pictures of digits", file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], size="sm",
+        elem_id="examples",
+    )  # fmt: skip
+    names = list(run.condition.names)
+
+    def read(paths: list[str] | None) -> Any:
+        found = classes_of(run, [Path(path) for path in paths or []])
+        chosen = [names[place] for place in sorted(set(found))]
+        return chosen if run.condition is not None and run.condition.kind == "binary" else names[found[0]]
+
+    return files, read

@@ -1,0 +1,149 @@
+"""A digit that somebody draws, as scikit-learn's digits were made; and what networks say to it.
+
+Those came from forms whose digits were cut out, scaled to 32×32 black-and-white pixels and counted in blocks of 4×4
+(Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998): 8×8 numbers from 0 to 16.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from rpg.app.loaded import LoadedRun, Made
+from rpg.evaluation.vectors import StateDict
+from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.images.digits import DIGITS_SIZE, DigitsTask, standardise
+from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.images import logits_of
+from rpg.tasks.images.trajectories import TrajectoriesTask
+from tokenization.errors import InputError
+
+FINE, BLOCK = 32, 4
+MOST_PIXELS, MOST_CHARACTERS = 1 << 24, 1 << 20
+PREFIX = "data:image/png;base64,"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network says to a digit: its answer in words, and how sure it is, 0 … 1."""
+
+    text: str
+    share: float
+
+
+def reads_digits(run: LoadedRun) -> bool:
+    """Whether the networks look at digits, so that one may be drawn for them."""
+    return isinstance(run.task, DigitsTask | DigitsSubsetsTask | TrajectoriesTask)
+
+
+def reads_examples(run: LoadedRun) -> bool:
+    """Whether images of digits say what to generate for."""
+    return isinstance(run.task, DigitsSubsetsTask) or (
+        isinstance(run.task, FieldsTask) and run.task.config.data == "digits"
+    )
+
+
+def drawn(url: Any) -> Tensor:
+    """The digit on a canvas, from its data URL: counts ``[8, 8]``. Raises InputError if it is none, or empty."""
+    if not isinstance(url, str) or not url.startswith(PREFIX) or len(url) > MOST_CHARACTERS:
+        raise InputError("what was drawn did not arrive as a picture; draw it again")
+    try:
+        data = base64.b64decode(url[len(PREFIX) :], validate=True)
+    except binascii.Error:
+        raise InputError("what was drawn did not arrive as a picture; draw it again") from None
+    return counted(_grey(io.BytesIO(data), "the drawing"), "the drawing")
+
+
+def read_image(file: Path) -> Tensor:
+    """The digit of an image file, dark on light or the reverse: counts ``[8, 8]``. Raises InputError if it has none."""
+    return counted(_grey(file, file.name), file.name)
+
+
+def _grey(source: Any, name: str) -> Tensor:
+    """An image as ink 0 … 1, ``[H, W]``: the rarer of dark and light."""
+    try:
+        with Image.open(source, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(f"{name} has {image.width} × {image.height} pixels; give a smaller picture")
+            paper = Image.new("RGBA", image.size, "white")
+            paper.alpha_composite(image.convert("RGBA"))
+            grey = torch.from_numpy(np.asarray(paper.convert("L"), dtype=np.float32) / 255)
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whatever Pillow says of broken files
+        raise InputError(f"{name} is no picture that can be read; give a PNG or JPEG file of one digit") from None
+    border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return 1 - grey if border.median() > 0.5 else grey
+
+
+def counted(ink: Tensor, name: str) -> Tensor:
+    """Ink ``[H, W]`` in 0 … 1 as scikit-learn's digits are: cut out, 32×32 pixels, counted ``[8, 8]`` in 0 … 16."""
+    dark = ink > 0.5
+    if not dark.any():
+        raise InputError(f"{name} shows no digit; draw one large and dark")
+    rows, columns = dark.any(1).nonzero()[:, 0], dark.any(0).nonzero()[:, 0]
+    cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    high, wide = cut.shape
+    scale = FINE / max(high, wide)
+    size = [max(1, round(high * scale)), max(1, round(wide * scale))]
+    small = F.interpolate(cut[None, None], size=size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
+    top, left = (FINE - size[0]) // 2, (FINE - size[1]) // 2
+    page = torch.zeros(FINE, FINE)
+    page[top : top + size[0], left : left + size[1]] = small
+    return F.avg_pool2d((page > 0.5).float()[None], BLOCK)[0] * BLOCK**2
+
+
+def answer(run: LoadedRun, network: StateDict, counts: Tensor, condition: Sequence[float] | None) -> Answer:
+    """What a network says to a digit ``[8, 8]``: a class, or whether it is one of the classes of its condition."""
+    task: Any = run.task
+    size = getattr(task.config, "image_size", DIGITS_SIZE)
+    with torch.random.fork_rng(devices=[]):
+        built = task.build().cpu()
+    shares = logits_of(built, network, standardise(counts[None, None], size), "a network")[0].softmax(0)
+    share, place = (each.item() for each in shares.max(0))
+    if not isinstance(task, DigitsSubsetsTask):
+        return Answer(str(int(place)), share)
+    return Answer("yes" if place else "no", share)
+
+
+def answers(run: LoadedRun, made: Made, counts: Tensor) -> list[tuple[Answer, Answer | None, str]]:
+    """What each generated network says, its nearest original, and that one's name."""
+    found = []
+    for index, network in enumerate(made.networks):
+        beside, name = None, ""
+        if run.originals is not None and made.nearest:
+            place, name = made.nearest[index][0].index, made.nearest[index][0].name
+            entry = run.originals.zoo.entries[place]
+            beside = answer(run, run.originals.state_dict(place), counts, entry.condition)
+        found.append((answer(run, network, counts, made.wish.condition), beside, name))
+    return found
+
+
+def classes_of(run: LoadedRun, files: Sequence[Path]) -> list[int]:
+    """The digits that images show: by the base network of a family, of fields by the most similar digit in the zoo.
+
+    Raises:
+        InputError: a file is no image of a digit, or the zoo has no base network.
+    """
+    if not files:
+        raise InputError("there is no example; give one picture of a digit at least")
+    if run.zoo is None:
+        raise InputError("examples are understood by the zoo that was learned from, which is not here")
+    counts = torch.stack([read_image(file) for file in files])[:, None]
+    if isinstance(run.task, DigitsSubsetsTask):
+        with torch.no_grad():
+            return run.task.teacher(run.zoo)(standardise(counts, run.task.config.image_size)).argmax(-1).tolist()
+    assert isinstance(run.task, FieldsTask)
+    data = run.task.data
+    return data.labels[torch.cdist(counts.flatten(1) / BLOCK**2, data.values.flatten(1)).argmin(1)].tolist()

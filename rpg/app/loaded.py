@@ -1,0 +1,187 @@
+"""One trained generator with what is known about it, and the networks that are made by it. Knows no page."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rpg.app.originals import Neighbour, Originals, told
+from rpg.evaluation.scores.scorer import TaskScorer
+from rpg.evaluation.similarity import error_iou
+from rpg.evaluation.vectors import StateDict
+from rpg.experiments.single import find_task
+from rpg.generation.generator import Generator
+from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, ImageTask, ImageTaskFamily, Task, TaskFamily
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.errors import InputError
+from tokenization.zoo.zoo import Zoo
+
+MOST_NETWORKS = 16
+MOST_SCORED_VALUES = 1 << 23
+"""Values of a network up to which it is scored while somebody waits."""
+
+CHEAP = ImageTask | TaskFamily | AdapterScorer | FigureTask
+"""Tasks whose data are in memory."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for; fields as `Generator.generate` takes them."""
+
+    num: int = 1
+    seed: int = 0
+    steps: int | None = None
+    state: str | None = None
+    temperature: float | None = None
+    condition: Any = None
+    start: Path | None = None
+
+
+@dataclass
+class Made:
+    """Networks that were made for a wish, and the folder that holds their files.
+
+    Attributes:
+        files: a safetensors file or a PEFT folder a network.
+        wanted: the condition in words.
+        figures: by name, of each network; none where nothing scores them, or not while somebody waits.
+        nearest: the originals nearest to each network; none without a zoo.
+        original_figures: of the nearest original of each network, at what it was trained for.
+        shared_errors: overlap (IoU) of each network's wrong answers with those of its nearest original, 0 … 1.
+        seconds: it took to make a network.
+    """
+
+    wish: Wish
+    folder: Path
+    files: list[Path]
+    networks: list[StateDict]
+    wanted: str
+    seconds: float
+    figures: list[dict[str, float]] = field(default_factory=list)
+    nearest: list[list[Neighbour]] = field(default_factory=list)
+    original_figures: list[dict[str, float]] = field(default_factory=list)
+    shared_errors: list[float] = field(default_factory=list)
+
+    def download(self) -> Path:
+        """The one file to take along: the network's own, or a zip of several, or of PEFT folders."""
+        if len(self.files) == 1 and self.files[0].is_file():
+            return self.files[0]
+        path = self.folder / "networks"
+        return Path(shutil.make_archive(str(path), "zip", self.files[0].parent))
+
+
+class LoadedRun:
+    """A generator, and where they are at hand its zoo and its task.
+
+    Args:
+        run: a run folder, a generator folder, or a repository id on the Hugging Face hub.
+        device: where it computes.
+        prompt_model: where the sentence encoder of a generator of texts is.
+
+    Attributes:
+        missing: why there are no originals or no figures, one sentence each.
+        is_large: whether networks are not scored because somebody waits.
+
+    Raises:
+        InputError: there is no generator, or a file of it is broken.
+    """
+
+    def __init__(self, run: Path | str, device: Any = None, prompt_model: str | None = None) -> None:
+        self.name = str(run)
+        self.generator = Generator.from_pretrained(run, device)
+        self.config, self.condition = self.generator.config, self.generator.condition
+        if self.generator.texts is not None:
+            self.generator.texts = self.generator.texts.with_encoder(prompt_model)
+        self.zoo: Zoo | None = None
+        self.task: Task | None = None
+        self.originals: Originals | None = None
+        self.scorer: TaskScorer | None = None
+        self.missing: list[str] = []
+        self.is_large = False
+        for step in (self._open_zoo, self._open_task, self._open_originals):
+            try:
+                step()
+            except InputError as error:
+                self.missing.append(str(error))
+
+    def _open_zoo(self) -> None:
+        self.zoo = Zoo.open(self.config.zoo)
+
+    def _open_task(self) -> None:
+        if self.zoo is None or (self.config.task is None and self.zoo.task is None):
+            return  # said before, or somebody's own checkpoints, which no task scores
+        self.task = find_task(self.config, self.zoo)
+        if not isinstance(self.task, FigureTask | Classifier | AdapterScorer | TaskFamily):
+            return
+        self.is_large = self.generator.layout.num_values > MOST_SCORED_VALUES or not isinstance(self.task, CHEAP)
+        if not self.is_large:
+            names = self.zoo.condition.names if self.zoo.condition is not None else ()
+            self.scorer = TaskScorer(self.task, self.config.evaluate.split, names)
+
+    def _open_originals(self) -> None:
+        if self.zoo is not None:
+            self.originals = Originals(self.generator, self.zoo, self.task)
+
+    def make(self, wish: Wish, folder: Path, progress: Callable[[int, int], None] | None = None) -> Made:
+        """Generate networks into a new folder in ``folder``, score them and find the originals nearest to them.
+
+        Raises:
+            InputError: the wish is impossible.
+        """
+        if not 1 <= wish.num <= MOST_NETWORKS:
+            raise InputError(f"{wish.num} networks are asked for; this page makes 1 to {MOST_NETWORKS} at a time")
+        own = Path(tempfile.mkdtemp(prefix="networks-", dir=folder))
+        try:
+            started = time.perf_counter()
+            files: Any = self.generator.generate(
+                wish.num, seed=wish.seed, steps=wish.steps, state=wish.state, temperature=wish.temperature,
+                condition=wish.condition, start=wish.start, output=own / "generated", progress=progress,
+            )  # fmt: skip
+            seconds = (time.perf_counter() - started) / wish.num
+            networks: list[StateDict] = [Checkpoint.open(file).state_dict() for file in files]
+            made = Made(wish, own, files, networks, told(self.condition, wish.condition), seconds)
+            self._judge(made)
+        except BaseException:
+            shutil.rmtree(own, ignore_errors=True)
+            raise
+        return made
+
+    def _judge(self, made: Made) -> None:
+        values = self._values(made.wish.condition)
+        if self.scorer is not None:
+            made.figures = [self.scorer(each, values, "a generated network") for each in made.networks]
+        if self.originals is None:
+            return
+        made.nearest = self.originals.nearest(made.networks)
+        originals = [self.originals.state_dict(each[0].index) for each in made.nearest]
+        if self.scorer is not None and self.zoo is not None:
+            conditions = [self.zoo.entries[each[0].index].condition for each in made.nearest]
+            made.original_figures = [
+                self.scorer(each, wanted, "an original") for each, wanted in zip(originals, conditions, strict=True)
+            ]
+            labels = self._labels(values)
+            if labels is not None and isinstance(self.task, Classifier | ImageTaskFamily):
+                split = self.config.evaluate.split
+                first, second = (self.task.predict(each, split) for each in (made.networks, originals))  # type: ignore[union-attr]
+                made.shared_errors = error_iou(first, second, labels).diagonal().tolist()
+
+    def _values(self, condition: Any) -> Sequence[float] | None:
+        """A condition as the zoo's entries have it; None of a text that it does not have."""
+        if not isinstance(condition, str):
+            return condition if self.generator.metric is None else None
+        names = self.condition.names if self.condition is not None else ()
+        return [float(names.index(condition))] if condition in names else None
+
+    def _labels(self, values: Sequence[float] | None) -> Tensor | None:
+        """Right answers on the images that networks are scored on, where the task tells them."""
+        split = self.config.evaluate.split
+        if isinstance(self.task, ImageTaskFamily) and values is not None and hasattr(self.task, "predict"):
+            return self.task.targets(Tensor([list(values)]), split)[0]
+        return self.task.labels(split) if isinstance(self.task, Classifier) else None

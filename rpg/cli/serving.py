@@ -1,0 +1,31 @@
+"""The command that serves a page."""
+
+from __future__ import annotations
+
+from rpg import options as o
+from rpg.cli.reading import guard
+from rpg.console import console
+from tokenization.errors import InputError
+
+
+def app(
+    run: o.RunFolder, host: o.Host = "127.0.0.1", port: o.Port = 7860, prompt_model: o.PromptModel = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+) -> None:  # fmt: skip
+    """Try a generator in the browser: choose a condition, generate, compare, download, draw a digit for it."""
+    from rpg.devices import use_device
+    from rpg.planning.guard import generation_need
+
+    try:
+        from rpg.app.loaded import LoadedRun
+        from rpg.app.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError(
+            "the page needs Gradio, which is not installed; install it with pip install 'rpg[app]'"
+        ) from None
+    place = use_device(device)
+    guard(lambda: generation_need(run), ignore_memory)
+    console.print(f"reading {run}")
+    serve(LoadedRun(run, place, prompt_model), host, port, lambda line: console.print(line, highlight=False))

@@ -1,0 +1,113 @@
+"""The commands that share generators and zoos, and the one that looks at the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import rpg
+from rpg import options as o
+from rpg.console import console
+from tokenization.errors import InputError
+
+Kind = Annotated[
+    Literal["model", "dataset"] | None,
+    o.option("What it is (default: found out): model, a generator; dataset, a zoo.", "--type"),
+]
+
+
+def say_version(asked: bool) -> None:
+    """Print the version and end, if that was asked."""
+    if asked:
+        print(f"rpg {rpg.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, o.option("Print the version.", "--version", callback=say_version, is_eager=True)]
+Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
+Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
+
+
+def push(
+    folder: Pushed,
+    repo: Repo,
+    kind: Kind = None,
+    private: Annotated[bool, o.option("Make a new repository private.", "--private")] = False,
+    branch: Annotated[
+        str | None, o.option("Publish on this branch (made if need be) in place of the main one.")
+    ] = None,
+    message: Annotated[str | None, o.option("What the commit says.")] = None,
+) -> dict[str, Any]:
+    """Publish a generator or a zoo on the Hugging Face hub, all or nothing; log in first: hf auth login."""
+    is_zoo = (folder / "zoo.json").is_file()
+    if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
+        raise InputError(f"{folder} is {'a' if is_zoo else 'no'} zoo; leave out --type {kind}, or name another folder")
+    how = {"private": private or None, "branch": branch, "message": message}
+    if is_zoo:
+        from tokenization.zoo.zoo import Zoo
+
+        address = Zoo.open(folder).push_to_hub(repo, **how)
+    elif folder.is_dir():
+        from rpg.generation.generator import Generator
+
+        address = Generator.from_pretrained(folder).push_to_hub(repo, **how)
+    else:
+        raise InputError(f"there is no folder {folder}; name a run, a generator folder or a zoo")
+    console.print(address, soft_wrap=True, highlight=False)
+    return {"address": address}
+
+
+def pull(
+    repo: Repo,
+    folder: Annotated[Path, o.argument("The new folder.", "FOLDER")],
+    kind: Annotated[Literal["model", "dataset"], o.option("dataset for a zoo.", "--type")] = "model",
+    revision: Annotated[str | None, o.option("A branch, tag or commit (default: the main branch).")] = None,
+) -> dict[str, Any]:
+    """Fetch a generator or a zoo from the Hugging Face hub into a folder (rpg generate takes ids, too)."""
+    if folder.exists():
+        raise InputError(f"{folder} is there already; name a new folder")
+    if kind == "dataset":
+        from tokenization.zoo.zoo import Zoo
+
+        Zoo.from_hub(repo, folder, revision=revision)
+    else:
+        from rpg.generation.folders import copy_folder
+
+        copy_folder(repo, folder, revision=revision)
+    console.print(f"{repo} in {folder}")
+    return {"folder": str(folder)}
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed and what this machine can do: versions, devices, kernels, memory, disk, the hub."""
+    from rpg.planning.versions import unmet, versions
+
+    found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}
+    numbers = found["versions"].items()
+    _say(", ".join(f"{name} {number}" for name, number in numbers if number))  # before what takes seconds to load
+    _say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
+    _say(*found["unmet"])
+
+    from rpg.planning.machine import devices, features, hub, room
+
+    found |= {"devices": devices(), "features": features(), **room(), "hub": hub()}
+    for each in found["devices"]:
+        more = f", {_gib(each['free'])} of {_gib(each['total'])} free" if "total" in each else ""
+        _say(f"device {each['name']}: {each['what']}{more}")
+    _say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
+    memory = found["memory"]
+    _say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
+    _say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
+    _say(f"hub: {found['hub']['note']}")
+    return found
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,201 @@
+"""The task ``tickets``: which weights of one start live, for every two-way grouping of the digits.
+
+A *ticket* (arXiv 1803.03635) is a mask under which the start is trained as well as the whole network would be. It is
+found by training and pruning in turns, each time from the start again, which is rewound to what a few common steps made
+of the first weights (arXiv 1912.05671). A checkpoint is no network: it holds the order in which weights were pruned, so
+that it is cut at any share of zeros. T tasks, C classes, B images, P weights that may be pruned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpg.seeding import make_rng
+from rpg.tasks.images.collection import Progress, single_threaded
+from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.finetuning import finetune_many
+from rpg.tasks.images.subsets import BASE
+from rpg.tasks.images.tickets_config import TicketsConfig
+from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
+from tokenization.checkpoint.masks import cut_mask
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.zoo import Zoo
+
+
+class Masked(SideBySide):
+    """Networks some of whose weights are held at zero, in training too.
+
+    Args:
+        network: their structure.
+        masks: 0 or 1, ``[T, *shape]``, of the tensors that are pruned.
+    """
+
+    def __init__(self, network: nn.Module, masks: Stacked) -> None:
+        super().__init__(network)
+        self.masks = masks
+
+    def apply(self, weights: Stacked) -> Stacked:
+        """The weights with their zeros."""
+        return {name: value * self.masks[name] if name in self.masks else value for name, value in weights.items()}
+
+    def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
+        """Logits ``[T, B, classes]``."""
+        return super().__call__(self.apply(weights), images)
+
+
+def flatten(stacked: Stacked) -> Tensor:
+    """All values of each network, ``[T, P]``."""
+    return torch.cat([value.flatten(1) for value in stacked.values()], 1)
+
+
+def unflatten(values: Tensor, like: Mapping[str, Tensor]) -> Stacked:
+    """The inverse of `flatten`, into tensors shaped as ``like`` of any number of networks."""
+    parts = values.split([value[0].numel() for value in like.values()], 1)
+    return {name: part.reshape(-1, *value.shape[1:]) for part, (name, value) in zip(parts, like.items(), strict=True)}
+
+
+def cut_globally(scores: Tensor, sparsity: float) -> Tensor:
+    """The highest of each network's scores ``[T, P]``, whatever their layer: 0 or 1, ``[T, P]`` float32.
+
+    Raises InputError if the share of zeros is not in 0 … 1.
+    """
+    return torch.stack([cut_mask(row, sparsity) for row in scores]).float()
+
+
+class TicketsTask:
+    """Collects tickets and scores masks by what training makes of them.
+
+    Scores of weights, and so checkpoints, are in -1 … 1: the later a weight was pruned, the higher.
+
+    Args:
+        config: the family of tasks, how tickets are found, and how sparse they are when they are judged.
+    """
+
+    def __init__(self, config: TicketsConfig) -> None:
+        self.config = config
+        self.family = DigitsSubsetsTask(config.family)
+        self.group = config.family.group
+
+    def build(self) -> nn.Module:
+        """The target network without what is never pruned: its biases and scales."""
+        network = self.family.build()
+        for module in network.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                if value.dim() < 2:
+                    module.register_parameter(name, None)
+        return network
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+        return self.family.condition
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """The rewound start of all tasks: what the common steps make of the network, with a new head of two logits."""
+        with single_threaded():
+            base, network = self.family.train_base(), self.family.build()
+        return {
+            name: base[name] if base[name].shape == like.shape else like for name, like in network.state_dict().items()
+        }
+
+    def train_base(self) -> dict[str, Tensor]:
+        """What the zoo keeps beside its tickets: the rewound start."""
+        return self.start
+
+    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
+        """Find every task's ticket; a zoo that is partly there is completed. See `SubsetTask.collect`."""
+        return self.family.collect_as(self, path, progress, limit)
+
+    def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
+        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        self.start = load_file(folder / BASE)
+        bits = self.family.bits()[runs]
+        tickets = self.find(bits)
+        return [tickets], {"validation_accuracy": self.accuracies(tickets, bits, "validation")[None]}
+
+    def find(self, bits: Tensor) -> Stacked:
+        """The tickets of tasks ``[T, C]`` by training and pruning in turns.
+
+        Who lives in round r of R (from 0) scores between r and r + 1, by the rank of its size after training. Scores
+        are then stretched from 0 … R to -1 … 1.
+        """
+        like = {name: value.expand(len(bits), *value.shape) for name, value in self.build().named_parameters()}
+        scores = flatten(like) * 0
+        alive = torch.ones_like(scores)
+        for number in range(self.config.rounds):
+            sizes = self.sizes(unflatten(alive, like), bits)
+            places = sizes.where(alive > 0, -1.0).argsort(1).argsort(1) - (alive == 0).sum(1, keepdim=True)
+            ranks = (places + 0.5) / alive.sum(1, keepdim=True)
+            scores = (number + ranks).where(alive > 0, scores)
+            alive = cut_globally(scores, 1 - self.config.kept ** (number + 1))
+        return unflatten(scores * 2 / self.config.rounds - 1, like)
+
+    def sizes(self, masks: Stacked, bits: Tensor) -> Tensor:
+        """How large weights are after the training that tickets are searched by, ``[T, P]``."""
+        trained = self.train(masks, bits, "search")
+        return flatten({name: trained[name].abs() for name in masks})
+
+    def train(self, masks: Stacked, bits: Tensor, images: str = "judged") -> Stacked:
+        """Train the rewound start under masks for the tasks ``[T, C]``; ``images`` names the draw of images."""
+        rows = torch.arange(len(bits)).split(self.group)
+        parts = [{name: value[some] for name, value in masks.items()} for some in rows]
+        return join_stacked([self._train(part, bits[some], images) for part, some in zip(parts, rows, strict=True)])
+
+    def _train(self, masks: Stacked, bits: Tensor, images: str) -> Stacked:
+        recipe, rng = self.config.family.finetune, make_rng(self.config.family.seed, "tickets", images)
+        side, starts = Masked(self.family.build(), masks), repeat(self.start, len(bits))
+        draw = functools.partial(self.family.draw, rng=rng, augmented=recipe.augment)
+        return side.apply(finetune_many(side, starts, bits, draw, recipe)[-1])
+
+    @single_threaded()
+    def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test", sparsity: float | None = None) -> Tensor:
+        """Share of right answers ``[T]`` of the start trained under the masks that scores are cut to.
+
+        Args:
+            weights: scores ``[T, *shape]``.
+            bits: their tasks ``[T, C]``.
+            split: of the images; training takes those of the training split.
+            sparsity: share of zeros; the configuration's when None.
+        """
+        share = self.config.sparsity if sparsity is None else sparsity
+        masks = unflatten(cut_globally(flatten(weights), share), weights)
+        return self.family.accuracies(self.train(masks, bits), bits, split)
+
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
+        """Figures by name, ``[T]``: the accuracy alone."""
+        return {"accuracy": self.accuracies(weights, bits, split)}
+
+    @single_threaded()
+    def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
+        """Masks of the tasks ``[T, C]`` that are no tickets, as scores.
+
+        ``random``; ``shuffled``: the task's own ticket, shuffled within every layer; ``start_magnitude``: the size of
+        the rewound weights; ``one_shot``: their size after training the whole network, which is pruned once.
+        """
+        own = {entry.condition: index for index, entry in enumerate(zoo.entries)}
+        tickets = stack([zoo.state_dict(own[tuple(map(float, task))]) for task in bits.tolist()])
+        random, shuffled = [], []
+        for row, task in enumerate(bits.tolist()):
+            rng = make_rng(self.config.family.seed, "random mask", *task)
+            random.append({name: torch.rand(value.shape[1:], generator=rng) for name, value in tickets.items()})
+            shuffled.append({name: _shuffled(value[row], rng) for name, value in tickets.items()})
+        starts = repeat(self.start, len(bits))
+        ones = {name: torch.ones_like(value) for name, value in tickets.items()}
+        return {
+            "random": stack(random),
+            "shuffled": stack(shuffled),
+            "start_magnitude": {name: starts[name].abs() for name in tickets},
+            "one_shot": unflatten(self.sizes(ones, bits), tickets),
+        }
+
+
+def _shuffled(values: Tensor, rng: torch.Generator) -> Tensor:
+    return values.flatten()[torch.randperm(values.numel(), generator=rng)].view_as(values)

@@ -1,0 +1,76 @@
+"""The experiment on lottery tickets, small: it runs as one command, and compares masks as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.config import Config
+from rpg.experiments.tickets import compare, evaluate_tickets, tickets_task, trivial
+from rpg.tasks import many
+from tests.rpg.conftest import Run, refused
+from tokenization.errors import InputError
+
+SMALL = (
+    "task.family.tasks=24", "task.family.held_out.num=5", "task.family.validation=3", "task.family.group=24",
+    "task.family.finetune.stages=[{steps: 25, learning_rate: 0.01}]", "task.rounds=3", "task.kept=0.5",
+    "task.sparsity=0.9", "train.steps=3", "model.backbone.d_model=16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(many, "num_cores", lambda: 1)
+    changes = (*SMALL, f"run={tmp_path / 'run'}", f"zoo={tmp_path / 'zoo'}")
+    return [word for each in changes for word in ("--set", each)]
+
+
+def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings: list[str], tmp_path: Path) -> None:
+    code, out, err = rpg("run", "configs/tickets.yaml", *settings)
+    assert code == 0, err
+    table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80 and any("ticket (searched)" in line for line in table)
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    kinds = {name for name, found in report.items() if isinstance(found, dict) and "overlap" in found}
+    assert kinds == {
+        "original", "generated", "no_condition", "kernel_ridge", "nearest_seen", "average", "random", "shuffled",
+        "start_magnitude", "one_shot",
+    }  # fmt: skip
+    means = {name: report[name]["accuracy"]["mean"] for name in kinds}
+    assert means["original"] > means["random"] + 0.05 and means["generated"] > means["random"]
+    assert report["original"]["overlap"] == 1 and report["random"]["overlap"] < 0.15
+    assert report["seconds_of_one"]["generated"] < report["seconds_of_one"]["original"]
+    assert (tmp_path / "run" / "tickets.png").stat().st_size > 10_000
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    chosen = evaluate_tickets(tmp_path / "run", split="validation")
+    assert chosen["num"] == 3 and (tmp_path / "run" / "evaluation.json").read_bytes() == before
+
+
+def test_kinds_are_compared_task_by_task() -> None:
+    scores = {name: torch.rand(3, 20) for name in ("original", "generated", "random")}
+    right = {"original": [0.9, 0.8, 0.7], "generated": [0.8, 0.8, 0.8], "random": [0.6, 0.9, 0.5]}
+    known = {id(scores[name]): torch.tensor(values) for name, values in right.items()}
+    report = compare(scores, lambda each, share: known[id(each)] - share, 0.9, seed=0)
+    assert report["generated"]["better_than_random"] == pytest.approx(2 / 3)
+    assert report["original"]["generated_better"] == pytest.approx(1 / 3)
+    assert report["generated"]["by_sparsity"]["0.98"] == pytest.approx(0.8 - 0.98, abs=1e-5)
+
+
+def test_trivial_scores_follow_the_bits() -> None:
+    seen = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    tickets = torch.cat([seen.float(), 1 - seen.float()], 1)  # linear in the bits
+    asked = torch.tensor([[1, 0, 1]])
+    made = trivial(tickets, seen, asked)
+    assert torch.equal(made["average"][0], tickets.mean(0))
+    assert torch.equal(made["nearest_seen"][0], tickets[0])
+    own = torch.tensor([1.0, 0, 1, 0, 1, 0])
+    assert (made["kernel_ridge"][0] - own).norm() < (made["average"][0] - own).norm()
+
+
+def test_another_task_is_refused(rpg: Run) -> None:
+    with pytest.raises(InputError, match="experiment on tickets"):
+        tickets_task(Config.load("configs/digits.yaml"))
+    refused(rpg("run", "configs/tickets.yaml", "--set", "task.family.copies=2"), "one ticket")
