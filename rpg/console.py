@@ -21,10 +21,9 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tokenization.errors import InputError
@@ -97,13 +96,13 @@ def _two_lines(head: str, width: int) -> str:
 
 
 class _Rate(ProgressColumn):
-    """Steps a second, or seconds a step."""
+    """Steps a second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        return Text(f"{speed:.3g}/s" if speed >= 1 else f"{1 / speed:.3g} s each")
+        return Text(f"{speed:.2g}/s" if speed < 100 else f"{speed:,.0f}/s", no_wrap=True)
 
 
 _live = False
@@ -126,9 +125,8 @@ def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
         BarColumn(None),
         MofNCompleteColumn(),
         _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         console=console,
         redirect_stdout=False,
     )

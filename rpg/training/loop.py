@@ -35,7 +35,7 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 }
 """What trains each kind of model."""
 
-WATCHED, FIRST_WATCHED = 0.03, 5.0
+WATCHED, FIRST_WATCHED = 0.03, 20.0
 """Part of the time that watching may take, and seconds of training before the first time."""
 
 MOST_WATCHED = 1_000_000

@@ -79,6 +79,7 @@ def test_large_networks_have_spectral_tokens_and_fit_the_memory(
         zoo.append({"weight": torch.randn(800, 800)}, run=0, step=step)
     config = propose(zoo).config
     assert config.tokens.rank == "auto" and config.generate.state == "gaussian"
+    assert set(trained(zoo, tmp_path).generate(1, seed=0)[0]) == {"weight"}
     need = guard.Need("training", 0, 0, "")
     monkeypatch.setattr(
         "rpg.planning.proposal.training_need",
