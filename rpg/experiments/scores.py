@@ -26,11 +26,11 @@ from rpg.evaluation.scores.show import ScorePage, draw_scores, write_score_page
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
+from rpg.experiments.score_conditions import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
-from rpg.models.conditioning import are_new, regression_inputs
 from rpg.tasks.base import Classifier, SampleTask
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
@@ -94,7 +94,7 @@ def evaluate_run_by_scores(
     scorer = _scorer(judge, generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
-    conditions, requested = _conditions(generator, zoo, trained, held_out, num, split)
+    conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
     scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     span, asked = zoo_span(generator, zoo, trained), _stored(generator, num, seed)
@@ -249,42 +249,6 @@ def _merges(
         return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
     finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
     return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
-
-
-def _conditions(
-    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
-) -> tuple[Conditions, Any]:
-    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
-    if generator.condition is None:
-        return Conditions(), None
-    places = _asked_entries(zoo, held_out, split) or trained
-    chosen = _spread(places, num)
-    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
-    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
-        return Conditions(own, others), None
-    text = zoo.condition.kind == "text"
-    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
-    if generator.texts is not None:
-        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
-    else:
-        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
-    conditions = Conditions(
-        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
-        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=not are_new(zoo.condition.kind),
-    )  # fmt: skip
-    return conditions, known[len(own) :] if text else wanted
-
-
-def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
-    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
-    names = ("validation",) if split == "validation" else ("unseen", "test")
-    return [index for index in held_out if zoo.entries[index].split in names] or held_out
-
-
-def _spread(places: Sequence[int], num: int) -> list[int]:
-    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
-    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
-    return [chosen[i % len(chosen)] for i in range(num)]
 
 
 def _trajectory(

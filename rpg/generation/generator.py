@@ -16,17 +16,14 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.devices import chosen_device, parse_device
 from rpg.generation.adapter_folder import adapter_config_of
-from rpg.generation.config import GenerateConfig
 from rpg.generation.digest import folder_digest
 from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights, require_files
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.partition import Partition
-from rpg.generation.pdiff_sampler import LatentSampler
-from rpg.generation.posterior_sampler import PosteriorSampler
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
-from rpg.generation.sampler import Tile, TokenSampler
-from rpg.generation.sane_sampler import CodeSampler
+from rpg.generation.sampler import Tile
+from rpg.generation.samplers import SAMPLERS, Sampler
 from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
@@ -38,14 +35,6 @@ from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 StateDict = dict[str, Tensor]
-Sampler = TokenSampler | LatentSampler | PosteriorSampler
-SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], Sampler]] = {
-    "recurrent": TokenSampler,
-    "pdiff": LatentSampler,
-    "kernel_ridge": PosteriorSampler,
-    "sane": CodeSampler,
-}
-"""What samples from each kind of model."""
 
 
 class Generator:
