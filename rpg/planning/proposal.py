@@ -24,7 +24,7 @@ from tokenization.files import write_text
 from tokenization.layouts import layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
-MANY_VALUES = 500_000
+MANY_VALUES = 100_000
 """Values from which on tokens are coefficients along the zoo's directions, which are few in any network."""
 
 SMALL_TOKENS = 32
