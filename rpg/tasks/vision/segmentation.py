@@ -6,18 +6,16 @@ B images, S height and width that images are brought to, C classes.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
-from rpg.seeding import make_rng
 from rpg.tasks.images.collection import use_threads
-from rpg.tasks.images.timm_data import AddressedImages, CheckedImages, LaterBatches
+from rpg.tasks.vision.image_batches import batches_to_score, batches_to_train
 from rpg.tasks.vision.segmentation_config import SegmentationConfig
 from rpg.tasks.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
 from rpg.tasks.vision.segmentation_networks import build_segmenter, enlarge, logits_of
@@ -51,38 +49,20 @@ class SegmentationTask(StepwiseTask):
             self._opened[split] = open_split(split, self.config)
         return self._opened[split]
 
-    def batches(self, split: str, *parts: int | str, skip: int = 0) -> Iterator[Batch]:
-        """Images and maps; seed and ``parts`` decide order and alterations of ``train``, whose first are left out.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
-        train, dataset = split == "train", self.dataset(split)
-        rng = make_rng(self.config.seed, "batches", *parts) if train else None
-        order = RandomSampler(dataset, generator=rng) if train else SequentialSampler(dataset)
-        read = AddressedImages(dataset, self.config.seed, *parts) if train else dataset
-        loader: Any = DataLoader(
-            CheckedImages(read, dataset),
-            batch_sampler=LaterBatches(order, self.config.batch_size, skip),
-            num_workers=self.config.workers,
-            collate_fn=list,
-            generator=rng,
-        )
-        for samples in loader:
-            for sample in samples:
-                if isinstance(sample, str):
-                    raise InputError(sample)
-            images, maps = zip(*samples, strict=True)
-            yield torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Images and maps of a split, in their order. Raises InputError if a file cannot be read."""
+        yield from map(self._stacked, batches_to_score(self.dataset(split), self.config))
 
     def batches_after(self, done: int) -> Iterator[Batch]:
-        """The training batches of all epochs but the first ``done`` ones, without end; each is full."""
-        dataset, size = self.dataset("train"), self.config.batch_size
-        first, skip = divmod(done, max(1, len(dataset) // size))
-        for epoch in itertools.count(first):
-            whole = itertools.islice(self.batches("train", epoch, skip=skip), max(1, len(dataset) // size) - skip)
-            yield from whole  # a batch of one image is too few for a batch norm of global features
-            skip = 0
+        """The training batches of all epochs but the first ``done`` ones, without end.
+
+        Each is full: a batch of one image is too few for a batch norm of global features.
+        """
+        yield from map(self._stacked, batches_to_train(self.dataset("train"), self.config, done))
+
+    def _stacked(self, samples: list[Any]) -> Batch:
+        images, maps = zip(*samples, strict=True)
+        return torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
 
     def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
         """Mean cross entropy of the pixels that count."""

@@ -151,7 +151,7 @@ def test_archives_in_their_own_layouts_are_trained_and_scored_on(archives, tmp_p
     assert image.shape == (3, 32, 32) and classes.shape == (48, 64)  # maps to score on keep their size
     seen = set(torch.cat([task.dataset("test")[index][1].flatten() for index in range(16)]).tolist())
     assert seen <= ({*range(10), IGNORED} if layout == "ade20k" else {*range(11), IGNORED}) and IGNORED in seen
-    first, again = (next(task.batches("train", 0)) for _ in range(2))
+    first, again = (next(task.batches_after(0)) for _ in range(2))
     assert torch.equal(first[0], again[0]) and first[1][0].shape == (32, 32)
 
 
