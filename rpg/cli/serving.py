@@ -27,5 +27,5 @@ def app(
         ) from None
     place = use_device(device)
     guard(lambda: generation_need(run), ignore_memory)
-    console.print(f"reading {run}")
+    console.print(f"reading {run}", soft_wrap=True)
     serve(LoadedRun(run, place, prompt_model), host, port, lambda line: console.print(line, highlight=False))

@@ -10,7 +10,7 @@ import torch
 
 from rpg.config import Config
 from rpg.tasks import build_task
-from rpg.tasks.base import TaskFamily
+from rpg.tasks.base import PartTask, TaskFamily
 from rpg.training.data import condition_size as zoo_condition_size
 from rpg.training.data import state_ids, training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -94,7 +94,9 @@ def _network_of_task(config: Config) -> tuple[Checkpoint, int | None]:
         )
     task = build_task(config.task)
     with torch.device("meta"):
-        checkpoint = Checkpoint.without_values(task.build().state_dict(), Path(config.zoo))
+        network = task.build()
+        held = task.part(network) if isinstance(task, PartTask) else network.state_dict()
+        checkpoint = Checkpoint.without_values(held, Path(config.zoo))
     with contextlib.suppress(InputError):
         return checkpoint, task.condition.size if isinstance(task, TaskFamily) else None
     return checkpoint, None

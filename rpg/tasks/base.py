@@ -168,3 +168,11 @@ class SampleTask(Task, Protocol):
 
     def images(self, split: str = "test") -> Tensor:
         """The images of a split, ``[B, channels, S, S]`` in 0 … 1."""
+
+
+@runtime_checkable
+class PartTask(Task, Protocol):
+    """A task whose checkpoints may be a part of the network alone."""
+
+    def part(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """What a checkpoint holds of ``network``, by its names. Raises InputError if there is no such part."""

@@ -36,6 +36,13 @@ TICKETS = {
 RUNS = {"runs": 24, "validation": 3, "unseen": 4, "hidden": 8, "steps": [0, 5, 15], "group": 8}
 ADAPTERS = {"tokens": {"size": 32, "rank": None}, "evaluate": {**SCORES, "baselines": ["nearest_seen", "kernel_ridge"]}}
 
+STEPS = {"train_steps": 2, "steps": 8, "batch_size": 4}
+STEPWISE = {
+    "model": {"state": {"width": 3}},
+    "train": {"steps": 8, "save_every": 8},
+    "evaluate": {"num": 2, "num_baseline": 2},
+}
+
 SMALL: dict[str, dict[str, Any]] = {
     "digits.yaml": {**SECTIONS, "task": DIGITS, "evaluate": SCORES},
     "demo.yaml": {**SECTIONS, "task": {"runs": 3, **DIGITS}, "model": {"state": {"width": 4}}, "evaluate": SCORES},
@@ -55,6 +62,9 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "lora/folder.yaml": {**SECTIONS, **ADAPTERS},
     "tickets.yaml": {**SECTIONS, "task": {"family": TICKETS, "rounds": 2}, "model": {"backbone": {"d_model": 16}}},
+    "segmentation.yaml": {**STEPWISE, "task": {**STEPS, "canvases": 16}},
+    "detection.yaml": {**STEPWISE, "task": {**STEPS, "data": {"train": 16, "scored": 4}}},
+    "unet.yaml": {**STEPWISE, "task": {**STEPS, "samples": 8, "sample_steps": 2}},
     "sweeps/position.yaml": {"set": ["train.steps=8"], "entries": [{"name": "2d", "set": ["model.position=2d"]}]},
 }
 """Changes to configurations that pages name, so that each takes a second."""

@@ -189,15 +189,9 @@ class TimmFinetuneTask:
         if saved >= set(range(1, self.config.steps + 1)):
             return zoo
         network = self._base_network()
-        chosen = self.config.finetune or last_norms(network, self.config.num_norms)
-        parameters = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
-        if not parameters:
-            raise InputError(
-                f"task.finetune {chosen!r} matches no parameter of {self.config.network}; write patterns of its names"
-            )
+        parameters = self.part(network)
         network.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        torch.nn.ParameterList(parameters.values()).requires_grad_(True)
         network.eval()  # what is not fine-tuned stays, running statistics included
         optimizer = self._optimizer(parameters.values())
         for step in self._train_steps(network, optimizer, self.config.steps, self.config.finetune_learning_rate):
@@ -208,6 +202,14 @@ class TimmFinetuneTask:
             if limit is not None and len(zoo) >= limit:
                 break
         return zoo
+
+    def part(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are fine-tuned, which a checkpoint holds. Raises InputError if patterns match none."""
+        chosen = self.config.finetune or last_norms(network, self.config.num_norms)
+        found = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
+        if not found:
+            raise InputError(f"task.finetune {chosen!r} fits no parameter of {self.config.network}; write their names")
+        return found
 
     def _base_network(self) -> nn.Module:
         """The whole network before fine-tuning: read from ``base``, or trained and written there.

@@ -76,6 +76,13 @@ class StepwiseTask(ABC):
                 )
         return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
+    def part(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """What a checkpoint holds of ``network``. Raises InputError if a pattern matches no parameter."""
+        if self.is_whole:
+            return network.state_dict()
+        names = set(self.chosen(network))
+        return {name: value for name, value in network.named_parameters() if name in names}
+
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
         """Train the base network if there is none yet, fine-tune it, and save what is fine-tuned after each step.
 
