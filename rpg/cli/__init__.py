@@ -59,6 +59,8 @@ def collect(
     if source is not None:
         from tokenization.zoo.importing import collect_from
 
+        if config is not None:
+            raise InputError(f"--from takes one folder or glob, and {config} stands behind it; put a glob in quotes")
         if zoo is None:
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
         notices: list[str] = []

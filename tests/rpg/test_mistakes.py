@@ -214,6 +214,7 @@ MISTAKES = {
     "rpg demo --set run=TEXT": "text",
     "rpg demo --set task=null": "task",
     "rpg run FOLDER/none.yaml": "none.yaml",
+    "rpg collect --from FAKE EMPTY --zoo FOLDER/new": "put a glob in quotes",
     "rpg run CONFIG --set zoo=FOLDER/none --set task=null": "none",
     "rpg run DIGITS --set run=TEXT": "text",
 }
