@@ -109,7 +109,7 @@ def test_cures_name_packages_and_work(rpg: Run) -> None:
         ]
     there = [Requirement(line).name for line in sorted(optional) if packages.installed(Requirement(line).name)]
     cure = shlex.split(packages.install_command(*there))
-    subprocess.run([sys.executable, "-m", *cure, "--no-index", "--no-deps"], check=True, capture_output=True)  # all is there
+    subprocess.run([sys.executable, "-m", *cure, "--no-index", "--no-deps"], check=True, capture_output=True)
 
 
 def test_no_cure_names_an_extra_of_ours() -> None:
