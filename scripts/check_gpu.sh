@@ -102,7 +102,7 @@ check_bf16_training() {
 }
 check_mamba2() { on_device test_mamba2; }
 check_mamba2_fused() {
-  [ "$device" = cuda ] && "$bin/python" -c "import mamba_ssm" 2> /dev/null || leave_out "needs a GPU and rpg[mamba]"
+  [ "$device" = cuda ] && "$bin/python" -c "import mamba_ssm" 2> /dev/null || leave_out "needs a GPU and mamba-ssm"
   on_device test_mamba2_fused
 }
 check_unet() { on_device test_unet; }

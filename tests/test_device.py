@@ -65,7 +65,7 @@ def test_mamba2() -> None:
     assert_close(outcome(layer.to(DEVICE), inputs), outcome(slow, inputs), FP32)
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda" or fused_scan() is None, reason="needs a CUDA device and rpg[mamba]")
+@pytest.mark.skipif(DEVICE.type != "cuda" or fused_scan() is None, reason="needs a CUDA device and mamba-ssm")
 def test_mamba2_fused() -> None:
     """The kernels of mamba_ssm against plain PyTorch, in fp32 and bf16."""
     layer, inputs = mamba2_layer()

@@ -60,6 +60,6 @@ class TrainConfig(Section):
     )
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         ("tensorboard",),
-        description="where losses go beside metrics.jsonl; wandb: Weights & Biases, the extra rpg[wandb]",
+        description="where losses go beside metrics.jsonl; wandb: Weights & Biases, if wandb is installed",
     )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
