@@ -38,6 +38,9 @@ from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
 
+KEPT_FOR_CHOICES = ("validation", "altered_validation")
+"""Splits of a zoo that nothing is learned from where a choice is to be made."""
+
 MOST_VALUES = 1 << 28
 """Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
 
@@ -83,7 +86,7 @@ def for_choices(config: Config) -> Config:
     Raises:
         InputError: no other split is trained on.
     """
-    splits = tuple(each for each in config.train.splits if each != "validation")
+    splits = tuple(each for each in config.train.splits if each not in KEPT_FOR_CHOICES)
     if splits == config.train.splits:
         return config
     if not splits:
@@ -94,10 +97,11 @@ def for_choices(config: Config) -> Config:
 
 def require_for_choices(config: Config) -> None:
     """See to it that choices may be made by a run. Raises InputError if it learns from the validation split."""
-    if "validation" in config.train.splits:
+    chosen = for_choices(config)
+    if chosen is not config:
         raise InputError(
             f"{config.run} learns from the validation split, so that no choice can be made by it; train another "
-            f"with --set 'train.splits=[train]' --set run={for_choices(config).run}"
+            f"with --set 'train.splits=[{','.join(chosen.train.splits)}]' --set run={chosen.run}"
         )
 
 
