@@ -52,6 +52,8 @@ class RecurrentConfig(Section):
     def _starts_have_no_states(self) -> RecurrentConfig:
         if self.start is not None and self.state.of != "none":
             raise ValueError("start takes the place of permutation states; set state.of to none")
+        if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
+            raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
         return self
 
     @property

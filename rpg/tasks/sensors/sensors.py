@@ -102,6 +102,10 @@ class SensorsTask:
         parts = [self.draw_tasks(num, make_rng(self.config.seed, "sensors", name)) for name, num in counts.items()]
         return torch.cat(parts), [name for name, num in counts.items() for _ in range(num)]
 
+    def splits(self) -> list[str]:
+        """The split of every sensor: ``train``, ``validation`` or ``unseen``."""
+        return self.sensors()[1]
+
     def see(self, images: Tensor, settings: Tensor) -> Tensor:
         """Images in 0 … 1, ``[B, C, S, S]`` or each sensor's own ``[T, B, C, S, S]``, as networks take what sensors
         with the settings ``[T, C]`` show: ``[T, B, C, S, S]``."""
