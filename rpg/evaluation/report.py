@@ -6,6 +6,7 @@ first metric of ``better`` is the one that networks are compared by. `networks` 
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from rpg.section import Section
 from tokenization.errors import InputError
 from tokenization.files import write_text
 
-FORMAT = 2
+FORMAT: Literal[2] = 2
 
 FILE = "evaluation.json"
 
@@ -136,7 +137,7 @@ class Report(Section):
     def means(self) -> dict[str, dict[str, float | None]]:
         """The mean of every metric and the median distance, by kind."""
         return {
-            kind: {name: self.mean(kind, name) for name in each.summaries} | {"distance": nearest_of(each)}
+            kind: {name: self.mean(kind, name) for name in self.better} | {"distance": nearest_of(each)}
             for kind, each in self.kinds.items()
             if each.count
         }
@@ -153,9 +154,10 @@ class Report(Section):
         return pandas.DataFrame.from_dict(self.means(), orient="index")
 
     def _repr_html_(self) -> str:
-        from rpg.evaluation.table import html_table
-
-        return html_table(self)
+        rows = [["networks", *self.better, "distance"]]
+        rows += [[label_of(kind), *(shown(v, k) for k, v in found.items())] for kind, found in self.means().items()]
+        lines = ["".join(f"<td>{html.escape(cell.replace('_', ' '))}</td>" for cell in row) for row in rows]
+        return f"<p>{html.escape(self.verdict)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
     def save(self, folder: Path | str) -> Path:
         """Write ``evaluation.json`` atomically. Raises InputError if the folder cannot be written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -110,13 +109,6 @@ def shown_distance(each: Networks, name: str) -> str:
     """Median distance of a kind."""
     middle = nearest_of(each, name)
     return "" if middle is None else f"{middle:.3g}"
-
-
-def html_table(report: Report) -> str:
-    """The whole table as HTML, below the verdict."""
-    heads, rows = cells_of(report, list(report.kinds))
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (heads, *rows)]
-    return f"<p>{html.escape(report.verdict)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def print_checkpoints(scores: Mapping[str, Mapping[str, Mapping[str, float]]], console: Console) -> None:

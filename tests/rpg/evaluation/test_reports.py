@@ -72,6 +72,13 @@ def test_the_verdict_says_good_and_bad_news_alike():
     assert "worse than the best simple baseline, kernel ridge (21.0 %)" in report(0.6, "less").verdict
 
 
+def test_a_notebook_shows_the_means():
+    found = report()
+    assert found.means()["average"] == {"accuracy": pytest.approx(0.86), "loss": 1.0, "distance": 2.0}
+    text = found._repr_html_()
+    assert "<td>average</td><td>86.0 %</td><td>1</td><td>2</td>" in text and "better than" in text
+
+
 def test_a_report_ends_in_a_dozen_lines_and_the_rest_is_there_when_asked_for(tmp_path: Path):
     text = printed(report(), folder=tmp_path, then="rpg generate runs/mine")
     lines = text.rstrip().splitlines()
@@ -80,7 +87,7 @@ def test_a_report_ends_in_a_dozen_lines_and_the_rest_is_there_when_asked_for(tmp
         assert any(line.startswith(kind) for line in lines), kind
     assert not any(line.startswith(("run average", "noise 0.05")) for line in lines)  # the best of each family
     full = printed(report(notes=("Mind the gap.",), parts={"seen": report().kinds}), full=True)
-    assert all(words in full for words in ("run average", "noise 0.05", "Mind the gap.", "seen:", "mean loss"))
+    assert all(words in full for words in ("run average", "noise 0.05", "Mind the gap.", "seen:", "loss"))
 
 
 def test_the_page_shows_everything_and_escapes_what_users_wrote(tmp_path: Path):
