@@ -147,12 +147,6 @@ class Report(Section):
         """The result in one sentence, good or bad."""
         return verdict_of(self)
 
-    def to_frame(self) -> Any:
-        """The means as a pandas DataFrame, a row a kind. Needs pandas."""
-        import pandas
-
-        return pandas.DataFrame.from_dict(self.means(), orient="index")
-
     def _repr_html_(self) -> str:
         rows = [["networks", *self.better, "distance"]]
         rows += [[label_of(kind), *(shown(v, k) for k, v in found.items())] for kind, found in self.means().items()]
