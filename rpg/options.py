@@ -96,6 +96,14 @@ PromptModel = Annotated[
     ),
 ]
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Setting = Annotated[
+    list[str] | None,
+    option(
+        "A setting of what the networks are for, e.g. angle=137 or inverted=true; others keep their defaults. Can be "
+        "given several times.",
+        metavar="NAME=VALUE",
+    ),
+]
 Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
 State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]

@@ -190,7 +190,7 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     sparsity: o.Sparsity = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
@@ -207,7 +207,7 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, setting)
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(

@@ -36,8 +36,8 @@ class Decoder(Denoiser):
     def __init__(self, config: DecoderConfig, token_size: int, d_prototype: int) -> None:
         super().__init__()
         widths = [d_prototype, *[config.width] * config.depth]
-        layers = [nn.Sequential(nn.SiLU(), nn.Linear(first, last)) for first, last in itertools.pairwise(widths)]
-        self.network = nn.Sequential(*layers, nn.SiLU(), nn.Linear(widths[-1], token_size))
+        layers = [nn.Sequential(nn.ReLU(), nn.Linear(first, last)) for first, last in itertools.pairwise(widths)]
+        self.network = nn.Sequential(*layers, nn.ReLU(), nn.Linear(widths[-1], token_size))
         last: Any = self.network[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

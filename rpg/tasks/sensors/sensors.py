@@ -56,6 +56,9 @@ class SensorsTask:
             raise InputError("task leaves no setting that varies; give angle, scale or shift a range")
         self.condition = ConditionSpec.of_settings(self.settings)
 
+    def __reduce__(self) -> tuple:  # to other processes, without what is computed
+        return type(self), (self.config,)
+
     @cached_property
     def _data(self) -> tuple:
         return load_images(self.config)
