@@ -14,7 +14,7 @@ from typing import Any
 
 from _common import Figures, Parser, run_command, work_folder
 
-from rpg.cli.options import default_config
+from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.evaluation.metrics import accuracy
 from rpg.experiments.single import collect, generate_timed, scoring_task

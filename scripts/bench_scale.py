@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from _common import GIB, Figures, Parser, alone, make_zoo, measured, run_command, work_folder
 
-from rpg.cli.options import default_config
+from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn

@@ -12,7 +12,7 @@ from _common import Figures, Parser, alone, make_zoo, run_command, work_folder
 from rich.console import Console
 from rich.table import Table
 
-from rpg.cli.options import default_config
+from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.planning.peak import peak_resident_bytes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rpg.cli.options import default_config
+from rpg.cli.parameters import default_config
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rpg.cli.options import default_config
+from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.planning.flops import count_flops
