@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from rpg import options as o
-from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli import experiments, merging, scoring, serving, sharing
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
@@ -53,6 +53,7 @@ def collect(
     pattern: o.Pattern = None,
     find_runs: o.FindRuns = True,
     condition: o.Kind = None,
+    base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
@@ -67,8 +68,8 @@ def collect(
         with progress_bar("reading") as advance:
             kind = cast(ConditionKind | None, condition)
             made = collect_from(
-                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
-                say=notices.append,
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
+                progress=advance, say=notices.append,
             )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
@@ -239,6 +240,7 @@ def export(
 
 
 for command in (
+    merging.merge,
     scoring.evaluate,
     experiments.sweep,
     experiments.unseen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,8 @@ from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
 from tokenization.files import write_text
-from tokenization.lora.adapter import (
-    CONFIG_NAME,
-    check_adapter_tensors,
-    is_adapter,
-    read_adapter_config,
-    require_same_config,
-)
+from tokenization.lora.adapter import CONFIG_NAME, is_adapter, read_adapter_config
+from tokenization.lora.collected import CollectedAdapters
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
@@ -35,11 +30,25 @@ from tokenization.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class _Source:
-    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted)."""
+    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted).
+
+    Of adapters with another scaling than the zoo's, ``factors`` has what tensors are multiplied by.
+    """
 
     path: Path
     label: Label
     entry: ZooEntry | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def state_dict(self, structure: Structure | None) -> dict[str, Tensor]:
+        """What the zoo is to store, in its order, so that pickles and safetensors mix."""
+        found = read_state_dict(self.path)
+        for name, factor in self.factors.items():
+            found[name] = (found[name].double() * factor).to(found[name].dtype)
+        if structure is None:
+            return found
+        names = [name for name in [*structure.tensors, *structure.ties] if name in found]
+        return {name: found[name] for name in names} | found
 
 
 @locks(lambda source, zoo_path, **_: zoo_path)
@@ -51,6 +60,7 @@ def collect_from(
     pattern: str | None = None,
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
+    base: str | None = None,
     find_runs: bool = True,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -70,7 +80,9 @@ def collect_from(
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
         task: the zoo's task, for a new zoo.
-        progress: called with (checked, total) checkpoints; say: receives one line of what names told.
+        base: of adapters: the base model of all of them, whatever path each names.
+        progress: called with (checked, total) checkpoints; say: receives a line of what names told and what was
+            converted.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -90,7 +102,10 @@ def collect_from(
     labelled = [each for each in labelled if str(each[0].resolve()) not in known]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
-    sources, adapter = _checked(labelled, zoo, runs, progress)
+    adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
+    sources = _checked(labelled, zoo, runs, adapters, progress)
+    for notice in adapters.notices():
+        say(notice)
     if not sources:
         return zoo
     if not exists:
@@ -99,8 +114,9 @@ def collect_from(
         )
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
-    if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
-        write_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
+    config = adapters.text()
+    if config is not None and not (zoo.path / CONFIG_NAME).exists():
+        write_text(zoo.path / CONFIG_NAME, config)
     _write(zoo, sources, runs)
     return zoo
 
@@ -151,42 +167,42 @@ def _checked(
     labelled: list[tuple[Path, Label]],
     zoo: Zoo,
     runs: list[str],
+    adapters: CollectedAdapters,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[_Source], Path | None]:
-    """Read every checkpoint; the sources with the entries of those to be adopted, and the first adapter's config."""
+) -> list[_Source]:
+    """Read every checkpoint; the sources with the entries of those to be adopted."""
     expected = zoo.structure if zoo.entries else None
-    reference: tuple[dict[str, Any], Path] | None = None
-    if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
-        reference = (read_adapter_config(zoo.path), zoo.path)
     sources = []
     for index, (path, label) in enumerate(labelled):
         where = str(path)
         fields = _fields(path, label, zoo, runs)
         config = read_adapter_config(path) if is_adapter(path) else None
-        if config is not None:
-            reference = reference or (config, path)
-            require_same_config(config, path, *reference)
-        if pickled_files(path):
-            state_dict = _in_order(read_state_dict(path), expected)
+        checkpoint = None if pickled_files(path) else Checkpoint.open(path)
+        state_dict = read_state_dict(path) if checkpoint is None else {}
+        structure = Structure.of_state_dict(state_dict) if checkpoint is None else Structure.of_checkpoint(checkpoint)
+        factors = adapters.factors(
+            path,
+            config,
+            {name: shape for name, (_, shape) in structure.tensors.items()},
+            state_dict.__getitem__ if checkpoint is None else checkpoint.tensor,
+        )
+        entry = None
+        if checkpoint is None or factors:
+            state_dict = _Source(path, label, None, factors).state_dict(expected)
             structure = Structure.of_state_dict(state_dict)
             check_values(state_dict, where)
-            entry = None
         else:
-            checkpoint = Checkpoint.open(path)
-            structure = Structure.of_checkpoint(checkpoint)
             entry = _adopted(checkpoint, zoo, fields)
             if expected is not None:
                 expected.require(structure, where)
             check_checkpoint_values(checkpoint, where)
             entry = with_digest(entry, checkpoint)
-        if config is not None:
-            check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
         expected = expected or structure
         expected.require(structure, where)
-        sources.append(_Source(path, label, entry))
+        sources.append(_Source(path, label, entry, factors))
         if progress is not None:
             progress(index + 1, len(labelled))
-    return sources, reference[1] / CONFIG_NAME if reference else None
+    return sources
 
 
 def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
@@ -197,7 +213,7 @@ def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = _in_order(read_state_dict(item.path), zoo.structure if zoo.entries else None)
+        state_dict = item.state_dict(zoo.structure if zoo.entries else None)
         zoo.append(state_dict, source=str(item.path.resolve()), **_fields(item.path, item.label, zoo, runs))
     zoo.extend(adopted)
 
@@ -223,11 +239,3 @@ def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEnt
     inside = absolute.is_relative_to(folder) and all(zoo.contains(file) for file in checkpoint.sizes)
     file = absolute.relative_to(folder).as_posix() if inside else str(absolute)
     return entry_of({**fields, "file": file, "external": not inside}, str(checkpoint.path))
-
-
-def _in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:
-    """A converted state dict in the zoo's order, so that pickles and safetensors mix."""
-    if structure is None:
-        return dict(state_dict)
-    names = [name for name in [*structure.tensors, *structure.ties] if name in state_dict]
-    return {name: state_dict[name] for name in names} | dict(state_dict)
