@@ -112,13 +112,16 @@ def inspect(
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
 
-    written = write(path, write_config) if write_config is not None else None
-    console.print(*describe(path, overrides or [], verify=verify))
+    changes = overrides or []
+    written = write(path, write_config, changes) if write_config is not None else None
+    if written is not None:  # what is described is the zoo, which looks at tokens alone
+        changes = [change for change in changes if change.startswith("tokens.")]
+    console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
         console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
-    return {**facts_of(path, overrides or []), **config}
+    return {**facts_of(path, changes), **config}
 
 
 @app.command()

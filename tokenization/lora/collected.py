@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.errors import InputError
+from tokenization.files import write_text
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, conversion, partner_of, read_adapter_config
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -80,29 +81,30 @@ class CollectedAdapters:
             self._untrained.append(path)
         return found
 
-    def text(self) -> str | None:
-        """The zoo's ``adapter_config.json``; None of a zoo of other checkpoints."""
-        if self.config is None:
-            return None
-        if self.base is None:
-            return (self.where / CONFIG_NAME).read_text(encoding="utf-8")
-        return json.dumps({**self.config, "base_model_name_or_path": self.base, "revision": None}, indent=2)
+    def finish(self, zoo: Path, say: Callable[[str], None]) -> None:
+        """Say what was converted and which adapters change nothing, and give a new zoo its ``adapter_config.json``.
 
-    def notices(self) -> list[str]:
-        """What was converted, and which adapters change nothing."""
-        lines = []
+        Raises:
+            InputError: the disk refuses.
+        """
         if self._rescaled:
             how = "up to the rounding of their dtype" if self._rounded else "exactly"
-            lines.append(
+            say(
                 f"{len(self._rescaled)} adapter(s) with another scaling (alpha, rank, rsLoRA) than the first: their "
                 f"lora_B was multiplied, so that they compute {how} what they did; for example {self._rescaled[0]}"
             )
         if self._untrained:
-            lines.append(
+            say(
                 f"{len(self._untrained)} adapter(s) change nothing (every product B A is 0, as before training); "
                 f"for example {self._untrained[0]}"
             )
-        return lines
+        if self.config is None or (zoo / CONFIG_NAME).exists():
+            return
+        if self.base is None:
+            text = (self.where / CONFIG_NAME).read_text(encoding="utf-8")
+        else:
+            text = json.dumps({**self.config, "base_model_name_or_path": self.base, "revision": None}, indent=2)
+        write_text(zoo / CONFIG_NAME, text)
 
 
 def _is_trained(tensor: Callable[[str], Tensor], a: str, b: str) -> bool:

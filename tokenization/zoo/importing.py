@@ -15,8 +15,7 @@ from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.errors import InputError
-from tokenization.files import write_text
-from tokenization.lora.adapter import CONFIG_NAME, is_adapter, read_adapter_config
+from tokenization.lora.adapter import is_adapter, read_adapter_config
 from tokenization.lora.collected import CollectedAdapters
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
@@ -24,7 +23,7 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
-from tokenization.zoo.sources import find_checkpoints
+from tokenization.zoo.sources import find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
 
 
@@ -73,16 +72,14 @@ def collect_from(
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+        table: CSV or JSONL with ``file`` (relative to the table or the source's folder), ``run``, ``step``, ``split``,
             ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
         pattern: regular expression on each path; named groups mean the same as the columns, which go first.
         find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`); no run
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
-        task: the zoo's task, for a new zoo.
-        base: of adapters: the base model of all of them, whatever path each names.
-        progress: called with (checked, total) checkpoints; say: receives a line of what names told and what was
-            converted.
+        task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
+        progress: called with (checked, total) checkpoints; say: receives lines of what names told and was converted.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -104,19 +101,14 @@ def collect_from(
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
     adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
     sources = _checked(labelled, zoo, runs, adapters, progress)
-    for notice in adapters.notices():
-        say(notice)
     if not sources:
         return zoo
     if not exists:
-        zoo = Zoo.create(
-            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled]
-        )
+        among = [path for path, _ in labelled]
+        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
-    config = adapters.text()
-    if config is not None and not (zoo.path / CONFIG_NAME).exists():
-        write_text(zoo.path / CONFIG_NAME, config)
+    adapters.finish(zoo.path, say)
     _write(zoo, sources, runs)
     return zoo
 
@@ -136,7 +128,7 @@ def _labelled(
         for item in sources:
             rows += [(path, str(path), {}) for path in find_checkpoints(item, zoo_path)]
     else:
-        folders = [Path(table).parent, *(Path(item) for item in sources)]
+        folders = [Path(table).parent, *(folder_of(item) for item in sources)]
         for where, row in read_table(Path(table)):
             path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
             if path is None:
