@@ -106,6 +106,7 @@ class NetworkMerges:
         """
         rows, weights = chosen_of(shares)
         base, first = base or self.base, self.networks[0]
+        read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
             if not info.dtype.is_floating_point or not info.num_values:
@@ -120,8 +121,8 @@ class NetworkMerges:
             if name.endswith("running_var"):
                 made = made.clamp(min=values.min())
             stored[name] = made.to(info.dtype).view(info.shape)
-            for network in self.networks:
-                network.release(name)
+            for row in read:
+                self.networks[row].release(name)
         return {name: stored[first.ties.get(name, name)] for name in first.order}
 
     def _mean(self, name: str, row: int) -> Tensor:

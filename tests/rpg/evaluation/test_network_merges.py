@@ -65,3 +65,16 @@ def test_drawn_networks_are_of_one_run_and_a_base_is_heeded(zoo: Zoo) -> None:
     plain, based = (merges.merge("merge_model_stock", torch.ones(3) / 3, 0, base) for base in (None, zeros))
     assert not torch.allclose(plain["2.weight"], based["2.weight"])
     assert NetworkMerges([zoo.checkpoint(0)]).methods == () and merges.methods == MERGES
+
+
+def test_a_merge_lets_go_of_what_it_read_alone(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    checkpoints = [zoo.checkpoint(index) for index in range(8)]
+    for index, checkpoint in enumerate(checkpoints):
+        monkeypatch.setattr(checkpoint, "release", lambda name, index=index: released.append(index))
+    shares, base = torch.tensor([0, 0, 0.5, 0, 0, 0.5, 0, 0]), zoo.state_dict(0)
+    NetworkMerges(checkpoints).merge("merge_ties", shares, 0, base)
+    assert set(released) == {0, 2, 5}  # the first gives names and what is no number
+    released.clear()
+    NetworkMerges(checkpoints, [0] * 4 + [1] * 4).merge("merge_ties", shares)
+    assert set(released) == {0, 1, 2, 3, 5}  # and the run of the first, for its mean

@@ -41,8 +41,9 @@ def test_linear_slerp_and_stock_are_their_closed_forms() -> None:
     torch.testing.assert_close(stock_ratio(corner @ corner.T), torch.tensor(2 / 3))
     stock = merge_values("model_stock", corner + 1, torch.ones(2), EQUAL)
     torch.testing.assert_close(stock, 1 + corner.mean(0) * 2 / 3)
-    apart = torch.tensor([[1.0, 0.0], [-0.9, 0.1]])  # more than 90 degrees: the base remains
-    assert torch.equal(merge_values("model_stock", apart + 1, torch.ones(2), EQUAL), torch.ones(2))
+    apart = torch.tensor([[1.0, 0.0], [-0.9, 0.1], [-0.1, -0.2]])  # cosines around -1/3, near the closed form's pole
+    assert stock_ratio(apart @ apart.T) == 0 and stock_ratio(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])) == 0
+    assert torch.equal(merge_values("model_stock", apart + 1, torch.ones(2), torch.full((3,), 1 / 3)), torch.ones(2))
 
 
 @pytest.mark.parametrize("method", COMBINATIONS)
