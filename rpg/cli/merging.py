@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
