@@ -35,6 +35,7 @@ from rpg.training.data import (
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.ema import ExponentialMovingAverage
+from rpg.training.examples import example_conditions
 from rpg.training.fitting import fit_closed_form
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
@@ -77,6 +78,7 @@ class Trainer:
             checkpointing.load_average(saved, self.ema, self.shards)
             checkpointing.load_optimizer(saved, self.shards)
         self.auxiliary = self._build_auxiliary()
+        self.examples = example_conditions(zoo, config.model.condition, config.seed)
         # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
@@ -165,8 +167,9 @@ class Trainer:
             codes = self._codes(step, part)
             batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
             with self.accelerator.accumulate(self.model):
+                shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
                 with self.accelerator.autocast():
-                    loss = self.model(batch, self._state_noise(rows))
+                    loss = self.model(shown, self._state_noise(rows))
                 mean = loss.mean + self.auxiliary(step, batch, loss)
                 value = mean.item()
                 self.check_finite(step, value, batch.token_ids[~torch.isfinite(loss.per_token)])
