@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rpg.generation.generator import Generator
 from rpg.models.backbone.mamba2 import Mamba2, fused_scan
 from rpg.models.denoiser import MLPConfig, UNet1dConfig, build_denoiser
+from rpg.packages import install_command
 from tokenization.files import file_digest
 
 LEFT_OUT = 3
@@ -81,7 +82,7 @@ def check_mamba2(device: torch.device) -> str:
 def check_mamba2_fused(device: torch.device) -> str:
     """The kernels of mamba_ssm against plain PyTorch, in fp32 and bf16."""
     if device.type != "cuda" or fused_scan() is None:
-        raise LeftOutError("needs a CUDA device and pip install rpg[mamba]")
+        raise LeftOutError(f"needs a CUDA device and {install_command('mamba-ssm', 'causal-conv1d')}")
     layer, inputs = mamba2_layer()
     plain = copy.deepcopy(layer)
     plain.kernel = lambda device: None  # type: ignore[method-assign]

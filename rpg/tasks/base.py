@@ -96,6 +96,14 @@ class ExampleTask(Task, Protocol):
 
 
 @runtime_checkable
+class TaskSimulator(BehaviourTask, Protocol):
+    """A family that draws new tasks at any time, and knows the right answers for them."""
+
+    def draw_tasks(self, num: int, rng: Generator) -> Tensor:
+        """Conditions of new tasks as the zoo has them, ``[num, C]``."""
+
+
+@runtime_checkable
 class LossTask(Task, Protocol):
     """A task that tells the loss of many networks at once, differentiably."""
 

@@ -47,6 +47,7 @@ class Rows:
     conditions: Tensor | None
     dropped: Tensor | None
     starts: Tensor | None
+    tasks: Tensor | None
     seeds: list[int]
     group_seeds: list[int]
 
@@ -83,6 +84,7 @@ class BatchSampler:
         self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, self.indices, model.state)
         self.conditions = training_conditions(zoo, self.indices, model.condition)
+        self.tasks = zoo_conditions(zoo, self.indices) if zoo.condition is not None and zoo.condition.settings else None
         self.starts = StartPairs(zoo, self.indices, model.start, seed) if model.start is not None else None
 
     def __len__(self) -> int:
@@ -127,6 +129,7 @@ class BatchSampler:
             starts=None
             if self.starts is None
             else self.reader.read([self.indices[key[3]] for key in distinct], range(self.layout.num_tokens)),
+            tasks=None if self.tasks is None else self.tasks[[chosen[keys.index(key)] for key in distinct]],
             seeds=seeds,
             group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
         )
@@ -213,10 +216,27 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
         return None
     if (scale := metric_scale(zoo, indices, condition)) is not None:
         return metric_conditions(zoo, indices, scale)
-    conditions = torch.tensor([zoo.entries[index].condition for index in indices])
+    conditions = zoo_conditions(zoo, indices)
+    if condition.kind == "examples":  # of which examples are shown in every step
+        return conditions
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
-    return conditions
+    return zoo.condition.inputs(conditions) if zoo.condition is not None else conditions
+
+
+def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
+    """The conditions of checkpoints as the zoo has them, ``[K, C]``."""
+    return torch.tensor([zoo.entries[index].condition for index in indices])
+
+
+def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
+    """What networks see of the tasks of checkpoints, ``[K, width]``. Raises InputError if that is not ``width`` wide."""
+    if zoo.condition is None or zoo.condition.kind not in ("vector", "binary"):
+        raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {zoo.path} has not")
+    numbers = zoo.condition.inputs(zoo_conditions(zoo, indices))
+    if numbers.shape[1] != width:
+        raise InputError(f"model.state.width is {width}, but tasks have {numbers.shape[1]} numbers; set it to that")
+    return numbers
 
 
 def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
@@ -240,7 +260,7 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
         return 0
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).vectors.shape[1]
-    return zoo.condition.size
+    return zoo.condition.num_inputs
 
 
 def state_ids(zoo: Zoo, indices: Sequence[int], state: StateConfig) -> Tensor:

@@ -27,6 +27,13 @@ def example_conditions(zoo: Zoo, condition: ConditionConfig, seed: int = 0) -> E
     return ExampleConditions(task_of(zoo), condition, seed) if condition.kind == "examples" else None
 
 
+def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec, rng: torch.Generator) -> CodeBatch:
+    """The prior's batch with new tasks in place of the zoo's, where the family draws them."""
+    assert isinstance(task, TaskSimulator)
+    tasks = task.draw_tasks(len(codes.noise), rng).to(codes.noise)
+    return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)
+
+
 class ExampleConditions:
     """Puts examples in the place of what zoos say of their tasks.
 

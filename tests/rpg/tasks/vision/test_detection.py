@@ -86,7 +86,7 @@ def test_average_precision_is_what_pycocotools_prints(tmp_path, capsys):
 
 def test_a_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(InputError, match=r"pip install rpg\[detection\]"):
+    with pytest.raises(InputError, match=r"pip install 'pycocotools>=2\.0\.8'"):
         average_precision({"images": [], "annotations": [], "categories": []}, np.zeros((1, 7)))
 
 
