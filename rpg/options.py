@@ -94,7 +94,9 @@ PromptModel = Annotated[
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
 Examples = Annotated[
     Path | None,
-    option("Examples of what to do: images in folders of classes (or unlabelled), npz with X and y, csv.", metavar="PATH"),
+    option(
+        "Examples of what to do: images in folders of classes (or unlabelled), npz with X and y, csv.", metavar="PATH"
+    ),
 ]
 ChooseBy = Annotated[
     Path | None, option("Labelled examples, read as --examples: say which of the draws they favour.", metavar="PATH")

@@ -67,5 +67,3 @@ def save_ensemble(draws: Stacked, folder: Path) -> Path:
     """Write stacked networks into one file."""
     save_checkpoint(folder / ENSEMBLE, draws, {"format": "pt"})
     return folder / ENSEMBLE
-
-

@@ -57,7 +57,7 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, run: str = "sensors", num: int = 1, seed: int = 0) -> None:
         self.run, self.num, self.seed = run, num, seed
 
-    def fit(self, X: Any, y: Any) -> GeneratedClassifier:  # noqa: N803 (scikit-learn's names)
+    def fit(self, X: Any, y: Any) -> GeneratedClassifier:
         """Generate the network for examples ``X`` ``[n, P]`` of the classes ``y`` ``[n]``.
 
         Raises:
@@ -72,13 +72,13 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         self.task_ = example_task(generator.config.task)
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities of examples ``[n, P]``: the networks' average, ``[n, K]``."""
         check_is_fitted(self)
         values = torch.from_numpy(validate_data(self, X, dtype=np.float32, reset=False))
         return class_probabilities(self.task_, self.networks_, values).mean(0).numpy()
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of examples ``[n, P]``, ``[n]``."""
         return self.classes_[self.predict_proba(X).argmax(1)]
 

@@ -230,7 +230,7 @@ def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
 
 
 def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
-    """What networks see of the tasks of checkpoints, ``[K, width]``. Raises InputError if that is not ``width`` wide."""
+    """What networks see of checkpoints' tasks, ``[K, width]``. Raises InputError if it is not ``width`` wide."""
     if zoo.condition is None or zoo.condition.kind not in ("vector", "binary"):
         raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {zoo.path} has not")
     numbers = zoo.condition.inputs(zoo_conditions(zoo, indices))

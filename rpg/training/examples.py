@@ -1,4 +1,4 @@
-"""Examples as conditions: of each training checkpoint's task a few are drawn anew in every step, and shown to the networks.
+"""Examples as conditions: in every step, a few of each checkpoint's task are drawn and shown to the networks.
 
 T tasks, n examples, P values of an example, K classes.
 """
@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rpg.models.batch import Batch
+from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.examples import example_rows, row_size
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import ExampleTask
+from rpg.tasks.base import ExampleTask, TaskSimulator
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -27,9 +27,9 @@ def example_conditions(zoo: Zoo, condition: ConditionConfig, seed: int = 0) -> E
     return ExampleConditions(task_of(zoo), condition, seed) if condition.kind == "examples" else None
 
 
-def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec, rng: torch.Generator) -> CodeBatch:
-    """The prior's batch with new tasks in place of the zoo's, where the family draws them."""
-    assert isinstance(task, TaskSimulator)
+def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec | None, rng: torch.Generator) -> CodeBatch:
+    """The prior's batch with new tasks, drawn by their family, in place of the zoo's."""
+    assert isinstance(task, TaskSimulator) and spec is not None
     tasks = task.draw_tasks(len(codes.noise), rng).to(codes.noise)
     return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)
 
@@ -80,7 +80,7 @@ class ExampleConditions:
         return replace(batch, conditions=self.draw(batch.conditions, rng), codes=codes)
 
     def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
-        """Sets of training examples of the tasks ``[T, C]``, as many of each as one of ``counts``: ``[T, n · size]``."""
+        """Sets of training examples of the tasks ``[T, C]``, one of ``counts`` of each: ``[T, n · size]``."""
         num, num_classes = len(tasks), self.config.classes
         counts = torch.tensor(self.config.counts)[torch.randint(len(self.config.counts), (num, 1), generator=rng)]
         places = torch.arange(int(counts.max()))
