@@ -173,8 +173,7 @@ class Generator:
             steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
                 configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
-                also one text, or one each; of a metric its value as it is measured; settings also by name,
-                ``{"angle": 137}``.
+                also one text, or one each; of a metric its value as it is measured; settings also by name.
             start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their

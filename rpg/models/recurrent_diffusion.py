@@ -255,8 +255,7 @@ class RecurrentDiffusion(nn.Module):
         Args:
             noise: standard normal.
             mask: ``[L, D]``, 1 where a token holds values.
-            states: ``[E, S]`` embeddings, or None.
-            conditions: ``[E, C]``, or None.
+            states, conditions: ``[E, S]`` embeddings and ``[E, C]``, or None.
         """
         rows = mask.repeat(len(noise), 1)  # [E·L, D]
         context = self.denoiser.precompute(self.prototypes(states, conditions).flatten(0, 1))

@@ -121,6 +121,9 @@ class TaskFamily(Task, Protocol):
     def condition(self) -> ConditionSpec:
         """What the conditions of the zoo's entries mean."""
 
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> Mapping[str, Tensor]:
         """Figures by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""
 
