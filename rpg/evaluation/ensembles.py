@@ -6,27 +6,15 @@ T tasks, M networks of each, B examples of each, K classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.metrics import Summary, summarize
-from rpg.section import Section
+from rpg.evaluation.report import Networks, networks
 
 NUM_BINS = 15
 """Bins of confidence for the calibration error, of equal width."""
-
-
-class EnsembleScores(Section):
-    """What a set of networks answers, summarised over tasks."""
-
-    networks: int
-    joint: Summary
-    accuracy: Summary
-    nll: Summary
-    ece: float
-    mean_of_networks: Summary
-    best_of_networks: Summary
 
 
 def joint_score(log_probabilities: Tensor) -> Tensor:
@@ -57,27 +45,46 @@ def calibration_error(probabilities: Tensor, targets: Tensor) -> float:
     return gaps.abs().sum().item() / len(targets)
 
 
-def score_ensembles(probabilities: Tensor, targets: Tensor, seed: int = 0) -> EnsembleScores:
-    """Score the sets of T tasks.
+def ensemble_metrics(probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Of the sets of T tasks, by name, ``[T]`` float64 each.
+
+    ``joint`` is `joint_score`; ``accuracy`` and ``nll`` (an example's mean negative log-likelihood) are those of the
+    average answer; ``network_accuracy`` is the mean of single networks', ``best_accuracy`` that of the best.
 
     Args:
         probabilities: of each network's answers, ``[T, M, B, K]``.
         targets: right classes ``[T, B]``.
-        seed: of the bootstrap over tasks.
     """
-    num = probabilities.shape[1]
     tiny = torch.finfo(probabilities.dtype).tiny
-    wanted = targets[:, None, :, None].expand(-1, num, -1, 1)
+    wanted = targets[:, None, :, None].expand(-1, probabilities.shape[1], -1, 1)
     right = probabilities.gather(-1, wanted).squeeze(-1).clamp(min=tiny).log()  # [T, M, B]
     averaged = probabilities.double().mean(1)  # [T, B, K]
     of_average = averaged.gather(-1, targets[..., None]).squeeze(-1).clamp(min=tiny).log()  # [T, B]
     each = (probabilities.argmax(-1) == targets[:, None]).double().mean(-1)  # [T, M]
-    return EnsembleScores(
-        networks=num,
-        joint=summarize(joint_score(right), seed),
-        accuracy=summarize((averaged.argmax(-1) == targets).double().mean(-1), seed),
-        nll=summarize(-of_average.mean(-1), seed),
-        ece=calibration_error(averaged.flatten(0, 1), targets.flatten()),
-        mean_of_networks=summarize(each.mean(1), seed),
-        best_of_networks=summarize(each.amax(1), seed),
-    )
+    return {
+        "joint": joint_score(right),
+        "accuracy": (averaged.argmax(-1) == targets).double().mean(-1),
+        "nll": -of_average.mean(-1),
+        "network_accuracy": each.mean(1),
+        "best_accuracy": each.amax(1),
+    }
+
+
+def sets_of_networks(probabilities: Tensor, targets: Tensor, sizes: Sequence[int], seed: int = 0) -> Networks:
+    """A report's kind: the sets of all M networks task by task, and the first of them in sets of other ``sizes``.
+
+    Args:
+        probabilities: ``[T, M, B, K]``.
+        targets: ``[T, B]``.
+        sizes: of sets; those over M are left out.
+        seed: of the bootstrap over tasks.
+    """
+    num = probabilities.shape[1]
+    joint: dict[str, dict[int, float]] = {}
+    for size in sorted({min(size, num) for size in sizes} | {num}):
+        part = probabilities[:, :size]
+        for name, values in ensemble_metrics(part, targets).items():
+            joint.setdefault(name, {})[size] = values.mean().item()
+        ece = calibration_error(part.double().mean(1).flatten(0, 1), targets.flatten())
+        joint.setdefault("ece", {})[size] = ece
+    return networks(ensemble_metrics(probabilities, targets), seed=seed, joint=joint)

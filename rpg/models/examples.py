@@ -46,8 +46,9 @@ class SetEncoder(nn.Module):
         super().__init__()
         self.size, self.num_classes = size, num_classes
         num_values = size - num_classes - 1
+        inner = 2 * NUM_FEATURES
         self.each = nn.Sequential(
-            nn.Linear(num_values, 2 * NUM_FEATURES), nn.SiLU(), nn.Linear(2 * NUM_FEATURES, NUM_FEATURES)
+            nn.Linear(num_values, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, NUM_FEATURES)
         )
         num_inputs = (num_classes + 2) * NUM_FEATURES + num_classes + 1
         self.all = nn.Sequential(nn.Linear(num_inputs, 256), nn.SiLU(), nn.Linear(256, width))

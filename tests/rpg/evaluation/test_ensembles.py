@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.evaluation.ensembles import calibration_error, joint_score, score_ensembles
+from rpg.evaluation.ensembles import calibration_error, ensemble_metrics, joint_score, sets_of_networks
 
 
 def test_the_joint_score_of_one_network_is_its_negative_log_likelihood():
@@ -25,10 +25,10 @@ def test_the_joint_score_tells_two_consistent_networks_from_two_undecided_ones()
     readings = torch.tensor([[[0.99, 0.01]] * 10, [[0.01, 0.99]] * 10])[None]  # [1, 2, 10, 2]
     hedging = torch.full((1, 2, 10, 2), 0.5)
     targets = torch.zeros(1, 10, dtype=torch.long)
-    sure, undecided = score_ensembles(readings, targets), score_ensembles(hedging, targets)
-    assert sure.nll.mean == pytest.approx(undecided.nll.mean, abs=1e-6)
-    assert sure.joint.mean == pytest.approx((-10 * math.log(0.99) + math.log(2)) / 10, abs=1e-4)
-    assert undecided.joint.mean == pytest.approx(math.log(2), abs=1e-6)
+    sure, undecided = ensemble_metrics(readings, targets), ensemble_metrics(hedging, targets)
+    assert sure["nll"].item() == pytest.approx(undecided["nll"].item(), abs=1e-6)
+    assert sure["joint"].item() == pytest.approx((-10 * math.log(0.99) + math.log(2)) / 10, abs=1e-4)
+    assert undecided["joint"].item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
@@ -41,6 +41,9 @@ def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
 def test_accuracies_of_an_ensemble_and_of_its_members():
     # On two examples the members are right on one each, with more confidence where they are right.
     members = torch.tensor([[[0.9, 0.1], [0.6, 0.4]], [[0.4, 0.6], [0.1, 0.9]]])[None]
-    found = score_ensembles(members, torch.tensor([[0, 1]]))
-    assert (found.accuracy.mean, found.mean_of_networks.mean, found.best_of_networks.mean) == (1.0, 0.5 + 0.0, 0.5)
-    assert found.networks == 2
+    targets = torch.tensor([[0, 1]])
+    found = {name: values.item() for name, values in ensemble_metrics(members, targets).items()}
+    assert (found["accuracy"], found["network_accuracy"], found["best_accuracy"]) == (1.0, 0.5, 0.5)
+    kind = sets_of_networks(members, targets, sizes=(1, 2, 64))
+    assert list(kind.joint["accuracy"]) == [1, 2] and kind.joint["accuracy"][1] == 0.5
+    assert kind.joint["joint"][2] == pytest.approx(kind.metrics["joint"][0])
