@@ -14,7 +14,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("rpg", "tokenization", "scripts") for path in (ROOT / folder).rglob("*.py"))
 STILL_INSIDE: dict[str, set[str]] = {}
 
-OPTIONAL = {"bitsandbytes", "causal_conv1d", "deepspeed", "mamba_ssm", "pycocotools", "skimage", "torchmetrics"}
+OPTIONAL = {
+    "pandas",
+    "bitsandbytes",
+    "causal_conv1d",
+    "deepspeed",
+    "mamba_ssm",
+    "pycocotools",
+    "skimage",
+    "torchmetrics",
+}
 OPTIONAL |= {"trimesh", "wandb"}
 SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm", "tokenizers", "torchvision"}
 SLOW |= {"transformers"}
