@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rpg.models.examples import example_rows
@@ -109,8 +110,6 @@ def _from_folder(folder: Path, spec: ConditionSpec, where: str) -> Tensor:
 
 def _image(path: Path, spec: ConditionSpec) -> np.ndarray:
     """An image's values in 0 … 1, brought to the size that networks take: ``[channels, S, S]``."""
-    from PIL import Image, UnidentifiedImageError
-
     wanted = num_values(spec)
     channels = 1 if math.isqrt(wanted) ** 2 == wanted else 3
     side = math.isqrt(wanted // channels)
