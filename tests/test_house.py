@@ -64,9 +64,9 @@ def test_few_files_lie_flat(folder: str, most: int) -> None:
     assert len(flat) <= most, flat
 
 
-def test_no_file_is_longer_than_300_lines() -> None:
+def test_no_file_is_longer_than_400_lines() -> None:
     long = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: lines for name, lines in long.items() if lines > 300} == {}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
 
 
 def test_no_function_is_longer_than_60_lines() -> None:
