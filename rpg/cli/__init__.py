@@ -194,16 +194,18 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    sparsity: o.Sparsity = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
+    sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
+    from rpg.generation.examples import read_examples
     from rpg.generation.generator import Generator
     from rpg.generation.partition import join_processes
     from rpg.planning.guard import generation_need
@@ -211,7 +213,8 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples)
+    judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
@@ -220,7 +223,19 @@ def generate(
             progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
-    return {"folder": str(output), "networks": [str(path) for path in paths]}
+    told = {"folder": str(output), "networks": [str(path) for path in paths]}
+    if partition.rank or (judge is None and not ensemble):
+        return told
+    draws = load_draws(paths)
+    if judge is not None:
+        order, scores = favoured(example_task(generator.config.task), draws, judge)
+        best, loss = paths[order[0]], -scores[order[0]].item()
+        console.print(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})", highlight=False, soft_wrap=True)
+        told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
+    if ensemble:
+        told["ensemble"] = str(save_ensemble(draws, output))
+        console.print(f"all of them in {told['ensemble']}", soft_wrap=True)
+    return told
 
 
 @app.command()
