@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from rpg.devices import chosen_device, parse_device
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
+from rpg.training.checkpointing import Shards, ZeROShards
 from rpg.training.config import TrainConfig
-from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
