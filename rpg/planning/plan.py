@@ -16,7 +16,7 @@ from rpg.planning.estimators import KernelRidgeEstimator, PDiffEstimator, Recurr
 from rpg.planning.memory import GenerationMemory, TrainingMemory
 from rpg.planning.peak import GenerationFlops
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
-from rpg.training.distributed import mixed_precision
+from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics
