@@ -17,8 +17,8 @@ from torch import nn
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
 from rpg.precision import mixed_precision
+from rpg.training.checkpointing import Shards, ZeROShards
 from rpg.training.config import TrainConfig
-from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
