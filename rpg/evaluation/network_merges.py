@@ -174,7 +174,7 @@ class NetworkMerges:
         base, first = base or self.base, self.networks[0]
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
-            if not info.dtype.is_floating_point or not info.num_values:
+            if not info.averaged:
                 stored[name] = first.tensor(name)
                 continue
             values = torch.stack([self.networks[row].flat(name).float() for row in rows])

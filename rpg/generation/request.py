@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,11 @@ class Request:
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
 
-    def provenance(self, generator: str, index: int) -> dict[str, str]:
-        """The metadata of network ``index``, made by the generator with the digest ``generator``."""
+    def provenance(self, generator: str, copied: Sequence[str], index: int) -> dict[str, str]:
+        """The metadata of network ``index``, made by the generator with the digest ``generator``.
+
+        ``copied`` names the tensors that are one checkpoint's, although they differ in the zoo.
+        """
         facts: dict[str, Any] = {
             "generator": generator,
             "seed": self.seed,
@@ -97,6 +100,8 @@ class Request:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
+        if copied:
+            facts["copied"] = list(copied)
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 

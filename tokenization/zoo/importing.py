@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import natural_key
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.lora.adapter import (
@@ -23,6 +23,7 @@ from tokenization.lora.adapter import (
     read_adapter_config,
     require_same_config,
 )
+from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
@@ -90,13 +91,14 @@ def collect_from(
     labelled = [each for each in labelled if str(each[0].resolve()) not in known]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
-    sources, adapter = _checked(labelled, zoo, runs, progress)
+    sources, structure, adapter = _checked(labelled, zoo, runs, progress, say)
     if not sources:
         return zoo
     if not exists:
         zoo = Zoo.create(
-            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled]
-        )
+            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled],
+            structure=structure,
+        )  # fmt: skip
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
     if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
@@ -152,8 +154,17 @@ def _checked(
     zoo: Zoo,
     runs: list[str],
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[_Source], Path | None]:
-    """Read every checkpoint; the sources with the entries of those to be adopted, and the first adapter's config."""
+    say: Callable[[str], None],
+) -> tuple[list[_Source], Structure | None, Path | None]:
+    """Read every checkpoint and compare them.
+
+    Returns:
+        The sources with the entries of those to be adopted, what all have in common (None where there are no
+        checkpoints), and the first adapter's configuration.
+    """
+    comparison = Comparison(zoo.structure if zoo.entries else None)
+    if zoo.entries and labelled:
+        comparison.add_checkpoint(Checkpoint.open(zoo.file(0)), str(zoo.file(0)))
     expected = zoo.structure if zoo.entries else None
     reference: tuple[dict[str, Any], Path] | None = None
     if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
@@ -168,25 +179,23 @@ def _checked(
             require_same_config(config, path, *reference)
         if pickled_files(path):
             state_dict = _in_order(read_state_dict(path), expected)
-            structure = Structure.of_state_dict(state_dict)
-            check_values(state_dict, where)
-            entry = None
+            structure, entry = Structure.of_state_dict(state_dict), None
+            comparison.add_state_dict(state_dict, where)
         else:
             checkpoint = Checkpoint.open(path)
             structure = Structure.of_checkpoint(checkpoint)
             entry = _adopted(checkpoint, zoo, fields)
-            if expected is not None:
-                expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
+            comparison.add_checkpoint(checkpoint, where)
             entry = with_digest(entry, checkpoint)
         if config is not None:
             check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
         expected = expected or structure
-        expected.require(structure, where)
         sources.append(_Source(path, label, entry))
         if progress is not None:
             progress(index + 1, len(labelled))
-    return sources, reference[1] / CONFIG_NAME if reference else None
+    for notice in comparison.notices:
+        say(notice)
+    return sources, comparison.structure if sources else None, reference[1] / CONFIG_NAME if reference else None
 
 
 def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
