@@ -205,7 +205,13 @@ def _read_index(path: Path) -> Header:
 
 
 def ties_of(header: Header, path: Path) -> dict[str, str]:
-    """``{alias: stored name}`` from ``rpg.ties``; no other metadata is taken for a tie, whatever it says."""
+    """``{alias: stored name}`` from ``rpg.ties``, or as `safetensors.torch.save_model` says what it left out.
+
+    That writes a key for each left out name, and the name of the tensor that is the same for its text.
+    """
+    if TIES_KEY not in header.metadata and ORDER_KEY not in header.metadata:
+        said = header.metadata.items()
+        return {alias: name for alias, name in said if alias not in header.tensors and name in header.tensors}
     ties = _json_metadata(header, TIES_KEY, path, {})
     if not isinstance(ties, dict):
         raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")

@@ -58,9 +58,9 @@ def copied_constants(
         if not varies or is_counter(name, info.dtype, info.num_values):
             continue
         if not is_left_out(first, name, options):
-            other = next(each for each in checkpoints[1:] if _differ(first, each, name))
-            dtype = str(info.dtype).removeprefix("torch.")
-            raise InputError(varying_constant(name, dtype, str(first.path), str(other.path)))
+            other = next(place for place, each in enumerate(checkpoints) if place and _differ(first, each, name))
+            files = (zoo.entries[indices[place]].source or str(checkpoints[place].path) for place in (0, other))
+            raise InputError(varying_constant(name, str(info.dtype).removeprefix("torch."), *files))
         copied.append(name)
     return tuple(copied)
 
