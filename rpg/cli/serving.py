@@ -22,9 +22,10 @@ def app(
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise InputError(
-            "the page needs Gradio, which is not installed; install it with pip install 'rpg[app]'"
-        ) from None
+        from rpg.packages import install_command
+
+        cure = f"run {install_command('gradio')}"
+        raise InputError(f"the page needs Gradio, which is not installed; {cure}") from None
     place = use_device(device)
     guard(lambda: generation_need(run), ignore_memory)
     console.print(f"reading {run}", soft_wrap=True)

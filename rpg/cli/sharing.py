@@ -82,7 +82,7 @@ def pull(
 
 def doctor() -> dict[str, Any]:
     """What is installed and what this machine can do: versions, devices, kernels, memory, disk, the hub."""
-    from rpg.planning.versions import unmet, versions
+    from rpg.packages import unmet, versions
 
     found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}
     numbers = found["versions"].items()

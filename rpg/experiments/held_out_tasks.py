@@ -31,7 +31,7 @@ from rpg.evaluation.per_task import measure_per_task
 from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_table import headline
-from rpg.experiments.single import collect, existing
+from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
@@ -64,9 +64,9 @@ def run_held_out(
         ``<run>/evaluation.json`` holds.
 
     Raises:
-        InputError: the task is no family of binary tasks.
+        InputError: the task is no family of binary tasks, or has none for choices or none that is unseen.
     """
-    task_family(config)
+    _require_splits(task_family(config))
     started = time.perf_counter()
     collect(config, progress=progress.get("collect"))
     collected = time.perf_counter() - started
@@ -102,13 +102,16 @@ def evaluate_held_out(
         workers: the processes that share the tasks; this one alone when None.
 
     Raises:
-        InputError: the run is not one of a family of binary tasks.
+        InputError: the run is not one of a family of binary tasks, or choices are to be made by a run that has
+            learned from the validation tasks.
     """
     run, choosing, workers = Path(run), split == "validation", workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
+    if choosing:
+        require_for_choices(config)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
-    seen = networks["train"] if choosing or "validation" not in config.train.splits else _joined(networks)
+    seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
     wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if seen.is_large or choosing else seen
     scored: dict[str, SplitScores] = {}
@@ -144,6 +147,15 @@ def evaluate_held_out(
             _plot(run, scored)
         _write(run, report)
     return report
+
+
+def _require_splits(task: TaskFamily) -> None:
+    """Raise InputError, before anything is trained, where the comparison would have no task of some split."""
+    splits = task.splits()
+    unseen = "task.held_out" if isinstance(task, ImageTaskFamily) else "task.unseen"
+    for split, field in (("unseen", unseen), ("validation", "task.validation")):
+        if split not in splits:
+            raise InputError(f"no task has the split {split!r}, which the comparison needs; set {field}")
 
 
 def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:

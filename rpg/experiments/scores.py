@@ -27,7 +27,7 @@ from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
-from rpg.experiments.single import existing, find_task, parts_of, zoo_span
+from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
@@ -91,6 +91,8 @@ def evaluate_run_by_scores(
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
+    if split == "validation" and generator.condition is not None:
+        require_for_choices(config)
     scorer = _scorer(judge, generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)

@@ -90,7 +90,7 @@ def read_weights(path: Path) -> SavedWeights:
             raise ValueError(f"num_states is {num_states!r}")
         return SavedWeights(
             load_file(path),
-            ConditionSpec(spec["kind"], spec["size"], tuple(spec["names"])) if spec else None,
+            ConditionSpec.from_json(spec, str(path)) if spec else None,
             num_states,
             dict(metadata["facts"]),
             MetricScale(**metric) if metric else None,

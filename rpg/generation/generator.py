@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ class Generator:
         saved = read_weights(weights)
         condition = saved.condition
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
-        size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
+        size = texts.vectors.shape[1] if texts is not None else condition.num_inputs if condition is not None else 0
         network = build_network(config.model, layout, saved.num_states, size)
         try:
             network.load_state_dict(saved.tensors)
@@ -111,7 +111,7 @@ class Generator:
             self.config.save(temporary / "config.yaml")
             self.layout.save(temporary)
             metadata = {
-                "condition": asdict(self.condition) if self.condition else None,
+                "condition": self.condition.to_json() if self.condition else None,
                 "num_states": self.network.num_states,
                 "facts": self.facts,
                 "metric": asdict(self.metric) if self.metric else None,
@@ -150,7 +150,13 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+        condition: str
+        | Sequence[str]
+        | Sequence[float]
+        | Sequence[Sequence[float]]
+        | Mapping[str, Any]
+        | Tensor
+        | None = None,
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
@@ -167,7 +173,7 @@ class Generator:
             steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
                 configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
-                also one text, or one each; of a metric its value as it is measured.
+                also one text, or one each; of a metric its value as it is measured; settings also by name.
             start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
@@ -256,9 +262,11 @@ class Generator:
         if sampler not in samplers:
             raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
         conditions = requested_conditions(options.condition, num, self.condition, self.texts)
-        metrics = conditions if self.metric is not None else None
-        if self.metric is not None and conditions is not None:
-            conditions = self.metric.asked(conditions)
+        values = None
+        if conditions is not None and self.metric is not None:
+            values, conditions = conditions, self.metric.asked(conditions)
+        elif conditions is not None and self.condition is not None and self.condition.settings:
+            values, conditions = conditions, self.condition.inputs(conditions)
         return Request(
             num=num,
             seed=seed,
@@ -268,7 +276,7 @@ class Generator:
             guidance_scale=settings.guidance_scale,
             state=settings.state,
             conditions=conditions,
-            metrics=metrics,
+            values=values,
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,

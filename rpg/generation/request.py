@@ -19,6 +19,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.settings import parse_settings
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Request:
     conditions: Tensor | None  # [num, C]
     temperature: float = 1.0
     texts: tuple[str, ...] | None = None  # what the conditions were made of
-    metrics: Tensor | None = None  # [num, 1] likewise: values of a metric
+    values: Tensor | None = None  # [num, C] likewise: settings, or values of a metric
     starts: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
 
@@ -93,8 +94,8 @@ class Request:
         }
         if self.texts is not None:
             facts["condition"] = self.texts[index]
-        if self.metrics is not None:
-            facts["condition"] = [float(f"{value:.6g}") for value in self.metrics[index].tolist()]
+        if self.values is not None:
+            facts["condition"] = [float(f"{value:.6g}") for value in self.values[index].tolist()]
         facts["start"] = None
         if self.starts is not None:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
@@ -111,7 +112,8 @@ def requested_conditions(
     """What is asked of a generator as ``[num, C]``, checked; None of one that takes no condition.
 
     Args:
-        condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; a text or ``num`` texts.
+        condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; settings by name; a text or
+            ``num`` texts.
         num: networks.
         spec: what the generator's conditions mean.
         table: its texts, where they are texts.
@@ -139,12 +141,17 @@ def requested_conditions(
             raise InputError("the condition has an empty text; say what to generate")
         vectors = {text: table.condition(text) for text in dict.fromkeys(texts)}
         return torch.stack([vectors[text] for text in texts])
+    if isinstance(condition, Mapping) and spec.settings:
+        condition = parse_settings(spec.settings, condition)
     values = torch.as_tensor(condition, dtype=torch.float32)
     values = values.expand(num, -1) if values.ndim == 1 else values
     if values.shape != (num, width):
         raise InputError(f"the condition has shape {list(values.shape)}; give {width} values, or [{num}, {width}]")
     if not torch.isfinite(values).all():
         raise InputError("the condition has NaN or infinity; give finite numbers")
+    for setting, column in zip(spec.settings, values.unbind(1), strict=False):
+        for value in column.unique().double().tolist():
+            setting.check(float(f"{value:.6g}"))
     if spec.kind == "binary" and not ((values == 0) | (values == 1)).all():
         raise InputError("the condition has values other than 0 and 1; give a binary vector")
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():

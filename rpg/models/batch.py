@@ -28,6 +28,7 @@ class Batch:
     starts: Tensor | None = None  # [G, L, D] tokens of the checkpoints to go on from
     num_last: int = 0  # how many of the first examples have all their tokens at the last time
     codes: CodeBatch | None = None  # of the prior over codes
+    tasks: Tensor | None = None  # [G, C] the zoo's own conditions, where networks see something else
 
 
 @dataclass(frozen=True)

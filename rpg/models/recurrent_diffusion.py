@@ -242,6 +242,31 @@ class RecurrentDiffusion(nn.Module):
     def _predict_whole(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
         return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
 
+    def one_step(
+        self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None
+    ) -> Tensor:
+        """The tokens ``[E, L, D]`` that one sampling step makes of noise ``[E, L, D]``, float32, differentiable.
+
+        Args:
+            noise: standard normal.
+            mask: ``[L, D]``, 1 where a token holds values.
+            states, conditions: ``[E, S]`` embeddings and ``[E, C]``, or None.
+        """
+        rows = mask.repeat(len(noise), 1)  # [E·L, D]
+        context = self.denoiser.precompute(self.prototypes(states, conditions).flatten(0, 1))
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            return self.predict(x, time.expand(len(x)), context, rows)
+
+        made = self.objective.sample(
+            predict, noise.flatten(0, 1) * rows, sampler=self.objective.plain_sampler, num_steps=1
+        ).view_as(noise)
+        token_ids = torch.arange(self.num_tokens, device=noise.device)
+        known = self.known(states, conditions, token_ids)
+        if self.centre is not None and known is not None:
+            made = self.centre.complete(made, known, token_ids)
+        return made.float()
+
     def forward(self, batch: Batch, state_noise: Tensor | None = None) -> Loss:
         """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
         num_examples, num_sampled = batch.samples.shape[:2]

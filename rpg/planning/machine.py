@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from rpg.models.backbone.lstm import has_bf16_lstm
+from rpg.packages import install_command
 from rpg.planning.free import free_memory
 
 SIZE, REPEATS = 256, 3
@@ -45,18 +46,20 @@ def features() -> list[dict[str, Any]]:
         ("GPU", gpu, "trains and generates on it", "all is computed on the CPU: fine for configs/digits*.yaml, not for "
          "configs/large"),
         ("Mamba-2 kernels", mamba, "mamba2 backbones are fast on CUDA", "mamba2 backbones run in plain PyTorch: same "
-         "numbers, slower and with more memory (on CUDA: pip install 'rpg[mamba]')"),
+         "numbers, slower and with more memory (on CUDA: "
+         f"{install_command('mamba-ssm', 'causal-conv1d')})"),
         ("bf16 matrix products", ratio < 0.9, f"take {ratio:.2g} times as long as in fp32 on this CPU",
          f"take {ratio:.2g} times as long as in fp32 on this CPU: leave train.precision at fp32 there"),
         ("bf16 LSTM", has_bf16_lstm(), "LSTM backbones can compute in bf16 on this CPU",
          "LSTM backbones compute in fp32 on this CPU (it has no AVX-512)"),
         ("bitsandbytes", _there("bitsandbytes"), "train.optimizer: adamw8bit", "no train.optimizer: adamw8bit: moments "
-         "take 8 bytes a parameter, not 2 (pip install 'rpg[adamw8bit]')"),
-        ("DeepSpeed", _there("deepspeed"), "configs/accelerate/deepspeed_*.yaml", "no deepspeed_*.yaml (pip install "
-         "'rpg[deepspeed]'); fsdp2.yaml shards without it"),
+         "take 8 bytes a parameter, not 2 "
+         f"({install_command('bitsandbytes')})"),
+        ("DeepSpeed", _there("deepspeed"), "configs/accelerate/deepspeed_*.yaml", "no deepspeed_*.yaml "
+         f"({install_command('deepspeed')}); fsdp2.yaml shards without it"),
         ("C++ compiler", compiler is not None, "train.compile: inductor", "no train.compile: inductor"),
         ("meshes", _there("trimesh", "skimage"), "fields of shapes are read from and written as meshes",
-         "no meshes of solid shapes (pip install 'rpg[meshes]')"),
+         f"no meshes of solid shapes ({install_command('trimesh', 'scikit-image')})"),
     ]  # fmt: skip
     return [{"name": name, "found": found, "note": good if found else bad} for name, found, good, bad in rows]
 

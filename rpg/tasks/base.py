@@ -77,6 +77,14 @@ class BehaviourTask(Task, Protocol):
 
 
 @runtime_checkable
+class TaskSimulator(BehaviourTask, Protocol):
+    """A family that draws new tasks at any time, and knows the right answers for them."""
+
+    def draw_tasks(self, num: int, rng: Generator) -> Tensor:
+        """Conditions of new tasks as the zoo has them, ``[num, C]``."""
+
+
+@runtime_checkable
 class LossTask(Task, Protocol):
     """A task that tells the loss of many networks at once, differentiably."""
 
@@ -93,6 +101,9 @@ class TaskFamily(Task, Protocol):
     @property
     def condition(self) -> ConditionSpec:
         """What the conditions of the zoo's entries mean."""
+
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> Mapping[str, Tensor]:
         """Figures by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""

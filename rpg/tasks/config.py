@@ -17,6 +17,7 @@ from rpg.tasks.images.config import (
 )
 from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.vision.detection_config import DetectionConfig
 from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
 from rpg.tasks.vision.segmentation_config import SegmentationConfig
@@ -31,6 +32,7 @@ TaskConfig: TypeAlias = Annotated[
     | TimmFinetuneConfig
     | ImageNetConfig
     | LanguageConfig
+    | SensorsConfig
     | DetectionConfig
     | SegmentationConfig
     | DiffusionUnetConfig,

@@ -19,6 +19,7 @@ TASKS = {
     "fields": "rpg.tasks.fields.fields:FieldsTask",
     "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",
     "tickets": "rpg.tasks.images.tickets:TicketsTask",
+    "sensors": "rpg.tasks.sensors.sensors:SensorsTask",
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",

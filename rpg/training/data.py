@@ -46,6 +46,7 @@ class Rows:
     conditions: Tensor | None
     dropped: Tensor | None
     starts: Tensor | None
+    tasks: Tensor | None
     seeds: list[int]
     group_seeds: list[int]
 
@@ -82,6 +83,7 @@ class BatchSampler:
         self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, self.indices, model.state)
         self.conditions = training_conditions(zoo, self.indices, model.condition)
+        self.tasks = zoo_conditions(zoo, self.indices) if zoo.condition is not None and zoo.condition.settings else None
         self.starts = StartPairs(zoo, self.indices, model.start, seed) if model.start is not None else None
 
     def __len__(self) -> int:
@@ -126,6 +128,7 @@ class BatchSampler:
             starts=None
             if self.starts is None
             else self.reader.read([self.indices[key[3]] for key in distinct], range(self.layout.num_tokens)),
+            tasks=None if self.tasks is None else self.tasks[[chosen[keys.index(key)] for key in distinct]],
             seeds=seeds,
             group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
         )
@@ -210,10 +213,15 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
         return None
     if (scale := metric_scale(zoo, indices, condition)) is not None:
         return metric_conditions(zoo, indices, scale)
-    conditions = torch.tensor([zoo.entries[index].condition for index in indices])
+    conditions = zoo_conditions(zoo, indices)
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
-    return conditions
+    return zoo.condition.inputs(conditions) if zoo.condition is not None else conditions
+
+
+def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
+    """The conditions of checkpoints as the zoo has them, ``[K, C]``."""
+    return torch.tensor([zoo.entries[index].condition for index in indices])
 
 
 def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
@@ -235,7 +243,7 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
         return 0
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).vectors.shape[1]
-    return zoo.condition.size
+    return zoo.condition.num_inputs
 
 
 def state_ids(zoo: Zoo, indices: Sequence[int], state: StateConfig) -> Tensor:

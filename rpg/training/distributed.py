@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from rpg.devices import chosen_device, parse_device
 from rpg.models.backbone.mamba2 import Mamba2
+from rpg.packages import install_command
 from rpg.training.config import TrainConfig
 from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
@@ -197,9 +198,8 @@ def _deepspeed_on_cpu() -> list[Any]:
     try:
         from deepspeed.ops import __compatible_ops__
     except ImportError:
-        raise InputError(
-            "the launcher asks for DeepSpeed, which is not installed; run `pip install rpg[deepspeed]`"
-        ) from None
+        cure = f"run {install_command('deepspeed')}"
+        raise InputError(f"the launcher asks for DeepSpeed, which is not installed; {cure}") from None
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return [InitProcessGroupKwargs(backend="gloo")]
@@ -230,7 +230,7 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     try:
         import wandb  # noqa: F401
     except ImportError:
-        cure = "pip install 'rpg[wandb]', or leave it out"
+        cure = f"run {install_command('wandb')}, or leave it out"
         raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)
     return [*(name for name in names if name != "wandb"), tracker]

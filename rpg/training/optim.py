@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rpg.packages import install_command
 from rpg.tasks.schedule import cosine_decay
 from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
@@ -29,9 +30,8 @@ def build_optimizer(settings: TrainConfig, parameters: Iterable[torch.nn.Paramet
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **choices)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "train.optimizer adamw8bit needs bitsandbytes, which is not installed; run pip install rpg[adamw8bit]"
-        )
+        cure = f"run {install_command('bitsandbytes')}"
+        raise InputError(f"train.optimizer adamw8bit needs bitsandbytes, which is not installed; {cure}")
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, **choices)

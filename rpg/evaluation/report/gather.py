@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from rpg.evaluation.report.page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator
+from rpg.packages import DISTRIBUTION, installed
 from rpg.seeding import make_rng
 from rpg.tasks.base import Classifier
 from rpg.training.data import training_entries
@@ -157,4 +157,4 @@ def provenance_of(
 
 def software() -> str:
     """Versions of what computed."""
-    return f"rpg {version('rpg')}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"rpg {installed(DISTRIBUTION)}, torch {torch.__version__}, Python {platform.python_version()}"

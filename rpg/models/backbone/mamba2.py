@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rpg.models.backbone.base import Backbone, BackboneSection
 from rpg.models.backbone.ssd import chunked_scan
+from rpg.packages import install_command
 
 
 class Mamba2Config(BackboneSection):
@@ -227,4 +228,5 @@ def describe_kernels(network: nn.Module, device: torch.device) -> str | None:
     if all(layer.kernel(device) for layer in layers):
         return "Mamba-2 layers run on the kernels of mamba_ssm"
     missing = device.type == "cuda" and fused_scan() is None
-    return "Mamba-2 layers run in plain PyTorch" + "; faster with pip install rpg[mamba]" * missing
+    cure = f"; faster after {install_command('mamba-ssm', 'causal-conv1d')}" if missing else ""
+    return f"Mamba-2 layers run in plain PyTorch{cure}"

@@ -81,7 +81,18 @@ def _truncated(distances: Tensor, config: FieldsConfig) -> Tensor:
 
 
 def _folder(config: FieldsConfig) -> FieldData:
-    root, (kind, endings) = Path(config.data), {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    kind, endings = {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    paths, labels, classes = class_files(Path(config.data), kind, endings)
+    values = read_images(paths, config.image_size) if config.dimensions == 2 else _meshes(paths, config)
+    return FieldData(values, torch.tensor(labels), _split(len(paths), config), tuple(classes))
+
+
+def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
+    """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
+
+    Raises:
+        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
+    """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
     if not files:
@@ -89,13 +100,12 @@ def _folder(config: FieldsConfig) -> FieldData:
             f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
             f"({', '.join(sorted(endings))})"
         )
-    paths = [file for file, _ in files]
-    values = _images(paths, config) if config.dimensions == 2 else _meshes(paths, config)
-    return FieldData(values, torch.tensor([label for _, label in files]), _split(len(files), config), tuple(classes))
+    return [file for file, _ in files], [label for _, label in files], classes
 
 
-def _images(paths: list[Path], config: FieldsConfig) -> Tensor:
-    size = (config.image_size, config.image_size)
+def read_images(paths: list[Path], image_size: int) -> Tensor:
+    """Image files in 0 … 1, ``[n, C, image_size, image_size]``: of one channel if all are grey, else of three."""
+    size = (image_size, image_size)
     opened = [Image.open(file) for file in paths]
     grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
     images = []

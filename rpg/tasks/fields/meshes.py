@@ -1,4 +1,4 @@
-"""From a mesh file to signed distances, and from a field to a mesh (marching cubes). Needs ``rpg[meshes]``."""
+"""From a mesh file to signed distances, and from a field to a mesh (marching cubes). Needs trimesh and scikit-image."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from rpg.packages import install_command
 from tokenization.errors import InputError
 from tokenization.files import atomic_file
 
@@ -102,5 +103,6 @@ def _trimesh():  # type: ignore[no-untyped-def]
     try:
         import trimesh
     except ImportError as error:
-        raise InputError("meshes need trimesh and scikit-image; install them with: pip install rpg[meshes]") from error
+        cure = f"run {install_command('trimesh', 'scikit-image')}"
+        raise InputError(f"meshes need trimesh and scikit-image, which are not installed; {cure}") from error
     return trimesh

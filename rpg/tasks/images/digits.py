@@ -23,11 +23,12 @@ SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are c
 
 
 @cache
-def load_splits(image_size: int = DIGITS_SIZE) -> ImageSplits:
+def load_splits(image_size: int = DIGITS_SIZE, num_validation: int = NUM_VALIDATION) -> ImageSplits:
     """The digits in a fixed stratified split of 1,047 training, 250 validation and 500 test images.
 
     Args:
         image_size: height and width to which they are enlarged by bicubic interpolation.
+        num_validation: images to make choices by, if not 250; the test images are always the same.
     """
     from sklearn.datasets import load_digits  # imported here: slow, and only needed with the data
     from sklearn.model_selection import train_test_split
@@ -41,7 +42,7 @@ def load_splits(image_size: int = DIGITS_SIZE) -> ImageSplits:
         return [torch.from_numpy(part) for part in parts]
 
     rest, test = cut(torch.arange(len(labels)), NUM_TEST)
-    train, validation = cut(rest, NUM_VALIDATION)
+    train, validation = cut(rest, num_validation)
     mean, std = images[train].mean(), images[train].std()
     standardised = (images - mean) / std
     rows = {"train": train, "validation": validation, "test": test}

@@ -97,6 +97,10 @@ class TicketsTask:
         """What the conditions of the zoo's entries mean."""
         return self.family.condition
 
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+        return self.family.splits()
+
     @cached_property
     def start(self) -> dict[str, Tensor]:
         """The rewound start of all tasks: what the common steps make of the network, with a new head of two logits."""

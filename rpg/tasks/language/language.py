@@ -79,13 +79,18 @@ class LanguageTask:
         """Every task's condition, ``[T, C]``."""
         return torch.tensor([task.condition for task in self.tasks])
 
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+        return [task.split for task in self.tasks]
+
     @functools.cached_property
     def _places(self) -> dict[tuple[float, ...], int]:
-        return {task.condition: place for place, task in reversed(list(enumerate(self.tasks)))}
+        conditions = self.conditions().float().tolist()  # as generators are asked for them
+        return {tuple(row): place for place, row in reversed(list(enumerate(conditions)))}
 
     def places(self, conditions: Tensor) -> list[int]:
         """The tasks that conditions ``[T, C]`` stand for. Raises InputError for one that no task has."""
-        keys = [tuple(row) for row in conditions.double().tolist()]
+        keys = [tuple(row) for row in conditions.float().tolist()]
         for key in keys:
             if key not in self._places:
                 raise InputError(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rpg.packages import install_command
 from rpg.tasks.images.collection import use_threads
 from rpg.tasks.vision.detection_config import DetectionConfig
 from rpg.tasks.vision.detection_data import DetectionSet, Instances, Sample, open_split
@@ -96,7 +97,8 @@ def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) ->
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise InputError("average precision needs pycocotools; install it with: pip install rpg[detection]") from None
+        cure = f"run {install_command('pycocotools')}"
+        raise InputError(f"average precision needs pycocotools, which is not installed; {cure}") from None
     if not len(detections):
         return {"AP50": 0.0, "AP": 0.0}
     things = [

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from rpg.packages import install_command
 from rpg.tasks.images.collection import use_threads
 from rpg.tasks.vision.image_batches import batches_to_score, batches_to_train
 from rpg.tasks.vision.segmentation_config import SegmentationConfig
@@ -34,7 +35,8 @@ class SegmentationTask(StepwiseTask):
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
         if importlib.util.find_spec("torchmetrics") is None:
-            raise InputError("the task segmentation needs torchmetrics; install it with: pip install rpg[vision]")
+            cure = f"run {install_command('torchmetrics')}"
+            raise InputError(f"the task segmentation needs torchmetrics, which is not installed; {cure}")
         self.config = config
         self.num_classes = NUM_CLASSES[config.dataset]
         self._opened: dict[str, Dataset[Any]] = {}

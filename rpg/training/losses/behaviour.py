@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.tasks.base import BehaviourTask, ImageTaskFamily
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.tasks.base import BehaviourTask, ImageTaskFamily, TaskSimulator
 from rpg.training.config import BehaviourConfig
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
@@ -94,6 +95,38 @@ class BehaviourLoss:
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
+class FreshTasksLoss(BehaviourLoss):
+    """The same of tasks that are drawn afresh in every step, from the family that the zoo's come from.
+
+    Args:
+        network: the generator's networks.
+        task, layout, config, zoo: as of `BehaviourLoss`.
+
+    Raises:
+        InputError: as `BehaviourLoss`, or the task cannot draw others.
+    """
+
+    def __init__(
+        self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo
+    ) -> None:
+        super().__init__(task, layout, config, zoo)
+        if not isinstance(task, TaskSimulator) or zoo.condition is None or network.state is not None:
+            raise InputError(
+                "train.behaviour.tasks: fresh needs a family that draws tasks, such as sensors, and model.state.of: "
+                "none; set it to zoo"
+            )
+        self.network, self.simulator, self.spec = network, task, zoo.condition
+        self.mask = layout.mask.float()
+
+    def draw(self, rng: torch.Generator) -> Tensor:
+        """The weighted mean loss of as many fresh tasks as are configured; ``rng`` (on the CPU) draws everything."""
+        tasks = self.simulator.draw_tasks(self.config.networks, rng)
+        noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
+        tasks, noise, mask = (each.to(self.network.position_embedding.device) for each in (tasks, noise, self.mask))
+        tokens = self.network.one_step(noise, mask, conditions=self.spec.inputs(tasks))
+        return self(tokens, tasks, None, rng)
+
+
 def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:
     """How many of a batch's first examples are put at the last time."""
-    return 0 if config is None else max(1, round(config.fraction * num_examples))
+    return 0 if config is None or config.tasks == "fresh" else max(1, round(config.fraction * num_examples))

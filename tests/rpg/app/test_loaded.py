@@ -259,6 +259,6 @@ def test_without_gradio_the_command_says_what_to_install(
     for name in [name for name in sys.modules if name in ("rpg.app.serve", "rpg.app.page", "rpg.app.controls")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
-    refused(rpg("app", tmp_path, "--device", "cpu"), "Gradio", "rpg[app]")
+    refused(rpg("app", tmp_path, "--device", "cpu"), "Gradio", "pip install 'gradio>=6'")
     monkeypatch.setattr(builtins, "__import__", real)
     refused(rpg("app", tmp_path / "none", "--device", "cpu"), "none")

@@ -130,7 +130,7 @@ def test_which_way_the_layers_are_computed_is_said(monkeypatch):
     monkeypatch.setattr(mamba2, "fused_scan", lambda: None)
     assert mamba2.describe_kernels(network[:1], cuda) is None
     assert mamba2.describe_kernels(fitting, torch.device("cpu")) == "Mamba-2 layers run in plain PyTorch"
-    assert "pip install rpg[mamba]" in mamba2.describe_kernels(fitting, cuda)
+    assert "pip install 'mamba-ssm>=2.2' 'causal-conv1d>=1.4'" in mamba2.describe_kernels(fitting, cuda)
     monkeypatch.setattr(mamba2, "fused_scan", lambda: F.silu)
     assert mamba2.describe_kernels(fitting, cuda) == "Mamba-2 layers run on the kernels of mamba_ssm"
     assert mamba2.describe_kernels(network, cuda) == "Mamba-2 layers run in plain PyTorch"

@@ -50,7 +50,9 @@ def test_eight_bit_moments_train_alike_and_resume_exactly(tmp_path, zoo):
 
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs bitsandbytes, which is not installed.*pip install rpg\[adamw8bit\]"):
+    with pytest.raises(
+        InputError, match=r"needs bitsandbytes, which is not installed.*pip install 'bitsandbytes>=0\.49'"
+    ):
         build_optimizer(small_config(tmp_path, train={"optimizer": "adamw8bit"}).train, [])
 
 

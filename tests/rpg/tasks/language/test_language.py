@@ -52,6 +52,18 @@ def zoo(task, folder):
     return task.collect(folder / "zoo", processes=1)
 
 
+def test_real_conditions_are_found_in_the_precision_that_generators_are_asked_in(task, folder):
+    """0.1 in float32 is another number than 0.1."""
+    names = [each.path.name for each in task.tasks]
+    lines = ["file,condition.x,condition.y", *(f"{name},0.{place},-1.7" for place, name in enumerate(names, 1))]
+    (folder / "vectors.csv").write_text("\n".join(lines) + "\n")
+    other = LanguageTask(config_in(folder, symbols=None, conditions=str(folder / "vectors.csv")))
+    conditions = other.conditions()
+    assert conditions[0].tolist() == pytest.approx([0.1, -1.7])
+    for asked in (conditions.float(), conditions.double(), torch.tensor([[0.1, -1.7]]).double()):
+        assert other.places(asked)[0] == 0
+
+
 def test_the_zoo_is_of_peft_folders_that_score_as_recorded(task, zoo):
     assert len(zoo) == 6 and zoo.condition.kind == "binary" and zoo.condition.names == ("a", "b", "c")
     assert sorted({entry.split for entry in zoo.entries}) == ["train", "unseen", "validation"]
@@ -148,7 +160,7 @@ def test_launched_processes_share_the_parts(task, zoo, folder, tmp_path):
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "-m", "rpg.cli", "collect", str(tmp_path / "config.yaml"),
+        "-m", "rpg", "collect", str(tmp_path / "config.yaml"),
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.DEVNULL)
