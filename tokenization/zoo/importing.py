@@ -95,10 +95,8 @@ def collect_from(
     if not sources:
         return zoo
     if not exists:
-        zoo = Zoo.create(
-            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled],
-            structure=structure,
-        )  # fmt: skip
+        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
+        zoo = Zoo.create(zoo_path, among=[path for path, _ in labelled], **what)
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
     if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
