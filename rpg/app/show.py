@@ -17,7 +17,7 @@ from torch import Tensor
 from rpg.app.digits import Answer
 from rpg.app.loaded import LoadedRun, Made
 from rpg.app.originals import told
-from rpg.evaluation.report.page import heat_png
+from rpg.evaluation.page.single_page import heat_png
 from rpg.evaluation.scores.scorer import less_is_better
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks.fields.fields import FieldsTask

@@ -13,8 +13,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from rpg import options as o
 from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError

@@ -99,13 +99,14 @@ def slerp(first: Tensor, second: Tensor, place: float) -> Tensor:
 def stock_ratio(deltas: Tensor) -> Tensor:
     """How far Model Stock goes from the base to the mean: ``k cos θ / (1 + (k - 1) cos θ)``, its equation 5.
 
-    θ is the mean angle between the k deviations ``[k, V]``; 0 where there is no such point.
+    θ is the mean angle between the k deviations ``[k, V]``. The method expects it between 0 and 90 degrees, so that the
+    point lies between base and mean; deviations that point apart have nothing in common, and the base remains.
     """
     unit = torch.nn.functional.normalize(deltas, dim=1)
     num = len(deltas)
     cosine = ((unit @ unit.T).sum() - unit.square().sum()) / (num * (num - 1))
-    below = 1 + (num - 1) * cosine
-    return torch.where(below.abs() < 1e-6, 0.0, num * cosine / below)
+    cosine = cosine.clamp(0, 1)
+    return num * cosine / (1 + (num - 1) * cosine)
 
 
 def merged_networks(
@@ -172,6 +173,7 @@ class NetworkMerges:
         """
         rows, weights = chosen_of(shares)
         base, first = base or self.base, self.networks[0]
+        read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
             if not info.averaged:
@@ -186,8 +188,8 @@ class NetworkMerges:
             if name.endswith("running_var"):
                 made = made.clamp(min=values.min())
             stored[name] = made.to(info.dtype).view(info.shape)
-            for network in self.networks:
-                network.release(name)
+            for row in read:
+                self.networks[row].release(name)
         return {name: stored[first.ties.get(name, name)] for name in first.order}
 
     def _mean(self, name: str, row: int) -> Tensor:

@@ -120,7 +120,7 @@ def evaluate_held_out(
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
         methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
-        head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
+        head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
         for name, originals in wanted.items():
             rows = methods.rows(len(originals.bits))
             mine = originals.bits[rows]
@@ -164,9 +164,9 @@ def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
 
 def _linear_head(
     config: Config, zoo: Zoo, task: TaskFamily, networks: Mapping[str, TaskNetworks],
-    wanted: Mapping[str, TaskNetworks], workers: Workers,
+    seen: Tensor, workers: Workers,
 ) -> tuple[LinearHead | None, dict[str, float]]:  # fmt: skip
-    """The linear head, and how it was tuned; none where the generator saw no images."""
+    """The linear head of all ``seen`` tasks, and how it was tuned; none where the generator saw no images."""
     settings = config.train.behaviour
     if not isinstance(task, ImageTaskFamily) or settings is None or not config.evaluate.linear_head:
         return None, {}
@@ -174,9 +174,8 @@ def _linear_head(
         config.train.steps, config.train.batch_size, settings.images, config.seed,
         task.teacher(zoo) if settings.target == "base" else None,
     )  # fmt: skip
-    train, validation, seen = networks["train"].bits, networks["validation"].bits, wanted["seen"].bits
-    base = task.base_network(zoo)
-    head, rate, accuracy = tune_linear_head(task, base, train, validation, seen, training, workers)
+    tasks = networks["train"].bits, networks["validation"].bits, seen
+    head, rate, accuracy = tune_linear_head(task, task.base_network(zoo), *tasks, training, workers)
     return head, {"learning_rate": rate, "validation_accuracy": accuracy}
 
 

@@ -16,7 +16,7 @@ from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
 from rpg.evaluation.field_plots import save_image
 from rpg.evaluation.network_merges import Merges, NetworkMerges
-from rpg.evaluation.report.gather import losses_of, provenance_of, software
+from rpg.evaluation.page.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult

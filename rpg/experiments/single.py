@@ -14,7 +14,7 @@ from rpg.config import Config
 from rpg.evaluation.asking import Made
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.network_merges import NetworkMerges
-from rpg.evaluation.report.gather import write_html_report
+from rpg.evaluation.page.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
 from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.streamed import evaluate_streamed, score_span

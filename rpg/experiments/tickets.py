@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis, draw_figure, save_png
 from rpg.evaluation.held_out import nearest_rows, random_other
 from rpg.evaluation.metrics import summarize
+from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis, draw_figure, save_png
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator

@@ -74,6 +74,8 @@ class Request:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta is {self.eta}; give 0 (no fresh noise) to 1 (DDPM's)")
 
     def provenance(self, generator: str, copied: Sequence[str], index: int) -> dict[str, str]:
         """The metadata of network ``index``, made by the generator with the digest ``generator``.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.models.conditioning import are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge, rbf
+from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 
 SMALLEST_REMAINDER = 1e-5
 """Where no more than this remains of a token, it is rounding: the denoiser shall not blow it up to unit size."""
@@ -131,7 +131,7 @@ class Centre(FittedBuffers):
         """
         if not len(self.seen):
             return regressed
-        distance, place = torch.cdist(inputs, self.seen).min(1)
+        distance, place = exact_distances(inputs, self.seen).min(1)
         return torch.where(distance[:, None, None] < 1e-3, self.without[place][:, token_ids], regressed)
 
     def remainder(self, rows: Tensor, known: Tensor, token_ids: Tensor) -> Tensor:

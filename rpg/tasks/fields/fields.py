@@ -59,7 +59,7 @@ class FieldsTask:
     def condition(self) -> ConditionSpec:
         """The class of the datum; those of altered copies come after those of originals."""
         names = self.data.class_names
-        if self.config.altered and self.config.own_classes:
+        if self.config.altered:
             names = (*names, *(f"{name} altered" for name in names))
         return ConditionSpec("class", len(names), names)
 
@@ -100,7 +100,7 @@ class FieldsTask:
         """List the fields ``rows`` of one copy, all or none of those that are not ``written``."""
         data = self.data
         errors = (self.sample_stacked(fields, data.size) - values).square().flatten(1).mean(1)
-        later = len(data.class_names) if copy and self.config.own_classes else 0
+        later = len(data.class_names) if copy else 0
         entries, state_dicts = [], []
         for row, state_dict, error in zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True):
             if row not in written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -113,6 +113,7 @@ class Stage(Section):
 class FinetuneConfig(Section):
     """How the base network is fine-tuned for each task."""
 
+    constants: ClassVar = {"focal_gamma": 2.0}
     stages: tuple[Stage, ...] = Field((Stage(),), min_length=1)
     batch_size: int = Field(128, ge=1)
     images_at_a_time: int | None = Field(
@@ -121,7 +122,6 @@ class FinetuneConfig(Section):
     augment: bool = Field(True, description="move, turn and scale the images at random")
     precision: Precision = Field("fp32", description="arithmetic of the training steps")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
-    focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss (arXiv 1708.02002)")
     checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
     tail: float = Field(
         0.5, gt=0, le=1, description="share of the last stage that is cut into one stretch a checkpoint, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ class CanvasesData(Section):
 class CocoData(Section):
     """A folder in COCO's own format; it is never downloaded."""
 
+    constants: ClassVar = {"flip": True}
     kind: Literal["coco"] = "coco"
     root: str = Field("data/coco", description="folder with annotations/instances_*.json, train2017/ and val2017/")
     train: str = Field("train2017", description="folder of the training images, and the end of their annotations' name")
@@ -40,7 +41,6 @@ class CocoData(Section):
     scored: int | None = Field(
         None, ge=1, description="networks are scored on so many of a split's images; null: on all"
     )
-    flip: bool = Field(True, description="mirror half of the training images")
 
 
 DetectionNetwork = Literal[

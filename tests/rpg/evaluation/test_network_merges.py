@@ -42,6 +42,12 @@ def test_linear_slerp_and_stock_are_their_closed_forms() -> None:
     torch.testing.assert_close(stock_ratio(values[:1].repeat(3, 1)), torch.tensor(1.0))
     corner = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]])  # 60 degrees: 2 · ½ / (1 + ½)
     torch.testing.assert_close(stock_ratio(corner), torch.tensor(2 / 3))
+    apart = torch.tensor(
+        [[1.0, 0.0], [-0.9, 0.1], [-0.1, -0.2]]
+    )  # cosines around -1/3: the closed form has a pole near
+    assert stock_ratio(apart) == 0 and stock_ratio(-values[:1] * torch.tensor([[1.0], [-1.0]])) == 0
+    assert torch.equal(merge_values("merge_model_stock", apart + 1, torch.ones(2), torch.full((3,), 1 / 3), rng()),
+                       torch.ones(2))  # fmt: skip
     stock = merge_values("merge_model_stock", corner + 1, torch.ones(2), EQUAL, rng())
     torch.testing.assert_close(stock, 1 + corner.mean(0) * 2 / 3)
 
@@ -131,3 +137,16 @@ def test_drawn_networks_are_of_one_run_and_a_base_is_heeded(zoo: Zoo) -> None:
     plain, based = (merges.merge("merge_model_stock", torch.ones(3) / 3, 0, base) for base in (None, zeros))
     assert not torch.allclose(plain["2.weight"], based["2.weight"])
     assert NetworkMerges([zoo.checkpoint(0)]).methods == () and merges.methods == MERGES
+
+
+def test_a_merge_lets_go_of_what_it_read_alone(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    checkpoints = [zoo.checkpoint(index) for index in range(8)]
+    for index, checkpoint in enumerate(checkpoints):
+        monkeypatch.setattr(checkpoint, "release", lambda name, index=index: released.append(index))
+    shares, base = torch.tensor([0, 0, 0.5, 0, 0, 0.5, 0, 0]), zoo.state_dict(0)
+    NetworkMerges(checkpoints).merge("merge_ties", shares, 0, base)
+    assert set(released) == {0, 2, 5}  # the first gives names and what is no number
+    released.clear()
+    NetworkMerges(checkpoints, [0] * 4 + [1] * 4).merge("merge_ties", shares)
+    assert set(released) == {0, 1, 2, 3, 5}  # and the run of the first, for its mean

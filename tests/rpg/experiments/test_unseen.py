@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import held_out, task_networks
+from rpg.evaluation import held_out, linear_head, task_networks
 from rpg.evaluation.diversity import measure_diversity
 from rpg.evaluation.held_out import base_summed, nearest_rows
 from rpg.evaluation.network_merges import MERGES
@@ -158,6 +158,25 @@ def test_of_large_networks_as_many_seen_tasks_as_unseen_ones_are_scored(experime
     assert rows[0] == 0 and rows[-1] == 14
     expected = [report["seen"]["original"]["accuracies"][row] for row in rows]
     assert again["seen"]["original"]["accuracies"] == pytest.approx(expected, abs=0.003)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment, monkeypatch, large):
+    config, _ = experiment
+    zoo, learned = Zoo.open(config.zoo), []
+    with_head = config.evaluate.model_copy(update={"linear_head": True})
+    generator = Generator.from_pretrained(config.run)
+    generator.config = generator.config.model_copy(update={"evaluate": with_head})
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **kwargs: generator)
+    monkeypatch.setattr(linear_head, "LEARNING_RATES", (1e-2,))
+    fit = linear_head.fit_linear_head
+    monkeypatch.setattr(linear_head, "fit_linear_head", lambda *given: learned.append(given[2].tolist()) or fit(*given))
+    if large:
+        monkeypatch.setattr(task_networks, "LARGE", 1)
+    report = evaluate_held_out(config.run)
+    train, validation = (networks_of(zoo, split).bits.tolist() for split in ("train", "validation"))
+    assert learned == [train, [*train, *validation]]
+    assert report["unseen"]["linear_head"]["accuracy"]["mean"] > 0.5
 
 
 def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rpg.evaluation.drawing import COLORS, GENERATED, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
+from rpg.evaluation.page.drawing import COLORS, GENERATED, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
 
 
 @dataclass(frozen=True)

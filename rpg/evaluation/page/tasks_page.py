@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series
-from rpg.evaluation.report.charts import Chart, scatter, training_loss, trajectories
-from rpg.evaluation.report.page import heat_png
-from rpg.evaluation.report.template import render_page
+from rpg.evaluation.page.charts import Chart, scatter, training_loss, trajectories
+from rpg.evaluation.page.drawing import GENERATED, ORIGINAL, Axis, Series
+from rpg.evaluation.page.single_page import heat_png
+from rpg.evaluation.page.template import render_page
 
 DRAWN = {"original": ORIGINAL, "kernel_ridge": 3, "nearest_seen": 8, "generated": GENERATED}
 """Methods that are drawn, with their kinds of `Series`; the generated networks above all others."""

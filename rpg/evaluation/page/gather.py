@@ -15,7 +15,7 @@ from torch import Tensor
 from rpg.evaluation.baselines import coordinate_gaussian, covariance_gaussian
 from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.novelty import distances, gram, nearest_within, weight_vectors
-from rpg.evaluation.report.page import ReportData, write_page
+from rpg.evaluation.page.single_page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
 from rpg.evaluation.vectors import StateDict
 from rpg.generation.generator import Generator

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
-from rpg.evaluation.report.charts import (
+from rpg.evaluation.page.charts import (
     Chart,
     histogram,
     lines,
@@ -22,7 +21,8 @@ from rpg.evaluation.report.charts import (
     training_loss,
     trajectories,
 )
-from rpg.evaluation.report.template import render_page
+from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, accuracy_by_similarity
+from rpg.evaluation.page.template import render_page
 from rpg.evaluation.results import (
     AT_DISTANCE,
     TRAINED_FROM,
@@ -31,7 +31,7 @@ from rpg.evaluation.results import (
     NoveltyReport,
 )
 
-TEMPLATE = "page.html.j2"
+TEMPLATE = "single.html.j2"
 
 
 @dataclass
