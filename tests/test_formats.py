@@ -28,7 +28,7 @@ from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
 from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
-from tokenization.compressed.parts import SUFFIXES
+from tokenization.checkpoint.masks import SUFFIXES
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
 from tokenization.zoo.locks import locked

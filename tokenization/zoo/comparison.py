@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.masks import SUFFIXES
 from tokenization.checkpoint.safetensors import is_learned, tensor_at
 from tokenization.checkpoint.structure import Structure, is_counter, num_not_finite
-from tokenization.compressed.parts import find_parts
 from tokenization.errors import InputError
 
 _CHUNK_BYTES = 1 << 24
@@ -64,7 +63,7 @@ class Comparison:
         """
         twins = _twins(found, flat)
         if not self._num:
-            self._start(found, flat, twins, where)
+            self._start(found, twins)
         for name, same in twins.items():
             if name in found.ties or (name != same and name not in self._copies and _varies(flat(name))):
                 self._copies |= {name, same}
@@ -111,7 +110,7 @@ class Comparison:
     def _not_finite(self) -> frozenset[str]:
         return frozenset(name for name in self._digests if is_learned(_dtype(self._specs[name])))
 
-    def _start(self, found: Structure, flat: Callable[[str], Tensor], twins: dict[str, str], where: str) -> None:
+    def _start(self, found: Structure, twins: dict[str, str]) -> None:
         self._specs = {**found.tensors, **{alias: found.tensors[name] for alias, name in found.ties.items()}}
         self._ordered = found.ordered
         self._groups, self._tied = dict(twins), set(found.ties)
@@ -119,9 +118,10 @@ class Comparison:
             ties = self._expected.ties
             self._groups = {**{name: name for name in self._expected.tensors}, **ties}
             self._copies = {*ties, *ties.values()}
-        specs = {name: (_dtype(spec), spec[1]) for name, spec in found.tensors.items()}
-        with contextlib.suppress(InputError):  # what is wrong with them is said where they become tokens
-            self._codes = {name for part in find_parts(specs, lambda n: flat(n).tolist()) for name in part.stored}
+        for base in {name.removesuffix(last[-1]) for name in found.tensors for last in SUFFIXES.values()}:
+            for suffixes in SUFFIXES.values():
+                if len(suffixes) > 1 and all(base + suffix in found.tensors for suffix in suffixes):
+                    self._codes |= {base + suffix for suffix in suffixes}
 
     def _match_names(self, twins: dict[str, str]) -> None:
         """Bring in keys that a file leaves out because another of its tensors is the same."""
@@ -137,7 +137,7 @@ class Comparison:
     def _compare(self, name: str, values: Tensor, where: str) -> None:
         name_of_first, learned = self._digests.get(name), is_learned(values.dtype)
         faults = num_not_finite(values) if learned else 0
-        if name in self._codes or (learned and not faults and name_of_first is None and values.numel()):
+        if learned and not faults and name_of_first is None and values.numel():
             return
         digest = _digest(values)
         if self._num == 1:
@@ -150,7 +150,7 @@ class Comparison:
         if name_of_first is not None and name_of_first[0] != digest:
             if is_counter(name, values.dtype, values.numel()):
                 self.counters.add(name)
-            else:
+            elif name not in self._codes:
                 self.varying.setdefault(name, (name_of_first[1], where))
 
 
