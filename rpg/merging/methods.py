@@ -60,22 +60,26 @@ def merge_values(
         made = combination(method, deltas @ deltas.T, weights) @ deltas
         return made if base is None else base + made
     density = DENSITY[method] if density is None else density
+    deltas = deltas.clone() if base is None else deltas  # changed in place: networks are large, and values the caller's
     if method == "ties":
         kept = max(1, int(density * deltas.shape[1]))
-        smallest = deltas.abs().topk(kept, dim=1).values[:, -1:]
-        deltas = deltas.where(deltas.abs() >= smallest, 0.0)
+        for row in deltas:
+            sizes = row.abs()
+            row.masked_fill_(sizes < sizes.kthvalue(len(row) - kept + 1).values, 0)
     else:
-        deltas = deltas * (torch.rand(deltas.shape, generator=generator) < density) / density
+        deltas.mul_(torch.rand(deltas.shape, generator=generator) < density).div_(density)
     if normalize:
         weights = weights / weights.sum()
-    weighted = weights[:, None] * deltas
+    weighted = deltas.mul_(weights[:, None])
     if method == "dare_linear":
         made = weighted.sum(0)
     else:
-        agree = weighted.sign() == torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-        made = (weighted * agree).sum(0)
+        agree = torch.where(weighted.sum(0) >= 0, weighted > 0, weighted < 0)
+        made = weighted.mul_(agree).sum(0)
         if normalize:
-            share = (weights[:, None] * agree).sum(0)
+            share = torch.zeros_like(made)
+            for weight, each in zip(weights.tolist(), agree, strict=True):
+                share.add_(each, alpha=weight)
             made = made / share.where(share > 0, 1.0)
     return made if base is None else base + made
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from typing_extensions import NotRequired, TypedDict
 
 from rpg.tasks.vision.canvases import NUM_CLASSES, make_canvases
-from rpg.tasks.vision.detection_config import CanvasesData, CocoData
+from rpg.tasks.vision.config import CanvasesData, CocoData
 from tokenization.errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor]]
