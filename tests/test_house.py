@@ -29,7 +29,10 @@ SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm",
 SLOW |= {"transformers"}
 LAZY = {
     "rpg/__init__.py",
-    *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "reading", "scoring", "serving", "sharing")),
+    *(
+        f"rpg/cli/{name}.py"
+        for name in ("__init__", "experiments", "merging", "reading", "scoring", "serving", "sharing")
+    ),
 }
 """These load everything of our own when it is first asked for, so that ``rpg --help`` is quick."""
 

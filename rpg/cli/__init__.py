@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli import experiments, merging, scoring, serving, sharing
 from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
@@ -53,6 +53,7 @@ def collect(
     pattern: o.Pattern = None,
     find_runs: o.FindRuns = True,
     condition: o.Kind = None,
+    base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
@@ -67,8 +68,8 @@ def collect(
         with progress_bar("reading") as advance:
             kind = cast(ConditionKind | None, condition)
             made = collect_from(
-                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
-                say=notices.append,
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
+                progress=advance, say=notices.append,
             )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
@@ -111,13 +112,16 @@ def inspect(
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
 
-    written = write(path, write_config) if write_config is not None else None
-    console.print(*describe(path, overrides or [], verify=verify))
+    changes = overrides or []
+    written = write(path, write_config, changes) if write_config is not None else None
+    if written is not None:  # what is described is the zoo, which looks at tokens alone
+        changes = [change for change in changes if change.startswith("tokens.")]
+    console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
         console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
-    return {**facts_of(path, overrides or []), **config}
+    return {**facts_of(path, changes), **config}
 
 
 @app.command()
@@ -254,6 +258,7 @@ def export(
 
 
 for command in (
+    merging.merge,
     scoring.evaluate,
     experiments.sweep,
     experiments.unseen,

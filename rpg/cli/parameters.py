@@ -52,6 +52,9 @@ Table = Annotated[
 Pattern = Annotated[
     str | None, option("With --from: regular expression on file names with groups run, step, condition.")
 ]
+AdapterBase = Annotated[
+    str | None, option("With --from: the base of all adapters, whatever path each names.", "--base", metavar="NAME")
+]
 FindRuns = Annotated[bool, option("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
 Kind = Annotated[
     str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")

@@ -72,6 +72,7 @@ class Generator:
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest, self.folder = "", Path()
+        self._sampler: tuple[Any, Sampler] | None = None
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
@@ -285,7 +286,10 @@ class Generator:
 
     def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""
-        return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        kept = (self.config.generate, next(self.network.buffers()).device)
+        if self._sampler is None or self._sampler[0] != kept:
+            self._sampler = kept, SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        return self._sampler[1]
 
     def _sink(
         self, request: Request, output: Path | str | None, partition: Partition, shared: range

@@ -23,7 +23,7 @@ from rpg.planning.memory import FLOAT_BYTES
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator
 from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import ZooSummary
-from rpg.training.distributed import mixed_precision
+from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, load_layout

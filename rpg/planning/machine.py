@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ import torch
 from rpg.models.backbone.lstm import has_bf16_lstm
 from rpg.packages import install_command
 from rpg.planning.free import free_memory
-
-SIZE, REPEATS = 256, 3
-"""Of the matrices whose product is timed, and how often; the fastest counts."""
+from rpg.precision import FASTER, bf16_ratio
 
 
 def devices() -> list[dict[str, Any]]:
@@ -48,8 +45,8 @@ def features() -> list[dict[str, Any]]:
         ("Mamba-2 kernels", mamba, "mamba2 backbones are fast on CUDA", "mamba2 backbones run in plain PyTorch: same "
          "numbers, slower and with more memory (on CUDA: "
          f"{install_command('mamba-ssm', 'causal-conv1d')})"),
-        ("bf16 matrix products", ratio < 0.9, f"take {ratio:.2g} times as long as in fp32 on this CPU",
-         f"take {ratio:.2g} times as long as in fp32 on this CPU: leave train.precision at fp32 there"),
+        ("bf16 matrix products", ratio < FASTER, f"take {ratio:.2g} times as long as in fp32 on this CPU",
+         f"take {ratio:.2g} times as long as in fp32 on this CPU: precision: auto takes fp32 there"),
         ("bf16 LSTM", has_bf16_lstm(), "LSTM backbones can compute in bf16 on this CPU",
          "LSTM backbones compute in fp32 on this CPU (it has no AVX-512)"),
         ("bitsandbytes", _there("bitsandbytes"), "train.optimizer: adamw8bit", "no train.optimizer: adamw8bit: moments "
@@ -85,20 +82,6 @@ def hub() -> dict[str, Any]:
     if offline:
         note = "HF_HUB_OFFLINE is set: nothing but its cache is read"
     return {"endpoint": constants.ENDPOINT, "offline": offline, "logged_in": logged_in, "note": note}
-
-
-def bf16_ratio() -> float:
-    """Seconds of a matrix product in bf16 on the CPU over those in fp32; below 1 bf16 is faster."""
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.ones(SIZE, SIZE, dtype=dtype)
-        times = []
-        for _ in range(REPEATS + 1):  # the first one prepares
-            started = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - started)
-        seconds.append(min(times[1:]))
-    return seconds[0] / seconds[1]
 
 
 def _there(*modules: str) -> bool:

@@ -19,7 +19,7 @@ from rpg.planning.pdiff import PDiffEstimator
 from rpg.planning.recurrent import RecurrentEstimator
 from rpg.planning.sane import SaneEstimator
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
-from rpg.training.distributed import mixed_precision
+from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 States = Mapping[str, Mapping[str, Tensor]]  # whole optimizer state of each named parameter, by key
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, whose module takes long to load and is seldom needed."""
+    return hasattr(tensor, "full_tensor")
 
 
 class Shards:
@@ -33,12 +37,14 @@ class Shards:
 
     def gather(self, parameter: Tensor, shard: Tensor) -> Tensor:
         """The whole of what the processes hold shards of, shaped as ``parameter``; all of them must call it."""
-        return shard.full_tensor() if isinstance(shard, DTensor) else shard
+        return shard.full_tensor() if is_spread(shard) else shard  # type: ignore[attr-defined]
 
     def cut(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor that is shaped as ``parameter``; all processes must call it."""
-        if not isinstance(parameter, DTensor):
+        if not is_spread(parameter):
             return whole
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
     def gather_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -65,7 +71,7 @@ class Shards:
     def _cut_state(self, parameter: Tensor, value: Tensor) -> Tensor | int:
         if not value.ndim:
             return int(value) if value.dtype == torch.int64 else value
-        if isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        if is_spread(parameter) or value.shape != parameter.shape:
             return self.cut(parameter, value)
         # The fused optimizers go through memory in order: moments must lie as their parameter does, channels last.
         return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

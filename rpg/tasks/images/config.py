@@ -19,6 +19,7 @@ NetworkName = Literal[
 
 
 Precision = Literal["fp32", "bf16"]
+Arithmetic = Literal["auto", "fp32", "bf16"]
 
 
 class CollectionConfig(Section):
@@ -39,7 +40,7 @@ class CollectionConfig(Section):
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
     dtype: Precision = Field("fp32", description="floating-point values of the checkpoints on disk")
     threads: int = Field(
         1, ge=1, description="threads of the training steps; more than one for large networks, bits depend on it"
@@ -120,7 +121,7 @@ class FinetuneConfig(Section):
         None, ge=1, description="images of a step whose activations are held together; all of them when null"
     )
     augment: bool = Field(True, description="move, turn and scale the images at random")
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
     tail: float = Field(
@@ -152,7 +153,7 @@ class BaseConfig(Section):
     batch_size: int = Field(256, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
 
 
 class DigitsSubsetsConfig(SubsetsConfig):
@@ -261,7 +262,7 @@ class ImageNetConfig(Section):
     learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
     weight_decay: float = Field(0.05, ge=0)
     batch_size: int = Field(128, ge=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; checkpoints are fp32 in either case")
+    precision: Arithmetic = Field("fp32", description="arithmetic; checkpoints are fp32 in any case")
     workers: int = Field(0, ge=0, description="processes that read images")
     device: str = Field("auto", description="cpu, cuda, …")
 

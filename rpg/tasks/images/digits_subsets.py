@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.precision import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.config import DigitsSubsetsConfig
@@ -71,7 +72,7 @@ class DigitsSubsetsTask(SubsetTask):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
         for _ in range(config.steps):
             images, classes = self.draw(config.batch_size, rng, augmented=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(config.precision, torch.device("cpu"))):
                 loss = F.cross_entropy(network(images), classes)
             optimizer.zero_grad()
             loss.backward()

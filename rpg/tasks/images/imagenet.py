@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rpg.precision import in_bf16
 from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
@@ -137,7 +138,7 @@ class ImageNetTask:
         batches, seed = self._tuning.batches_after(done), self.config.seed
         for step, (images, labels) in enumerate(batches, done + 1):
             torch.manual_seed(derive_seed(seed, "finetune", step))  # of networks with dropout
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16(self.config.precision, self.device)):
                 loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
