@@ -65,14 +65,14 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: a ValueError, too: the examples do not fit the generator, or a class is unknown to it.
         """
-        X, y = self._checked(X, y)
+        X, y = self._checked(X, y, fitting=True)
         names = self._fit(X, y)
         self.classes_ = np.array(names) if y.dtype.kind in "OU" else np.array(names).astype(y.dtype)
         return self
 
-    def _checked(self, X: Any, y: Any = None) -> Any:
-        """What scikit-learn requires of data: of ``X`` alone, or of both."""
-        if y is None:
+    def _checked(self, X: Any, y: Any = None, fitting: bool = False) -> Any:
+        """What scikit-learn requires of data: of ``X`` alone, or for fitting of both."""
+        if not fitting:
             check_is_fitted(self)
             return validate_data(self, X, dtype=np.float32, reset=False)
         X, y = validate_data(self, X, y, dtype=np.float32)
