@@ -207,7 +207,7 @@ def generate(
     from rpg.generation.conditions import choose_condition
     from rpg.generation.examples import read_examples
     from rpg.generation.generator import Generator
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
     from rpg.planning.guard import generation_need
 
     partition, place = join_processes(device)

@@ -234,7 +234,7 @@ def figures(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.adapters import prepare_adapters
     from rpg.experiments.scores import Judge, evaluate_run_by_scores
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     if split is None:
@@ -269,7 +269,7 @@ def held_out(
     from rpg.experiments.held_out_table import means_of_tasks, print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import wished_task, write_tasks_report
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     workers = Workers(partition)

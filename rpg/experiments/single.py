@@ -22,7 +22,7 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of

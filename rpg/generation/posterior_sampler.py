@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request
-from rpg.generation.sampler import Tile, TiledSampler, Watch, inference
+from rpg.generation.sampler import Partition, Tile, TiledSampler, Watch, inference
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout

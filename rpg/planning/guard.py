@@ -18,7 +18,7 @@ from rpg.config import Config
 from rpg.devices import chosen_device
 from rpg.generation.folders import find_folder
 from rpg.planning.estimator import Estimator
-from rpg.planning.free import free_memory
+from rpg.planning.machine import free_memory
 from rpg.planning.memory import FLOAT_BYTES
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator
 from rpg.planning.target import find_target

@@ -11,14 +11,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import WandBTracker
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
 from rpg.precision import mixed_precision
+from rpg.training.checkpointing import Shards, ZeROShards
 from rpg.training.config import TrainConfig
-from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
@@ -216,7 +217,5 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     except ImportError:
         cure = f"run {install_command('wandb')}, or leave it out"
         raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
-    from accelerate.tracking import WandBTracker
-
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)
     return [*(name for name in names if name != "wandb"), tracker]

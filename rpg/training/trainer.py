@@ -35,12 +35,11 @@ from rpg.training.data import (
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.ema import ExponentialMovingAverage
 from rpg.training.examples import example_conditions, fresh_codes
 from rpg.training.fitting import fit_closed_form
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
-from rpg.training.optim import build_optimizer, learning_rate
+from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError

@@ -21,10 +21,9 @@ from torch.func import functional_call
 from rpg.precision import in_bf16
 from rpg.section import Section
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
-from rpg.tasks.images.images import ImageSplits, accuracy_of
+from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
 from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec

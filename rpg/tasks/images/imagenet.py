@@ -18,9 +18,9 @@ from rpg.precision import in_bf16
 from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
+from rpg.tasks.images.image_cache import require_image_size
 from rpg.tasks.images.images import check_structure
 from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.images.timm_data import require_image_size
 from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
