@@ -67,11 +67,9 @@ def test_fitting_generates_and_predicting_runs_the_network(example_runs: Path) -
 
 def test_several_draws_answer_together(example_runs: Path) -> None:
     X, y = images(3)
-    one = [
-        GeneratedClassifier(str(example_runs / "draws"), num=4).fit(X, y).module(i)(torch.from_numpy(X))
-        for i in range(4)
-    ]
-    together = GeneratedClassifier(str(example_runs / "draws"), num=4).fit(X, y).predict_proba(X)
+    fitted = GeneratedClassifier(str(example_runs / "draws"), num=4).fit(X, y)
+    one = [fitted.module(i)(torch.from_numpy(X)) for i in range(4)]
+    together = fitted.predict_proba(X)
     assert np.allclose(together, torch.stack(one).softmax(-1).mean(0).detach().numpy(), atol=1e-5)
 
 
