@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,7 +19,9 @@ from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionKind
+
+if TYPE_CHECKING:  # imports torch
+    from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -66,7 +68,7 @@ def collect(
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
         notices: list[str] = []
         with progress_bar("reading") as advance:
-            kind = cast(ConditionKind | None, condition)
+            kind = cast("ConditionKind | None", condition)
             made = collect_from(
                 source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
                 progress=advance, say=notices.append,
@@ -198,8 +200,8 @@ def generate(
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
     prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    sparsity: o.Sparsity = None, overwrite: o.OverwriteNetworks = False, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
+    overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
