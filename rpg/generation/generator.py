@@ -43,6 +43,10 @@ from tokenization.zoo.zoo import ConditionSpec, Zoo
 StateDict = dict[str, Tensor]
 
 
+Asked = str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, Any] | Tensor | None
+"""A condition as a caller gives it."""
+
+
 class Generator:
     """A trained generator of checkpoints.
 
@@ -157,13 +161,7 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: str
-        | Sequence[str]
-        | Sequence[float]
-        | Sequence[Sequence[float]]
-        | Mapping[str, Any]
-        | Tensor
-        | None = None,
+        condition: Asked = None,
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
