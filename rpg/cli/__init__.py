@@ -9,17 +9,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rpg import options as o
-from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli import experiments, merging, scoring, serving, sharing
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionKind
+
+if TYPE_CHECKING:  # imports torch
+    from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -37,8 +39,8 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: sharing.Version = False,
-    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
-    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+    quiet: Annotated[bool, o.flag("Say nothing but what went wrong; at any place.", "--quiet")] = False,
+    as_json: Annotated[bool, o.flag("Print one JSON object of paths and figures; at any place.", "--json")] = False,
 ) -> None:
     """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
 
@@ -53,6 +55,7 @@ def collect(
     pattern: o.Pattern = None,
     find_runs: o.FindRuns = True,
     condition: o.Kind = None,
+    base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
@@ -65,10 +68,10 @@ def collect(
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
         notices: list[str] = []
         with progress_bar("reading") as advance:
-            kind = cast(ConditionKind | None, condition)
+            kind = cast("ConditionKind | None", condition)
             made = collect_from(
-                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
-                say=notices.append,
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
+                progress=advance, say=notices.append,
             )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
@@ -111,13 +114,18 @@ def inspect(
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
 
-    written = write(path, write_config) if write_config is not None else None
-    console.print(*describe(path, overrides or [], verify=verify))
+    changes = overrides or []
+    written = write(path, write_config, changes) if write_config is not None else None
+    if written is not None:  # what is described is the zoo, which looks at tokens alone
+        changes = [change for change in changes if change.startswith("tokens.")]
+        form = written.tree["tokens"].get("lora_canonical")
+        changes += [f"tokens.lora_canonical={form}"] if form else []
+    console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
         console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
-    return {**facts_of(path, overrides or []), **config}
+    return {**facts_of(path, changes), **config}
 
 
 @app.command()
@@ -190,33 +198,49 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None,
+    examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    sparsity: o.Sparsity = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
+    sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
+    overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
+    from rpg.generation.examples import read_examples
     from rpg.generation.generator import Generator
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
     from rpg.planning.guard import generation_need
 
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, setting)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
+    judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
             temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
-            progress=advance, partition=partition,
+            overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
-    return {"folder": str(output), "networks": [str(path) for path in paths]}
+    told = {"folder": str(output), "networks": [str(path) for path in paths]}
+    if partition.rank or (judge is None and not ensemble):
+        return told
+    draws = load_draws(paths)
+    if judge is not None:
+        order, scores = favoured(example_task(generator.config.task), draws, judge)
+        best, loss = paths[order[0]], -scores[order[0]].item()
+        console.print(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})", highlight=False, soft_wrap=True)
+        told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
+    if ensemble:
+        told["ensemble"] = str(save_ensemble(draws, output))
+        console.print(f"all of them in {told['ensemble']}", soft_wrap=True)
+    return told
 
 
 @app.command()
@@ -239,14 +263,15 @@ def export(
 
 
 for command in (
+    merging.merge,
     scoring.evaluate,
+    scoring.score,
     experiments.sweep,
     experiments.unseen,
     experiments.lora,
     experiments.fields,
     experiments.metric,
     experiments.render,
-    scoring.score,
     experiments.demo,
     experiments.run,
     sharing.push,
@@ -255,6 +280,21 @@ for command in (
     serving.app,
 ):
     app.command()(command)
+
+GROUPS = {
+    "Start": ("demo", "run", "app", "doctor"),
+    "Your checkpoints": (
+        "collect", "inspect", "plan", "train", "generate", "evaluate", "score", "export", "merge", "align",
+    ),
+    "Experiments": ("unseen", "lora", "fields", "metric", "sweep", "render"),
+    "Share": ("push", "pull"),
+}  # fmt: skip
+"""The commands in the order of ``rpg --help``, by panel."""
+
+_PANELS = {name: panel for panel, names in GROUPS.items() for name in names}
+for registered in app.registered_commands:
+    registered.rich_help_panel = _PANELS[registered.callback.__name__]  # type: ignore[union-attr]
+app.registered_commands.sort(key=lambda each: [*_PANELS].index(each.callback.__name__))  # type: ignore[union-attr]
 
 
 RESUMED = {

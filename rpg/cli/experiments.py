@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
@@ -179,6 +179,8 @@ def run(
         return demo(config, overrides, **how)
     if kind == "tickets":
         return tickets(settings, **how)
+    if kind == "sensors" and settings.model.condition.kind == "examples":
+        return examples(settings, **how)
     if isinstance(task, ImageTaskFamily):
         return unseen(config, overrides, **how)
     if isinstance(task, TaskFamily):
@@ -186,6 +188,22 @@ def run(
     if isinstance(task, Classifier):
         return single(config, overrides, **how)
     return figures(settings, None, (None, (), ()), trajectory=None, **how)
+
+
+def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
+    """Networks asked for by examples; draws of them where the model has a prior."""
+    from rpg.devices import use_device
+    from rpg.evaluation.table import print_report
+    from rpg.experiments.by_examples import run_by_examples
+    from rpg.experiments.draws import run_draws
+
+    use_device(device)
+    _guard_memory(settings, ignore_memory)
+    experiment = run_by_examples if settings.model.state.of == "none" else run_draws
+    with progress_bar("collecting") as collecting, training_bar("training") as training:
+        report = experiment(settings, {"collect": collecting, **training})
+    print_report(report, console, folder=settings.run, then=f"rpg generate {settings.run} --examples FOLDER --num 16")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
 
 
 def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
@@ -237,7 +255,7 @@ def figures(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.adapters import prepare_adapters
     from rpg.experiments.scores import Judge, evaluate_run_by_scores
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     if split is None:
@@ -272,7 +290,7 @@ def held_out(
     from rpg.experiments.held_out_table import means_of_tasks, print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import wished_task, write_tasks_report
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     workers = Workers(partition)

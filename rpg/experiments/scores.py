@@ -29,7 +29,7 @@ from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
-from rpg.generation.folders import find_folder
+from rpg.generation.folders import find_folder, load_config
 from rpg.generation.generator import Generator
 from rpg.tasks.base import Classifier, SampleTask
 from tokenization.compressed.form import Compressed
@@ -70,9 +70,8 @@ def evaluate_run_by_scores(
     """Generate networks with the generator of a run and score them beside originals and baselines, one at a time.
 
     Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
-    of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
-    are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
-    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``, and ``samples.png`` of networks that draw.
+    of its held-out checkpoints, or of its training ones. Without anything that scores, networks are told apart by their
+    distances. Writes ``evaluation.json``, ``scatter.png``, ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
         run: a run folder.
@@ -91,10 +90,9 @@ def evaluate_run_by_scores(
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
-    if split == "validation" and generator.condition is not None:
-        require_for_choices(config)
     scorer = _scorer(judge, generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
+    require_for_choices(config, split if generator.condition is not None else "")
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
@@ -134,7 +132,7 @@ def goes_by_figures(run: Path | str) -> bool:
     folder = find_folder(run)
     if not (folder / "config.yaml").is_file():
         return False  # the evaluation says what is missing
-    config = Config.load(folder / "config.yaml")
+    config = load_config(folder)
     zoo = Zoo.open(config.zoo)
     return (config.task is None and zoo.task is None) or not isinstance(find_task(config, zoo), Classifier)
 
@@ -175,7 +173,7 @@ def evaluate_zoo(
     form = form and form.measured(zoo, trained)
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     first = opened(trained[0])
-    names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
+    names = [name for name, info in first.tensors.items() if info.averaged]
     result = evaluate_scores(
         _in_form(scorer, form)[0],
         ZooSpan([opened(index) for index in trained], names),

@@ -22,7 +22,7 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
@@ -95,8 +95,10 @@ def for_choices(config: Config) -> Config:
     return config.model_copy(update={"train": train, "run": str(Path(config.run) / "choices")})
 
 
-def require_for_choices(config: Config) -> None:
-    """See to it that choices may be made by a run. Raises InputError if it learns from the validation split."""
+def require_for_choices(config: Config, split: str = "validation") -> None:
+    """See to it that a run may be scored on a split. Raises InputError if it is for choices, and was learned from."""
+    if split != "validation":
+        return
     chosen = for_choices(config)
     if chosen is not config:
         raise InputError(

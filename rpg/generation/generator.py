@@ -15,14 +15,20 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.devices import chosen_device, parse_device
-from rpg.generation.adapter_folder import adapter_config_of
-from rpg.generation.digest import folder_digest
-from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights, require_files
+from rpg.generation.folders import (
+    FILES,
+    OPTIONAL_FILES,
+    adapter_config_of,
+    find_folder,
+    folder_digest,
+    load_config,
+    read_weights,
+    require_files,
+)
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
-from rpg.generation.sampler import Tile
+from rpg.generation.sampler import Partition, Tile
 from rpg.generation.samplers import SAMPLERS, Sampler
 from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
@@ -35,6 +41,10 @@ from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 StateDict = dict[str, Tensor]
+
+
+Asked = str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, Any] | Tensor | None
+"""A condition as a caller gives it."""
 
 
 class Generator:
@@ -72,6 +82,7 @@ class Generator:
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest, self.folder = "", Path()
+        self._sampler: tuple[Any, Sampler] | None = None
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
@@ -86,7 +97,7 @@ class Generator:
         device = parse_device(device or chosen_device() or "cpu")
         folder = find_folder(path, **hub)
         require_files(folder)
-        config = Config.load(folder / "config.yaml")
+        config = load_config(folder)
         layout = load_layout(folder)
         weights = folder / "model.safetensors"
         saved = read_weights(weights)
@@ -150,19 +161,14 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: str
-        | Sequence[str]
-        | Sequence[float]
-        | Sequence[Sequence[float]]
-        | Mapping[str, Any]
-        | Tensor
-        | None = None,
+        condition: Asked = None,
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
         sparsity: float | None = None,
         output: Path | str | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        overwrite: bool = True,
+        progress: Callable[[float, float], None] | None = None,
         partition: Partition | None = None,
     ) -> list[StateDict] | list[Path]:
         """Generate networks.
@@ -178,7 +184,8 @@ class Generator:
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
-            progress: called with (tokens done, tokens in all), of this process's part.
+            overwrite: whether networks that are there and of another generator or request may be replaced.
+            progress: called with (networks done, networks in all), of this process's part; a large one counts in part.
             partition: which of several processes this is, all of which call this alike and fill ``output`` together.
 
         Returns:
@@ -191,15 +198,15 @@ class Generator:
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
-        sink = self._sink(request, output, partition, tokens.shared(num, partition))
-        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, partition))
-        done = 0
+        sink = self._sink(request, output, partition, tokens.shared(num, partition), overwrite)
+        tiles, length = list(tokens.tiles(num, partition)), self.layout.num_tokens
+        total, done = sum(tile.num_networks * tile.num_tokens for tile in tiles), 0
         with sink:
             for tile, rows in tokens.sample(request, partition=partition):
                 sink.take(tile, rows.cpu())
                 done += tile.num_networks * tile.num_tokens
                 if progress is not None:
-                    progress(done, total)
+                    progress(done / length, total / length)
         return sink.result()
 
     def one_by_one(
@@ -285,15 +292,18 @@ class Generator:
 
     def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""
-        return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        kept = (self.config.generate, next(self.network.buffers()).device)
+        if self._sampler is None or self._sampler[0] != kept:
+            self._sampler = kept, SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        return self._sampler[1]
 
     def _sink(
-        self, request: Request, output: Path | str | None, partition: Partition, shared: range
+        self, request: Request, output: Path | str | None, partition: Partition, shared: range, overwrite: bool
     ) -> MemorySink | FolderSink:
         layout = with_sparsity(self.layout, request.sparsity)
         if output is not None:
-            facts = partial(request.provenance, self.digest)
-            return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
+            facts = partial(request.provenance, self.digest, layout.copied)
+            return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared, overwrite)
         if partition.size > 1:
             raise InputError("several processes fill an output folder together; name one, or start a single process")
         return MemorySink(layout, request.num)

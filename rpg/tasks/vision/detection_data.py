@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from rpg.tasks.vision.canvases import NUM_CLASSES, make_canvases
-from rpg.tasks.vision.detection_config import CanvasesData, CocoData
+from rpg.tasks.vision.config import CanvasesData, CocoData
 from tokenization.errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -146,7 +146,7 @@ def _coco(split: str, data: CocoData) -> DetectionSet:
     chosen = {image["id"] for image in images}
     things = [thing for thing in instances["annotations"] if thing["image_id"] in chosen]
     part: Instances = {"images": images, "annotations": things, "categories": instances["categories"]}
-    found = DetectionSet(part, partial(_read_image, folder), folder, train, train and data.flip)
+    found = DetectionSet(part, partial(_read_image, folder), folder, train, train)
     if not len(found):
         raise InputError(f"{folder} has no image to use for split {split}: none has a box; check its annotations")
     return found

@@ -15,7 +15,7 @@ from rpg.evaluation.scores.measure import Conditions, Options, evaluate_scores
 from rpg.evaluation.scores.scorer import OwnScorer, less_is_better, load_scorer
 from rpg.evaluation.scores.show import print_scores, verdict_of
 from rpg.evaluation.workers import Workers
-from rpg.generation.partition import Partition
+from rpg.generation.sampler import Partition
 from tests.conftest import make_zoo
 from tests.rpg.evaluation.test_span import slow_vectors, span_of
 from tokenization.checkpoint.checkpoint import Checkpoint

@@ -67,9 +67,7 @@ def test_kernel_ridge_is_exact_where_the_answer_is_linear_in_what_it_sees(run: P
 
 def test_fine_tuning_reaches_the_known_answer_from_any_start_and_sooner_from_a_near_one() -> None:
     task = Planted()
-    task.accuracies = lambda weights, conditions, split: (
-        -(weights["weight"][:, 0] - task.right(conditions)).norm(dim=1)
-    )
+    task.accuracies = lambda weights, conditions, split: -(weights["weight"][:, 0] - task.right(conditions)).norm(dim=1)
     angles = torch.tensor([[30.0], [200.0]])
     right = {"weight": task.right(angles)[:, None]}
     starts = {"right": right, "zero": {"weight": torch.zeros(2, 1, 2)}}

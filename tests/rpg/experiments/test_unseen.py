@@ -21,7 +21,7 @@ from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.subsets import resplit
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
