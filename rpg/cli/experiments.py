@@ -175,12 +175,12 @@ def run(
     how: Any = {"device": device, "ignore_memory": ignore_memory}
     if kind in ("fields", "trajectories"):
         return {"fields": fields, "trajectories": metric}[kind](config, overrides, **how)
-    if kind == "sensors":
-        return demo(config, overrides, **how)
     if kind == "tickets":
         return tickets(settings, **how)
     if kind == "sensors" and settings.model.condition.kind == "examples":
         return examples(settings, **how)
+    if kind == "sensors":
+        return demo(config, overrides, **how)
     if isinstance(task, ImageTaskFamily):
         return unseen(config, overrides, **how)
     if isinstance(task, TaskFamily):
