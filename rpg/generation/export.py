@@ -87,23 +87,31 @@ def export(
     output = _beside(Path(source), to) if output is None else Path(output)
     _require_free(output, to)
     with locked(output, beside=True), _checkpoint(source, output, seed, condition, start, progress) as checkpoint:
-        if to == "transformers":
-            files = _transformers_files(_base(base, None, "config.json"), checkpoint)
-            with atomic_folder(output) as temporary:
-                for file in files:
-                    shutil.copyfile(file, temporary / file.name)
-                _save(checkpoint, temporary / "model.safetensors")
-        elif to == "peft":
-            folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
-            _compare(peft_target(folder), checkpoint, "the base model is not on this machine", say)
-            check_adapter_tensors(shapes_of(checkpoint), read_adapter_config(folder), checkpoint.path)
-            with atomic_folder(output) as temporary:
-                config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
-                write_side_files(temporary, config, checkpoint.metadata)
-                _save(checkpoint, temporary / WEIGHTS_NAME)
-        else:
+        if to in SUFFIXES:
             _write_file(to, checkpoint, output, None if base is None else str(base), say)
+        else:
+            _write_folder(to, checkpoint, output, base, say)
     return output
+
+
+def _write_folder(
+    to: str, checkpoint: Checkpoint, output: Path, base: Path | str | None, say: Callable[[str], None]
+) -> None:
+    """The forms that are a folder."""
+    if to == "transformers":
+        files = _transformers_files(_base(base, None, "config.json"), checkpoint)
+        with atomic_folder(output) as temporary:
+            for file in files:
+                shutil.copyfile(file, temporary / file.name)
+            _save(checkpoint, temporary / "model.safetensors")
+        return
+    folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
+    check_adapter_tensors(shapes_of(checkpoint), read_adapter_config(folder), checkpoint.path)
+    _compare(peft_target(folder), checkpoint, "the base model is not on this machine", say)
+    with atomic_folder(output) as temporary:
+        config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        write_side_files(temporary, config, checkpoint.metadata)
+        _save(checkpoint, temporary / WEIGHTS_NAME)
 
 
 def _write_file(to: str, checkpoint: Checkpoint, output: Path, base: str | None, say: Callable[[str], None]) -> None:
