@@ -173,7 +173,7 @@ def evaluate_zoo(
     form = form and form.measured(zoo, trained)
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     first = opened(trained[0])
-    names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
+    names = [name for name, info in first.tensors.items() if info.averaged]
     result = evaluate_scores(
         _in_form(scorer, form)[0],
         ZooSpan([opened(index) for index in trained], names),

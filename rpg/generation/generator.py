@@ -301,7 +301,7 @@ class Generator:
     ) -> MemorySink | FolderSink:
         layout = with_sparsity(self.layout, request.sparsity)
         if output is not None:
-            facts = partial(request.provenance, self.digest)
+            facts = partial(request.provenance, self.digest, layout.copied)
             return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
             raise InputError("several processes fill an output folder together; name one, or start a single process")

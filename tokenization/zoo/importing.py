@@ -13,10 +13,11 @@ from torch import Tensor
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import natural_key
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
 from tokenization.lora.adapter import is_adapter, read_adapter_config
 from tokenization.lora.collected import CollectedAdapters
+from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
@@ -100,12 +101,12 @@ def collect_from(
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
     adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
-    sources = _checked(labelled, zoo, runs, adapters, progress)
+    sources, structure = _checked(labelled, zoo, runs, adapters, progress, say)
     if not sources:
         return zoo
     if not exists:
-        among = [path for path, _ in labelled]
-        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
+        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
+        zoo = Zoo.create(zoo_path, among=[path for path, _ in labelled], **what)
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
     adapters.finish(zoo.path, say)
@@ -161,8 +162,16 @@ def _checked(
     runs: list[str],
     adapters: CollectedAdapters,
     progress: Callable[[int, int], None] | None,
-) -> list[_Source]:
-    """Read every checkpoint; the sources with the entries of those to be adopted."""
+    say: Callable[[str], None],
+) -> tuple[list[_Source], Structure | None]:
+    """Read every checkpoint and compare them.
+
+    Returns:
+        The sources with the entries of those to be adopted, and what all have in common (None of no checkpoints).
+    """
+    comparison = Comparison(zoo.structure if zoo.entries else None)
+    if zoo.entries and labelled:
+        comparison.add_checkpoint(Checkpoint.open(zoo.file(0)), str(zoo.file(0)))
     expected = zoo.structure if zoo.entries else None
     sources = []
     for index, (path, label) in enumerate(labelled):
@@ -182,19 +191,18 @@ def _checked(
         if checkpoint is None or factors:
             state_dict = _Source(path, label, None, factors).state_dict(expected)
             structure = Structure.of_state_dict(state_dict)
-            check_values(state_dict, where)
+            comparison.add_state_dict(state_dict, where)
         else:
             entry = _adopted(checkpoint, zoo, fields)
-            if expected is not None:
-                expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
+            comparison.add_checkpoint(checkpoint, where)
             entry = with_digest(entry, checkpoint)
         expected = expected or structure
-        expected.require(structure, where)
         sources.append(_Source(path, label, entry, factors))
         if progress is not None:
             progress(index + 1, len(labelled))
-    return sources
+    for notice in comparison.notices:
+        say(notice)
+    return sources, comparison.structure if sources else None
 
 
 def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
