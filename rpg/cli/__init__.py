@@ -116,6 +116,8 @@ def inspect(
     written = write(path, write_config, changes) if write_config is not None else None
     if written is not None:  # what is described is the zoo, which looks at tokens alone
         changes = [change for change in changes if change.startswith("tokens.")]
+        form = written.tree["tokens"].get("lora_canonical")
+        changes += [f"tokens.lora_canonical={form}"] if form else []
     console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
