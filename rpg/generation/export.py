@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
 from rpg.generation.generator import Generator
-from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, save_checkpoint
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, atomic_folder, temporary_name

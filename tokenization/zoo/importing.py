@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import (
+    Checkpoint,
+    has_plain_names,
+    pickled_files,
+    read_state_dict,
+    read_weights,
+)
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.lora.adapter import (
@@ -30,16 +37,26 @@ from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
 from tokenization.zoo.sources import find_checkpoints
+from tokenization.zoo.twins import are_twins, fingerprint
 from tokenization.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted)."""
+class _Row:
+    """One checkpoint found: its path, where it was named, and what a table or pattern says of it."""
 
     path: Path
-    label: Label
-    entry: ZooEntry | None = None
+    where: str
+    known: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One checkpoint that is read and checked: its row, fingerprint, and whether it stays where it is."""
+
+    row: _Row
+    fingerprint: str
+    adopted: Checkpoint | None
 
 
 @locks(lambda source, zoo_path, **_: zoo_path)
@@ -52,13 +69,15 @@ def collect_from(
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
     find_runs: bool = True,
+    chosen: Chosen = Chosen(),
+    skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are converted.
-    A killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors with plain names stay where they are; pickles
+    and names with wrappers' prefixes are converted. A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
@@ -70,7 +89,10 @@ def collect_from(
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
         task: the zoo's task, for a new zoo.
-        progress: called with (checked, total) checkpoints; say: receives one line of what names told.
+        chosen: which of several sets of weights in a file, and the prefix to cut off names.
+        skip_bad: go on past checkpoints that cannot be read or do not belong.
+        progress: called with (checked, total) checkpoints; say: receives one line of what names told, and one on
+            everything that was renamed or left out.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -80,45 +102,53 @@ def collect_from(
     zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
     wanted = zoo.condition or condition
     kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
-    labelled = _labelled(source, zoo_path, table, pattern, kind, say if find_runs and pattern is None else None)
-    labels = [label for _, label in labelled]
+    rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
-        require_new_folder(zoo_path, [path for path, _ in labelled])
-        spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
-        zoo = Zoo(zoo_path, task=task, condition=spec)
+        require_new_folder(zoo_path, [row.path for row in rows])
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
-    labelled = [each for each in labelled if str(each[0].resolve()) not in known]
+    fresh = [row for row in rows if str(row.path.resolve()) not in known]
+    reading = _Reading(zoo, chosen, skip_bad, say)
+    sources = reading.read(fresh, progress)
+    rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
+    labels = _labels(rows, kind, say if find_runs and pattern is None else None)
+    if not exists:
+        spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
+        zoo = Zoo(zoo_path, task=task, condition=spec)
+    kept = reading.without_twins([(each, labels[each.row.path]) for each in sources])
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
-    runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
-    sources, adapter = _checked(labelled, zoo, runs, progress)
-    if not sources:
+    runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
+    entries = [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
+    if not entries:
         return zoo
     if not exists:
-        zoo = Zoo.create(
-            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled]
-        )
+        among = [each.row.path for each in sources]
+        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
+    adapter = reading.adapter
     if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
-        write_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
-    _write(zoo, sources, runs)
+        write_text(zoo.path / CONFIG_NAME, (adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+    _write(zoo, entries, chosen)
     return zoo
 
 
-def _labelled(
+def _rows(
     source: Path | str | Sequence[Path | str],
     zoo_path: Path,
     table: Path | str | None,
     pattern: str | None,
-    kind: ConditionKind | None,
-    say: Callable[[str], None] | None,
-) -> list[tuple[Path, Label]]:
-    """Every checkpoint with what is known of it; where ``say`` is given, names are asked what the table leaves open."""
+    say: Callable[[str], None],
+) -> list[_Row]:
+    """Every checkpoint that the sources stand for or the table names, with what table and pattern say of it."""
     sources = [source] if isinstance(source, str | Path) else list(source)
-    rows: list[tuple[Path, str, dict[str, Any]]] = []
+    rows: list[_Row] = []
     if table is None:
+        ignored: list[str] = []
         for item in sources:
-            rows += [(path, str(path), {}) for path in find_checkpoints(item, zoo_path)]
+            rows += [_Row(path, str(path), {}) for path in find_checkpoints(item, zoo_path, ignored)]
+        if ignored:
+            more = f" (and {len(ignored) - 1} more such)" if len(ignored) > 1 else ""
+            say(f"left out: {ignored[0]}{more}")
     else:
         folders = [Path(table).parent, *(Path(item) for item in sources)]
         for where, row in read_table(Path(table)):
@@ -126,79 +156,144 @@ def _labelled(
             if path is None:
                 what = f"{where}: file {row['file']!r} does not exist"
                 raise InputError(f"{what}; name a checkpoint beside the table or in the source")
-            rows.append((path, where, row))
-    kept: list[tuple[Path, str, dict[str, Any]]] = []
+            rows.append(_Row(path, where, row))
+    kept: list[_Row] = []
     seen: dict[Path, str] = {}
-    for path, where, row in rows:
-        if path.resolve() in seen:
+    for row in rows:
+        if row.path.resolve() in seen:
             if table is None:
                 continue
-            what = f"{where}: file {row['file']!r} is already in {seen[path.resolve()]}"
+            what = f"{row.where}: file {row.known['file']!r} is already in {seen[row.path.resolve()]}"
             raise InputError(f"{what}; drop one of the lines")
-        seen[path.resolve()] = where
-        named = read_name(pattern, path.as_posix()) if pattern is not None else {}
-        kept.append((path, where, {**named, **row}))
-    if say is not None and not all("run" in row and "step" in row for *_, row in kept):
-        told = recognise([path for path, *_ in kept])
-        say(told.notice) if told.notice else None
-        kept = [
-            (path, where, {**more, **row}) for (path, where, row), more in zip(kept, told.rows, strict=False)
-        ] or kept
-    return [(path, label_of(row, where, kind)) for path, where, row in kept]
+        seen[row.path.resolve()] = row.where
+        named = read_name(pattern, row.path.as_posix()) if pattern is not None else {}
+        kept.append(_Row(row.path, row.where, {**named, **row.known}))
+    return kept
 
 
-def _checked(
-    labelled: list[tuple[Path, Label]],
-    zoo: Zoo,
-    runs: list[str],
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[_Source], Path | None]:
-    """Read every checkpoint; the sources with the entries of those to be adopted, and the first adapter's config."""
-    expected = zoo.structure if zoo.entries else None
-    reference: tuple[dict[str, Any], Path] | None = None
-    if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
-        reference = (read_adapter_config(zoo.path), zoo.path)
-    sources = []
-    for index, (path, label) in enumerate(labelled):
-        where = str(path)
-        fields = _fields(path, label, zoo, runs)
+def _labels(rows: list[_Row], kind: ConditionKind | None, say: Callable[[str], None] | None) -> dict[Path, Label]:
+    """What is known of every checkpoint; where ``say`` is given, names are asked what the table leaves open."""
+    told: Sequence[Mapping[str, Any]] = ()
+    if say is not None and not all("run" in row.known and "step" in row.known for row in rows):
+        recognised = recognise([row.path for row in rows])
+        say(recognised.notice) if recognised.notice else None
+        told = recognised.rows
+    more = told or [{}] * len(rows)
+    return {row.path: label_of({**named, **row.known}, row.where, kind) for row, named in zip(rows, more, strict=True)}
+
+
+class _Reading:
+    """Reads checkpoints one after the other and keeps what all of them must agree in.
+
+    Attributes:
+        adapter: folder of the first adapter.
+    """
+
+    def __init__(self, zoo: Zoo, chosen: Chosen, skip_bad: bool, say: Callable[[str], None]) -> None:
+        self.zoo, self.chosen, self.skip_bad, self.say = zoo, chosen, skip_bad, say
+        self.expected = zoo.structure if zoo.entries else None
+        self.adapter: Path | None = None
+        self._reference: tuple[dict[str, Any], Path] | None = None
+        if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
+            self._reference = (read_adapter_config(zoo.path), zoo.path)
+
+    def read(self, rows: Sequence[_Row], progress: Callable[[int, int], None] | None) -> list[_Source]:
+        """Read and check all; those without weights are left out where others have some, bad ones if that was asked."""
+        sources: list[_Source] = []
+        notes: Counter[str] = Counter()
+        empty: list[NoWeightsError] = []
+        bad: list[InputError] = []
+        for index, row in enumerate(rows):
+            try:
+                sources.append(self._read(row, notes))
+            except NoWeightsError as error:
+                empty.append(error)
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append(error)
+            if progress is not None:
+                progress(index + 1, len(rows))
+        if not sources and (empty or bad):
+            raise [*bad, *empty][0]
+        for note, count in notes.items():
+            self.say(f"{note} ({count} of {len(sources)} checkpoints)")
+        if empty:
+            more = f" (and {len(empty) - 1} more such)" if len(empty) > 1 else ""
+            self.say(f"left out: {str(empty[0]).partition(';')[0]}{more}")
+        for error in bad:
+            self.say(f"skipped: {error}")
+        if sources and not self.zoo.entries and not self.chosen.strip and self.expected is not None:
+            if prefix := common_prefix([*self.expected.tensors, *self.expected.ties]):
+                self.say(
+                    f"every name begins with {prefix}; cut it off with --strip {prefix} if the network's own do not"
+                )
+        return sources
+
+    def _read(self, row: _Row, notes: Counter[str]) -> _Source:
+        path, where = row.path, str(row.path)
         config = read_adapter_config(path) if is_adapter(path) else None
         if config is not None:
-            reference = reference or (config, path)
-            require_same_config(config, path, *reference)
-        if pickled_files(path):
-            state_dict = _in_order(read_state_dict(path), expected)
+            require_same_config(config, path, *(self._reference or (config, path)))
+        checkpoint = None if pickled_files(path) else Checkpoint.open(path)
+        if checkpoint is not None and has_plain_names(checkpoint, self.chosen):
+            structure = Structure.of_checkpoint(checkpoint)
+            if self.expected is not None:
+                self.expected.require(structure, where)
+            check_checkpoint_values(checkpoint, where)
+            found = fingerprint(checkpoint)
+        else:
+            checkpoint, weights = None, read_weights(path, self.chosen)
+            notes.update(weights.notes)
+            state_dict = _in_order(weights.tensors, self.expected)
             structure = Structure.of_state_dict(state_dict)
             check_values(state_dict, where)
-            entry = None
-        else:
-            checkpoint = Checkpoint.open(path)
-            structure = Structure.of_checkpoint(checkpoint)
-            entry = _adopted(checkpoint, zoo, fields)
-            if expected is not None:
-                expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
-            entry = with_digest(entry, checkpoint)
+            found = fingerprint({name: state_dict[name] for name in structure.tensors})
         if config is not None:
             check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
-        expected = expected or structure
-        expected.require(structure, where)
-        sources.append(_Source(path, label, entry))
-        if progress is not None:
-            progress(index + 1, len(labelled))
-    return sources, reference[1] / CONFIG_NAME if reference else None
+            self._reference = self._reference or (config, path)
+            self.adapter = self.adapter or path
+        (self.expected or structure).require(structure, where)
+        self.expected = self.expected or structure
+        return _Source(row, found, checkpoint)
+
+    def without_twins(self, sources: Sequence[tuple[_Source, Label]]) -> list[tuple[_Source, Label]]:
+        """Each network once: of the same one under two names, that with a step of its own; the rest is said."""
+        kept: dict[tuple[str, Any], tuple[_Source, Label]] = {}
+        twins: list[tuple[Path, Path]] = []
+        there = {fingerprint(self.zoo.checkpoint(index)): self.zoo.file(index) for index in range(len(self.zoo))}
+        for each, label in sources:
+            path, key = each.row.path, (each.fingerprint, label.condition)
+            if (old := there.get(each.fingerprint)) and label.condition is None and are_twins(old, path, self.chosen):
+                twins.append((path, old))
+                continue
+            if key not in kept or not are_twins(path, kept[key][0].row.path, self.chosen):
+                kept[key if key not in kept else (str(path), key)] = (each, label)
+                continue
+            first, its_label = kept[key]
+            if (its_label.step == 0, its_label.step) > (label.step == 0, label.step):
+                kept[key] = (each, label)
+                twins.append((first.row.path, path))
+            else:
+                twins.append((path, first.row.path))
+        if twins:
+            copy, original = twins[0]
+            more = f" (and {len(twins) - 1} more such)" if len(twins) > 1 else ""
+            self.say(f"counted once: {copy} is the same network as {original}{more}")
+        return list(kept.values())
 
 
-def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
+def _write(zoo: Zoo, entries: Sequence[tuple[_Source, dict[str, Any]]], chosen: Chosen) -> None:
     adopted: list[ZooEntry] = []
-    for item in sources:
-        if item.entry is not None:
-            adopted.append(item.entry)
+    for source, fields in entries:
+        path = source.row.path
+        if source.adopted is not None:
+            adopted.append(with_digest(_adopted(source.adopted, zoo, fields), source.adopted))
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = _in_order(read_state_dict(item.path), zoo.structure if zoo.entries else None)
-        zoo.append(state_dict, source=str(item.path.resolve()), **_fields(item.path, item.label, zoo, runs))
+        state_dict = _in_order(read_state_dict(path, chosen), zoo.structure if zoo.entries else None)
+        zoo.append(state_dict, source=str(path.resolve()), **fields)
     zoo.extend(adopted)
 
 
