@@ -170,5 +170,5 @@ ResultFolder = Annotated[Path | None, option("Folder for the results (default: R
 def default_config(name: str) -> Path:
     """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
     package = Path(__file__).parent
-    inside = package / "configs" / name
-    return inside if inside.exists() else package.parent / "configs" / name
+    inside = package / "configs"
+    return (inside if inside.is_dir() else package.parent / "configs") / name

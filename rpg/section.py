@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -24,20 +25,49 @@ class Section(BaseModel):
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, or the variant of that name that a file in its folder holds.
+
+    A file may list ``variants``, which say by name what differs from it: ``large/base.yaml`` has ``vit_base``, which is
+    read as ``large/vit_base.yaml`` and begins with ``extends: base.yaml`` unless it extends another one.
 
     Raises:
         InputError: there is no such file, or it holds something else; ``expected`` says what it should be.
     """
     if not path.is_file():
-        raise InputError(f"There is no file {path}; name {expected}.")
+        variant = find_variant(path)
+        if variant is None:
+            raise InputError(f"There is no file {path}; name {expected}.")
+        return variant
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is invalid YAML ({error}); name {expected}.") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}, not a mapping of sections; name {expected}.")
+    tree.pop("variants", None)
     return tree
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or variant."""
+    return path.is_file() or find_variant(path) is not None
+
+
+def find_variant(path: Path) -> dict[str, Any] | None:
+    """The variant that a file in ``path``'s folder holds under ``path``'s name, or None."""
+    for file in sorted(path.parent.glob("*.yaml")) if path.suffix == ".yaml" else ():
+        variants = read_variants(file)
+        if path.stem in variants:
+            return {"extends": file.name, **(variants[path.stem] or {})}
+    return None
+
+
+def read_variants(file: Path) -> dict[str, Any]:
+    """The variants that a file holds, by name."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        text = file.read_text()
+        return (yaml.safe_load(text).get("variants") or {}) if "variants:" in text else {}
+    return {}
 
 
 def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import Parser, run_command, write_figures
+from _common import Figures, Parser, run_command, work_folder
 
 from rpg.config import Config
 from rpg.evaluation.metrics import accuracy
@@ -33,22 +30,14 @@ def main() -> None:
     parser.add_argument("--zoo", default="runs/zoos/digits")
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        results: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        ours = measure("digits.yaml", options, Path(folder), options.num, {"": {}})
-        paper = measure(
-            "paper/digits.yaml",
-            options,
-            Path(folder),
-            options.num_paper,
-            {"ddpm1000": {"sampler": "ddpm", "steps": 1000}, "ddim60": {"sampler": "ddim", "steps": 60, "eta": 0.05}},
-        )
-    results["default"], results["paper"] = ours, paper
-    for name in ("ddpm1000", "ddim60"):
-        results[f"speedup_vs_{name}"] = paper["seconds_per_network"][name] / ours["seconds_per_network"][""]
-    results["original"] = ours.pop("original")
-    print(json.dumps(results, indent=2))
-    write_figures(options.json, results)
+    figures = Figures(options.json)
+    both = {"ddpm1000": {"sampler": "ddpm", "steps": 1000}, "ddim60": {"sampler": "ddim", "steps": 60, "eta": 0.05}}
+    with work_folder(options.folder) as folder:
+        ours = measure("digits.yaml", options, folder, options.num, {"": {}})
+        paper = measure("paper/digits.yaml", options, folder, options.num_paper, both)
+    seconds = paper["seconds_per_network"], ours["seconds_per_network"][""]
+    speedups = {f"speedup_vs_{name}": seconds[0][name] / seconds[1] for name in both}
+    figures.take(default=ours, paper=paper, original=ours.pop("original"), **speedups)
 
 
 def measure(

@@ -12,25 +12,18 @@ python scripts/bench_adapters.py [--json FILE]
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Parser, run_command, write_figures
-from bench_scale import alone
+from _common import Figures, Parser, alone, measured, run_command, run_rpg
 from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.peak import peak_resident_bytes
 from rpg.seeding import make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile
@@ -114,22 +107,6 @@ def make_sources(folder: Path, structure: Structure, layers: int, rank: int) -> 
     return sum(each.numel() for each in like.values())
 
 
-def measured(*arguments: object) -> dict[str, float]:
-    """Run ``rpg``; seconds by the clock and of the processor, and peak resident memory in GiB."""
-    command = [sys.executable, "-m", "rpg.cli", *map(str, arguments)]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} failed")
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
-    }
-
-
 def load_by_peft(adapter: Path, layers: int) -> dict[str, float]:
     """Load a generated adapter into a base of zeros; every tensor of it must find its place."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -151,27 +128,13 @@ def load_by_peft(adapter: Path, layers: int) -> dict[str, float]:
 
 
 def fit(config: Config) -> dict[str, float]:
-    """Statistics and directions of the zoo, into its cache: seconds and peak memory of this process."""
-    started, processor = time.perf_counter(), time.process_time()
-    layout = fit_layout(Zoo.open(config.zoo), config.tokens)
-    return {
-        "seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(time.process_time() - processor, 1),
-        "peak_gib": round(peak_resident_bytes() / 2**30, 2),
-        "tokens": layout.num_tokens,
-    }
+    """Statistics and directions of the zoo, into its cache."""
+    return {"tokens": fit_layout(Zoo.open(config.zoo), config.tokens).num_tokens}
 
 
-def generate_loaded(run: Path, output: Path) -> dict[str, float]:
-    """One adapter into a folder, the generator being loaded: seconds and peak memory of this process."""
-    generator = Generator.from_pretrained(run)
-    started, processor = time.perf_counter(), time.process_time()
-    generator.generate(1, seed=1, output=output)
-    return {
-        "seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(time.process_time() - processor, 2),
-        "peak_gib": round(peak_resident_bytes() / 2**30, 2),
-    }
+def generate(run: Path, output: Path) -> None:
+    """One adapter into a folder, loading included."""
+    Generator.from_pretrained(run).generate(1, seed=1, output=output)
 
 
 def measure_truth(run: Path, adapters: Path, structure: Structure, num: int) -> dict[str, dict[str, float]]:
@@ -222,7 +185,6 @@ def measure_truth(run: Path, adapters: Path, structure: Structure, num: int) -> 
 def main() -> None:
     """Make the zoo, run the commands, print a table and, if asked for, JSON."""
     parser = Parser(__doc__, figures=True)
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench_adapters"))
     parser.add_argument("--num", type=int, default=24, help="adapters in the zoo")
     parser.add_argument("--dimensions", type=int, default=10, help="of the space that they lie in")
     parser.add_argument("--noise", type=float, default=0.4, help="beside it, in the spread inside it")
@@ -232,7 +194,7 @@ def main() -> None:
     parser.add_argument("--form", default="none", help="tokens.lora_canonical: these have one start, and need no form")
     parser.add_argument("--verify", action="store_true", help="run rpg inspect --verify, too, which takes minutes")
     arguments = parser.parse_args()
-    folder = arguments.folder
+    folder = arguments.folder or Path("runs/bench_adapters")
     shutil.rmtree(folder, ignore_errors=True)
     structure = Structure(arguments.num, arguments.dimensions, arguments.noise)
     num_values = make_sources(folder / "adapters", structure, arguments.layers, arguments.rank)
@@ -242,27 +204,22 @@ def main() -> None:
         f"train.steps={arguments.steps}",
     ]  # fmt: skip
     overrides = [part for change in changes for part in ("--set", change)]
-    results: dict[str, Any] = {"adapters": arguments.num, "values": num_values, "noise": arguments.noise}
+    figures = Figures(arguments.json, adapters=arguments.num, values=num_values, noise=arguments.noise)
     print(f"{arguments.num} adapters of {num_values:,} values", flush=True)
-
-    def take(name: str, figures: Mapping[str, Any]) -> None:
-        results[name] = figures
-        print(f"{name:9}", json.dumps(figures), flush=True)
-
-    take("collect", measured("collect", "--from", folder / "adapters", "--zoo", folder / "zoo"))
+    zoo, run, new = folder / "zoo", folder / "run", folder / "new"
+    figures.take("collect", **run_rpg("collect", "--from", folder / "adapters", "--zoo", zoo))
     if arguments.verify:
-        take("verify", measured("inspect", folder / "zoo", "--verify", *overrides[4:8]))
-    take("fit", alone(fit, Config.load(CONFIG, changes)))
-    take("train", measured("train", CONFIG, *overrides))
-    facts = Generator.from_pretrained(folder / "run").facts
-    results["train"] |= {"training_seconds": facts["training seconds"], "parameters": facts["parameters"]}
-    take("generate", measured("generate", folder / "run", "--num", 1, "--output", folder / "new"))
-    take("generate_loaded", alone(generate_loaded, folder / "run", folder / "another"))
-    take("truth", alone(measure_truth, folder / "run", folder / "adapters", structure, 4))
-    adapter = folder / "new" / "network-00000"
-    take("export", measured("export", adapter, "--to", "peft", "--output", folder / "exported"))
-    take("loaded", load_by_peft(folder / "exported", arguments.layers))
-    write_figures(arguments.json, results)
+        figures.take("verify", **run_rpg("inspect", zoo, "--verify", *overrides[4:8]))
+    figures.take("fit", **measured(fit, Config.load(CONFIG, changes)))
+    figures.take("train", **run_rpg("train", CONFIG, *overrides))
+    facts = Generator.from_pretrained(run).facts
+    figures.take("train", training_seconds=facts["training seconds"], parameters=facts["parameters"])
+    figures.take("generate", **run_rpg("generate", run, "--num", 1, "--output", new))
+    figures.take("generate alone", **measured(generate, run, folder / "another"))
+    figures.take("truth", **alone(measure_truth, run, folder / "adapters", structure, 4))
+    adapter = new / "network-00000"
+    figures.take("export", **run_rpg("export", adapter, "--to", "peft", "--output", folder / "exported"))
+    figures.take("loaded", **load_by_peft(folder / "exported", arguments.layers))
     shutil.rmtree(folder)
 
 

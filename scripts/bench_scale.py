@@ -1,34 +1,34 @@
 """Whole large networks on this machine: seconds, memory and FLOPs of our recipe, and those of the paper's.
 
 The zoos are random checkpoints and the generators untrained: what is measured does not depend on the values. A zoo has
-just as many checkpoints as give every token all the directions of the recipe.
+just as many checkpoints as give every token all the directions of the recipe. With ``--device cuda``: peak memory,
+tokens a second, MFU and seconds a network on a GPU.
 
-python scripts/bench_scale.py [--networks vit_base convnext_large] [--json FILE]
+python scripts/bench_scale.py [--networks vit_base convnext_large] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Parser, run_command, write_figures
-from bench_tokenization import make_zoo
+from _common import GIB, Figures, Parser, alone, make_zoo, measured, run_command, work_folder
 
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
 from rpg.generation.generator import Generator
+from rpg.generation.request import RequestOptions
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
 from rpg.options import default_config
 from rpg.planning.peak import peak_resident_bytes
-from rpg.planning.plan import build_estimator
+from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
 from rpg.training.fitting import fit_closed_form
@@ -46,41 +46,36 @@ PAPER_TOKENS = 32
 """Tokens of the paper's denoiser that are timed together; its cost is proportional to their number."""
 
 
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71}
+"""Dense bf16 matrix products, from the vendor's data sheets; the first name found in the device's counts."""
+
+
 def main() -> None:
     parser = Parser(__doc__, figures=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, help="sampling steps of our recipe (default: its own)")
-    parser.add_argument("--training-steps", type=int, default=8, help="steps whose wait for data is measured; 0: none")
-    parser.add_argument("--folder", type=Path, help="where the zoos are, or are made and kept; else a temporary one")
+    parser.add_argument("--training-steps", type=int, default=8, help="steps that are measured; 0: none on a CPU")
+    parser.add_argument("--tile-tokens", type=int, default=4096, help="on a GPU, which wants larger tiles than a CPU")
+    parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, if it is not known here")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    with tempfile.TemporaryDirectory() as temporary:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device")
+    figures = Figures(arguments.json)
+    steps, training_steps = arguments.steps, arguments.training_steps
+    with work_folder(arguments.folder) as folder:
         for name in arguments.networks:
-            folder = (arguments.folder or Path(temporary)) / name
-            figures[name] = measure(name, folder, arguments.steps, arguments.training_steps)
-    write_figures(arguments.json, figures)
-
-
-def measure(name: str, folder: Path, steps: int | None, training_steps: int) -> dict[str, Any]:
-    """All figures of one network; each group in a process of its own, so that memory is counted apart."""
-    figures: dict[str, Any] = alone(prepare, name, folder)
-    groups: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
-        (generate, (folder, steps)),
-        (chunk_times, (name, folder)),
-        (flops, (name, folder, steps)),
-        (data_wait, (name, folder, training_steps)),
-    ]
-    for function, parameters in groups[: 4 if training_steps else 3]:
-        found = alone(function, *parameters)
-        print(name, json.dumps(found), flush=True)
-        figures |= found
-    return figures
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process."""
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+            place = folder / name
+            figures.take(name, **alone(prepare, name, place))
+            if arguments.device == "cuda":
+                figures.take(name, **alone(gpu_training, name, place, training_steps, arguments.peak_tflops))
+                figures.take(name, **alone(gpu_generation, place, steps, arguments.tile_tokens))
+                continue
+            figures.take(name, **alone(generate, place, steps))
+            figures.take(name, **alone(chunk_times, name, place))
+            figures.take(name, **alone(flops, name, place, steps))
+            if training_steps:
+                figures.take(name, training=measured(data_wait, name, place, training_steps))
 
 
 def recipe(kind: str, name: str, folder: Path, *overrides: str) -> Config:
@@ -120,7 +115,7 @@ def generate(folder: Path, steps: int | None) -> dict[str, float]:
     return {
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,  # of all threads; says more where others compute too
-        "peak_rss_gib": peak_resident_bytes() / 2**30,
+        "peak_rss_gib": peak_resident_bytes() / GIB,
         "generator_parameters": sum(parameter.numel() for parameter in generator.network.parameters()),
         "network_values": generator.layout.num_values,
         "tokens": generator.layout.num_tokens,
@@ -211,8 +206,58 @@ def data_wait(name: str, folder: Path, num_steps: int) -> dict[str, float]:
         "training_step_seconds": float(torch.tensor(steps[1:]).median()),
         "training_rows": config.train.batch_size * (config.train.tokens or 0),
         "data_wait_share_p99": float(shares.quantile(0.99)),
-        "training_peak_rss_gib": peak_resident_bytes() / 2**30,
     }
+
+
+def gpu_training(name: str, folder: Path, num_steps: int, peak_tflops: float | None) -> dict[str, Any]:
+    """Median seconds of a step, tokens a second, MFU, and peak memory beside the planned one."""
+    device = torch.cuda.get_device_name()
+    peak_tflops = peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
+    config = recipe("large", name, folder, f"train.steps={num_steps}", "train.precision=bf16")
+    trainer = Trainer(config, resume=False, overwrite=True, say=print)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for step, parts in trainer.sampler.prefetch(0, num_steps):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        trainer.train_step(step, parts)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    step_seconds = float(torch.tensor(seconds[num_steps // 4 :]).median())  # the first ones choose kernels
+    plan = make_plan(config, ZooSummary.of(Zoo.open(config.zoo), config))
+    rows = config.train.batch_size * (config.train.tokens or plan.zoo.layout.num_tokens)
+    return {
+        "device": device,
+        "training_step_seconds": step_seconds,
+        "tokens_per_second": rows / step_seconds,
+        "mfu": plan.training_flops / step_seconds / peak_tflops / 1e12 if peak_tflops else None,
+        "training_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "training_planned_gib": plan.training.on_device / GIB,
+    }
+
+
+def gpu_generation(folder: Path, steps: int | None, tile_tokens: int) -> dict[str, float]:
+    """Seconds of one network after loading, and peak memory.
+
+    On the device a network is its coefficients; their product with the zoo's directions is made on the way to the file.
+    """
+    generator = Generator.from_pretrained(folder / "generator", "cuda")
+    changed = generator.config.generate.model_copy(update={"tile_tokens": tile_tokens})
+    generator.config = generator.config.model_copy(update={"generate": changed})
+    request = generator.request(options=RequestOptions(steps=steps))
+    figures: dict[str, float] = {}
+    for _ in range(2):  # the first run chooses kernels
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _tile, _rows in generator.sampler().sample(request):
+            pass
+        torch.cuda.synchronize()
+        figures["seconds_on_device"] = time.perf_counter() - started
+    started = time.perf_counter()
+    generator.generate(1, steps=steps, output=folder / "generated")
+    figures["seconds_into_file"] = time.perf_counter() - started
+    return figures | {"generation_peak_gib": torch.cuda.max_memory_allocated() / GIB}
 
 
 if __name__ == "__main__":

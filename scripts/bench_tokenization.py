@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from _common import Parser, run_command, write_figures
+from _common import Figures, Parser, alone, make_zoo, measured, run_command, skeleton, work_folder
 from rich.console import Console
 from rich.table import Table
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile
-from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
 from tokenization.layout.writer import CheckpointWriter
@@ -45,40 +40,9 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def skeleton(name: str) -> dict[str, torch.Tensor]:
-    """The state dict of a timm network without values."""
-    with torch.device("meta"):
-        return timm.create_model(name).state_dict()
-
-
-def make_zoo(path: Path, num_checkpoints: int, name: str, dtype: torch.dtype = torch.float32) -> Zoo:
-    """Random checkpoints of one run: a common start and small steps away from it, as fine-tuning leaves."""
-    if (path / "zoo.json").exists():
-        zoo = Zoo.open(path)
-        if len(zoo) == num_checkpoints:
-            return zoo
-        raise InputError(f"{path} is a zoo of {len(zoo)}, not of {num_checkpoints} checkpoints; choose another folder")
-    zoo = Zoo.create(path)
-    generator = torch.Generator().manual_seed(0)
-    start = {
-        key: torch.empty(value.shape).normal_(0, 0.02, generator=generator) for key, value in skeleton(name).items()
-    }
-    for step in range(num_checkpoints):
-        for value in start.values():
-            value.mul_(0.999).add_(torch.randn(min(value.numel(), 4096), generator=generator).mean(), alpha=1e-3)
-            value.view(-1)[::7].add_(torch.randn(-(-value.numel() // 7), generator=generator), alpha=1e-4)
-        zoo.append({key: value.to(dtype) for key, value in start.items()}, run=0, step=step)
-    return zoo
-
-
-def peak_gib() -> float:
-    """Highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 30 if sys.platform == "darwin" else 1 << 20)
-
-
-def measure(zoo: Zoo, options: TokenOptions, num_rows: int, repeats: int) -> dict[str, float]:
+def measure(path: Path, options: TokenOptions, num_rows: int, repeats: int) -> dict[str, float]:
     """Fit, read rows, encode, decode and stream to a file."""
+    zoo = Zoo.open(path)
     for stale in (zoo.path / "cache").glob("statistics-*"):
         stale.unlink()
     fit_seconds, layout = timed(lambda: TokenLayout.fit(zoo, options))
@@ -112,7 +76,6 @@ def measure(zoo: Zoo, options: TokenOptions, num_rows: int, repeats: int) -> dic
         "decode_mb_s": megabytes / decode_seconds,
         "write_mb_s": megabytes / write_seconds,
         "fit_seconds": fit_seconds,
-        "peak_rss_gib": peak_gib(),
     }
 
 
@@ -136,7 +99,6 @@ def padding_table() -> Table:
 
 def main() -> None:
     parser = Parser(__doc__, figures=True)
-    parser.add_argument("--folder", type=Path, help="where the zoo is, or is made and kept; a temporary one otherwise")
     parser.add_argument("--network", default="convnext_large", help="timm name of the target network")
     parser.add_argument("--checkpoints", type=int, default=4)
     parser.add_argument("--rows", type=int, default=512, help="token rows read at a time")
@@ -148,19 +110,15 @@ def main() -> None:
     if arguments.padding:
         Console().print(padding_table())
         return
-    with ExitStack() as stack:
-        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "zoo"
-        # Made in another process, so that its memory does not count.
-        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(prepare, (folder, arguments.checkpoints, arguments.network))
-        options = TokenOptions(arguments.size, normalization=arguments.normalization)
-        figures = measure(Zoo.open(folder), options, arguments.rows, arguments.repeats)
-    for name, value in figures.items():
-        print(f"{name:22} {value:10.2f}")
-    write_figures(arguments.json, figures)
+    options = TokenOptions(arguments.size, normalization=arguments.normalization)
+    with work_folder(arguments.folder) as folder:
+        alone(prepare, folder / "zoo", arguments.checkpoints, arguments.network)
+        found = measured(measure, folder / "zoo", options, arguments.rows, arguments.repeats)
+    Figures(arguments.json).take(arguments.network, **found)
 
 
 def prepare(path: Path, num_checkpoints: int, name: str) -> None:
+    """Make the zoo in a process whose memory does not count."""
     make_zoo(path, num_checkpoints, name)
 
 

@@ -55,7 +55,11 @@ compare() { # check, more arguments
   "$bin/python" scripts/gpu_checks.py "$1" --device "$device" --runs "$runs" "${@:2}"
 }
 
-start() { # way, processes, script, more arguments; its log is named as the way
+on_device() { # test
+  DEVICE="$device" "$bin/python" -m pytest -q "tests/test_device.py::$1"
+}
+
+start() { # way, processes, command, more arguments; its log is named as the way
   local spread=()
   if [ "$device" = cpu ] && [ "$1" != cpu ] && [[ "$1" != deepspeed_* ]]; then spread=(ACCELERATE_USE_CPU=true); fi
   env "${spread[@]}" "$bin/accelerate-launch" --config_file "configs/accelerate/$1.yaml" --num_processes "$2" "${@:3}" \
@@ -64,7 +68,7 @@ start() { # way, processes, script, more arguments; its log is named as the way
 }
 
 launch() { # way, processes, run, more arguments
-  start "$1" "$2" scripts/train.py "${settings[@]}" --set run="$runs/$3" "${@:4}"
+  start "$1" "$2" -m rpg train "${settings[@]}" --set run="$runs/$3" "${@:4}"
 }
 
 spread() { # way, processes: the whole run, and the second half once more from the first half of one process
@@ -96,16 +100,19 @@ check_bf16_training() {
   launch "$one" 1 bf16_training --set train.precision=bf16
   compare losses --run bf16_training --tolerance 0.1
 }
-check_mamba2() { compare mamba2; }
-check_mamba2_fused() { compare mamba2_fused; }
-check_unet() { compare unet; }
-check_bf16() { compare bf16; }
+check_mamba2() { on_device test_mamba2; }
+check_mamba2_fused() {
+  [ "$device" = cuda ] && "$bin/python" -c "import mamba_ssm" 2> /dev/null || leave_out "needs a GPU and mamba-ssm"
+  on_device test_mamba2_fused
+}
+check_unet() { on_device test_unet; }
+check_bf16() { on_device test_bf16; }
 check_generate_bytes() { compare generate_bytes; }
 check_two_process_bytes() {
   [ "$two" = 2 ] || leave_out "needs 2 GPUs"
-  start "$one" 1 scripts/generate.py "$runs/one_process" -n 3 --output "$runs/generated/one"
-  start ddp 2 scripts/generate.py "$runs/one_process" -n 3 --output "$runs/generated/two"
-  compare same_files --folders generated/one generated/two
+  start "$one" 1 -m rpg generate "$runs/one_process" -n 3 --output "$runs/generated/one"
+  start ddp 2 -m rpg generate "$runs/one_process" -n 3 --output "$runs/generated/two"
+  diff -r "$runs/generated/one" "$runs/generated/two"
 }
 check_kernel_tests() {
   "$bin/python" -m pytest -q tests/rpg/models/test_mamba2.py tests/rpg/models/test_backbone.py \

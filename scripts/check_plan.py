@@ -5,14 +5,10 @@ python scripts/check_plan.py [--cases NAME …] [--json FILE]
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from _common import Parser, run_command, write_figures
-from bench_scale import alone
-from bench_tokenization import make_zoo
+from _common import Figures, Parser, alone, make_zoo, run_command, work_folder
 from rich.console import Console
 from rich.table import Table
 
@@ -57,18 +53,16 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
     arguments = parser.parse_args()
     table = Table("configuration", "training: plan", "measured", "error", "generation: plan", "measured", "error")
-    figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    figures = Figures(arguments.json)
+    with work_folder(arguments.folder) as folder:
         for name in arguments.cases:
-            figures[name] = check(name, Path(temporary) / name)
+            figures.take(name, **check(name, folder / name))
             cells = []
             for kind in ("training", "generation"):
                 plan, measured = figures[name][kind]["plan"], figures[name][kind]["measured"]
                 cells += [f"{plan / 2**20:,.0f} MiB", f"{measured / 2**20:,.0f} MiB", f"{plan / measured - 1:+.1%}"]
             table.add_row(name, *cells)
-            print(name, *cells, flush=True)
     Console().print(table)
-    write_figures(arguments.json, figures)
 
 
 def check(name: str, folder: Path) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rpg.config import Config
+from rpg.section import read_variants
 from tests.hub_server import HubServer, use_hub
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
@@ -77,3 +78,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     server = use_hub(tmp_path, monkeypatch)
     yield server
     server.stop()
+
+
+def configurations(folder: Path) -> list[Path]:
+    """All configurations under a folder, and the variants that they hold by the names that they are read under."""
+    files = sorted(folder.rglob("*.yaml"))
+    return files + [file.with_name(f"{name}.yaml") for file in files for name in read_variants(file)]

@@ -12,24 +12,13 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 MISTAKES = [
     ("resplit", ["one"]),
     ("resplit", ["missing.yaml", "zoo"]),
-    ("bench_unseen", ["missing", "many"]),
-    ("bench_unseen", ["missing"]),
-    ("unseen_steps", ["missing"]),
-    ("unseen_steps", ["missing", "1", "4"]),
-    ("unseen_layers", []),
-    ("unseen_layers", ["missing"]),
     ("bench", ["--seconds", "long"]),
     ("bench_adapters", ["--num", "few"]),
-    ("bench_cifar10", ["--set", "task.unknown=1"]),
-    ("bench_gpu", ["--networks", "unknown"]),
-    ("bench_imagenet", ["--networks", "unknown"]),
     ("gpu_checks", ["unknown"]),
-    ("bench_lora", ["--bases", "unknown"]),
-    ("bench_mamba", ["--repeat", "--twice"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),
     ("check_plan", ["--cases", "unknown"]),
-    ("segmentation_archives", ["coco", "folder"]),
+    ("archives", ["imagenet", "folder"]),
 ]
 
 

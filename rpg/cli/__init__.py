@@ -158,7 +158,7 @@ def train(
     config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
     compare: o.Compare = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a generator on a zoo (also: accelerate launch scripts/train.py CONFIG …)."""
+    """Train a generator on a zoo (also: accelerate launch -m rpg train CONFIG …)."""
     from rpg.devices import device_of_run
     from rpg.planning.guard import training_need
 
@@ -201,7 +201,7 @@ def generate(
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
-    On several devices: accelerate launch scripts/generate.py RUN -n NUM
+    On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
     from rpg.generation.conditions import choose_condition
     from rpg.generation.generator import Generator

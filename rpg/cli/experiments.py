@@ -31,7 +31,7 @@ def unseen(
 ) -> dict[str, Any]:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
 
-    On several devices: accelerate launch scripts/unseen.py CONFIG
+    On several devices: accelerate launch -m rpg unseen CONFIG
     """
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     written = "pictures: {run}/distance.png, parameters.png"
@@ -46,7 +46,7 @@ def lora(
     """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
-    On several devices: accelerate launch scripts/lora.py CONFIG
+    On several devices: accelerate launch -m rpg lora CONFIG
     """
     from rpg.experiments.adapters import is_comparison_of_tasks
 

@@ -16,10 +16,11 @@ from tokenization.errors import InputError
 def load(path: Path, overrides: list[str] | None) -> Any:
     """Read a configuration file with its overrides; where there is no such file, ``configs/…`` is the package's own."""
     from rpg.config import Config
+    from rpg.section import exists
 
-    if not path.exists() and path.parts[:1] == ("configs",):
+    if path.parts[:1] == ("configs",) and not exists(path):
         own = default_config(str(Path(*path.parts[1:])))
-        path = own if own.is_file() else path
+        path = own if exists(own) else path
     return Config.load(path, overrides)
 
 

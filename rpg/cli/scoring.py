@@ -26,7 +26,7 @@ def evaluate(
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
     With neither a task nor a function that scores, networks are compared by their weights alone.
-    On several devices: accelerate launch scripts/evaluate.py RUN
+    On several devices: accelerate launch -m rpg evaluate RUN
     """
     from rpg.evaluation import tables
     from rpg.evaluation.scores import show

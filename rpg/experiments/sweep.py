@@ -110,7 +110,7 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
         InputError: the file or one of the configurations is wrong, or two entries share a name.
     """
     path = Path(path)
-    sweep = validated(SweepConfig, read_mapping(path, "a sweep file (see configs/sweeps for examples)"), str(path))
+    sweep = validated(SweepConfig, _read(path), str(path))
     entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
     if not entries:
         raise InputError(f"{path} has no entries; write at least one, or a matrix")
@@ -119,6 +119,12 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
         if names.count(name) > 1:
             raise InputError(f"{path} has two entries named {name!r}; give them different names")
     return sweep, [_experiment(path, sweep, entry) for entry in entries]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree = read_mapping(path, "a sweep file (see configs/sweeps for examples)")
+    parent = tree.pop("extends", None)  # of a variant
+    return {**_read(path.parent / parent), **tree} if parent else tree
 
 
 def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from rpg.console import run_command
+from rpg.section import exists, read_mapping
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -76,11 +77,12 @@ class Sandbox:
                 target.mkdir(parents=True, exist_ok=True)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            if name in small:
-                whole = yaml.safe_load(source.read_text()) if name.startswith("sweeps/") else {"extends": str(source)}
-                target.write_text(yaml.safe_dump({**whole, **small[name]}))
-            else:
+            if name not in small:
                 target.symlink_to(source)
+        for name, changes in small.items():
+            source = ROOT / "configs" / name
+            whole = read_mapping(source, "a sweep") if name.startswith("sweeps/") else {"extends": str(source)}
+            (folder / "configs" / name).write_text(yaml.safe_dump({**whole, **changes}))
         (folder / "scripts").symlink_to(ROOT / "scripts")
 
     def run(self, block: Block) -> None:
@@ -171,16 +173,11 @@ def parse(command: str) -> None:
     while "=" in words[0]:  # NAME=value before the command
         words = words[1:]
     if words[0] in LAUNCHERS:
-        files = [place for place, word in enumerate(words) if word.startswith("scripts/")]
-        if files:
-            assert (ROOT / words[files[0]]).is_file(), command
-            words = ["rpg", Path(words[files[0]]).stem, *words[files[0] + 1 :]]
-        else:
-            words = ["rpg", *words[words.index("rpg.cli") + 1 :]]
+        words = ["rpg", *words[words.index("rpg") + 1 :]]
     if words[0] == "rpg":
         group: Any = typer.main.get_command(app)
         assert words[1] in group.commands, command
         group.commands[words[1]].make_context(words[1], list(words[2:]))
     for word in words:
         if re.match(r"(configs|scripts)/.*\.\w+$", word):
-            assert (ROOT / word).exists(), f"{command}: there is no {word}"
+            assert exists(ROOT / word), f"{command}: there is no {word}"

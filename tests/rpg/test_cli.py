@@ -29,7 +29,7 @@ COMMANDS = [str(command.name or command.callback.__name__) for command in cli.ap
 
 def rpg_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "rpg.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rpg", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=180)
 
 

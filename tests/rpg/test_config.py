@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from rpg.config import Config
+from tests.conftest import configurations
 from tokenization.errors import InputError
 
-CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "accelerate"))
+CONFIGS = [path for path in configurations(Path("configs")) if path.parent.name not in ("sweeps", "accelerate")]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -88,7 +89,7 @@ def test_the_papers_configurations_share_its_recipe():
     """Each is configs/paper/base.yaml but for what the paper itself varies."""
     own = {"tokens": {"size"}, "train": {"steps", "batch_size", "tokens", "learning_rate", "warmup_steps", "optimizer"}}
     own |= {"generate": {"sampler", "steps", "eta", "tile_tokens"}}
-    files = sorted(Path("configs/paper").glob("*.yaml"))
+    files = configurations(Path("configs/paper"))
     assert len(files) > 8
     base = Config.load("configs/paper/base.yaml").plain()
     for path in files:

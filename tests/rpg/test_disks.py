@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.locks import written_elsewhere
 from tests.rpg.commands import CASES, CONFIGS, write_configs
 from tests.rpg.conftest import Run, refused
 from tests.rpg.forks import ForkServer
 from tests.rpg.test_kills import assert_same, assert_whole
-from tokenization.zoo.locks import Holder, lock_file
+from tokenization.zoo.locks import lock_file
 from tokenization.zoo.zoo import Zoo
 
 
@@ -119,19 +114,6 @@ def test_what_may_only_be_read_is_read(forks, prepared, disk, tmp_path):
         assert said.startswith("error: ") and str(disk) in said, said
 
 
-@contextlib.contextmanager
-def written_elsewhere(*files: Path) -> Iterator[int]:
-    """Lock files of a process that lives; yields its number."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    holder = Holder(platform.node(), process.pid, psutil.Process(process.pid).create_time(), "rpg other")
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(asdict(holder)))
-    yield process.pid
-    process.communicate(b"\n")
-    assert all(Holder.parse(file.read_bytes()) == holder for file in files)
-
-
 def test_what_another_command_writes_is_left_to_it(rpg: Run, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_configs(tmp_path)
@@ -139,7 +121,7 @@ def test_what_another_command_writes_is_left_to_it(rpg: Run, prepared, tmp_path,
     shutil.copytree(prepared / "run", tmp_path / "run")
     taken = ["zoo", "run", "new"]
     locks = [*(lock_file(name) for name in taken), lock_file("out.pth", beside=True), lock_file("al", beside=True)]
-    with written_elsewhere(*locks) as process:
+    with written_elsewhere(*locks) as holder:
         for command in (
             "collect digits.yaml",
             "collect --from whole/checkpoints --zoo zoo",
@@ -156,7 +138,7 @@ def test_what_another_command_writes_is_left_to_it(rpg: Run, prepared, tmp_path,
             "metric --set run=run --set zoo=none",
             "demo --set run=run --set zoo=none",
         ):
-            refused(rpg(*command.split()), "is being written", f"process {process}", "wait for its end")
+            refused(rpg(*command.split()), "is being written", f"process {holder.pid}", "wait for its end")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == sorted(
         [*taken, "whole", *(f"{name}.yaml" for name in CONFIGS)]
     )

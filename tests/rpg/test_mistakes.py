@@ -328,6 +328,6 @@ PROCESSES = [
 
 @pytest.mark.parametrize("line", PROCESSES)
 def test_a_mistake_in_a_process_of_its_own(world: dict[str, Path], line: str) -> None:
-    command = [sys.executable, "-m", "rpg.cli", *arguments_of(line, world)]
+    command = [sys.executable, "-m", "rpg", *arguments_of(line, world)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=180)
     refused((process.returncode, process.stdout, process.stderr), MISTAKES[line])

@@ -1,7 +1,6 @@
 """One command at a time writes a folder: a lock file names the process that does.
 
-A process that was killed leaves its lock behind; the next one on the same machine sees that it is gone and goes on.
-Whether a process of another machine still runs cannot be seen from here, so that its lock is the user's to judge.
+The operating system holds the lock (through `filelock`), so it ends with its process, however that ends.
 """
 
 from __future__ import annotations
@@ -21,18 +20,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 from tokenization.errors import InputError
 from tokenization.files import recover_folder, recover_folders, remove_abandoned, writing_failed
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes may take one lock in the same instant
-    fcntl = None  # type: ignore[assignment]
-
 LOCK_NAME = ".lock"
-SAME_START = 2.0
-"""Seconds by which a process's start may seem to move as the system's clock is set."""
+WAIT = 0.1
+"""Seconds to wait for a lock, so that one which is just being given back is taken."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +40,7 @@ class Holder:
     Attributes:
         host: name of the machine.
         pid: number of the process there.
-        started: when the process started, in seconds since 1970, which tells it from a later one of that number.
+        started: when the process started, in seconds since 1970.
         command: what it was started as, in two words.
     """
 
@@ -61,39 +56,25 @@ class Holder:
         return cls(platform.node(), os.getpid(), psutil.Process().create_time(), command)
 
     @classmethod
-    def parse(cls, text: bytes) -> Holder | None:
-        """What a lock file says; None where a kill has left nothing of use in it."""
+    def read(cls, file: Path) -> Holder | None:
+        """What a lock file says; None where it says nothing of use."""
         try:
-            content = json.loads(text)
+            content = json.loads(file.read_bytes())
             return cls(str(content["host"]), int(content["pid"]), float(content["started"]), str(content["command"]))
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def is_gone(self) -> bool:
-        """Whether it was a process of this machine that has ended, be it that another one has its number now."""
-        if self.host != platform.node():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            return ended or abs(process.create_time() - self.started) > SAME_START
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:  # a system that tells nothing of other users' processes
-            return False
 
     def is_ours(self) -> bool:
         """Whether it is this process or one that started it: all of them are one command."""
-        return self.host == platform.node() and self.pid in (os.getpid(), *(each.pid for each in _ancestors()))
+        with contextlib.suppress(psutil.Error):
+            ours = [os.getpid(), *(each.pid for each in psutil.Process().parents())]
+            return self.host == platform.node() and self.pid in ours
+        return False
 
-    def refusal(self, path: Path, file: Path) -> InputError:
-        """What to say to who wants to write ``path`` too."""
+    def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
-        if self.host == platform.node():
-            who = f"{self.command!r}, process {self.pid} since {since}"
-            return InputError(f"{path} is being written ({who}); wait for its end, or choose another place")
-        who = f"{self.command!r}, process {self.pid} on {self.host} since {since}"
-        return InputError(f"{path} is being written ({who}); if that process is gone, delete {file}")
+        where = "" if self.host == platform.node() else f" on {self.host}"
+        return f"{self.command!r}, process {self.pid}{where} since {since}"
 
 
 @dataclass
@@ -101,8 +82,9 @@ class _Lock:
     """A lock of this process: how often it was taken, and the folders that were made for it, innermost first."""
 
     pid: int
-    count: int
+    held: BaseFileLock
     made: list[Path]
+    count: int = 1
 
 
 _taken: dict[Path, _Lock] = {}
@@ -175,48 +157,25 @@ def take_lock(path: Path | str, *, beside: bool = False) -> None:
     made: list[Path] = []
     try:
         _make_folders(file.parent, made)
-        holder = _claim(file)
-        if holder is None:
-            _taken[file] = _Lock(os.getpid(), 1, made)
+        held = FileLock(file, timeout=WAIT, poll_interval=WAIT / 10, thread_local=False)
+        held.acquire()
+        _taken[file] = _Lock(os.getpid(), held, made)
+        try:
+            with contextlib.suppress(PermissionError):  # Windows lets nobody write into a locked file
+                file.write_text(json.dumps(asdict(Holder.current())))
             remove_abandoned(file.parent, f"{glob.escape(path.name)}.*" if beside else "*")
             recover_folder(path) if beside else recover_folders(path)
+        except OSError:
+            _give_back(file, 0)
+            raise
+    except Timeout:
+        holder = Holder.read(file)
+        if holder is None or not holder.is_ours():
+            who = holder or "another process"
+            raise InputError(f"{path} is being written ({who}); wait for its end, or choose another place") from None
     except OSError as error:
         _remove_folders(made)
         raise writing_failed(path, error) from error
-    if holder is not None and not holder.is_ours():
-        raise holder.refusal(path, file)
-
-
-def _claim(file: Path) -> Holder | None:
-    """Write this process into a lock file; who holds it where somebody does. Raises OSError."""
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # some network disks cannot
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # while it is judged, by one at a time
-            if not _is_at(descriptor, file):
-                continue
-            holder = Holder.parse(os.read(descriptor, 1 << 16))
-            if holder is not None and not holder.is_gone():
-                return holder
-            try:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(asdict(Holder.current())).encode(), 0)
-            except OSError:
-                file.unlink()
-                raise
-            return None
-        finally:
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether an open file still has its name: who held it may have deleted it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _give_back(file: Path, count: int) -> None:
@@ -225,7 +184,8 @@ def _give_back(file: Path, count: int) -> None:
     if not count:
         del _taken[file]
         with contextlib.suppress(OSError):
-            file.unlink()
+            file.unlink()  # while it is held: who waits for it sees that it has gone, and makes a new one
+        lock.held.release()
         _remove_folders(lock.made)
 
 
@@ -268,10 +228,3 @@ def _on_first(action: Callable[[], object]) -> None:
     distributed.broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
-
-
-def _ancestors() -> list[psutil.Process]:
-    try:
-        return psutil.Process().parents()
-    except psutil.Error:
-        return []

@@ -19,17 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from rpg.console import progress_bar
 from rpg.tasks.images.timm_data import unreadable
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, remove_abandoned
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes may decode the same images
-    fcntl = None  # type: ignore[assignment]
 
 FOLDER = ".rpg-cache"
 VERSION = 1
@@ -86,7 +82,8 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     if folder is None:
         return None
     path = folder / f"{key}.npy"
-    with _locked(folder / f"{key}.lock"):
+    writable = os.access(folder, os.W_OK)
+    with FileLock(folder / f"{key}.lock") if writable else contextlib.nullcontext():
         if not path.is_file():
             remove_abandoned(folder)
             _write(path, source, shape, workers)
@@ -189,14 +186,3 @@ def _folder(root: Path, num_bytes: int, name: str) -> Path | None:
         if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1.05 * num_bytes:
             return folder
     return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a lock goes with the process that holds it."""
-    if fcntl is None or not os.access(path.parent, os.W_OK):
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -10,7 +10,8 @@ from rpg.config import Config
 from rpg.evaluation.config import EvaluateConfig
 from rpg.experiments.sweep import load_sweep, run_sweep
 from rpg.experiments.sweep_table import figures_of, markdown_table, rows_of_rivals
-from tests.conftest import small_config
+from rpg.section import read_variants
+from tests.conftest import configurations, small_config
 from tokenization.errors import InputError
 
 NOISE = EvaluateConfig().noise
@@ -127,8 +128,9 @@ def test_the_matrix_of_pdiff_networks_is_what_its_42_files_were(tmp_path):
 
 
 def test_the_sweeps_that_come_with_the_package_are_valid():
-    for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
-        assert load_sweep(path)[1]
+    for path in configurations(CONFIGS / "sweeps"):
+        if not read_variants(path):
+            assert load_sweep(path)[1]
 
 
 def two_samples(nearest: str) -> dict:

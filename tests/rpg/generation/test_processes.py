@@ -45,7 +45,7 @@ def test_two_processes_write_the_files_of_one(run, tmp_path):
     """Three networks: one whole each, the tiles of the third spread over both."""
     Generator.from_pretrained(run).generate(3, seed=7, output=tmp_path / "one")
     command = [BIN / "torchrun", "--nproc_per_node", "2", "--nnodes", "1", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "scripts/generate.py", run, "-n", "3", "--seed", "7"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "rpg", "generate", run, "-n", "3", "--seed", "7"]
     made = subprocess.run(
         [*map(str, command), "--output", str(tmp_path / "two")],
         check=True, env=ENVIRONMENT, timeout=300, capture_output=True, text=True,

@@ -137,10 +137,10 @@ def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     assert_close(whole.run, reference / "one")
 
 
-def test_the_launched_script_is_the_same_code(tmp_path, zoo):
+def test_the_launched_command_is_the_same_code(tmp_path, zoo):
     config = small_config(tmp_path, run=str(tmp_path / "launched"))
     config.save(tmp_path / "config.yaml")
-    launch("cpu", "scripts/train.py", str(tmp_path / "config.yaml"), "--set", "train.steps=7")
+    launch("cpu", "-m", "rpg", "train", str(tmp_path / "config.yaml"), "--set", "train.steps=7")
     here = small_config(tmp_path, run=str(tmp_path / "here"), train={"steps": 7})
     train(here)
     assert losses(config.run) == losses(here.run)

@@ -1,52 +1,34 @@
-"""A folder has one writer at a time; a lock outlives no process of this machine, and judges none of another one."""
+"""A folder has one writer at a time; a lock ends with the process that holds it."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
+from tests.locks import written_elsewhere
 from tokenization.errors import InputError
 from tokenization.zoo.locks import LOCK_NAME, Holder, lock_file, locked, locks
 
 
-@pytest.fixture
-def other() -> Iterator[Holder]:
-    """A process that lives beside this one."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield Holder(platform.node(), process.pid, psutil.Process(process.pid).create_time(), "rpg train")
-    process.communicate(b"\n")
-
-
-def write_lock(folder: Path, holder: Holder) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / LOCK_NAME).write_text(json.dumps(asdict(holder)))
-    return folder / LOCK_NAME
-
-
-def test_a_folder_that_is_written_is_refused_and_left_alone(tmp_path: Path, other: Holder) -> None:
-    file = write_lock(tmp_path, other)
-    with pytest.raises(InputError) as caught, locked(tmp_path):
-        pytest.fail("it was taken")
-    assert f"process {other.pid}" in str(caught.value) and "'rpg train'" in str(caught.value)
-    assert "wait for its end" in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert Holder.parse(file.read_bytes()) == other
+def test_a_folder_that_is_written_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with written_elsewhere(lock_file(tmp_path)) as other:
+        with pytest.raises(InputError) as caught, locked(tmp_path):
+            pytest.fail("it was taken")
+        assert str(caught.value) == f"{tmp_path} is being written ({other}); wait for its end, or choose another place"
+        assert f"'rpg other', process {other.pid} since 20" in str(other)
+    with locked(tmp_path):
+        pass
 
 
 def test_the_lock_names_this_process_and_goes_with_what_was_made_for_it(tmp_path: Path) -> None:
     with locked(tmp_path / "new" / "folder"):
-        holder = Holder.parse((tmp_path / "new" / "folder" / LOCK_NAME).read_bytes())
+        holder = Holder.read(tmp_path / "new" / "folder" / LOCK_NAME)
         assert holder == Holder.current() and holder.pid == os.getpid() and holder.host == platform.node()
     assert list(tmp_path.iterdir()) == []
     with locked(tmp_path / "new"):
@@ -64,7 +46,7 @@ def test_a_lock_may_be_taken_again_and_by_processes_that_its_owner_starts(tmp_pa
             with locked(tmp_path):
                 os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert Holder.parse((tmp_path / LOCK_NAME).read_bytes()) == Holder.current()
+        assert Holder.read(tmp_path / LOCK_NAME) == Holder.current()
     assert not (tmp_path / LOCK_NAME).exists()
 
 
@@ -75,7 +57,7 @@ def killed(tmp_path: Path) -> Holder:
         with locked(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    holder = Holder.parse((tmp_path / LOCK_NAME).read_bytes())
+    holder = Holder.read(tmp_path / LOCK_NAME)
     assert holder is not None and holder.pid == child
     return holder
 
@@ -85,55 +67,28 @@ def test_a_lock_of_a_process_that_was_killed_is_taken_with_what_it_left(tmp_path
     (tmp_path / f".file.{holder.host}.{holder.pid}.partial").touch()
     (tmp_path / ".folder.replaced").mkdir()
     with locked(tmp_path):
-        assert Holder.parse((tmp_path / LOCK_NAME).read_bytes()) == Holder.current()
+        assert Holder.read(tmp_path / LOCK_NAME) == Holder.current()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_later_process_of_the_same_number_is_another_one(tmp_path: Path, other: Holder) -> None:
-    write_lock(tmp_path, Holder(other.host, other.pid, other.started - 60, "rpg train"))
-    with locked(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_that_nobody_has_buried_is_gone(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
-    write_lock(tmp_path, Holder(platform.node(), child, psutil.Process(child).create_time(), "rpg train"))
-    with locked(tmp_path):
-        os.waitpid(child, 0)
-
-
-@pytest.mark.parametrize("pid", [1, 2**22 + 1])
-def test_another_machine_is_the_users_to_judge(tmp_path: Path, pid: int) -> None:
-    file = write_lock(tmp_path, Holder("far-away", pid, 0.0, "rpg collect"))
-    with pytest.raises(InputError) as caught, locked(tmp_path):
-        pass
-    assert f"process {pid} on far-away" in str(caught.value)
-    assert str(caught.value).endswith(f"if that process is gone, delete {file}")
-    file.unlink()
-    with locked(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a", "pid": null, "started": 1, "command": ""}'])
-def test_what_a_kill_cut_short_holds_nobody(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", '{"host": "far-away", "pid": 1, "started": 1.0, "command": "rpg train"}'])
+def test_a_file_that_nobody_holds_locks_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK_NAME).write_text(text)
     with locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_appears_as_a_whole_is_locked_beside_it(tmp_path: Path, other: Holder) -> None:
+def test_what_appears_as_a_whole_is_locked_beside_it(tmp_path: Path) -> None:
     with locked(tmp_path / "file.pth", beside=True):
         assert [path.name for path in tmp_path.iterdir()] == [".file.pth.lock"]
         (tmp_path / "file.pth").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
-    lock_file(tmp_path / "file.pth", beside=True).write_text(json.dumps(asdict(other)))
-    with pytest.raises(InputError, match="file.pth is being written"), locked(tmp_path / "file.pth", beside=True):
+    with (
+        written_elsewhere(lock_file(tmp_path / "file.pth", beside=True)),
+        pytest.raises(InputError, match="file.pth is being written"),
+        locked(tmp_path / "file.pth", beside=True),
+    ):
         pass
 
 
@@ -169,29 +124,31 @@ def test_only_one_of_many_gets_a_lock_that_was_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_launched_processes_share_one_lock(tmp_path: Path, other: Holder, refused: bool) -> None:
+def test_launched_processes_share_one_lock(tmp_path: Path, refused: bool) -> None:
     """They enter together, or all of them are told."""
     folder = tmp_path / "folder"
-    if refused:
-        write_lock(folder, other)
+    with written_elsewhere(folder / LOCK_NAME) if refused else contextlib.nullcontext():
+        assert enter_together(folder) == ([4, 4] if refused else [3, 3])
+
+
+def enter_together(folder: Path) -> list[int]:
+    """How two launched processes end: 3 after the lock, 4 if it is someone else's."""
     children = []
     for rank in range(2):
         children.append(os.fork())
         if children[-1] == 0:
             os.environ["RANK"] = str(rank)
-            place = {"init_method": f"file://{tmp_path}/store", "rank": rank, "world_size": 2}
+            place = {"init_method": f"file://{folder.parent}/store", "rank": rank, "world_size": 2}
             torch.distributed.init_process_group("gloo", **place)
             try:
                 with locked(folder):
-                    holder = Holder.parse((folder / LOCK_NAME).read_bytes())
+                    holder = Holder.read(folder / LOCK_NAME)
                     assert holder is not None and (holder.pid == os.getpid()) == (rank == 0)
                     torch.distributed.barrier()
                 os._exit(3)
             except InputError as error:
-                os._exit(4 if f"process {other.pid}" in str(error) else 5)
-    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert ended == ([4, 4] if refused else [3, 3])
-    assert (folder / LOCK_NAME).exists() == refused
+                os._exit(4 if "'rpg other', process" in str(error) else 5)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def test_a_function_runs_with_the_lock_of_its_folder(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_launched_processes_share_the_parts(task, zoo, folder, tmp_path):
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "-m", "rpg.cli", "collect", str(tmp_path / "config.yaml"),
+        "-m", "rpg", "collect", str(tmp_path / "config.yaml"),
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.DEVNULL)

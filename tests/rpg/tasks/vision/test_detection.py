@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rpg.tasks import build_task
+from rpg.tasks.vision.canvases import make_canvases
 from rpg.tasks.vision.detection import average_precision
 from rpg.tasks.vision.detection_config import DetectionConfig
 from rpg.tasks.vision.detection_data import open_split
@@ -38,16 +39,18 @@ def config_of(folder: Path, **changes) -> DetectionConfig:
     return DetectionConfig.model_validate({**settings, **changes})
 
 
+PARTS = (("train", "train", 10), ("val", "test", 5))
+
+
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
     """A folder in COCO's format: 10 training images of 32×32 pixels, 5 to score on."""
     root = tmp_path_factory.mktemp("coco")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        write_split = importlib.import_module("coco_archive").write_split
-    for split, name, num in (("train", "train2017", 10), ("test", "val2017", 5)):
-        write_split(root, split, name, num, 32)
-    return root
+        script = importlib.import_module("archives")
+    made = {part: make_canvases(split, num, 32, sides=(8, 14)) for part, split, num in PARTS}
+    return script.write_coco(root, made, 32)
 
 
 def rows_of(things: list[dict], score: float = 0.9) -> np.ndarray:

@@ -32,7 +32,7 @@ def archives(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("archives")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        import segmentation_archives as script
+        import archives as script
 
         for layout in ("ade20k", "voc"):
             arguments = ["", layout, str(folder / layout), "--train", "40", "--test", "16", "--size", "48"]

@@ -1,8 +1,9 @@
-"""Small archives of real files in the layouts of ADE20K and Pascal VOC: digits on canvases, and maps of their classes.
+"""Small archives of real files as ADE20K, Pascal VOC and COCO lie on disk: digits on canvases, their maps and boxes.
 
-python scripts/segmentation_archives.py ade20k data --train 48 --test 16
+python scripts/archives.py ade20k data --train 48 --test 16
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from _common import Parser, run_command
 from PIL import Image
 from torch import Tensor
 
-from rpg.tasks.vision.canvases import Canvas, make_canvases
+from rpg.tasks.vision.canvases import NUM_CLASSES, Canvas, make_canvases
 
 IGNORED = 255
 """What VOC calls the pixels along the edges of objects."""
@@ -18,19 +19,20 @@ IGNORED = 255
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("layout", choices=["ade20k", "voc"])
-    parser.add_argument("folder", type=Path, help="where ADEChallengeData2016 or VOCdevkit is made")
+    parser.add_argument("layout", choices=list(WRITERS))
+    parser.add_argument("folder", type=Path, help="where ADEChallengeData2016, VOCdevkit, or COCO's folders are made")
     parser.add_argument("--train", type=int, default=48, metavar="N", help="training images")
     parser.add_argument("--test", type=int, default=16, metavar="N", help="images to score on")
-    parser.add_argument("--size", type=int, default=96, help="height of the images, whose width is a third more")
+    parser.add_argument("--size", type=int, help="height of the images: 64 of COCO's, else 96, and a third more width")
     arguments = parser.parse_args()
-    write = {"ade20k": write_ade20k, "voc": write_voc}[arguments.layout]
-    sides = (arguments.size // 4, arguments.size // 2)
+    coco = arguments.layout == "coco"
+    size = arguments.size or (64 if coco else 96)
+    width, sides = (size, (size // 4, size * 7 // 16)) if coco else (size * 4 // 3, (size // 4, size // 2))
     made = {
-        part: make_canvases(split, num, arguments.size * 4 // 3, sides=sides)
+        part: make_canvases(split, num, width, sides=sides)
         for part, split, num in (("train", "train", arguments.train), ("val", "test", arguments.test))
     }
-    print(write(arguments.folder, made, arguments.size))
+    print(WRITERS[arguments.layout](arguments.folder, made, size))
 
 
 def write_ade20k(folder: Path, made: dict[str, list[Canvas]], height: int) -> Path:
@@ -68,6 +70,29 @@ def write_voc(folder: Path, made: dict[str, list[Canvas]], height: int) -> Path:
 def _save_image(image: Tensor, path: Path, height: int) -> None:
     pixels = (image[:, :height].permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(pixels).save(path, quality=95)
+
+
+def write_coco(root: Path, made: dict[str, list[Canvas]], size: int) -> Path:
+    """``NAME/*.jpg`` and ``annotations/instances_NAME.json``; the digits 0 … 9 are the categories 1 … 10."""
+    for part, canvases in made.items():
+        name, images, things = f"{part}2017", [], []
+        for folder in (root / name, root / "annotations"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for number, canvas in enumerate(canvases, 100):
+            file = f"{number:012}.jpg"
+            _save_image(canvas.image, root / name / file, size)
+            images.append({"id": number, "file_name": file, "height": size, "width": size})
+            for (left, top, right, bottom), label in zip(canvas.boxes.tolist(), canvas.labels.tolist(), strict=True):
+                box = [left, top, right - left, bottom - top]
+                thing = {"id": len(things) + 1, "image_id": number, "category_id": label + 1, "bbox": box}
+                things.append({**thing, "area": box[2] * box[3], "iscrowd": 0})
+        categories = [{"id": label + 1, "name": str(label), "supercategory": "digit"} for label in range(NUM_CLASSES)]
+        tree = {"info": {}, "images": images, "annotations": things, "categories": categories}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(tree))
+    return root
+
+
+WRITERS = {"ade20k": write_ade20k, "voc": write_voc, "coco": write_coco}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,0 @@
-"""``python -m rpg.cli``."""
-
-from rpg.cli import main
-
-if __name__ == "__main__":
-    main()
