@@ -28,7 +28,7 @@ from tokenization.checkpoint.safetensors import (
 )
 from tokenization.checkpoint.saving import find_ties, save_checkpoint
 from tokenization.checkpoint.tensor_file import TensorSpec
-from tokenization.checkpoint.weights import Chosen, Weights, plain_names, weights_in
+from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
 from tokenization.files import drop_pages
 
@@ -182,12 +182,12 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors)"
 
 
-def read_state_dict(path: Path | str, chosen: Chosen = Chosen()) -> dict[str, Tensor]:
+def read_state_dict(path: Path | str, chosen: Chosen = AS_FOUND) -> dict[str, Tensor]:
     """Every tensor of a checkpoint of any kind, pickles included, in the order of its state dict: `read_weights`."""
     return read_weights(path, chosen).tensors
 
 
-def read_weights(path: Path | str, chosen: Chosen = Chosen()) -> Weights:
+def read_weights(path: Path | str, chosen: Chosen = AS_FOUND) -> Weights:
     """The weights in a checkpoint of any kind, named as in the plain network, and what was passed over.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which of the things in a training checkpoint are the weights, and what its tensors are called in the plain network."""
+"""Which parts of a training checkpoint are the weights, and what their tensors are called in the plain network."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ class Chosen:
 
     key: str | None = None
     strip: str = ""
+
+
+AS_FOUND = Chosen()
+"""The usual set of weights, no prefix cut off but wrappers'."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tokenization.checkpoint.checkpoint import (
 )
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
-from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
+from tokenization.checkpoint.weights import AS_FOUND, Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.lora.adapter import (
@@ -69,7 +69,7 @@ def collect_from(
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
     find_runs: bool = True,
-    chosen: Chosen = Chosen(),
+    chosen: Chosen = AS_FOUND,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,

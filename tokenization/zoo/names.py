@@ -114,7 +114,9 @@ def _without_steps(paths: Sequence[Path], texts: Sequence[str], runs: Sequence[s
 def _versions(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names without Lightning's ``-v1``, by which a later run keeps off an earlier one's file; and these endings."""
     found = [re.search(r"-v\d+$", text) for text in texts]
-    versions = [match[0] if match and text[: match.start()] in texts else "" for match, text in zip(found, texts, strict=True)]
+    versions = [
+        match[0] if match and text[: match.start()] in texts else "" for match, text in zip(found, texts, strict=True)
+    ]
     return [text.removesuffix(version) for text, version in zip(texts, versions, strict=True)], versions
 
 
