@@ -53,7 +53,7 @@ class Config(Section):
         """
         tree = with_model_kind(_read_tree(Path(path)))
         for override in overrides or []:
-            _apply(tree, override)
+            apply_override(tree, override)
         return cls.parse(tree, str(path))
 
     @classmethod
@@ -61,7 +61,7 @@ class Config(Section):
         """The defaults with ``overrides`` as in ``load``. Raises InputError for an unknown key or impossible value."""
         tree: dict[str, Any] = {}
         for override in overrides or []:
-            _apply(tree, override)
+            apply_override(tree, override)
         return cls.parse(tree, "--set")
 
     @classmethod
@@ -106,7 +106,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put a change such as ``train.steps=100`` into a tree of plain values. Raises InputError if it is none."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise InputError(

@@ -115,7 +115,7 @@ def inspect(
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
 
-    written = write(path, write_config) if write_config is not None else None
+    written = write(path, write_config, overrides or []) if write_config is not None else None
     console.print(*describe(path, overrides or [], verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
@@ -203,6 +203,7 @@ def generate(
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.experiments.copies import copies_notice
     from rpg.generation.conditions import choose_condition
     from rpg.generation.generator import Generator
     from rpg.generation.partition import join_processes
@@ -220,7 +221,10 @@ def generate(
             progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
-    return {"folder": str(output), "networks": [str(path) for path in paths]}
+    notice = copies_notice(generator, paths, state) if partition.rank == 0 else None
+    if notice is not None:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
+    return {"folder": str(output), "networks": [str(path) for path in paths], "notice": notice}
 
 
 @app.command()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rpg.config import Config
+from rpg.config import Config, apply_override
 from rpg.planning.guard import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
@@ -56,12 +57,13 @@ class Proposal:
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
 
 
-def propose(zoo: Zoo, run: str | None = None) -> Proposal:
+def propose(zoo: Zoo, run: str | None = None, overrides: Sequence[str] = ()) -> Proposal:
     """A configuration to train a generator on a zoo with; no values are read.
 
     Args:
         zoo: two checkpoints or more.
         run: the run folder; ``runs/`` and the zoo's name when None.
+        overrides: changes such as ``tokens.exclude=[head.*]``, which are part of what is proposed.
 
     Raises:
         InputError: a single checkpoint, or no size of training fits into the memory that is free.
@@ -73,7 +75,7 @@ def propose(zoo: Zoo, run: str | None = None) -> Proposal:
     count = len(conditions)
     if count < 2:
         raise InputError(f"{zoo.path} has one checkpoint to learn from; a generator needs several, so add some")
-    values = ZooSummary.of(zoo, Config.defaults()).layout.num_values
+    values = ZooSummary.of(zoo, Config.defaults(list(overrides))).layout.num_values
     reasons = [f"Proposed by rpg inspect for {count:,} checkpoints of {runs:,} run(s) of {values:,} values."]
     tree: dict[str, Any] = {"run": run or f"runs/{zoo.path.resolve().name}", "zoo": str(zoo.path)}
     large = values >= MANY_VALUES
@@ -86,7 +88,8 @@ def propose(zoo: Zoo, run: str | None = None) -> Proposal:
     train: dict[str, Any] = {"splits": trained, "steps": 150 if large else 200, "batch_size": 8 if large else 16}
     train["learning_rate"] = 1e-3 if zoo.condition is not None else 3e-3
     if large:
-        layout = layout_without_statistics(zoo.checkpoint(0), Config.parse(tree, "tokens").tokens, len(zoo))
+        tokens = _changed({"tokens": tree["tokens"]}, [each for each in overrides if each.startswith("tokens.")])
+        layout = layout_without_statistics(zoo.checkpoint(0), Config.parse(tokens, "tokens").tokens, len(zoo))
         train |= {"warmup_steps": 20, "ema_decay": 0.95}
         if layout.num_tokens > 2048:
             train |= {"tokens": 2048, "batch_size": 4}
@@ -95,16 +98,24 @@ def propose(zoo: Zoo, run: str | None = None) -> Proposal:
         tree["evaluate"] = {"num": 24, "num_baseline": 5}
     if zoo.task is not None:
         reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
-    return _fitted(Proposal(tree, tuple(reasons)))
+    if overrides:
+        reasons.append(f"As asked for: {', '.join(overrides)}.")
+    return _fitted(Proposal(_changed(tree, overrides), tuple(reasons)))
 
 
-def write_config(zoo: Path, path: Path) -> Proposal:
+def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
     """Write the configuration that is proposed for a zoo. Raises InputError if it is none, or the file is there."""
     if not (zoo / "zoo.json").is_file():
         raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
     if path.exists():
         raise InputError(f"{path} is there already; name another file with --write-config, or remove it")
-    proposal = propose(Zoo.open(zoo))
+    proposal = propose(Zoo.open(zoo), overrides=overrides)
     write_text(path, proposal.text())
     return proposal
 

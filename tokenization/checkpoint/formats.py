@@ -11,7 +11,7 @@ from typing import Literal
 from tokenization.errors import InputError
 
 Kind = Literal["safetensors", "index", "torch", "pickle", "unknown"]
-"""``torch``: written by torch.save, in a zip or of old; ``pickle``: any other pickle; ``index``: JSON that names shards."""
+"""``torch``: written by torch.save, of any age; ``pickle``: any other pickle; ``index``: JSON that names shards."""
 
 SUFFIXES = (
     ".pth",
@@ -38,8 +38,8 @@ _SAVE = "then collect that"
 _BY_NAME = f"read it with its own library and save the tensors by name with safetensors.torch.save_file, {_SAVE}"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
-    (b"GGUF", "is a GGUF file (llama.cpp)", "collect the safetensors that it was made from, or let transformers convert "
-     "it: AutoModel.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"),
+    (b"GGUF", "is a GGUF file (llama.cpp)", "collect the safetensors that it was made from, or let transformers "
+     "convert it: AutoModel.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras)", _BY_NAME.replace("its own library", "h5py")),
     (b"\x93NUMPY", "is a single NumPy array (npy)", f"save the network's tensors by name with torch.save, {_SAVE}"),
     (b"\x1f\x8b", "is compressed by gzip", "unpack it with gunzip --keep"),

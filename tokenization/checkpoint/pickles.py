@@ -12,10 +12,11 @@ import io
 import pickle
 import tarfile
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class Inert(dict):  # type: ignore[type-arg]
         self.args = args
 
     def __call__(self, *args: Any, **named: Any) -> Inert:
+        """Nothing happens."""
         return Inert()
 
     def __hash__(self) -> int:
@@ -64,6 +66,7 @@ class _NumpyDtype(Inert):
     order = "="
 
     def build(self, state: Any) -> None:
+        """Take (version, byte order, …)."""
         self.order = state[1] if isinstance(state, tuple) and state[1] in ("<", ">") else "="
 
 
@@ -98,7 +101,10 @@ def load_inert(path: Path) -> Any:
             # A TorchScript program would be given to another reader by torch.load.
             if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
                 raise InputError(f"{path} is a TorchScript program; save its state_dict() alone")
-            return torch.load(path, map_location="cpu", pickle_module=_MODULE, weights_only=False, mmap=True)
+            if path.suffix != ".safetensors":
+                return _torch_load(path, mmap=True)
+            with path.open("rb") as file:  # torch.load goes by that ending
+                return _torch_load(file)
         with path.open("rb") as file:
             legacy = LEGACY_MAGIC in file.read(40)
             file.seek(0)
@@ -120,7 +126,7 @@ class _CodeError(Exception):
 class _Unpickler(pickle._Unpickler):
     """Python's own in Python: the one in C gives a memo of any length that broken bytes ask for."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name of the pickle stands for; nothing is imported."""
@@ -147,7 +153,13 @@ def _load_legacy(file: BinaryIO) -> Any:
     if tarfile.is_tarfile(file):
         raise ValueError("a tar archive of PyTorch before 0.2")
     file.seek(0)
-    return torch.load(file, map_location="cpu", pickle_module=_MODULE, weights_only=False)
+    return _torch_load(file)
+
+
+def _torch_load(file: Path | BinaryIO, mmap: bool = False) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes whose code is not there: it is not wanted
+        return torch.load(file, map_location="cpu", pickle_module=_MODULE, weights_only=False, mmap=mmap)
 
 
 def _load_from_bytes(data: bytes) -> Any:
@@ -198,6 +210,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 def _known(module: str, name: str) -> Any:
     """What may be made of a pickle; None of all else."""
-    if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-        return dtype
+    if module == "torch" and isinstance(
+        found := getattr(torch, name, None), torch.dtype | torch.qscheme | torch.layout
+    ):
+        return found
     return _KNOWN.get(f"{module}.{name}")

@@ -72,7 +72,7 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> Weights:
     found: dict[str, Mapping[Any, Any]] = {}
     modules: list[str] = []
     _search(content, "", found, modules, set())
-    if not found and isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+    if not found and isinstance(content, Mapping) and any(_has_dimensions(value, 0) for value in content.values()):
         found[""] = content
     if not found:
         raise _no_weights(content, modules, path)

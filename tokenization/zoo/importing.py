@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tokenization.checkpoint.checkpoint import (
     Checkpoint,
-    has_plain_names,
-    pickled_files,
     read_state_dict,
-    read_weights,
 )
 from tokenization.checkpoint.safetensors import natural_key
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
-from tokenization.checkpoint.weights import AS_FOUND, Chosen, NoWeightsError, common_prefix
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.lora.adapter import (
     CONFIG_NAME,
-    check_adapter_tensors,
-    is_adapter,
-    read_adapter_config,
-    require_same_config,
 )
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
@@ -36,27 +24,9 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
+from tokenization.zoo.reading import Reading, Row, Source, in_order
 from tokenization.zoo.sources import find_checkpoints
-from tokenization.zoo.twins import are_twins, fingerprint
 from tokenization.zoo.zoo import Zoo
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One checkpoint found: its path, where it was named, and what a table or pattern says of it."""
-
-    path: Path
-    where: str
-    known: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One checkpoint that is read and checked: its row, fingerprint, and whether it stays where it is."""
-
-    row: _Row
-    fingerprint: str
-    adopted: Checkpoint | None
 
 
 @locks(lambda source, zoo_path, **_: zoo_path)
@@ -107,28 +77,33 @@ def collect_from(
         require_new_folder(zoo_path, [row.path for row in rows])
     known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
     fresh = [row for row in rows if str(row.path.resolve()) not in known]
-    reading = _Reading(zoo, chosen, skip_bad, say)
+    reading = Reading(zoo, chosen, skip_bad, say)
     sources = reading.read(fresh, progress)
     rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
     labels = _labels(rows, kind, say if find_runs and pattern is None else None)
     if not exists:
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
-    kept = reading.without_twins([(each, labels[each.row.path]) for each in sources])
+    named = table is not None or pattern is not None
+    kept = reading.without_twins([(each, labels[each.row.path]) for each in sources], keep=named)
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
     entries = [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
     if not entries:
         return zoo
+    zoo = _opened(zoo, exists, runs, [each.row.path for each in sources], reading.adapter)
+    _write(zoo, entries, chosen)
+    return zoo
+
+
+def _opened(zoo: Zoo, exists: bool, runs: Sequence[str], among: Sequence[Path], adapter: Path | None) -> Zoo:
+    """The zoo on disk, made if need be, with the runs' names and the configuration of an ``adapter``."""
     if not exists:
-        among = [each.row.path for each in sources]
-        zoo = Zoo.create(zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
-    elif runs != zoo.runs:
+        zoo = Zoo.create(zoo.path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
+    elif list(runs) != zoo.runs:
         zoo.rename_runs(runs)
-    adapter = reading.adapter
     if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
         write_text(zoo.path / CONFIG_NAME, (adapter / CONFIG_NAME).read_text(encoding="utf-8"))
-    _write(zoo, entries, chosen)
     return zoo
 
 
@@ -138,14 +113,14 @@ def _rows(
     table: Path | str | None,
     pattern: str | None,
     say: Callable[[str], None],
-) -> list[_Row]:
+) -> list[Row]:
     """Every checkpoint that the sources stand for or the table names, with what table and pattern say of it."""
     sources = [source] if isinstance(source, str | Path) else list(source)
-    rows: list[_Row] = []
+    rows: list[Row] = []
     if table is None:
         ignored: list[str] = []
         for item in sources:
-            rows += [_Row(path, str(path), {}) for path in find_checkpoints(item, zoo_path, ignored)]
+            rows += [Row(path, str(path), {}) for path in find_checkpoints(item, zoo_path, ignored)]
         if ignored:
             more = f" (and {len(ignored) - 1} more such)" if len(ignored) > 1 else ""
             say(f"left out: {ignored[0]}{more}")
@@ -156,8 +131,8 @@ def _rows(
             if path is None:
                 what = f"{where}: file {row['file']!r} does not exist"
                 raise InputError(f"{what}; name a checkpoint beside the table or in the source")
-            rows.append(_Row(path, where, row))
-    kept: list[_Row] = []
+            rows.append(Row(path, where, row))
+    kept: list[Row] = []
     seen: dict[Path, str] = {}
     for row in rows:
         if row.path.resolve() in seen:
@@ -167,11 +142,11 @@ def _rows(
             raise InputError(f"{what}; drop one of the lines")
         seen[row.path.resolve()] = row.where
         named = read_name(pattern, row.path.as_posix()) if pattern is not None else {}
-        kept.append(_Row(row.path, row.where, {**named, **row.known}))
+        kept.append(Row(row.path, row.where, {**named, **row.known}))
     return kept
 
 
-def _labels(rows: list[_Row], kind: ConditionKind | None, say: Callable[[str], None] | None) -> dict[Path, Label]:
+def _labels(rows: list[Row], kind: ConditionKind | None, say: Callable[[str], None] | None) -> dict[Path, Label]:
     """What is known of every checkpoint; where ``say`` is given, names are asked what the table leaves open."""
     told: Sequence[Mapping[str, Any]] = ()
     if say is not None and not all("run" in row.known and "step" in row.known for row in rows):
@@ -182,108 +157,7 @@ def _labels(rows: list[_Row], kind: ConditionKind | None, say: Callable[[str], N
     return {row.path: label_of({**named, **row.known}, row.where, kind) for row, named in zip(rows, more, strict=True)}
 
 
-class _Reading:
-    """Reads checkpoints one after the other and keeps what all of them must agree in.
-
-    Attributes:
-        adapter: folder of the first adapter.
-    """
-
-    def __init__(self, zoo: Zoo, chosen: Chosen, skip_bad: bool, say: Callable[[str], None]) -> None:
-        self.zoo, self.chosen, self.skip_bad, self.say = zoo, chosen, skip_bad, say
-        self.expected = zoo.structure if zoo.entries else None
-        self.adapter: Path | None = None
-        self._reference: tuple[dict[str, Any], Path] | None = None
-        if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
-            self._reference = (read_adapter_config(zoo.path), zoo.path)
-
-    def read(self, rows: Sequence[_Row], progress: Callable[[int, int], None] | None) -> list[_Source]:
-        """Read and check all; those without weights are left out where others have some, bad ones if that was asked."""
-        sources: list[_Source] = []
-        notes: Counter[str] = Counter()
-        empty: list[NoWeightsError] = []
-        bad: list[InputError] = []
-        for index, row in enumerate(rows):
-            try:
-                sources.append(self._read(row, notes))
-            except NoWeightsError as error:
-                empty.append(error)
-            except InputError as error:
-                if not self.skip_bad:
-                    raise
-                bad.append(error)
-            if progress is not None:
-                progress(index + 1, len(rows))
-        if not sources and (empty or bad):
-            raise [*bad, *empty][0]
-        for note, count in notes.items():
-            self.say(f"{note} ({count} of {len(sources)} checkpoints)")
-        if empty:
-            more = f" (and {len(empty) - 1} more such)" if len(empty) > 1 else ""
-            self.say(f"left out: {str(empty[0]).partition(';')[0]}{more}")
-        for error in bad:
-            self.say(f"skipped: {error}")
-        if sources and not self.zoo.entries and not self.chosen.strip and self.expected is not None:
-            if prefix := common_prefix([*self.expected.tensors, *self.expected.ties]):
-                self.say(
-                    f"every name begins with {prefix}; cut it off with --strip {prefix} if the network's own do not"
-                )
-        return sources
-
-    def _read(self, row: _Row, notes: Counter[str]) -> _Source:
-        path, where = row.path, str(row.path)
-        config = read_adapter_config(path) if is_adapter(path) else None
-        if config is not None:
-            require_same_config(config, path, *(self._reference or (config, path)))
-        checkpoint = None if pickled_files(path) else Checkpoint.open(path)
-        if checkpoint is not None and has_plain_names(checkpoint, self.chosen):
-            structure = Structure.of_checkpoint(checkpoint)
-            if self.expected is not None:
-                self.expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
-            found = fingerprint(checkpoint)
-        else:
-            checkpoint, weights = None, read_weights(path, self.chosen)
-            notes.update(weights.notes)
-            state_dict = _in_order(weights.tensors, self.expected)
-            structure = Structure.of_state_dict(state_dict)
-            check_values(state_dict, where)
-            found = fingerprint({name: state_dict[name] for name in structure.tensors})
-        if config is not None:
-            check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
-            self._reference = self._reference or (config, path)
-            self.adapter = self.adapter or path
-        (self.expected or structure).require(structure, where)
-        self.expected = self.expected or structure
-        return _Source(row, found, checkpoint)
-
-    def without_twins(self, sources: Sequence[tuple[_Source, Label]]) -> list[tuple[_Source, Label]]:
-        """Each network once: of the same one under two names, that with a step of its own; the rest is said."""
-        kept: dict[tuple[str, Any], tuple[_Source, Label]] = {}
-        twins: list[tuple[Path, Path]] = []
-        there = {fingerprint(self.zoo.checkpoint(index)): self.zoo.file(index) for index in range(len(self.zoo))}
-        for each, label in sources:
-            path, key = each.row.path, (each.fingerprint, label.condition)
-            if (old := there.get(each.fingerprint)) and label.condition is None and are_twins(old, path, self.chosen):
-                twins.append((path, old))
-                continue
-            if key not in kept or not are_twins(path, kept[key][0].row.path, self.chosen):
-                kept[key if key not in kept else (str(path), key)] = (each, label)
-                continue
-            first, its_label = kept[key]
-            if (its_label.step == 0, its_label.step) > (label.step == 0, label.step):
-                kept[key] = (each, label)
-                twins.append((first.row.path, path))
-            else:
-                twins.append((path, first.row.path))
-        if twins:
-            copy, original = twins[0]
-            more = f" (and {len(twins) - 1} more such)" if len(twins) > 1 else ""
-            self.say(f"counted once: {copy} is the same network as {original}{more}")
-        return list(kept.values())
-
-
-def _write(zoo: Zoo, entries: Sequence[tuple[_Source, dict[str, Any]]], chosen: Chosen) -> None:
+def _write(zoo: Zoo, entries: Sequence[tuple[Source, dict[str, Any]]], chosen: Chosen) -> None:
     adopted: list[ZooEntry] = []
     for source, fields in entries:
         path = source.row.path
@@ -292,7 +166,7 @@ def _write(zoo: Zoo, entries: Sequence[tuple[_Source, dict[str, Any]]], chosen: 
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = _in_order(read_state_dict(path, chosen), zoo.structure if zoo.entries else None)
+        state_dict = in_order(read_state_dict(path, chosen), zoo.structure if zoo.entries else None)
         zoo.append(state_dict, source=str(path.resolve()), **fields)
     zoo.extend(adopted)
 
@@ -318,11 +192,3 @@ def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEnt
     inside = absolute.is_relative_to(folder) and all(zoo.contains(file) for file in checkpoint.sizes)
     file = absolute.relative_to(folder).as_posix() if inside else str(absolute)
     return entry_of({**fields, "file": file, "external": not inside}, str(checkpoint.path))
-
-
-def _in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:
-    """A converted state dict in the zoo's order, so that pickles and safetensors mix."""
-    if structure is None:
-        return dict(state_dict)
-    names = [name for name in [*structure.tensors, *structure.ties] if name in state_dict]
-    return {name: state_dict[name] for name in names} | dict(state_dict)
