@@ -44,7 +44,7 @@ class Inert(dict):  # type: ignore[type-arg]
         """Nothing happens."""
         return Inert()
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
     def __eq__(self, other: object) -> bool:
@@ -63,7 +63,7 @@ class Inert(dict):  # type: ignore[type-arg]
 
 
 class _NumpyDtype(Inert):
-    order = "="
+    order: Any = "="
 
     def build(self, state: Any) -> None:
         """Take (version, byte order, …)."""

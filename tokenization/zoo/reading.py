@@ -83,8 +83,8 @@ class Reading:
         if empty:
             more = f" (and {len(empty) - 1} more such)" if len(empty) > 1 else ""
             self.say(f"left out: {str(empty[0]).partition(';')[0]}{more}")
-        for error in bad:
-            self.say(f"skipped: {error}")
+        for fault in bad:
+            self.say(f"skipped: {fault}")
         names = [*self.expected.tensors, *self.expected.ties] if self.expected is not None else []
         if not self.zoo.entries and not self.chosen.strip and (prefix := common_prefix(names)):
             self.say(f"every name begins with {prefix}; cut it off with --strip {prefix} if the network's own do not")
