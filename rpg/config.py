@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,13 @@ class Config(Section):
         """
         tree = with_model_kind(_read_tree(Path(path)))
         for override in overrides or []:
-            apply_override(tree, override)
+            _apply(tree, override)
         return cls.parse(tree, str(path))
 
     @classmethod
     def defaults(cls, overrides: list[str] | None = None) -> Config:
         """The defaults with ``overrides`` as in ``load``. Raises InputError for an unknown key or impossible value."""
-        tree: dict[str, Any] = {}
-        for override in overrides or []:
-            apply_override(tree, override)
-        return cls.parse(tree, "--set")
+        return cls.parse(overridden({}, overrides or []), "--set")
 
     @classmethod
     def parse(cls, tree: dict[str, Any], where: str) -> Config:
@@ -106,8 +105,15 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put a change such as ``train.steps=100`` into a tree of plain values. Raises InputError if it is none."""
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a configuration's tree with ``section.field=value`` put in. Raises InputError for what is no change."""
+    changed = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply(changed, override)
+    return changed
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise InputError(

@@ -8,13 +8,14 @@ import types
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from tokenization.errors import InputError
 
+_OTHER = object()
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -22,6 +23,15 @@ class Section(BaseModel):
     """A frozen section of the configuration that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    constants: ClassVar[dict[str, Any]] = {}
+    """Fields of earlier versions that are constants now, with their values: read where they say the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_constants(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if cls.constants.get(key, _OTHER) != value}
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from _common import GIB, Figures, Parser, alone, make_zoo, measured, run_command, work_folder
 
+from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
@@ -26,7 +27,6 @@ from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
-from rpg.options import default_config
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from rpg.config import Config
 from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.scores.measure import evaluate_scores
 from rpg.evaluation.scores.scorer import OwnScorer
 from rpg.experiments.comparison import compare
@@ -85,6 +86,18 @@ def test_zoo(folder: Path) -> None:
     assert least == [key for key in documented("manifest.jsonl") if key not in optional]
     line = json.loads((folder / "zoo" / "manifest.jsonl").read_text().splitlines()[0])
     assert set(least) <= line.keys() <= set(documented("manifest.jsonl"))
+
+
+def test_report() -> None:
+    kind = networks({"accuracy": [0.5, float("nan")]})
+    found = Report(
+        experiment="networks", judge="j", split="test", seed=0, better={"accuracy": "more"},
+        kinds={"original": kind, "generated": kind},
+    )  # fmt: skip
+    content = json.loads(json.dumps(found.model_dump(mode="json"), allow_nan=False))
+    assert list(content) == documented("evaluation.json")
+    assert list(content["kinds"]["original"]) == documented("evaluation.json kinds")
+    assert set(Curve.model_fields) == {"x", "lines", "across", "up", "log"}
 
 
 def test_lock_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
@@ -58,16 +58,22 @@ def lora(
     return figures(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
 
 
-def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> dict[str, Any]:
+def fields(
+    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
+    from rpg.devices import use_device
     from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
 
-    settings = load(config or o.default_config("fields.yaml"), overrides)
+    settings, place = load(config or o.default_config("fields.yaml"), overrides), use_device(device)
     if split is not None:
+        settings = _to_score(settings, split, place, ignore_memory)
         scored = "validation" if split == "validation" else "unseen"
         report = evaluate_fields(settings.run, split=scored, seed=settings.seed)
         print_fields(report, console)
         return {"run": settings.run, "split": split, **report}
+    _guard_memory(settings, ignore_memory)
     with progress_bar("fitting fields") as collecting:
         report = run_fields(settings, progress=collecting)
     print_fields(report, console)
@@ -75,17 +81,22 @@ def fields(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o
     return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
 
 
-def metric(config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None) -> dict[str, Any]:
+def metric(
+    config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+) -> dict[str, Any]:  # fmt: skip
     """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    from rpg.devices import use_device
     from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
 
-    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    settings, place = load(config or o.default_config("gpt.yaml"), overrides), use_device(device)
     if split is not None:
         scored = "validation" if split == "validation" else "unseen"
         report = evaluate_metric(settings.run, split=scored, seed=settings.seed)
         print_metric(report, console)
         return {"run": settings.run, "split": split, **report}
-    with progress_bar("collecting the runs") as collecting, training_bar("training") as training:
+    _guard_memory(settings, ignore_memory)
+    with progress_bar("collecting the runs") as collecting, training_bar(f"training on {place}") as training:
         report = run_metric(settings, progress={"collect": collecting, **training})
     print_metric(report, console)
     console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
@@ -106,15 +117,19 @@ def render(
 def demo(
     config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
     overrides: o.Overrides = None,
+    device: o.Device = "auto",
+    ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """The whole job on real handwritten digits: zoo, training, generation, scores."""
+    from rpg.devices import use_device
     from rpg.evaluation.tables import means_of, print_table
     from rpg.experiments.single import run_all
 
-    settings = load(config or o.default_config("demo.yaml"), overrides or [])
+    settings, place = load(config or o.default_config("demo.yaml"), overrides or []), use_device(device)
+    _guard_memory(settings, ignore_memory)
     with (
         progress_bar("collecting the zoo") as collecting,
-        training_bar("training") as training,
+        training_bar(f"training on {place}") as training,
         progress_bar("scoring") as scoring,
     ):
         result = run_all(settings, progress={"collect": collecting, **training, "score": scoring})
@@ -138,24 +153,26 @@ def run(
     settings = load(config, overrides)
     task = build_task(settings.task) if settings.task is not None else None
     kind = settings.task.name if settings.task is not None else ""
+    how: Any = {"device": device, "ignore_memory": ignore_memory}
     if kind in ("fields", "trajectories"):
-        return {"fields": fields, "trajectories": metric}[kind](config, overrides)
+        return {"fields": fields, "trajectories": metric}[kind](config, overrides, **how)
     if kind == "tickets":
-        return tickets(settings, ignore_memory)
+        return tickets(settings, **how)
     if isinstance(task, ImageTaskFamily):
-        return unseen(config, overrides, device=device, ignore_memory=ignore_memory)
+        return unseen(config, overrides, **how)
     if isinstance(task, TaskFamily):
-        return lora(config, overrides, device=device, ignore_memory=ignore_memory)
+        return lora(config, overrides, **how)
     if isinstance(task, Classifier):
-        _guard_memory(settings, ignore_memory)
-        return demo(config, overrides)
-    return figures(settings, None, (None, (), ()), device, None, ignore_memory)
+        return demo(config, overrides, **how)
+    return figures(settings, None, (None, (), ()), trajectory=None, **how)
 
 
-def tickets(settings: Any, ignore_memory: bool) -> dict[str, Any]:
+def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
     """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
+    from rpg.devices import use_device
     from rpg.experiments.tickets import print_tickets, run_tickets
 
+    use_device(device)
     _guard_memory(settings, ignore_memory)
     with progress_bar("searching tickets") as collecting, progress_bar("training") as training:
         report = run_tickets(settings, progress={"collect": collecting, "train": training})
@@ -172,6 +189,25 @@ def _guard_memory(settings: Any, ignore: bool) -> None:
         guard(functools.partial(need, settings), ignore)
 
 
+def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any:
+    """The run that ``--split`` scores: for choices one that has not learned from what they are made on.
+
+    It is trained here where the configured one has.
+    """
+    from rpg.experiments.single import collect, for_choices, train_or_continue
+
+    chosen = for_choices(settings) if split == "validation" else settings
+    if chosen is settings:
+        return settings
+    console.print(f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not")
+    _guard_memory(chosen, ignore_memory)
+    with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
+        if chosen.task is not None:
+            collect(chosen, progress=collecting)
+        train_or_continue(chosen, progress=training["train"], watch=training["watch"])
+    return chosen
+
+
 def figures(
     settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None, ignore_memory: bool
 ) -> dict[str, Any]:
@@ -180,13 +216,15 @@ def figures(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.adapters import prepare_adapters
     from rpg.experiments.scores import Judge, evaluate_run_by_scores
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     if split is None:
         _guard_memory(settings, ignore_memory)
         with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
             prepare_adapters(settings, {"collect": collecting, **training})
+    elif settings.model.condition.kind != "none":
+        settings = _to_score(settings, split, place, ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         result = evaluate_run_by_scores(
@@ -213,12 +251,13 @@ def held_out(
     from rpg.experiments.held_out_table import means_of_tasks, print_held_out
     from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
     from rpg.experiments.tasks_report import wished_task, write_tasks_report
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     workers = Workers(partition)
     wish = None if trajectory is None else wished_task(settings, trajectory)
     if split is not None:
+        settings = _to_score(settings, split, place, ignore_memory)
         report = evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers)
     else:
         _guard_memory(settings, ignore_memory)

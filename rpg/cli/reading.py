@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rpg.cli.parameters import default_config
 from rpg.console import console, progress_bar
-from rpg.options import default_config
 from tokenization.errors import InputError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
@@ -33,7 +33,7 @@ def evaluate(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, goes_by_figures
     from rpg.experiments.single import MOST_VALUES, evaluate_run
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
     from rpg.planning.guard import evaluation_need
 
     partition, place = join_processes(device)
@@ -82,7 +82,7 @@ def score(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import print_figures, score_checkpoints
     from rpg.experiments.scores import Judge
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     configs = [file for file in files if file.suffix in (".yaml", ".yml")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.cli.reading import guard
 from rpg.console import console
 from tokenization.errors import InputError

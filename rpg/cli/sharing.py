@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import rpg
-from rpg import options as o
+from rpg.cli import parameters as o
 from rpg.console import console
 from tokenization.errors import InputError
 

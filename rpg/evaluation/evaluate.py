@@ -11,11 +11,11 @@ from torch import Tensor
 from rpg.evaluation import baselines
 from rpg.evaluation.baseline_sets import baselines_at_distance, baselines_of_several, noisy_baselines
 from rpg.evaluation.config import EvaluateConfig
-from rpg.evaluation.drawing import accuracy_by_similarity, save_points
 from rpg.evaluation.metrics import accuracy, summarize
 from rpg.evaluation.network_merges import MERGES, merged_networks
 from rpg.evaluation.novelty import measure_spread
 from rpg.evaluation.novelty_curve import Distances, measure_novelty
+from rpg.evaluation.page.drawing import accuracy_by_similarity, save_points
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.results import (
     TRAINED_FROM,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.drawing import GENERATED, ORIGINAL, Axis, Series, save_png, save_points
+from rpg.evaluation.page.drawing import GENERATED, ORIGINAL, Axis, Series, save_png, save_points
 
 METHODS = {"original": ORIGINAL, "generated": GENERATED, "kernel_ridge": 3, "nearest_seen": 8}
 """Those that are drawn, with their kinds of `Series`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rpg.evaluation.results import Spread
 from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.models.kernel_regression import exact_distances
 
 LARGE = 1 << 14
 """Values from which on distances are computed by matrix products."""
@@ -44,7 +45,7 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     networks take it in float64 around their mean, and only what is suspiciously small is computed anew.
     """
     if first.shape[1] < LARGE:
-        return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+        return exact_distances(first, second)
     center = second.mean(0)
     squares = torch.zeros(len(first), len(second), dtype=torch.float64)
     products = torch.zeros_like(squares)

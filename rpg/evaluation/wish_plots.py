@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rpg.evaluation.drawing import COLORS, STYLE, save_png
+from rpg.evaluation.page.drawing import COLORS, STYLE, save_png
 
 LINES = {"generated": 0, "adam": 1, "sgd": 3}
 """Colours by optimizer."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.metrics import Summary, accuracy, summarize
-from rpg.experiments.single import find_task
+from rpg.experiments.single import find_task, require_for_choices
 from rpg.experiments.task_methods import generate_for
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
@@ -184,11 +184,7 @@ def _of_tasks(config: Config, zoo: Zoo, task: TaskFamily) -> Scores:
             f"--compare asks for a network of each validation task by its bits, but model.condition.kind is {kind} and "
             f"the task's is {task.condition.kind}; set both to binary, or leave --compare out"
         )
-    if "validation" in config.train.splits:
-        raise InputError(
-            "train.splits has the validation split, which --compare would compare on; leave it out with "
-            "--set 'train.splits=[train]'"
-        )
+    require_for_choices(config)
     found = dict.fromkeys(zoo.entries[index].condition for index in zoo.subset("validation"))
     if not found:
         raise InputError(f"{zoo.path} has no task of split 'validation' to compare on; set task.validation")

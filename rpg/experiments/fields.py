@@ -23,7 +23,7 @@ from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, 
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.field_baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
 from rpg.experiments.field_pictures import draw_pictures, learned_originals
-from rpg.experiments.single import collect, existing
+from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
@@ -159,8 +159,7 @@ def evaluate_fields(
 
 def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
     data = task.data
-    if split in config.train.splits:
-        raise InputError(f"{config.run} has learned from {split}; choose by a run whose train.splits lacks it")
+    require_for_choices(config, split)
     learned = learned_originals(zoo, config)
     fields = [zoo.state_dict(i) for i in learned]
     weights = stack(fields)

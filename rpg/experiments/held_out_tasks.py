@@ -31,7 +31,7 @@ from rpg.evaluation.per_task import measure_per_task
 from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_table import headline
-from rpg.experiments.single import collect, existing
+from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
@@ -64,9 +64,9 @@ def run_held_out(
         ``<run>/evaluation.json`` holds.
 
     Raises:
-        InputError: the task is no family of binary tasks.
+        InputError: the task is no family of binary tasks, or has none for choices or none that is unseen.
     """
-    task_family(config)
+    _require_splits(task_family(config))
     started = time.perf_counter()
     collect(config, progress=progress.get("collect"))
     collected = time.perf_counter() - started
@@ -102,13 +102,14 @@ def evaluate_held_out(
         workers: the processes that share the tasks; this one alone when None.
 
     Raises:
-        InputError: the run is not one of a family of binary tasks.
+        InputError: the run is not one of a family of binary tasks, or has learned what choices are to be made by.
     """
     run, choosing, workers = Path(run), split == "validation", workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
+    require_for_choices(config, split)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
-    seen = networks["train"] if choosing or "validation" not in config.train.splits else _joined(networks)
+    seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
     wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if seen.is_large or choosing else seen
     scored: dict[str, SplitScores] = {}
@@ -117,14 +118,13 @@ def evaluate_held_out(
         shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
         methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
-        head, tried = _linear_head(config, zoo, task, networks, wanted, workers)
+        head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
         for name, originals in wanted.items():
             rows = methods.rows(len(originals.bits))
             mine = originals.bits[rows]
             extra: dict[str, Parts] = untrained(task, zoo, mine, originals.part_size) if rows else {}
             if head is not None and rows:
-                with torch.no_grad():
-                    extra["linear_head"] = [head(mine)]
+                extra["linear_head"] = [{key: value.detach() for key, value in head(mine).items()}]
             made = methods.networks(originals, name == "seen", extra)
             scored[name] = score_split(task, made, originals.bits, seen.bits, split, workers, rows)
         report = _report(generator, zoo, task, scored, split, seed)
@@ -146,15 +146,24 @@ def evaluate_held_out(
     return report
 
 
+def _require_splits(task: TaskFamily) -> None:
+    """Raise InputError, before anything is trained, where the comparison would have no task of some split."""
+    splits = task.splits()
+    unseen = "task.held_out" if isinstance(task, ImageTaskFamily) else "task.unseen"
+    for split, field in (("unseen", unseen), ("validation", "task.validation")):
+        if split not in splits:
+            raise InputError(f"no task has the split {split!r}, which the comparison needs; set {field}")
+
+
 def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
     return networks["train"].join(networks["validation"])
 
 
 def _linear_head(
     config: Config, zoo: Zoo, task: TaskFamily, networks: Mapping[str, TaskNetworks],
-    wanted: Mapping[str, TaskNetworks], workers: Workers,
+    seen: Tensor, workers: Workers,
 ) -> tuple[LinearHead | None, dict[str, float]]:  # fmt: skip
-    """The linear head, and how it was tuned; none where the generator saw no images."""
+    """The linear head of all ``seen`` tasks, and how it was tuned; none where the generator saw no images."""
     settings = config.train.behaviour
     if not isinstance(task, ImageTaskFamily) or settings is None or not config.evaluate.linear_head:
         return None, {}
@@ -162,9 +171,8 @@ def _linear_head(
         config.train.steps, config.train.batch_size, settings.images, config.seed,
         task.teacher(zoo) if settings.target == "base" else None,
     )  # fmt: skip
-    train, validation, seen = networks["train"].bits, networks["validation"].bits, wanted["seen"].bits
-    base = task.base_network(zoo)
-    head, rate, accuracy = tune_linear_head(task, base, train, validation, seen, training, workers)
+    tasks = networks["train"].bits, networks["validation"].bits, seen
+    head, rate, accuracy = tune_linear_head(task, task.base_network(zoo), *tasks, training, workers)
     return head, {"learning_rate": rate, "validation_accuracy": accuracy}
 
 

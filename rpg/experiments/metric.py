@@ -22,7 +22,7 @@ from rpg.console import FiguresTable
 from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments.metric_rivals import RATES, Trajectories, repeated, trivial, tuned_training
-from rpg.experiments.single import collect, existing
+from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.images.collection import single_threaded
@@ -62,7 +62,7 @@ def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> d
 
 
 def trajectories_task(config: Config) -> TrajectoriesTask:
-    """The task of a configuration. Raises InputError if it is another one, or the generator takes no loss and start."""
+    """The task of a configuration. Raises InputError if it is another, or the generator takes no loss and start."""
     task = build_task(config.task) if config.task is not None else None
     if not isinstance(task, TrajectoriesTask):
         name = config.task.name if config.task is not None else "none"
@@ -72,6 +72,7 @@ def trajectories_task(config: Config) -> TrajectoriesTask:
             "this experiment asks for the loss of networks that go on from a start; set model.condition to "
             "{kind: metric, name: loss} and model.start to {}"
         )
+    require_for_choices(config)  # the asked loss and the optimizers' rates are chosen
     return task
 
 

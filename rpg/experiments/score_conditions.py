@@ -39,8 +39,9 @@ def conditions_asked(
 
 def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
     """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
-    names = ("validation",) if split == "validation" else ("unseen", "test")
-    return [index for index in held_out if zoo.entries[index].split in names] or held_out
+    if split == "validation":  # choices look at no unseen task
+        return [index for index in held_out if zoo.entries[index].split == "validation"]
+    return [index for index in held_out if zoo.entries[index].split in ("unseen", "test")] or held_out
 
 
 def _spread(places: Sequence[int], num: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,16 @@ def score_checkpoints(
         InputError: nothing scores them, or one of them does not fit.
     """
     workers, own = workers or Workers(), load_scorer(judge.reference) if judge.reference else None
+    named = config is not None and config.task is not None  # one task for all, whatever lies where
     items = [each for path in paths for each in _checkpoints(path)]
-    tasks: dict[Path, Any] = {}
+    task_of = functools.cache(lambda source: _task(source, config))
 
     def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Figures]:
         name, file, source = item
         if own is not None:
             condition = None
             return {"": own.of_file(file, name) if own.takes_path else own(_state_dict(file), condition, name)}
-        if source not in tasks:
-            tasks[source] = _task(source, config)
-        task, state_dict = tasks[source], _state_dict(file)
+        task, state_dict = task_of(None if named else source), _state_dict(file)
         if isinstance(task, AdapterScorer):
             return task.score(state_dict, split)
         return {"": TaskScorer(task, split)(state_dict, None, name)}
@@ -71,8 +71,9 @@ def print_figures(scores: dict[str, dict[str, Figures]], console: Console) -> No
     console.print(FiguresTable(heads, rows, "scores"))
 
 
-def _task(source: Path, config: Config | None) -> Any:
-    if config is not None and config.task is not None:
+def _task(source: Path | None, config: Config | None) -> Any:
+    if source is None:
+        assert config is not None and config.task is not None
         task = build_task(config.task)
     elif (source / "zoo.json").is_file():
         task = find_task(config or Config(), Zoo.open(source))

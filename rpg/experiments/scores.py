@@ -16,7 +16,7 @@ from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.asking import Made
 from rpg.evaluation.field_plots import save_image
 from rpg.evaluation.network_merges import Merges, NetworkMerges
-from rpg.evaluation.report.gather import losses_of, provenance_of, software
+from rpg.evaluation.page.gather import losses_of, provenance_of, software
 from rpg.evaluation.scores.made_for import Conditions
 from rpg.evaluation.scores.measure import Options, evaluate_scores
 from rpg.evaluation.scores.results import ScoreResult
@@ -27,7 +27,7 @@ from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
-from rpg.experiments.single import existing, find_task, parts_of, zoo_span
+from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.folders import find_folder
 from rpg.generation.generator import Generator
@@ -70,9 +70,8 @@ def evaluate_run_by_scores(
     """Generate networks with the generator of a run and score them beside originals and baselines, one at a time.
 
     Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
-    of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
-    are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
-    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``, and ``samples.png`` of networks that draw.
+    of its held-out checkpoints, or of its training ones. Without anything that scores, networks are told apart by their
+    distances. Writes ``evaluation.json``, ``scatter.png``, ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
         run: a run folder.
@@ -93,6 +92,7 @@ def evaluate_run_by_scores(
     num, split = num or config.evaluate.num, split or config.evaluate.split
     scorer = _scorer(judge, generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
+    require_for_choices(config, split if generator.condition is not None else "")
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)

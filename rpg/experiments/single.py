@@ -14,7 +14,7 @@ from rpg.config import Config
 from rpg.evaluation.asking import Made
 from rpg.evaluation.evaluate import evaluate, save_evaluation
 from rpg.evaluation.network_merges import NetworkMerges
-from rpg.evaluation.report.gather import write_html_report
+from rpg.evaluation.page.gather import write_html_report
 from rpg.evaluation.results import EvaluationResult, Span
 from rpg.evaluation.span import ZooSpan, measure_span
 from rpg.evaluation.streamed import evaluate_streamed, score_span
@@ -22,13 +22,14 @@ from rpg.evaluation.two_sample import measure_two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
+from rpg.training.run_folder import saved_config
 from tokenization.compressed.form import dense
 from tokenization.errors import InputError
 from tokenization.files import make_folder
@@ -36,6 +37,9 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
+
+KEPT_FOR_CHOICES = ("validation", "altered_validation")
+"""Splits of a zoo that nothing is learned from where a choice is to be made."""
 
 MOST_VALUES = 1 << 28
 """Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
@@ -72,6 +76,41 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
         task.collect(path, progress=progress)
     torch.distributed.barrier()
     return Zoo.open(path)
+
+
+def for_choices(config: Config) -> Config:
+    """The run to make choices by: this one, or where it learns from the validation split one that does not.
+
+    That other run is ``<run>/choices``, trained on the remaining splits.
+
+    Raises:
+        InputError: no other split is trained on.
+    """
+    splits = tuple(each for each in config.train.splits if each not in KEPT_FOR_CHOICES)
+    if splits == config.train.splits:
+        return config
+    if not splits:
+        raise InputError("train.splits is [validation], which choices are made by; set train.splits=[train]")
+    train = config.train.model_copy(update={"splits": splits})
+    return config.model_copy(update={"train": train, "run": str(Path(config.run) / "choices")})
+
+
+def require_for_choices(config: Config, split: str = "validation") -> None:
+    """See to it that a run may be scored on a split. Raises InputError if it is for choices, and was learned from."""
+    if split != "validation":
+        return
+    chosen = for_choices(config)
+    if chosen is not config:
+        raise InputError(
+            f"{config.run} learns from the validation split, so that no choice can be made by it; train another "
+            f"with --set 'train.splits=[{','.join(chosen.train.splits)}]' --set run={chosen.run}"
+        )
+
+
+def train_or_continue(config: Config, **options: Any) -> Path:
+    """`train_to_the_end`; a run of this very configuration goes on where it stopped, another one is replaced."""
+    same = saved_config(config.run) == config
+    return train_to_the_end(config, resume=same, overwrite=not same, **options)
 
 
 def generate_timed(generator: Generator, num: int, seed: int, **options: Any) -> tuple[list, float]:

@@ -15,26 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from rpg.config import Config
 from rpg.experiments.fields import evaluate_fields
 from rpg.experiments.held_out_tasks import evaluate_held_out
-from rpg.experiments.single import collect, evaluate_run
+from rpg.experiments.single import collect, evaluate_run, require_for_choices, train_or_continue
 from rpg.experiments.sweep_similarity import write_similarities
 from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of, rows_of_rivals
 from rpg.section import Section, read_mapping, validated
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.training.loop import train_to_the_end
+from rpg.training.run_folder import saved_config
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locked
+from tokenization.zoo.zoo import Zoo
 
 Say = Callable[[str], None]
+
+UNTABLED = ("detection", "segmentation", "diffusion_unet", "trajectories", "tickets")
+"""Tasks whose scores have no columns in the table."""
 
 
 class SweepEntry(Section):
@@ -100,7 +103,7 @@ class Experiment:
 
     def finished(self) -> bool:
         """Whether the run folder holds the scores of this very configuration."""
-        return (self.folder / EVALUATION).is_file() and _saved_config(self.folder) == self.config
+        return (self.folder / EVALUATION).is_file() and saved_config(self.folder) == self.config
 
 
 def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
@@ -151,7 +154,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
         The table.
 
     Raises:
-        InputError: the file is wrong, or has no entry that is named in ``only``.
+        InputError: the file is wrong, has no entry that is named in ``only``, or one that a sweep cannot score.
     """
     sweep, experiments = load_sweep(path)
     for name in only:
@@ -160,6 +163,8 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
             raise InputError(f"{path} has no entry named {name!r}; choose one of {known}")
     experiments = [each for each in experiments if not only or each.name in only or each.finished()]
     waiting = [experiment for experiment in experiments if not experiment.finished()]
+    for experiment in waiting:
+        _check(experiment)
     threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
@@ -177,6 +182,17 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     for name, failure in failures.items():
         say(f"{name}: {failure}")
     return folder / "table.md"
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise InputError, before anything is trained, for an experiment whose scores have no place in the table."""
+    config = experiment.config
+    name = config.task.name if config.task is not None else (Zoo.open(config.zoo).task or {}).get("name")
+    if name is None or name in UNTABLED:
+        what = f"the task {name}" if name is not None else "checkpoints without a task"
+        raise InputError(f"entry {experiment.name!r}: a sweep has no table for {what}; run each with `rpg run`")
+    if config.evaluate.split == "validation" and name not in ("digits", "finetune", "imagenet"):
+        require_for_choices(config)
 
 
 def _num_threads() -> int:
@@ -240,8 +256,7 @@ def _step(step: str, path: str) -> None:
     run = Path(config.run)
     with locked(run):
         (run / EVALUATION).unlink(missing_ok=True)
-        same = _saved_config(run) == config
-        train_to_the_end(config, resume=same, overwrite=not same)
+        train_or_continue(config)
         if (report := _report(config)) is not None:
             write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
 
@@ -259,15 +274,6 @@ def _report(config: Config) -> dict[str, Any] | None:
         return evaluate_held_out(config.run, split=split, seed=config.seed)
     evaluate_run(config.run)
     return None
-
-
-def _saved_config(run: Path) -> Config | None:
-    """The configuration of the run in a folder, if there is a readable one."""
-    saved = run / "config.yaml"
-    try:
-        return Config.parse(yaml.safe_load(saved.read_text()), str(saved))
-    except (OSError, InputError, yaml.YAMLError):
-        return None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpg.evaluation.drawing import COLORS, GENERATED, ORIGINAL, Axis, draw_figure, save_png
+from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, Axis, draw_figure, save_png
 from rpg.experiments.sweep_table import EVALUATION
 from tokenization.files import write_text
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.report.gather import losses_of, provenance_of
-from rpg.evaluation.report.tasks_page import TasksPage, each_of, task_name, write_tasks_page
+from rpg.evaluation.page.gather import losses_of, provenance_of
+from rpg.evaluation.page.tasks_page import TasksPage, each_of, task_name, write_tasks_page
 from rpg.experiments.held_out_tasks import task_family
 from rpg.experiments.single import find_task
 from rpg.experiments.trajectories import OPTION, trajectory_of, wished_trajectory

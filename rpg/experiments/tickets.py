@@ -17,17 +17,17 @@ from rich.table import Table
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis, draw_figure, save_png
 from rpg.evaluation.held_out import nearest_rows, random_other
 from rpg.evaluation.metrics import summarize
-from rpg.experiments.single import collect, existing
+from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis, draw_figure, save_png
+from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.tasks import build_task
 from rpg.tasks.images.tickets import TicketsTask, cut_globally, flatten, unflatten
-from rpg.training.loop import train
+from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locks
@@ -55,7 +55,7 @@ def run_tickets(config: Config, *, progress: dict[str, Callable[..., None]]) -> 
     started = time.perf_counter()
     collect(config, progress=progress.get("collect"))
     collected = time.perf_counter() - started
-    train(config, overwrite=True, progress=progress.get("train"))
+    train_to_the_end(config, overwrite=True, progress=progress.get("train"))
     return evaluate_tickets(config.run, seed=config.seed, seconds={"collect": collected, "started": started})
 
 
@@ -84,6 +84,7 @@ def evaluate_tickets(
     run = Path(run)
     generator = Generator.from_pretrained(run)
     task, zoo = tickets_task(generator.config), Zoo.open(generator.config.zoo)
+    require_for_choices(generator.config, split)
     seen, wanted = (networks_of(zoo, each, generator.layout) for each in ("train", split))
     like, bits = wanted.weights(), wanted.bits
     made: dict[str, Tensor] = {"original": flatten(like)}

@@ -10,6 +10,7 @@ from rpg.tasks import Task, task_of
 from rpg.tasks.base import Classifier, FigureTask, TaskFamily
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
+from rpg.training.data import training_entries
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -42,10 +43,12 @@ class Validation:
     def _of_tasks(self, generator: Generator, task: Task, zoo: Zoo) -> str:
         if not isinstance(task, TaskFamily) or generator.config.model.condition.kind != "binary":
             raise InputError("no task scores networks for these conditions")
-        places = (zoo.subset("validation") or list(range(len(zoo))))[:NUM_WATCHED]
+        held_out = zoo.subset("validation") if "validation" not in generator.config.train.splits else []
+        places = (held_out or training_entries(zoo, generator.config.train.splits))[:NUM_WATCHED]
         bits = torch.tensor([zoo.entries[place].condition for place in places]).long()
         networks = generator.one_by_one(len(bits), condition=bits.float(), seed=generator.config.seed)
-        return f"accuracy {task.accuracies(stack(list(networks)), bits, 'validation').double().mean().item():.1%}"
+        seen = "" if held_out else " on seen tasks"
+        return f"accuracy {task.accuracies(stack(list(networks)), bits, 'validation').double().mean().item():.1%}{seen}"
 
     def _of_one(self, generator: Generator, task: Task) -> str:
         networks = list(generator.one_by_one(NUM_WATCHED, seed=generator.config.seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,19 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.devices import chosen_device, parse_device
-from rpg.generation.adapter_folder import adapter_config_of
-from rpg.generation.digest import folder_digest
-from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights, require_files
+from rpg.generation.folders import (
+    FILES,
+    OPTIONAL_FILES,
+    adapter_config_of,
+    find_folder,
+    folder_digest,
+    read_weights,
+    require_files,
+)
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
-from rpg.generation.sampler import Tile
+from rpg.generation.sampler import Partition, Tile
 from rpg.generation.samplers import SAMPLERS, Sampler
 from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
@@ -72,6 +77,7 @@ class Generator:
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest, self.folder = "", Path()
+        self._sampler: tuple[Any, Sampler] | None = None
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
@@ -92,7 +98,7 @@ class Generator:
         saved = read_weights(weights)
         condition = saved.condition
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
-        size = texts.vectors.shape[1] if texts is not None else condition.size if condition is not None else 0
+        size = texts.vectors.shape[1] if texts is not None else condition.num_inputs if condition is not None else 0
         network = build_network(config.model, layout, saved.num_states, size)
         try:
             network.load_state_dict(saved.tensors)
@@ -111,7 +117,7 @@ class Generator:
             self.config.save(temporary / "config.yaml")
             self.layout.save(temporary)
             metadata = {
-                "condition": asdict(self.condition) if self.condition else None,
+                "condition": self.condition.to_json() if self.condition else None,
                 "num_states": self.network.num_states,
                 "facts": self.facts,
                 "metric": asdict(self.metric) if self.metric else None,
@@ -150,7 +156,13 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+        condition: str
+        | Sequence[str]
+        | Sequence[float]
+        | Sequence[Sequence[float]]
+        | Mapping[str, Any]
+        | Tensor
+        | None = None,
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
@@ -167,7 +179,7 @@ class Generator:
             steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
                 configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
-                also one text, or one each; of a metric its value as it is measured.
+                also one text, or one each; of a metric its value as it is measured; settings also by name.
             start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
@@ -256,9 +268,11 @@ class Generator:
         if sampler not in samplers:
             raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
         conditions = requested_conditions(options.condition, num, self.condition, self.texts)
-        metrics = conditions if self.metric is not None else None
-        if self.metric is not None and conditions is not None:
-            conditions = self.metric.asked(conditions)
+        values = None
+        if conditions is not None and self.metric is not None:
+            values, conditions = conditions, self.metric.asked(conditions)
+        elif conditions is not None and self.condition is not None and self.condition.settings:
+            values, conditions = conditions, self.condition.inputs(conditions)
         return Request(
             num=num,
             seed=seed,
@@ -268,7 +282,7 @@ class Generator:
             guidance_scale=settings.guidance_scale,
             state=settings.state,
             conditions=conditions,
-            metrics=metrics,
+            values=values,
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
@@ -277,7 +291,10 @@ class Generator:
 
     def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""
-        return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        kept = (self.config.generate, next(self.network.buffers()).device)
+        if self._sampler is None or self._sampler[0] != kept:
+            self._sampler = kept, SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        return self._sampler[1]
 
     def _sink(
         self, request: Request, output: Path | str | None, partition: Partition, shared: range

@@ -19,6 +19,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.settings import parse_settings
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Request:
     conditions: Tensor | None  # [num, C]
     temperature: float = 1.0
     texts: tuple[str, ...] | None = None  # what the conditions were made of
-    metrics: Tensor | None = None  # [num, 1] likewise: values of a metric
+    values: Tensor | None = None  # [num, C] likewise: settings, or values of a metric
     starts: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
 
@@ -73,6 +74,9 @@ class Request:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
+
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta is {self.eta}; give 0 (no fresh noise) to 1 (DDPM's)")
 
     def provenance(self, generator: str, index: int) -> dict[str, str]:
         """The metadata of network ``index``, made by the generator with the digest ``generator``."""
@@ -90,8 +94,8 @@ class Request:
         }
         if self.texts is not None:
             facts["condition"] = self.texts[index]
-        if self.metrics is not None:
-            facts["condition"] = [float(f"{value:.6g}") for value in self.metrics[index].tolist()]
+        if self.values is not None:
+            facts["condition"] = [float(f"{value:.6g}") for value in self.values[index].tolist()]
         facts["start"] = None
         if self.starts is not None:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
@@ -106,7 +110,8 @@ def requested_conditions(
     """What is asked of a generator as ``[num, C]``, checked; None of one that takes no condition.
 
     Args:
-        condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; a text or ``num`` texts.
+        condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; settings by name; a text or
+            ``num`` texts.
         num: networks.
         spec: what the generator's conditions mean.
         table: its texts, where they are texts.
@@ -120,6 +125,8 @@ def requested_conditions(
                 "this generator was trained without conditions, so that it takes none; leave the condition out"
             )
         return None
+    if spec.kind == "examples":
+        return requested_examples(condition, num, spec)
     width = table.vectors.shape[1] if table is not None else 1 if spec.kind == "class" else spec.size
     expected = f"{width} values ({spec.kind})" if table is None else "a text"
     if condition is None:
@@ -134,17 +141,42 @@ def requested_conditions(
             raise InputError("the condition has an empty text; say what to generate")
         vectors = {text: table.condition(text) for text in dict.fromkeys(texts)}
         return torch.stack([vectors[text] for text in texts])
+    if isinstance(condition, Mapping) and spec.settings:
+        condition = parse_settings(spec.settings, condition)
     values = torch.as_tensor(condition, dtype=torch.float32)
     values = values.expand(num, -1) if values.ndim == 1 else values
     if values.shape != (num, width):
         raise InputError(f"the condition has shape {list(values.shape)}; give {width} values, or [{num}, {width}]")
     if not torch.isfinite(values).all():
         raise InputError("the condition has NaN or infinity; give finite numbers")
+    for setting, column in zip(spec.settings, values.unbind(1), strict=False):
+        for value in column.unique().double().tolist():
+            setting.check(float(f"{value:.6g}"))
     if spec.kind == "binary" and not ((values == 0) | (values == 1)).all():
         raise InputError("the condition has values other than 0 and 1; give a binary vector")
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
         raise InputError(f"the condition is no class of the generator; give a whole number from 0 to {spec.size - 1}")
     return values
+
+
+def requested_examples(condition: Any, num: int, spec: ConditionSpec) -> Tensor:
+    """Examples ``[n, size]`` for all networks, or ``[num, n, size]``, as ``[num, n · size]``, checked.
+
+    Raises:
+        InputError: there are none, they are of another size, or have impossible values.
+    """
+    wanted = f"examples: rows of {spec.size} numbers each (`rpg.generation.examples` reads files and arrays)"
+    if condition is None:
+        raise InputError(f"this generator needs examples of what to do; give {wanted}, with --examples")
+    if isinstance(condition, str):
+        raise InputError(f"the condition is a text; give {wanted}")
+    values = torch.as_tensor(condition, dtype=torch.float32)
+    values = values.expand(num, -1, -1) if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[0] != num or values.shape[2] != spec.size or not values.shape[1]:
+        raise InputError(f"the condition has shape {list(values.shape)}; give {wanted}")
+    if not torch.isfinite(values).all():
+        raise InputError("the examples have NaN or infinity; give finite numbers")
+    return values.flatten(1)
 
 
 def requested_starts(start: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:

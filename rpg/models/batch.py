@@ -28,16 +28,18 @@ class Batch:
     starts: Tensor | None = None  # [G, L, D] tokens of the checkpoints to go on from
     num_last: int = 0  # how many of the first examples have all their tokens at the last time
     codes: CodeBatch | None = None  # of the prior over codes
+    tasks: Tensor | None = None  # [G, C] the zoo's own conditions, where networks see something else
 
 
 @dataclass(frozen=True)
 class CodeBatch:
     """One step's data of the prior over codes: P checkpoints of its own choice."""
 
-    states: Tensor  # [P] long
+    states: Tensor  # [P] long: of checkpoints
     noise: Tensor  # [P, S]
     time: Tensor  # [P] in 0 … 1
     conditions: Tensor | None  # [P, C]
+    tasks: Tensor | None = None  # [P, S] what new tasks are, in place of checkpoints
 
 
 class Loss(NamedTuple):

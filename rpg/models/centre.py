@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.models.conditioning import are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge, rbf
+from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 
 SMALLEST_REMAINDER = 1e-5
 """Where no more than this remains of a token, it is rounding: the denoiser shall not blow it up to unit size."""
@@ -65,6 +65,33 @@ class CodeTable(FittedBuffers):
     def forward(self, states: Tensor) -> Tensor:
         """Codes ``[G, m]`` of states ``[G]``."""
         return self.weight[states]
+
+
+class TaskTable(CodeTable):
+    """Codes that are what the zoo says of each checkpoint's task, standardised: new tasks have codes, too.
+
+    Args:
+        num_states: n.
+        size: m, how many numbers that is.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_states: int, size: int) -> None:
+        super().__init__(num_states, size)
+        self.fill(weight=torch.zeros(num_states, size))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def measure(self, tasks: Tensor) -> None:
+        """Take the checkpoints' tasks ``[n, m]`` as codes."""
+        self.fill(mean=tasks.mean(0), std=tasks.std(0).clamp(min=SMALLEST_REMAINDER))
+        self.fill(weight=self.codes(tasks))
+
+    def codes(self, tasks: Tensor) -> Tensor:
+        """Codes ``[B, m]`` of tasks ``[B, m]``."""
+        return (tasks - self.mean) / self.std
 
 
 class Centre(FittedBuffers):
@@ -131,7 +158,7 @@ class Centre(FittedBuffers):
         """
         if not len(self.seen):
             return regressed
-        distance, place = torch.cdist(inputs, self.seen).min(1)
+        distance, place = exact_distances(inputs, self.seen).min(1)
         return torch.where(distance[:, None, None] < 1e-3, self.without[place][:, token_ids], regressed)
 
     def remainder(self, rows: Tensor, known: Tensor, token_ids: Tensor) -> Tensor:

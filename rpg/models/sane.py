@@ -43,6 +43,7 @@ class BootstrapConfig(Section):
 class SaneConfig(Section):
     """The autoencoder of token sequences and how codes are drawn."""
 
+    constants: ClassVar = {"contrast_temperature": 0.1}
     kind: Literal["sane"] = "sane"
     code_size: int = Field(32, ge=1, description="width Z of a token's code")
     d_model: int = Field(128, ge=2, description="width H of both transformers")
@@ -52,7 +53,6 @@ class SaneConfig(Section):
     contrast: float = Field(
         0.05, ge=0, le=1, description="weight γ of the contrastive loss; the rest is reconstruction"
     )
-    contrast_temperature: float = Field(0.1, gt=0)
     draw: Literal["value", "token", "network"] = Field(
         "token",
         description="what is drawn around one anchor: each value of a code (2209.14733), each token's code "
@@ -145,7 +145,7 @@ class TokenAutoencoder(FittedBuffers):
         if not self.config.contrast or len(tokens) < 2:
             return reconstruction
         projected = F.normalize(self.contrast(codes.mean(1)), dim=1)  # [2B, Z]
-        contrast = nt_xent(projected, self.config.contrast_temperature)
+        contrast = nt_xent(projected, 0.1)
         return (1 - self.config.contrast) * reconstruction + self.config.contrast * contrast
 
     @torch.no_grad()

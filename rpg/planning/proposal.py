@@ -11,17 +11,18 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rpg.config import Config, apply_override
+from rpg.config import Config, overridden
 from rpg.planning.guard import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.layout.canonical import no_product
 from tokenization.layouts import layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
@@ -57,13 +58,12 @@ class Proposal:
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
 
 
-def propose(zoo: Zoo, run: str | None = None, overrides: Sequence[str] = ()) -> Proposal:
+def propose(zoo: Zoo, run: str | None = None) -> Proposal:
     """A configuration to train a generator on a zoo with; no values are read.
 
     Args:
         zoo: two checkpoints or more.
         run: the run folder; ``runs/`` and the zoo's name when None.
-        overrides: changes such as ``tokens.exclude=[head.*]``, which are part of what is proposed.
 
     Raises:
         InputError: a single checkpoint, or no size of training fits into the memory that is free.
@@ -75,11 +75,14 @@ def propose(zoo: Zoo, run: str | None = None, overrides: Sequence[str] = ()) -> 
     count = len(conditions)
     if count < 2:
         raise InputError(f"{zoo.path} has one checkpoint to learn from; a generator needs several, so add some")
-    values = ZooSummary.of(zoo, Config.defaults(list(overrides))).layout.num_values
+    values = ZooSummary.of(zoo, Config.defaults()).layout.num_values
     reasons = [f"Proposed by rpg inspect for {count:,} checkpoints of {runs:,} run(s) of {values:,} values."]
     tree: dict[str, Any] = {"run": run or f"runs/{zoo.path.resolve().name}", "zoo": str(zoo.path)}
     large = values >= MANY_VALUES
     tree["tokens"] = _tokens(values, large, reasons)
+    if (variant := no_product(zoo)) is not None:
+        tree["tokens"]["lora_canonical"] = "none"
+        reasons.append(f"Adapters with {variant}: their pairs are not simply multiplied, so they are learned as saved.")
     model, generate = _state(count, runs, conditions, zoo, large, tree["tokens"], reasons)
     model |= {
         "backbone": {"kind": "lstm", "d_model": 128, "num_layers": 1},
@@ -88,8 +91,7 @@ def propose(zoo: Zoo, run: str | None = None, overrides: Sequence[str] = ()) -> 
     train: dict[str, Any] = {"splits": trained, "steps": 150 if large else 200, "batch_size": 8 if large else 16}
     train["learning_rate"] = 1e-3 if zoo.condition is not None else 3e-3
     if large:
-        tokens = _changed({"tokens": tree["tokens"]}, [each for each in overrides if each.startswith("tokens.")])
-        layout = layout_without_statistics(zoo.checkpoint(0), Config.parse(tokens, "tokens").tokens, len(zoo))
+        layout = layout_without_statistics(zoo.checkpoint(0), Config.parse(tree, "tokens").tokens, len(zoo))
         train |= {"warmup_steps": 20, "ema_decay": 0.95}
         if layout.num_tokens > 2048:
             train |= {"tokens": 2048, "batch_size": 4}
@@ -98,24 +100,22 @@ def propose(zoo: Zoo, run: str | None = None, overrides: Sequence[str] = ()) -> 
         tree["evaluate"] = {"num": 24, "num_baseline": 5}
     if zoo.task is not None:
         reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
-    if overrides:
-        reasons.append(f"As asked for: {', '.join(overrides)}.")
-    return _fitted(Proposal(_changed(tree, overrides), tuple(reasons)))
-
-
-def _changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    for override in overrides:
-        apply_override(tree, override)
-    return tree
+    return _fitted(Proposal(tree, tuple(reasons)))
 
 
 def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
-    """Write the configuration that is proposed for a zoo. Raises InputError if it is none, or the file is there."""
+    """Write the configuration that is proposed for a zoo, with ``overrides`` as `Config.load` takes them.
+
+    Raises:
+        InputError: it is no zoo, the file is there, or an override is of no field.
+    """
     if not (zoo / "zoo.json").is_file():
         raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
     if path.exists():
         raise InputError(f"{path} is there already; name another file with --write-config, or remove it")
-    proposal = propose(Zoo.open(zoo), overrides=overrides)
+    proposal = propose(Zoo.open(zoo))
+    proposal = replace(proposal, tree=overridden(proposal.tree, overrides))
+    Config.parse(proposal.tree, "--set")
     write_text(path, proposal.text())
     return proposal
 

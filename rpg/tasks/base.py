@@ -5,7 +5,7 @@ T networks or tasks, C condition values, B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -77,6 +77,33 @@ class BehaviourTask(Task, Protocol):
 
 
 @runtime_checkable
+class ExampleTask(Task, Protocol):
+    """Tasks of conditions, each of which can show what its networks are to do."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """What the classes are called."""
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of one example, of P values."""
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: Generator, split: str = "train") -> Tensor:
+        """Random examples of the classes ``[T, n]``, as each of T tasks ``[T, C]`` shows them: ``[T, n, P]``."""
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """Examples ``[…, P]`` as networks take them, ``[…, *example_shape]``."""
+
+
+@runtime_checkable
+class TaskSimulator(BehaviourTask, Protocol):
+    """A family that draws new tasks at any time, and knows the right answers for them."""
+
+    def draw_tasks(self, num: int, rng: Generator) -> Tensor:
+        """Conditions of new tasks as the zoo has them, ``[num, C]``."""
+
+
+@runtime_checkable
 class LossTask(Task, Protocol):
     """A task that tells the loss of many networks at once, differentiably."""
 
@@ -93,6 +120,9 @@ class TaskFamily(Task, Protocol):
     @property
     def condition(self) -> ConditionSpec:
         """What the conditions of the zoo's entries mean."""
+
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> Mapping[str, Tensor]:
         """Figures by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""

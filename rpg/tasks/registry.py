@@ -14,11 +14,12 @@ from tokenization.zoo.zoo import Zoo
 
 TASKS = {
     "digits": "rpg.tasks.images.digits:DigitsTask",
-    "digits_subsets": "rpg.tasks.images.digits_subsets:DigitsSubsetsTask",
+    "digits_subsets": "rpg.tasks.images.digits:DigitsSubsetsTask",
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
     "fields": "rpg.tasks.fields.fields:FieldsTask",
     "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",
     "tickets": "rpg.tasks.images.tickets:TicketsTask",
+    "sensors": "rpg.tasks.sensors.sensors:SensorsTask",
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",

@@ -19,6 +19,10 @@ class BehaviourConfig(Section):
         description="right answers: the images' labels, the base network's class probabilities, or those of the very "
         "checkpoint that is learned, so that what it does differently from others of its task is learned, too",
     )
+    tasks: Literal["zoo", "fresh"] = Field(
+        "zoo", description="the tasks of the batch, or fresh ones in every step, of a family that draws them"
+    )
+    networks: int = Field(32, ge=1, description="with fresh tasks: networks a step")
     fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 
 

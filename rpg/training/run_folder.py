@@ -118,6 +118,15 @@ class RunFolder:
             write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
+def saved_config(run: Path | str) -> Config | None:
+    """The configuration of the run in a folder, if there is a readable one."""
+    saved = Path(run) / "config.yaml"
+    try:
+        return Config.parse(yaml.safe_load(saved.read_text()), str(saved))
+    except (OSError, InputError, yaml.YAMLError):
+        return None
+
+
 def record_files(folder: Path, step: int, seconds: float) -> None:
     """Write a checkpoint's ``complete.json``: step, seconds of training, size and digest of every file."""
     files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(folder.iterdir())}

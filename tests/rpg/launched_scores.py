@@ -11,7 +11,7 @@ from rpg.experiments import single
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
 from rpg.generation.generator import Generator
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 
 
 def score_everything(folder: Path, output: Path) -> None:

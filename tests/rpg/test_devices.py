@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rpg import devices
 from rpg.devices import VARIABLE, chosen_device, device_of_run, parse_device, task_device, use_device
 from rpg.generation.generator import Generator
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
@@ -81,6 +81,21 @@ def test_commands_say_which_they_took(rpg: Run, tmp_path: Path) -> None:
     assert code == 0 and "training on cpu" in out
     code, out, _ = rpg("generate", tmp_path / "run")
     assert code == 0 and f"generating on {parse_device('auto')}" in out
+
+
+@pytest.mark.parametrize("config", ["demo", "fields", "gpt", "tickets", "digits_unseen", "detection"])
+def test_every_kind_of_run_takes_the_device_and_plans_its_memory(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    guarded: list[bool] = []
+    monkeypatch.setattr("rpg.cli.experiments._guard_memory", lambda settings, ignore: guarded.append(ignore))
+    monkeypatch.setattr("rpg.experiments.single.build_task", lambda task: pytest.fail("began"))
+    words = ["run", f"configs/{config}.yaml", "--set", f"run={tmp_path / 'run'}", "--set", f"zoo={tmp_path / 'zoo'}"]
+    refused(rpg(*words, "--device", "cuda:7"), "cuda:7", "cpu")
+    assert not guarded
+    with pytest.raises(pytest.fail.Exception, match="began"):
+        rpg(*words, "--device", "cpu", "--ignore-memory")
+    assert guarded == [True] and chosen_device() == torch.device("cpu")
 
 
 def test_without_a_command_generators_are_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

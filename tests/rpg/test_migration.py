@@ -31,6 +31,13 @@ def test_losses_of_earlier_versions_have_new_names():
         Config.parse({"train": {"fresh": {}, "new_states": {}}}, "test")
 
 
+def test_fields_that_became_constants_are_read_where_they_say_the_same():
+    section = {"kind": "sane", "contrast_temperature": 0.1}
+    assert Config.parse({"model": section}, "test").model == Config.parse({"model": {"kind": "sane"}}, "test").model
+    with pytest.raises(InputError, match=r"model\.contrast_temperature is an unknown key"):
+        Config.parse({"model": {**section, "contrast_temperature": 0.2}}, "test")
+
+
 def test_a_model_without_a_kind_is_recurrent():
     config = Config.parse({"model": {"position": "1d"}}, "test")
     assert config.model.kind == "recurrent" and config.model == Config.parse(config.plain(), "test").model

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.experiments import score_files
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
@@ -97,6 +98,19 @@ def test_files_of_any_kind_are_scored(rpg: Run, here: Path) -> None:
     (here / "by_path.py").write_text("def score(path):\n    return len(path.name)\n")
     code, out, err = rpg("score", "other.pth", "--score", "by_path:score")
     assert (code, err) == (0, "") and re.search(r"other.pth +9\n", out)
+
+
+def test_one_task_scores_all_files(rpg: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    build = score_files.build_task
+    monkeypatch.setattr(score_files, "build_task", lambda config: built.append(config) or build(config))
+    torch.save(build(DigitsConfig()).build().state_dict(), "one.pth")
+    for name in ("two.pth", "three.pth"):
+        Path(name).write_bytes(Path("one.pth").read_bytes())
+    Path("task.yaml").write_text("task: {name: digits}\n")
+    code, out, err = rpg("score", "one.pth", "two.pth", "three.pth", "task.yaml")
+    assert code == 0, err
+    assert len(built) == 1 and out.count(".pth") == 3
 
 
 def test_networks_of_a_conditional_generator_are_made_for_conditions_of_the_zoo(rpg: Run, here: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Description:
         content = {
             "format": FORMAT,
             "task": self.task,
-            "condition": None if self.condition is None else dataclasses.asdict(self.condition),
+            "condition": None if self.condition is None else self.condition.to_json(),
             "runs": list(self.runs),
             "structure": None if self.structure is None else self.structure.to_json(),
         }

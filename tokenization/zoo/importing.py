@@ -7,25 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenization.checkpoint.checkpoint import (
-    Checkpoint,
-    read_state_dict,
-)
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
-from tokenization.files import write_text
-from tokenization.lora.adapter import (
-    CONFIG_NAME,
-)
+from tokenization.lora.collected import CollectedAdapters
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
-from tokenization.zoo.reading import Reading, Row, Source, in_order
-from tokenization.zoo.sources import find_checkpoints
+from tokenization.zoo.reading import Reading, Row, Source
+from tokenization.zoo.sources import find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
 
 
@@ -38,6 +32,7 @@ def collect_from(
     pattern: str | None = None,
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
+    base: str | None = None,
     find_runs: bool = True,
     chosen: Chosen = AS_FOUND,
     skip_bad: bool = False,
@@ -46,23 +41,22 @@ def collect_from(
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors with plain names stay where they are; pickles
-    and names with wrappers' prefixes are converted. A killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors with plain names stay where they are, all
+    else is converted. A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+        table: CSV or JSONL with ``file`` (relative to the table or the source's folder), ``run``, ``step``, ``split``,
             ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
         pattern: regular expression on each path; named groups mean the same as the columns, which go first.
         find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`); no run
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
-        task: the zoo's task, for a new zoo.
+        task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
         chosen: which of several sets of weights in a file, and the prefix to cut off names.
         skip_bad: go on past checkpoints that cannot be read or do not belong.
-        progress: called with (checked, total) checkpoints; say: receives one line of what names told, and one on
-            everything that was renamed or left out.
+        progress: called with (checked, total) checkpoints; say: receives a line on all that was told or left out.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -75,35 +69,38 @@ def collect_from(
     rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
         require_new_folder(zoo_path, [row.path for row in rows])
-    known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
-    fresh = [row for row in rows if str(row.path.resolve()) not in known]
-    reading = Reading(zoo, chosen, skip_bad, say)
-    sources = reading.read(fresh, progress)
+    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
+    fresh = [row for row in rows if row.path.resolve() not in known]
+    adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
+    sources = (reading := Reading(zoo, adapters, chosen, skip_bad, say)).read(fresh, progress)
     rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
     labels = _labels(rows, kind, say if find_runs and pattern is None else None)
     if not exists:
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
-    named = table is not None or pattern is not None
-    kept = reading.without_twins([(each, labels[each.row.path]) for each in sources], keep=named)
-    runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
-    runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
-    entries = [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
+    found = [(each, labels[each.row.path]) for each in sources]
+    runs, entries = _entries(zoo, reading.without_twins(found, keep=table is not None or pattern is not None))
     if not entries:
         return zoo
-    zoo = _opened(zoo, exists, runs, [each.row.path for each in sources], reading.adapter)
+    zoo = _opened(zoo, exists, runs, [each.row.path for each in sources])
+    adapters.finish(zoo.path, say)
     _write(zoo, entries, chosen)
     return zoo
 
 
-def _opened(zoo: Zoo, exists: bool, runs: Sequence[str], among: Sequence[Path], adapter: Path | None) -> Zoo:
-    """The zoo on disk, made if need be, with the runs' names and the configuration of an ``adapter``."""
+def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str], list[tuple[Source, dict[str, Any]]]]:
+    """The names of all runs, and the sources with the fields of their lines in the manifest."""
+    runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
+    runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
+    return runs, [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
+
+
+def _opened(zoo: Zoo, exists: bool, runs: Sequence[str], among: Sequence[Path]) -> Zoo:
+    """The zoo on disk, made if need be, with the runs' names."""
     if not exists:
-        zoo = Zoo.create(zoo.path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
-    elif list(runs) != zoo.runs:
+        return Zoo.create(zoo.path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
+    if list(runs) != zoo.runs:
         zoo.rename_runs(runs)
-    if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
-        write_text(zoo.path / CONFIG_NAME, (adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     return zoo
 
 
@@ -125,13 +122,13 @@ def _rows(
             more = f" (and {len(ignored) - 1} more such)" if len(ignored) > 1 else ""
             say(f"left out: {ignored[0]}{more}")
     else:
-        folders = [Path(table).parent, *(Path(item) for item in sources)]
-        for where, row in read_table(Path(table)):
-            path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
+        folders = [Path(table).parent, *(folder_of(item) for item in sources)]
+        for where, told in read_table(Path(table)):
+            path = next((folder / told["file"] for folder in folders if (folder / told["file"]).exists()), None)
             if path is None:
-                what = f"{where}: file {row['file']!r} does not exist"
+                what = f"{where}: file {told['file']!r} does not exist"
                 raise InputError(f"{what}; name a checkpoint beside the table or in the source")
-            rows.append(Row(path, where, row))
+            rows.append(Row(path, where, told))
     kept: list[Row] = []
     seen: dict[Path, str] = {}
     for row in rows:
@@ -166,7 +163,7 @@ def _write(zoo: Zoo, entries: Sequence[tuple[Source, dict[str, Any]]], chosen: C
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = in_order(read_state_dict(path, chosen), zoo.structure if zoo.entries else None)
+        state_dict = source.state_dict(chosen, zoo.structure if zoo.entries else None)
         zoo.append(state_dict, source=str(path.resolve()), **fields)
     zoo.extend(adopted)
 

@@ -14,13 +14,8 @@ from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pick
 from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
-from tokenization.lora.adapter import (
-    CONFIG_NAME,
-    check_adapter_tensors,
-    is_adapter,
-    read_adapter_config,
-    require_same_config,
-)
+from tokenization.lora.adapter import is_adapter, read_adapter_config
+from tokenization.lora.collected import CollectedAdapters
 from tokenization.zoo.metadata_table import Label
 from tokenization.zoo.twins import are_twins, fingerprint
 from tokenization.zoo.zoo import Zoo
@@ -37,27 +32,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint that is read and checked: its row, fingerprint, and whether it stays where it is."""
+    """One checkpoint that is read and checked.
+
+    Attributes:
+        row: where it was named.
+        fingerprint: of its tensors.
+        adopted: it stays where it is; None: to be converted.
+        factors: of adapters with another scaling than the zoo's, what tensors are multiplied by.
+    """
 
     row: Row
     fingerprint: str
     adopted: Checkpoint | None
+    factors: Mapping[str, float]
+
+    def state_dict(self, chosen: Chosen, structure: Structure | None) -> dict[str, Tensor]:
+        """What the zoo is to store of it, in the zoo's order."""
+        return in_order(scaled(read_weights(self.row.path, chosen).tensors, self.factors), structure)
 
 
 class Reading:
-    """Reads checkpoints one after the other and keeps what all of them must agree in.
+    """Reads checkpoints one after the other and keeps what all of them must agree in."""
 
-    Attributes:
-        adapter: folder of the first adapter.
-    """
-
-    def __init__(self, zoo: Zoo, chosen: Chosen, skip_bad: bool, say: Callable[[str], None]) -> None:
-        self.zoo, self.chosen, self.skip_bad, self.say = zoo, chosen, skip_bad, say
+    def __init__(
+        self, zoo: Zoo, adapters: CollectedAdapters, chosen: Chosen, skip_bad: bool, say: Callable[[str], None]
+    ) -> None:
+        self.zoo, self.adapters, self.chosen, self.skip_bad, self.say = zoo, adapters, chosen, skip_bad, say
         self.expected = zoo.structure if zoo.entries else None
-        self.adapter: Path | None = None
-        self._reference: tuple[dict[str, Any], Path] | None = None
-        if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
-            self._reference = (read_adapter_config(zoo.path), zoo.path)
 
     def read(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None) -> list[Source]:
         """Read and check all; those without weights are left out where others have some, bad ones if that was asked."""
@@ -93,29 +94,33 @@ class Reading:
     def _read(self, row: Row, notes: Counter[str]) -> Source:
         path, where = row.path, str(row.path)
         config = read_adapter_config(path) if is_adapter(path) else None
-        if config is not None:
-            require_same_config(config, path, *(self._reference or (config, path)))
         checkpoint = None if pickled_files(path) else Checkpoint.open(path)
-        if checkpoint is not None and has_plain_names(checkpoint, self.chosen):
+        if checkpoint is not None and not has_plain_names(checkpoint, self.chosen):
+            checkpoint = None
+        tensors: dict[str, Tensor] = {}
+        if checkpoint is None:
+            weights = read_weights(path, self.chosen)
+            notes.update(weights.notes)
+            tensors, structure = weights.tensors, Structure.of_state_dict(weights.tensors)
+        else:
             structure = Structure.of_checkpoint(checkpoint)
+        shapes = {name: shape for name, (_, shape) in structure.tensors.items()}
+        read = tensors.__getitem__ if checkpoint is None else checkpoint.tensor
+        factors = self.adapters.factors(path, config, shapes, read)
+        if checkpoint is not None and not factors:
             if self.expected is not None:
                 self.expected.require(structure, where)
             check_checkpoint_values(checkpoint, where)
             found = fingerprint(checkpoint)
         else:
-            checkpoint, weights = None, read_weights(path, self.chosen)
-            notes.update(weights.notes)
-            state_dict = in_order(weights.tensors, self.expected)
-            structure = Structure.of_state_dict(state_dict)
-            check_values(state_dict, where)
-            found = fingerprint({name: state_dict[name] for name in structure.tensors})
-        if config is not None:
-            check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
-            self._reference = self._reference or (config, path)
-            self.adapter = self.adapter or path
-        (self.expected or structure).require(structure, where)
+            tensors = scaled(tensors or read_weights(path, self.chosen).tensors, factors)
+            checkpoint, tensors = None, in_order(tensors, self.expected)
+            structure = Structure.of_state_dict(tensors)
+            check_values(tensors, where)
+            found = fingerprint({name: tensors[name] for name in structure.tensors})
         self.expected = self.expected or structure
-        return Source(row, found, checkpoint)
+        self.expected.require(structure, where)
+        return Source(row, found, checkpoint, factors)
 
     def without_twins(self, sources: Sequence[tuple[Source, Label]], keep: bool) -> list[tuple[Source, Label]]:
         """Each network once: of the same one under two names, that with a step of its own; the rest is said.
@@ -155,3 +160,9 @@ def in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> d
         return dict(state_dict)
     names = [name for name in [*structure.tensors, *structure.ties] if name in state_dict]
     return {name: state_dict[name] for name in names} | dict(state_dict)
+
+
+def scaled(state_dict: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """The tensors, those that have a factor multiplied by it."""
+    done = {name: (state_dict[name].double() * factor).to(state_dict[name].dtype) for name, factor in factors.items()}
+    return {**state_dict, **done}

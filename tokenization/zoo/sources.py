@@ -65,6 +65,14 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
     return list(found)
 
 
+def folder_of(source: Path | str) -> Path:
+    """The folder that a source is, or lies in; of a glob the part before its first pattern."""
+    path = Path(source)
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def _search(
     folder: Path, zoo_path: Path | None, left_out: list[str], seen: set[Path] | None = None, whole: bool = False
 ) -> list[Path]:

@@ -17,7 +17,7 @@ from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.network_merges import MERGES, Merges
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.streamed import merge_recipes
-from rpg.models.kernel_regression import KernelRidge
+from rpg.models.kernel_regression import KernelRidge, exact_distances
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 Condition = Sequence[float] | None
@@ -93,7 +93,7 @@ def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool
 
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
     """The nearest of ``seen`` for each of ``asked``, ``[W]``; with ``own`` the nearest of another condition."""
-    distance = torch.cdist(asked.double(), seen.double())
+    distance = exact_distances(asked.double(), seen.double())
     if own:
         distance[distance == 0] = float("inf")
     return distance.argmin(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.scores.samples import sample_figures
-from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask, Task, TaskFamily
 from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint

@@ -11,8 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rpg.console import FiguresTable
-from rpg.evaluation.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
-from rpg.evaluation.report.charts import (
+from rpg.evaluation.page.charts import (
     Chart,
     histogram,
     lines,
@@ -21,7 +20,8 @@ from rpg.evaluation.report.charts import (
     training_loss,
     trajectories,
 )
-from rpg.evaluation.report.template import render_page
+from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
+from rpg.evaluation.page.template import render_page
 from rpg.evaluation.results import AT_DISTANCE
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
 

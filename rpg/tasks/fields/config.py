@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from rpg.section import Section
 class FieldsConfig(Section):
     """Images or shapes, the network that is fitted to each, and how."""
 
+    constants: ClassVar = {"truncation": 0.3, "frequency": 3.0, "alteration": 2.0, "own_classes": True}
     name: Literal["fields"] = "fields"
     dimensions: Literal[2, 3] = Field(2, description="2: images; 3: solid shapes")
     data: str = Field(
@@ -21,22 +22,16 @@ class FieldsConfig(Section):
         8, ge=2, description="points along each edge of the grid of a folder's images, or of shapes"
     )
     num_shapes: int = Field(600, ge=48, description="of shapes: how many there are, in six classes")
-    truncation: float = Field(0.3, gt=0, description="of shapes: fields show tanh(-signed distance / truncation)")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of shapes or a folder's files nothing is learned from")
     validation: float = Field(0.15, gt=0, lt=1, description="share of the other ones that is kept for choices")
     hidden: int = Field(32, ge=2, description="units of each of the two hidden layers; even")
     first_frequency: float = Field(15.0, gt=0, description="factor in the first layer's sines")
-    frequency: float = Field(3.0, gt=0, description="factor in the second layer's sines")
     output_scale: float = Field(
         10.0, gt=0, description="of the last layer's start: the larger, the less the layers before it have to move"
     )
     steps: int = Field(2, ge=1, description="Gauss-Newton steps of a fit")
     damping: float = Field(0.1, gt=0, description="of each step: weight of the distance from the start")
     altered: int = Field(8, ge=0, description="moved, turned and stretched copies of each datum to learn from")
-    alteration: float = Field(2.0, ge=0, description="how much they are altered; 1: turned by 3 degrees (spread)")
-    own_classes: bool = Field(
-        True, description="altered copies are classes of their own, so that what is asked for looks like originals"
-    )
     seed: int = Field(0, ge=0, description="decides the start, the splits of a folder and the alterations")
 
     @field_validator("hidden")

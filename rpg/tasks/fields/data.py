@@ -12,11 +12,16 @@ from torch import Tensor
 
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.meshes import mesh_distances
-from rpg.tasks.fields.shapes import CLASSES, random_shape
+from rpg.tasks.fields.shapes import CLASSES, mesh_distances, random_shape
 from rpg.tasks.fields.siren import grid_points
 from rpg.tasks.images.digits import load_splits
 from tokenization.errors import InputError
+
+TRUNCATION = 0.3
+"""Fields of shapes show tanh(-signed distance / TRUNCATION)."""
+
+ALTERATION = 2.0
+"""How much copies are altered; 1: turned by 3 degrees (standard deviation)."""
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 MESHES = {".ply", ".obj", ".stl"}
@@ -77,11 +82,22 @@ def _shapes(config: FieldsConfig) -> FieldData:
 
 def _truncated(distances: Tensor, config: FieldsConfig) -> Tensor:
     """Signed distances ``[n, S³]``, negative inside, as values of fields ``[n, 1, S, S, S]``."""
-    return torch.tanh(-distances / config.truncation).view(len(distances), 1, *[config.image_size] * 3)
+    return torch.tanh(-distances / TRUNCATION).view(len(distances), 1, *[config.image_size] * 3)
 
 
 def _folder(config: FieldsConfig) -> FieldData:
-    root, (kind, endings) = Path(config.data), {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    kind, endings = {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    paths, labels, classes = class_files(Path(config.data), kind, endings)
+    values = read_images(paths, config.image_size) if config.dimensions == 2 else _meshes(paths, config)
+    return FieldData(values, torch.tensor(labels), _split(len(paths), config), tuple(classes))
+
+
+def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
+    """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
+
+    Raises:
+        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
+    """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
     if not files:
@@ -89,13 +105,12 @@ def _folder(config: FieldsConfig) -> FieldData:
             f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
             f"({', '.join(sorted(endings))})"
         )
-    paths = [file for file, _ in files]
-    values = _images(paths, config) if config.dimensions == 2 else _meshes(paths, config)
-    return FieldData(values, torch.tensor([label for _, label in files]), _split(len(files), config), tuple(classes))
+    return [file for file, _ in files], [label for _, label in files], classes
 
 
-def _images(paths: list[Path], config: FieldsConfig) -> Tensor:
-    size = (config.image_size, config.image_size)
+def read_images(paths: list[Path], image_size: int) -> Tensor:
+    """Image files in 0 … 1, ``[n, C, image_size, image_size]``: of one channel if all are grey, else of three."""
+    size = (image_size, image_size)
     opened = [Image.open(file) for file in paths]
     grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
     images = []
@@ -131,7 +146,7 @@ def alter(values: Tensor, config: FieldsConfig, copy: int) -> Tensor:
     num, size, dimensions = len(values), values.shape[-1], values.dim() - 2
     rng = make_rng(config.seed, "alteration", copy)
     if dimensions == 2:
-        normal = torch.randn(6, num, generator=rng) * config.alteration
+        normal = torch.randn(6, num, generator=rng) * ALTERATION
         turn, slant = 0.06 * normal[0], 0.06 * normal[1]
         wide, high = 1 + 0.03 * normal[2], 1 + 0.03 * normal[3]
         move = 0.3 / size * normal[4:]  # 0.15 pixels; the image is 2 wide
@@ -141,7 +156,7 @@ def alter(values: Tensor, config: FieldsConfig, copy: int) -> Tensor:
         ]
         matrices = torch.stack(rows, 1)
     else:
-        matrices = torch.eye(3, 4) + 0.04 * config.alteration * torch.randn(num, 3, 4, generator=rng)
+        matrices = torch.eye(3, 4) + 0.04 * ALTERATION * torch.randn(num, 3, 4, generator=rng)
     grid = F.affine_grid(matrices, list(values.shape), align_corners=False)
     mode = "bicubic" if dimensions == 2 else "bilinear"
     shown = F.grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=False)

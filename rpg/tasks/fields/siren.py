@@ -21,6 +21,9 @@ from rpg.seeding import make_rng
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.side_by_side import Stacked
 
+FREQUENCY = 3.0
+"""Factor in the second layer's sines."""
+
 MOST_HIDDEN_VALUES = 1 << 24
 """Of the hidden units at all points, of the fields that are computed at once (64 MiB of float32)."""
 
@@ -35,7 +38,7 @@ class Siren(nn.Module):
 
     def __init__(self, config: FieldsConfig, channels: int) -> None:
         super().__init__()
-        self.frequencies = config.first_frequency, config.frequency
+        self.frequencies = config.first_frequency, FREQUENCY
         self.first = nn.Linear(config.dimensions, config.hidden)
         self.hidden = nn.Linear(config.hidden, config.hidden)
         self.last = nn.Linear(config.hidden, channels)
@@ -64,7 +67,7 @@ def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
     def draw(*shape: int, limit: float) -> Tensor:
         return (torch.rand(*shape, generator=rng) * 2 - 1) * limit
 
-    first, second = config.first_frequency, config.frequency
+    first, second = config.first_frequency, FREQUENCY
     limit = math.sqrt(6 / num) / second
     rows, biases = draw(half, num, limit=limit), draw(half, limit=math.pi / second)
     last = draw(channels, half, limit=config.output_scale * limit)
@@ -86,7 +89,7 @@ def evaluate(config: FieldsConfig, weights: Stacked, points: Tensor) -> Tensor:
         some = {name: value[first : first + chunk] for name, value in weights.items()}
         x = points[first : first + chunk] if points.dim() == 3 else points
         x = torch.sin(config.first_frequency * _linear(some, "first", x))  # [E, P, H]
-        x = torch.sin(config.frequency * _linear(some, "hidden", x))  # [E, P, H]
+        x = torch.sin(FREQUENCY * _linear(some, "hidden", x))  # [E, P, H]
         parts.append(_linear(some, "last", x))
     return torch.cat(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,7 @@ class AdapterTraining(Section):
 class LanguageConfig(Section):
     """A base model, tasks for it, and how an adapter is trained for each."""
 
+    constants: ClassVar = {"score_rows": 2048}
     name: Literal["language"] = "language"
     seed: int = Field(0, ge=0, description="decides splits of tasks, starts of adapters and the order of rows")
     base: str = Field(description="the base model: a local folder, or a name on the hub")
@@ -89,4 +90,3 @@ class LanguageConfig(Section):
     processes: int | None = Field(
         None, ge=1, description="groups trained at a time; as many as cores when null, one with a GPU"
     )
-    score_rows: int = Field(2048, ge=1, description="rows of all adapters together in a forward pass of scoring")

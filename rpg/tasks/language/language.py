@@ -16,8 +16,15 @@ from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
-from rpg.tasks.language.adapter_bank import AdapterBank, fresh_adapter, peft_config, peft_on
-from rpg.tasks.language.adapter_scores import AdapterScores, completion_losses, score_adapters
+from rpg.tasks.language.adapter_bank import (
+    AdapterBank,
+    AdapterScores,
+    completion_losses,
+    fresh_adapter,
+    peft_config,
+    peft_on,
+    score_adapters,
+)
 from rpg.tasks.language.adapter_training import train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows
@@ -30,6 +37,9 @@ from tokenization.files import atomic_files, atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
+
+SCORED_ROWS = 2048
+"""Rows of all adapters together in a forward pass of scoring."""
 
 
 class LanguageTask:
@@ -79,13 +89,18 @@ class LanguageTask:
         """Every task's condition, ``[T, C]``."""
         return torch.tensor([task.condition for task in self.tasks])
 
+    def splits(self) -> list[str]:
+        """The split of every task: ``train``, ``validation`` or ``unseen``."""
+        return [task.split for task in self.tasks]
+
     @functools.cached_property
     def _places(self) -> dict[tuple[float, ...], int]:
-        return {task.condition: place for place, task in reversed(list(enumerate(self.tasks)))}
+        conditions = self.conditions().float().tolist()  # as generators are asked for them
+        return {tuple(row): place for place, row in reversed(list(enumerate(conditions)))}
 
     def places(self, conditions: Tensor) -> list[int]:
         """The tasks that conditions ``[T, C]`` stand for. Raises InputError for one that no task has."""
-        keys = [tuple(row) for row in conditions.double().tolist()]
+        keys = [tuple(row) for row in conditions.float().tolist()]
         for key in keys:
             if key not in self._places:
                 raise InputError(
@@ -150,7 +165,7 @@ class LanguageTask:
         """
         place = PartialState()
         with place.main_process_first():
-            zoo = open_zoo(path, self.config, self.condition, ignore=("processes", "score_rows"))
+            zoo = open_zoo(path, self.config, self.condition, ignore=("processes",))
             if place.is_main_process and not (zoo.path / CONFIG_NAME).exists():
                 self._write_config(zoo.path)
         processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
@@ -228,7 +243,7 @@ class LanguageTask:
         return self._scores(weights, self.places(bits), split)
 
     def _scores(self, weights: Stacked, tasks: list[int], split: str) -> AdapterScores:
-        return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], self.config.score_rows)
+        return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], SCORED_ROWS)
 
     def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
         """One adapter, under PEFT's names, on every task: figures by task's name.

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from typing_extensions import NotRequired, TypedDict
 
 from rpg.tasks.vision.canvases import NUM_CLASSES, make_canvases
-from rpg.tasks.vision.detection_config import CanvasesData, CocoData
+from rpg.tasks.vision.config import CanvasesData, CocoData
 from tokenization.errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -146,7 +146,7 @@ def _coco(split: str, data: CocoData) -> DetectionSet:
     chosen = {image["id"] for image in images}
     things = [thing for thing in instances["annotations"] if thing["image_id"] in chosen]
     part: Instances = {"images": images, "annotations": things, "categories": instances["categories"]}
-    found = DetectionSet(part, partial(_read_image, folder), folder, train, train and data.flip)
+    found = DetectionSet(part, partial(_read_image, folder), folder, train, train)
     if not len(found):
         raise InputError(f"{folder} has no image to use for split {split}: none has a box; check its annotations")
     return found

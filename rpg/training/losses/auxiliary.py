@@ -13,7 +13,8 @@ from rpg.seeding import make_rng
 from rpg.tasks import Task
 from rpg.training.config import TrainConfig
 from rpg.training.distributed import DistributedContext
-from rpg.training.losses.behaviour import BehaviourLoss
+from rpg.training.examples import example_conditions
+from rpg.training.losses.behaviour import BehaviourLoss, FreshTasksLoss
 from rpg.training.losses.new_states import NewStatesLoss
 from rpg.training.losses.wished import WishedLoss
 from tokenization.errors import InputError
@@ -64,6 +65,14 @@ class AuxiliaryLosses:
                 raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
             if metric is not None:
                 self.behaviour = WishedLoss(find_task(), layout, settings.behaviour, condition, metric)
+            elif settings.behaviour.tasks == "fresh":
+                if distributed.world_size > 1 or distributed.spread != "none":
+                    raise InputError(
+                        "train.behaviour.tasks: fresh works in a single process without DeepSpeed or FSDP; start one."
+                    )
+                self.behaviour = FreshTasksLoss(
+                    network, find_task(), layout, settings.behaviour, zoo, example_conditions(zoo, condition, seed)
+                )
             else:
                 self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
         if settings.new_states is not None:
@@ -78,11 +87,15 @@ class AuxiliaryLosses:
     def _behaviour_of(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         if self.behaviour is None:
             return 0.0
+        if isinstance(self.behaviour, FreshTasksLoss):
+            with self.distributed.accelerator.autocast():
+                return self.behaviour.draw(make_rng(self.seed, "fresh tasks", step))
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]
         rng = make_rng(self.seed, "behaviour", step, 0)  # the same images on every process
-        given = (loss.samples, batch.conditions[rows], dropped, rng)
+        tasks = batch.conditions if batch.tasks is None else batch.tasks
+        given = (loss.samples, tasks[rows], dropped, rng)
         if isinstance(self.behaviour, BehaviourLoss):
             return self.behaviour(*given, batch.samples[: batch.num_last])
         return self.behaviour(*given)

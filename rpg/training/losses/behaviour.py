@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.tasks.base import BehaviourTask, ImageTaskFamily
+from rpg.models.centre import TaskTable
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.tasks.base import BehaviourTask, ImageTaskFamily, TaskSimulator
 from rpg.training.config import BehaviourConfig
+from rpg.training.examples import ExampleConditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
@@ -94,6 +97,46 @@ class BehaviourLoss:
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
+class FreshTasksLoss(BehaviourLoss):
+    """The same of tasks that are drawn afresh in every step, from the family that the zoo's come from.
+
+    Args:
+        network: the generator's networks.
+        task, layout, config, zoo: as of `BehaviourLoss`.
+        examples: shows examples of tasks, where they are the condition.
+
+    Raises:
+        InputError: as `BehaviourLoss`, or the task cannot draw others.
+    """
+
+    def __init__(
+        self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo,
+        examples: ExampleConditions | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(task, layout, config, zoo)
+        has_codes = network.state is None or isinstance(network.state, TaskTable)
+        if not isinstance(task, TaskSimulator) or zoo.condition is None or not has_codes:
+            raise InputError(
+                "train.behaviour.tasks: fresh needs a family that draws tasks, such as sensors, and model.state.of: "
+                "none or task; set it to zoo"
+            )
+        self.network, self.simulator, self.spec, self.examples = network, task, zoo.condition, examples
+        self.mask = layout.mask.float()
+
+    def draw(self, rng: torch.Generator) -> Tensor:
+        """The weighted mean loss of as many fresh tasks as are configured; ``rng`` (on the CPU) draws everything."""
+        tasks = self.simulator.draw_tasks(self.config.networks, rng)
+        noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
+        tasks, noise, mask = (each.to(self.network.position_embedding.device) for each in (tasks, noise, self.mask))
+        inputs, states = self.spec.inputs(tasks), None
+        if isinstance(self.network.state, TaskTable):
+            codes = self.network.state.codes(inputs)
+            states = codes + self.network.config.state.noise * torch.randn(codes.shape, generator=rng).to(codes)
+        conditions = inputs if self.examples is None else self.examples.draw(tasks, rng)
+        tokens = self.network.one_step(noise, mask, states, conditions)
+        return self(tokens, tasks, None, rng)
+
+
 def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:
     """How many of a batch's first examples are put at the last time."""
-    return 0 if config is None else max(1, round(config.fraction * num_examples))
+    return 0 if config is None or config.tasks == "fresh" else max(1, round(config.fraction * num_examples))

@@ -63,7 +63,8 @@ class NewStatesLoss:
         count = self.config.networks
         temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=rng)  # [E]
         noise = torch.randn(count, *self.mask.shape, generator=rng)  # [E, L, D]
-        tokens = self.one_step(self.states(temperature, rng), noise).float()  # [E, L, D]
+        states = self.states(temperature, rng)
+        tokens = self.network.one_step(noise.to(states.device), self.mask.to(states.device), states)  # [E, L, D]
         weights = self.layout.decode_batch(tokens, constants=True)
         rows = torch.randint(len(self.labels), (self.config.images,), generator=rng)
         logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
@@ -81,14 +82,3 @@ class NewStatesLoss:
         weights = torch.randn(len(temperature), len(table), generator=rng).to(table.device)
         deviation = weights @ (table - table.mean(0)) / len(table) ** 0.5
         return table.mean(0) + temperature.to(table.device)[:, None] * deviation
-
-    def one_step(self, states: Tensor, noise: Tensor) -> Tensor:
-        """The tokens ``[E, L, D]`` that one sampling step makes of noise ``[E, L, D]``."""
-        mask = self.mask.to(states.device).repeat(len(states), 1)  # [E·L, D]
-        context = self.network.denoiser.precompute(self.network.prototypes(states).flatten(0, 1))
-
-        def predict(rows: Tensor, time: Tensor) -> Tensor:
-            return self.network.predict(rows, time.expand(len(rows)), context, mask)
-
-        objective, rows = self.network.objective, noise.to(states.device).flatten(0, 1) * mask
-        return objective.sample(predict, rows, sampler=objective.plain_sampler, num_steps=1).view_as(noise)

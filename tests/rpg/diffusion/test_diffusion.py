@@ -91,6 +91,15 @@ def test_flow_times_are_logit_normal():
     assert abs(logits.mean() - 0.5) < 0.03 and abs(logits.std() - 2.0) < 0.03
 
 
+def test_ddpm_times_are_all_steps_alike_often():
+    """The first and the last among them: sampling starts at the last, which must have been learned."""
+    objective = build_objective(DDPMConfig(num_steps=5))
+    times = objective.sample_time(10_000, torch.Generator().manual_seed(0))
+    counts = times.bincount(minlength=5)
+    assert counts.shape == (5,) and (counts - 2000).abs().max() < 160  # four standard deviations
+    assert times.max() == objective.last_time
+
+
 def test_ddpm_alphas_are_the_product():
     alphas = build_objective(DDPMConfig()).alphas_cumprod
     product, expected = 1.0, []

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from rpg.evaluation.distance_matched import distance_matched_baselines
-from rpg.evaluation.novelty_curve import Distances, measure_novelty
+from rpg.evaluation.novelty_curve import Distances, measure_novelty, score_novelty
 from rpg.evaluation.permutations import permutation_groups
 from rpg.evaluation.rebasin import Matcher, assignment, permute, random_orders
 from rpg.tasks import DigitsConfig, build_task
@@ -57,6 +57,31 @@ def test_a_noisy_permuted_copy_is_matched_back(groups):
     permuted = permute(noisy, groups["resnet-mini"], random_orders(groups["resnet-mini"], torch.Generator()))
     matched = Matcher(groups["resnet-mini"]).match(state, permuted)
     assert all(torch.equal(matched[key], noisy[key]) for key in noisy)
+
+
+def test_matching_goes_on_until_nothing_changes(groups):
+    """So much noise that groups which were solved first are solved better once the others are."""
+    state = {key: value.clone() for key, value in random_network("resnet-mini").state_dict().items()}
+    torch.manual_seed(0)
+    noisy = {
+        key: value + 1.5 * value.std() * torch.randn_like(value) if value.numel() > 1 else value
+        for key, value in state.items()
+    }
+    permuted = permute(
+        noisy, groups["resnet-mini"], random_orders(groups["resnet-mini"], torch.Generator().manual_seed(0))
+    )
+    matched, once = (Matcher(groups["resnet-mini"], sweeps=sweeps).match(state, permuted) for sweeps in (20, 1))
+    assert all(torch.equal(matched[key], noisy[key]) for key in noisy)
+    assert not all(torch.equal(once[key], noisy[key]) for key in noisy)  # one sweep does not do
+
+
+def test_good_is_as_accurate_as_the_median_original():
+    def answers(*rights: int) -> torch.Tensor:
+        return torch.stack([(torch.arange(10) >= right).long() for right in rights])  # labels are 0
+
+    labels, far = torch.zeros(10, dtype=torch.long), torch.full((4, 3), 5.0)
+    scored = score_novelty(far, far, answers(5, 6, 7, 9), answers(4, 7, 9), labels, taus=(1.0, 6.0), seed=0)
+    assert scored.novel_and_performant == (0.5, 0.0)  # of 5, 6, 7 and 9 right, those of 7 at least
 
 
 def test_matching_never_makes_the_fit_worse(groups):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.evaluation.report.gather import write_html_report
-from rpg.evaluation.report.page import ReportData, write_page
+from rpg.evaluation.page.gather import write_html_report
+from rpg.evaluation.page.single_page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
 from rpg.experiments.single import evaluate_run
 from rpg.generation.generator import Generator
@@ -85,7 +85,7 @@ def test_originals_are_those_that_were_trained_on(run, monkeypatch):
         zoo.entries[index] = dataclasses.replace(zoo.entries[index], split="validation")
     result = EvaluationResult.model_validate_json((run / "evaluation.json").read_text())
     pages: list[ReportData] = []
-    monkeypatch.setattr("rpg.evaluation.report.gather.write_page", lambda path, result, data: pages.append(data))
+    monkeypatch.setattr("rpg.evaluation.page.gather.write_page", lambda path, result, data: pages.append(data))
     write_html_report(
         run, result, generator, zoo, build_task(config.task), generator.generate(2, seed=0), num=2, seed=0
     )

@@ -10,11 +10,12 @@ import torch
 
 from rpg.evaluation.asking import Made
 from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.scores.made_for import nearest_rows
 from rpg.evaluation.scores.measure import Conditions, Options, evaluate_scores
 from rpg.evaluation.scores.scorer import OwnScorer, less_is_better, load_scorer
 from rpg.evaluation.scores.show import print_scores, verdict_of
 from rpg.evaluation.workers import Workers
-from rpg.generation.partition import Partition
+from rpg.generation.sampler import Partition
 from tests.conftest import make_zoo
 from tests.rpg.evaluation.test_span import slow_vectors, span_of
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -201,3 +202,11 @@ def test_each_process_computes_its_places_and_progress_counts_all(monkeypatch):
     assert found == {0: 2, 2: 6} and [each[:2] for each in told][-1] == (4, 4) and "images/s" in told[0][2]
     assert Workers().map(lambda place, item: (place, item), "ab") == [(0, "a"), (1, "b")]
     assert Workers().map_some(lambda some: [each.upper() for each in some], list("abc" * 9)) == list("ABC" * 9)
+
+
+def test_the_nearest_of_many_conditions_is_never_the_same_one():
+    conditions = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    slow = torch.tensor([[(a - b).norm() if i != j else torch.inf for j, b in enumerate(conditions)]
+                         for i, a in enumerate(conditions)])  # fmt: skip
+    assert torch.equal(nearest_rows(conditions, conditions, own=True), slow.argmin(1))
+    assert torch.equal(nearest_rows(conditions, conditions, own=False), torch.arange(40))

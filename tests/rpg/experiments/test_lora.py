@@ -15,6 +15,7 @@ from rpg.evaluation.adapter_merges import METHODS as MERGED
 from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
 from rpg.experiments.score_files import print_figures, score_checkpoints
 from rpg.experiments.scores import Judge
+from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.tasks import many
@@ -116,7 +117,12 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
         lambda self, weights, tasks, split: asked.append((split, set(tasks))) or real(self, weights, tasks, split),
     )
     before = (Path(config.run) / "evaluation.json").read_text()
-    report = evaluate_held_out(config.run, split="validation")
+    with pytest.raises(InputError, match="no choice can be made"):
+        evaluate_held_out(config.run, split="validation")
+    chosen = for_choices(config)
+    train_or_continue(chosen)
+    asked.clear()
+    report = evaluate_held_out(chosen.run, split="validation")
     zoo = Zoo.open(config.zoo)
     unseen = {zoo.entries[index].run for index in zoo.subset("unseen")}
     assert {split for split, _ in asked} == {"validation"}

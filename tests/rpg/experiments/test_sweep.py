@@ -65,6 +65,37 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    "config, message",
+    [
+        ("detection.yaml", "the task detection"),
+        ("segmentation.yaml", "the task segmentation"),
+        ("unet.yaml", "the task diffusion_unet"),
+        ("gpt.yaml", "the task trajectories"),
+        ("tickets.yaml", "the task tickets"),
+        ("digits_unseen.yaml", "learns from the validation split"),
+        ("fields3d.yaml", "learns from the validation split"),
+    ],
+)
+def test_what_a_sweep_cannot_score_is_refused_before_anything_is_trained(tmp_path, config, message):
+    path, run = tmp_path / "sweep.yaml", str(tmp_path / "out")
+    changes = ["evaluate.split=validation", f"zoo={tmp_path / 'zoo'}"]
+    tree = {"config": str(CONFIGS / config), "run": run, "set": changes, "entries": [{"name": "only"}]}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match=f"{message}"):
+        run_sweep(path)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "zoo").exists()
+
+
+def test_checkpoints_without_a_task_are_refused_by_a_sweep(tmp_path, zoo):
+    small_config(tmp_path).save(tmp_path / "base.yaml")
+    tree = {"config": "base.yaml", "run": str(tmp_path / "sweep"), "entries": [{"name": "only"}]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match="entry 'only'.*without a task.*rpg run"):
+        run_sweep(tmp_path / "sweep.yaml")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries named 'a'"),

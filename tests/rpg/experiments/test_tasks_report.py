@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.evaluation.report.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
+from rpg.evaluation.page.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
 from rpg.experiments.tasks_report import head_of, wished_task, write_tasks_report
 from rpg.generation.generator import Generator
 from tests.rpg.conftest import Run

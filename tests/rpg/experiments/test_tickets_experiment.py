@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rpg.config import Config
+from rpg.experiments import tickets
 from rpg.experiments.tickets import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
 from tests.rpg.conftest import Run, refused
@@ -47,6 +49,18 @@ def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings:
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     chosen = evaluate_tickets(tmp_path / "run", split="validation")
     assert chosen["num"] == 3 and (tmp_path / "run" / "evaluation.json").read_bytes() == before
+
+
+def test_an_interrupted_run_is_not_judged(rpg: Run, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tickets.train_to_the_end
+
+    def interrupted(config: Config, **options: Any) -> Path:
+        return real(config, max_seconds=0, **options)
+
+    monkeypatch.setattr(tickets, "train_to_the_end", interrupted)
+    monkeypatch.setattr(tickets, "evaluate_tickets", lambda *_, **__: pytest.fail("judged half-trained"))
+    code, _, err = rpg("run", "configs/tickets.yaml", *settings, "--device", "cpu")
+    assert code == 130 and "run it again" in err
 
 
 def test_kinds_are_compared_task_by_task() -> None:

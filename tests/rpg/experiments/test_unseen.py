@@ -1,26 +1,27 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import held_out, task_networks
+from rpg.evaluation import held_out, linear_head, task_networks
 from rpg.evaluation.diversity import measure_diversity
 from rpg.evaluation.held_out import base_summed, nearest_rows
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
-from rpg.experiments.single import scoring_task
+from rpg.experiments.single import for_choices, scoring_task, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks import many
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.subsets import resplit
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -94,17 +95,47 @@ def test_figures_are_those_of_the_networks(experiment):
     assert (shares * counts).sum().item() / 500 == pytest.approx(worst["accuracy"])
 
 
-def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experiment, monkeypatch):
+@pytest.fixture(scope="module")
+def choices(experiment):
+    """The run that choices are made by: it has not learned from the validation tasks."""
+    config = for_choices(experiment[0])
+    train_or_continue(config)
+    return config
+
+
+def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(experiment, choices, rpg, tmp_path):
+    config, _ = experiment
+    with pytest.raises(InputError, match="no choice can be made") as caught:
+        evaluate_held_out(config.run, split="validation")
+    cure = re.findall(r"--set '?([^ ']+)", str(caught.value))
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml", cure) == choices == for_choices(choices)
+    zoo, generator = Zoo.open(config.zoo), Generator.from_pretrained(choices.run)
+    assert generator.facts["training checkpoints"] == 11 == len(zoo.subset("train"))
+    code, out, err = rpg("unseen", tmp_path / "config.yaml", "--split", "validation")
+    assert code == 0 and f"choices are made by {choices.run}" in out, err
+
+
+def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experiment, choices, monkeypatch):
     config, _ = experiment
     asked = set()
     real = DigitsSubsetsTask.images
     monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
     path = Path(config.run) / "evaluation.json"
     before = path.read_text()
-    report = evaluate_held_out(config.run, split="validation")
+    report = evaluate_held_out(choices.run, split="validation")
     validation = networks_of(Zoo.open(config.zoo), "validation").bits.tolist()
     assert [list(task) for task in report["unseen_tasks"]["tasks"]] == validation
     assert asked == {"validation"} and path.read_text() == before
+
+
+def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_trained(experiment, tmp_path):
+    tree = experiment[0].plain()
+    tree["task"]["validation"] = 0
+    config = Config.parse({**tree, "run": str(tmp_path / "run"), "zoo": str(tmp_path / "zoo")}, "test")
+    with pytest.raises(InputError, match="'validation', which the comparison needs; set task.validation"):
+        run_held_out(config, progress={})
+    assert not (tmp_path / "zoo").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeypatch):
@@ -127,6 +158,25 @@ def test_of_large_networks_as_many_seen_tasks_as_unseen_ones_are_scored(experime
     assert rows[0] == 0 and rows[-1] == 14
     expected = [report["seen"]["original"]["accuracies"][row] for row in rows]
     assert again["seen"]["original"]["accuracies"] == pytest.approx(expected, abs=0.003)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment, monkeypatch, large):
+    config, _ = experiment
+    zoo, learned = Zoo.open(config.zoo), []
+    with_head = config.evaluate.model_copy(update={"linear_head": True})
+    generator = Generator.from_pretrained(config.run)
+    generator.config = generator.config.model_copy(update={"evaluate": with_head})
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **kwargs: generator)
+    monkeypatch.setattr(linear_head, "LEARNING_RATES", (1e-2,))
+    fit = linear_head.fit_linear_head
+    monkeypatch.setattr(linear_head, "fit_linear_head", lambda *given: learned.append(given[2].tolist()) or fit(*given))
+    if large:
+        monkeypatch.setattr(task_networks, "LARGE", 1)
+    report = evaluate_held_out(config.run)
+    train, validation = (networks_of(zoo, split).bits.tolist() for split in ("train", "validation"))
+    assert learned == [train, [*train, *validation]]
+    assert report["unseen"]["linear_head"]["accuracy"]["mean"] > 0.5
 
 
 def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):

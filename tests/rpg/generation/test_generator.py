@@ -151,3 +151,9 @@ def test_a_kill_while_a_generator_is_replaced_loses_none(run, tmp_path, monkeypa
         Generator.from_pretrained(run).save_pretrained(target)
     monkeypatch.undo()
     assert Generator.from_pretrained(tmp_path / "run").digest == digest
+
+
+@pytest.mark.parametrize("eta", [-0.5, 1.5, float("nan")])
+def test_shares_of_fresh_noise_are_checked(run, eta):
+    with pytest.raises(InputError, match="eta is"):
+        Generator.from_pretrained(run).generate(1, condition=CONDITION, eta=eta)

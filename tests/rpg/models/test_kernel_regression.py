@@ -7,7 +7,7 @@ import torch
 from sklearn.kernel_ridge import KernelRidge as SklearnKernelRidge
 from torch import Tensor
 
-from rpg.models.kernel_regression import KernelRidge, rbf
+from rpg.models.kernel_regression import LENGTHS, KernelRidge, exact_distances, rbf
 
 
 @pytest.fixture
@@ -68,3 +68,12 @@ def test_posterior_variance_is_the_textbooks(data):
     assert torch.allclose(fitted.root() @ fitted.root(), fitted.inverse)
     far = torch.full((1, 6), 1e3).double()
     assert float(fitted.variance(far)) == pytest.approx(1 + fitted.penalty)
+
+
+def test_equal_conditions_have_no_distance_however_many_there_are():
+    different = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)).double()
+    conditions = different.repeat(3, 1)  # the default of torch takes matrix products from 26 rows on
+    assert torch.equal((exact_distances(conditions, conditions) == 0).sum(1), torch.full((60,), 3))
+    unit = torch.tensor([(a - b).norm() for i, a in enumerate(different) for b in different[:i]]).median()
+    fitted = KernelRidge.fit(conditions, torch.eye(60).double(), by_condition=True)
+    assert min(abs(fitted.length / unit.item() - factor) for factor in LENGTHS) < 1e-9

@@ -7,8 +7,7 @@ from torch import nn
 from rpg.config import Config
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
-from rpg.tasks.images.digits import DigitsTask
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
@@ -120,7 +119,9 @@ def test_every_process_draws_the_same_images():
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
         losses.settings, losses.seed, losses.distributed = TrainConfig(), 0, SimpleNamespace(rank=rank)
         losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
-        batch = SimpleNamespace(group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1))
+        batch = SimpleNamespace(
+            group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None
+        )
         return losses(3, batch, SimpleNamespace(samples=torch.zeros(1)))
 
     assert draw(0) == draw(1)

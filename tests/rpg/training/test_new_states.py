@@ -62,7 +62,7 @@ def test_the_loss_is_cross_entropy_plus_spread(setting):
     rng = torch.Generator().manual_seed(2)
     torch.rand(3, generator=rng)
     noise = torch.randn(3, *loss.mask.shape, generator=rng)
-    tokens = loss.one_step(loss.states(torch.ones(3), rng), noise)
+    tokens = loss.network.one_step(noise, loss.mask, loss.states(torch.ones(3), rng))
     rows = torch.randint(len(loss.labels), (20,), generator=rng)
     network, losses, sizes = task.build().eval(), [], []
     for each in tokens:
@@ -82,7 +82,7 @@ def test_one_step_is_what_generation_does_in_one_step(setting):
     num_tokens, width = loss.mask.shape
     group = max(1, sampler.tile_tokens // num_tokens)
     noise = torch.randn(group, num_tokens, width, generator=make_rng(0, "tile", tile.network, tile.token))[:1]
-    tokens = loss.one_step(sampler.state_vectors(request, [0]), noise)
+    tokens = loss.network.one_step(noise, loss.mask, sampler.state_vectors(request, [0]))
     torch.testing.assert_close(tokens, rows)
     assert (tokens[:, ~generator.layout.mask] == 0).all()
 

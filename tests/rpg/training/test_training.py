@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.training.data import BatchSampler
 from rpg.training.loop import train
@@ -52,6 +53,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, mo
         return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
     assert losses(whole.run) == losses(parts.run)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "kernel_ridge"])
+def test_statistics_are_of_the_checkpoints_that_are_trained_on(tmp_path, zoo, kind):
+    """As many held-out checkpoints lie ten away, so that statistics with any part of them are far off."""
+    both = Zoo.create(tmp_path / "both")
+    for index, entry in enumerate(zoo.entries):
+        state = zoo.state_dict(index)
+        both.append(state, run=entry.run, step=entry.step)
+        far = {name: value + 10 if value.is_floating_point() else value for name, value in state.items()}
+        both.append(far, run=entry.run, step=entry.step, split="unseen")
+    tokens = {"size": 16, "normalization": "residual"}
+    model = small_config(tmp_path).plain()["model"] if kind == "recurrent" else {"kind": kind}
+    config = Config.parse({**small_config(tmp_path, zoo=str(both.path), tokens=tokens).plain(), "model": model}, "test")
+    layout = Generator.from_pretrained(train(config)).layout
+    found = torch.stack([layout.encode(zoo.checkpoint(index)) for index in range(len(zoo))])
+    torch.testing.assert_close(found.mean(0), torch.zeros_like(found[0]), atol=1e-4, rtol=0)
+    assert found.abs().max() < 10  # standard deviations
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path, zoo):

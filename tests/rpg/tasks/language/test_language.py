@@ -52,6 +52,18 @@ def zoo(task, folder):
     return task.collect(folder / "zoo", processes=1)
 
 
+def test_real_conditions_are_found_in_the_precision_that_generators_are_asked_in(task, folder):
+    """0.1 in float32 is another number than 0.1."""
+    names = [each.path.name for each in task.tasks]
+    lines = ["file,condition.x,condition.y", *(f"{name},0.{place},-1.7" for place, name in enumerate(names, 1))]
+    (folder / "vectors.csv").write_text("\n".join(lines) + "\n")
+    other = LanguageTask(config_in(folder, symbols=None, conditions=str(folder / "vectors.csv")))
+    conditions = other.conditions()
+    assert conditions[0].tolist() == pytest.approx([0.1, -1.7])
+    for asked in (conditions.float(), conditions.double(), torch.tensor([[0.1, -1.7]]).double()):
+        assert other.places(asked)[0] == 0
+
+
 def test_the_zoo_is_of_peft_folders_that_score_as_recorded(task, zoo):
     assert len(zoo) == 6 and zoo.condition.kind == "binary" and zoo.condition.names == ("a", "b", "c")
     assert sorted({entry.split for entry in zoo.entries}) == ["train", "unseen", "validation"]

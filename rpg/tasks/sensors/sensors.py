@@ -1,0 +1,263 @@
+"""The tasks ``sensors``: one small network for each sensor, none of which is mounted like another.
+
+All specialists are trained side by side from one generalist and see the same images, each through its own sensor.
+T sensors, B images, C settings, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpg.devices import PATIENCE
+from rpg.seeding import derive_seed, make_rng
+from rpg.tasks.images.collection import Progress, open_zoo, single_threaded
+from rpg.tasks.many import collect_many
+from rpg.tasks.sensors.config import SensorsConfig
+from rpg.tasks.sensors.data import load_images
+from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
+from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, repeat
+from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.zoo import Zoo
+
+BASE = "base.safetensors"
+
+
+class TinyMLP(nn.Sequential):
+    """One hidden layer on the flattened image, with relu."""
+
+    def __init__(self, num_pixels: int, hidden: int, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(num_pixels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+
+
+class SensorsTask:
+    """Trains and scores networks for sensors.
+
+    Args:
+        config: images, sensors, network and recipe.
+
+    Raises:
+        InputError: there are no such images, or nothing of the sensors is left to vary.
+    """
+
+    def __init__(self, config: SensorsConfig) -> None:
+        self.config = config
+        self.settings = declared_settings(config)
+        if not self.settings:
+            raise InputError("task leaves no setting that varies; give angle, scale or shift a range")
+        self.condition = ConditionSpec.of_settings(self.settings)
+
+    @cached_property
+    def _data(self) -> tuple:
+        return load_images(self.config)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called."""
+        return self._data[1]
+
+    @cached_property
+    def side(self) -> SideBySide:
+        """The target network as a function of many state dicts."""
+        return SideBySide(self.build())
+
+    def build(self) -> nn.Module:
+        """The untrained target network. Raises InputError if timm cannot make it."""
+        config, splits = self.config, self._data[0]
+        channels, size, _ = splits.image_shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "initialisation"))
+            if config.network == "mlp":
+                return TinyMLP(channels * size**2, config.hidden, splits.num_classes)
+            import timm
+
+            try:
+                return timm.create_model(
+                    config.network, in_chans=channels, num_classes=splits.num_classes, **config.network_arguments
+                )
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                raise InputError(
+                    f"timm cannot make task.network {config.network} ({str(error).splitlines()[0]}); name mlp, or a "
+                    "network of timm and its task.network_arguments"
+                ) from None
+
+    # --- sensors -------------------------------------------------------------------------------------------------
+
+    def draw_tasks(self, num: int, rng: torch.Generator) -> Tensor:
+        """New sensors from the family, ``[num, C]``."""
+        return draw_settings(self.settings, num, rng)
+
+    def sensors(self) -> tuple[Tensor, list[str]]:
+        """The settings ``[T, C]`` of the zoo's sensors and their splits."""
+        counts = {"train": self.config.seen, "validation": self.config.validation, "unseen": self.config.unseen}
+        parts = [self.draw_tasks(num, make_rng(self.config.seed, "sensors", name)) for name, num in counts.items()]
+        return torch.cat(parts), [name for name, num in counts.items() for _ in range(num)]
+
+    def see(self, images: Tensor, settings: Tensor) -> Tensor:
+        """Images in 0 … 1, ``[B, C, S, S]`` or each sensor's own ``[T, B, C, S, S]``, as networks take what sensors
+        with the settings ``[T, C]`` show: ``[T, B, C, S, S]``."""
+        return seen_by(images, self.settings, settings) - self._data[0].mean
+
+    def images(self, split: str = "test") -> Tensor:
+        """The images of a split in 0 … 1 before any sensor, ``[B, C, S, S]``. Raises InputError for no such split."""
+        return self._data[0].images[self._data[0].check(split)]
+
+    def classes(self, split: str = "test") -> Tensor:
+        """Classes of a split's images, int64 ``[B]``."""
+        return self._data[0].labels[self._data[0].check(split)]
+
+    def draw(self, num: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Training images ``[num, C, S, S]`` and their classes ``[num]``."""
+        rows = torch.randint(len(self.classes("train")), (num,), generator=rng)
+        return self.images("train")[rows], self.classes("train")[rows]
+
+    # --- examples ------------------------------------------------------------------------------------------------
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of an image, ``(C, S, S)``."""
+        return self._data[0].image_shape
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
+        """Random images of the classes ``[T, n]`` as sensors ``[T, C]`` see them, in 0 … 1: ``[T, n, C·S·S]``."""
+        known = self.classes(split)
+        order, counts = known.argsort(stable=True), known.bincount(minlength=len(self.class_names))
+        if not bool(counts[classes].all()):
+            raise InputError(f"a class of the {split} images has none to show; add some, or take classes away")
+        first = counts.cumsum(0) - counts
+        place = (torch.rand(classes.shape, generator=rng) * counts[classes]).long()
+        images = self.images(split)[order[first[classes] + place]]  # [T, n, C, S, S]
+        return seen_by(images, self.settings, conditions).flatten(2)
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """Examples ``[…, C·S·S]`` as networks take them, ``[…, C, S, S]``."""
+        return examples.unflatten(-1, self.example_shape) - self._data[0].mean
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def collect(
+        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:  # fmt: skip
+        """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed.
+
+        Args:
+            path: the zoo folder.
+            progress: called with (sensors trained, sensors in all).
+            limit: train only so many sensors, rounded up to whole groups.
+            processes: groups trained at a time; as many as there are cores when None.
+
+        Raises:
+            InputError: the zoo there was collected with another configuration.
+        """
+        place = PartialState(timeout=PATIENCE)
+        with place.main_process_first():
+            zoo = open_zoo(path, self.config, self.condition)
+            if place.is_main_process and not (zoo.path / BASE).exists():
+                with single_threaded():
+                    save_checkpoint(zoo.path / BASE, self.train_generalist())
+        settings, splits = self.sensors()
+        collect_many(
+            zoo, self, settings, splits, self.config.group, processes=processes, progress=progress, limit=limit
+        )
+        return zoo if place.is_main_process else Zoo.open(path)
+
+    def train_generalist(self) -> dict[str, Tensor]:
+        """The one network for all sensors, from fresh sensors in every step."""
+        config, rng = self.config.generalist, make_rng(self.config.seed, "generalist")
+
+        def batch() -> tuple[Tensor, Tensor]:
+            images, classes = self.draw(config.sensors * config.images, rng)
+            images = images.unflatten(0, (config.sensors, config.images))
+            return self.see(images, self.draw_tasks(config.sensors, rng)).flatten(0, 1)[None], classes[None]
+
+        trained = self.train(repeat(self.build().state_dict(), 1), batch, config.steps, config.learning_rate)
+        return {name: value[0] for name, value in trained.items()}
+
+    def train_specialists(self, base: dict[str, Tensor], settings: Tensor, steps: int | None = None) -> Stacked:
+        """A network for each of the sensors ``[T, C]``, from the generalist; all see the same images."""
+        config, rng = self.config.specialist, make_rng(self.config.seed, "specialists")
+
+        def batch() -> tuple[Tensor, Tensor]:
+            images, classes = self.draw(config.images, rng)
+            return self.see(images, settings), classes.expand(len(settings), -1)
+
+        return self.train(repeat(base, len(settings)), batch, steps or config.steps, config.learning_rate)
+
+    def train(
+        self, start: Stacked, batch: Callable[[], tuple[Tensor, Tensor]], steps: int, learning_rate: float
+    ) -> Stacked:
+        """Adam with a one-cycle schedule on T networks side by side; ``batch`` gives images ``[T, B, …]``, classes."""
+        weights = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in start.items()}
+        trained = [value for value in weights.values() if value.requires_grad]
+        optimizer = torch.optim.Adam(trained, learning_rate, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
+        for _ in range(steps):
+            images, classes = batch()
+            optimizer.zero_grad()
+            self.losses(weights, images, classes).sum().backward()
+            optimizer.step()
+            schedule.step()
+        return {name: value.detach() for name, value in weights.items()}
+
+    def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
+        """Train the specialists of one part; see :class:`rpg.tasks.many.Trainable`."""
+        settings = self.sensors()[0][runs]
+        trained = self.train_specialists(load_file(folder / BASE), settings)
+        return [trained], {"validation_accuracy": self.accuracies(trained, settings, "validation")[None]}
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def losses(self, weights: Stacked, images: Tensor, classes: Tensor) -> Tensor:
+        """Mean cross-entropy ``[T]`` of T networks on images ``[T, B, …]`` of the classes ``[T, B]``."""
+        logits = self.side(weights, images)  # [T, B, K]
+        found = F.cross_entropy(logits.flatten(0, 1).float(), classes.flatten(), reduction="none")
+        return found.view(classes.shape).mean(1)
+
+    def behaviour_losses(
+        self, weights: Stacked, conditions: Tensor, num_images: int, rng: torch.Generator,
+        teacher: Teacher | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Cross-entropy ``[T]`` of T networks on random *training* images as their sensors ``[T, C]`` see them.
+
+        Differentiable in ``weights``.
+        """
+        images, classes = self.draw(num_images, rng)
+        seen = self.see(images.to(conditions), conditions)
+        return self.losses(weights, seen, classes.to(conditions.device).expand(len(conditions), -1))
+
+    def teacher(self, zoo: Zoo) -> Teacher:
+        """There is none. Raises InputError."""
+        raise InputError("sensors have no base network to learn from; set train.behaviour.target to labels")
+
+    def probabilities(self, weights: Stacked, settings: Tensor, split: str = "test") -> Tensor:
+        """Class probabilities ``[T, B, K]`` of T networks on a split's images as their sensors ``[T, C]`` see them."""
+        images = self.images(split)
+        with torch.inference_mode():
+            parts = [
+                self.side({name: value[row : row + 1] for name, value in weights.items()}, self.see(images, each[None]))
+                for row, each in enumerate(settings)
+            ]
+        return torch.cat(parts).softmax(-1)
+
+    def accuracies(self, weights: Stacked, conditions: Tensor, split: str = "test") -> Tensor:
+        """Share of right answers ``[T]`` of T networks at their sensors ``[T, C]``."""
+        answers = self.probabilities(weights, conditions, split).argmax(-1)
+        return (answers == self.classes(split)).double().mean(1)
+
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
+        """Figures by name, ``[T]``: the accuracy alone."""
+        return {"accuracy": self.accuracies(weights, bits, split)}
+
+    def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
+        """The generalist, for each of the sensors ``[T, C]``."""
+        return {"generalist": repeat(load_file(zoo.path / BASE), len(bits))}
