@@ -109,7 +109,7 @@ class NetworkMerges:
         read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
-            if not info.dtype.is_floating_point or not info.num_values:
+            if not info.averaged:
                 stored[name] = first.tensor(name)
                 continue
             values = torch.stack([self.networks[row].flat(name).float() for row in rows])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
-from rpg.evaluation.report import Curve, Networks, Report
+from rpg.evaluation.page.page import Page, PageTable, write_report
+from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.experiments.direct_generators import train_direct
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
@@ -81,8 +82,22 @@ def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rival
         facts={**methods.generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
     )
     if split == "test":
-        report.save(run)
+        write_report(run, report, Page("Draws where a request leaves room", tables=tables_of_sets(report)))
     return report
+
+
+def tables_of_sets(report: Report) -> list[PageTable]:
+    """Scores of sets by the number of networks, a table for each number of images shown."""
+    tables = []
+    for title, kinds in {f"{report.asked['images']} image": report.kinds, **report.parts}.items():
+        rows = [
+            [label_of(kind), str(size), *(shown(each[size], name) for name, each in found.joint.items())]
+            for kind, found in kinds.items()
+            for size in found.joint["joint"]
+        ]
+        heads = ["networks", "in a set", *(name.replace("_", " ") for name in next(iter(kinds.values())).joint)]
+        tables.append(PageTable(f"Sets of networks: {title}", heads, rows))
+    return tables
 
 
 class Methods:

@@ -5,12 +5,14 @@ n examples, P values of each, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
@@ -63,24 +65,41 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: a ValueError, too: the examples do not fit the generator, or a class is unknown to it.
         """
-        generator = self._generator()
-        assert generator.condition is not None
+        X, y = self._checked(X, y, fitting=True)
+        names = self._fit(X, y)
+        self.classes_ = np.array(names) if y.dtype.kind in "OU" else np.array(names).astype(y.dtype)
+        return self
+
+    def _checked(self, X: Any, y: Any = None, fitting: bool = False) -> Any:
+        """What scikit-learn requires of data: of ``X`` alone, or for fitting of both."""
+        if not fitting:
+            check_is_fitted(self)
+            return validate_data(self, X, dtype=np.float32, reset=False)
         X, y = validate_data(self, X, y, dtype=np.float32)
-        rows = examples_of(X, list(y), generator.condition, "X")
-        self.classes_ = np.array([type(y[0].item())(name) for name in generator.condition.names], dtype=y.dtype)
+        check_classification_targets(y)
+        return X, y
+
+    def _fit(self, values: np.ndarray, classes: np.ndarray) -> Sequence[str]:
+        """Generate; returns the names of all classes."""
+        generator = Generator.from_pretrained(self.run)
+        if generator.condition is None or generator.condition.kind != "examples":
+            raise InputError(f"{self.run} takes no examples; train with model.condition.kind: examples")
+        rows = examples_of(values, list(classes), generator.condition, "X")
         self.networks_ = stack(generator.generate(self.num, seed=self.seed, condition=rows))  # type: ignore[arg-type]
         self.task_ = example_task(generator.config.task)
-        return self
+        return generator.condition.names
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities of examples ``[n, P]``: the networks' average, ``[n, K]``."""
-        check_is_fitted(self)
-        values = torch.from_numpy(validate_data(self, X, dtype=np.float32, reset=False))
-        return class_probabilities(self.task_, self.networks_, values).mean(0).numpy()
+        return self._probabilities(self._checked(X))
+
+    def _probabilities(self, values: np.ndarray) -> np.ndarray:
+        return class_probabilities(self.task_, self.networks_, torch.from_numpy(values)).mean(0).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of examples ``[n, P]``, ``[n]``."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        places = self.predict_proba(X).argmax(1)
+        return self.classes_[places]
 
     def module(self, index: int = 0) -> nn.Module:
         """Network ``index`` as a plain module: examples ``[n, P]`` to logits ``[n, K]``."""
@@ -106,9 +125,3 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         else:
             raise InputError(f"{path} has an unknown ending; write .safetensors or .onnx")
         return path
-
-    def _generator(self) -> Generator:
-        generator = Generator.from_pretrained(self.run)
-        if generator.condition is None or generator.condition.kind != "examples":
-            raise InputError(f"{self.run} takes no examples; train with model.condition.kind: examples")
-        return generator

@@ -70,7 +70,7 @@ def examples_of(values: object, classes: Sequence[object] | None, spec: Conditio
     Raises:
         InputError: they do not fit, or a class is unknown to the generator.
     """
-    found = torch.as_tensor(np.asarray(values, dtype=np.float32)).flatten(1)
+    found = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).flatten(1)
     wanted = num_values(spec)
     if not len(found):
         raise InputError(f"{where} has no examples; give at least one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.settings import parse_settings
+
+PROVENANCE = "rpg.provenance"
+"""The key of a generated file's metadata that names the generator and the request."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,14 @@ class Request:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
-
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta is {self.eta}; give 0 (no fresh noise) to 1 (DDPM's)")
 
-    def provenance(self, generator: str, index: int) -> dict[str, str]:
-        """The metadata of network ``index``, made by the generator with the digest ``generator``."""
+    def provenance(self, generator: str, copied: Sequence[str], index: int) -> dict[str, str]:
+        """The metadata of network ``index``, made by the generator with the digest ``generator``.
+
+        ``copied`` names the tensors that are one checkpoint's, although they differ in the zoo.
+        """
         facts: dict[str, Any] = {
             "generator": generator,
             "seed": self.seed,
@@ -101,7 +106,9 @@ class Request:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
-        return {"format": "pt", "rpg.provenance": json.dumps(facts)}
+        if copied:
+            facts["copied"] = list(copied)
+        return {"format": "pt", PROVENANCE: json.dumps(facts)}
 
 
 def requested_conditions(

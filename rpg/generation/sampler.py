@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
+from rpg.models.code_prior import even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import make_rng, permutation
+from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
@@ -254,8 +255,11 @@ class TokenSampler(TiledSampler):
         if request.state == "prior":
             if self.network.prior is None:
                 raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
-            noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs]).to(self.device)
-            return self.network.prior.sample(request.temperature * noise, conditions, rngs=rngs)
+            if self.network.prior.config.draws == "even":
+                noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
+            else:
+                noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
+            return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)

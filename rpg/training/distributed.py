@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import WandBTracker
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
@@ -216,7 +217,5 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     except ImportError:
         cure = f"run {install_command('wandb')}, or leave it out"
         raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
-    from accelerate.tracking import WandBTracker
-
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)
     return [*(name for name in names if name != "wandb"), tracker]

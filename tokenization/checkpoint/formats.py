@@ -74,6 +74,10 @@ def kind_of(path: Path) -> Kind:
         return "safetensors" if path.suffix == ".safetensors" else "pickle" if path.suffix in SUFFIXES else "unknown"
     if path.name.endswith(INDEX_SUFFIXES):
         return "index"
+    # First, because the length of a header may be the first bytes of any other format.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (1 < length <= size - 8 or path.suffix == ".safetensors"):
+        return "safetensors"
     if foreign := _foreign(path, head, end):
         what, cure = foreign
         raise InputError(f"{path} {what}; {cure}")
@@ -81,8 +85,7 @@ def kind_of(path: Path) -> Kind:
         return _kind_of_zip(path)
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 2:
         return "torch" if LEGACY_MAGIC in head[:40] else "pickle"
-    length = int.from_bytes(head[:8], "little")
-    if path.suffix == ".safetensors" or (head[8:9] == b"{" and 1 < length <= max(100_000_000, size - 8)):
+    if path.suffix == ".safetensors":
         return "safetensors"
     if path.name.endswith(".json"):
         return "index"

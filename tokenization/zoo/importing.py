@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import natural_key
+from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.lora.collected import CollectedAdapters
@@ -69,8 +70,7 @@ def collect_from(
     rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
         require_new_folder(zoo_path, [row.path for row in rows])
-    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
-    fresh = [row for row in rows if row.path.resolve() not in known]
+    fresh = _not_in(zoo, rows)
     adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
     sources = (reading := Reading(zoo, adapters, chosen, skip_bad, say)).read(fresh, progress)
     rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
@@ -78,14 +78,19 @@ def collect_from(
     if not exists:
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
         zoo = Zoo(zoo_path, task=task, condition=spec)
-    found = [(each, labels[each.row.path]) for each in sources]
-    runs, entries = _entries(zoo, reading.without_twins(found, keep=table is not None or pattern is not None))
+    named = table is not None or pattern is not None
+    runs, entries = _entries(zoo, reading.without_twins([(each, labels[each.row.path]) for each in sources], named))
     if not entries:
         return zoo
-    zoo = _opened(zoo, exists, runs, [each.row.path for each in sources])
+    zoo = _opened(zoo, exists, runs, sources, reading.comparison.structure)
     adapters.finish(zoo.path, say)
     _write(zoo, entries, chosen)
     return zoo
+
+
+def _not_in(zoo: Zoo, rows: Sequence[Row]) -> list[Row]:
+    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
+    return [row for row in rows if row.path.resolve() not in known]
 
 
 def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str], list[tuple[Source, dict[str, Any]]]]:
@@ -95,11 +100,12 @@ def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str],
     return runs, [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
 
 
-def _opened(zoo: Zoo, exists: bool, runs: Sequence[str], among: Sequence[Path]) -> Zoo:
+def _opened(zoo: Zoo, exists: bool, runs: list[str], sources: Sequence[Source], structure: Structure) -> Zoo:
     """The zoo on disk, made if need be, with the runs' names."""
     if not exists:
-        return Zoo.create(zoo.path, task=zoo.task, condition=zoo.condition, runs=runs, among=among)
-    if list(runs) != zoo.runs:
+        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
+        return Zoo.create(zoo.path, among=[each.row.path for each in sources], **what)
+    if runs != zoo.runs:
         zoo.rename_runs(runs)
     return zoo
 

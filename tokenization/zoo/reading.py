@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_weights
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
 from tokenization.lora.adapter import is_adapter, read_adapter_config
 from tokenization.lora.collected import CollectedAdapters
+from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.metadata_table import Label
 from tokenization.zoo.twins import are_twins, fingerprint
 from tokenization.zoo.zoo import Zoo
@@ -59,6 +61,7 @@ class Reading:
     ) -> None:
         self.zoo, self.adapters, self.chosen, self.skip_bad, self.say = zoo, adapters, chosen, skip_bad, say
         self.expected = zoo.structure if zoo.entries else None
+        self.comparison = Comparison(self.expected)
 
     def read(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None) -> list[Source]:
         """Read and check all; those without weights are left out where others have some, bad ones if that was asked."""
@@ -66,7 +69,10 @@ class Reading:
         notes: Counter[str] = Counter()
         empty: list[NoWeightsError] = []
         bad: list[InputError] = []
+        if self.zoo.entries and rows:
+            self.comparison.add_checkpoint(Checkpoint.open(self.zoo.file(0)), str(self.zoo.file(0)))
         for index, row in enumerate(rows):
+            before = copy.deepcopy(self.comparison) if self.skip_bad else self.comparison
             try:
                 sources.append(self._read(row, notes))
             except NoWeightsError as error:
@@ -75,6 +81,7 @@ class Reading:
                 if not self.skip_bad:
                     raise
                 bad.append(error)
+                self.comparison = before
             if progress is not None:
                 progress(index + 1, len(rows))
         if not sources and (empty or bad):
@@ -84,6 +91,8 @@ class Reading:
         if empty:
             more = f" (and {len(empty) - 1} more such)" if len(empty) > 1 else ""
             self.say(f"left out: {str(empty[0]).partition(';')[0]}{more}")
+        for notice in self.comparison.notices:
+            self.say(notice)
         for fault in bad:
             self.say(f"skipped: {fault}")
         names = [*self.expected.tensors, *self.expected.ties] if self.expected is not None else []
@@ -108,18 +117,15 @@ class Reading:
         read = tensors.__getitem__ if checkpoint is None else checkpoint.tensor
         factors = self.adapters.factors(path, config, shapes, read)
         if checkpoint is not None and not factors:
-            if self.expected is not None:
-                self.expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
+            self.comparison.add_checkpoint(checkpoint, where)
             found = fingerprint(checkpoint)
         else:
             tensors = scaled(tensors or read_weights(path, self.chosen).tensors, factors)
             checkpoint, tensors = None, in_order(tensors, self.expected)
             structure = Structure.of_state_dict(tensors)
-            check_values(tensors, where)
+            self.comparison.add_state_dict(tensors, where)
             found = fingerprint({name: tensors[name] for name in structure.tensors})
         self.expected = self.expected or structure
-        self.expected.require(structure, where)
         return Source(row, found, checkpoint, factors)
 
     def without_twins(self, sources: Sequence[tuple[Source, Label]], keep: bool) -> list[tuple[Source, Label]]:

@@ -389,6 +389,18 @@ def test_files_without_weights_are_told_apart(tmp_path: Path) -> None:
     assert not isinstance(error.value, NoWeightsError)
 
 
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x80\x04", b"\x1f\x8b", b"\x82\xa5", b"\x08\x07\x12", b"BZh"])
+def test_the_length_of_a_header_is_no_other_format(tmp_path: Path, start: bytes) -> None:
+    """A header of 640 bytes begins as a pickle of protocol 2 does."""
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    length = int.from_bytes(start, "little")
+    header = json.dumps({"w": tensor, "__metadata__": {"note": ""}}).encode()
+    header = json.dumps({"w": tensor, "__metadata__": {"note": "x" * (length - len(header))}}).encode()
+    for name in ("a.safetensors", "a.bin", "a"):
+        (tmp_path / name).write_bytes(length.to_bytes(8, "little") + header + struct.pack("<2f", 1, 2))
+        assert read_state_dict(tmp_path / name)["w"].tolist() == [1, 2]
+
+
 def test_a_safetensors_file_of_another_name_is_adopted_where_it_lies(tmp_path: Path) -> None:
     safetensors.torch.save_file(state(), tmp_path / "pytorch_model.bin")
     zoo = collect_from(tmp_path / "pytorch_model.bin", tmp_path / "zoo")
