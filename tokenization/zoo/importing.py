@@ -65,8 +65,7 @@ def collect_from(
     zoo_path = Path(zoo_path)
     exists = (zoo_path / "zoo.json").exists()
     zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
-    wanted = zoo.condition or condition
-    kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
+    kind = wanted.kind if isinstance(wanted := zoo.condition or condition, ConditionSpec) else wanted
     rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
         require_new_folder(zoo_path, [row.path for row in rows])
