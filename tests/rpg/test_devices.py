@@ -86,7 +86,7 @@ def test_commands_say_which_they_took(rpg: Run, tmp_path: Path) -> None:
     assert code == 0 and f"generating on {parse_device('auto')}" in out
 
 
-@pytest.mark.parametrize("config", ["demo", "fields", "gpt", "tickets", "digits_unseen", "detection"])
+@pytest.mark.parametrize("config", ["digits_demo", "fields", "gpt", "tickets", "digits_unseen", "detection"])
 def test_every_kind_of_run_takes_the_device_and_plans_its_memory(
     rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
