@@ -80,7 +80,7 @@ SMALL_SENSORS = (
 def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of sensors and two hardly trained generators that take examples."""
     folder = tmp_path_factory.mktemp("examples")
-    for name in ("examples", "draws"):
+    for name in ("examples", "examples_fresh", "draws"):
         places = (f"zoo={folder / 'zoo'}", f"run={folder / name}")
         config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places])
         build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
