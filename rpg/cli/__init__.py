@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,7 +19,9 @@ from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionKind
+
+if TYPE_CHECKING:  # imports torch
+    from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -37,8 +39,8 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: sharing.Version = False,
-    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
-    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+    quiet: Annotated[bool, o.flag("Say nothing but what went wrong; at any place.", "--quiet")] = False,
+    as_json: Annotated[bool, o.flag("Print one JSON object of paths and figures; at any place.", "--json")] = False,
 ) -> None:
     """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
 
@@ -66,7 +68,7 @@ def collect(
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
         notices: list[str] = []
         with progress_bar("reading") as advance:
-            kind = cast(ConditionKind | None, condition)
+            kind = cast("ConditionKind | None", condition)
             made = collect_from(
                 source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
                 progress=advance, say=notices.append,
@@ -116,6 +118,8 @@ def inspect(
     written = write(path, write_config, changes) if write_config is not None else None
     if written is not None:  # what is described is the zoo, which looks at tokens alone
         changes = [change for change in changes if change.startswith("tokens.")]
+        form = written.tree["tokens"].get("lora_canonical")
+        changes += [f"tokens.lora_canonical={form}"] if form else []
     console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
@@ -197,7 +201,7 @@ def generate(
     prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
@@ -220,7 +224,7 @@ def generate(
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
             temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
-            progress=advance, partition=partition,
+            overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
     told = {"folder": str(output), "networks": [str(path) for path in paths]}
@@ -260,13 +264,13 @@ def export(
 for command in (
     merging.merge,
     scoring.evaluate,
+    scoring.score,
     experiments.sweep,
     experiments.unseen,
     experiments.lora,
     experiments.fields,
     experiments.metric,
     experiments.render,
-    scoring.score,
     experiments.demo,
     experiments.run,
     sharing.push,
@@ -275,6 +279,21 @@ for command in (
     serving.app,
 ):
     app.command()(command)
+
+GROUPS = {
+    "Start": ("demo", "run", "app", "doctor"),
+    "Your checkpoints": (
+        "collect", "inspect", "plan", "train", "generate", "evaluate", "score", "export", "merge", "align",
+    ),
+    "Experiments": ("unseen", "lora", "fields", "metric", "sweep", "render"),
+    "Share": ("push", "pull"),
+}  # fmt: skip
+"""The commands in the order of ``rpg --help``, by panel."""
+
+_PANELS = {name: panel for panel, names in GROUPS.items() for name in names}
+for registered in app.registered_commands:
+    registered.rich_help_panel = _PANELS[registered.callback.__name__]  # type: ignore[union-attr]
+app.registered_commands.sort(key=lambda each: [*_PANELS].index(each.callback.__name__))  # type: ignore[union-attr]
 
 
 RESUMED = {

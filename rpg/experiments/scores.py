@@ -29,7 +29,7 @@ from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
-from rpg.generation.folders import find_folder
+from rpg.generation.folders import find_folder, load_config
 from rpg.generation.generator import Generator
 from rpg.tasks.base import Classifier, SampleTask
 from tokenization.compressed.form import Compressed
@@ -132,7 +132,7 @@ def goes_by_figures(run: Path | str) -> bool:
     folder = find_folder(run)
     if not (folder / "config.yaml").is_file():
         return False  # the evaluation says what is missing
-    config = Config.load(folder / "config.yaml")
+    config = load_config(folder)
     zoo = Zoo.open(config.zoo)
     return (config.task is None and zoo.task is None) or not isinstance(find_task(config, zoo), Classifier)
 

@@ -21,6 +21,9 @@ from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.settings import parse_settings
 
+PROVENANCE = "rpg.provenance"
+"""The key of a generated file's metadata that names the generator and the request."""
+
 
 @dataclass(frozen=True)
 class RequestOptions:
@@ -108,7 +111,7 @@ class Request:
             facts["sparsity"] = self.sparsity
         if copied:
             facts["copied"] = list(copied)
-        return {"format": "pt", "rpg.provenance": json.dumps(facts)}
+        return {"format": "pt", PROVENANCE: json.dumps(facts)}
 
 
 def digest_of(values: Tensor) -> str:
