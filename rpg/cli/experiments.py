@@ -64,7 +64,7 @@ def fields(
 ) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
     from rpg.devices import use_device
-    from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
+    from rpg.labs.fields.experiment import evaluate_fields, print_fields, run_fields
 
     settings, place = load(config or o.default_config("fields.yaml"), overrides), use_device(device)
     if split is not None:
@@ -87,7 +87,7 @@ def metric(
 ) -> dict[str, Any]:  # fmt: skip
     """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
     from rpg.devices import use_device
-    from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
+    from rpg.labs.training_runs.experiment import evaluate_metric, print_metric, run_metric
 
     settings, place = load(config or o.default_config("gpt.yaml"), overrides), use_device(device)
     if split is not None:
@@ -107,7 +107,7 @@ def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> dict[str, Any]:
     """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
-    from rpg.experiments.field_pictures import render_files
+    from rpg.labs.fields.pictures import render_files
 
     written = list(render_files(files, size, output, load(config, None) if config else None))
     console.print(*written, sep="\n")
@@ -188,7 +188,7 @@ def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
 def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
     """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
     from rpg.devices import use_device
-    from rpg.experiments.tickets import print_tickets, run_tickets
+    from rpg.labs.tickets.experiment import print_tickets, run_tickets
 
     use_device(device)
     _guard_memory(settings, ignore_memory)

@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import Field
 
 from rpg.config import Config
-from rpg.experiments.fields import evaluate_fields
 from rpg.experiments.held_out_tasks import evaluate_held_out
 from rpg.experiments.single import collect, evaluate_run, require_for_choices, train_or_continue
 from rpg.experiments.sweep_similarity import write_similarities
@@ -26,7 +25,7 @@ from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of, rows
 from rpg.section import Section, read_mapping, validated
 from rpg.tasks import build_task
 from rpg.tasks.base import TaskFamily
-from rpg.tasks.fields.fields import FieldsTask
+from rpg.tasks.config import of_lab
 from rpg.training.run_folder import saved_config
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
@@ -35,6 +34,9 @@ from tokenization.zoo.locks import locked
 from tokenization.zoo.zoo import Zoo
 
 Say = Callable[[str], None]
+
+JUDGES = {"fields": "fields.experiment:evaluate_fields"}
+"""By task, what of the labs scores a run for the table."""
 
 UNTABLED = ("detection", "segmentation", "diffusion_unet", "trajectories", "tickets")
 """Tasks whose scores have no columns in the table."""
@@ -268,8 +270,8 @@ def _report(config: Config) -> dict[str, Any] | None:
     """
     task = build_task(config.task) if config.task is not None else None
     split, choosing = config.evaluate.split, config.evaluate.split == "validation"
-    if isinstance(task, FieldsTask):
-        return evaluate_fields(config.run, split=split if choosing else "unseen", seed=config.seed)
+    if config.task is not None and (judge := JUDGES.get(config.task.name)):
+        return of_lab(judge)(config.run, split=split if choosing else "unseen", seed=config.seed)
     if isinstance(task, TaskFamily):
         return evaluate_held_out(config.run, split=split, seed=config.seed)
     evaluate_run(config.run)

@@ -138,10 +138,10 @@ def _fields(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """Images and meshes of ten classes; one set of networks a kind, where the experiment averages five."""
     import trimesh
 
-    patch.setattr("rpg.experiments.fields.NUM_SETS", 1)
+    patch.setattr("rpg.labs.fields.experiment.NUM_SETS", 1)
     patch.setattr("rpg.evaluation.field_judges.STEPS", 10)
-    patch.setattr("rpg.experiments.field_pictures.FINE", 20)
-    patch.setattr("rpg.experiments.field_pictures.PER_CLASS", 2)
+    patch.setattr("rpg.labs.fields.pictures.FINE", 20)
+    patch.setattr("rpg.labs.fields.pictures.PER_CLASS", 2)
     rng = torch.Generator().manual_seed(0)
     for digit in range(10):
         for folder in ("IMAGES", "MESHES"):

@@ -20,10 +20,10 @@ from rpg.evaluation.results import NoveltyReport, SetNovelty, TwoSample, TwoSamp
 from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
 from rpg.evaluation.scores.show import print_scores
 from rpg.evaluation.tables import _novelty_table, _two_sample_table
-from rpg.experiments.fields import print_fields
 from rpg.experiments.held_out_table import print_held_out
 from rpg.experiments.score_files import print_figures
 from rpg.experiments.sweep_table import _COLUMNS, print_sweep
+from rpg.labs.fields.experiment import print_fields
 from rpg.planning.inspect import inspect
 
 KINDS = ("generated", "run_sharpened_gaussian_at_distance", "average_of_16", *MERGES)
