@@ -248,7 +248,7 @@ class Methods:
         def seen(num: int, rng: torch.Generator) -> Tensor:
             return self.known[torch.randint(len(self.known), (num,), generator=rng)]
 
-        return train_direct(
-            self.task, examples, self.generator.layout, min(config.train.steps, DIRECT_STEPS), draws=draws, noise=noise, seed=self.seed,
-            draw_tasks=None if self.fresh else seen,
-        )  # fmt: skip
+        steps = min(config.train.steps, DIRECT_STEPS)
+        fresh = None if self.fresh else seen
+        layout, task = self.generator.layout, self.task
+        return train_direct(task, examples, layout, steps, draws=draws, noise=noise, seed=self.seed, draw_tasks=fresh)
