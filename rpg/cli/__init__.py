@@ -236,12 +236,12 @@ def generate(
     told: dict[str, Any] = {"folder": str(output), "networks": [str(path) for path in paths]}
     if partition.rank:
         return told
-    if (notice := copies_notice(generator, paths, state)) is not None:
+    if (notice := copies_notice(generator, cast(list[Path], paths), state)) is not None:
         console.print(notice, markup=False, highlight=False, soft_wrap=True)
         told["notice"] = notice
     if judge is None and not ensemble:
         return told
-    draws = load_draws(paths)
+    draws = load_draws(cast(list[Path], paths))
     if judge is not None:
         order, scores = favoured(example_task(generator.config.task), draws, judge)
         best, loss = paths[order[0]], -scores[order[0]].item()
