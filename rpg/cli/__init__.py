@@ -198,7 +198,8 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None,
+    examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
     overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
@@ -217,7 +218,7 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:

@@ -105,6 +105,14 @@ PromptModel = Annotated[
     ),
 ]
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Setting = Annotated[
+    list[str] | None,
+    option(
+        "A setting of what the networks are for, e.g. angle=137 or inverted=true; others keep their defaults. Can be "
+        "given several times.",
+        metavar="NAME=VALUE",
+    ),
+]
 Examples = Annotated[
     Path | None,
     option(
