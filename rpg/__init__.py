@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from rpg.config import Config
-    from rpg.experiments.single import evaluate_run as evaluate
+    from rpg.experiments.evaluating import evaluate_run as evaluate
     from rpg.generation.generator import Generator
     from rpg.training.loop import train
     from tokenization.zoo.zoo import Zoo
@@ -27,7 +27,7 @@ _HOMES = {
     "Config": ("rpg.config", "Config"),
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
-    "evaluate": ("rpg.experiments.single", "evaluate_run"),
+    "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),
     "train": ("rpg.training.loop", "train"),
 }
 

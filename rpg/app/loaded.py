@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rpg.app.originals import Neighbour, Originals, told
-from rpg.evaluation.scores.scorer import TaskScorer
+from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.similarity import error_iou
 from rpg.evaluation.vectors import StateDict
 from rpg.experiments.single import find_task

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.vectors import StateDict
+from rpg.experiments.evaluating import zoo_span
 from rpg.experiments.field_pictures import learned_originals
-from rpg.experiments.single import parts_of, zoo_span
+from rpg.experiments.single import parts_of
 from rpg.generation.generator import Generator
 from rpg.tasks.base import Task
 from rpg.tasks.fields.fields import FieldsTask
