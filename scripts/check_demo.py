@@ -11,8 +11,9 @@ from pathlib import Path
 
 def shortfall(run: Path) -> float:
     """Percentage points by which the generated networks' mean accuracy is below the originals'."""
-    scores = json.loads((run / "evaluation.json").read_text())
-    return 100 * (scores["original"]["accuracy"]["mean"] - scores["generated"]["accuracy"]["mean"])
+    kinds = json.loads((run / "evaluation.json").read_text())["kinds"]
+    original, generated = (kinds[name]["summaries"]["accuracy"]["mean"] for name in ("original", "generated"))
+    return 100 * (original - generated)
 
 
 def main() -> int:

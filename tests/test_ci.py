@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -11,13 +10,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rpg.evaluation.report import Report, networks
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(("generated", "passes"), [(0.976, True), (0.953, True), (0.949, False), (0.5, False)])
 def test_a_demo_is_accepted_within_two_points_of_the_originals(tmp_path: Path, generated: float, passes: bool) -> None:
-    scores = {name: {"accuracy": {"mean": mean}} for name, mean in (("original", 0.972), ("generated", generated))}
-    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
+    kinds = {
+        name: networks({"accuracy": [mean]})
+        for name, mean in (("original", 0.972), ("generated", generated), ("run_average", 0.97))
+    }
+    Report(experiment="networks", judge="t", split="test", seed=0, better={"accuracy": "more"}, kinds=kinds).save(
+        tmp_path
+    )
     process = subprocess.run([sys.executable, ROOT / "scripts" / "check_demo.py", tmp_path], capture_output=True)
     assert (process.returncode == 0) == passes
 

@@ -99,7 +99,7 @@ def test_an_installed_package_works_far_from_the_checkout(away: Command) -> None
     assert found["versions"]["torch"].startswith(os.environ.get("PACKAGE_TORCH", ""))
     said = away("rpg", "demo", *(word for change in SMALL for word in ("--set", change)))
     run = Path(where) / "runs" / "demo"
-    assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["generated"]["count"] == 2
+    assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["kinds"]["generated"]["count"] == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["zoo"] == "runs/zoos/demo"
 
 

@@ -191,7 +191,12 @@ class Evaluation:
         own = None
         if targets and kind != "held_out":
             own = self.zoo.distance(network, targets[place % len(targets)])
-        keep = kind == "generated" and self.zoo.held and self.zoo.num_values * self.generated <= DIVERSITY_VALUES
+        keep = (
+            kind == "generated"
+            and self.zoo.held
+            and self.zoo.scales
+            and self.zoo.num_values * self.generated <= DIVERSITY_VALUES
+        )
         return _Seen(answer, places, matched, own, self.zoo.vector(network) if keep else None)
 
     def _look_at_generated(self, made: Made) -> None:

@@ -14,7 +14,7 @@ import torch
 from rpg.evaluation.page.gather import write_html_report
 from rpg.evaluation.page.single_page import ReportData, write_page
 from rpg.evaluation.results import EvaluationResult
-from rpg.experiments.single import evaluate_run
+from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
