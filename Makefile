@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test lint bench install clean report pdiff fields metric docs package
+.PHONY: demo unseen lora test pytest test-slow notebooks budget check-results lint bench install clean report pdiff fields metric docs package
 
 install: $(STAMP)
 
@@ -61,8 +61,28 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One core checks types while the other begins with the tests: the files that take longest first, each on one worker, so
+# that what a file prepares is made once. Notebooks run in CI: make notebooks.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target lint pytest
+
+pytest: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+notebooks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m notebook
+
+# Large real networks: minutes, and gigabytes of memory.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# What the commands of README's table take, and which grew by more than 30 %: scripts/budget.json
+budget: $(STAMP)
+	$(BIN)/python scripts/budget.py $(BUDGET_ARGS)
+
+# The same of the commands that take no longer than five minutes, for their figures: which differ from the record?
+check-results: $(STAMP)
+	$(BIN)/python scripts/budget.py --most 300 --keep
 
 # The wheel, built and installed in an environment of its own; with the oldest PyTorch (2 GB): make package PACKAGE_TORCH=2.6
 package: $(STAMP)

@@ -16,15 +16,17 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from rpg.config import Config
     from rpg.experiments.evaluating import evaluate_run as evaluate
+    from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
     from rpg.training.loop import train
     from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Config", "Generator", "InputError", "Zoo", "evaluate", "train"]
+__all__ = ["Config", "GeneratedClassifier", "Generator", "InputError", "Zoo", "evaluate", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": ("rpg.config", "Config"),
+    "GeneratedClassifier": ("rpg.generation.classifier", "GeneratedClassifier"),
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
     "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),

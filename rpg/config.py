@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,7 @@ class Config(Section):
     @classmethod
     def defaults(cls, overrides: list[str] | None = None) -> Config:
         """The defaults with ``overrides`` as in ``load``. Raises InputError for an unknown key or impossible value."""
-        tree: dict[str, Any] = {}
-        for override in overrides or []:
-            _apply(tree, override)
-        return cls.parse(tree, "--set")
+        return cls.parse(overridden({}, overrides or []), "--set")
 
     @classmethod
     def parse(cls, tree: dict[str, Any], where: str) -> Config:
@@ -104,6 +103,14 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a configuration's tree with ``section.field=value`` put in. Raises InputError for what is no change."""
+    changed = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply(changed, override)
+    return changed
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

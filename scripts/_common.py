@@ -21,7 +21,7 @@ from rpg.planning.peak import peak_resident_bytes
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Figures", "Parser", "alone", "make_zoo", "measured", "run_command", "run_rpg"]
+__all__ = ["Figures", "Parser", "alone", "make_zoo", "measured", "run_command", "run_rpg", "timed", "work_folder"]
 
 GIB = 2**30
 
@@ -96,9 +96,13 @@ def _measured(function: Callable[..., dict[str, Any] | None], arguments: tuple[A
 
 def run_rpg(*arguments: object) -> dict[str, float]:
     """Run ``rpg``: seconds by the clock and of the processor, and peak resident memory, as the system says them."""
-    command = [sys.executable, "-m", "rpg", *map(str, arguments)]
+    return timed([sys.executable, "-m", "rpg", *map(str, arguments)])
+
+
+def timed(command: list[str], folder: Path | None = None) -> dict[str, Any]:
+    """Run a command, in a folder: seconds by the clock and of the processor, and peak resident memory."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed")

@@ -14,6 +14,21 @@ from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 torch.set_num_threads(1)
 
+LONGEST = (
+    "test_blocks", "test_unseen", "test_lora", "test_sweep", "test_browser", "test_tickets_experiment",
+    "test_short_runs", "test_launch", "test_timm_finetune", "test_page", "test_kills", "test_behaviour",
+)  # fmt: skip
+"""The files that take longest, the longest first: with several workers the others fill what is left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each file to one worker (`--dist loadgroup`), so that its fixtures are made once; but pages one by one."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+    for item in items:
+        name = item.name if item.path.stem == "test_blocks" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
+
 
 def small_network() -> nn.Module:
     """Convolution, batch norm, linear: every kind of tensor in few values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,20 +11,29 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpg.evaluation.report import Report, networks
-
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("generated", "passes"), [(0.976, True), (0.953, True), (0.949, False), (0.5, False)])
-def test_a_demo_is_accepted_within_two_points_of_the_originals(tmp_path: Path, generated: float, passes: bool) -> None:
-    kinds = {
-        name: networks({"accuracy": [mean]})
-        for name, mean in (("original", 0.972), ("generated", generated), ("run_average", 0.97))
-    }
-    Report(experiment="networks", judge="t", split="test", seed=0, better={"accuracy": "more"}, kinds=kinds).save(
-        tmp_path
-    )
+@pytest.mark.parametrize(
+    ("generated", "average", "diversity", "passes"),
+    [
+        (0.976, 0.9, 0.8, True), (0.953, 0.9, 0.8, True), (0.949, 0.9, 0.8, False), (0.97, 0.991, 0.8, False),
+        (0.969, 0.969, 0.0, False), (0.969, 0.969, None, False),  # each run's average
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", [1, 2])
+def test_a_demo_is_accepted_near_the_best_and_unlike_one_another(
+    tmp_path: Path, form: int, generated: float, average: float, diversity: float | None, passes: bool
+) -> None:
+    means = {"original": 0.972, "generated": generated, "average": average}
+    kinds = {name: {"accuracy": {"mean": mean}} for name, mean in means.items()}
+    spread = {"diversity_ratio": diversity}
+    scores = {**{name: kinds[name] for name in ("original", "generated")}, "spread": spread}
+    scores["baselines"] = {"average": kinds["average"]}
+    if form == 2:
+        scores = {"kinds": {name: {"count": 1, "summaries": each} for name, each in kinds.items()}}
+        scores["extras"] = {"spread": spread}
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
     process = subprocess.run([sys.executable, ROOT / "scripts" / "check_demo.py", tmp_path], capture_output=True)
     assert (process.returncode == 0) == passes
 

@@ -17,6 +17,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(each.get("text", "") for cell in notebook.cells for each in cell.get("outputs", []))
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,7 +1,7 @@
 """What a layout, twenty training steps and two generated files are, recorded once: a change of structure changes none.
 
 ``python -m tests.test_golden`` writes the record anew, where a change of behaviour is wanted. Losses and values are
-compared to a tolerance, since processors round differently; files byte by byte where processor and torch are the same.
+compared to a tolerance, since processors round differently.
 """
 
 from __future__ import annotations
@@ -67,15 +67,6 @@ CASES: dict[str, Callable[[Path], tuple[Config, Any]]] = {
 }
 
 
-def machine() -> str:
-    """What decides how sums are rounded."""
-    info = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
-    )
-    return hashlib.sha256(f"{torch.__version__} {flags}".encode()).hexdigest()
-
-
 def measure(case: str, folder: Path) -> dict[str, Any]:
     """Layout, losses and generated files of a case."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +80,6 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
         "layout": hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest(),
         "losses": [json.loads(line)["loss"] for line in lines],
         "values": [summary(file) for file in files],
-        "bytes": [content_digest(file) for file in files],
     }
 
 
@@ -98,17 +88,6 @@ def summary(file: Path) -> dict[str, list[float]]:
     with safe_open(file, "pt") as opened:
         flat = {name: opened.get_tensor(name).flatten().double() for name in opened.keys()}  # noqa: SIM118
     return {n: [float(x) for x in (v[0], v[-1], v.sum(), v.square().sum())] for n, v in flat.items()}
-
-
-def content_digest(file: Path) -> str:
-    """Digest of names and bytes of all tensors; metadata, which name the generator's own digest, left out."""
-    digest = hashlib.sha256()
-    with safe_open(file, "pt") as opened:
-        for name in sorted(opened.keys()):
-            digest.update(
-                name.encode() + opened.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,16 +101,13 @@ def test_nothing_has_moved(case: str, tmp_path: Path) -> None:
         assert list(here) == list(there)
         for name, values in here.items():
             assert values == pytest.approx(there[name], rel=1e-3, abs=1e-4), name
-    if record["machine"] == machine():
-        assert found["losses"] == expected["losses"]
-        assert found["bytes"] == expected["bytes"]
 
 
 def record(folder: Path) -> None:
     """Write the record anew."""
     torch.set_num_threads(1)
     cases = {case: measure(case, folder / case) for case in CASES}
-    RECORD.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+    RECORD.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

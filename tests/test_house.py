@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("rpg", "tokenization", "scripts") for path in (ROOT / folder).rglob("*.py"))
-STILL_INSIDE: dict[str, set[str]] = {}
+STILL_INSIDE = {f"rpg/training/{name}.py": {"torch"} for name in ("distributed", "checkpointing")}
+"""torch.distributed.fsdp and torch.distributed.tensor load sympy and more, which a single process need not wait for."""
 
 OPTIONAL = {
     "pandas",
@@ -29,7 +30,10 @@ SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm",
 SLOW |= {"transformers"}
 LAZY = {
     "rpg/__init__.py",
-    *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "reading", "scoring", "serving", "sharing")),
+    *(
+        f"rpg/cli/{name}.py"
+        for name in ("__init__", "experiments", "merging", "reading", "scoring", "serving", "sharing")
+    ),
 }
 """These load everything of our own when it is first asked for, so that ``rpg --help`` is quick."""
 

@@ -17,6 +17,7 @@ MISTAKES = [
     ("gpu_checks", ["unknown"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),
+    ("budget", ["--most", "long"]),
     ("check_plan", ["--cases", "unknown"]),
     ("archives", ["imagenet", "folder"]),
 ]
@@ -35,3 +36,21 @@ def test_a_mistake_is_one_line(here, monkeypatch, capsys, script: str, arguments
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_the_budget_is_of_readmes_commands_and_says_what_grew(here: None) -> None:
+    import budget
+
+    known = budget.commands()
+    assert known["make unseen"] == ["rpg", "unseen"] and known["make pdiff"][:3] == ["rpg", "sweep", PDIFF]
+    assert not any(line.startswith("rpg app") for line in known) and all(words[0] == "rpg" for words in known.values())
+    before = {"processor": "a", "processor_seconds": 100.0, "peak_gib": 2.0, "figures": {"run: generated": 0.9}}
+    slower = before | {"processor_seconds": 131.0, "figures": {"run: generated": 0.895, "run: original": 0.8}}
+    assert budget.changes(before, before | {"processor_seconds": 129.0}) == []
+    assert budget.changes(before, slower) == ["processor seconds 100.0 → 131.0"]
+    assert budget.changes(before, slower | {"processor": "b"}) == []
+    other = before | {"peak_gib": 3.0, "figures": {"run: generated": 0.88}}
+    assert budget.changes(before, other) == ["peak gib 2.0 → 3.0", "run: generated 0.9 → 0.88"]
+
+
+PDIFF = "configs/sweeps/pdiff.yaml"

@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from rpg.app.digits import Answer
-from rpg.app.loaded import LoadedRun, Made
-from rpg.app.originals import told
+from rpg.app.loaded import LoadedRun, Made, told
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask
 
 FIELD_SIZE = 96
 """Height and width of a field's picture, whatever the grid it was fitted on."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from rpg.cli import experiments, scoring, serving, sharing
+from rpg.cli import experiments, merging, scoring, serving, sharing
 from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
@@ -53,6 +53,7 @@ def collect(
     pattern: o.Pattern = None,
     find_runs: o.FindRuns = True,
     condition: o.Kind = None,
+    base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
@@ -67,8 +68,8 @@ def collect(
         with progress_bar("reading") as advance:
             kind = cast(ConditionKind | None, condition)
             made = collect_from(
-                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, progress=advance,
-                say=notices.append,
+                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
+                progress=advance, say=notices.append,
             )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
@@ -111,13 +112,16 @@ def inspect(
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
 
-    written = write(path, write_config) if write_config is not None else None
-    console.print(*describe(path, overrides or [], verify=verify))
+    changes = overrides or []
+    written = write(path, write_config, changes) if write_config is not None else None
+    if written is not None:  # what is described is the zoo, which looks at tokens alone
+        changes = [change for change in changes if change.startswith("tokens.")]
+    console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
         console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
-    return {**facts_of(path, overrides or []), **config}
+    return {**facts_of(path, changes), **config}
 
 
 @app.command()
@@ -190,24 +194,27 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    sparsity: o.Sparsity = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
+    sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
+    from rpg.generation.examples import read_examples
     from rpg.generation.generator import Generator
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
     from rpg.planning.guard import generation_need
 
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples)
+    judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
@@ -216,7 +223,19 @@ def generate(
             progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
-    return {"folder": str(output), "networks": [str(path) for path in paths]}
+    told = {"folder": str(output), "networks": [str(path) for path in paths]}
+    if partition.rank or (judge is None and not ensemble):
+        return told
+    draws = load_draws(paths)
+    if judge is not None:
+        order, scores = favoured(example_task(generator.config.task), draws, judge)
+        best, loss = paths[order[0]], -scores[order[0]].item()
+        console.print(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})", highlight=False, soft_wrap=True)
+        told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
+    if ensemble:
+        told["ensemble"] = str(save_ensemble(draws, output))
+        console.print(f"all of them in {told['ensemble']}", soft_wrap=True)
+    return told
 
 
 @app.command()
@@ -239,6 +258,7 @@ def export(
 
 
 for command in (
+    merging.merge,
     scoring.evaluate,
     experiments.sweep,
     experiments.unseen,

@@ -143,7 +143,25 @@ def run(
         return {"fields": fields, "trajectories": metric}[kind](config, overrides, **how)
     if kind == "tickets":
         return tickets(settings, **how)
+    if kind == "sensors" and settings.model.condition.kind == "examples":
+        return examples(settings, **how)
     return experiment(settings, "run", full=full, **how)
+
+
+def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
+    """Networks asked for by examples; draws of them where the model has a prior."""
+    from rpg.devices import use_device
+    from rpg.evaluation.table import print_report
+    from rpg.experiments.by_examples import run_by_examples
+    from rpg.experiments.draws import run_draws
+
+    use_device(device)
+    _guard_memory(settings, ignore_memory)
+    experiment = run_by_examples if settings.model.state.of == "none" else run_draws
+    with progress_bar("collecting") as collecting, training_bar("training") as training:
+        report = experiment(settings, {"collect": collecting, **training})
+    print_report(report, console, folder=settings.run, then=f"rpg generate {settings.run} --examples FOLDER --num 16")
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
 
 
 def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
@@ -196,7 +214,7 @@ def experiment(
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]

@@ -52,6 +52,9 @@ Table = Annotated[
 Pattern = Annotated[
     str | None, option("With --from: regular expression on file names with groups run, step, condition.")
 ]
+AdapterBase = Annotated[
+    str | None, option("With --from: the base of all adapters, whatever path each names.", "--base", metavar="NAME")
+]
 FindRuns = Annotated[bool, option("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
 Kind = Annotated[
     str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
@@ -96,6 +99,16 @@ PromptModel = Annotated[
     ),
 ]
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Examples = Annotated[
+    Path | None,
+    option(
+        "Examples of what to do: images in folders of classes (or unlabelled), npz with X and y, csv.", metavar="PATH"
+    ),
+]
+ChooseBy = Annotated[
+    Path | None, option("Labelled examples, read as --examples: say which of the draws they favour.", metavar="PATH")
+]
+Ensemble = Annotated[bool, option("Write all draws into one file as well, stacked.", "--ensemble")]
 Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
 State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]

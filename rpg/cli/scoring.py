@@ -32,7 +32,7 @@ def evaluate(
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
     from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
     from rpg.planning.guard import evaluation_need
 
     partition, place = join_processes(device)
@@ -84,7 +84,7 @@ def score(
     from rpg.evaluation.table import print_checkpoints
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints
-    from rpg.generation.partition import join_processes
+    from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
     configs = [file for file in files if file.suffix in (".yaml", ".yml")]

@@ -19,7 +19,7 @@ from rpg.evaluation.vectors import StateDict
 from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout.canonical import NO_PRODUCT
-from tokenization.lora.adapter import partner_of
+from tokenization.lora.adapter import module_of, partner_of, scaling_of
 from tokenization.lora.low_rank import balanced_factors
 
 METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
@@ -34,8 +34,9 @@ MERGED = "merged"
 class PeftMerges:
     """Merges adapters of one structure.
 
-    DoRA's magnitudes and whatever else is no pair of a linear layer are weighted means: PEFT merges pairs alone and
-    leaves magnitudes at the norms of the base.
+    PEFT merges pairs alone: it leaves DoRA's magnitudes at the norms of the base, new biases at 0, and multiplies what
+    it made of rsLoRA adapters by a further √rank. Here merged pairs have the scaling that PEFT means them to have, and
+    whatever is no pair is a weighted mean, which is right for biases; of DoRA's magnitudes it is an approximation.
 
     Args:
         config: text of PEFT's ``adapter_config.json``.
@@ -51,16 +52,17 @@ class PeftMerges:
         tensors = self.adapters[0].tensors
         self.pairs = {  # A by B
             partner: name
-            for name, info in tensors.items()
+            for name in tensors
             for side, partner in [partner_of(name) or ("", "")]
-            if side == "A" and "embedding" not in name and len(info.shape) == 2 and partner in tensors
+            if side == "A" and partner in tensors
         }
+        self.is_grouped = any(tensors[b].shape[1] != tensors[a].shape[0] for b, a in self.pairs.items())
         self._models: dict[Any, Any] = {}
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """`METHODS`; none of a single adapter, nor where updates are more than ``B A``."""
-        several = len(self.adapters) > 1 and bool(self.pairs)
+        """`METHODS`; none of a single adapter, nor where updates are more than ``B A`` (grouped convolutions are)."""
+        several = len(self.adapters) > 1 and bool(self.pairs) and not self.is_grouped
         return METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
@@ -99,10 +101,13 @@ class PeftMerges:
         PEFT's ``svd`` decomposes the whole update ``[out, in]``; its ``cat``, decomposed by its factors, is the same to
         rounding and some hundred times faster.
         """
+        shapes = [each.shape for each in given[0][:2]]
+        given = [(a.flatten(1), b.flatten(1), weight) for a, b, weight in given]  # of convolutions
         a, b, _ = given[0]
+        scaling = scaling_of(module_of(name), self.config)
         kind = "cat" if method == "peft_svd" else method.removeprefix("peft_")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model, layer = self._model(a.shape[1], b.shape[0], a.shape[0], self._alpha(name), len(given))
+            model, layer = self._model(a.shape[1], b.shape[0], a.shape[0], scaling, len(given))
             for number, (each_a, each_b, _) in enumerate(given):
                 layer.lora_A[str(number)].weight.data = each_a.float()
                 layer.lora_B[str(number)].weight.data = each_b.float()
@@ -111,33 +116,25 @@ class PeftMerges:
                 [str(number) for number in range(len(given))], [value for *_, value in given], MERGED, kind,
                 density=DENSITY,
             )  # fmt: skip
-        scale = layer.scaling[MERGED] / layer.scaling["0"]
-        new_a, new_b = layer.lora_A[MERGED].weight.data, layer.lora_B[MERGED].weight.data * scale
+        new_a, new_b = layer.lora_A[MERGED].weight.data, layer.lora_B[MERGED].weight.data / scaling
         model.delete_adapter(MERGED)
         if kind == "cat":
             new_a, new_b = balanced_factors(new_a, new_b)
             new_a, new_b = new_a[: len(a)], new_b[:, : len(a)]
-        return new_a.to(a.dtype), new_b.to(b.dtype)
+        return new_a.to(a.dtype).view(shapes[0]), new_b.to(b.dtype).view(shapes[1])
 
-    def _alpha(self, name: str) -> float:
-        from peft.utils.other import get_pattern_key
-
-        module = name[: name.index(".lora_A")]
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        return patterns.get(get_pattern_key(list(patterns), module), float(self.config["lora_alpha"]))
-
-    def _model(self, size_in: int, size_out: int, rank: int, alpha: float, num: int) -> tuple[Any, Any]:
+    def _model(self, size_in: int, size_out: int, rank: int, scaling: float, num: int) -> tuple[Any, Any]:
         """A network of one layer with ``num`` adapters, called ``0``, ``1``, …, and that layer."""
         from peft import LoraConfig, get_peft_model
 
-        key = (size_in, size_out, rank, alpha, num)
+        key = (size_in, size_out, rank, scaling, num)
         if key not in self._models:
             base = nn.Module()
             base.layer = nn.Linear(1, 1, bias=False)
             base.layer.in_features, base.layer.out_features = size_in, size_out
             base.layer.weight = nn.Parameter(torch.zeros(1, 1).expand(size_out, size_in), requires_grad=False)
-            rslora = bool(self.config.get("use_rslora"))
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], use_rslora=rslora)  # type: ignore[arg-type]
+            alpha: Any = scaling * rank
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"])
             model = get_peft_model(base, config, "0")  # type: ignore[arg-type]
             for number in range(1, num):
                 model.add_adapter(str(number), config)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
 from rpg.evaluation.samples import sample_figures
-from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, LogitTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
 from rpg.tasks.user_code import load_callable

@@ -1,8 +1,4 @@
-"""Merges of whole networks, as mergekit makes them: what a user would try on a few checkpoints before any generator.
-
-Linear (arXiv 2203.05482), SLERP of two, TIES (arXiv 2306.01708), DARE with and without TIES' signs (arXiv 2311.03099)
-and Model Stock (arXiv 2403.19522), each tensor by itself. By formula: mergekit would bring datasets, pandas and more,
-and its functions of plain tensors are no interface that it keeps. Where it is installed, a test compares.
+"""Merges of whole networks (`rpg.merging.methods`): what a user would try on a few checkpoints before any generator.
 
 m merged networks, n of a zoo, V values of a tensor.
 """
@@ -16,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.vectors import StateDict
+from rpg.merging.methods import METHODS, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 
-MERGES = ("merge_linear", "merge_slerp", "merge_ties", "merge_dare_linear", "merge_dare_ties", "merge_model_stock")
+MERGES = tuple(f"merge_{method}" for method in METHODS)
 
 AFFORDABLE_MERGES = ("merge_linear", "merge_ties")
 """Those of networks so large that each takes minutes."""
@@ -29,12 +26,6 @@ NUM_MERGED = 4
 
 NUM_MADE = 12
 """Networks of a kind at most where they are drawn at random: merges of one run differ little."""
-
-DENSITY = {"ties": 0.2, "dare_linear": 0.5, "dare_ties": 0.5}
-"""Share of the deviations that are kept: that of the TIES paper, and that of mergekit's examples."""
-
-PARALLEL = 0.9995
-"""Cosine from which on two tensors are taken as parallel, between which SLERP is a straight line."""
 
 
 class Merges(Protocol):
@@ -49,64 +40,6 @@ class Merges(Protocol):
 
     def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
         """The network that ``method`` makes of those with the largest shares."""
-
-
-def merge_values(method: str, values: Tensor, base: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One tensor of a merged network.
-
-    Args:
-        method: one of `MERGES`.
-        values: of the merged networks, ``[m, V]``, m at least 2.
-        base: of what all of them began with, or stands for that, ``[V]``.
-        weights: of the networks, from 0 on, ``[m]``; they add up to 1.
-        generator: of what DARE leaves out.
-    """
-    kind, weights = method.removeprefix("merge_"), weights.to(values.dtype)
-    if kind == "linear":
-        return weights @ values
-    if kind == "slerp":
-        first, second = weights.topk(2).indices.tolist()
-        return slerp(values[first], values[second], (weights[second] / (weights[first] + weights[second])).item())
-    deltas = values - base
-    if kind == "model_stock":
-        return base + stock_ratio(deltas) * deltas.mean(0)
-    density = DENSITY[kind]
-    if kind == "ties":
-        kept = max(1, int(density * deltas.shape[1]))
-        smallest = deltas.abs().topk(kept, dim=1).values[:, -1:]
-        deltas = deltas.where(deltas.abs() >= smallest, 0.0)
-    else:
-        deltas = deltas * (torch.rand(deltas.shape, generator=generator) < density) / density
-    weighted = weights[:, None] * deltas
-    if kind == "dare_linear":
-        return base + weighted.sum(0)
-    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agree = weighted.sign() == sign
-    share = (weights[:, None] * agree).sum(0)
-    return base + (weighted * agree).sum(0) / share.where(share > 0, 1.0)
-
-
-def slerp(first: Tensor, second: Tensor, place: float) -> Tensor:
-    """The point at ``place`` (0 … 1) on the arc between the directions of two tensors, lengths included ``[V]``."""
-    norms = first.norm() * second.norm()
-    cosine = (first @ second / norms).clamp(-1, 1) if norms > 0 else torch.ones(())
-    if abs(cosine) > PARALLEL:
-        return torch.lerp(first, second, place)
-    angle = torch.acos(cosine)
-    return (torch.sin((1 - place) * angle) * first + torch.sin(place * angle) * second) / torch.sin(angle)
-
-
-def stock_ratio(deltas: Tensor) -> Tensor:
-    """How far Model Stock goes from the base to the mean: ``k cos θ / (1 + (k - 1) cos θ)``, its equation 5.
-
-    θ is the mean angle between the k deviations ``[k, V]``. The method expects it between 0 and 90 degrees, so that the
-    point lies between base and mean; deviations that point apart have nothing in common, and the base remains.
-    """
-    unit = torch.nn.functional.normalize(deltas, dim=1)
-    num = len(deltas)
-    cosine = ((unit @ unit.T).sum() - unit.square().sum()) / (num * (num - 1))
-    cosine = cosine.clamp(0, 1)
-    return num * cosine / (1 + (num - 1) * cosine)
 
 
 class NetworkMerges:
@@ -147,13 +80,13 @@ class NetworkMerges:
         read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
-            if not info.dtype.is_floating_point or not info.num_values:
+            if not info.averaged:
                 stored[name] = first.tensor(name)
                 continue
             values = torch.stack([self.networks[row].flat(name).float() for row in rows])
             if len(rows) > 1:
                 begun = base[name].flatten().float() if base is not None else self._mean(name, rows[0])
-                made = merge_values(method, values, begun, weights, make_rng(seed, name))
+                made = merge_values(method.removeprefix("merge_"), values, begun, weights, make_rng(seed, name))
             else:
                 made = values[0]
             if name.endswith("running_var"):

@@ -90,7 +90,7 @@ class TaskNetworks:
         for shares in mixture.to(dtype).split(self.part_size):
             stored: Stacked = {}
             for name, info in first.tensors.items():
-                if not info.dtype.is_floating_point:
+                if not info.averaged:
                     stored[name] = first.tensor(name).expand(len(shares), *info.shape)
                     continue
                 made = [(shares @ block.to(dtype)).to(info.dtype) for block in self._blocks(name)]
@@ -101,7 +101,7 @@ class TaskNetworks:
         """Inner products with other networks, ``[T, T']``, after the first of ``other`` has been taken off all."""
         total = torch.zeros(len(self.checkpoints), len(other.checkpoints), dtype=torch.float64)
         for name, info in self.checkpoints[0].tensors.items():
-            if info.dtype.is_floating_point:
+            if info.averaged:
                 for own, others in zip(self._blocks(name), other._blocks(name), strict=True):
                     total += ((own - others[:1]).float() @ (others - others[:1]).float().T).double()
         return total
@@ -110,7 +110,7 @@ class TaskNetworks:
         """Root mean square deviation of a value from its mean over the networks."""
         total, count = 0.0, 0
         for name, info in self.checkpoints[0].tensors.items():
-            if info.dtype.is_floating_point:
+            if info.averaged:
                 for block in self._blocks(name):
                     total += block.double().std(0).square().sum().item()
                     count += block.shape[1]

@@ -74,7 +74,7 @@ class VectorSpace:
         varying = {
             name: tensor[None]
             for name, tensor in self.first.items()
-            if name not in self.ties and tensor.is_floating_point() and tensor.numel() > 1
+            if name not in self.ties and tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()
             if len(state_dicts) == 1 or any(not torch.equal(tensor, other[name]) for other in state_dicts[1:])
         }
         self.flat = FlatSpace(varying)

@@ -119,8 +119,7 @@ def evaluate_run(
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
-    if split == "validation" and generator.condition is not None:
-        require_for_choices(config)
+    require_for_choices(config, split if generator.condition is not None else "")
     scorer = judge.scorer(generator.adapter, config, zoo, split)
     if trajectory is not None and generator.condition is None:
         raise InputError(f"{OPTION} is for generators with conditions; the report shows the others' as they are")
@@ -194,7 +193,7 @@ def evaluate_zoo(
     form = form and form.measured(zoo, trained)
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     first = opened(trained[0])
-    names = [name for name, info in first.tensors.items() if info.dtype.is_floating_point and info.num_values]
+    names = [name for name, info in first.tensors.items() if info.averaged]
     merges = _merges(text, zoo, trained, form=form)
     runs = [zoo.entries[index].run for index in trained]
     report = Evaluation(

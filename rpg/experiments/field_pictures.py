@@ -18,7 +18,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.meshes import write_mesh
+from rpg.tasks.fields.shapes import write_mesh
 from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError

@@ -159,8 +159,7 @@ def evaluate_fields(
 
 def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
     data = task.data
-    if split == "validation":
-        require_for_choices(config)
+    require_for_choices(config, split)
     learned = learned_originals(zoo, config)
     fields = [zoo.state_dict(i) for i in learned]
     weights = stack(fields)

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rpg.config import Config
@@ -67,14 +66,12 @@ def evaluate_held_out(
             None.
 
     Raises:
-        InputError: the run is not one of a family of binary tasks, or choices are to be made by a run that has
-            learned from the validation tasks.
+        InputError: the run is not one of a family of binary tasks, or has learned what choices are to be made by.
     """
     run, choosing, workers = Path(run), split == "validation", workers or Workers()
     generator = Generator.from_pretrained(run)
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
-    if choosing:
-        require_for_choices(config)
+    require_for_choices(config, split)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
@@ -91,8 +88,7 @@ def evaluate_held_out(
             mine = originals.bits[rows]
             extra: dict[str, Parts] = untrained(task, zoo, mine, originals.part_size) if rows else {}
             if head is not None and rows:
-                with torch.no_grad():
-                    extra["linear_head"] = [head(mine)]
+                extra["linear_head"] = [{key: value.detach() for key, value in head(mine).items()}]
             made = methods.networks(originals, name == "seen", extra)
             scored[name] = score_split(task, made, originals.bits, seen.bits, split, workers, rows)
         extras: dict[str, Any] = {

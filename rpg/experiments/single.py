@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rpg.config import Config
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
@@ -77,8 +77,10 @@ def for_choices(config: Config) -> Config:
     return config.model_copy(update={"train": train, "run": str(Path(config.run) / "choices")})
 
 
-def require_for_choices(config: Config) -> None:
-    """See to it that choices may be made by a run. Raises InputError if it learns from the validation split."""
+def require_for_choices(config: Config, split: str = "validation") -> None:
+    """See to it that a run may be scored on a split. Raises InputError if it is for choices, and was learned from."""
+    if split != "validation":
+        return
     chosen = for_choices(config)
     if chosen is not config:
         raise InputError(

@@ -19,7 +19,7 @@ from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.task_networks import Parts, TaskNetworks, in_parts
 from rpg.generation.generator import Generator
-from rpg.generation.partition import Partition
+from rpg.generation.sampler import Partition
 from rpg.seeding import derive_seed
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.side_by_side import Stacked, stack

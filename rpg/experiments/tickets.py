@@ -84,8 +84,7 @@ def evaluate_tickets(
     run = Path(run)
     generator = Generator.from_pretrained(run)
     task, zoo = tickets_task(generator.config), Zoo.open(generator.config.zoo)
-    if split == "validation":
-        require_for_choices(generator.config)
+    require_for_choices(generator.config, split)
     seen, wanted = (networks_of(zoo, each, generator.layout) for each in ("train", split))
     like, bits = wanted.weights(), wanted.bits
     made: dict[str, Tensor] = {"original": flatten(like)}

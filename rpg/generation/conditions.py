@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.console import console
+from rpg.generation.examples import read_examples
 from rpg.generation.text_encoder import load_pretrained, mean_hidden
 from rpg.tasks.class_splits import bits_of_classes, check_bits
 from tokenization.errors import InputError
@@ -78,7 +80,8 @@ def choose_condition(
     prompt: str | None,
     prompt_model: str | None,
     metric: str | None = None,
-) -> list[float] | str | None:
+    examples: Path | None = None,
+) -> list[float] | Tensor | str | None:
     """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
 
     Args:
@@ -88,15 +91,18 @@ def choose_condition(
         prompt: the task in words.
         prompt_model: language model or sentence encoder for the prompt.
         metric: ``NAME=VALUE``; a value outside the zoo's is warned of.
+        examples: what `rpg.generation.examples.read_examples` reads.
 
     Raises:
         InputError: more than one is given, or what is given is no condition of this generator.
     """
-    asked = {"condition": condition, "classes": classes, "prompt": prompt, "metric": metric}
+    asked = {"condition": condition, "classes": classes, "prompt": prompt, "metric": metric, "examples": examples}
     given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise InputError(f"--{given[1]} was given together with --{given[0]}; give one of them")
     spec = generator.condition
+    if examples is not None:
+        return read_examples(examples, spec)
     if metric is not None:
         return _metric_condition(metric, generator.metric)
     if prompt is not None and generator.texts is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
+from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.generator import Generator
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
-from tokenization.files import atomic_folder, recover_folder
-from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.files import atomic_folder, file_digest, recover_folder, write_text
+from tokenization.layouts import Layout
+from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, partner_of, read_adapter_config
 from tokenization.spectral.layout import BASIS_FILE
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.hub import pull
@@ -97,3 +100,89 @@ def read_weights(path: Path) -> SavedWeights:
         )
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}); train again or copy the folder again.") from None
+
+
+def folder_digest(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over the digests of those of the named files that are there, in the order of ``names``."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            digest.update((_tensors_digest(path) if path.suffix == ".safetensors" else file_digest(path)).encode())
+    return digest.hexdigest()
+
+
+def _tensors_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file, its header sorted: the format's writer puts metadata into any order."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+
+
+def adapter_config_of(folder: Path, layout: Layout) -> str | None:
+    """PEFT's configuration in ``folder`` as it is written there, if ``layout`` cuts adapters; else None.
+
+    Args:
+        folder: a generator or a zoo.
+        layout: names and shapes of the adapter's tensors.
+
+    Raises:
+        InputError: the configuration is broken, or of another adapter than the layout's.
+    """
+    if not (folder / CONFIG_NAME).is_file() or not any(partner_of(name) for name in layout.names):
+        return None
+    config = read_adapter_config(folder)
+    check_adapter_tensors({name: layout.spec(name)[1] for name in layout.names}, config, folder)
+    return (folder / CONFIG_NAME).read_text(encoding="utf-8")
+
+
+def write_side_files(folder: Path, config: str, metadata: Mapping[str, str]) -> None:
+    """Write what goes with the weights. Raises InputError when the disk refuses.
+
+    Args:
+        folder: the adapter.
+        config: text of ``adapter_config.json``.
+        metadata: of the weights' file; ``rpg.provenance`` goes into the model card.
+    """
+    write_text(folder / CONFIG_NAME, config)
+    write_text(folder / CARD_NAME, _card(json.loads(config), json.loads(metadata.get("rpg.provenance", "{}"))))
+
+
+def _card(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    base = config.get("base_model_name_or_path")
+    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    modules = config.get("target_modules")
+    modules = ", ".join(sorted(map(str, modules))) if isinstance(modules, list) else modules
+    rows = {"base model": base, "kind": f"{kind}, rank {config.get('r')}, on {modules}", **provenance}
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    return f"""---
+{f"base_model: {json.dumps(base)}" if base else "tags: []"}
+library_name: peft
+---
+# Generated {kind} adapter
+
+Its weights were written by a generator of weights that had learned from trained adapters; they were not fine-tuned.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "this/folder")
+```
+
+Nothing here says how good it is: measure it on your own task, beside adapters that were trained for it.
+"""
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.replace("|", "\\|").split())

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.devices import chosen_device, parse_device
-from rpg.generation.adapter_folder import adapter_config_of
-from rpg.generation.digest import folder_digest
-from rpg.generation.folders import FILES, OPTIONAL_FILES, find_folder, read_weights, require_files
+from rpg.generation.folders import (
+    FILES,
+    OPTIONAL_FILES,
+    adapter_config_of,
+    find_folder,
+    folder_digest,
+    read_weights,
+    require_files,
+)
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
-from rpg.generation.sampler import Tile
+from rpg.generation.sampler import Partition, Tile
 from rpg.generation.samplers import SAMPLERS, Sampler
 from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
@@ -72,6 +77,7 @@ class Generator:
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.digest, self.folder = "", Path()
+        self._sampler: tuple[Any, Sampler] | None = None
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
@@ -285,14 +291,17 @@ class Generator:
 
     def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""
-        return SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        kept = (self.config.generate, next(self.network.buffers()).device)
+        if self._sampler is None or self._sampler[0] != kept:
+            self._sampler = kept, SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+        return self._sampler[1]
 
     def _sink(
         self, request: Request, output: Path | str | None, partition: Partition, shared: range
     ) -> MemorySink | FolderSink:
         layout = with_sparsity(self.layout, request.sparsity)
         if output is not None:
-            facts = partial(request.provenance, self.digest)
+            facts = partial(request.provenance, self.digest, layout.copied)
             return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
         if partition.size > 1:
             raise InputError("several processes fill an output folder together; name one, or start a single process")

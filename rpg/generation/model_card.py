@@ -43,6 +43,7 @@ def model_card(generator: Any, published: Published | None = None) -> str:
         asked = f"text, through the sentence encoder {generator.texts.encoder}"
     base = json.loads(generator.adapter).get("base_model_name_or_path") if generator.adapter is not None else None
     adapters = f"\nThe checkpoints are adapters of {base}, written as folders for PEFT." if generator.adapter else ""
+    copied = f"\n{layout.copied_note}" if layout.copied_note else ""
     return f"""---
 {_metadata(generator, shown, base)}
 ---
@@ -50,7 +51,7 @@ def model_card(generator: Any, published: Published | None = None) -> str:
 
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
 {layout.token_size}). Condition: {asked}. Normalization: {layout.options.normalization}.
-{generator.config.model.description}{adapters}
+{generator.config.model.description}{adapters}{copied}
 {_pictures(shown.pictures)}
 ## How to use it
 ```python

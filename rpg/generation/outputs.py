@@ -14,9 +14,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from rpg.generation.adapter_folder import WEIGHTS_NAME, write_side_files
-from rpg.generation.partition import Partition
-from rpg.generation.sampler import Tile
+from rpg.generation.folders import WEIGHTS_NAME, write_side_files
+from rpg.generation.sampler import Partition, Tile
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, Writer, checkpoint_writer

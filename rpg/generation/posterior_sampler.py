@@ -6,14 +6,14 @@ G networks of a tile, n checkpoints that were seen, T tokens, k values of a toke
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request
-from rpg.generation.sampler import Tile, TiledSampler, Watch, inference
+from rpg.generation.sampler import Partition, Tile, TiledSampler, Watch, inference
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout
@@ -39,7 +39,8 @@ class PosteriorSampler(TiledSampler):
         """Yield each tile of ``partition`` with its rows ``[G, n, k]``; ``watch`` is told once."""
         for tile in self.tiles(request.num, partition):
             with inference(self.device, bf16=False):
-                rows = self._rows(request, tile)
+                rows = self.fewest(request, tile, partial(self._rows, request, tile))
+            rows = rows[: tile.num_networks, : tile.num_tokens]
             if watch is not None:
                 watch(tile, request.steps - 1, lambda rows=rows: rows)  # type: ignore[misc]
             yield tile, rows
@@ -48,8 +49,8 @@ class PosteriorSampler(TiledSampler):
         """None: a draw of the posterior is no checkpoint's."""
         return []
 
-    def _rows(self, request: Request, tile: Tile) -> Tensor:
-        group = self.group(request, tile.network)
+    def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:
+        group = self.group(request, tile.network, num)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
         kernel, size = self.network.posterior(conditions)
         draws = torch.stack(
@@ -57,5 +58,4 @@ class PosteriorSampler(TiledSampler):
         ).to(self.device)
         ids = self.token_ids(tile)
         rows = self.network.tokens(kernel, request.temperature * size[:, None] * draws, ids.to(self.device))
-        rows = rows * self.layout.mask_rows(ids).to(self.device)
-        return rows[: tile.num_networks, : tile.num_tokens]
+        return rows * self.layout.mask_rows(ids).to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,14 @@ class Request:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"The guidance scale is {self.guidance_scale}; give a number of at least 0 (1 is none).")
-
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta is {self.eta}; give 0 (no fresh noise) to 1 (DDPM's)")
 
-    def provenance(self, generator: str, index: int) -> dict[str, str]:
-        """The metadata of network ``index``, made by the generator with the digest ``generator``."""
+    def provenance(self, generator: str, copied: Sequence[str], index: int) -> dict[str, str]:
+        """The metadata of network ``index``, made by the generator with the digest ``generator``.
+
+        ``copied`` names the tensors that are one checkpoint's, although they differ in the zoo.
+        """
         facts: dict[str, Any] = {
             "generator": generator,
             "seed": self.seed,
@@ -101,6 +103,8 @@ class Request:
             facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
+        if copied:
+            facts["copied"] = list(copied)
         return {"format": "pt", "rpg.provenance": json.dumps(facts)}
 
 
@@ -125,6 +129,8 @@ def requested_conditions(
                 "this generator was trained without conditions, so that it takes none; leave the condition out"
             )
         return None
+    if spec.kind == "examples":
+        return requested_examples(condition, num, spec)
     width = table.vectors.shape[1] if table is not None else 1 if spec.kind == "class" else spec.size
     expected = f"{width} values ({spec.kind})" if table is None else "a text"
     if condition is None:
@@ -155,6 +161,26 @@ def requested_conditions(
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
         raise InputError(f"the condition is no class of the generator; give a whole number from 0 to {spec.size - 1}")
     return values
+
+
+def requested_examples(condition: Any, num: int, spec: ConditionSpec) -> Tensor:
+    """Examples ``[n, size]`` for all networks, or ``[num, n, size]``, as ``[num, n · size]``, checked.
+
+    Raises:
+        InputError: there are none, they are of another size, or have impossible values.
+    """
+    wanted = f"examples: rows of {spec.size} numbers each (`rpg.generation.examples` reads files and arrays)"
+    if condition is None:
+        raise InputError(f"this generator needs examples of what to do; give {wanted}, with --examples")
+    if isinstance(condition, str):
+        raise InputError(f"the condition is a text; give {wanted}")
+    values = torch.as_tensor(condition, dtype=torch.float32)
+    values = values.expand(num, -1, -1) if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[0] != num or values.shape[2] != spec.size or not values.shape[1]:
+        raise InputError(f"the condition has shape {list(values.shape)}; give {wanted}")
+    if not torch.isfinite(values).all():
+        raise InputError("the examples have NaN or infinity; give finite numbers")
+    return values.flatten(1)
 
 
 def requested_starts(start: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:

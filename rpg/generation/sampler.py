@@ -8,21 +8,71 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
-from rpg.generation.partition import Partition
 from rpg.generation.request import Request
+from rpg.models.code_prior import even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import make_rng, permutation
+from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of one of ``size`` processes that generate together; by default the whole.
+
+    Tiles do not depend on one another, so whoever computes one computes the same bytes.
+
+    Attributes:
+        rank: which process this is.
+        size: how many there are.
+        whole: no network is shared tile by tile, as it must not be where networks are not written but looked at.
+    """
+
+    rank: int = 0
+    size: int = 1
+    whole: bool = False
+
+    def takes(self, number: int) -> bool:
+        """Whether this process is the one for the thing of this number."""
+        return number % self.size == self.rank
+
+
+def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
+    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
+
+    All processes wait here for one another.
+
+    Args:
+        device: what the user asked for; launched processes have devices of their own unless it is ``cpu``.
+
+    Raises:
+        InputError: there is no such device, or it was named for launched processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Partition(), use_device(device)
+    if device not in ("auto", "cpu"):
+        raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
+    # Left to itself, accelerate takes several processes without a GPU for as many single ones.
+    no_gpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    atexit.register(torch.distributed.destroy_process_group)
+    note_device(state.device)
+    return Partition(state.process_index, state.num_processes), state.device
 
 
 @dataclass(frozen=True)
@@ -44,6 +94,12 @@ class _Inputs:
     known: Tensor | None
 
 
+FEW = 4
+"""A tile with less than this part of its networks wanted is worth a look at whether fewer rows give the same bits."""
+
+COMPANY = 4
+"""Prototypes that are made at once at least: a backbone may round one alone otherwise, and they cost little."""
+
 Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
@@ -61,6 +117,7 @@ class TiledSampler:
 
     def __init__(self, layout: Layout, tile_tokens: int) -> None:
         self.layout, self.tile_tokens = layout, tile_tokens
+        self._same: dict[tuple[object, ...], bool] = {}
 
     def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
         """The tiles of ``num`` networks: several whole networks side by side, or parts of one larger than a tile.
@@ -85,12 +142,39 @@ class TiledSampler:
         """G: networks of a tile."""
         return max(1, self.tile_tokens // self.layout.num_tokens)
 
-    def group(self, request: Request, first: int) -> list[int]:
-        """The networks of the tile that begins with network ``first``.
+    def group(self, request: Request, first: int, num: int | None = None) -> list[int]:
+        """The networks of the tile that begins with network ``first``, the last one repeated.
 
-        There are always as many as a full tile has, the last one repeated: the arithmetic must not depend on ``num``.
+        There are as many as a full tile has, or ``num``: what is computed must not depend on ``request.num``.
         """
-        return [min(first + i, request.num - 1) for i in range(self.group_size())]
+        return [min(first + i, request.num - 1) for i in range(num or self.group_size())]
+
+    def fewest(self, request: Request, tile: Tile, compute: Callable[[int], Tensor]) -> Tensor:
+        """The rows ``[G', n, D]`` of a tile, computed with no more networks beside its own than their bits take.
+
+        A matrix product of few rows may round differently from one of many, and a sampler may draw for all of them. So
+        a number of networks is first computed beside the full tile, and is enough from then on if its bits are the
+        same.
+
+        Args:
+            request: decides, with the number of networks, what is drawn and which products are taken.
+            tile: the tile.
+            compute: the rows of the first G' networks of a tile.
+        """
+        full, num = self.group_size(), tile.num_networks
+        if num * FEW > full:
+            return compute(full)
+        how = (request.sampler, request.eta > 0, request.guidance_scale == 1, torch.get_num_threads())
+        counts = [1 << power for power in range((num - 1).bit_length(), (full // FEW).bit_length())]
+        for count in counts:
+            if self._same.get((count, how)):
+                return compute(count)
+        whole = compute(full)
+        for count in counts:
+            self._same[count, how] = torch.equal(compute(count)[:num], whole[:num])
+            if self._same[count, how]:
+                break
+        return whole
 
     def token_ids(self, tile: Tile) -> Tensor:
         """The tokens of a tile, ``[n]`` long; a short last tile repeats its last token, so that all have one shape."""
@@ -123,9 +207,12 @@ class TokenSampler(TiledSampler):
         current = -1
         for tile in self.tiles(request.num, partition):
             with inference(self.device, self.bf16):
-                if inputs is None or tile.network != current:
-                    inputs, current = self._inputs(request, tile.network), tile.network
-                rows = self._sample_tile(request, tile, inputs, watch)
+                if watch is None and self.group_size() > 1:
+                    rows = self.fewest(request, tile, partial(self._of_networks, request, tile))
+                else:
+                    if inputs is None or tile.network != current:
+                        inputs, current = self._inputs(request, tile.network), tile.network
+                    rows = self._sample_tile(request, tile, inputs, watch)
             yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
     def asked(self, num: int, seed: int) -> list[int]:
@@ -134,9 +221,13 @@ class TokenSampler(TiledSampler):
             return []
         return stored_states(seed, range(num), self.network.num_states)
 
-    def _inputs(self, request: Request, first: int) -> _Inputs:
-        """What the tile's networks are made from."""
-        group = self.group(request, first)
+    def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
+        inputs = self._inputs(request, tile.network, max(num, COMPANY))
+        return self._sample_tile(request, tile, inputs, num=num)
+
+    def _inputs(self, request: Request, first: int, num: int | None = None) -> _Inputs:
+        """What the tile's networks, or its first ``num``, are made from."""
+        group = self.group(request, first, num)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
         vectors = self.state_vectors(request, group, conditions)
         starts = None if request.starts is None else request.starts[group].to(self.device)
@@ -164,23 +255,28 @@ class TokenSampler(TiledSampler):
         if request.state == "prior":
             if self.network.prior is None:
                 raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
-            noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs]).to(self.device)
-            return self.network.prior.sample(request.temperature * noise, conditions, rngs=rngs)
+            if self.network.prior.config.draws == "even":
+                noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
+            else:
+                noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
+            return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
-    def _sample_tile(self, request: Request, tile: Tile, inputs: _Inputs, watch: Watch | None = None) -> Tensor:
-        """Denoise one tile, padded to its full shape: ``[G, n, D]``."""
-        group, width, token_ids = self.group_size(), self.layout.token_size, self.token_ids(tile)
+    def _sample_tile(
+        self, request: Request, tile: Tile, inputs: _Inputs, watch: Watch | None = None, num: int | None = None
+    ) -> Tensor:
+        """Denoise one tile, padded to its full shape or to ``num`` networks: ``[G, n, D]``."""
+        group, width, token_ids = num or self.group_size(), self.layout.token_size, self.token_ids(tile)
         num_tokens = len(token_ids)
         rng = make_rng(request.seed, "tile", tile.network, tile.token, device=self.device)
-        noise = torch.randn(group * num_tokens, width, generator=rng, device=self.device)
+        noise = first_of_normal(group * num_tokens, self.group_size() * num_tokens, width, rng)
         mask = self._mask(token_ids, group)
         contexts = []
         for each in inputs.prototypes:
-            rows = each[:, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
+            rows = each[:group, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
             contexts.append(self.network.denoiser.precompute(rows))
         scale = request.guidance_scale
 
@@ -197,7 +293,7 @@ class TokenSampler(TiledSampler):
             if self.network.centre is None or inputs.known is None:
                 return rows
             ids = token_ids.to(self.device)
-            return self.network.centre.complete(rows, inputs.known[:, ids], ids)
+            return self.network.centre.complete(rows, inputs.known[:group, ids], ids)
 
         def tell(step: int, x: Tensor) -> None:
             def rows() -> Tensor:
@@ -252,6 +348,18 @@ def inference(device: torch.device, bf16: bool) -> Iterator[None]:
     """
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         yield
+
+
+def first_of_normal(rows: int, total: int, width: int, rng: torch.Generator) -> Tensor:
+    """The first ``rows`` of ``torch.randn(total, width)``, on the generator's device.
+
+    On a CPU the first values of many are those of few as long as these are a multiple of 16 (PyTorch fills so many at a
+    time); elsewhere all are drawn.
+    """
+    num = -(-rows * width // 16) * 16
+    if rng.device.type != "cpu" or num >= total * width:
+        return torch.randn(total, width, generator=rng, device=rng.device)[:rows]
+    return torch.randn(num, generator=rng)[: rows * width].view(rows, width)
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:

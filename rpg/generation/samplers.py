@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rpg.generation.config import GenerateConfig
-from rpg.generation.pdiff_sampler import LatentSampler
+from rpg.generation.pdiff_sampler import CodeSampler, LatentSampler
 from rpg.generation.posterior_sampler import PosteriorSampler
 from rpg.generation.sampler import TokenSampler
-from rpg.generation.sane_sampler import CodeSampler
 from tokenization.layouts import Layout
 
 Sampler = TokenSampler | LatentSampler | PosteriorSampler

@@ -176,6 +176,9 @@ class SentenceEncoder:
 def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
     """A transformers model in float32, frozen, and its tokenizer.
 
+    The hub is asked once whether it answers, where transformers would ask for every file six times, half a minute in
+    all. If it does not, its cache is read.
+
     Args:
         name: a name on the hub or a local path.
         where: the option to name in errors.
@@ -190,9 +193,10 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        network = choose(config).from_pretrained(name, dtype=torch.float32)
+        local: Any = {"local_files_only": not Path(name).exists() and not _answers(name)}
+        config = AutoConfig.from_pretrained(name, **local)
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
+        network = choose(config).from_pretrained(name, dtype=torch.float32, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -202,6 +206,20 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
         if shows_bars:
             logging.enable_progress_bar()
     return network.eval().requires_grad_(False), tokenizer
+
+
+def _answers(name: str) -> bool:
+    """Whether the hub answers when it is asked for a model, whatever it says."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception:  # of whatever carries the request
+        return False
+    return True
 
 
 def mean_hidden(output: Any, attention_mask: Tensor, where: str) -> Tensor:

@@ -35,10 +35,11 @@ class Batch:
 class CodeBatch:
     """One step's data of the prior over codes: P checkpoints of its own choice."""
 
-    states: Tensor  # [P] long
+    states: Tensor  # [P] long: of checkpoints
     noise: Tensor  # [P, S]
     time: Tensor  # [P] in 0 … 1
     conditions: Tensor | None  # [P, C]
+    tasks: Tensor | None = None  # [P, S] what new tasks are, in place of checkpoints
 
 
 class Loss(NamedTuple):

@@ -67,6 +67,33 @@ class CodeTable(FittedBuffers):
         return self.weight[states]
 
 
+class TaskTable(CodeTable):
+    """Codes that are what the zoo says of each checkpoint's task, standardised: new tasks have codes, too.
+
+    Args:
+        num_states: n.
+        size: m, how many numbers that is.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_states: int, size: int) -> None:
+        super().__init__(num_states, size)
+        self.fill(weight=torch.zeros(num_states, size))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def measure(self, tasks: Tensor) -> None:
+        """Take the checkpoints' tasks ``[n, m]`` as codes."""
+        self.fill(mean=tasks.mean(0), std=tasks.std(0).clamp(min=SMALLEST_REMAINDER))
+        self.fill(weight=self.codes(tasks))
+
+    def codes(self, tasks: Tensor) -> Tensor:
+        """Codes ``[B, m]`` of tasks ``[B, m]``."""
+        return (tasks - self.mean) / self.std
+
+
 class Centre(FittedBuffers):
     """The closed-form part of tokens, and the spread of what remains. It has no parameters, only buffers.
 

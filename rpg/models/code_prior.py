@@ -34,6 +34,11 @@ class CodePriorConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the blocks: zoos are small")
     batch_size: int = Field(192, ge=1, description="codes a training step, over all processes")
     steps: int = Field(30, ge=1, description="sampling steps (Heun)")
+    draws: Literal["independent", "even"] = Field(
+        "independent",
+        description="noise of a seed's networks: independent, or the points of a scrambled Sobol sequence, which cover "
+        "what a condition leaves open more evenly, so that a set of networks more surely holds a good one",
+    )
     churn: float = Field(
         0.0,
         ge=0,
@@ -44,6 +49,8 @@ class CodePriorConfig(Section):
     def _flow_has_no_churn(self) -> CodePriorConfig:
         if self.churn and self.objective != "edm":
             raise ValueError("churn needs objective: edm")
+        if self.churn and self.draws == "even":
+            raise ValueError("churn adds independent noise; set draws: independent")
         return self
 
 
@@ -174,6 +181,17 @@ class CodePrior(nn.Module):
         """EDM's F ``[B, m]``: what the network says of scaled input; its time runs over all noise levels."""
         scaled = noisy / (1 + level[:, None].square()).sqrt()
         return self(scaled, (level.log() + 5) / 10, conditions).float()
+
+
+def even_noise(seed: int, networks: Sequence[int], size: int) -> Tensor:
+    """Standard normal noise ``[len(networks), size]``: of network i the i-th point of the seed's Sobol sequence.
+
+    Any 2ᵏ networks in a row from a multiple of 2ᵏ are as evenly spread as the sequence's first 2ᵏ.
+    """
+    first = min(networks)
+    engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed % 2**31).fast_forward(first)
+    points = engine.draw(max(networks) - first + 1, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    return torch.special.ndtri(points)[[each - first for each in networks]].float()
 
 
 def _preconditioning(level: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,29 +11,38 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rpg.models.examples import SetEncoder
 from rpg.section import Section
 
 
 class ConditionConfig(Section):
     """What the generator is conditioned on."""
 
-    kind: Literal["none", "binary", "class", "vector", "text", "metric"] = Field(
+    kind: Literal["none", "binary", "class", "vector", "text", "metric", "examples"] = Field(
         "none",
         description="none; binary vector; class index; real vector; text (an embedding vector); a metric of the zoo's "
-        "manifest",
+        "manifest; examples of what the network is to do, which the zoo's task shows",
     )
     encoder: str | None = Field(
         None, description="of text: a sentence encoder for transformers, by name or local path; its vectors are kept"
     )
     name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
     scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
+    counts: tuple[int, ...] = Field(
+        (), description="of examples: how many a training set has, one of these at random; where they are enough "
+        "for all classes, classes take turns"
+    )  # fmt: skip
+    classes: int = Field(0, ge=0, description="of examples: how many classes they may be of")
+    labelled: float = Field(0.5, ge=0, le=1, description="of examples: share of training sets whose classes are told")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of training examples that see no condition (guidance)")
     withhold: float = Field(
         0.0, ge=0, lt=1, description="share of a binary condition's bits that a training example is not told; "
         "train.behaviour passes over the images of their classes"
     )  # fmt: skip
-    inject: Literal["both", "backbone", "last_tokens"] = Field(
-        "both", description="backbone input and denoiser; backbone input only; only the last tokens' backbone input"
+    inject: Literal["both", "backbone", "last_tokens", "prior"] = Field(
+        "both",
+        description="backbone input and denoiser; backbone input only; only the last tokens' backbone input; only the "
+        "prior over codes, so that a code says all of a network",
     )
     last_tokens: int = Field(8, ge=1, description="with inject last_tokens: how many tokens see the condition")
 
@@ -43,6 +52,8 @@ class ConditionConfig(Section):
             raise ValueError("withhold needs kind: binary")
         if (self.kind == "metric") != (self.name is not None):
             raise ValueError("kind: metric needs a name, and no other kind has one")
+        if (self.kind == "examples") != bool(self.counts) or min(self.counts, default=1) < 1:
+            raise ValueError("kind: examples needs counts of at least 1, and no other kind has them")
         return self
 
 
@@ -52,17 +63,21 @@ class ConditionEncoder(nn.Module):
     Args:
         kind: one of ``ConditionConfig.kind`` except ``none``.
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
-            of the sentence encoder.
+            of the sentence encoder, for ``examples`` what `rpg.models.examples.row_size` says (and the condition is
+            ``[B, n · size]``).
         width: H.
+        num_classes: of examples.
     """
 
-    def __init__(self, kind: str, size: int, width: int) -> None:
+    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0) -> None:
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
         if kind == "class":
             self.network = nn.Embedding(size, width)
+        elif kind == "examples":
+            self.network = SetEncoder(size, num_classes, width)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 

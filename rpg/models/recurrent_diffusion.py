@@ -7,6 +7,7 @@ width, H model width, S permutation-state width, C condition values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
 from rpg.models.batch import Batch, Loss
-from rpg.models.centre import Centre, CodeTable, fit_centre
+from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, are_new
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
@@ -49,9 +50,11 @@ class RecurrentConfig(Section):
     diffusion: ObjectiveConfig = FlowConfig()
 
     @model_validator(mode="after")
-    def _starts_have_no_states(self) -> RecurrentConfig:
+    def _parts_fit(self) -> RecurrentConfig:
         if self.start is not None and self.state.of != "none":
             raise ValueError("start takes the place of permutation states; set state.of to none")
+        if self.condition.inject == "prior" and self.state.prior is None:
+            raise ValueError("condition.inject: prior needs state.prior")
         return self
 
     @property
@@ -111,8 +114,12 @@ class RecurrentDiffusion(nn.Module):
             self.state, self.state_projection = permutation_state(config.state, num_states, width)
         self.condition: ConditionEncoder | None = None
         self.denoiser_condition: nn.Module | None = None
+        encoder: Callable[[int], ConditionEncoder] | None = None
         if config.condition.kind != "none":
-            self.condition = ConditionEncoder(config.condition.kind, condition_size, width)
+            kind, classes = config.condition.kind, config.condition.classes
+            encoder = partial(ConditionEncoder, kind, condition_size, num_classes=classes)
+        if encoder is not None and config.condition.inject != "prior":
+            self.condition = encoder(width)
             if config.condition.inject == "both":
                 self.denoiser_condition = nn.Linear(width, d_prototype)
         self.centre: Centre | None = None
@@ -123,8 +130,6 @@ class RecurrentDiffusion(nn.Module):
         self.prior: CodePrior | None = None
         if config.state.prior is not None:
             assert self.state is not None
-            kind = config.condition.kind
-            encoder = partial(ConditionEncoder, kind, condition_size) if kind != "none" else None
             self.prior = CodePrior(config.state.prior, self.state.embedding_dim, encoder)
 
     @property
@@ -295,6 +300,8 @@ class RecurrentDiffusion(nn.Module):
             if self.centre is not None and known is not None:
                 made = self.centre.complete(made, known[: batch.num_last], batch.token_ids)
         if self.prior is not None and self.state is not None and batch.codes is not None:
-            codes = batch.codes
-            mean = mean + self.prior.loss(self.state(codes.states), codes.noise, codes.time, codes.conditions)
+            codes, table = batch.codes, self.state
+            drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
+            vectors = table(codes.states) if drawn is None else drawn
+            mean = mean + self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)
         return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), made)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.flops import GenerationFlops, count_flops
 from rpg.planning.memory import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
-from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
+from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, fake_copy, fake_mode
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.spectral.fit import fitting_bytes
 from tokenization.spectral.layout import SpectralLayout

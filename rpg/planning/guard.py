@@ -18,12 +18,12 @@ from rpg.config import Config
 from rpg.devices import chosen_device
 from rpg.generation.folders import find_folder
 from rpg.planning.estimator import Estimator
-from rpg.planning.free import free_memory
+from rpg.planning.machine import free_memory
 from rpg.planning.memory import FLOAT_BYTES
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator
 from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import ZooSummary
-from rpg.training.distributed import mixed_precision
+from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import load_layout

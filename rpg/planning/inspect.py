@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -17,6 +19,7 @@ from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.structure import is_counter
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip
 from tokenization.layouts import Layout, fit_layout, layout_without_statistics
@@ -136,9 +139,17 @@ def layout_tables(layout: Layout) -> list[RenderableType]:
     outside = facts_table("outside the tokens")
     constants = [name for name in layout.names if name in layout.constant_specs]
     outside.add_row("constants", f"{len(constants):,}" + (f": {_names(constants)}" if constants else ""))
+    counters = {name.rpartition(".")[2] for name in constants if is_counter(name, *_kind(layout, name))}
+    if counters:
+        outside.add_row("counters", f"{', '.join(sorted(counters))}: those of the first checkpoint")
     ties = [f"{alias} = {name}" for alias, name in layout.ties.items()]
     outside.add_row("ties", f"{len(ties):,}" + (f": {_names(ties)}" if ties else ""))
     return [table, outside]
+
+
+def _kind(layout: Layout, name: str) -> tuple[torch.dtype, int]:
+    dtype, shape = layout.spec(name)
+    return dtype, math.prod(shape)
 
 
 def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
@@ -155,8 +166,11 @@ def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
         share = "" if zeros is None else f", {zeros:.2%} of their values zero"
         table.add_row("compressed weights", f"{len(layout.compressed.parts):,} ({', '.join(kinds)}){share}")
     exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
-    exact += "" if trip.num_exact == trip.num_values else " within one unit in the last place"
+    exact += "" if trip.num_exact == trip.num_values else " within the rounding of the dtype or the centre"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")
+    table.add_row("outside the tokens", f"{trip.num_constants:,} values, the same in all checkpoints")
+    if layout.copied_note:
+        table.add_row("in no token", layout.copied_note)
     return [table, *(directions_tables(layout) if isinstance(layout, SpectralLayout) else [])]
 
 

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,47 @@ import torch
 
 from rpg.models.backbone.lstm import has_bf16_lstm
 from rpg.packages import install_command
-from rpg.planning.free import free_memory
+from rpg.precision import FASTER, bf16_ratio
 
-SIZE, REPEATS = 256, 3
-"""Of the matrices whose product is timed, and how often; the fastest counts."""
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the machine's, within the limits of its control groups."""
+    return max(0, min([psutil.virtual_memory().available, *_cgroup_room()]))
+
+
+def _cgroup_room() -> list[int]:
+    """Bytes left under each limit of this process's control groups, page cache that may be dropped not counted."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = root / place.strip("/")
+        for folder in [own, *own.parents]:  # a limit of any group above holds, too
+            if folder == root or root in folder.parents:
+                found += _room_of(folder, *names)
+    return found
+
+
+def _room_of(folder: Path, limit: str, usage: str, droppable: str) -> list[int]:
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if not most.isdigit() or int(most) >= 1 << 60:  # "max", or version 1's way of saying so
+        return []
+    return [int(most) - used + int(statistics.get(droppable, "0"))]
 
 
 def devices() -> list[dict[str, Any]]:
@@ -48,8 +84,8 @@ def features() -> list[dict[str, Any]]:
         ("Mamba-2 kernels", mamba, "mamba2 backbones are fast on CUDA", "mamba2 backbones run in plain PyTorch: same "
          "numbers, slower and with more memory (on CUDA: "
          f"{install_command('mamba-ssm', 'causal-conv1d')})"),
-        ("bf16 matrix products", ratio < 0.9, f"take {ratio:.2g} times as long as in fp32 on this CPU",
-         f"take {ratio:.2g} times as long as in fp32 on this CPU: leave train.precision at fp32 there"),
+        ("bf16 matrix products", ratio < FASTER, f"take {ratio:.2g} times as long as in fp32 on this CPU",
+         f"take {ratio:.2g} times as long as in fp32 on this CPU: precision: auto takes fp32 there"),
         ("bf16 LSTM", has_bf16_lstm(), "LSTM backbones can compute in bf16 on this CPU",
          "LSTM backbones compute in fp32 on this CPU (it has no AVX-512)"),
         ("bitsandbytes", _there("bitsandbytes"), "train.optimizer: adamw8bit", "no train.optimizer: adamw8bit: moments "
@@ -85,20 +121,6 @@ def hub() -> dict[str, Any]:
     if offline:
         note = "HF_HUB_OFFLINE is set: nothing but its cache is read"
     return {"endpoint": constants.ENDPOINT, "offline": offline, "logged_in": logged_in, "note": note}
-
-
-def bf16_ratio() -> float:
-    """Seconds of a matrix product in bf16 on the CPU over those in fp32; below 1 bf16 is faster."""
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.ones(SIZE, SIZE, dtype=dtype)
-        times = []
-        for _ in range(REPEATS + 1):  # the first one prepares
-            started = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - started)
-        seconds.append(min(times[1:]))
-    return seconds[0] / seconds[1]
 
 
 def _there(*modules: str) -> bool:

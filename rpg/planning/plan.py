@@ -12,14 +12,11 @@ import torch
 
 from rpg.config import Config
 from rpg.planning.estimator import Estimator
-from rpg.planning.flops import GenerationFlops
-from rpg.planning.kernel_ridge import KernelRidgeEstimator
+from rpg.planning.estimators import KernelRidgeEstimator, PDiffEstimator, RecurrentEstimator, SaneEstimator
 from rpg.planning.memory import GenerationMemory, TrainingMemory
-from rpg.planning.pdiff import PDiffEstimator
-from rpg.planning.recurrent import RecurrentEstimator
-from rpg.planning.sane import SaneEstimator
+from rpg.planning.peak import GenerationFlops
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
-from rpg.training.distributed import mixed_precision
+from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rpg.config import Config
+from rpg.config import Config, overridden
 from rpg.planning.guard import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
 from tokenization.files import write_text
+from tokenization.layout.canonical import no_product
 from tokenization.layouts import layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
@@ -78,6 +80,9 @@ def propose(zoo: Zoo, run: str | None = None) -> Proposal:
     tree: dict[str, Any] = {"run": run or f"runs/{zoo.path.resolve().name}", "zoo": str(zoo.path)}
     large = values >= MANY_VALUES
     tree["tokens"] = _tokens(values, large, reasons)
+    if (variant := no_product(zoo)) is not None:
+        tree["tokens"]["lora_canonical"] = "none"
+        reasons.append(f"Adapters with {variant}: their pairs are not simply multiplied, so they are learned as saved.")
     model, generate = _state(count, runs, conditions, zoo, large, tree["tokens"], reasons)
     model |= {
         "backbone": {"kind": "lstm", "d_model": 128, "num_layers": 1},
@@ -98,13 +103,19 @@ def propose(zoo: Zoo, run: str | None = None) -> Proposal:
     return _fitted(Proposal(tree, tuple(reasons)))
 
 
-def write_config(zoo: Path, path: Path) -> Proposal:
-    """Write the configuration that is proposed for a zoo. Raises InputError if it is none, or the file is there."""
+def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
+    """Write the configuration that is proposed for a zoo, with ``overrides`` as `Config.load` takes them.
+
+    Raises:
+        InputError: it is no zoo, the file is there, or an override is of no field.
+    """
     if not (zoo / "zoo.json").is_file():
         raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
     if path.exists():
         raise InputError(f"{path} is there already; name another file with --write-config, or remove it")
     proposal = propose(Zoo.open(zoo))
+    proposal = replace(proposal, tree=overridden(proposal.tree, overrides))
+    Config.parse(proposal.tree, "--set")
     write_text(path, proposal.text())
     return proposal
 

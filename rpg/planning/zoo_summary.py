@@ -72,7 +72,7 @@ def find_zoo_summary(
             f"Without a zoo nothing tells how large the condition ({kind}, model.condition.kind) is; "
             "give --condition-size."
         )
-    states = count if config.model.state.of in ("checkpoint", "code") else 1
+    states = count if config.model.state.of in ("checkpoint", "code", "task") else 1
     return ZooSummary(layout_without_statistics(checkpoint, config.tokens, count), count, states, size)
 
 

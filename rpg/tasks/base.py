@@ -5,7 +5,7 @@ T networks or tasks, C condition values, B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -74,6 +74,25 @@ class BehaviourTask(Task, Protocol):
 
         The right answers are the images' labels, or the teacher's. Differentiable in ``weights``.
         """
+
+
+@runtime_checkable
+class ExampleTask(Task, Protocol):
+    """Tasks of conditions, each of which can show what its networks are to do."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """What the classes are called."""
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of one example, of P values."""
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: Generator, split: str = "train") -> Tensor:
+        """Random examples of the classes ``[T, n]``, as each of T tasks ``[T, C]`` shows them: ``[T, n, P]``."""
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """Examples ``[…, P]`` as networks take them, ``[…, *example_shape]``."""
 
 
 @runtime_checkable

@@ -12,15 +12,13 @@ from rpg.tasks.images.config import (
     DigitsConfig,
     DigitsSubsetsConfig,
     ImageNetConfig,
+    TicketsConfig,
     TimmFinetuneConfig,
     TrajectoriesConfig,
 )
-from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.sensors.config import SensorsConfig
-from rpg.tasks.vision.detection_config import DetectionConfig
-from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
-from rpg.tasks.vision.segmentation_config import SegmentationConfig
+from rpg.tasks.vision.config import DetectionConfig, DiffusionUnetConfig, SegmentationConfig
 
 TaskConfig: TypeAlias = Annotated[
     DigitsConfig

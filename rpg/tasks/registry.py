@@ -14,7 +14,7 @@ from tokenization.zoo.zoo import Zoo
 
 TASKS = {
     "digits": "rpg.tasks.images.digits:DigitsTask",
-    "digits_subsets": "rpg.tasks.images.digits_subsets:DigitsSubsetsTask",
+    "digits_subsets": "rpg.tasks.images.digits:DigitsSubsetsTask",
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
     "fields": "rpg.tasks.fields.fields:FieldsTask",
     "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",

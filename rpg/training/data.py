@@ -20,6 +20,7 @@ from rpg.models.conditioning import ConditionConfig
 from rpg.models.state import StateConfig
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.training.config import TrainConfig
+from rpg.training.examples import example_conditions
 from rpg.training.starts import StartPairs
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
@@ -133,12 +134,14 @@ class BatchSampler:
             group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
         )
 
+    def number(self, part: int) -> int:
+        """Which part of a step ``part`` of this process is, over all processes."""
+        return self.rank * self.settings.gradient_accumulation + part
+
     def codes(self, step: int, prior: CodePriorConfig, size: int, part: int, device: torch.device) -> CodeBatch:
         """What the prior over codes of ``size`` values sees in part ``part`` of this process's share of ``step``."""
-        parts = self.settings.gradient_accumulation
-        number = self.rank * parts + part
-        rng = make_rng(self.seed, "codes", step, number)
-        num = max(1, prior.batch_size // (self.world_size * parts))
+        rng = make_rng(self.seed, "codes", step, self.number(part))
+        num = max(1, prior.batch_size // (self.world_size * self.settings.gradient_accumulation))
         places = torch.randint(len(self.indices), (num,), generator=rng)
         noise = torch.randn(num, size, generator=rng)
         time = torch.sigmoid(torch.randn(num, generator=rng))  # logit-normal (arXiv 2403.03206)
@@ -193,7 +196,7 @@ def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
     """See to it that the zoo has checkpoints and conditions of the kind ``wanted``. Raises InputError if not."""
     if not training_entries(zoo, splits):
         raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
-    if wanted in ("none", "metric"):  # a metric is looked for where it is read
+    if wanted in ("none", "metric", "examples"):  # looked for where they are read
         return
     found = zoo.condition.kind if zoo.condition else "none"
     if found != wanted:
@@ -214,6 +217,8 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
     if (scale := metric_scale(zoo, indices, condition)) is not None:
         return metric_conditions(zoo, indices, scale)
     conditions = zoo_conditions(zoo, indices)
+    if condition.kind == "examples":  # of which examples are shown in every step
+        return conditions
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
     return zoo.condition.inputs(conditions) if zoo.condition is not None else conditions
@@ -222,6 +227,16 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
 def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
     """The conditions of checkpoints as the zoo has them, ``[K, C]``."""
     return torch.tensor([zoo.entries[index].condition for index in indices])
+
+
+def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
+    """What networks see of checkpoints' tasks, ``[K, width]``. Raises InputError if it is not ``width`` wide."""
+    if zoo.condition is None or zoo.condition.kind not in ("vector", "binary"):
+        raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {zoo.path} has not")
+    numbers = zoo.condition.inputs(zoo_conditions(zoo, indices))
+    if numbers.shape[1] != width:
+        raise InputError(f"model.state.width is {width}, but tasks have {numbers.shape[1]} numbers; set it to that")
+    return numbers
 
 
 def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
@@ -239,6 +254,8 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
     """
     if condition.kind == "metric":
         return 1
+    if (examples := example_conditions(zoo, condition)) is not None:
+        return examples.spec.size
     if zoo.condition is None or condition.kind == "none":
         return 0
     if condition.kind == "text":
@@ -248,7 +265,7 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
 
 def state_ids(zoo: Zoo, indices: Sequence[int], state: StateConfig) -> Tensor:
     """The permutation state of every training checkpoint, ``[K]`` long."""
-    if state.of in ("checkpoint", "code"):
+    if state.of in ("checkpoint", "code", "task"):
         return torch.arange(len(indices))
     if state.of == "run":
         runs = {run: i for i, run in enumerate(dict.fromkeys(zoo.entries[index].run for index in indices))}

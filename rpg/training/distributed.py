@@ -14,14 +14,12 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import WandBTracker
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from rpg.devices import chosen_device, parse_device
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
+from rpg.precision import mixed_precision
+from rpg.training.checkpointing import Shards, ZeROShards
 from rpg.training.config import TrainConfig
-from rpg.training.sharding import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
@@ -170,23 +168,6 @@ class DistributedContext:
         self.accelerator.gradient_accumulation_steps = settings.gradient_accumulation
 
 
-def mixed_precision(precision: str) -> str | None:
-    """What accelerate is asked for, given ``train.precision``; None leaves it to the launcher's own setting."""
-    if precision == "auto" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    if precision == "fp32" or (precision == "auto" and not fast_bf16()):
-        return "no"
-    return "bf16"
-
-
-def fast_bf16() -> bool:
-    """Whether bf16 matrix products are faster than fp32 ones on the device that will be used."""
-    if (chosen_device() or parse_device("auto")).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
-
-
 def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -216,6 +197,10 @@ def _keep_together(network: nn.Module) -> None:
 
 def _fully_shard(network: Any) -> None:
     """FSDP2: the backbone, the denoiser and the rest are gathered when used, each as one."""
+    # loads for seconds, which a single process need not wait for
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     for module in (network.backbone, network.denoiser, network):

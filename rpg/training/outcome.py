@@ -8,6 +8,7 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.models import Network
 from rpg.training.data import metric_scale, training_entries
+from rpg.training.examples import example_conditions
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
@@ -15,5 +16,6 @@ from tokenization.zoo.zoo import Zoo
 def trained_generator(config: Config, layout: Layout, network: Network, zoo: Zoo, facts: dict[str, Any]) -> Generator:
     """The generator of trained networks; ``facts`` of the training are for its model card."""
     scale = metric_scale(zoo, training_entries(zoo, config.train.splits), config.model.condition)
-    condition = zoo.condition if scale is None else scale.condition
+    examples = example_conditions(zoo, config.model.condition)
+    condition = examples.spec if examples is not None else zoo.condition if scale is None else scale.condition
     return Generator(config, layout, network, condition, facts, metric=scale)

@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rpg.generation.pdiff_sampler import unflatten_values
-from rpg.generation.sane_sampler import random_numbers
+from rpg.generation.pdiff_sampler import random_numbers, unflatten_values
 from rpg.models.sane import SaneConfig, TokenAutoencoder
 from rpg.seeding import make_rng
 from rpg.tasks import task_of

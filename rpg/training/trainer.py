@@ -20,6 +20,7 @@ from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.models.batch import CodeBatch
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.training import checkpointing
 from rpg.training.data import (
@@ -34,11 +35,11 @@ from rpg.training.data import (
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.ema import ExponentialMovingAverage
+from rpg.training.examples import example_conditions, fresh_codes
 from rpg.training.fitting import fit_closed_form
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
-from rpg.training.optim import build_optimizer, learning_rate
+from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, seconds_of
 from tokenization.errors import InputError
@@ -77,6 +78,7 @@ class Trainer:
             checkpointing.load_average(saved, self.ema, self.shards)
             checkpointing.load_optimizer(saved, self.shards)
         self.auxiliary = self._build_auxiliary()
+        self.examples = example_conditions(zoo, config.model.condition, config.seed)
         # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
@@ -165,8 +167,9 @@ class Trainer:
             codes = self._codes(step, part)
             batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
             with self.accelerator.accumulate(self.model):
+                shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
                 with self.accelerator.autocast():
-                    loss = self.model(batch, self._state_noise(rows))
+                    loss = self.model(shown, self._state_noise(rows))
                 mean = loss.mean + self.auxiliary(step, batch, loss)
                 value = mean.item()
                 self.check_finite(step, value, batch.token_ids[~torch.isfinite(loss.per_token)])
@@ -198,7 +201,12 @@ class Trainer:
         prior = self.network.prior
         if prior is None:
             return None
-        return self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
+        codes = self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
+        behaviour = self.config.train.behaviour
+        if self.examples is None or behaviour is None or behaviour.tasks == "zoo":
+            return codes
+        rng = make_rng(self.config.seed, "fresh codes", step, self.sampler.number(part))
+        return fresh_codes(codes, self.examples.task, self.zoo.condition, rng)
 
     def _state_noise(self, rows: Rows) -> torch.Tensor | None:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""

@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from rpg import cli
+from rpg.config import Config
+from rpg.tasks import build_task
+from rpg.training.loop import train
 from tests.rpg.commands import write_configs
 from tests.rpg.forks import ForkServer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,4 +66,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Pat
         places = [each for name in ("run", "zoo") for each in ("--set", f"{name}={folder / name}")]
         forks.start(folder, command, "digits.yaml", *places, log=folder / "log")
         assert forks.finish() == 0, (folder / "log").read_text()
+    return folder
+
+
+SMALL_SENSORS = (
+    "task.seen=12", "task.validation=2", "task.unseen=3", "task.generalist.steps=20", "task.specialist.steps=10",
+    "tokens.size=610", "train.steps=6", "train.save_every=6", "train.precision=fp32", "train.batch_size=4",
+    "train.behaviour.weight=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo of sensors and two hardly trained generators that take examples."""
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("examples", "draws"):
+        places = (f"zoo={folder / 'zoo'}", f"run={folder / name}")
+        config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places])
+        build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
+        train(config, say=lambda _: None)
     return folder

@@ -58,11 +58,10 @@ def main() -> None:
     from rpg import cli
     from rpg.experiments import held_out_tasks, scores, single, tasks_report  # noqa: F401
     from rpg.generation import export  # noqa: F401
-    from rpg.tasks.images import digits, digits_subsets
+    from rpg.tasks.images import digits
     from rpg.tasks.language import language  # noqa: F401
 
     digits.load_splits()
-    assert digits_subsets is not None
     print("ready", os.getpid(), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

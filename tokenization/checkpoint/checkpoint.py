@@ -6,7 +6,8 @@ timm or transformers ``save_pretrained`` folder). Pickles are for `read_state_di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ class Checkpoint:
             if name not in ties
         }
         return cls(path, tensors, ties, list(state_dict), True, {}, {})
+
+    def arranged(self, ties: Mapping[str, str], not_finite: Collection[str] = ()) -> Checkpoint:
+        """The same with these ties in place of its own: copies are dropped, and what it left out is put in.
+
+        Args:
+            ties: ``{alias: stored name}``; what is tied has the same values.
+            not_finite: tensors known to hold NaN or infinite values.
+        """
+        order = [*self.order, *(alias for alias in ties if alias not in self.order)]
+        order += [name for name in dict.fromkeys(ties.values()) if name not in order]
+        owner = {name: alias for alias, name in ties.items() if name not in self.order and alias in self.order}
+        tensors = {
+            name: replace(self.info(owner.get(name, name)), name=name, finite=name not in not_finite)
+            for name in order
+            if name not in ties
+        }
+        return Checkpoint(self.path, tensors, dict(ties), order, self.ordered, self.metadata, self.sizes)
 
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, ``[num_values]`` of the stored dtype, in the memory map: no copy is made.

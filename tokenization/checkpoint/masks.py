@@ -9,6 +9,15 @@ from torch import Tensor
 
 from tokenization.errors import InputError
 
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "mask": ("_orig", "_mask"),
+    "zeros": ("",),
+    "csr": ("_crow_indices", "_col_indices", "_values", "_shape"),
+    "int8": ("", "_scale"),
+    "int4": ("_packed", "_scale", "_shape"),
+}
+"""What a weight's name is followed by in the names of what is stored of it."""
+
 
 def cut_mask(scores: Tensor, sparsity: float) -> Tensor:
     """The mask of the highest scores.

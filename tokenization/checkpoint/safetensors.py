@@ -46,6 +46,14 @@ DTYPES: dict[str, torch.dtype] = {
     if hasattr(torch, name)
 }
 
+_POWERS_OF_TWO = getattr(torch, "float8_e8m0fnu", None)
+
+
+def is_learned(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are numbers on a scale; codes, counters and scales that are exponents alone are not."""
+    return (dtype.is_floating_point or dtype.is_complex) and dtype != _POWERS_OF_TWO
+
+
 # Folders written by timm, transformers, diffusers and PEFT, in the order in which they are looked for.
 _FOLDER_FILES = ("adapter_model", "model", "diffusion_pytorch_model")
 _REWRITE = "copy or save it again"
@@ -53,13 +61,17 @@ _REWRITE = "copy or save it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``num_values`` values of ``dtype`` from byte ``offset`` of ``file`` on."""
+    """Where one tensor lies: ``num_values`` values of ``dtype`` from byte ``offset`` of ``file`` on.
+
+    ``finite`` is false where a zoo knows that NaN or infinite values are among them, the same in all its checkpoints.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     offset: int
+    finite: bool = True
 
     @property
     def num_values(self) -> int:
@@ -70,6 +82,16 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """How many bytes of the file they take."""
         return self.num_values * self.dtype.itemsize
+
+    @property
+    def learned(self) -> bool:
+        """Whether its values can be learned: numbers, all of them finite."""
+        return self.finite and self.num_values > 0 and is_learned(self.dtype)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether averages of it are of use: what is learned, complex numbers apart."""
+        return self.learned and not self.dtype.is_complex
 
 
 @dataclass(frozen=True)
@@ -183,7 +205,13 @@ def _read_index(path: Path) -> Header:
 
 
 def ties_of(header: Header, path: Path) -> dict[str, str]:
-    """``{alias: stored name}`` from ``rpg.ties``; no other metadata is taken for a tie, whatever it says."""
+    """``{alias: stored name}`` from ``rpg.ties``, or as `safetensors.torch.save_model` says what it left out.
+
+    That writes a key for each left out name, and the name of the tensor that is the same for its text.
+    """
+    if TIES_KEY not in header.metadata and ORDER_KEY not in header.metadata:
+        said = header.metadata.items()
+        return {alias: name for alias, name in said if alias not in header.tensors and name in header.tensors}
     ties = _json_metadata(header, TIES_KEY, path, {})
     if not isinstance(ties, dict):
         raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")

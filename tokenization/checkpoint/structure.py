@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from tokenization.files import file_digest
 
 _CHUNK_VALUES = 1 << 22
 
+_COUNTER = re.compile(
+    r"(^|[._])(num_batches_tracked|n_averaged|updates|steps?|iter(ation)?s?|epochs?|count(er)?|calls)$"
+)
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -27,11 +32,13 @@ class Structure:
         tensors: ``{name: (dtype without "torch.", shape)}``.
         ties: ``{alias: stored name}``.
         ordered: whether the order is the state dict's own, and not that of sorted names.
+        not_finite: floating tensors with NaN or infinite values, the same in every checkpoint.
     """
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     ties: dict[str, str]
     ordered: bool
+    not_finite: frozenset[str] = frozenset()
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Structure:
@@ -59,94 +66,82 @@ class Structure:
                 for item in content["tensors"]
             }
             ties = {str(alias): str(name) for alias, name in content["ties"].items()}
-            return cls(tensors, ties, bool(content["ordered"]))
+            not_finite = frozenset(item["name"] for item in content["tensors"] if not item.get("finite", True))
+            return cls(tensors, ties, bool(content["ordered"]), not_finite)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{where}: structure has a malformed entry ({error!r})"
             raise InputError(f"{what}; it needs tensors, ties and ordered, as the zoo was collected") from error
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the list of tensors keeps the order."""
-        tensors = [{"name": n, "dtype": dtype, "shape": list(shape)} for n, (dtype, shape) in self.tensors.items()]
+        finite = {name: {"finite": False} for name in self.not_finite}
+        tensors = [
+            {"name": name, "dtype": dtype, "shape": list(shape), **finite.get(name, {})}
+            for name, (dtype, shape) in self.tensors.items()
+        ]
         return {"ordered": self.ordered, "tensors": tensors, "ties": self.ties}
 
-    def require(self, found: Structure, where: str) -> None:
-        """Check that ``found`` equals this structure.
+    def require(self, found: Structure, where: str, keys: Collection[str] = ()) -> None:
+        """Check that ``found`` has the same keys, of the same dtypes and shapes, in the same order.
+
+        Args:
+            found: of another checkpoint; what it ties may be copies here, and the other way round.
+            where: the file to name in errors.
+            keys: further ones that ``found`` has, as copies of others.
 
         Raises:
             InputError: names ``where``, the first tensor that differs, and what both sides hold.
         """
-        if fault := self._difference(found):
+        if fault := self._difference(found, keys):
             name, what = fault
             raise InputError(
                 f"{tensor_at(where, name)} {what}; a zoo holds one network structure, so leave this checkpoint out"
             )
 
-    def _difference(self, found: Structure) -> tuple[str, str] | None:
+    def _difference(self, found: Structure, keys: Collection[str]) -> tuple[str, str] | None:
         """The first tensor in which ``found`` differs, and how."""
-        for name, (dtype, shape) in self.tensors.items():
-            if name in found.ties:
-                return name, f"is tied to {found.ties[name]!r}, but is a tensor of its own in the zoo"
-            if name not in found.tensors:
+        for name in [*self.tensors, *self.ties]:
+            dtype, shape = self.tensors[self.ties.get(name, name)]
+            spec = found.tensors.get(found.ties.get(name, name))
+            if spec is None and name in keys:
+                continue
+            if spec is None:
                 return name, f"is missing, but the zoo's is {dtype} of shape {list(shape)}"
-            found_dtype, found_shape = found.tensors[name]
-            if found_shape != shape:
-                return name, f"has shape {list(found_shape)}, but the zoo's has {list(shape)}"
-            if found_dtype != dtype:
-                return name, f"has dtype {found_dtype}, but the zoo's has {dtype}"
-        for name in found.tensors:
-            if name in self.ties:
-                return name, f"is a tensor of its own, but is tied to {self.ties[name]!r} in the zoo"
-            if name not in self.tensors:
+            if spec[1] != shape:
+                return name, f"has shape {list(spec[1])}, but the zoo's has {list(shape)}"
+            if spec[0] != dtype:
+                return name, f"has dtype {spec[0]}, but the zoo's has {dtype}"
+        for name in [*found.tensors, *found.ties]:
+            if name not in self.tensors and name not in self.ties:
                 return name, "is not in the zoo's structure"
-        for alias in self.ties.keys() | found.ties.keys():
-            if self.ties.get(alias) != found.ties.get(alias):
-                return alias, f"is tied to {found.ties.get(alias)!r}, but to {self.ties.get(alias)!r} in the zoo"
         if self.ordered and found.ordered:
-            for place, (expected, name) in enumerate(zip(self.tensors, found.tensors, strict=True)):
+            common = [name for name in self.tensors if name in found.tensors]
+            for place, (expected, name) in enumerate(
+                zip(common, (name for name in found.tensors if name in self.tensors), strict=True)
+            ):
                 if name != expected:
                     return name, f"is at place {place}, where the zoo has {expected!r}"
         return None
 
 
-def check_values(values: Mapping[str, Tensor], where: str) -> None:
-    """Check that every tensor has values, and that no float among them is NaN or infinite.
-
-    Args:
-        values: tensors of any shape by name.
-        where: the file to name in an error.
-
-    Raises:
-        InputError: names the first tensor at fault.
-    """
-    for name, tensor in values.items():
-        check_tensor_values(name, tensor, where)
+def is_counter(name: str, dtype: torch.dtype, num_values: int) -> bool:
+    """Whether a tensor counts steps or the like, by its name and kind: a network computes the same whatever it says."""
+    is_integer = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+    return is_integer and num_values == 1 and _COUNTER.search(name) is not None
 
 
-def check_checkpoint_values(checkpoint: Checkpoint, where: str) -> None:
-    """`check_values` of a checkpoint, one tensor at a time through the memory map."""
-    for name in checkpoint.tensors:
-        check_tensor_values(name, checkpoint.flat(name), where)
-
-
-def check_tensor_values(name: str, tensor: Tensor, where: str) -> None:
-    """`check_values` of one tensor."""
-    if tensor.numel() == 0:
-        what = f"{tensor_at(where, name)} has no values (shape {list(tensor.shape)})"
-        raise InputError(f"{what}; remove it from the checkpoint")
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if not tensor.is_floating_point():
-        return
-    flat = tensor.detach().reshape(-1)
+def num_not_finite(values: Tensor) -> int:
+    """How many of some flat numbers are NaN or infinite; one pass, a chunk at a time, if there are none."""
+    flat = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    faults = 0
     for start in range(0, flat.numel(), _CHUNK_VALUES):
         chunk = flat[start : start + _CHUNK_VALUES]
         if chunk.dtype.itemsize == 1:  # 8-bit floats have no arithmetic
             chunk = chunk.float()
-        # One pass and no mask: NaN and infinities both reach the minimum or the maximum.
+        # No mask is made: NaN and infinities both reach the minimum or the maximum.
         if not all(bound.isfinite() for bound in torch.aminmax(chunk)):
-            num_faults = int((~chunk.isfinite()).sum())
-            what = f"{tensor_at(where, name)} has NaN or infinity ({num_faults} of the values from {start} on)"
-            raise InputError(f"{what}; leave this checkpoint out")
+            faults += int((~chunk.isfinite()).sum())
+    return faults
 
 
 def digest_of(checkpoint: Checkpoint) -> str:

@@ -24,22 +24,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.masks import cut_mask
+from tokenization.checkpoint.masks import SUFFIXES, cut_mask
 from tokenization.checkpoint.safetensors import DTYPES
 from tokenization.checkpoint.tensor_file import TensorSpec
 from tokenization.compressed.packing import LARGEST, by_channel, packed, quantised, scattered, unpacked
 from tokenization.errors import InputError
 
 Kind = Literal["mask", "zeros", "csr", "int8", "int4"]
-SUFFIXES: dict[str, tuple[str, ...]] = {
-    "mask": ("_orig", "_mask"),
-    "zeros": ("",),
-    "csr": ("_crow_indices", "_col_indices", "_values", "_shape"),
-    "int8": ("", "_scale"),
-    "int4": ("_packed", "_scale", "_shape"),
-}
-"""What a weight's name is followed by in the names of what is stored of it."""
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 Read = Callable[[str], Tensor]

@@ -61,6 +61,12 @@ def find_pairs(layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
     return tuple(pairs)
 
 
+def no_product(zoo: Zoo) -> str | None:
+    """The field of PEFT's configuration by which pairs of a zoo's adapters are not simply multiplied; None without."""
+    config = read_adapter_config(zoo.path) if (zoo.path / CONFIG_NAME).is_file() else {}
+    return next((field for field in NO_PRODUCT if config.get(field)), None)
+
+
 class Canonical(Form):
     """Brings adapters of one structure into canonical form.
 
@@ -88,11 +94,9 @@ class Canonical(Form):
         pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
         if not pairs:
             return None
-        config = read_adapter_config(zoo.path) if (zoo.path / CONFIG_NAME).is_file() else {}
-        for field in NO_PRODUCT:
-            if config.get(field):
-                what = f"tokens.lora_canonical: the pairs of adapters with {field} are not simply multiplied"
-                raise InputError(f"{what}, so that they have no {options.lora_canonical!r} form; set it to 'none'")
+        if (field := no_product(zoo)) is not None:
+            what = f"tokens.lora_canonical: the pairs of adapters with {field} are not simply multiplied"
+            raise InputError(f"{what}, so that they have no {options.lora_canonical!r} form; set it to 'none'")
         reference = _fitted_reference(zoo, indices, pairs) if options.lora_canonical == "aligned" else None
         return cls(options.lora_canonical, pairs, reference)
 

@@ -35,6 +35,7 @@ class LayoutDescription:
         constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
         canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
         compressed: pruned and quantised weights, if any: the names above are of their tokens, ``decode`` stores them.
+        copied: those outside the tokens that differ in the zoo, and of which every network has the base's.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LayoutDescription:
         constant_prefix: str = "",
         canonical: Canonical | None = None,
         compressed: Compressed | None = None,
+        copied: Sequence[str] = (),
     ) -> None:
         self.options = options
         self.names = tuple(names)
@@ -60,6 +62,7 @@ class LayoutDescription:
         self.statistics = statistics
         self.canonical = canonical
         self.compressed = compressed
+        self.copied = tuple(copied)
         self._constant_source = constant_source
         self._constant_prefix = constant_prefix
 
@@ -130,6 +133,16 @@ class LayoutDescription:
     def constant(self, name: str) -> Tensor:
         """One tensor outside the tokens, in the memory map it is read from."""
         return self._constant_source.flat(self._constant_prefix + name).view(self.constant_specs[name][1])
+
+    @property
+    def copied_note(self) -> str:
+        """What a user must know of ``copied``, as a sentence; empty where there is none."""
+        if not self.copied:
+            return ""
+        shown = ", ".join(f"`{name}`" for name in self.copied[:6])
+        more = f" and {len(self.copied) - 6} more" if len(self.copied) > 6 else ""
+        source = "the zoo's first checkpoint" if self.options.base is None else self.options.base
+        return f"Not learned but copied from {source}: {shown}{more}."
 
     def with_aliases(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors under every key that stands for one of them, in the order of the state dict."""

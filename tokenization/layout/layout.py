@@ -21,9 +21,18 @@ from tokenization.errors import InputError
 from tokenization.files import empty_huge
 from tokenization.layout import serialization
 from tokenization.layout.canonical import Canonical, find_pairs
+from tokenization.layout.constants import copied_constants
 from tokenization.layout.description import LayoutDescription
 from tokenization.layout.normalization import Statistics
-from tokenization.layout.placement import BLOCK_VALUES, Layer, TokenOptions, choose_layers, place_layers
+from tokenization.layout.placement import (
+    BLOCK_VALUES,
+    Layer,
+    TokenOptions,
+    as_reals,
+    choose_layers,
+    place_layers,
+    rounded,
+)
 from tokenization.layout.rows import read_rows
 from tokenization.layout.statistics import fitted_statistics
 from tokenization.layout.summary import LayerGroup, group_layers
@@ -58,7 +67,8 @@ class TokenLayout(LayoutDescription):
             indices: entries to measure; all of them when None.
 
         Raises:
-            InputError: no checkpoints, broken or differing ones, NaN or infinity, patterns that fit nothing.
+            InputError: no checkpoints, broken or differing ones, NaN or infinity, patterns that fit nothing, a tensor
+                that differs and cannot be learned.
         """
         indices = list(range(len(zoo))) if indices is None else [int(index) for index in indices]
         if not indices:
@@ -72,6 +82,7 @@ class TokenLayout(LayoutDescription):
         form = compressed or layout.canonical
         opened = steps("bringing checkpoints into one form", indices) if form else indices
         checkpoints = [layout.checkpoint(zoo, index) for index in opened]
+        layout.copied = copied_constants(zoo, indices, checkpoints, layout.layers, options)
         mode = options.normalization
         layout.statistics = fitted_statistics(
             zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key
@@ -122,7 +133,7 @@ class TokenLayout(LayoutDescription):
             for first in range(0, layer.num_values, BLOCK_VALUES):
                 block = slice(first, first + BLOCK_VALUES)
                 expected = statistics.denormalize(torch.zeros(1), statistics.centre_at(block))
-                if not bool((values[block] == expected.to(layer.dtype)).all()):
+                if not bool((values[block] == rounded(expected, layer.real_dtype)).all()):
                     what = f"tensor {layer.name!r} has values unlike the zoo's, whose checkpoints all share the same"
                     cure = "fit the layout with this checkpoint too, or list the tensor in tokens.exclude"
                     raise InputError(f"{what}; {cure}")
@@ -160,12 +171,12 @@ class TokenLayout(LayoutDescription):
         stored: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
-            values = empty_huge((layer.num_runs, layer.run_length), layer.dtype)
+            values = empty_huge((layer.num_runs, layer.run_length), layer.real_dtype)
             window = layer.window(buffer)
             centres = statistics.centre_window(layer.num_runs, layer.run_length)
             for block in layer.blocks():
-                values[block] = statistics.denormalize(window[block], centres(block)).to(layer.dtype)
-            stored[layer.name] = values.view(layer.shape)
+                values[block] = rounded(statistics.denormalize(window[block], centres(block)), layer.real_dtype)
+            stored[layer.name] = layer.stored(values.view(-1))
             self._release(None, layer)
         stored |= {name: self.constant(name).clone() for name in self.constant_specs}
         return self.finished(self.with_aliases(stored))
@@ -194,11 +205,11 @@ class TokenLayout(LayoutDescription):
             statistics = self.layer_statistics(index)
             span = buffer[..., layer.start : layer.start + layer.num_runs * layer.run_stride]
             values = span.unflatten(-1, (layer.num_runs, layer.run_stride))[..., : layer.run_length]
-            values = values.reshape(*batch, *layer.shape)
+            values = values.reshape(*batch, layer.num_values)
             centre = statistics.centre
             if isinstance(centre, Tensor):
-                centre = centre.to(tokens.device, tokens.dtype).reshape(layer.shape)
-            stored[layer.name] = statistics.denormalize_as(values, centre)
+                centre = centre.to(tokens.device, tokens.dtype)
+            stored[layer.name] = layer.stored(statistics.denormalize_as(values, centre))
         for name in self.constant_specs if constants else ():
             value = self.constant(name)
             stored[name] = value.to(tokens.device).expand(*batch, *value.shape)
@@ -238,11 +249,12 @@ class TokenLayout(LayoutDescription):
                 what = f"tensor {layer.name!r} of shape {list(layer.shape)} is missing from the state dict"
                 raise InputError(f"{what}; encode a network of the zoo's structure")
             shape, values = tuple(tensor.shape), tensor.detach().cpu().reshape(-1)
-        if tuple(shape) != layer.shape or not values.is_floating_point():
+        number = values.is_floating_point() or values.is_complex()
+        if tuple(shape) != layer.shape or not number or values.is_complex() != layer.dtype.is_complex:
             what = f"tensor {layer.name!r} is {values.dtype} of shape {list(shape)}"
             expected = f"the zoo's is {layer.dtype} of shape {list(layer.shape)}"
             raise InputError(f"{what}, but {expected}; encode a network of the zoo's structure")
-        return values
+        return as_reals(values.resolve_conj())
 
     def _release(self, source: Any, layer: Layer) -> None:
         if isinstance(source, Checkpoint):
@@ -261,6 +273,7 @@ def _open_base(zoo: Zoo, base: str | None, compressed: Compressed | None) -> Che
     for index, entry in enumerate(zoo.entries):
         if entry.file == base:
             return compressed.checkpoint(zoo, index) if compressed else zoo.checkpoint(index)
-    checkpoint = Checkpoint.open(base)
-    zoo.structure.require(Structure.of_checkpoint(checkpoint), f"tokens.base: {base}")
+    checkpoint, ties = Checkpoint.open(base), zoo.structure.ties
+    zoo.structure.require(Structure.of_checkpoint(checkpoint), f"tokens.base: {base}", {*ties, *ties.values()})
+    checkpoint = checkpoint.arranged(ties, zoo.structure.not_finite)
     return compressed.open(zoo, checkpoint, digest_of(checkpoint)) if compressed else checkpoint

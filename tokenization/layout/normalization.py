@@ -165,6 +165,6 @@ def statistics_specs(layers: Sequence[Layer], normalization: Normalization) -> d
     specs: dict[str, TensorSpec] = {name: (torch.float64, (len(layers),)) for name in NUMBERS}
     for layer in layers if normalization == "residual" else ():
         # Wide enough that rounding the means costs nothing that matters.
-        wide = torch.float64 if layer.dtype == torch.float64 else torch.float32
-        specs[mean_name(layer.name)] = (wide, layer.shape)
+        wide = torch.float64 if layer.real_dtype == torch.float64 else torch.float32
+        specs[mean_name(layer.name)] = (wide, layer.real_shape)
     return specs

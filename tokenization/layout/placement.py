@@ -22,14 +22,12 @@ import numpy as np
 import torch
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.errors import InputError
 
 Normalization = Literal["residual", "layer", "none"]
 Flatten = Literal["layer", "channel", "flat"]
 CanonicalForm = Literal["svd", "aligned", "none"]
 
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BLOCK_VALUES = 1 << 15
 """Values handled at a time: a block and its float64 copies stay in the processor's cache."""
 
@@ -43,7 +41,7 @@ class TokenOptions:
         normalization: ``residual`` (deviation from the zoo's per-parameter mean, by the layer's RMS deviation),
             ``layer`` (the paper's: by mean and standard deviation of the layer), ``none``.
         include: glob patterns of the tensors that may become tokens.
-        exclude: glob patterns of those that may not; they keep the values of the base checkpoint.
+        exclude: glob patterns of those that may not; every network has those of the base checkpoint.
         pack: let consecutive layers smaller than a token share one.
         flatten: ``layer`` (a token never crosses a layer), ``channel`` (nor an output channel), ``flat`` (crosses all).
         base: checkpoint that the tensors outside the tokens come from, a file of the zoo or a path; the zoo's first
@@ -127,7 +125,7 @@ class TokenOptions:
 
 @dataclass(frozen=True)
 class Layer:
-    """One tokenised tensor and its place in the flat token buffer."""
+    """One tokenised tensor and its place in the flat token buffer; complex numbers are pairs of values."""
 
     name: str
     dtype: torch.dtype
@@ -141,6 +139,21 @@ class Layer:
     def num_values(self) -> int:
         """How many values the tensor holds."""
         return self.num_runs * self.run_length
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """That of its values: of a complex tensor that of its real and imaginary parts."""
+        return self.dtype.to_real() if self.dtype.is_complex else self.dtype
+
+    @property
+    def real_shape(self) -> tuple[int, ...]:
+        """The tensor's shape in values: a complex one's with 2 at its end."""
+        return (*self.shape, 2) if self.dtype.is_complex else self.shape
+
+    def stored(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``[..., num_values]`` in any shape as the tensor ``[..., *shape]``, complex where it is."""
+        values = values.reshape((*values.shape[:-1], *self.real_shape))
+        return torch.view_as_complex(values) if self.dtype.is_complex else values
 
     @property
     def end(self) -> int:
@@ -169,7 +182,7 @@ def place_layers(tensors: Sequence[TensorInfo], options: TokenOptions) -> tuple[
     """
     size, layers, cursor = options.size, [], 0
     for tensor in tensors:
-        num_values = tensor.num_values
+        num_values = tensor.num_values * (2 if tensor.dtype.is_complex else 1)
         num_runs = tensor.shape[0] if options.flatten == "channel" and len(tensor.shape) > 1 else 1
         run_length = num_values // num_runs
         run_stride = run_length if num_runs == 1 else math.ceil(run_length / size) * size
@@ -182,17 +195,14 @@ def place_layers(tensors: Sequence[TensorInfo], options: TokenOptions) -> tuple[
 
 
 def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorInfo]:
-    """The tensors that become tokens: dense float tensors of more than one value that the patterns let in.
+    """The tensors that become tokens: of real or complex numbers, single ones too, that the patterns let in.
 
-    Integers, single values (``num_batches_tracked``, scales) and empty tensors stay constants. A tied tensor goes by
-    any of its names.
+    Integers, empty tensors and those with NaN or infinite values stay constants. A tied tensor goes by any of its
+    names.
 
     Raises:
-        InputError: a pattern fits no tensor, nothing is left, or a chosen tensor is of 8-bit floats or complex.
+        InputError: a pattern fits no tensor, or nothing is left.
     """
-    names: dict[str, list[str]] = {name: [name] for name in checkpoint.tensors}
-    for alias, name in checkpoint.ties.items():
-        names[name].append(alias)
     for field, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in checkpoint.order):
@@ -200,20 +210,32 @@ def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorI
                 hint = f" (the nearest name is {near[0]!r})" if near else ""
                 what = f"tokens.{field}: {pattern!r} fits no tensor of {checkpoint.path}{hint}"
                 raise InputError(f"{what}; write glob patterns of tensor names")
-    chosen = []
-    for info in checkpoint.tensors.values():
-        aliases = names[info.name]
-        if info.num_values < 2 or not _fits(aliases, options.include) or _fits(aliases, options.exclude):
-            continue
-        if info.dtype in FLOAT_DTYPES:
-            chosen.append(info)
-        elif info.dtype.is_floating_point or info.dtype.is_complex:
-            what = f"{tensor_at(checkpoint.path, info.name)} has dtype {info.dtype}, which cannot be tokenised"
-            raise InputError(f"{what}; convert it to a float of 16 bits or more, or list it in tokens.exclude")
+    chosen = [
+        info for info in checkpoint.tensors.values() if info.learned and not is_left_out(checkpoint, info.name, options)
+    ]
     if not chosen:
         what = f"{checkpoint.path} has no float tensor to tokenise"
         raise InputError(f"{what}; check tokens.include and tokens.exclude")
     return chosen
+
+
+def is_left_out(checkpoint: Checkpoint, name: str, options: TokenOptions) -> bool:
+    """Whether the patterns keep a tensor out of the tokens, by any of its names."""
+    names = [name, *(alias for alias, owner in checkpoint.ties.items() if owner == name)]
+    return not _fits(names, options.include) or _fits(names, options.exclude)
+
+
+def as_reals(values: torch.Tensor) -> torch.Tensor:
+    """Flat values; complex numbers as their real and imaginary parts, one after the other. No copy is made."""
+    return torch.view_as_real(values).view(-1) if values.is_complex() else values
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values in another dtype; what a float of 8 bits cannot hold becomes its largest, not NaN."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        values = values.clamp(-largest, largest)
+    return values.to(dtype)
 
 
 def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.files import empty_huge
 from tokenization.layout.description import LayoutDescription
 from tokenization.layout.normalization import LayerStatistics
-from tokenization.layout.placement import BLOCK_VALUES
+from tokenization.layout.placement import BLOCK_VALUES, as_reals, rounded
 from tokenization.zoo.zoo import Zoo
 
 LONG_STRETCH = 4096
@@ -61,11 +61,11 @@ def values_of(
         layer = layout.layers[index]
         transform = layout.layer_statistics(index)
         denormalize = transform.denormalize if exact else transform.denormalize_as
-        part = torch.empty(length, dtype=layer.dtype)
+        part = torch.empty(length, dtype=layer.real_dtype)
         for begin in range(0, length, BLOCK_VALUES):
             end = min(begin + BLOCK_VALUES, length)
             centre = transform.centre_at(slice(source + begin, source + end))
-            part[begin:end] = denormalize(values[place + begin : place + end], centre)
+            part[begin:end] = rounded(denormalize(values[place + begin : place + end], centre), part.dtype)
         yield layer.name, source, part
         layout.statistics.release(layer.name)
 
@@ -88,7 +88,7 @@ def _read_group(layout: LayoutDescription, rows: Tensor, checkpoint: Checkpoint,
     index, target, length, row_ids, sources = group
     layer = layout.layers[index]
     statistics = layout.layer_statistics(index)
-    flat, into = checkpoint.flat(layer.name), rows[:, target : target + length]
+    flat, into = as_reals(checkpoint.flat(layer.name)), rows[:, target : target + length]
     if length >= LONG_STRETCH:
         for row, source in zip(row_ids.tolist(), sources.tolist(), strict=True):
             where = slice(source, source + length)

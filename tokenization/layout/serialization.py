@@ -100,6 +100,8 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
             continue
         dtype, shape = layout.spec(name)
         entry = {"name": name, "role": "constant", "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+        if name in layout.copied:
+            entry["varies"] = True
         if layer := layers.get(name):
             runs = {field: getattr(layer, field) for field in ("start", "num_runs", "run_length", "run_stride")}
             entry |= {"role": "layer", **runs}
@@ -119,7 +121,7 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
 
 def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
     options = TokenOptions(**content["options"])
-    names, layers, ties, constants = [], [], {}, {}
+    names, layers, ties, constants, copied = [], [], {}, {}, []
     for entry in content["tensors"]:
         name = entry["name"]
         if not isinstance(name, str):
@@ -131,6 +133,7 @@ def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
         spec = (_DTYPE_NAMES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
         if entry["role"] == "constant":
             constants[name] = spec
+            copied += [name] if entry.get("varies") else []
             continue
         runs = (int(entry[field]) for field in ("start", "num_runs", "run_length", "run_stride"))
         layers.append(Layer(name, *spec, *runs))
@@ -145,6 +148,7 @@ def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "ties": ties,
         "constant_specs": constants,
+        "copied": copied,
     }
 
 
@@ -153,7 +157,7 @@ def _require_runs(layers: Sequence[Layer], num_places: int) -> None:
     end = 0
     for layer in layers:
         inside = layer.num_runs > 0 and layer.run_length > 0 and layer.run_stride >= layer.run_length
-        if not inside or layer.start < end or layer.num_values != math.prod(layer.shape):
+        if not inside or layer.start < end or layer.num_values != math.prod(layer.real_shape):
             raise ValueError(f"tensor {layer.name!r} has runs that do not fit")
         end = layer.end
     if not layers or end > num_places:

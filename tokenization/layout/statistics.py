@@ -16,7 +16,7 @@ from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import LayerStatistics, Statistics, mean_name, statistics_specs
-from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization
+from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization, as_reals
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.zoo import Zoo
 
@@ -129,7 +129,7 @@ def fit_statistics(
     def work(job: tuple[int, int]) -> Moments:
         index, first = job
         layer = layers[index]
-        flats = [checkpoint.flat(layer.name)[first : first + step] for checkpoint in checkpoints]
+        flats = [as_reals(checkpoint.flat(layer.name))[first : first + step] for checkpoint in checkpoints]
         transform = LayerStatistics(0.0, 1.0, variance_means[index])
         moments = measure(flats, transform, lambda at, means: write_means(mean_name(layer.name), first + at, means))
         for checkpoint in checkpoints:
@@ -201,7 +201,7 @@ def _variance_mean(checkpoints: Sequence[Checkpoint], layer: Layer, normalizatio
 
 def _raise_not_finite(checkpoints: Sequence[Checkpoint], layer: Layer) -> None:
     for checkpoint in checkpoints:
-        flat = checkpoint.flat(layer.name)
+        flat = as_reals(checkpoint.flat(layer.name))
         for block in _blocks(len(flat)):
             num_bad = int((~torch.isfinite(flat[block])).sum())
             if num_bad:

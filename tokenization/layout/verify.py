@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import tensor_at
+from tokenization.checkpoint.structure import is_counter
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
+from tokenization.layout.normalization import VARIANCE_OFFSET, LayerStatistics
+from tokenization.layout.placement import Layer, as_reals
 from tokenization.lora.low_rank import product_distance
 from tokenization.zoo.zoo import Zoo
 
-SMALL = 2.0**-24
-"""A value this much smaller than the largest of its tensor may be off by the largest one's rounding, times this."""
+SMALLEST_STEP = 2.0**-46
+"""How far off a value may be, as a part of it or of its centre, where its own dtype would be finer (`TokenLayout`)."""
 
 PRODUCT_ROUNDING = 4.0
 """Units of rounding by which the product of canonical factors may be off, in the Frobenius norm."""
@@ -24,17 +27,21 @@ PRODUCT_ROUNDING = 4.0
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What came back. ``num_exact`` of ``num_values`` values are the same bits; the rest within one rounding."""
+    """What came back. ``num_exact`` of ``num_values`` values are the same bits; the rest within the layout's bound.
+
+    ``num_constants`` values outside the tokens are the same in all checkpoints, and as they are in the networks.
+    """
 
     num_checkpoints: int
     num_values: int
     num_exact: int
+    num_constants: int
 
 
 def verify_round_trip(
     zoo: Zoo, layout: TokenLayout, *, progress: Callable[[int, int], None] | None = None
 ) -> RoundTrip:
-    """Encode every checkpoint into float64 tokens, decode them, and compare with what is on disk.
+    """Encode every checkpoint into float64 tokens, decode whole networks, and compare all of them with what is on disk.
 
     LoRA pairs are compared with their canonical form, whose product is compared with that on disk; pruned and quantised
     weights in the form of their tokens.
@@ -47,19 +54,21 @@ def verify_round_trip(
         progress: called with (checked, total) checkpoints.
 
     Raises:
-        InputError: names the file and the tensor that does not come back to one unit in the last place, or the pair
-            whose product changes.
+        InputError: names the file and the tensor that does not come back as closely as `TokenLayout` promises, or the
+            pair whose product changes.
     """
-    num_exact = 0
+    num_exact, num_constants = 0, 0
     for index in range(len(zoo)):
         checkpoint = layout.checkpoint(zoo, index)
         _check_products(zoo.checkpoint(index), checkpoint, layout)
-        decoded = layout.decode(layout.encode(checkpoint, torch.float64))
-        decoded = decoded if layout.compressed is None else layout.compressed.expand(decoded)
-        num_exact += sum(_num_exact(checkpoint, layer.name, decoded[layer.name]) for layer in layout.layers)
+        network = layout.decode(layout.encode(checkpoint, torch.float64))
+        network = network if layout.compressed is None else layout.compressed.expand(network)
+        for place, layer in enumerate(layout.layers):
+            num_exact += _num_exact(checkpoint, layer, layout.layer_statistics(place), network[layer.name])
+        num_constants = _num_constants(checkpoint, layout, network)
         if progress is not None:
             progress(index + 1, len(zoo))
-    return RoundTrip(len(zoo), len(zoo) * layout.num_values, num_exact)
+    return RoundTrip(len(zoo), len(zoo) * layout.num_values, num_exact, num_constants)
 
 
 def _check_products(original: Checkpoint, canonical: Checkpoint, layout: TokenLayout) -> None:
@@ -75,16 +84,46 @@ def _check_products(original: Checkpoint, canonical: Checkpoint, layout: TokenLa
             raise InputError(f"{what}, {why}; set tokens.lora_canonical to none, and report it with this file")
 
 
-def _num_exact(checkpoint: Checkpoint, name: str, decoded: Tensor) -> int:
-    stored, found = checkpoint.flat(name), decoded.reshape(-1)
+def _num_exact(checkpoint: Checkpoint, layer: Layer, statistics: LayerStatistics, decoded: Tensor) -> int:
+    """How many values of a layer are the same bits. Raises InputError where one is off by more than is promised."""
+    stored = as_reals(checkpoint.flat(layer.name))
+    found = as_reals(decoded.reshape(-1))
     exact = found == stored
     num_exact = int(exact.sum())
     if num_exact < stored.numel():
-        rounding = torch.finfo(stored.dtype).eps
         left, right = found[~exact].double(), stored[~exact].double()
-        bound = rounding * torch.maximum(right.abs(), SMALL * stored.abs().max().double())
+        centre = VARIANCE_OFFSET * statistics.variance_mean or statistics.centre_at(~exact)
+        reference = torch.as_tensor(centre, dtype=torch.float64).abs()
+        bound = torch.finfo(stored.dtype).eps * right.abs()
+        bound = bound.maximum(SMALLEST_STEP * right.abs().maximum(reference))
         errors = (left - right).abs()
-        if not bool((errors <= bound).all()):
-            what = f"{tensor_at(checkpoint.path, name)} is off by {float(errors.max()):.3g} after tokens and back"
-            raise InputError(f"{what}, more than one unit in the last place; report it, with this file")
+        if statistics.identity or not statistics.scale or not bool((errors <= bound).all()):
+            what = f"{tensor_at(checkpoint.path, layer.name)} is off by {float(errors.max()):.3g} after tokens and back"
+            raise InputError(f"{what}, more than rounding explains; report it, with this file")
     return num_exact
+
+
+def _num_constants(checkpoint: Checkpoint, layout: TokenLayout, network: Mapping[str, Tensor]) -> int:
+    """How many values outside the tokens are those of a checkpoint; what is known to be another's does not count.
+
+    Raises:
+        InputError: one differs, a key is missing, or a tied one is no copy.
+    """
+    num_same = 0
+    for name in checkpoint.order:
+        tensor, stored = network.get(name), checkpoint.ties.get(name, name)
+        info, same = checkpoint.info(name), tensor is not None
+        if tensor is not None and name != stored:
+            same = torch.equal(_bytes(tensor), _bytes(network[stored]))
+        elif tensor is not None and name in layout.constant_specs and name not in layout.copied:
+            same = torch.equal(_bytes(tensor), _bytes(checkpoint.flat(name)))
+            same = same or is_counter(name, info.dtype, info.num_values)
+            num_same += tensor.numel()
+        if not same:
+            what = f"{tensor_at(checkpoint.path, name)} is another one in a network that is put together of its tokens"
+            raise InputError(f"{what}; report it, with this file")
+    return num_same
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

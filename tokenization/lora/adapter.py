@@ -1,10 +1,15 @@
-"""PEFT adapter folders: LoRA and DoRA, checked for being whole and for being alike."""
+"""PEFT adapter folders: LoRA and DoRA, resolved as PEFT resolves them, checked for being whole and for being alike.
+
+Two adapters are alike if the same tensors mean the same in both. Names and shapes say which modules they adapt and with
+which rank, however the configuration spells that; a different scaling (``alpha / r``) is folded into ``lora_B``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +20,22 @@ CONFIG_NAME = "adapter_config.json"
 
 _FACTOR = re.compile(r"\blora_(embedding_)?([AB])\b")
 
-# What decides the meaning of an adapter's tensors. Lists are compared as sets: PEFT writes them in any order.
+# What decides the meaning of the same tensors and cannot be converted. PEFT's versions write what is absent as null,
+# false, {} or not at all. Ranks, alphas, rsLoRA, base and initialisation have rules of their own.
 _FIELDS = (
-    "peft_type",
-    "base_model_name_or_path",
-    "r",
-    "target_modules",
-    "lora_alpha",
     "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
     "fan_in_fan_out",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_parameters",
     "layer_replication",
-    "lora_bias",
+    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "kasa_config",
+    "arrow_config",
     "alora_invocation_tokens",
 )
+
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of ``init_lora_weights`` under which PEFT takes the initial adapter out of the base when it loads one."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -64,18 +61,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def require_same_config(
-    found: Mapping[str, Any], found_in: Path, expected: Mapping[str, Any], expected_in: Path
-) -> None:
-    """Check that two adapters' tensors mean the same. Raises InputError that names the field and both values."""
-    for field in _FIELDS:
-        left, right = _comparable(found.get(field)), _comparable(expected.get(field))
-        if left != right:
-            what = f"{found_in / CONFIG_NAME}: {field} is {_shown(found.get(field))}"
-            other = f"{_shown(expected.get(field))} in {expected_in}"
-            raise InputError(f"{what}, but {other}; a zoo holds adapters of one kind, so leave one of them out")
-
-
 def partner_of(name: str) -> tuple[str, str] | None:
     """Of a LoRA factor: ``A`` or ``B``, and the name of the other factor; None of other tensors."""
     match = _FACTOR.search(name)
@@ -85,16 +70,104 @@ def partner_of(name: str) -> tuple[str, str] | None:
     return match[2], name[:start] + ("B" if match[2] == "A" else "A") + name[end:]
 
 
+def module_of(name: str) -> str:
+    """The adapted module of a tensor, as the base calls it: of ``base_model.model.x.q.lora_A.weight`` it is ``x.q``."""
+    module = re.split(r"\.(?:base_layer|lora_)", name, maxsplit=1)[0]
+    return module.removeprefix("base_model.model.")
+
+
+def changes_base(config: Mapping[str, Any]) -> str | None:
+    """The ``init_lora_weights`` of an adapter that PEFT loads into a changed base, as PiSSA; None of others."""
+    initialisation = str(config.get("init_lora_weights")).lower()
+    return initialisation if initialisation.startswith(_BASE_CHANGING) else None
+
+
+def rank_of(module: str, config: Mapping[str, Any]) -> int:
+    """The rank PEFT gives a module of the base; of experts, which share two factors, that of one."""
+    return int(_resolved("rank_pattern", module, config, config.get("r", 8)))
+
+
+def scaling_of(module: str, config: Mapping[str, Any]) -> float:
+    """By what PEFT multiplies ``B A``: ``alpha / r``, under rsLoRA ``alpha / √r``."""
+    alpha, rank = _resolved("alpha_pattern", module, config, config.get("lora_alpha", 8)), rank_of(module, config)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def experts_of(module: str, config: Mapping[str, Any]) -> list[str]:
+    """The parameters of a module that ``target_parameters`` adapts (stacked experts); none of ordinary modules."""
+    names = {str(target).rpartition(".")[2]: str(target) for target in config.get("target_parameters") or ()}
+    return sorted(leaf for leaf, target in names.items() if f".{module}.{leaf}".endswith(f".{target}"))
+
+
+def conversion(
+    config: Mapping[str, Any],
+    found_in: Path,
+    expected: Mapping[str, Any],
+    expected_in: Path,
+    names: Iterable[str],
+    base: str | None = None,
+) -> dict[str, float]:
+    """What tensors of an adapter are multiplied by, so that they mean under another's configuration what they did.
+
+    Scalings are folded into ``lora_B``, exactly where their ratio is a power of two. DoRA's and every other variant's
+    update holds ``scaling · B A`` as a whole, so that this is right for all of them.
+
+    Args:
+        config, expected: of the adapter, and of the other.
+        found_in, expected_in: their folders, for errors.
+        names: the tensors of both.
+        base: the base of all of them, whatever path each names.
+
+    Returns:
+        Factor by name of the tensors that change: none where scalings agree.
+
+    Raises:
+        InputError: they cannot mean the same; names the field and both values.
+    """
+    path = found_in / CONFIG_NAME
+
+    def require(field: str, found: Any, other: Any, cure: str) -> None:
+        if found != other:
+            raise InputError(f"{path}: {field} is {found!r}, but {other!r} in {expected_in}; {cure}")
+
+    apart = "collect adapters of one kind, each kind into a zoo of its own"
+    for field in _FIELDS:
+        require(field, config.get(field) or False, expected.get(field) or False, apart)
+    require("init_lora_weights", *(changes_base(each) or "plain" for each in (config, expected)), apart)
+    if base is None:
+        cure = "if both are the same model, say --base NAME"
+        require("base_model_name_or_path", *(_base(each) for each in (config, expected)), cure)
+    if config.get("target_parameters"):  # which of a module's parameters a pattern means, only the base tells
+        for field in ("rank_pattern", "alpha_pattern"):
+            require(field, config.get(field) or False, expected.get(field) or False, apart)
+    factors = {}
+    for name in names:
+        match = _FACTOR.search(name)
+        if match is None:
+            continue
+        module = module_of(name)
+        require(f"target_parameters of {module!r}", *(experts_of(module, each) for each in (config, expected)), apart)
+        require(f"the rank of {module!r}", *(rank_of(module, each) for each in (config, expected)), apart)
+        found, other = (scaling_of(module, each) for each in (config, expected))
+        if found == other or match[2] == "A":
+            continue
+        if changes_base(config) or not other:  # the base that PEFT makes may depend on the scaling
+            require(f"lora_alpha / r of {module!r}", found, other, apart)
+        factors[name] = found / other
+    return factors
+
+
 def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path) -> None:
     """Check that both factors of every low-rank update are there and of the configured rank.
 
     Args:
-        shapes: shape by name: ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``.
+        shapes: shape by name: ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``; of grouped
+            convolutions B has the rank of one group, of experts both have that of all.
         config: the adapter's configuration.
         folder: the adapter, for errors.
 
     Raises:
-        InputError: names the tensor that is missing or of another rank.
+        InputError: names the tensor that is missing, empty or of another rank.
     """
     pairs = 0
     for name, shape in shapes.items():
@@ -102,41 +175,40 @@ def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping
         if match is None or factor is None:
             continue
         side, partner = factor
+        if len(shape) < 2 or not math.prod(shape):
+            what = f"{tensor_at(folder, name)} has shape {list(shape)}, no matrix: DeepSpeed's ZeRO-3 leaves this"
+            raise InputError(f"{what} where weights are not gathered; rebuild it with DeepSpeed's zero_to_fp32.py")
         if partner not in shapes:
             raise InputError(f"{tensor_at(folder, partner)} is missing, which goes with {name!r}; save it again")
-        rank = shape[0] if side == "A" else shape[1] if len(shape) > 1 else 0
-        module = name[: match.start()].rstrip(".")
-        expected = _rank_of(module, config)
-        if expected is not None and rank != expected:
+        module, rank = module_of(name), shape[0] if side == "A" else shape[1]
+        expected = rank_of(module, config)
+        several = bool(experts_of(module, config)) or (len(shape) > 2 and side == "B")
+        fits = (rank % expected == 0 or expected % rank == 0) if several else rank == expected
+        if not fits:
             what = f"{tensor_at(folder, name)} has rank {rank}, but {CONFIG_NAME} says {expected}"
             raise InputError(f"{what}; save the adapter again")
-        if (
-            config.get("use_dora")
-            and not match[1]
-            and not any(n.startswith(f"{module}.lora_magnitude") for n in shapes)
-        ):
-            what = f"{tensor_at(folder, f'{module}.lora_magnitude_vector')} is missing, though use_dora is set"
+        stem = name[: match.start()].rstrip(".")
+        if config.get("use_dora") and not match[1] and not any(n.startswith(f"{stem}.lora_magnitude") for n in shapes):
+            what = f"{tensor_at(folder, f'{stem}.lora_magnitude_vector')} is missing, though use_dora is set"
             raise InputError(f"{what}; save the adapter again")
         pairs += 1
     if not pairs:
         raise InputError(f"{folder} has no lora_A or lora_B tensor; save the LoRA adapter again")
 
 
-def _rank_of(module: str, config: Mapping[str, Any]) -> int | None:
-    if config.get("target_parameters"):  # stacked experts: the rank is multiplied by their number
-        return None
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
+def _resolved(field: str, module: str, config: Mapping[str, Any], default: Any) -> Any:
+    leaf = experts_of(module, config)[:1]
+    for pattern, value in (config.get(field) or {}).items():
         with contextlib.suppress(re.error):
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT itself matches
-                return rank
-    return config.get("r")
+            if re.match(rf"(.*\.)?({pattern})$", ".".join([module, *leaf])):  # as PEFT itself matches
+                return value
+    return default
 
 
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list):
-        return sorted(map(str, value))
-    return value or None  # PEFT's versions write absent options as null, false or {}
-
-
-def _shown(value: Any) -> str:
-    return repr(sorted(map(str, value)) if isinstance(value, list) else value)
+def _base(config: Mapping[str, Any]) -> str:
+    """The base's name and revision: of a folder of the hub's cache the model's id; without a slash at its end."""
+    name = str(config.get("base_model_name_or_path") or "").rstrip("/\\")
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\](\w+)$", name):
+        return cached[1].replace("--", "/") + (f"@{config['revision']}" if config.get("revision") else "")
+    revision = config.get("revision") or "main"
+    return name if revision == "main" else f"{name}@{revision}"

@@ -112,6 +112,16 @@ class SpectralLayout:
         return self.cut.compressed
 
     @property
+    def copied(self) -> tuple[str, ...]:
+        """Those of them that differ in the zoo, and of which every network has the base's."""
+        return self.cut.copied
+
+    @property
+    def copied_note(self) -> str:
+        """What a user must know of ``copied``."""
+        return self.cut.copied_note
+
+    @property
     def constants(self) -> dict[str, Tensor]:
         """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
         return self.cut.constants
@@ -180,11 +190,11 @@ class SpectralLayout:
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
         """Coefficients ``[T, k]`` → the whole state dict on the CPU. Raises ValueError for another shape."""
         self._require_shape(tokens.shape)
-        stored = {layer.name: empty_huge((layer.num_values,), layer.dtype) for layer in self.cut.layers}
+        stored = {layer.name: empty_huge((layer.num_values,), layer.real_dtype) for layer in self.cut.layers}
         for first, rows in self.expand(tokens.detach().cpu(), 0, self.num_tokens):
             for name, place, values in values_of(self.cut, first, rows, exact=False):
                 stored[name][place : place + len(values)] = values
-        stored = {name: values.view(self.cut.spec(name)[1]) for name, values in stored.items()}
+        stored = {layer.name: layer.stored(stored[layer.name]) for layer in self.cut.layers}
         constants = {name: self.cut.constant(name).clone() for name in self.cut.constant_specs}
         return self.cut.finished(self.cut.with_aliases({**stored, **constants}))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 from tokenization.zoo.settings import Setting, num_features, settings_features
 
-ConditionKind = Literal["binary", "class", "vector", "text"]
+ConditionKind = Literal["binary", "class", "vector", "text", "examples"]
 
 
 WITHHELD = 0.5
@@ -29,6 +29,7 @@ class ConditionSpec:
     ``vector``   ``size`` real numbers
     ``class``    one number, the index of the class among ``size``
     ``text``     one number, the index of the text among the ``size`` texts in ``names``
+    ``examples`` of a generator alone: any number of examples of ``size`` numbers, of the classes in ``names``
     ===========  ==========================================================================
 
     Attributes:
@@ -50,6 +51,8 @@ class ConditionSpec:
         if not isinstance(self.size, int) or self.size < 1:
             raise InputError(f"condition: size is {self.size!r}; write a whole number from 1 on")
         unnamed = not self.names and self.kind != "text"
+        if self.kind == "examples":
+            return
         if not unnamed and (len(self.names) != self.size or len(set(self.names)) != self.size):
             raise InputError(f"condition: names has {len(self.names)} of them; write {self.size} different ones")
         if self.settings and (self.kind != "vector" or self.names != tuple(each.name for each in self.settings)):
@@ -94,6 +97,8 @@ class ConditionSpec:
 
     def require(self, condition: Sequence[float] | None, where: str) -> None:
         """Check the condition of an entry. Raises InputError that names ``where``."""
+        if self.kind == "examples":
+            raise InputError(f"{where}: condition is of examples, which only generators take; write what they show")
         length = self.size if self.kind in ("binary", "vector") else 1
         if condition is None or len(condition) != length:
             what = "is missing" if condition is None else f"has {len(condition)} numbers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,42 @@ from torch import Tensor
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import natural_key
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values
+from tokenization.checkpoint.structure import Structure
 from tokenization.errors import InputError
-from tokenization.files import write_text
-from tokenization.lora.adapter import (
-    CONFIG_NAME,
-    check_adapter_tensors,
-    is_adapter,
-    read_adapter_config,
-    require_same_config,
-)
+from tokenization.lora.adapter import is_adapter, read_adapter_config
+from tokenization.lora.collected import CollectedAdapters
+from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
-from tokenization.zoo.sources import find_checkpoints
+from tokenization.zoo.sources import find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted)."""
+    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted).
+
+    Of adapters with another scaling than the zoo's, ``factors`` has what tensors are multiplied by.
+    """
 
     path: Path
     label: Label
     entry: ZooEntry | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def state_dict(self, structure: Structure | None) -> dict[str, Tensor]:
+        """What the zoo is to store, in its order, so that pickles and safetensors mix."""
+        found = read_state_dict(self.path)
+        for name, factor in self.factors.items():
+            found[name] = (found[name].double() * factor).to(found[name].dtype)
+        if structure is None:
+            return found
+        names = [name for name in [*structure.tensors, *structure.ties] if name in found]
+        return {name: found[name] for name in names} | found
 
 
 @locks(lambda source, zoo_path, **_: zoo_path)
@@ -51,6 +60,7 @@ def collect_from(
     pattern: str | None = None,
     condition: ConditionSpec | ConditionKind | None = None,
     task: dict[str, Any] | None = None,
+    base: str | None = None,
     find_runs: bool = True,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -63,14 +73,14 @@ def collect_from(
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
         zoo_path: the zoo; made if it is not there. It may be the source folder itself.
-        table: CSV or JSONL with ``file`` (relative to the table or the source folder), ``run``, ``step``, ``split``,
+        table: CSV or JSONL with ``file`` (relative to the table or the source's folder), ``run``, ``step``, ``split``,
             ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
         pattern: regular expression on each path; named groups mean the same as the columns, which go first.
         find_runs: without a pattern, take what a table leaves open from common names (`tokenization.zoo.names`); no run
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
-        task: the zoo's task, for a new zoo.
-        progress: called with (checked, total) checkpoints; say: receives one line of what names told.
+        task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
+        progress: called with (checked, total) checkpoints; say: receives lines of what names told and was converted.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -90,17 +100,16 @@ def collect_from(
     labelled = [each for each in labelled if str(each[0].resolve()) not in known]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
     runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
-    sources, adapter = _checked(labelled, zoo, runs, progress)
+    adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
+    sources, structure = _checked(labelled, zoo, runs, adapters, progress, say)
     if not sources:
         return zoo
     if not exists:
-        zoo = Zoo.create(
-            zoo_path, task=zoo.task, condition=zoo.condition, runs=runs, among=[path for path, _ in labelled]
-        )
+        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
+        zoo = Zoo.create(zoo_path, among=[path for path, _ in labelled], **what)
     elif runs != zoo.runs:
         zoo.rename_runs(runs)
-    if adapter is not None and not (zoo.path / CONFIG_NAME).exists():
-        write_text(zoo.path / CONFIG_NAME, adapter.read_text(encoding="utf-8"))
+    adapters.finish(zoo.path, say)
     _write(zoo, sources, runs)
     return zoo
 
@@ -120,7 +129,7 @@ def _labelled(
         for item in sources:
             rows += [(path, str(path), {}) for path in find_checkpoints(item, zoo_path)]
     else:
-        folders = [Path(table).parent, *(Path(item) for item in sources)]
+        folders = [Path(table).parent, *(folder_of(item) for item in sources)]
         for where, row in read_table(Path(table)):
             path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
             if path is None:
@@ -151,42 +160,49 @@ def _checked(
     labelled: list[tuple[Path, Label]],
     zoo: Zoo,
     runs: list[str],
+    adapters: CollectedAdapters,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[_Source], Path | None]:
-    """Read every checkpoint; the sources with the entries of those to be adopted, and the first adapter's config."""
+    say: Callable[[str], None],
+) -> tuple[list[_Source], Structure | None]:
+    """Read every checkpoint and compare them.
+
+    Returns:
+        The sources with the entries of those to be adopted, and what all have in common (None of no checkpoints).
+    """
+    comparison = Comparison(zoo.structure if zoo.entries else None)
+    if zoo.entries and labelled:
+        comparison.add_checkpoint(Checkpoint.open(zoo.file(0)), str(zoo.file(0)))
     expected = zoo.structure if zoo.entries else None
-    reference: tuple[dict[str, Any], Path] | None = None
-    if (zoo.path / CONFIG_NAME).is_file() and zoo.entries:
-        reference = (read_adapter_config(zoo.path), zoo.path)
     sources = []
     for index, (path, label) in enumerate(labelled):
         where = str(path)
         fields = _fields(path, label, zoo, runs)
         config = read_adapter_config(path) if is_adapter(path) else None
-        if config is not None:
-            reference = reference or (config, path)
-            require_same_config(config, path, *reference)
-        if pickled_files(path):
-            state_dict = _in_order(read_state_dict(path), expected)
+        checkpoint = None if pickled_files(path) else Checkpoint.open(path)
+        state_dict = read_state_dict(path) if checkpoint is None else {}
+        structure = Structure.of_state_dict(state_dict) if checkpoint is None else Structure.of_checkpoint(checkpoint)
+        factors = adapters.factors(
+            path,
+            config,
+            {name: shape for name, (_, shape) in structure.tensors.items()},
+            state_dict.__getitem__ if checkpoint is None else checkpoint.tensor,
+        )
+        entry = None
+        if checkpoint is None or factors:
+            state_dict = _Source(path, label, None, factors).state_dict(expected)
             structure = Structure.of_state_dict(state_dict)
-            check_values(state_dict, where)
-            entry = None
+            comparison.add_state_dict(state_dict, where)
         else:
-            checkpoint = Checkpoint.open(path)
-            structure = Structure.of_checkpoint(checkpoint)
             entry = _adopted(checkpoint, zoo, fields)
-            if expected is not None:
-                expected.require(structure, where)
-            check_checkpoint_values(checkpoint, where)
+            comparison.add_checkpoint(checkpoint, where)
             entry = with_digest(entry, checkpoint)
-        if config is not None:
-            check_adapter_tensors({name: shape for name, (_, shape) in structure.tensors.items()}, config, path)
         expected = expected or structure
-        expected.require(structure, where)
-        sources.append(_Source(path, label, entry))
+        sources.append(_Source(path, label, entry, factors))
         if progress is not None:
             progress(index + 1, len(labelled))
-    return sources, reference[1] / CONFIG_NAME if reference else None
+    for notice in comparison.notices:
+        say(notice)
+    return sources, comparison.structure if sources else None
 
 
 def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
@@ -197,7 +213,7 @@ def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = _in_order(read_state_dict(item.path), zoo.structure if zoo.entries else None)
+        state_dict = item.state_dict(zoo.structure if zoo.entries else None)
         zoo.append(state_dict, source=str(item.path.resolve()), **_fields(item.path, item.label, zoo, runs))
     zoo.extend(adopted)
 
@@ -223,11 +239,3 @@ def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEnt
     inside = absolute.is_relative_to(folder) and all(zoo.contains(file) for file in checkpoint.sizes)
     file = absolute.relative_to(folder).as_posix() if inside else str(absolute)
     return entry_of({**fields, "file": file, "external": not inside}, str(checkpoint.path))
-
-
-def _in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:
-    """A converted state dict in the zoo's order, so that pickles and safetensors mix."""
-    if structure is None:
-        return dict(state_dict)
-    names = [name for name in [*structure.tensors, *structure.ties] if name in state_dict]
-    return {name: state_dict[name] for name in names} | dict(state_dict)

@@ -58,6 +58,14 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None) -> list[P
     return list(found)
 
 
+def folder_of(source: Path | str) -> Path:
+    """The folder that a source is, or lies in; of a glob the part before its first pattern."""
+    path = Path(source)
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def _search(folder: Path, zoo_path: Path | None, seen: set[Path] | None = None) -> list[Path]:
     seen = set() if seen is None else seen
     seen.add(folder.resolve())  # links may lead in circles

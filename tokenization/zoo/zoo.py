@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, free_place, save_checkpoint
 from tokenization.checkpoint.pickles import check_tensors
-from tokenization.checkpoint.structure import Structure, check_checkpoint_values, check_values, digest_of
+from tokenization.checkpoint.structure import Structure, digest_of
 from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text
+from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionSpec, require_condition
 from tokenization.zoo.description import Description, require_new_folder
 from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest, with_digest
@@ -52,6 +53,7 @@ class Zoo(SharedZoo):
         self.task, self.condition, self.runs = task, condition, list(runs)
         self.entries: list[ZooEntry] = []
         self._structure: Structure | None = None
+        self._comparison: Comparison | None = None
         self._manifest_size = 0
         self._checkpoints: dict[Path, Checkpoint] = {}
 
@@ -64,8 +66,11 @@ class Zoo(SharedZoo):
         condition: ConditionSpec | None = None,
         runs: Sequence[str] = (),
         among: Sequence[Path] = (),
+        structure: Structure | None = None,
     ) -> Zoo:
         """Start an empty zoo in a new or empty folder, or one that holds one of the checkpoints ``among``.
+
+        The first checkpoint that is added sets the ``structure``, unless it is given.
 
         Raises:
             InputError: there is a zoo, or anything else, or the folder cannot be written.
@@ -73,6 +78,7 @@ class Zoo(SharedZoo):
         zoo = cls(path, task=task, condition=condition, runs=runs)
         require_new_folder(zoo.path, among)
         make_folder(zoo.path)
+        zoo._structure = structure
         # A zoo is what has a zoo.json: it comes last.
         write_text(zoo.path / "manifest.jsonl", "")
         zoo._write_description()
@@ -119,8 +125,11 @@ class Zoo(SharedZoo):
     def structure(self) -> Structure:
         """What all checkpoints have in common. Raises InputError if the zoo is empty."""
         if self._structure is None:
-            # A kill between the first line and zoo.json: the first checkpoint says the same.
-            self._structure = Structure.of_checkpoint(Checkpoint.open(self.file(0)))
+            # The first checkpoint says it, also after a kill between the first line and zoo.json.
+            first = Checkpoint.open(self.file(0))
+            comparison = Comparison(Structure.of_checkpoint(first))
+            comparison.add_checkpoint(first, str(first.path))
+            self._structure = comparison.structure
         return self._structure
 
     def file(self, index: int) -> Path:
@@ -189,17 +198,16 @@ class Zoo(SharedZoo):
         entry = entry_of({**fields, "metrics": dict(metrics or {})}, where)
         require_condition(self.condition, entry.condition, where)
         tensors = check_tensors(state_dict, where)
-        structure = Structure.of_state_dict(tensors)
-        if self.entries:
-            self.structure.require(structure, where)
-        check_values(tensors, where)
+        comparison = self._compared() or Comparison(self._structure or Structure.of_state_dict(tensors))
+        comparison.add_state_dict(tensors, where)
         new_folder = not path.parent.exists()
         try:
             make_folder(path.parent)
             if not saved:
-                save_checkpoint(path, tensors)
+                save_checkpoint(path, tensors, ties=comparison.structure.ties)
             entry = with_digest(entry, Checkpoint.open(path))
             self.extend([entry])
+            self._comparison = comparison
         except BaseException:
             with contextlib.suppress(OSError):
                 if not saved:
@@ -230,12 +238,12 @@ class Zoo(SharedZoo):
         self._manifest_size = append_lines(manifest, entries, old_size)
         self.entries.extend(entries)
         if was_empty:
+            given = self._structure
             try:
-                self._structure = None
                 self._write_description()
             except BaseException:
                 self.entries.clear()
-                self._structure = None
+                self._structure = given
                 os.truncate(manifest, old_size)
                 self._manifest_size = old_size
                 raise
@@ -252,9 +260,11 @@ class Zoo(SharedZoo):
             InputError: at the first fault, naming file and tensor; also for an empty zoo.
         """
         self.file(0)
+        comparison = Comparison(self.structure)
         for index, entry in enumerate(self.entries):
-            checkpoint = self._open_checkpoint(index)  # not kept: a whole zoo would stay in memory
-            check_checkpoint_values(checkpoint, str(checkpoint.path))
+            self._open_checkpoint(index)
+            checkpoint = Checkpoint.open(self.file(index))  # not kept: a whole zoo would stay in memory
+            comparison.add_checkpoint(checkpoint, str(checkpoint.path))
             if entry.sha256 and (found := digest_of(checkpoint)) != entry.sha256:
                 raise InputError(
                     f"{checkpoint.path} has digest {found[:12]}…, but another as collected; collect it again"
@@ -281,8 +291,16 @@ class Zoo(SharedZoo):
         size, expected = sum(checkpoint.sizes.values()), self.entries[index].size
         if expected and size != expected:
             raise InputError(f"{path} has {size} bytes, but had {expected} as collected; collect it again")
-        self.structure.require(Structure.of_checkpoint(checkpoint), str(path))
-        return checkpoint
+        ties = self.structure.ties
+        self.structure.require(Structure.of_checkpoint(checkpoint), str(path), {*ties, *ties.values()})
+        return checkpoint.arranged(ties, self.structure.not_finite)
+
+    def _compared(self) -> Comparison | None:
+        """What the zoo's first checkpoint says of further ones; None of an empty zoo."""
+        if self._comparison is None and self.entries:
+            self._comparison = Comparison(self.structure)
+            self._comparison.add_checkpoint(Checkpoint.open(self.file(0)), str(self.file(0)))
+        return self._comparison
 
     def _require_entry(self, entry: ZooEntry) -> None:
         where = f"{self.path / 'manifest.jsonl'}: file {entry.file!r}"
@@ -295,5 +313,5 @@ class Zoo(SharedZoo):
         require_condition(self.condition, entry.condition, where)
 
     def _write_description(self) -> None:
-        structure = self.structure if self.entries else None
+        structure = self.structure if self.entries else self._structure
         Description(self.task, self.condition, self.runs, structure).write(self.path / "zoo.json")

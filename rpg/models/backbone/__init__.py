@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rpg.models.backbone.base import Backbone
+from rpg.models.backbone.base import Backbone, NoneBackbone, NoneConfig
 from rpg.models.backbone.lstm import LSTMBackbone, LSTMConfig
 from rpg.models.backbone.mamba2 import Mamba2Backbone, Mamba2Config
-from rpg.models.backbone.none import NoneBackbone, NoneConfig
 from rpg.models.backbone.transformer import TransformerBackbone, TransformerConfig
 
 BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.meshes import mesh_distances
-from rpg.tasks.fields.shapes import CLASSES, random_shape
+from rpg.tasks.fields.shapes import CLASSES, mesh_distances, random_shape
 from rpg.tasks.fields.siren import grid_points
 from rpg.tasks.images.digits import load_splits
 from tokenization.errors import InputError

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rpg.precision import in_bf16
 from rpg.section import Section
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.augmentation import augment
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
-from rpg.tasks.images.images import ImageSplits, accuracy_of
+from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
 from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
@@ -70,7 +70,7 @@ def open_zoo(
     if not (path / "zoo.json").exists():
         return Zoo.create(path, task=wanted, condition=condition)
     zoo = Zoo.open(path, repair=True)
-    recorded = recorded_task(zoo, type(task))
+    recorded, wanted = without_arithmetic(recorded_task(zoo, type(task))), without_arithmetic(wanted)
     for key in sorted((wanted.keys() | recorded.keys()) - set(ignore)):
         if recorded.get(key) != wanted.get(key):
             raise InputError(
@@ -78,6 +78,13 @@ def open_zoo(
                 "configured; choose another folder, or remove this one to collect anew"
             )
     return zoo
+
+
+def without_arithmetic(task: Any) -> Any:
+    """A task's plain values without the precision of its training steps: a zoo may be completed on another machine."""
+    if not isinstance(task, dict):
+        return task
+    return {key: without_arithmetic(value) for key, value in task.items() if key != "precision"}
 
 
 def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def train_run(
     def update(optimizer: torch.optim.Optimizer, progress: float | None = None) -> None:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
         drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(config.precision, torch.device("cpu"))):
             weights = {} if compression is None or progress is None else compression.weights(network, progress)
             loss = F.cross_entropy(functional_call(network.train(), weights, (drawn,)), labels[rows])
         optimizer.zero_grad()

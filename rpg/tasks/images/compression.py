@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rpg.tasks.images.compress_config import Pruning, Quantisation
+from rpg.tasks.images.config import Pruning, Quantisation
 from tokenization.checkpoint.masks import cut_mask, share_out
 from tokenization.compressed.packing import by_channel, quantised
 from tokenization.compressed.parts import Kind, new_part

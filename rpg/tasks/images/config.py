@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from rpg.section import Section
-from rpg.tasks.images.compress_config import Compress
+
+
+class Pruning(Section):
+    """Networks of which most weights are zero."""
+
+    kind: Literal["prune"] = "prune"
+    sparsity: float = Field(0.8, gt=0, lt=1, description="share of zeros among the weights of layers, biases apart")
+    steps: int = Field(400, ge=1, description="fine-tuning steps in which the share of zeros rises")
+    masks: Literal["csr", "stored", "implied"] = Field(
+        "csr", description="compressed rows; values and mask, as torch.nn.utils.prune; zeros (name them: tokens.pruned)"
+    )
+
+
+class Quantisation(Section):
+    """Networks whose weights are integers with one scale for each output channel."""
+
+    kind: Literal["quantise"] = "quantise"
+    bits: Literal[8, 4] = Field(8, description="of a code")
+    steps: int = Field(200, ge=1, description="fine-tuning steps with rounded weights before the first checkpoint")
+
+
+Compress: TypeAlias = Annotated[Pruning | Quantisation, Field(discriminator="kind")]
+
 
 DIGITS_SIZE = 8
 """Height and width of scikit-learn's digits."""
@@ -19,6 +41,7 @@ NetworkName = Literal[
 
 
 Precision = Literal["fp32", "bf16"]
+Arithmetic = Literal["auto", "fp32", "bf16"]
 
 
 class CollectionConfig(Section):
@@ -39,7 +62,7 @@ class CollectionConfig(Section):
     finetune_learning_rate: float = Field(2e-3, gt=0, description="constant learning rate of the fine-tuning steps")
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="of both phases; sgd has momentum 0.9")
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
     dtype: Precision = Field("fp32", description="floating-point values of the checkpoints on disk")
     threads: int = Field(
         1, ge=1, description="threads of the training steps; more than one for large networks, bits depend on it"
@@ -120,7 +143,7 @@ class FinetuneConfig(Section):
         None, ge=1, description="images of a step whose activations are held together; all of them when null"
     )
     augment: bool = Field(True, description="move, turn and scale the images at random")
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     checkpoints: int = Field(1, ge=1, description="checkpoints kept of every task")
     tail: float = Field(
@@ -152,7 +175,7 @@ class BaseConfig(Section):
     batch_size: int = Field(256, ge=1)
     learning_rate: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    precision: Precision = Field("fp32", description="arithmetic of the training steps")
+    precision: Arithmetic = Field("fp32", description="arithmetic of the training steps; auto: bf16 where it is faster")
 
 
 class DigitsSubsetsConfig(SubsetsConfig):
@@ -261,7 +284,7 @@ class ImageNetConfig(Section):
     learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
     weight_decay: float = Field(0.05, ge=0)
     batch_size: int = Field(128, ge=1)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; checkpoints are fp32 in either case")
+    precision: Arithmetic = Field("fp32", description="arithmetic; checkpoints are fp32 in any case")
     workers: int = Field(0, ge=0, description="processes that read images")
     device: str = Field("auto", description="cpu, cuda, …")
 
@@ -288,4 +311,23 @@ class TrajectoriesConfig(Section):
     def _steps_ascend_from_0(self) -> TrajectoriesConfig:
         if self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps are {list(self.steps)}; write different numbers, ascending from 0")
+        return self
+
+
+class TicketsConfig(Section):
+    """Lottery tickets of a family of tasks: masks of one start, found by training and pruning in turns."""
+
+    name: Literal["tickets"] = "tickets"
+    family: DigitsSubsetsConfig = Field(
+        DigitsSubsetsConfig(),
+        description="tasks, network and training; base.steps: common steps the start is rewound to",
+    )
+    rounds: int = Field(7, ge=1, description="trainings of a search, after each of which the smallest weights go")
+    kept: float = Field(0.6, gt=0, lt=1, description="share of the living weights that each round keeps")
+    sparsity: float = Field(0.92, gt=0, lt=1, description="share of zeros of the masks that are compared")
+
+    @model_validator(mode="after")
+    def _one_ticket_a_task(self) -> TicketsConfig:
+        if self.family.copies != 1 or self.family.finetune.checkpoints != 1:
+            raise ValueError("a task has one ticket; set family.copies and family.finetune.checkpoints to 1")
         return self

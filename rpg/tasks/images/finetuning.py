@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.precision import in_bf16
 from rpg.tasks.images.config import FinetuneConfig, Stage
 from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
@@ -80,7 +81,7 @@ def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: 
         several = [{name: value[row : row + 1] for name, value in weights.items()} for row in range(len(targets))]
     for own, answers in zip(several, targets.chunk(len(several)), strict=True):
         for part, wanted in zip(images.split(size), answers.split(size, 1), strict=True):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bf16(config.precision, images.device)):
                 logits = side(own, part)
             loss = task_losses(logits, wanted, config).sum() * (len(part) / len(images))
             loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rpg.precision import in_bf16
 from rpg.seeding import derive_seed
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
+from rpg.tasks.images.image_cache import require_image_size
 from rpg.tasks.images.images import check_structure
 from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.images.timm_data import require_image_size
 from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
@@ -137,7 +138,7 @@ class ImageNetTask:
         batches, seed = self._tuning.batches_after(done), self.config.seed
         for step, (images, labels) in enumerate(batches, done + 1):
             torch.manual_seed(derive_seed(seed, "finetune", step))  # of networks with dropout
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16(self.config.precision, self.device)):
                 loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded
+from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.many import collect_many
@@ -277,7 +277,8 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
         InputError: the source is of another family or recipe, or there is a zoo already.
     """
     old = Zoo.open(source)
-    recorded, wanted = recorded_task(old, type(task.config)), task.config.model_dump(mode="json")
+    known = recorded_task(old, type(task.config)), task.config.model_dump(mode="json")
+    recorded, wanted = map(without_arithmetic, known)
     for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
         if recorded.get(key) != wanted.get(key):
             raise InputError(

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from rpg.seeding import make_rng
 from rpg.tasks.images.collection import Progress, single_threaded
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.config import TicketsConfig
+from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.finetuning import finetune_many
 from rpg.tasks.images.subsets import BASE
-from rpg.tasks.images.tickets_config import TicketsConfig
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
 from tokenization.checkpoint.masks import cut_mask
 from tokenization.zoo.condition import ConditionSpec

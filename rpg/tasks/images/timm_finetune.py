@@ -23,17 +23,18 @@ from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
-from rpg.tasks.images.image_cache import CachedImages, cached_images
-from rpg.tasks.images.networks import own_network
-from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.images.timm_data import (
+from rpg.tasks.images.image_cache import (
     AddressedImages,
+    CachedImages,
     CheckedImages,
     LaterBatches,
     batch_of,
+    cached_images,
     image_transform,
     require_image_size,
 )
+from rpg.tasks.images.networks import own_network
+from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.schedule import cosine_decay
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError

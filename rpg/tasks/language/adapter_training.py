@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rpg.tasks.images.finetuning import average_into, checkpoint_stretches
-from rpg.tasks.language.adapter_bank import AdapterBank, adapter_state, peft_on
-from rpg.tasks.language.adapter_scores import completion_losses, score_adapters, token_losses
+from rpg.tasks.language.adapter_bank import (
+    AdapterBank,
+    adapter_state,
+    completion_losses,
+    peft_on,
+    score_adapters,
+    token_losses,
+)
 from rpg.tasks.language.config import AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows
 from rpg.tasks.schedule import warm_cosine

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.images.collection import Progress, open_zoo
-from rpg.tasks.language.adapter_bank import AdapterBank, fresh_adapter, peft_config, peft_on
-from rpg.tasks.language.adapter_scores import AdapterScores, completion_losses, score_adapters
+from rpg.tasks.language.adapter_bank import (
+    AdapterBank,
+    AdapterScores,
+    completion_losses,
+    fresh_adapter,
+    peft_config,
+    peft_on,
+    score_adapters,
+)
 from rpg.tasks.language.adapter_training import train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows

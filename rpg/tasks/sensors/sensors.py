@@ -120,6 +120,28 @@ class SensorsTask:
         rows = torch.randint(len(self.classes("train")), (num,), generator=rng)
         return self.images("train")[rows], self.classes("train")[rows]
 
+    # --- examples ------------------------------------------------------------------------------------------------
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of an image, ``(C, S, S)``."""
+        return self._data[0].image_shape
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
+        """Random images of the classes ``[T, n]`` as sensors ``[T, C]`` see them, in 0 … 1: ``[T, n, C·S·S]``."""
+        known = self.classes(split)
+        order, counts = known.argsort(stable=True), known.bincount(minlength=len(self.class_names))
+        if not bool(counts[classes].all()):
+            raise InputError(f"a class of the {split} images has none to show; add some, or take classes away")
+        first = counts.cumsum(0) - counts
+        place = (torch.rand(classes.shape, generator=rng) * counts[classes]).long()
+        images = self.images(split)[order[first[classes] + place]]  # [T, n, C, S, S]
+        return seen_by(images, self.settings, conditions).flatten(2)
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """Examples ``[…, C·S·S]`` as networks take them, ``[…, C, S, S]``."""
+        return examples.unflatten(-1, self.example_shape) - self._data[0].mean
+
     # --- training ------------------------------------------------------------------------------------------------
 
     def collect(

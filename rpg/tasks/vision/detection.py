@@ -5,21 +5,198 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+import torchvision
+from timm.layers import LayerNorm2d
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpg.packages import install_command
 from rpg.tasks.images.collection import use_threads
-from rpg.tasks.vision.detection_config import DetectionConfig
+from rpg.tasks.vision.config import DetectionConfig
 from rpg.tasks.vision.detection_data import DetectionSet, Instances, Sample, open_split
-from rpg.tasks.vision.detection_networks import build_detector
 from rpg.tasks.vision.image_batches import batches_to_score, batches_to_train
 from rpg.tasks.vision.stepwise import StepwiseTask
 from tokenization.errors import InputError
+
+ASPECTS = (0.5, 1.0, 2.0)
+POOLED = 7  # height and width of a region's features
+
+
+def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: bool = False) -> nn.Module:
+    """A network of torchvision's detection interface, drawn from torch's global random state.
+
+    In training it takes images and targets and returns losses by name, in evaluation detections.
+
+    Args:
+        config: which network.
+        num_outputs: classes, of which the first is the background.
+        pretrained: with the backbone's ImageNet weights.
+
+    Raises:
+        InputError: there is no such network, backbone or argument, or the weights cannot be had.
+    """
+    _check_arguments(config)
+    try:
+        network = _build(config, num_outputs, pretrained)
+    except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this backbone
+        if not pretrained:
+            raise
+        raise InputError(
+            f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
+        ) from None
+    if config.pretrained and config.network != "fasterrcnn" and not config.network.endswith("_v2"):
+        _freeze_norms(network.backbone)  # torchvision does so with weights alone, and checkpoints must not differ
+    if config.anchors:
+        holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
+        holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
+    return network
+
+
+def _check_arguments(config: DetectionConfig) -> None:
+    """Torchvision itself would pass over an unknown name."""
+    kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
+    known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
+    for name in config.arguments:
+        if name not in known:
+            raise InputError(
+                f"task.arguments has {name!r}, no number that {kind.__name__} takes; known: {', '.join(known)}"
+            )
+
+
+def _build(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Any:
+    if config.network == "fasterrcnn":
+        return _on_timm(config, num_outputs, pretrained)
+    weights = "DEFAULT" if pretrained else None
+    return torchvision.models.get_model(
+        config.network, weights=None, weights_backbone=weights, num_classes=num_outputs, **config.arguments
+    )
+
+
+def _freeze_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, child.eps))
+        _freeze_norms(child)
+
+
+def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:
+    """Anchors of the same number and relative sizes on each level, the smallest with given sides in pixels.
+
+    Raises:
+        InputError: there is another number of levels.
+    """
+    if len(sides) != len(generator.sizes):
+        raise InputError(
+            f"task.anchors has {len(sides)} sides; the network has {len(generator.sizes)} levels: one each"
+        )
+    sizes = tuple(
+        tuple(side * size // known[0] for size in known) for side, known in zip(sides, generator.sizes, strict=True)
+    )
+    return AnchorGenerator(sizes, generator.aspect_ratios)
+
+
+def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool) -> FasterRCNN:
+    if not timm.is_model(config.backbone):
+        raise InputError(f"task.backbone {config.backbone!r} is not a timm model; choose one of timm.list_models()")
+    plain = is_model_in_modules(config.backbone, ["vision_transformer"])
+    backbone = (SimplePyramid if plain else ConvolutionPyramid)(config.backbone, config.channels, pretrained)
+    sizes = tuple((32 * 2**level,) for level in range(backbone.levels + 1))
+    return FasterRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(sizes, (ASPECTS,) * len(sizes)),
+        box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(backbone.levels)], POOLED, sampling_ratio=2),
+        box_head=FastRCNNConvFCHead(
+            (config.channels, POOLED, POOLED), [config.channels] * config.convolutions, [config.hidden], LayerNorm2d
+        ),
+        box_predictor=FastRCNNPredictor(config.hidden, num_outputs),
+        **config.arguments,
+    )
+
+
+class ConvolutionPyramid(nn.Module):
+    """A feature pyramid (arXiv 1612.03144) on the feature maps of a convolutional network from stride 4 on.
+
+    Args:
+        name: a timm model that gives feature maps.
+        channels: F.
+        pretrained: with timm's weights.
+    """
+
+    def __init__(self, name: str, channels: int, pretrained: bool = False) -> None:
+        super().__init__()
+        every: Any = timm.create_model(name, features_only=True)
+        kept = [index for index, stride in enumerate(every.feature_info.reduction()) if stride >= 4]
+        body: Any = timm.create_model(name, features_only=True, out_indices=kept, pretrained=pretrained)
+        self.body, self.fpn = (
+            body,
+            FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool(), LayerNorm2d),
+        )
+        self.levels, self.out_channels = len(kept), channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` → maps ``[B, F, H / stride, W / stride]`` by level: 0, 1, …, pool."""
+        return self.fpn({str(level): features for level, features in enumerate(self.body(images))})
+
+
+class SimplePyramid(nn.Module):
+    """The simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): all levels from the last map alone.
+
+    Unlike there, every block of the transformer attends globally.
+
+    Args:
+        name: a plain vision transformer of timm; strides are its patch size times ¼, ½, 1 and 2.
+        channels: F.
+        pretrained: with timm's weights.
+    """
+
+    levels = 4
+
+    def __init__(self, name: str, channels: int, pretrained: bool = False) -> None:
+        super().__init__()
+        body: Any = timm.create_model(
+            name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, pretrained=pretrained
+        )
+        self.body, width = body, body.num_features
+        scales = (
+            nn.Sequential(_doubled(width), LayerNorm2d(width // 2), nn.GELU(), _doubled(width // 2)),
+            _doubled(width),
+            nn.Identity(),
+            nn.MaxPool2d(2),
+        )
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                scale,
+                nn.Conv2d(width // divided, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for scale, divided in zip(scales, (4, 2, 1, 1), strict=True)
+        )
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` → maps ``[B, F, H / stride, W / stride]`` by level: 0, 1, 2, 3, pool."""
+        (last,) = self.body.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)  # [B, C, …]
+        maps = {str(level): scale(last) for level, scale in enumerate(self.scales)}
+        return {**maps, "pool": maps["3"][:, :, ::2, ::2]}
+
+
+def _doubled(channels: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
 
 MOST_DETECTIONS = 100
 """Of an image, the ones with the highest scores, that count: COCO's own limit."""

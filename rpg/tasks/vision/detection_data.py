@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from rpg.tasks.vision.canvases import NUM_CLASSES, make_canvases
-from rpg.tasks.vision.detection_config import CanvasesData, CocoData
+from rpg.tasks.vision.config import CanvasesData, CocoData
 from tokenization.errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor]]

@@ -18,7 +18,7 @@ from rpg.seeding import make_rng
 from rpg.tasks.images.collection import use_threads
 from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.vision.diffusion_config import DiffusionUnetConfig
+from rpg.tasks.vision.config import DiffusionUnetConfig
 from rpg.tasks.vision.stepwise import StepwiseTask
 from tokenization.errors import InputError
 

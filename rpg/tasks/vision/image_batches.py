@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from rpg.seeding import make_rng
-from rpg.tasks.images.timm_data import AddressedImages, CheckedImages, LaterBatches
+from rpg.tasks.images.image_cache import AddressedImages, CheckedImages, LaterBatches
 from tokenization.errors import InputError
 
 

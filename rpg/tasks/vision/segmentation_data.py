@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from rpg.seeding import permutation
 from rpg.tasks.vision.canvases import make_canvases
-from rpg.tasks.vision.segmentation_config import SegmentationConfig
+from rpg.tasks.vision.config import SegmentationConfig
 from tokenization.errors import InputError
 
 IGNORED = 255

@@ -23,7 +23,7 @@ from rpg.tasks.images.images import check_structure
 from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.images.timm_finetune import last_norms
 from rpg.tasks.schedule import cosine_decay
-from rpg.tasks.vision.stepwise_config import StepwiseConfig
+from rpg.tasks.vision.config import StepwiseConfig
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

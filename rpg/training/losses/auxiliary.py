@@ -13,6 +13,7 @@ from rpg.seeding import make_rng
 from rpg.tasks import Task
 from rpg.training.config import TrainConfig
 from rpg.training.distributed import DistributedContext
+from rpg.training.examples import example_conditions
 from rpg.training.losses.behaviour import BehaviourLoss, FreshTasksLoss
 from rpg.training.losses.new_states import NewStatesLoss
 from rpg.training.losses.wished import WishedLoss
@@ -69,7 +70,9 @@ class AuxiliaryLosses:
                     raise InputError(
                         "train.behaviour.tasks: fresh works in a single process without DeepSpeed or FSDP; start one."
                     )
-                self.behaviour = FreshTasksLoss(network, find_task(), layout, settings.behaviour, zoo)
+                self.behaviour = FreshTasksLoss(
+                    network, find_task(), layout, settings.behaviour, zoo, example_conditions(zoo, condition, seed)
+                )
             else:
                 self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
         if settings.new_states is not None:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.models.centre import TaskTable
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.base import BehaviourTask, ImageTaskFamily, TaskSimulator
 from rpg.training.config import BehaviourConfig
+from rpg.training.examples import ExampleConditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
@@ -101,21 +103,24 @@ class FreshTasksLoss(BehaviourLoss):
     Args:
         network: the generator's networks.
         task, layout, config, zoo: as of `BehaviourLoss`.
+        examples: shows examples of tasks, where they are the condition.
 
     Raises:
         InputError: as `BehaviourLoss`, or the task cannot draw others.
     """
 
     def __init__(
-        self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo
-    ) -> None:
+        self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo,
+        examples: ExampleConditions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(task, layout, config, zoo)
-        if not isinstance(task, TaskSimulator) or zoo.condition is None or network.state is not None:
+        has_codes = network.state is None or isinstance(network.state, TaskTable)
+        if not isinstance(task, TaskSimulator) or zoo.condition is None or not has_codes:
             raise InputError(
                 "train.behaviour.tasks: fresh needs a family that draws tasks, such as sensors, and model.state.of: "
-                "none; set it to zoo"
+                "none or task; set it to zoo"
             )
-        self.network, self.simulator, self.spec = network, task, zoo.condition
+        self.network, self.simulator, self.spec, self.examples = network, task, zoo.condition, examples
         self.mask = layout.mask.float()
 
     def draw(self, rng: torch.Generator) -> Tensor:
@@ -123,7 +128,12 @@ class FreshTasksLoss(BehaviourLoss):
         tasks = self.simulator.draw_tasks(self.config.networks, rng)
         noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
         tasks, noise, mask = (each.to(self.network.position_embedding.device) for each in (tasks, noise, self.mask))
-        tokens = self.network.one_step(noise, mask, conditions=self.spec.inputs(tasks))
+        inputs, states = self.spec.inputs(tasks), None
+        if isinstance(self.network.state, TaskTable):
+            codes = self.network.state.codes(inputs)
+            states = codes + self.network.config.state.noise * torch.randn(codes.shape, generator=rng).to(codes)
+        conditions = inputs if self.examples is None else self.examples.draw(tasks, rng)
+        tokens = self.network.one_step(noise, mask, states, conditions)
         return self(tokens, tasks, None, rng)
 
 

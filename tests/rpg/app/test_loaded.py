@@ -256,7 +256,7 @@ def test_without_gradio_the_command_says_what_to_install(
             raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
         return real(name, *arguments, **more)
 
-    for name in [name for name in sys.modules if name in ("rpg.app.serve", "rpg.app.page", "rpg.app.controls")]:
+    for name in [name for name in sys.modules if name in ("rpg.app.serve", "rpg.app.serve", "rpg.app.controls")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     refused(rpg("app", tmp_path, "--device", "cpu"), "Gradio", "pip install 'gradio>=6'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rpg.evaluation.adapter_merges import DENSITY, METHODS, PeftMerges
 from rpg.evaluation.network_merges import NUM_MERGED, draw_shares
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tests.rpg.merging.test_merge_adapters import changes
+from tests.tokenization.lora.test_collected import Net, save
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -95,3 +99,73 @@ def test_average_shares_are_equal_and_of_few() -> None:
     shares = draw_shares([0] * 10, 3, torch.Generator().manual_seed(0))
     assert (shares > 0).sum(1).tolist() == [NUM_MERGED] * 3 and torch.allclose(shares.sum(1), torch.ones(3).double())
     assert torch.allclose(draw_shares([0] * 2, 1, torch.Generator()), torch.full((1, 2), 0.5).double())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True, "alpha_pattern": {"^blocks.0.q": 3}},
+    "own biases": {"bias": "lora_only"},
+    "biases": {"lora_bias": True},
+    "whole modules": {"modules_to_save": ["conv"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merges_of_variants_are_those_of_the_merged_networks(tmp_path: Path, variant: str) -> None:
+    """The mean update's largest components, and the mean of all else; PEFT's own of rsLoRA is √r too large."""
+    folders = [save(tmp_path / str(number), number, **VARIANTS[variant]) for number in range(2)]
+    weights = torch.tensor([0.25, 0.75]).double()
+    found = changes(written(opened(folders).merge("peft_svd", weights), folders[0], tmp_path / "made"))
+    own = [changes(folder) for folder in folders]
+    for name, value in found.items():
+        dense = sum(w * each[name] for w, each in zip(weights, own, strict=True))
+        if "weight" in name and value.dim() == 2 and value.abs().max() > 0:  # of rank 8, of which 4 are kept
+            left, values, right = torch.linalg.svd(dense, full_matrices=False)
+            dense = left[:, :4] * values[:4] @ right[:4]
+        torch.testing.assert_close(value, torch.as_tensor(dense), atol=1e-6, rtol=1e-5)
+
+
+def test_pairs_of_embeddings_and_convolutions_are_merged_as_pairs(tmp_path: Path) -> None:
+    folders = [save(tmp_path / str(number), number, target_modules=["words"]) for number in range(2)]
+    merges, shares = opened(folders), torch.tensor([0.5, 0.5])
+    made = merges.merge("peft_svd", shares)
+    a = next(name for name in made if "lora_embedding_A" in name)
+    pair = [
+        (each[a.replace("_A", "_B")] @ each[a]).double() for each in (made, *(x.state_dict() for x in merges.adapters))
+    ]
+    left, values, right = torch.linalg.svd((pair[1] + pair[2]) / 2, full_matrices=False)
+    torch.testing.assert_close(pair[0], left[:, :4] * values[:4] @ right[:4], atol=1e-6, rtol=1e-4)
+    grouped = [save(tmp_path / f"g{number}", number, target_modules=["conv"]) for number in range(2)]
+    assert opened(grouped).methods == ()
+
+
+def test_how_far_dora_merges_are_from_the_merged_networks(tmp_path: Path) -> None:
+    """Magnitudes are weighted means: nearer to the mean of the merged networks than PEFT's, which takes the base's.
+
+    All adapters have the same A, so that nothing is lost with components.
+    """
+    folders = [save(tmp_path / str(number), number, use_dora=True, target_modules=["q"]) for number in range(2)]
+    states = [Checkpoint.open(folder).state_dict() for folder in folders]
+    shared = {name: value for name, value in states[0].items() if "lora_A" in name}
+    save_checkpoint(folders[1] / "adapter_model.safetensors", {**states[1], **shared})
+    merges = opened(folders)
+    made = merges.merge("peft_svd", torch.tensor([0.5, 0.5]))
+    first = merges.adapters[0].state_dict()
+    theirs = {
+        name: Net().state_dict()[f"blocks.{name.split('blocks.')[1][0]}.q.weight"].norm(dim=1)
+        for name in made
+        if "magnitude" in name
+    }
+    own = [changes(folder) for folder in folders]
+    errors = []
+    for tensors in (made, {**made, **theirs}):
+        found = changes(written(tensors, folders[0], tmp_path / f"made{len(errors)}"))
+        away = [(found[n] - (own[0][n] + own[1][n]) / 2).norm() / own[0][n].norm() for n in found if "q.weight" in n]
+        errors.append(float(torch.stack(away).max()))
+    assert list(made) == list(first) and errors[0] < 0.8 * errors[1], errors
+
+
+def written(tensors: Mapping[str, torch.Tensor], like: Path, folder: Path) -> Path:
+    folder.mkdir()
+    save_checkpoint(folder / "adapter_model.safetensors", tensors)
+    shutil.copy(like / "adapter_config.json", folder)
+    return folder

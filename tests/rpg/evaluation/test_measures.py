@@ -16,7 +16,7 @@ from rpg.evaluation.measures import Evaluation, Made, Options
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.workers import Workers
-from rpg.generation.partition import Partition
+from rpg.generation.sampler import Partition
 from rpg.tasks import DigitsConfig, build_task
 from tests.conftest import make_zoo
 from tests.rpg.evaluation.test_span import slow_vectors, span_of

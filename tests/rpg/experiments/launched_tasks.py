@@ -6,7 +6,7 @@ import sys
 
 from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_tasks import evaluate_held_out
-from rpg.generation.partition import join_processes
+from rpg.generation.sampler import join_processes
 
 if __name__ == "__main__":
     partition, _ = join_processes("cpu")

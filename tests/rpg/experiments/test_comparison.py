@@ -14,7 +14,7 @@ from rpg.experiments.comparison import Comparison, compare, train_and_compare
 from rpg.generation.generator import Generator
 from rpg.tasks import DigitsConfig, build_task, many
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError

@@ -22,7 +22,7 @@ def test_it_trains_saves_and_generates_the_same_bytes_for_any_number(tmp_path):
     config = joint(tmp_path)
     generator = Generator.from_pretrained(train(config, overwrite=True, say=lambda _: None))
     three, streamed = generator.generate(3, seed=1), list(generator.one_by_one(2, seed=1))
-    for a, b in zip(three, streamed, strict=False):
+    for a, b in zip(three[:2], streamed, strict=True):
         assert all(torch.equal(a[name], b[name]) and bool(a[name].isfinite().all()) for name in a)
 
 

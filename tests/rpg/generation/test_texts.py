@@ -258,3 +258,17 @@ def test_a_class_is_asked_for_by_name_or_number(
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     with pytest.raises(InputError, match="1 texts; give 1 values"):
         Generator.from_pretrained(tmp_path / "run").generate(1, condition="dog")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"asked again after {seconds} s")
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", wait)
+    with pytest.raises(InputError, match=r"model\.condition\.encoder some/encoder could not be loaded") as error:
+        SentenceEncoder("some/encoder", "model.condition.encoder")
+    assert "\n" not in str(error.value)

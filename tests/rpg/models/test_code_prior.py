@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.models.code_prior import CodePrior, CodePriorConfig
+from rpg.models.code_prior import CodePrior, CodePriorConfig, even_noise
 from rpg.models.conditioning import ConditionEncoder
 
 
@@ -29,6 +29,15 @@ def test_the_true_velocity_of_a_gaussian_gives_that_gaussian():
     drawn = prior.sample(torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
     assert float(drawn.mean()) == pytest.approx(mean, abs=0.05)
     assert float(drawn.std()) == pytest.approx(spread, rel=0.05)
+
+
+def test_even_noise_is_normal_and_fills_every_cell_of_any_row_of_networks():
+    for first in (0, 64, 192):
+        noise = even_noise(7, range(first, first + 64), 2)
+        cells = (torch.special.ndtr(noise.double()) * 8).long()  # 8 x 8 cells: one network in each
+        assert len(cells.unique(dim=0)) == 64
+    assert torch.equal(even_noise(7, [70, 69, 69], 3), even_noise(7, range(128), 3)[[70, 69, 69]])
+    assert not torch.equal(even_noise(8, range(4), 3), even_noise(7, range(4), 3))
 
 
 def test_it_learns_what_the_condition_says():

@@ -122,3 +122,4 @@ def test_positions(position):
     prototypes = network.prototypes(torch.zeros(1, network.config.state.width))
     assert prototypes.shape == (1, L, 16)
     assert ("position_embedding" in dict(network.named_parameters())) == (position == "learned")
+    assert len(network.position_embedding.unique(dim=0)) == (1 if position == "none" else L)

@@ -10,9 +10,8 @@ from torch import multiprocessing, nn
 from torch.nn import functional as F
 
 from rpg.models.denoiser import UNet1dConfig
-from rpg.models.denoiser.batch_norm import BatchNorm
 from rpg.models.denoiser.time import time_sinusoid
-from rpg.models.denoiser.unet1d import UNet1d
+from rpg.models.denoiser.unet1d import BatchNorm, UNet1d
 
 D, H, E = 12, 20, 16
 CHANNELS = (1, 4, 6, 8, 6, 4, 1)

@@ -12,8 +12,7 @@ from torch import nn
 
 from rpg.cli import reading
 from rpg.config import Config
-from rpg.planning import collection, free, guard
-from rpg.planning import target as target_module
+from rpg.planning import collection, guard, machine, target
 from rpg.planning.collection import collection_need, plan_collection
 from rpg.planning.guard import GIB, Need, evaluation_need, free_memory, generation_need, require_memory, training_need
 from rpg.planning.plan import make_plan
@@ -72,7 +71,7 @@ def test_limits_of_control_groups_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
             (folder / name).write_text(f"{value}\n")
         (folder / "memory.stat").write_text("inactive_file 40\ntotal_inactive_file 40\n")
     lines = "0::/outer/inner\n" if version == 2 else "4:cpu,memory:/outer/inner\n0::/\n"
-    monkeypatch.setattr(free, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     read = Path.read_text
     monkeypatch.setattr(
         Path, "read_text", lambda p, *a, **k: lines if str(p) == "/proc/self/cgroup" else read(p, *a, **k)
@@ -81,7 +80,7 @@ def test_limits_of_control_groups_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_without_limits_it_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(free, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
@@ -163,7 +162,7 @@ def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monk
         plan_collection(task_config(name="cifar10_subsets", **changes | {"finetune": RECIPE})),
     )
     assert few is not None and all_ is not None and all_.host > few.host + 20 * (1 << 20)
-    monkeypatch.setattr(target_module, "task_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(target, "task_device", lambda name: torch.device("cuda"))
     on_gpu = plan_collection(small)
     assert on_gpu is not None and on_gpu.processes == 1 and on_gpu.device > GIB
     assert on_gpu.need.host < GIB and on_gpu.need.device == on_gpu.device

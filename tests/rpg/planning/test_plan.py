@@ -11,7 +11,7 @@ from torch import nn
 from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.flops import count_flops
+from rpg.planning.peak import count_flops
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator, largest_network, make_plan, parse_memory
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.training.loop import train

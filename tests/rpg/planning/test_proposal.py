@@ -15,6 +15,7 @@ from rpg.training.loop import train
 from tests.conftest import make_zoo
 from tests.rpg.conftest import Run
 from tests.rpg.generation.test_adapters import adapters_at
+from tests.tokenization.lora.test_collected import EXPERTS, save
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.importing import collect_from
@@ -98,3 +99,23 @@ def test_what_no_configuration_suits(tmp_path: Path) -> None:
         propose(make_zoo(tmp_path / "one", num=1, num_runs=1))
     with pytest.raises(InputError, match="is none"):
         write_config(tmp_path, tmp_path / "c.yaml")
+
+
+def test_changes_are_kept_in_what_is_proposed(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path / "zoo")
+    written = write_config(zoo.path, tmp_path / "mine.yaml", ["train.steps=7", "tokens.size=16", "run=runs/other"])
+    found = Config.load(tmp_path / "mine.yaml")
+    assert (found.train.steps, found.tokens.size, found.run) == (7, 16, "runs/other") == (
+        written.config.train.steps, written.config.tokens.size, written.tree["run"],
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"train\.stpes"):
+        write_config(zoo.path, tmp_path / "other.yaml", ["train.stpes=7"])
+    assert not (tmp_path / "other.yaml").exists()
+
+
+def test_adapters_whose_pairs_are_no_products_are_learned_as_saved(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "a" / str(number), number, **EXPERTS)
+    zoo = collect_from(tmp_path / "a", tmp_path / "zoo")
+    assert propose(zoo).config.tokens.lora_canonical == "none"
+    assert trained(zoo, tmp_path).layout.canonical is None

@@ -7,8 +7,7 @@ from torch import nn
 from rpg.config import Config
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
-from rpg.tasks.images.digits import DigitsTask
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train

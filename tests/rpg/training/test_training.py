@@ -11,7 +11,7 @@ from rpg.generation.generator import Generator
 from rpg.training.data import BatchSampler
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
-from rpg.training.trainer import Trainer
+from rpg.training.trainer import Trainer, build_network
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 from tokenization.files import recover_folder
@@ -176,8 +176,12 @@ def test_impossible_requests_are_named(tmp_path, zoo):
         train(small_config(tmp_path, zoo=str(empty)), overwrite=True)
 
 
-def test_a_conditional_generator_trains_with_dropout(tmp_path):
-    make_zoo(tmp_path / "zoo", num=8, condition_size=3)
-    config = small_config(tmp_path, model={"condition": {"kind": "binary", "dropout": 0.5}})
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_dropped_condition_trains_what_stands_for_it(tmp_path, dropout):
+    zoo = make_zoo(tmp_path / "zoo", num=8, condition_size=3)
+    condition = {"kind": "binary", "dropout": dropout}
+    config = small_config(tmp_path, model={"condition": condition}, train={"weight_decay": 0.0})
+    untrained = build_network(config, TokenLayout.fit(zoo, config.tokens), zoo).state_dict()["condition.null"]
     train(config)
-    assert "condition.null" in weights(config.run)
+    moved = (weights(config.run)["condition.null"] - untrained).abs().max()
+    assert moved > 1e-5 if dropout else moved < 1e-6

@@ -124,11 +124,11 @@ def test_constants_ties_order_and_dtypes_come_back(zoo: Zoo):
     assert decoded["head.weight"] is decoded["embed.weight"]
     for name, tensor in original.items():
         assert (decoded[name].dtype, decoded[name].shape) == (tensor.dtype, tensor.shape)
-    assert set(layout.constants) == {"bn.num_batches_tracked", "scale", "ids"}
+    assert set(layout.constants) == {"bn.num_batches_tracked", "ids"}
     # Counters are the base checkpoint's, whichever checkpoint the tokens came from.
     assert layout.decode(layout.encode(zoo.checkpoint(2)))["bn.num_batches_tracked"] == 7
-    decoded["scale"].fill_(9)
-    assert layout.decode(layout.encode(zoo.checkpoint(0)))["scale"] == 0.25
+    decoded["ids"].fill_(9)
+    assert layout.decode(layout.encode(zoo.checkpoint(0)))["ids"].tolist() == [0, 1, 2, 3]
 
 
 def test_decode_batch_equals_decode_and_is_differentiable(zoo: Zoo):
@@ -192,24 +192,12 @@ def test_a_tied_tensor_goes_by_any_of_its_names(zoo: Zoo):
     [
         (TokenOptions(include=("con.weight",)), "tokens.include: 'con.weight'.* nearest name is 'conv.weight'"),
         (TokenOptions(exclude=("nothing*",)), "tokens.exclude: 'nothing"),
-        (TokenOptions(include=("scale", "ids")), "no float tensor to tokenise"),
+        (TokenOptions(include=("ids",)), "no float tensor to tokenise"),
     ],
 )
 def test_patterns_that_choose_nothing_are_refused(zoo: Zoo, options: TokenOptions, message: str):
     with pytest.raises(InputError, match=message):
         TokenLayout.fit(zoo, options)
-
-
-def test_eight_bit_floats_are_refused_unless_excluded(tmp_path: Path):
-    tensors = {"a": torch.randn(4), "b": torch.randn(4).to(torch.float8_e4m3fn)}
-    save_checkpoint(tmp_path / "x.safetensors", tensors)
-    checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="'b' has dtype torch.float8_e4m3fn"):
-        TokenLayout.without_statistics(checkpoint, TokenOptions())
-    layout = TokenLayout.without_statistics(checkpoint, TokenOptions(exclude=("b",)))
-    layout.save(tmp_path)
-    decoded = TokenLayout.load(tmp_path).decode(layout.encode(checkpoint))
-    assert torch.equal(decoded["b"].view(torch.uint8), tensors["b"].view(torch.uint8))
 
 
 def test_empty_tensors_are_constants(tmp_path: Path):

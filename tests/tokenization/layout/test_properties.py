@@ -51,7 +51,7 @@ def zoos(draw) -> tuple[list[dict[str, Tensor]], TokenOptions]:
     ]
     return [
         {
-            f"{index}.{kind}": values(dtype, common, spread, kind)
+            f"{index}.{kind}": values(dtype, common, spread, kind) if dtype.is_floating_point else common.to(dtype)
             for index, ((dtype, _, _, spread, kind), common) in enumerate(zip(structure, commons, strict=True))
         }
         for _ in range(draw(st.integers(1, 3)))

@@ -27,7 +27,7 @@ def test_every_value_comes_back(zoo: Zoo, normalization: str) -> None:
     seen: list[tuple[int, int]] = []
     layout = TokenLayout.fit(zoo, TokenOptions(size=8, normalization=normalization))  # type: ignore[arg-type]
     trip = verify_round_trip(zoo, layout, progress=lambda done, total: seen.append((done, total)))
-    assert trip == RoundTrip(3, 3 * 27, 3 * 27) and seen == [(1, 3), (2, 3), (3, 3)]
+    assert trip == RoundTrip(3, 3 * 27, 3 * 27, 1) and seen == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

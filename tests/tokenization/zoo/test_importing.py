@@ -255,8 +255,7 @@ def test_pickled_adapters_are_converted(adapters: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "field", "values"),
     [
-        ("rank", "r", "4, but 2"),
-        ("modules", "target_modules", r"\['qkv'\], but \['proj', 'qkv'\]"),
+        ("rank", r"the rank of 'blocks\.0\.attn\.\w+'", "4, but 2"),
         ("base", "base_model_name_or_path", "'another', but 'base'"),
         ("dora", "use_dora", "True, but False"),
     ],

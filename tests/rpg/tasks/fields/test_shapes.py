@@ -12,11 +12,9 @@ import trimesh
 from rpg.tasks import build_task
 from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.fields.data import load_data
-from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.meshes import EDGE, mesh_distances, write_mesh
-from rpg.tasks.fields.shapes import CLASSES, ball, box, cylinder, random_shape, torus
+from rpg.tasks.fields.fields import REACH, FieldsTask, views
+from rpg.tasks.fields.shapes import CLASSES, EDGE, ball, box, cylinder, mesh_distances, random_shape, torus, write_mesh
 from rpg.tasks.fields.siren import grid_points
-from rpg.tasks.fields.views import REACH, views
 from tokenization.errors import InputError
 
 POINTS = grid_points(9, 9, 9)

@@ -11,8 +11,7 @@ from rpg.experiments.single import scoring_task
 from rpg.tasks import build_task, many
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
-from rpg.tasks.images.digits import load_splits
-from rpg.tasks.images.digits_subsets import DigitsSubsetsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask, load_splits
 from rpg.tasks.images.subsets import load_base
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from rpg.tasks import many, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
+from rpg.tasks.images.config import TicketsConfig
 from rpg.tasks.images.subsets import BASE
 from rpg.tasks.images.tickets import TicketsTask, cut_globally, flatten, unflatten
-from rpg.tasks.images.tickets_config import TicketsConfig
 from tokenization.errors import InputError
 
 CONFIG = TicketsConfig.model_validate({

@@ -5,8 +5,15 @@ import torch
 from peft import set_peft_model_state_dict
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rpg.tasks.language.adapter_bank import AdapterBank, adapter_state, fresh_adapter, peft_config, peft_on
-from rpg.tasks.language.adapter_scores import completion_losses, score_adapters
+from rpg.tasks.language.adapter_bank import (
+    AdapterBank,
+    adapter_state,
+    completion_losses,
+    fresh_adapter,
+    peft_config,
+    peft_on,
+    score_adapters,
+)
 from rpg.tasks.language.adapter_training import _Stopper, train_one, train_side_by_side
 from rpg.tasks.language.config import AdapterConfig, AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows

@@ -15,10 +15,9 @@ from pycocotools.cocoeval import COCOeval
 
 from rpg.tasks import build_task
 from rpg.tasks.vision.canvases import make_canvases
-from rpg.tasks.vision.detection import average_precision
-from rpg.tasks.vision.detection_config import DetectionConfig
+from rpg.tasks.vision.config import DetectionConfig
+from rpg.tasks.vision.detection import SimplePyramid, average_precision, build_detector
 from rpg.tasks.vision.detection_data import open_split
-from rpg.tasks.vision.detection_networks import SimplePyramid, build_detector
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 

@@ -10,8 +10,8 @@ from PIL import Image
 from rpg.tasks import build_task
 from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.vision import stepwise
+from rpg.tasks.vision.segmentation import build_segmenter, logits_of
 from rpg.tasks.vision.segmentation_data import IGNORED, open_split
-from rpg.tasks.vision.segmentation_networks import build_segmenter, logits_of
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 

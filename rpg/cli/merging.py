@@ -1,0 +1,85 @@
+"""The command that merges checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from rpg.cli import parameters as o
+from rpg.console import console, progress_bar
+from tokenization.errors import InputError
+
+Merged = Annotated[list[Path], o.argument("Checkpoints of one network, of any kind, or PEFT adapters.", "FILE…")]
+Method = Annotated[
+    str, o.option("linear, slerp, ties, dare_linear, dare_ties or model_stock.", "--method", metavar="METHOD")
+]
+Output = Annotated[Path, o.option("The safetensors file to write; of adapters the folder.")]
+Begun = Annotated[
+    str | None,
+    o.option(
+        "What all began with: a file, for ties, dare_linear, dare_ties and model_stock; of adapters the base's name."
+    ),
+]
+Weights = Annotated[
+    str | None, o.option("One number for each file, e.g. 0.7,0.3 (default: equal ones).", metavar="NUMBERS")
+]
+Normalize = Annotated[
+    bool | None,
+    o.option(
+        "Scale the weights to add up to 1 (default: linear and ties do, dare_linear and dare_ties do not).",
+        "--normalize/--no-normalize",
+    ),
+]
+Density = Annotated[
+    float | None, o.option("Share of the deviations that ties (default: 0.2) and dare (default: 0.5) keep.")
+]
+Place = Annotated[float | None, o.option("Of slerp: 0 is the first, 1 the second network (default: 0.5).", "--t")]
+
+
+def merge(
+    files: Merged,
+    method: Method,
+    output: Output,
+    base: Begun = None,
+    weights: Weights = None,
+    normalize: Normalize = None,
+    density: Density = None,
+    t: Place = None,
+    seed: o.Seed = 0,
+    function: o.Function = None,
+) -> dict[str, Any]:
+    """Merge checkpoints of one network into one, a tensor at a time; adapters into an adapter of their ranks' sum.
+
+    Methods and options are mergekit's. The files, their digests and the settings stand in the metadata under rpg.merge.
+    """
+    from rpg.merging.adapters import merge_adapters
+    from rpg.merging.files import merge_files
+    from rpg.merging.parts import Recipe
+    from tokenization.lora.adapter import is_adapter
+
+    adapters = [is_adapter(file) for file in files]
+    if any(adapters) and not all(adapters):
+        one, other = files[adapters.index(True)], files[adapters.index(False)]
+        raise InputError(f"{one} is an adapter and {other} is none; merge networks with networks, adapters with those")
+    recipe = Recipe(method, _numbers(weights), normalize, density, t, seed)
+    if all(adapters):
+        merge_adapters(files, recipe, output, base=base)
+    else:
+        with progress_bar("merging") as advance:
+            merge_files(files, recipe, output, base=None if base is None else Path(base), progress=advance)
+    console.print(f"{method} of {len(files)}: {output}", soft_wrap=True, highlight=False)
+    if function is None:
+        return {"path": str(output), "method": method}
+    from rpg.experiments.score_files import print_figures, score_checkpoints
+    from rpg.experiments.scores import Judge
+
+    scores = score_checkpoints([*files, output], Judge(function), None, "test")
+    print_figures(scores, console)
+    return {"path": str(output), "method": method, "checkpoints": scores}
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights {text} is no list of numbers; write them with commas, e.g. 0.7,0.3") from error

@@ -1,0 +1,115 @@
+"""Networks asked for by a few examples, labelled or not, beside what a user would do with these examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from rpg.config import Config
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.report import Curve, Networks, Report, networks
+from rpg.experiments.example_sets import ExampleSets
+from rpg.experiments.few_examples import FewExamples
+from rpg.experiments.single import collect, existing, train_or_continue
+from rpg.generation.generator import Generator
+from rpg.tasks import build_task
+from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.sensors.sensors import BASE
+from rpg.tasks.side_by_side import Stacked, stack
+from rpg.training.data import training_entries, zoo_conditions
+from tokenization.zoo.locks import locks
+from tokenization.zoo.zoo import Zoo
+
+PER_CLASS = (1, 2, 5, 10, 20)
+"""Examples of each class."""
+
+
+def run_by_examples(config: Config, progress: Mapping[str, Any]) -> Report:
+    """Collect, train, generate, compare; the report is written beside the run."""
+    collect(config, progress=progress.get("collect"))
+    train_or_continue(config, progress=progress.get("train"), watch=progress.get("watch"))
+    return evaluate_by_examples(config.run, seed=config.seed)
+
+
+@locks(lambda run, **_: existing(run))
+def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test") -> Report:
+    """Score networks for unseen tasks by the number of examples a class, and everything simpler.
+
+    Args:
+        run: a run of ``model.condition.kind: examples`` without codes.
+        seed: decides the examples and all that is random.
+        split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images.
+    """
+    started = time.perf_counter()
+    with single_threaded():
+        generator = Generator.from_pretrained(run)
+        zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
+        sets = {
+            name: ExampleSets(task, zoo_conditions(zoo, zoo.subset(name)), "test" if name == "unseen" else name, seed)
+            for name in ("validation", "unseen")
+        }
+        wanted, tuning = sets["validation" if split == "validation" else "unseen"], sets["validation"]
+        seen = training_entries(zoo, generator.config.train.splits)
+        rivals = FewExamples(
+            task, zoo_conditions(zoo, seen), stack([zoo.state_dict(i) for i in seen]), load_file(zoo.path / BASE), seed
+        )
+        by_number, seconds = {}, 0.0
+        for number in PER_CLASS:
+            num, found = number * wanted.num_classes, {}
+            begun = time.process_time()
+            for name, labelled in (("generated", True), ("generated_unlabelled", False)):
+                found[name] = rivals.accuracy(wanted, asked(generator, wanted, num, labelled, seed))
+            seconds = (time.process_time() - begun) / (2 * len(wanted.conditions))
+            for name, (make, _) in rivals.methods.items():
+                found[name] = rivals.accuracy(wanted, make(wanted, num, rivals.tuned(name, tuning, num)))
+            found["logistic_regression"] = rivals.logistic_regression(wanted, num)
+            by_number[number] = found
+        original = stack([zoo.state_dict(i) for i in zoo.subset("validation" if split == "validation" else "unseen")])
+        trained = rivals.accuracy(wanted, original)
+    kinds = {
+        number: {name: networks({"accuracy": values}, seed=seed) for name, values in found.items()}
+        for number, found in by_number.items()
+    }
+    for found in kinds.values():
+        found["original"] = networks({"accuracy": trained}, seed=seed)
+    report = Report(
+        experiment="examples",
+        judge="sensors",
+        split=split,
+        seed=seed,
+        better={"accuracy": "more"},
+        kinds=kinds[PER_CLASS[0]],
+        parts={f"{number} examples a class": found for number, found in kinds.items() if number != PER_CLASS[0]},
+        references=("original", "generated_unlabelled"),
+        asked={"examples a class": PER_CLASS[0]},
+        curves={"Accuracy by examples": _curve(kinds)},
+        facts={
+            **generator.facts,
+            "processor seconds a network, scored": round(seconds, 4),
+            "seconds": round(time.perf_counter() - started, 1),
+        },
+    )
+    if split == "test":
+        write_report(run, report, Page("Networks asked for by examples"))
+    return report
+
+
+def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, seed: int) -> Stacked:
+    """A network for every task of ``num`` examples, ``[T, *shape]``."""
+    rows = sets.rows(num, labelled)
+    return stack(generator.generate(len(rows), seed=seed, condition=rows))  # type: ignore[arg-type]
+
+
+def _curve(kinds: Mapping[int, Mapping[str, Networks]]) -> Curve:
+    names = list(next(iter(kinds.values())))
+
+    def mean(found: Networks) -> float | None:
+        summary = found.summaries["accuracy"]
+        return summary.mean if summary else None
+
+    lines = {name: tuple(mean(found[name]) for found in kinds.values()) for name in names}
+    return Curve(x=tuple(map(float, kinds)), lines=lines, across="examples a class", up="accuracy", log=True)

@@ -1,0 +1,97 @@
+"""Rivals of diffusion that make networks from examples at once: one that answers best, or draws by a noise input.
+
+The single network is trained on its answers' cross-entropy; the implicit generator on the joint score of several draws
+(`rpg.evaluation.ensembles.joint_score`), the very measure that draws are compared by.
+
+T tasks, M draws, n examples, V values of a network, N noise values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpg.evaluation.ensembles import joint_score
+from rpg.models.examples import SetEncoder
+from rpg.seeding import make_rng
+from rpg.tasks.side_by_side import Stacked
+from rpg.training.examples import ExampleConditions
+from tokenization.layouts import Layout
+
+WIDTH, NUM_TASKS, NUM_IMAGES, LEARNING_RATE = 256, 32, 32, 2e-3
+"""Of the networks and of their training: tasks and images of a step, peak of AdamW's one-cycle schedule."""
+
+
+class DirectGenerator(nn.Module):
+    """Examples and noise to a network's tokens.
+
+    Args:
+        size: numbers of an example.
+        num_classes: of examples.
+        layout: of the networks.
+        noise: N; 0 makes one network of a set.
+    """
+
+    def __init__(self, size: int, num_classes: int, layout: Layout, noise: int = 0) -> None:
+        super().__init__()
+        self.layout, self.noise = layout, noise
+        self.encoder = SetEncoder(size, num_classes, WIDTH)
+        values = layout.num_tokens * layout.token_size
+        self.network = nn.Sequential(
+            nn.SiLU(), nn.Linear(WIDTH + noise, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
+            nn.Linear(WIDTH, values),
+        )  # fmt: skip
+
+    def forward(self, sets: Tensor, num: int, rng: torch.Generator) -> Stacked:
+        """``num`` networks of every set ``[T, n · size]``, stacked set by set ``[T · num, *shape]``."""
+        encoded = self.encoder(sets).repeat_interleave(num, 0)
+        noise = torch.randn(len(encoded), self.noise, generator=rng)
+        tokens = self.network(torch.cat([encoded, noise], 1))
+        return self.layout.decode_batch(tokens.view(-1, self.layout.num_tokens, self.layout.token_size), constants=True)
+
+
+def train_direct(
+    task: Any,
+    examples: ExampleConditions,
+    layout: Layout,
+    steps: int,
+    *,
+    draws: int = 1,
+    noise: int = 0,
+    seed: int = 0,
+    draw_tasks: Callable[[int, torch.Generator], Tensor] | None = None,
+) -> DirectGenerator:
+    """Train one by the joint score of its draws; of a single draw that is the cross-entropy.
+
+    Args:
+        task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        examples: draws the sets it learns from.
+        layout: of the networks.
+        steps: of training.
+        draws: M.
+        noise: N.
+        seed: decides everything.
+        draw_tasks: gives the tasks ``[T, C]`` of a step; fresh ones when None.
+    """
+    rng = make_rng(seed, "direct", draws)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DirectGenerator(examples.spec.size, examples.config.classes, layout, noise)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        tasks = (draw_tasks or task.draw_tasks)(NUM_TASKS, rng)
+        networks = model(examples.draw(tasks, rng), draws, rng)
+        images, classes = task.draw(NUM_IMAGES, rng)
+        seen = task.see(images, tasks).repeat_interleave(draws, 0)  # [T · M, B, C, S, S]
+        answers = task.side(networks, seen).log_softmax(-1)
+        right = answers[..., torch.arange(len(classes)), classes].view(NUM_TASKS, draws, -1)  # [T, M, B]
+        optimizer.zero_grad()
+        joint_score(right).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,251 @@
+"""Draws of whole networks for tasks that a few unlabelled images leave open, beside everything simpler.
+
+T tasks, M draws, n images shown, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
+from rpg.evaluation.page.page import Page, PageTable, write_report
+from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
+from rpg.experiments.direct_generators import train_direct
+from rpg.experiments.example_sets import ExampleSets
+from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
+from rpg.experiments.single import collect, existing, train_or_continue
+from rpg.generation.generator import Generator
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.seeding import derive_seed, make_rng
+from rpg.tasks import build_task
+from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.side_by_side import Stacked, stack
+from rpg.training.data import training_entries, zoo_conditions
+from rpg.training.examples import ExampleConditions
+from tokenization.zoo.locks import locks
+from tokenization.zoo.zoo import Zoo
+
+SHOWN, DRAWS, SIMULATED, LABELLED = (1, 3), (1, 4, 16, 64), 1000, 10
+"""Images shown; sizes of sets; simulated tasks to retrieve from; labelled images to choose or fine-tune by."""
+
+SAMPLING_STEPS = (1, 2, 4, 8, 16, 30, 60)
+
+TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3, 1e-2))
+"""Steps and peak learning rate of fine-tuning on ten labelled images, to choose from on validation tasks."""
+
+IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
+
+
+def run_draws(config: Config, progress: Mapping[str, Any]) -> Report:
+    """Collect, train, draw, compare; the report is written beside the run."""
+    collect(config, progress=progress.get("collect"))
+    train_or_continue(config, progress=progress.get("train"), watch=progress.get("watch"))
+    return evaluate_draws(config.run, seed=config.seed)
+
+
+@locks(lambda run, **_: existing(run))
+def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rivals: bool = True) -> Report:
+    """Score draws for unseen tasks, task by task, and everything that is compared with them.
+
+    Args:
+        run: a run of ``model.condition.kind: examples`` whose codes have a prior.
+        seed: decides shown images, draws and rivals.
+        split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
+        rivals: whether the networks that have to be trained are compared, too.
+    """
+    started = time.perf_counter()
+    with single_threaded():
+        methods = Methods(Generator.from_pretrained(run), seed, rivals)
+        parts = {num: methods.kinds(split, num) for num in SHOWN}
+        curves = methods.curves(split)
+    report = Report(
+        experiment="draws",
+        judge="sensors",
+        split=split,
+        seed=seed,
+        better={"joint": "less", "accuracy": "more", "nll": "less"},
+        kinds=parts[SHOWN[0]],
+        parts={f"{num} images": kinds for num, kinds in parts.items() if num != SHOWN[0]},
+        asked={"images": SHOWN[0], "labelled": False},
+        curves=curves,
+        notes=(
+            "joint is -log of the mean over a set's networks of the probability of all right answers, an image: a set "
+            "is good if it holds the right network. accuracy and nll are of the set's average answer.",
+        ),
+        facts={**methods.generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
+    )
+    if split == "test":
+        write_report(run, report, Page("Draws where a request leaves room", tables=tables_of_sets(report)))
+    return report
+
+
+def tables_of_sets(report: Report) -> list[PageTable]:
+    """Scores of sets by the number of networks, a table for each number of images shown."""
+    tables = []
+    for title, kinds in {f"{report.asked['images']} image": report.kinds, **report.parts}.items():
+        rows = [
+            [label_of(kind), str(size), *(shown(each[size], name) for name, each in found.joint.items())]
+            for kind, found in kinds.items()
+            for size in found.joint["joint"]
+        ]
+        heads = ["networks", "in a set", *(name.replace("_", " ") for name in next(iter(kinds.values())).joint)]
+        tables.append(PageTable(f"Sets of networks: {title}", heads, rows))
+    return tables
+
+
+class Methods:
+    """Everything that answers a request of some images with a set of networks.
+
+    Args:
+        generator: draws networks given examples.
+        seed: decides everything.
+        rivals: whether to train the single network and the implicit generator.
+    """
+
+    def __init__(self, generator: Generator, seed: int, rivals: bool) -> None:
+        config = generator.config
+        self.generator, self.seed, self.zoo = generator, seed, Zoo.open(config.zoo)
+        self.task: Any = build_task(config.task)  # type: ignore[arg-type]
+        self.trained = self._networks("train")
+        self.known = zoo_conditions(self.zoo, training_entries(self.zoo, config.train.splits))
+        self.fresh = config.train.behaviour is not None and config.train.behaviour.tasks == "fresh"
+        self.simulated = self.task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
+        self.chosen: dict[str, Any] = {}
+        self.direct = {}
+        if rivals:
+            self.direct = {"single": self._direct(1, 0), "implicit": self._direct(IMPLICIT_DRAWS, IMPLICIT_NOISE)}
+
+    def sets(self, split: str) -> ExampleSets:
+        """The tasks that are scored: unseen ones, or those to choose by."""
+        rows = self.zoo.subset("validation" if split == "validation" else "unseen")
+        return ExampleSets(self.task, zoo_conditions(self.zoo, rows), split, self.seed)
+
+    def kinds(self, split: str, num: int) -> dict[str, Networks]:
+        """Every method's networks for tasks of which ``num`` images are shown, scored."""
+        sets, made = self.sets(split), self._made(split, num)
+        kinds = {name: self._scored(sets, networks) for name, networks in made.items()}
+        kinds["original"] = self._scored(sets, self._networks("validation" if split == "validation" else "unseen"))
+        for name in [each for each in ("generated", "single") if each in made]:
+            kinds[f"{name}_by_{LABELLED}_labelled"] = self._scored(sets, self._helped(name, sets, made[name], num))
+        return kinds
+
+    def draw(self, sets: ExampleSets, num: int, draws: int, steps: int | None = None) -> Stacked:
+        """The generator's networks, ``draws`` for every task."""
+        network = self.generator.network
+        assert isinstance(network, RecurrentDiffusion) and network.prior is not None
+        before = network.prior.config
+        network.prior.config = before.model_copy(update={"steps": steps or before.steps})
+        rows = sets.rows(num, False).repeat_interleave(draws, 0)
+        try:
+            made = self.generator.generate(len(rows), seed=derive_seed(self.seed, "draws"), condition=rows)
+        finally:
+            network.prior.config = before
+        return stack(made)  # type: ignore[arg-type]
+
+    def curves(self, split: str) -> dict[str, Curve]:
+        """Joint score of sixteen draws, and seconds, by the prior's sampling steps."""
+        sets, scores, seconds = self.sets(split), [], []
+        for steps in SAMPLING_STEPS:
+            started = time.process_time()
+            networks = self.draw(sets, 1, 16, steps)
+            seconds.append((time.process_time() - started) / (16 * len(sets.conditions)))
+            scores.append(ensemble_metrics(sets.probabilities(networks), sets.targets)["joint"].mean().item())
+        steps_axis = tuple(map(float, SAMPLING_STEPS))
+        return {
+            "Sampling steps": Curve(
+                x=steps_axis, lines={"generated": tuple(scores)}, across="sampling steps of the prior",
+                up="joint score of 16 draws, one image", log=True,
+            ),
+            "Time": Curve(
+                x=steps_axis, lines={"generated": tuple(seconds)}, across="sampling steps of the prior",
+                up="processor seconds a network", log=True,
+            ),
+        }  # fmt: skip
+
+    def _made(self, split: str, num: int) -> dict[str, Stacked]:
+        """Networks of every method, stacked task by task."""
+        sets, most = self.sets(split), max(DRAWS)
+        rows, rng = sets.rows(num, False), make_rng(self.seed, "implicit")
+        made = {"generated": self.draw(sets, num, most)}
+        for name, model in self.direct.items():
+            made[name] = model(rows.flatten(1), 1 if name == "single" else most, rng)
+        sources = {"retrieved_zoo": (self.known, self.trained)}
+        if self.simulated is not None:
+            sources["retrieved_simulated"] = (self.simulated, self._of_tasks(self.simulated))
+        for name, (known, networks) in sources.items():
+            width = self._width(name, known, networks, num)
+            found = log_likelihoods(self.task, known, sets.shown(num)[0], (width,))[0]
+            made[name] = drawn(found, networks, most, self.seed)
+        known, networks = sources.get("retrieved_simulated", sources["retrieved_zoo"])
+        equal = torch.zeros(len(sets.conditions), len(known))
+        return {**made, "prior": drawn(equal, networks, most, derive_seed(self.seed, "prior"))}
+
+    def _scored(self, sets: ExampleSets, networks: Stacked) -> Networks:
+        return sets_of_networks(sets.probabilities(networks), sets.targets, DRAWS, self.seed)
+
+    def _width(self, name: str, known: Tensor, networks: Stacked, num: int) -> float:
+        """The width of the kernel that is best on validation tasks."""
+        sets = self.sets("validation")
+        found = log_likelihoods(self.task, known, sets.shown(num)[0])
+        draws = [drawn(each, networks, max(DRAWS), self.seed) for each in found]
+        best = self._best([lambda each=each: each for each in draws], sets, "joint", -1)
+        self.chosen[f"{name}, {num} shown"] = WIDTHS[best]
+        return WIDTHS[best]
+
+    def _helped(self, name: str, sets: ExampleSets, networks: Stacked, num: int) -> Stacked:
+        """The draw that ten labelled images favour, or the single network fine-tuned on them."""
+        if name == "generated":
+            best = sets.likelihoods(networks, LABELLED).argmax(1)
+            rows = torch.arange(len(best)) * max(DRAWS) + best
+            return {key: value[rows] for key, value in networks.items()}
+        key = f"fine-tuning, {num} shown"
+        if key not in self.chosen:
+            own = self.sets("validation")
+            start = self.direct[name](own.rows(num, False).flatten(1), 1, make_rng(self.seed, "implicit"))
+            best = self._best(
+                [lambda each=each: self._finetuned(start, own, *each) for each in TUNING], own, "accuracy", 1
+            )
+            self.chosen[key] = list(TUNING[best])
+        return self._finetuned(networks, sets, *self.chosen[key])
+
+    def _best(self, made: list[Callable[[], Stacked]], sets: ExampleSets, metric: str, sign: int) -> int:
+        scores = [ensemble_metrics(sets.probabilities(each()), sets.targets)[metric].mean() for each in made]
+        return int((sign * torch.stack(scores)).argmax())
+
+    def _finetuned(self, start: Stacked, sets: ExampleSets, steps: int, learning_rate: float) -> Stacked:
+        values, classes = sets.shown(LABELLED)
+        batch = (self.task.inputs(values), classes)
+        return self.task.train(start, lambda: batch, steps, learning_rate)
+
+    def _networks(self, split: str) -> Stacked:
+        """The checkpoints of a split of the zoo."""
+        return stack([self.zoo.state_dict(index) for index in self.zoo.subset(split)])
+
+    def _of_tasks(self, tasks: Tensor) -> Stacked:
+        """The networks that the generator makes of what tasks are ``[S, C]``, without any prior."""
+        network, layout = self.generator.network, self.generator.layout
+        assert isinstance(network, RecurrentDiffusion) and self.zoo.condition is not None
+        codes = network.state.codes(self.zoo.condition.inputs(tasks))  # type: ignore[union-attr]
+        noise = torch.randn(len(tasks), layout.num_tokens, layout.token_size, generator=make_rng(self.seed, "of tasks"))
+        with torch.inference_mode():
+            return layout.decode_batch(network.one_step(noise, layout.mask.float(), codes), constants=True)
+
+    def _direct(self, draws: int, noise: int) -> Any:
+        """A generator that needs no diffusion, trained for as many steps and on the same tasks."""
+        config = self.generator.config
+        examples = ExampleConditions(self.task, config.model.condition, self.seed)
+
+        def seen(num: int, rng: torch.Generator) -> Tensor:
+            return self.known[torch.randint(len(self.known), (num,), generator=rng)]
+
+        return train_direct(
+            self.task, examples, self.generator.layout, config.train.steps, draws=draws, noise=noise, seed=self.seed,
+            draw_tasks=None if self.fresh else seen,
+        )  # fmt: skip

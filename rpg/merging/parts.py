@@ -1,0 +1,200 @@
+"""What is merged: checkpoints of any kind that is read, one tensor of each at a time, and the record of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg.merging.methods import COMBINATIONS, DENSITY, METHODS, NEED_BASE, NORMALIZED
+from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
+from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.safetensors import tensor_at
+from tokenization.checkpoint.saving import find_ties
+from tokenization.errors import InputError
+from tokenization.files import file_digest
+from tokenization.lora.adapter import partner_of
+
+METADATA_KEY = "rpg.merge"
+"""Metadata key: JSON object with the method, its settings and the files that were merged, each with its digest."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How networks are merged.
+
+    Attributes:
+        method: one of `METHODS`.
+        weights: one for each network, as given; equal ones when None.
+        normalize: whether they are scaled to add up to 1; as is usual for the method when None.
+        density: share of the deviations that TIES and DARE keep; the method's own when None.
+        t: of SLERP, the place between the first (0) and the second network (1).
+        seed: of what DARE leaves out.
+    """
+
+    method: str
+    weights: Sequence[float] | None = None
+    normalize: bool | None = None
+    density: float | None = None
+    t: float | None = None
+    seed: int = 0
+
+    def settled(self, num: int) -> tuple[Tensor, dict[str, Any]]:
+        """The weights of ``num`` networks, float64, and what `merge_values` takes besides.
+
+        Raises:
+            InputError: an option that the method does not have, or a value out of bounds.
+        """
+        if self.method not in METHODS:
+            raise InputError(f"--method {self.method} is none of {', '.join(METHODS)}")
+        if num < 2:
+            raise InputError(f"a merge takes two networks or more, and there is {num}; name another")
+        if self.method == "slerp" and num != 2:
+            raise InputError(f"--method slerp is between two networks, and here are {num}; name two of them")
+        for name, given, methods in (
+            ("--density", self.density, tuple(DENSITY)),
+            ("--t", self.t, ("slerp",)),
+            ("--weights", self.weights, tuple(NORMALIZED)),
+            ("--normalize", self.normalize, tuple(NORMALIZED)),
+        ):
+            if given is not None and self.method not in methods:
+                raise InputError(f"{name} is for {', '.join(methods)}; leave it out of --method {self.method}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise InputError(f"--density {self.density} is no share of the values; give more than 0, and 1 at most")
+        if self.t is not None and not 0 <= self.t <= 1:
+            raise InputError(f"--t {self.t} is no place between two networks; give 0 (the first) to 1 (the second)")
+        weights = torch.full((num,), 1 / num).double()
+        if self.weights is not None:
+            weights = torch.tensor(list(self.weights)).double()
+        if self.method == "slerp":
+            place = 0.5 if self.t is None else self.t
+            weights = torch.tensor([1 - place, place]).double()
+        normalize = NORMALIZED.get(self.method, True) if self.normalize is None else self.normalize
+        if len(weights) != num or not weights.isfinite().all() or (normalize and abs(float(weights.sum())) < 1e-9):
+            given_weights = ",".join(map(str, weights.tolist()))
+            raise InputError(f"--weights {given_weights}: give {num} numbers, one for each network, whose sum is not 0")
+        return weights, {"normalize": normalize, "density": self.density}
+
+    def record(self) -> dict[str, Any]:
+        """What the merged file says of it."""
+        found: dict[str, Any] = {"method": self.method}
+        if self.method in DENSITY:
+            found["density"] = self.density or DENSITY[self.method]
+        if self.method.startswith("dare"):
+            found["seed"] = self.seed
+        if self.method == "slerp":
+            found["t"] = 0.5 if self.t is None else self.t
+        return found
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it merges deviations from what all networks began with."""
+        return self.method in NEED_BASE
+
+    @property
+    def is_combination(self) -> bool:
+        """Whether the result is a weighted sum of the networks."""
+        return self.method in COMBINATIONS
+
+
+@dataclass
+class Part:
+    """A network to merge.
+
+    Attributes:
+        path: as it was named.
+        names: every key of its state dict, in order.
+        ties: ``{alias: stored name}``.
+        files: what its values lie in.
+    """
+
+    path: Path
+    names: list[str]
+    ties: dict[str, str]
+    files: list[Path]
+    _checkpoint: Checkpoint | None = None
+    _state_dict: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Part:
+        """Open a checkpoint of any kind; its values stay on the disk where they can. Raises InputError if broken."""
+        if pickles := pickled_files(path):
+            state_dict = read_state_dict(path)
+            return cls(path, list(state_dict), find_ties(state_dict), pickles, None, state_dict)
+        checkpoint = Checkpoint.open(path)
+        return cls(path, list(checkpoint.order), dict(checkpoint.ties), sorted(checkpoint.sizes), checkpoint)
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor."""
+        if self._checkpoint is not None:
+            info = self._checkpoint.info(name)
+            return info.dtype, info.shape
+        return self._state_dict[name].dtype, tuple(self._state_dict[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in its shape, to be read only."""
+        if self._checkpoint is not None:
+            return self._checkpoint.flat(name).view(self._checkpoint.info(name).shape)
+        return self._state_dict[name]
+
+    def release(self, name: str) -> None:
+        """Drop a tensor's pages from this process."""
+        if self._checkpoint is not None:
+            self._checkpoint.release(self.ties.get(name, name))
+
+    def require(self, first: Part, *, dtypes: bool = True, ranks: bool = True) -> None:
+        """Check that names, shapes and dtypes are those of ``first``; ``ranks``: those of LoRA factors, too.
+
+        Raises:
+            InputError: names the first tensor that differs.
+        """
+        missing = next((name for name in first.names if name not in set(self.names)), None)
+        extra = next((name for name in self.names if name not in set(first.names)), None)
+        cure = "merge checkpoints of one network"
+        if missing is not None or extra is not None:
+            where, other = (self.path, first.path) if missing is not None else (first.path, self.path)
+            raise InputError(f"{tensor_at(where, str(missing or extra))} is missing, but {other} has it; {cure}")
+        for name in first.names:
+            (dtype, shape), (own_dtype, own_shape) = self.spec(name), first.spec(name)
+            side = "" if ranks else (partner_of(name) or ("",))[0]
+            compared = {"A": slice(1, None), "B": slice(1)}.get(side, slice(None))
+            if shape[compared] != own_shape[compared] or (dtypes and dtype != own_dtype):
+                found, expected = (f"{d} of shape {list(s)}" for d, s in ((dtype, shape), (own_dtype, own_shape)))
+                raise InputError(f"{tensor_at(self.path, name)} is {found}, but {expected} in {first.path}; {cure}")
+
+
+class Digests:
+    """SHA-256 of all parts' files, taken beside the work.
+
+    Args:
+        parts: the networks.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._found: list[list[Future[str]]] = [
+            [self._pool.submit(file_digest, file) for file in part.files] for part in parts
+        ]
+
+    def record(self, recipe: Recipe, parts: Sequence[Part], weights: Tensor, base: Part | None, *, wait: bool) -> str:
+        """The text under `METADATA_KEY`; without ``wait`` with zeros in place of digests, in the same length."""
+        rows: list[dict[str, Any]] = []
+        for part, futures in zip([*parts, *([base] if base is not None else [])], self._found, strict=True):
+            found = [future.result() if wait else "0" * 64 for future in futures]
+            rows.append({"path": str(part.path), "sha256": found[0] if len(found) == 1 else found})
+        record: dict[str, Any] = recipe.record()
+        if base is not None:
+            record["base"] = rows.pop()
+        if recipe.method in NORMALIZED:
+            rows = [{**row, "weight": weight} for row, weight in zip(rows, weights.tolist(), strict=True)]
+        return json.dumps({**record, "parts": rows})
+
+    def close(self) -> None:
+        """Give up what is not done yet."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,317 @@
+"""The estimators: what recurrent diffusion, p-diff, hyper-representations and kernel ridge take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rpg.diffusion.objectives import build_objective
+from rpg.generation.pdiff_sampler import GROUP
+from rpg.generation.sampler import low_precision_copy
+from rpg.models.batch import Batch
+from rpg.models.kernel_ridge import KernelRidgeGenerator
+from rpg.models.pdiff import ParameterDiffusion
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.sane import TokenAutoencoder
+from rpg.planning.estimator import Estimator, StepPart
+from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
+from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
+from tokenization.layouts import cached_bytes
+
+
+class RecurrentEstimator(Estimator):
+    """The needs of recurrent diffusion: a step takes N tokens of each of B checkpoints."""
+
+    @property
+    def checkpoints_per_step(self) -> int:
+        """B."""
+        return self.config.train.batch_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """B times N."""
+        num_tokens = self.zoo.layout.num_tokens
+        return self.checkpoints_per_step * min(self.config.train.tokens or num_tokens, num_tokens)
+
+    @property
+    def num_parts(self) -> int:
+        """Gradients are accumulated."""
+        return self.config.train.gradient_accumulation
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a zoo that is small enough."""
+        return cached_bytes(self.zoo.layout, self.zoo.num_checkpoints)
+
+    def meta_network(self) -> RecurrentDiffusion:
+        """Without storage; what is measured of a zoo has the sizes that it will have."""
+        network = super().meta_network()
+        if network.centre is not None:
+            code_size = network.state.embedding_dim if self.model.state.of == "code" else 0
+            network.centre.resize(self.zoo.num_checkpoints, code_size)
+        return network
+
+    def fake_network(self, network: RecurrentDiffusion) -> RecurrentDiffusion:
+        """Shapes on the CPU, in place."""
+        super().fake_network(network)
+        network.objective = build_objective(self.model.diffusion)  # its tables would be on the meta device
+        return network
+
+    def step_part(self, network: RecurrentDiffusion, num_processes: int) -> StepPart:
+        """The rows of ``B / processes / parts`` checkpoints."""
+        num_examples = max(1, self.checkpoints_per_step // num_processes // self.num_parts)
+        num_sampled = self.rows_per_step // self.checkpoints_per_step
+        # A condition of its own for every example is the most there can be.
+        num_groups = (
+            num_examples if self.zoo.condition_size or self.model.start else min(num_examples, self.zoo.num_states)
+        )
+        rows = (num_examples, num_sampled, self.zoo.layout.token_size)
+        batch = Batch(
+            samples=torch.empty(rows),
+            mask=torch.empty(rows[1:]),
+            token_ids=torch.zeros(num_sampled, dtype=torch.long),
+            time=network.objective.sample_time(num_examples * num_sampled, None).view(rows[:2]),
+            noise=torch.empty(rows),
+            group=torch.zeros(num_examples, dtype=torch.long),
+            states=torch.zeros(num_groups, dtype=torch.long),
+            conditions=self._conditions(num_groups),
+            dropped=torch.zeros(num_groups, dtype=torch.bool) if self.zoo.condition_size else None,
+            starts=self._starts(num_groups),
+        )
+        noise = self._states(network, num_groups) if self.model.state.noise else None
+        return StepPart(lambda: network(batch, noise), num_bytes(vars(batch).values()))
+
+    def waiting_bytes(self, num_processes: int) -> int:
+        """The rows of this step's other parts and of the next step wait their turn."""
+        per_process = math.ceil(self.rows_per_step / num_processes)
+        num_rows = 2 * per_process - per_process // self.num_parts
+        return num_rows * self.zoo.layout.token_size * FLOAT_BYTES
+
+    def sampling_memory(self, network: RecurrentDiffusion, weights: int, loading: int) -> GenerationMemory:
+        """All prototypes first, then tile after tile."""
+        layout, tile_tokens = self.zoo.layout, self.config.generate.tile_tokens
+        if self.config.generate.precision == "bf16":
+            network = low_precision_copy(network)
+            weights += num_bytes(each for each in network.parameters() if each.dtype == torch.bfloat16)
+        group = max(1, tile_tokens // layout.num_tokens)
+        num_rows = group * layout.num_tokens if group > 1 else min(tile_tokens, layout.num_tokens)
+        states, conditions = self._states(network, group), self._conditions(group)
+        with LiveBytes() as live:
+            starts = self._starts(group)
+            prototypes = [network.prototypes(states, conditions, starts=starts) for _ in range(self._num_passes)]
+        kept = num_bytes(prototypes)
+        backbone = max(0, live.peak - kept)
+        with LiveBytes() as live:
+            # The noise, the rows, their mask and the step before: every sampler holds about these.
+            held = [torch.empty(num_rows, layout.token_size) for _ in range(4)]
+            contexts = [network.denoiser.precompute(each.new_empty(num_rows, each.shape[-1])) for each in prototypes]
+            time = torch.empty(()).expand(num_rows)
+            predictions = [network.predict(held[0], time, context, held[1]) for context in contexts]
+        del predictions
+        return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak, loading=loading)
+
+    def sampling_flops(self, network: RecurrentDiffusion, steps: int) -> GenerationFlops:
+        """Of the backbone and what is known of tokens, once a network; of the denoiser, for every token and step."""
+        layout, num_rows = self.zoo.layout, self.config.generate.tile_tokens
+        with count_flops() as backbone:
+            prototypes = network.prototypes(
+                self._states(network, 1), self._conditions(1), starts=self._starts(1)
+            )  # [1, L, H]
+        with count_flops() as centre:
+            network.known(self._states(network, 1), self._conditions(1), torch.arange(layout.num_tokens))
+        with count_flops() as once:
+            context = network.denoiser.precompute(prototypes.new_empty(num_rows, prototypes.shape[-1]))
+        with count_flops() as step:
+            network.predict(torch.empty(num_rows, layout.token_size), torch.empty(()).expand(num_rows), context, None)
+        per_network = self._num_passes * backbone.get_total_flops()
+        per_token, per_step = (self._num_passes * (counter.get_total_flops() // num_rows) for counter in (once, step))
+        known, directions = centre.get_total_flops(), directions_flops(layout)
+        total = per_network + layout.num_tokens * (per_token + steps * per_step) + known + directions
+        return GenerationFlops(per_network, per_token, per_step, known, directions, total)
+
+    @property
+    def _num_passes(self) -> int:
+        """Predictions a sampling step makes of each token: two under classifier-free guidance."""
+        return 2 if self.zoo.condition_size and self.config.generate.guidance_scale != 1 else 1
+
+    def _states(self, network: RecurrentDiffusion, num_groups: int) -> Tensor | None:
+        """Permutation states ``[G, S]``; None without any."""
+        return torch.empty(num_groups, network.state.embedding_dim) if network.state is not None else None
+
+    def _starts(self, num_groups: int) -> Tensor | None:
+        """Tokens ``[G, L, D]`` to go on from; None without any."""
+        if self.model.start is None:
+            return None
+        return torch.empty(num_groups, self.zoo.layout.num_tokens, self.zoo.layout.token_size)
+
+    def _conditions(self, num_groups: int) -> Tensor | None:
+        """Conditions ``[G, C]`` as they come from a zoo; None without any."""
+        if not self.zoo.condition_size:
+            return None
+        return torch.empty(num_groups, 1 if self.model.condition.kind == "class" else self.zoo.condition_size)
+
+
+class PDiffEstimator(Estimator):
+    """The needs of p-diff: a step takes whole checkpoints; the autoencoder's are the larger ones of both stages."""
+
+    @property
+    def checkpoints_per_step(self) -> int:
+        """B of the autoencoder's stage."""
+        return self.model.autoencoder.batch_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """All tokens of B checkpoints."""
+        return self.checkpoints_per_step * self.zoo.layout.num_tokens
+
+    @property
+    def num_parts(self) -> int:
+        """A step is a single batch."""
+        return 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """The flattened zoo is always in memory."""
+        return self.zoo.num_checkpoints * self.zoo.layout.num_coordinates * FLOAT_BYTES
+
+    def step_part(self, network: ParameterDiffusion, num_processes: int) -> StepPart:
+        """A whole step of the autoencoder: values and their noise ``[B, d]``, the latents' noise ``[B, Z]``."""
+        num_examples, num_values = self.checkpoints_per_step, self.zoo.layout.num_coordinates
+        inputs = [torch.empty(num_examples, size) for size in (num_values, num_values, network.config.latent_size)]
+        return StepPart(lambda: (network(0, *inputs),), num_bytes(inputs))
+
+    def averaged(self, network: ParameterDiffusion) -> nn.Module:
+        """The autoencoder keeps its last weights."""
+        return network.denoiser
+
+    def sampling_memory(self, network: ParameterDiffusion, weights: int, loading: int) -> GenerationMemory:
+        """A tile of whole networks is decoded."""
+        layout = self.zoo.layout
+        with LiveBytes() as live:
+            values = network.decode_standardised(torch.empty(GROUP, network.config.latent_size))  # [GROUP, d]
+            del values
+        rows = GROUP * layout.num_tokens * layout.token_size * FLOAT_BYTES
+        return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + rows, loading=loading)
+
+    def sampling_flops(self, network: ParameterDiffusion, steps: int) -> GenerationFlops:
+        """Of the decoder, once a network; of the latent's denoiser, unless a VAE has none."""
+        latents = torch.empty(GROUP, network.config.latent_size)
+        with count_flops() as decoder:
+            network.decode_standardised(latents)
+        with count_flops() as step:
+            if not network.config.variational:
+                network.denoiser(latents, torch.empty(()).expand(GROUP))
+        once, each = (counter.get_total_flops() // GROUP for counter in (decoder, step))
+        directions = directions_flops(self.zoo.layout)
+        return GenerationFlops(0, once, each, 0, directions, once + steps * each + directions)
+
+
+class SaneEstimator(Estimator):
+    """The needs of SANE: a step takes two views of whole checkpoints."""
+
+    num_parts = 1
+
+    @property
+    def checkpoints_per_step(self) -> int:
+        """B."""
+        return self.config.train.batch_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """All tokens of B checkpoints."""
+        return self.checkpoints_per_step * self.zoo.layout.num_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """The flattened zoo is always in memory."""
+        return self.zoo.num_checkpoints * self.zoo.layout.num_coordinates * FLOAT_BYTES
+
+    def meta_network(self) -> TokenAutoencoder:
+        """Without storage; with as many anchors as there are checkpoints."""
+        network = super().meta_network()
+        network.fill(anchors=network.anchors.new_empty(self.zoo.num_checkpoints, *network.anchors.shape[1:]))
+        return network
+
+    def step_part(self, network: TokenAutoencoder, num_processes: int) -> StepPart:
+        """A whole step: tokens ``[B, L, D]``, their mask and the noise of two views."""
+        layout = self.zoo.layout
+        shape = (layout.num_tokens, layout.token_size)
+        inputs = [torch.empty(self.checkpoints_per_step, *shape), torch.ones(shape)]
+        inputs.append(torch.empty(2, self.checkpoints_per_step, *shape))
+        return StepPart(lambda: (network(*inputs),), num_bytes(inputs))
+
+    def sampling_memory(self, network: TokenAutoencoder, weights: int, loading: int) -> GenerationMemory:
+        """A tile of whole networks is decoded."""
+        with LiveBytes() as live:
+            rows = network.decode(torch.empty(GROUP, *network.anchors.shape[1:]))  # [GROUP, L, D]
+            del rows
+        drawn = 3 * GROUP * network.anchors[0].numel() * FLOAT_BYTES
+        return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + drawn, loading=loading)
+
+    def sampling_flops(self, network: TokenAutoencoder, steps: int) -> GenerationFlops:
+        """Of the decoder, once a network."""
+        with count_flops() as decoder:
+            network.decode(torch.empty(1, *network.anchors.shape[1:]))
+        once, directions = decoder.get_total_flops(), directions_flops(self.zoo.layout)
+        return GenerationFlops(0, 0, 0, once, directions, once + directions)
+
+
+class KernelRidgeEstimator(Estimator):
+    """The needs of a regression in closed form."""
+
+    num_parts = 1
+
+    @property
+    def tokens(self) -> int:
+        """Values of a checkpoint's tokens, T·k."""
+        return self.zoo.layout.num_tokens * self.zoo.layout.token_size
+
+    @property
+    def checkpoints_per_step(self) -> int:
+        """All of them, once."""
+        return self.zoo.num_checkpoints
+
+    @property
+    def rows_per_step(self) -> int:
+        """Every token of the zoo, once."""
+        return self.checkpoints_per_step * self.zoo.layout.num_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """The tokens of the zoo."""
+        return FLOAT_BYTES * self.zoo.num_checkpoints * self.tokens
+
+    @property
+    def _fitted_bytes(self) -> int:
+        """The two tensors ``[n, T, k]`` that predictions and draws are made of; one without a condition."""
+        return self.cache_bytes * (2 if self.zoo.condition_size else 1)
+
+    def step_part(self, network: KernelRidgeGenerator, num_processes: int) -> StepPart:
+        """There is none."""
+        raise NotImplementedError
+
+    def training_flops(self, num_processes: int = 1) -> int:
+        """Of the Gram matrix and of the products with ``[n, n]`` matrices."""
+        return 6 * self.zoo.num_checkpoints**2 * self.tokens
+
+    def training_memory(self, *, bf16: bool = False, num_processes: int = 1) -> TrainingMemory:
+        """The zoo's tokens, in float64 three times over while they are fitted, and what comes out."""
+        return TrainingMemory(
+            weights=self._fitted_bytes, gradients=0, optimizer=0, ema=0, activations=6 * self.cache_bytes,
+            batch=0, waiting=0, cache=self.cache_bytes, fitting=self.fitting_bytes,
+        )  # fmt: skip
+
+    def sampling_memory(self, network: KernelRidgeGenerator, weights: int, loading: int) -> GenerationMemory:
+        """What was fitted, and the rows of a tile."""
+        group = max(1, self.config.generate.tile_tokens // self.zoo.layout.num_tokens)
+        rows = FLOAT_BYTES * max(group * self.tokens, self.config.generate.tile_tokens * self.zoo.layout.token_size)
+        fitted = self._fitted_bytes
+        return GenerationMemory(weights=fitted, prototypes=0, backbone=0, tile=2 * rows, loading=2 * fitted)
+
+    def sampling_flops(self, network: KernelRidgeGenerator, steps: int) -> GenerationFlops:
+        """Two combinations of n checkpoints; one without a condition."""
+        once = 2 * self.zoo.num_checkpoints * self.zoo.layout.token_size * (2 if self.zoo.condition_size else 1)
+        known, directions = once * self.zoo.layout.num_tokens, directions_flops(self.zoo.layout)
+        return GenerationFlops(0, 0, 0, known, directions, known + directions)
