@@ -34,7 +34,7 @@ from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices
-from rpg.experiments.trajectories import OPTION, trajectory_of, wished_trajectory
+from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
@@ -96,19 +96,17 @@ def evaluate_run(
 ) -> Report:
     """Generate networks with the generator of a run and judge them beside originals and simple baselines.
 
-    Of a generator that takes conditions, networks are made for those of the zoo's unseen tasks, without such for those
-    of its held-out checkpoints, or of its training ones where none is held out. Without anything that scores, networks
-    are told apart by their weights: how far from the originals, and from the one of the condition they were made for.
-    Writes ``evaluation.json``, ``scatter.png`` and ``report.html``, and ``samples.png`` of networks that draw.
+    With conditions, networks are made for the zoo's unseen tasks, else for its held-out or training checkpoints. Where
+    nothing scores, networks are told apart by their weights. Writes ``evaluation.json``, ``scatter.png`` and
+    ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
         run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
-        num: networks to generate; the configuration's number when None.
+        num, split: networks to generate, and data; the configuration's when None.
         seed: decides everything random.
         output: where the results go; the run folder when None.
         workers: the processes that share the work.
-        split: of the task's data, the configuration's when None; of ``validation`` networks are made for its tasks.
         trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
@@ -121,38 +119,31 @@ def evaluate_run(
     num, split = num or config.evaluate.num, split or config.evaluate.split
     require_for_choices(config, split if generator.condition is not None else "")
     scorer = judge.scorer(generator.adapter, config, zoo, split)
-    if trajectory is not None and generator.condition is None:
-        raise InputError(f"{OPTION} is for generators with conditions; the report shows the others' as they are")
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
     form, runs = generator.layout.compressed, [zoo.entries[index].run for index in trained]
-    scorer, networks = _in_form(
-        scorer, form, generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    )
+    made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    scorer, networks = _in_form(scorer, form, made)
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
-    matching = _matching(span, runs, task)
     merges = _merges(generator.adapter, zoo, trained, generator.layout)
-    options = Options(judge.lower, judge.higher, split, seed, merges, matching, _control(config, task, seed))
+    ways = merges, _matching(span, runs, task), _control(config, task, seed)
+    options = Options(judge.lower, judge.higher, split, seed, *ways)
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
-    asked = generator.asked(num, seed)
-    stored = asked if config.generate.state == "stored" else []
+    stored = generator.asked(num, seed) if config.generate.state == "stored" else []
     others = [generator.layout.checkpoint(zoo, index) for index in held_out]
     report = evaluation.run(Made(num, generator.share(num, workers.partition), networks, stored), others)
-    if asked and not stored:
+    if not stored and (asked := generator.asked(num, seed)):
         measured = _stored_span(generator, scorer, zoo_span(generator, zoo, trained), asked, seed, workers)
         report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
     if workers.is_first:
         command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
-        seconds = report.facts.get("seconds_per_network")
-        facts = provenance_of(generator, zoo, num, seed, seconds, command)
+        facts = provenance_of(generator, zoo, num, seed, report.facts.get("seconds_per_network"), command)
         page = Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
         if wish is not None or (generator.condition is None and task is not None):
-            page.condition = trajectory or ""
-            page.trajectory = _trajectory(generator, scorer, span, wish, seed)
-        if (made := evaluation.vectors_of("generated")) is not None and span.held:
-            page.heatmaps = [_heatmap(span.vectors(), made)] if len(trained) > 1 else []
+            page.condition, page.trajectory = trajectory or "", _trajectory(generator, scorer, span, wish, seed)
+        page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
         write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
     return report
 
@@ -320,8 +311,11 @@ def _trajectory(
     return trajectory_of(generator, wish, seed, measure, wanted=wish is not None)
 
 
-def _heatmap(zoo: Tensor, generated: Tensor) -> Heatmap:
+def _heatmaps(span: ZooSpan, generated: Tensor | None) -> list[Heatmap]:
     """Two generated networks, each over its three nearest originals; columns evenly spaced over the values."""
+    if generated is None or len(span.checkpoints) < 2 or not span.scales:
+        return []
+    zoo = span.vectors()
     columns = torch.linspace(0, zoo.shape[1] - 1, min(HEATMAP_COLUMNS, zoo.shape[1])).round().long().unique()
     spread = zoo.square().mean().sqrt().clamp(min=1e-12)
     labels, rows = [], []
@@ -333,7 +327,7 @@ def _heatmap(zoo: Tensor, generated: Tensor) -> Heatmap:
             labels.append(f"original {row} ({('nearest', '2nd', '3rd')[rank]})")
             rows.append(zoo[row, columns])
     caption = "Deviation from the zoo’s mean, in each layer’s spread: blue below, red above."
-    return Heatmap(labels, (torch.stack(rows) / spread).nan_to_num(), caption)
+    return [Heatmap(labels, (torch.stack(rows) / spread).nan_to_num(), caption)]
 
 
 def losses_of(path: Path) -> tuple[list[float], list[float]]:
