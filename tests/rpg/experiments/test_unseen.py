@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rpg.evaluation.report import Report
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
-from rpg.experiments.single import scoring_task
+from rpg.experiments.single import for_choices, scoring_task, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
@@ -97,6 +98,27 @@ def test_figures_are_those_of_the_networks(experiment):
     shares = torch.tensor(worst["accuracy_of_class"])
     counts = torch.bincount(task.classes("test"), minlength=10)
     assert (shares * counts).sum().item() / 500 == pytest.approx(worst["accuracy"])
+
+
+@pytest.fixture(scope="module")
+def choices(experiment):
+    """The run that choices are made by: it has not learned from the validation tasks."""
+    config = for_choices(experiment[0])
+    train_or_continue(config)
+    return config
+
+
+def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(experiment, choices, rpg, tmp_path):
+    config, _ = experiment
+    with pytest.raises(InputError, match="no choice can be made") as caught:
+        evaluate_held_out(config.run, split="validation")
+    cure = re.findall(r"--set '?([^ ']+)", str(caught.value))
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml", cure) == choices == for_choices(choices)
+    zoo, generator = Zoo.open(config.zoo), Generator.from_pretrained(choices.run)
+    assert generator.facts["training checkpoints"] == 11 == len(zoo.subset("train"))
+    code, out, err = rpg("unseen", tmp_path / "config.yaml", "--split", "validation")
+    assert code == 0 and f"choices are made by {choices.run}" in out, err
 
 
 def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experiment, choices, monkeypatch):
