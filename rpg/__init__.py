@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from rpg.experiments.evaluating import evaluate_run as evaluate
     from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
+    from rpg.planning.proposal import propose
     from rpg.training.loop import train
     from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Config", "GeneratedClassifier", "Generator", "InputError", "Zoo", "evaluate", "train"]
+__all__ = ["Config", "GeneratedClassifier", "Generator", "InputError", "Zoo", "evaluate", "propose", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "GeneratedClassifier": ("rpg.generation.classifier", "GeneratedClassifier"),
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
+    "propose": ("rpg.planning.proposal", "propose"),
     "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),
     "train": ("rpg.training.loop", "train"),
 }
@@ -40,3 +42,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'rpg' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return sorted({*globals(), *__all__})

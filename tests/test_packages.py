@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "uv"
 CONFIGS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
 SMALL = [
-    "task.runs=2",
-    "task.train_steps=60",
-    "task.steps=4",
+    "task.seen=8",
+    "task.validation=2",
+    "task.unseen=2",
+    "task.generalist.steps=20",
+    "task.specialist.steps=20",
     "train.steps=20",
-    "evaluate.num=2",
-    "model.state.width=2",
 ]
 
 SCRIPT = """

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from rpg.app.loaded import LoadedRun, Made
 from rpg.evaluation.vectors import StateDict
-from rpg.tasks.fields.fields import FieldsTask
+from rpg.labs.fields.task import FieldsTask
+from rpg.labs.training_runs.task import TrajectoriesTask
 from rpg.tasks.images.digits import DIGITS_SIZE, DigitsSubsetsTask, DigitsTask, standardise
 from rpg.tasks.images.images import logits_of
-from rpg.tasks.images.trajectories import TrajectoriesTask
 from tokenization.errors import InputError
 
 FINE, BLOCK = 32, 4

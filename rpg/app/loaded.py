@@ -17,11 +17,11 @@ from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.similarity import error_iou
 from rpg.evaluation.vectors import StateDict
 from rpg.experiments.evaluating import zoo_span
-from rpg.experiments.field_pictures import learned_originals
 from rpg.experiments.single import find_task, parts_of
 from rpg.generation.generator import Generator
+from rpg.labs.fields.pictures import learned_originals
+from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, ImageTask, ImageTaskFamily, Task, TaskFamily
-from rpg.tasks.fields.fields import FieldsTask
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec

@@ -19,7 +19,7 @@ from rpg.app.loaded import LoadedRun, Made, told
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
 from rpg.evaluation.vectors import StateDict
-from rpg.tasks.fields.fields import FieldsTask
+from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.images.digits import DigitsSubsetsTask
 
 FIELD_SIZE = 96

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,7 +19,9 @@ from rpg.cli.reading import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionKind
+
+if TYPE_CHECKING:  # imports torch
+    from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -37,8 +39,8 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: sharing.Version = False,
-    quiet: Annotated[bool, o.option("Say nothing but what went wrong; at any place.", "--quiet")] = False,
-    as_json: Annotated[bool, o.option("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+    quiet: Annotated[bool, o.flag("Say nothing but what went wrong; at any place.", "--quiet")] = False,
+    as_json: Annotated[bool, o.flag("Print one JSON object of paths and figures; at any place.", "--json")] = False,
 ) -> None:
     """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
 
@@ -66,7 +68,7 @@ def collect(
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
         notices: list[str] = []
         with progress_bar("reading") as advance:
-            kind = cast(ConditionKind | None, condition)
+            kind = cast("ConditionKind | None", condition)
             made = collect_from(
                 source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
                 progress=advance, say=notices.append,
@@ -116,6 +118,8 @@ def inspect(
     written = write(path, write_config, changes) if write_config is not None else None
     if written is not None:  # what is described is the zoo, which looks at tokens alone
         changes = [change for change in changes if change.startswith("tokens.")]
+        form = written.tree["tokens"].get("lora_canonical")
+        changes += [f"tokens.lora_canonical={form}"] if form else []
     console.print(*describe(path, changes, verify=verify))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
@@ -194,10 +198,11 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None,
+    examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
 
@@ -213,14 +218,14 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
             temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
-            progress=advance, partition=partition,
+            overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
     told = {"folder": str(output), "networks": [str(path) for path in paths]}
@@ -240,33 +245,36 @@ def generate(
 
 @app.command()
 def export(
-    source: o.Exported,
-    to: o.Form,
-    output: o.Written,
-    base: o.Base = None,
-    seed: o.Seed = 0,
-    condition: o.Condition = None,
-) -> dict[str, Any]:
-    """Write weights in the form that timm, transformers or PEFT loads by itself."""
-    from rpg.generation.conditions import parse_condition
+    source: o.Exported, to: o.Form, output: o.Written = None, base: o.Base = None, seed: o.Seed = 0,
+    condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write weights in the form that timm, transformers, PEFT or Lightning loads by itself, if they fit its network."""
+    from rpg.generation.conditions import choose_condition
     from rpg.generation.export import export as write
 
+    asked = (condition, classes, prompt, prompt_model, metric, examples)
+    if any(asked) and Path(source).is_file():
+        raise InputError(f"{source} is a checkpoint, which takes no condition; leave it out")
     with progress_bar("generating") as advance:
-        path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
-    console.print(f"{to}: {path}")
+        path = write(
+            source, to, output, base=base, seed=seed, start=start, progress=advance,
+            condition=lambda generator: choose_condition(generator, *asked), say=console.print,
+        )  # fmt: skip
+    console.print(f"{to}: {path}", soft_wrap=True)
     return {"form": to, "path": str(path)}
 
 
 for command in (
     merging.merge,
     scoring.evaluate,
+    scoring.score,
     experiments.sweep,
     experiments.unseen,
     experiments.lora,
     experiments.fields,
     experiments.metric,
     experiments.render,
-    scoring.score,
     experiments.demo,
     experiments.run,
     sharing.push,
@@ -275,6 +283,21 @@ for command in (
     serving.app,
 ):
     app.command()(command)
+
+GROUPS = {
+    "Start": ("demo", "run", "app", "doctor"),
+    "Your checkpoints": (
+        "collect", "inspect", "plan", "train", "generate", "evaluate", "score", "export", "merge", "align",
+    ),
+    "Experiments": ("unseen", "lora", "fields", "metric", "sweep", "render"),
+    "Share": ("push", "pull"),
+}  # fmt: skip
+"""The commands in the order of ``rpg --help``, by panel."""
+
+_PANELS = {name: panel for panel, names in GROUPS.items() for name in names}
+for registered in app.registered_commands:
+    registered.rich_help_panel = _PANELS[registered.callback.__name__]  # type: ignore[union-attr]
+app.registered_commands.sort(key=lambda each: [*_PANELS].index(each.callback.__name__))  # type: ignore[union-attr]
 
 
 RESUMED = {

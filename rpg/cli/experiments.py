@@ -66,7 +66,7 @@ def fields(
 ) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
     from rpg.devices import use_device
-    from rpg.experiments.fields import evaluate_fields, print_fields, run_fields
+    from rpg.labs.fields.experiment import evaluate_fields, print_fields, run_fields
 
     settings, place = load(config or o.default_config("fields.yaml"), overrides), use_device(device)
     if split is not None:
@@ -89,7 +89,7 @@ def metric(
 ) -> dict[str, Any]:  # fmt: skip
     """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
     from rpg.devices import use_device
-    from rpg.experiments.metric import evaluate_metric, print_metric, run_metric
+    from rpg.labs.training_runs.experiment import evaluate_metric, print_metric, run_metric
 
     settings, place = load(config or o.default_config("gpt.yaml"), overrides), use_device(device)
     if split is not None:
@@ -109,7 +109,7 @@ def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> dict[str, Any]:
     """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
-    from rpg.experiments.field_pictures import render_files
+    from rpg.labs.fields.pictures import render_files
 
     written = list(render_files(files, size, output, load(config, None) if config else None))
     console.print(*written, sep="\n")
@@ -118,14 +118,24 @@ def render(
 
 def demo(
     config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
-    overrides: o.Overrides = None,
-    device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
-    full: o.Full = False,
-) -> dict[str, Any]:
-    """The whole job on real handwritten digits: zoo, training, generation, scores."""
-    settings = load(config or o.default_config("demo.yaml"), overrides or [])
-    return experiment(settings, "demo", device=device, ignore_memory=ignore_memory, full=full)
+    overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
+    ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
+    from rpg.devices import use_device
+    from rpg.evaluation.table import print_report
+    from rpg.experiments.sensors import evaluate_sensors, run_sensors
+
+    settings, place = load(config or o.default_config("demo.yaml"), overrides), use_device(device)
+    if split is not None:
+        report = evaluate_sensors(settings.run, split=split, seed=settings.seed)
+    else:
+        _guard_memory(settings, ignore_memory)
+        with progress_bar("collecting the zoo") as collecting, training_bar(f"training on {place}") as training:
+            report = run_sensors(settings, progress={"collect": collecting, **training}, seeds=seeds)
+    then = f"rpg generate {settings.run} --setting angle=137 --setting inverted=true --output mine"
+    print_report(report, console, folder=settings.run, full=full, then=then)
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
 
 
 def run(
@@ -145,6 +155,8 @@ def run(
         return tickets(settings, **how)
     if kind == "sensors" and settings.model.condition.kind == "examples":
         return examples(settings, **how)
+    if kind == "sensors":
+        return demo(config, overrides, full=full, **how)
     return experiment(settings, "run", full=full, **how)
 
 
@@ -167,7 +179,7 @@ def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
 def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
     """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
     from rpg.devices import use_device
-    from rpg.experiments.tickets import print_tickets, run_tickets
+    from rpg.labs.tickets.experiment import print_tickets, run_tickets
 
     use_device(device)
     _guard_memory(settings, ignore_memory)

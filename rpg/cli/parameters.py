@@ -18,11 +18,16 @@ def option(text: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, **limits)
 
 
+def flag(text: str, *names: str, **more: Any) -> Any:
+    """An option that is there or not, with its help text."""
+    return option(text, *names, metavar="", **more)
+
+
 # of several commands
 ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
 OtherConfig = Annotated[
     Path | None,
-    argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "[CONFIG]"),
+    argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "CONFIG"),
 ]
 RunFolder = Annotated[Path, argument("A run or generator folder, or an id on the Hugging Face hub.", "RUN")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
@@ -55,14 +60,14 @@ Pattern = Annotated[
 AdapterBase = Annotated[
     str | None, option("With --from: the base of all adapters, whatever path each names.", "--base", metavar="NAME")
 ]
-FindRuns = Annotated[bool, option("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
+FindRuns = Annotated[bool, flag("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
 Kind = Annotated[
     str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
 ]
 
 # inspect and plan
 Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
-Verify = Annotated[bool, option("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
+Verify = Annotated[bool, flag("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
 WriteConfig = Annotated[
     Path | None, option("Of a zoo: write a configuration that suits it, ready for rpg train.", metavar="FILE")
 ]
@@ -73,10 +78,11 @@ ConditionSize = Annotated[int | None, option("Values of a condition, if no zoo t
 Processes = Annotated[int, option("Processes that share a training step.", min=1)]
 
 # train, sweep, unseen
-Resume = Annotated[bool, option("Continue the run exactly where it was saved.", "--resume")]
-Overwrite = Annotated[bool, option("Discard the run that is there.", "--overwrite")]
+Resume = Annotated[bool, flag("Continue the run exactly where it was saved.", "--resume")]
+OverwriteNetworks = Annotated[bool, flag("Replace networks of another request that are there.", "--overwrite")]
+Overwrite = Annotated[bool, flag("Discard the run that is there.", "--overwrite")]
 Compare = Annotated[
-    bool, option("Train kernel ridge, too, and say which is better on the validation split.", "--compare")
+    bool, flag("Train kernel ridge, too, and say which is better on the validation split.", "--compare")
 ]
 SweepFile = Annotated[Path, argument("A sweep file, e.g. configs/sweeps/noise.yaml.", "SWEEP")]
 Jobs = Annotated[int, option("Experiments at a time.", min=1)]
@@ -99,6 +105,14 @@ PromptModel = Annotated[
     ),
 ]
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Setting = Annotated[
+    list[str] | None,
+    option(
+        "A setting of what the networks are for, e.g. angle=137 or inverted=true; others keep their defaults. Can be "
+        "given several times.",
+        metavar="NAME=VALUE",
+    ),
+]
 Examples = Annotated[
     Path | None,
     option(
@@ -108,7 +122,7 @@ Examples = Annotated[
 ChooseBy = Annotated[
     Path | None, option("Labelled examples, read as --examples: say which of the draws they favour.", metavar="PATH")
 ]
-Ensemble = Annotated[bool, option("Write all draws into one file as well, stacked.", "--ensemble")]
+Ensemble = Annotated[bool, flag("Write all draws into one file as well, stacked.", "--ensemble")]
 Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
 State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
@@ -119,7 +133,7 @@ Temperature = Annotated[
 Sparsity = Annotated[
     float | None, option("Of pruned networks: share of zeros among their pruned weights (default: the zoo's).")
 ]
-IgnoreMemory = Annotated[bool, option("Begin even if more memory is needed than is free.", "--ignore-memory")]
+IgnoreMemory = Annotated[bool, flag("Begin even if more memory is needed than is free.", "--ignore-memory")]
 Device = Annotated[
     str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
 ]
@@ -134,10 +148,21 @@ Trajectory = Annotated[
     ),
 ]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
-Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]
-Written = Annotated[Path, option("The file (timm, torch) or folder (transformers, peft) to write.")]
+Form = Annotated[str, option("timm, transformers, peft, lightning or torch (a pickle).", metavar="FORM")]
+Written = Annotated[
+    Path | None,
+    option(
+        "The file (timm, lightning, torch) or folder (transformers, peft) to write (default: beside the source).",
+        "--output",
+    ),
+]
 Base = Annotated[
-    Path | None, option("Folder with the network's config.json, or (peft) the zoo or adapter with its configuration.")
+    str | None,
+    option(
+        "The network that the weights are for: a folder with its config.json (transformers) or adapter_config.json "
+        "(peft), timm's name, an original .ckpt (lightning), or MODULE:FUNCTION (timm, lightning, torch).",
+        metavar="NETWORK",
+    ),
 ]
 Fields = Annotated[list[Path], argument("Fields: files of a zoo, or generated ones.", "FILE…")]
 Resolution = Annotated[int, option("Height and width of the images.", min=1)]

@@ -25,7 +25,7 @@ def say_version(asked: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, o.option("Print the version.", "--version", callback=say_version, is_eager=True)]
+Version = Annotated[bool, o.flag("Print the version.", "--version", callback=say_version, is_eager=True)]
 Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
 Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
 
@@ -34,7 +34,7 @@ def push(
     folder: Pushed,
     repo: Repo,
     kind: Kind = None,
-    private: Annotated[bool, o.option("Make a new repository private.", "--private")] = False,
+    private: Annotated[bool, o.flag("Make a new repository private.", "--private")] = False,
     branch: Annotated[
         str | None, o.option("Publish on this branch (made if need be) in place of the main one.")
     ] = None,

@@ -18,7 +18,7 @@ def plot_wishes(report: Mapping[str, Any], asked: Tensor, got: Tensor, path: Pat
     """Draw three panels as a PNG.
 
     Args:
-        report: of `rpg.experiments.metric.evaluate_metric`.
+        report: of `rpg.labs.training_runs.experiment.evaluate_metric`.
         asked, got: losses ``[T]`` of generated networks on training images.
         path: the file to write.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from rpg.config import Config
 from rpg.evaluation.report import Report
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.held_out_tasks import evaluate_held_out, require_splits, task_family
+from rpg.experiments.sensors import evaluate_sensors
 from rpg.experiments.single import collect
 from rpg.experiments.tasks_page import wished_task
 from rpg.experiments.trajectories import wished_trajectory
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
+from rpg.tasks.config import of_lab
 from rpg.tasks.language.config import LanguageConfig
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
@@ -26,9 +27,9 @@ from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 
 LABS = {
-    "fields": ("rpg.experiments.fields", "evaluate_fields"),
-    "trajectories": ("rpg.experiments.metric", "evaluate_metric"),
-    "tickets": ("rpg.experiments.tickets", "evaluate_tickets"),
+    "fields": "fields.experiment:evaluate_fields",
+    "trajectories": "training_runs.experiment:evaluate_metric",
+    "tickets": "tickets.experiment:evaluate_tickets",
 }
 """Experiments of their own, by the task's name: where they judge a run."""
 
@@ -63,8 +64,9 @@ def experiment_of(
         InputError: before anything long begins: tasks of some split are missing, or there is no such trajectory.
     """
     if config.task is not None and config.task.name in LABS:
-        module, function_name = LABS[config.task.name]
-        return Experiment(config.task.name, partial(_judged, getattr(importlib.import_module(module), function_name)))
+        return Experiment(config.task.name, partial(_judged, of_lab(LABS[config.task.name])))
+    if config.task is not None and config.task.name == "sensors":
+        return Experiment("sensors", _sensors)
     function = judge.reference if judge is not None else None
     if function is None and compares_tasks(config):
         if judge is not None and (judge.lower or judge.higher):
@@ -77,6 +79,10 @@ def experiment_of(
         task = build_task(config.task)
         wished_trajectory(config, getattr(task, "condition", None), trajectory)
     return Experiment("networks", partial(evaluate_run, judge=judge, trajectory=trajectory))
+
+
+def _sensors(run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Report:
+    return evaluate_sensors(run, seed=seed, split=split or "test")
 
 
 def _judged(judge: Callable[..., Any], run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Any:

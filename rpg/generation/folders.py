@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rpg.config import Config
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, file_digest, recover_folder, write_text
@@ -28,6 +29,20 @@ from tokenization.zoo.metric import MetricScale
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
 OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
 """What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
+
+
+def load_config(folder: Path) -> Config:
+    """The configuration of a generator folder; a zoo that is not where it says is looked for beside the folder's own.
+
+    A run names its zoo as it was seen from where it was trained, for example ``runs/zoos/digits``; from elsewhere that
+    is in one of the folders that the run lies in. Raises as `Config.load`.
+    """
+    config = Config.load(folder / "config.yaml")
+    if not Path(config.zoo).exists():
+        for parent in folder.resolve().parents:
+            if (parent / config.zoo / "zoo.json").is_file():
+                return config.model_copy(update={"zoo": str(parent / config.zoo)})
+    return config
 
 
 def find_folder(path: Path | str, **options: Any) -> Path:

@@ -21,6 +21,7 @@ from rpg.generation.folders import (
     adapter_config_of,
     find_folder,
     folder_digest,
+    load_config,
     read_weights,
     require_files,
 )
@@ -40,6 +41,10 @@ from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 StateDict = dict[str, Tensor]
+
+
+Asked = str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, Any] | Tensor | None
+"""A condition as a caller gives it."""
 
 
 class Generator:
@@ -92,7 +97,7 @@ class Generator:
         device = parse_device(device or chosen_device() or "cpu")
         folder = find_folder(path, **hub)
         require_files(folder)
-        config = Config.load(folder / "config.yaml")
+        config = load_config(folder)
         layout = load_layout(folder)
         weights = folder / "model.safetensors"
         saved = read_weights(weights)
@@ -156,19 +161,14 @@ class Generator:
         sampler: str | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
-        condition: str
-        | Sequence[str]
-        | Sequence[float]
-        | Sequence[Sequence[float]]
-        | Mapping[str, Any]
-        | Tensor
-        | None = None,
+        condition: Asked = None,
         state: str | None = None,
         temperature: float | None = None,
         start: Any = None,
         sparsity: float | None = None,
         output: Path | str | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        overwrite: bool = True,
+        progress: Callable[[float, float], None] | None = None,
         partition: Partition | None = None,
     ) -> list[StateDict] | list[Path]:
         """Generate networks.
@@ -184,7 +184,8 @@ class Generator:
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
-            progress: called with (tokens done, tokens in all), of this process's part.
+            overwrite: whether networks that are there and of another generator or request may be replaced.
+            progress: called with (networks done, networks in all), of this process's part; a large one counts in part.
             partition: which of several processes this is, all of which call this alike and fill ``output`` together.
 
         Returns:
@@ -197,15 +198,15 @@ class Generator:
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
-        sink = self._sink(request, output, partition, tokens.shared(num, partition))
-        total = sum(tile.num_networks * tile.num_tokens for tile in tokens.tiles(num, partition))
-        done = 0
+        sink = self._sink(request, output, partition, tokens.shared(num, partition), overwrite)
+        tiles, length = list(tokens.tiles(num, partition)), self.layout.num_tokens
+        total, done = sum(tile.num_networks * tile.num_tokens for tile in tiles), 0
         with sink:
             for tile, rows in tokens.sample(request, partition=partition):
                 sink.take(tile, rows.cpu())
                 done += tile.num_networks * tile.num_tokens
                 if progress is not None:
-                    progress(done, total)
+                    progress(done / length, total / length)
         return sink.result()
 
     def one_by_one(
@@ -283,6 +284,7 @@ class Generator:
             state=settings.state,
             conditions=conditions,
             values=values,
+            of_examples=self.condition is not None and self.condition.kind == "examples",
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
@@ -297,12 +299,12 @@ class Generator:
         return self._sampler[1]
 
     def _sink(
-        self, request: Request, output: Path | str | None, partition: Partition, shared: range
+        self, request: Request, output: Path | str | None, partition: Partition, shared: range, overwrite: bool
     ) -> MemorySink | FolderSink:
         layout = with_sparsity(self.layout, request.sparsity)
         if output is not None:
             facts = partial(request.provenance, self.digest, layout.copied)
-            return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared)
+            return FolderSink(layout, Path(output), facts, request.num, self.adapter, partition, shared, overwrite)
         if partition.size > 1:
             raise InputError("several processes fill an output folder together; name one, or start a single process")
         return MemorySink(layout, request.num)

@@ -15,7 +15,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
+from rpg.generation.request import PROVENANCE
 from rpg.generation.sampler import Partition, Tile
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, Writer, checkpoint_writer
@@ -68,6 +70,7 @@ class FolderSink:
         adapter: text of ``adapter_config.json`` where the networks are adapters.
         partition: which of several processes this is.
         shared: the networks whose tiles come from all processes; the first process makes and publishes their files.
+        overwrite: whether networks of another generator or request may be replaced.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class FolderSink:
         adapter: str | None = None,
         partition: Partition | None = None,
         shared: range = range(0),
+        overwrite: bool = True,
     ) -> None:
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
-        self.partition, self.shared = partition or Partition(), shared
+        self.partition, self.shared, self.overwrite = partition or Partition(), shared, overwrite
         self.open: dict[int, Writer] = {}
         self.adapters: dict[int, AbstractContextManager[Path]] = {}  # folders that are being filled
         self.lock = contextlib.ExitStack()
@@ -91,6 +95,8 @@ class FolderSink:
         together = self.partition.size > 1
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder, together=together))
+            if not self.overwrite and self.partition.rank == 0:
+                self._keep_others()
             if together:
                 first = self.partition.rank == 0
                 self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
@@ -132,6 +138,17 @@ class FolderSink:
 
     def _path(self, index: int) -> Path:
         return self.folder / (f"network-{index:05d}" + (".safetensors" if self.adapter is None else ""))
+
+    def _keep_others(self) -> None:
+        """Raise InputError where a network is there that this request would not make again."""
+        for index in range(self.num):
+            path = self._path(index)
+            file = path / WEIGHTS_NAME if self.adapter is not None else path
+            if file.is_file() and Checkpoint.open(file).metadata.get(PROVENANCE) != self.metadata(index)[PROVENANCE]:
+                raise InputError(
+                    f"{path} is another generator's or of another request; name another folder with --output, or "
+                    "replace what is there with --overwrite"
+                )
 
     def _writer(self, index: int) -> Writer:
         path = self._path(index)

@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 
 from rpg.config import Config
 from rpg.devices import chosen_device
-from rpg.generation.folders import find_folder
+from rpg.generation.folders import find_folder, load_config
 from rpg.planning.estimator import Estimator
 from rpg.planning.machine import free_memory
 from rpg.planning.memory import FLOAT_BYTES
@@ -108,7 +108,7 @@ def generation_need(run: Path | str) -> Need | None:
     folder = find_folder(run)
     if not all((folder / name).is_file() for name in ("config.yaml", "layout.json", "model.safetensors")):
         return None
-    config, layout = Config.load(folder / "config.yaml"), load_layout(folder)
+    config, layout = load_config(folder), load_layout(folder)
     weights = (folder / "model.safetensors").stat().st_size
     if rough_generation_bytes(folder) < CLEARLY_SMALL * free_memory() and not _on_gpu():
         return None
@@ -132,7 +132,7 @@ def evaluation_need(run: Path | str) -> Need | None:
     folder = find_folder(run)
     if not (folder / "layout.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    config, layout = Config.load(folder / "config.yaml"), load_layout(folder)
+    config, layout = load_config(folder), load_layout(folder)
     if not (Path(config.zoo) / "zoo.json").exists():
         return None
     # one network at a time, as it is made, as it is loaded and what is computed of it; the zoo's mean, or a small zoo
@@ -172,7 +172,7 @@ def rough_training_bytes(estimator: Estimator) -> int:
 
 def rough_generation_bytes(folder: Path) -> int:
     """More than generation of anything small takes, without building the networks of a generator folder."""
-    config, layout = Config.load(folder / "config.yaml"), load_layout(folder)
+    config, layout = load_config(folder), load_layout(folder)
     checkpoint = Checkpoint.open(folder / "model.safetensors")
     width = max((max(info.shape[-2:]) for info in checkpoint.tensors.values() if len(info.shape) > 1), default=1)
     rows = 64 * (config.generate.tile_tokens + layout.num_tokens)

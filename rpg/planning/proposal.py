@@ -1,6 +1,6 @@
 """A configuration for a zoo that comes without one: what has worked for zoos of its size, its runs and its conditions.
 
-The rules are those of the recipes that were measured (docs/results.md): configs/demo.yaml for small networks,
+The rules are those of the recipes that were measured (docs/results.md): configs/digits_demo.yaml for small networks,
 configs/large/base.yaml for large ones, configs/digits_unseen_vit_tiny.yaml for conditions, configs/fields.yaml for
 several networks of one class.
 """
@@ -58,16 +58,17 @@ class Proposal:
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
 
 
-def propose(zoo: Zoo, run: str | None = None) -> Proposal:
+def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
     """A configuration to train a generator on a zoo with; no values are read.
 
     Args:
-        zoo: two checkpoints or more.
+        zoo: two checkpoints or more, or the folder that they are in.
         run: the run folder; ``runs/`` and the zoo's name when None.
 
     Raises:
         InputError: a single checkpoint, or no size of training fits into the memory that is free.
     """
+    zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
     splits = Counter(entry.split for entry in zoo.entries)
     trained = ["train"] if splits["train"] else sorted(splits)
     conditions = [entry.condition for entry in zoo.entries if entry.split in trained]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,9 @@ from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
 _METRIC = "metric/"
+
+WRITERS = 8
+"""Files written at a time: most of the time of a small file is waiting for the disk."""
 
 
 class Trainable(Protocol):
@@ -185,3 +188,15 @@ def _file(folder: Path, number: int) -> Path:
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write small checkpoints side by side and list them, all or none; much faster than one by one."""
+
+    def write(entry: ZooEntry, state_dict: Mapping[str, Tensor]) -> ZooEntry:
+        save_checkpoint(zoo.path / entry.file, state_dict)
+        return with_digest(entry, Checkpoint.open(zoo.path / entry.file))
+
+    (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        zoo.extend(list(pool.map(write, entries, state_dicts)))

@@ -16,16 +16,16 @@ TASKS = {
     "digits": "rpg.tasks.images.digits:DigitsTask",
     "digits_subsets": "rpg.tasks.images.digits:DigitsSubsetsTask",
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
-    "fields": "rpg.tasks.fields.fields:FieldsTask",
-    "trajectories": "rpg.tasks.images.trajectories:TrajectoriesTask",
-    "tickets": "rpg.tasks.images.tickets:TicketsTask",
+    "fields": "rpg.labs.fields.task:FieldsTask",
+    "trajectories": "rpg.labs.training_runs.task:TrajectoriesTask",
+    "tickets": "rpg.labs.tickets.task:TicketsTask",
     "sensors": "rpg.tasks.sensors.sensors:SensorsTask",
     "language": "rpg.tasks.language.language:LanguageTask",
     "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
     "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",
-    "detection": "rpg.tasks.vision.detection:DetectionTask",
-    "segmentation": "rpg.tasks.vision.segmentation:SegmentationTask",
-    "diffusion_unet": "rpg.tasks.vision.diffusion_unet:DiffusionUnetTask",
+    "detection": "rpg.labs.vision.detection:DetectionTask",
+    "segmentation": "rpg.labs.vision.segmentation:SegmentationTask",
+    "diffusion_unet": "rpg.labs.vision.diffusion_unet:DiffusionUnetTask",
 }
 """Module and class of the task that each ``name`` of a configuration stands for."""
 

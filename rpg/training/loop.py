@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rpg.config import Config
+from rpg.console import progress_bar
 from rpg.generation.generator import Generator
 from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
@@ -43,7 +45,7 @@ MOST_WATCHED = 1_000_000
 
 
 def train(
-    config: Config,
+    config: Config | Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -57,11 +59,12 @@ def train(
     SIGTERM and SIGINT save a checkpoint and end the run; ``resume`` continues it exactly, on any number of processes.
 
     Args:
-        config: the experiment.
+        config: the experiment, or the file that describes it.
         resume: go on from the newest complete checkpoint of the run folder, if there is one.
         overwrite: discard the run that is in the run folder.
         max_seconds: stop, as if interrupted, once the loop has run that long.
-        progress: called by the main process with (steps done, steps in all, loss) at every logged step.
+        progress: called by the main process with (steps done, steps in all, loss) at every logged step; a notebook
+            shows a bar where it is None.
         watch: is shown the generator now and then, as often as `WATCHED` allows; of small networks on one process.
         say: receives the notices of one line.
 
@@ -72,7 +75,10 @@ def train(
         InputError: the zoo, the configuration, the launcher or the run folder does not allow it, the loss is not
             finite, or the disk is full. The newest checkpoint stays whole in every case.
     """
-    with stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run):
+    config = config if isinstance(config, Config) else Config.load(config)
+    with (
+        stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run), _bar(progress) as progress,
+    ):  # fmt: skip
         trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
         watching = _Watching(trainer, watch)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
@@ -92,6 +98,16 @@ def train(
                 trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
         return trainer.finish()
+
+
+@contextlib.contextmanager
+def _bar(progress: Progress | None) -> Iterator[Progress | None]:
+    """The callback that was given, or a bar in a notebook."""
+    if progress is not None or "ipykernel" not in sys.modules:
+        yield progress
+        return
+    with progress_bar("training") as bar:
+        yield bar
 
 
 def train_to_the_end(config: Config, **options: Any) -> Path:

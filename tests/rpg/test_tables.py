@@ -16,8 +16,8 @@ from rpg.evaluation.config import TAUS
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.report import Report, networks
 from rpg.evaluation.table import print_checkpoints, print_report
-from rpg.experiments.fields import print_fields
 from rpg.experiments.sweep_table import _COLUMNS, print_sweep
+from rpg.labs.fields.experiment import print_fields
 from rpg.planning.inspect import inspect
 
 KINDS = ("generated", "run_sharpened_gaussian_at_distance", "average_of_16", *MERGES)

@@ -91,7 +91,7 @@ class CollectedAdapters:
             how = "up to the rounding of their dtype" if self._rounded else "exactly"
             say(
                 f"{len(self._rescaled)} adapter(s) with another scaling (alpha, rank, rsLoRA) than the first: their "
-                f"lora_B was multiplied, so that they compute {how} what they did; for example {self._rescaled[0]}"
+                f"factors B were multiplied, so that they compute what they did {how}; for example {self._rescaled[0]}"
             )
         if self._untrained:
             say(

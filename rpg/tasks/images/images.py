@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -154,3 +156,37 @@ def augment(
     )  # [B, 2, 3]
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images - fill, grid, mode="bilinear", align_corners=False) + fill
+
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
+    """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
+
+    Raises:
+        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
+    """
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
+    if not files:
+        raise InputError(
+            f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
+            f"({', '.join(sorted(endings))})"
+        )
+    return [file for file, _ in files], [label for _, label in files], classes
+
+
+def read_images(paths: list[Path], image_size: int) -> Tensor:
+    """Image files in 0 … 1, ``[n, C, image_size, image_size]``: of one channel if all are grey, else of three."""
+    size = (image_size, image_size)
+    opened = [Image.open(file) for file in paths]
+    grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
+    images = []
+    for each in opened:
+        values = torch.frombuffer(
+            bytearray(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC).tobytes()),
+            dtype=torch.uint8,
+        )
+        images.append(values.view(*size, -1).permute(2, 0, 1).float() / 255)
+    return torch.stack(images)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from rpg.seeding import permutation
-from rpg.tasks.fields.data import IMAGES, class_files, read_images
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.images.images import ImageSplits
+from rpg.tasks.images.images import IMAGES, ImageSplits, class_files, read_images
 from rpg.tasks.sensors.config import SensorsConfig
 from tokenization.errors import InputError
 

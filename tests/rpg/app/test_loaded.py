@@ -26,8 +26,8 @@ from rpg.app.show import show_header, show_made, show_mistake
 from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.fields import FieldsTask
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.images.digits import load_splits, standardise
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config

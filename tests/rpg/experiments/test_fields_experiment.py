@@ -12,10 +12,10 @@ from PIL import Image
 from rpg.config import Config
 from rpg.experiments import field_pictures as pictures
 from rpg.experiments import fields as experiment
-from rpg.experiments.field_pictures import render_files
-from rpg.experiments.fields import evaluate_fields, fields_task
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
+from rpg.labs.fields.experiment import evaluate_fields, fields_task
+from rpg.labs.fields.pictures import render_files
 from rpg.training.loop import train
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError

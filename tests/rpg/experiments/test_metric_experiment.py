@@ -12,9 +12,9 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments import metric_rivals
-from rpg.experiments.metric import evaluate_metric, run_metric, trajectories_task
-from rpg.experiments.metric_rivals import Trajectories
 from rpg.generation.generator import Generator
+from rpg.labs.training_runs.experiment import evaluate_metric, run_metric, trajectories_task
+from rpg.labs.training_runs.rivals import Trajectories
 from rpg.models.start import StartConfig
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("metric")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metric_rivals, "RATES", {"adam": (0.01, 0.03), "sgd": (0.1,)})
-        patch.setattr("rpg.experiments.metric.RATES", metric_rivals.RATES)
+        patch.setattr("rpg.labs.training_runs.experiment.RATES", metric_rivals.RATES)
         changes = [
             f"run={folder / 'run'}", f"zoo={folder / 'zoo'}", "task.runs=24", "task.validation=3", "task.unseen=4",
             "task.hidden=8", "task.steps=[0,5,15,60]", "task.group=8", "model.backbone.d_model=32", "train.steps=150",

@@ -11,7 +11,7 @@ import torch
 
 from rpg.config import Config
 from rpg.experiments import tickets
-from rpg.experiments.tickets import compare, evaluate_tickets, tickets_task, trivial
+from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError

@@ -83,7 +83,11 @@ def test_generated_files_have_the_zoos_size_or_the_wished_share(pruned: Path, tm
     assert path.stat().st_size == pytest.approx(original.stat().st_size, rel=0.05)
     found, total = zeros(load_file(path))
     assert found == round(0.8 * total)
-    assert rpg("generate", pruned / "run", "-n", 1, "--output", tmp_path, "--sparsity", 0.95)[0] == 0
+    sparser = ("generate", pruned / "run", "-n", 1, "--output", tmp_path, "--sparsity", 0.95)
+    refused(rpg(*sparser), "network-00000.safetensors", "of another request", "--overwrite")
+    assert zeros(load_file(path))[0] == found
+    assert rpg("generate", pruned / "run", "-n", 1, "--output", tmp_path)[0] == 0  # the same once more
+    assert rpg(*sparser, "--overwrite")[0] == 0
     assert zeros(load_file(path))[0] == round(0.95 * total)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["rpg.provenance"])["sparsity"] == 0.95

@@ -113,9 +113,11 @@ def test_changes_are_kept_in_what_is_proposed(tmp_path: Path) -> None:
     assert not (tmp_path / "other.yaml").exists()
 
 
-def test_adapters_whose_pairs_are_no_products_are_learned_as_saved(tmp_path: Path) -> None:
+def test_adapters_whose_pairs_are_no_products_are_learned_as_saved(rpg: Run, tmp_path: Path) -> None:
     for number in range(3):
         save(tmp_path / "a" / str(number), number, **EXPERTS)
     zoo = collect_from(tmp_path / "a", tmp_path / "zoo")
     assert propose(zoo).config.tokens.lora_canonical == "none"
+    code, _, errors = rpg("inspect", zoo.path, "--verify", "--write-config", tmp_path / "mine.yaml")
+    assert code == 0, errors
     assert trained(zoo, tmp_path).layout.canonical is None

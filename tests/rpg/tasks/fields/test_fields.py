@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch.func import functional_call, jacrev
 
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points, start
+from rpg.labs.fields.task import FieldsTask
 from rpg.tasks import build_task
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.siren import Siren, evaluate, fit, grid_points, start
 from rpg.tasks.side_by_side import unstack
 from tokenization.errors import InputError
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import trimesh
 
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.data import load_data
+from rpg.labs.fields.shapes import CLASSES, EDGE, ball, box, cylinder, mesh_distances, random_shape, torus, write_mesh
+from rpg.labs.fields.siren import grid_points
+from rpg.labs.fields.task import REACH, FieldsTask, views
 from rpg.tasks import build_task
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.data import load_data
-from rpg.tasks.fields.fields import REACH, FieldsTask, views
-from rpg.tasks.fields.shapes import CLASSES, EDGE, ball, box, cylinder, mesh_distances, random_shape, torus, write_mesh
-from rpg.tasks.fields.siren import grid_points
 from tokenization.errors import InputError
 
 POINTS = grid_points(9, 9, 9)

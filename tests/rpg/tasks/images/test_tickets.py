@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from rpg.labs.tickets.config import TicketsConfig
+from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
 from rpg.tasks import many, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.images.config import TicketsConfig
 from rpg.tasks.images.subsets import BASE
-from rpg.tasks.images.tickets import TicketsTask, cut_globally, flatten, unflatten
 from tokenization.errors import InputError
 
 CONFIG = TicketsConfig.model_validate({

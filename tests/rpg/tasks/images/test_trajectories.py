@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rpg.labs.training_runs.config import TrajectoriesConfig
+from rpg.labs.training_runs.task import TrajectoriesTask
 from rpg.section import validated
-from rpg.tasks.images.config import TrajectoriesConfig
-from rpg.tasks.images.trajectories import TrajectoriesTask
 from rpg.tasks.side_by_side import unstack
 from tokenization.errors import InputError
 

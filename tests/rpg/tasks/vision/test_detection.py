@@ -13,11 +13,11 @@ import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from rpg.labs.vision.canvases import make_canvases
+from rpg.labs.vision.config import DetectionConfig
+from rpg.labs.vision.detection import SimplePyramid, average_precision, build_detector
+from rpg.labs.vision.detection_data import open_split
 from rpg.tasks import build_task
-from rpg.tasks.vision.canvases import make_canvases
-from rpg.tasks.vision.config import DetectionConfig
-from rpg.tasks.vision.detection import SimplePyramid, average_precision, build_detector
-from rpg.tasks.vision.detection_data import open_split
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from rpg.labs.vision import stepwise
+from rpg.labs.vision.segmentation import build_segmenter, logits_of
+from rpg.labs.vision.segmentation_data import IGNORED, open_split
 from rpg.tasks import build_task
 from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.vision import stepwise
-from rpg.tasks.vision.segmentation import build_segmenter, logits_of
-from rpg.tasks.vision.segmentation_data import IGNORED, open_split
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.labs.training_runs.config import TrajectoriesConfig
 from rpg.seeding import make_rng
-from rpg.tasks.fields.fields import append_many
 from rpg.tasks.images.collection import open_zoo, single_threaded
-from rpg.tasks.images.config import TrajectoriesConfig
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
+from rpg.tasks.many import append_many
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo

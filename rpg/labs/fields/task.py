@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.data import FieldData, alter, load_data
-from rpg.tasks.fields.siren import Siren, evaluate, fit, grid_points
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.data import FieldData, alter, load_data
+from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points
 from rpg.tasks.images.collection import open_zoo, single_threaded
+from rpg.tasks.many import append_many
 from rpg.tasks.side_by_side import Stacked, stack, unstack
-from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.manifest import ZooEntry
-from tokenization.zoo.zoo import Zoo, with_digest
+from tokenization.zoo.zoo import Zoo
 
 TURN, TILT = math.radians(35), math.radians(28)
 """The viewer goes around the z axis, and up."""
@@ -70,21 +69,6 @@ def views(values: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
 LEARNED = ("train", "validation")
 """Splits of data that are altered, into the splits ``altered_train`` and ``altered_validation``."""
-
-WRITERS = 8
-"""Files written at a time: most of the time of a small file is waiting for the disk."""
-
-
-def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write small checkpoints side by side and list them, all or none; much faster than one by one."""
-
-    def write(entry: ZooEntry, state_dict: Mapping[str, Tensor]) -> ZooEntry:
-        save_checkpoint(zoo.path / entry.file, state_dict)
-        return with_digest(entry, Checkpoint.open(zoo.path / entry.file))
-
-    (zoo.path / "checkpoints").mkdir(exist_ok=True)
-    with ThreadPoolExecutor(WRITERS) as pool:
-        zoo.extend(list(pool.map(write, entries, state_dicts)))
 
 
 class FieldsTask:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import TypedDict
 
-from rpg.tasks.vision.canvases import NUM_CLASSES, make_canvases
-from rpg.tasks.vision.config import CanvasesData, CocoData
+from rpg.labs.vision.canvases import NUM_CLASSES, make_canvases
+from rpg.labs.vision.config import CanvasesData, CocoData
 from tokenization.errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor]]

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rpg.labs.vision.canvases import make_canvases
+from rpg.labs.vision.config import SegmentationConfig
 from rpg.seeding import permutation
-from rpg.tasks.vision.canvases import make_canvases
-from rpg.tasks.vision.config import SegmentationConfig
 from tokenization.errors import InputError
 
 IGNORED = 255

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.vectors import FlatSpace
+from rpg.labs.training_runs.task import TrajectoriesTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng
-from rpg.tasks.images.trajectories import TrajectoriesTask
 from rpg.tasks.side_by_side import Stacked, join_stacked, stack
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo

@@ -21,12 +21,12 @@ from rpg.config import Config
 from rpg.console import FiguresTable
 from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
-from rpg.experiments.metric_rivals import RATES, Trajectories, repeated, trivial, tuned_training
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.generation.generator import Generator
+from rpg.labs.training_runs.rivals import RATES, Trajectories, repeated, trivial, tuned_training
+from rpg.labs.training_runs.task import TrajectoriesTask
 from rpg.tasks import build_task
 from rpg.tasks.images.collection import single_threaded
-from rpg.tasks.images.trajectories import TrajectoriesTask
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError

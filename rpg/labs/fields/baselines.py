@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
-from rpg.tasks.fields.fields import FieldsTask, append_many
+from rpg.labs.fields.task import FieldsTask
+from rpg.tasks.many import append_many
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 

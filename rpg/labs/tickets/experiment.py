@@ -23,10 +23,10 @@ from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
+from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
 from rpg.models.conditioning import regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.tasks import build_task
-from rpg.tasks.images.tickets import TicketsTask, cut_globally, flatten, unflatten
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text

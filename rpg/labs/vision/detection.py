@@ -22,12 +22,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from rpg.labs.vision.config import DetectionConfig
+from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
+from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
+from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.packages import install_command
 from rpg.tasks.images.collection import use_threads
-from rpg.tasks.vision.config import DetectionConfig
-from rpg.tasks.vision.detection_data import DetectionSet, Instances, Sample, open_split
-from rpg.tasks.vision.image_batches import batches_to_score, batches_to_train
-from rpg.tasks.vision.stepwise import StepwiseTask
 from tokenization.errors import InputError
 
 ASPECTS = (0.5, 1.0, 2.0)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from rpg.labs.vision.config import SegmentationConfig
+from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
+from rpg.labs.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
+from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.packages import install_command
 from rpg.tasks.images.collection import use_threads
-from rpg.tasks.vision.config import SegmentationConfig
-from rpg.tasks.vision.image_batches import batches_to_score, batches_to_train
-from rpg.tasks.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
-from rpg.tasks.vision.stepwise import StepwiseTask
 from tokenization.errors import InputError
 
 SEGFORMERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {

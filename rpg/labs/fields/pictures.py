@@ -14,11 +14,11 @@ from rpg.evaluation.field_plots import beside, grid, save_image
 from rpg.generation.generator import Generator
 from rpg.generation.outputs import MemorySink
 from rpg.generation.sampler import Tile
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.shapes import write_mesh
+from rpg.labs.fields.task import FieldsTask
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.fields import FieldsTask
-from rpg.tasks.fields.shapes import write_mesh
 from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError

@@ -21,14 +21,14 @@ from rpg.console import FiguresTable
 from rpg.evaluation.field_judges import class_judge, letter_features
 from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
 from rpg.evaluation.vectors import FlatSpace
-from rpg.experiments.field_baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
-from rpg.experiments.field_pictures import draw_pictures, learned_originals
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.generation.generator import Generator
+from rpg.labs.fields.baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
+from rpg.labs.fields.data import alter
+from rpg.labs.fields.pictures import draw_pictures, learned_originals
+from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.fields.data import alter
-from rpg.tasks.fields.fields import FieldsTask
 from rpg.tasks.images.collection import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end

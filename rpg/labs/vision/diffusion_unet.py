@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.labs.vision.config import DiffusionUnetConfig
+from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.seeding import make_rng
 from rpg.tasks.images.collection import use_threads
 from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.vision.config import DiffusionUnetConfig
-from rpg.tasks.vision.stepwise import StepwiseTask
 from tokenization.errors import InputError
 
 SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}

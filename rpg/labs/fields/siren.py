@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from rpg.labs.fields.config import FieldsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.fields.config import FieldsConfig
 from rpg.tasks.side_by_side import Stacked
 
 FREQUENCY = 3.0

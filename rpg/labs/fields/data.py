@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from rpg.labs.fields.config import FieldsConfig
+from rpg.labs.fields.shapes import CLASSES, mesh_distances, random_shape
+from rpg.labs.fields.siren import grid_points
 from rpg.seeding import make_rng, permutation
-from rpg.tasks.fields.config import FieldsConfig
-from rpg.tasks.fields.shapes import CLASSES, mesh_distances, random_shape
-from rpg.tasks.fields.siren import grid_points
 from rpg.tasks.images.digits import load_splits
+from rpg.tasks.images.images import IMAGES, class_files, read_images
 from tokenization.errors import InputError
 
 TRUNCATION = 0.3
@@ -23,7 +23,6 @@ TRUNCATION = 0.3
 ALTERATION = 2.0
 """How much copies are altered; 1: turned by 3 degrees (standard deviation)."""
 
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 MESHES = {".ply", ".obj", ".stl"}
 DIGIT_SPLITS = {"train": "train", "validation": "validation", "unseen": "test"}
 
@@ -90,37 +89,6 @@ def _folder(config: FieldsConfig) -> FieldData:
     paths, labels, classes = class_files(Path(config.data), kind, endings)
     values = read_images(paths, config.image_size) if config.dimensions == 2 else _meshes(paths, config)
     return FieldData(values, torch.tensor(labels), _split(len(paths), config), tuple(classes))
-
-
-def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
-    """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
-
-    Raises:
-        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
-    """
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
-    if not files:
-        raise InputError(
-            f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
-            f"({', '.join(sorted(endings))})"
-        )
-    return [file for file, _ in files], [label for _, label in files], classes
-
-
-def read_images(paths: list[Path], image_size: int) -> Tensor:
-    """Image files in 0 … 1, ``[n, C, image_size, image_size]``: of one channel if all are grey, else of three."""
-    size = (image_size, image_size)
-    opened = [Image.open(file) for file in paths]
-    grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
-    images = []
-    for each in opened:
-        values = torch.frombuffer(
-            bytearray(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC).tobytes()),
-            dtype=torch.uint8,
-        )
-        images.append(values.view(*size, -1).permute(2, 0, 1).float() / 255)
-    return torch.stack(images)
 
 
 def _meshes(paths: list[Path], config: FieldsConfig) -> Tensor:

@@ -1,0 +1,1 @@
+"""Lab: networks with a target loss, learned from whole training runs."""

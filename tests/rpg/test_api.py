@@ -1,0 +1,61 @@
+"""The package as a notebook meets it: names, completion, a file in place of a configuration, another folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import rpg
+from rpg.console import progress_bar
+from tests.conftest import make_zoo, small_config
+
+
+def test_completion_offers_every_name_and_each_is_there() -> None:
+    assert {"Config", "Generator", "Zoo", "evaluate", "propose", "train", "InputError"} <= set(dir(rpg))
+    assert all(getattr(rpg, name) is not None for name in rpg.__all__)
+
+
+def test_a_file_is_trained_and_a_folder_is_proposed_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_zoo(tmp_path / "zoo")
+    small_config(tmp_path, train={"steps": 2}).save(tmp_path / "mine.yaml")
+    folder = rpg.train(str(tmp_path / "mine.yaml"), say=lambda _: None)
+    assert rpg.Generator.from_pretrained(folder).config == rpg.Config.load(tmp_path / "mine.yaml")
+    assert "training" not in capsys.readouterr().out
+    assert rpg.propose(tmp_path / "zoo").config.zoo == rpg.propose(rpg.Zoo.open(tmp_path / "zoo")).config.zoo
+
+
+def test_training_shows_a_bar_in_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_zoo(tmp_path / "zoo")
+    shown: list[str] = []
+    monkeypatch.setitem(__import__("sys").modules, "ipykernel", rpg)
+    monkeypatch.setattr("rpg.training.loop.progress_bar", lambda title: shown.append(title) or progress_bar(title))
+    rpg.train(small_config(tmp_path, train={"steps": 2}), say=lambda _: None)
+    rpg.train(small_config(tmp_path, train={"steps": 2}), overwrite=True, progress=lambda *_: None, say=lambda _: None)
+    assert shown == ["training"]
+
+
+def test_a_run_works_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    make_zoo(Path("runs/zoos/mine"))
+    config = small_config(tmp_path, run="runs/mine", zoo="runs/zoos/mine", train={"steps": 2})
+    rpg.train(config, say=lambda _: None)
+    assert rpg.Generator.from_pretrained("runs/mine").config.zoo == "runs/zoos/mine"
+    monkeypatch.chdir(tmp_path)
+    moved = rpg.Generator.from_pretrained("project/runs/mine").config.zoo
+    assert Path(moved).samefile(tmp_path / "project" / "runs" / "zoos" / "mine")
+    (tmp_path / "project").rename(tmp_path / "moved")
+    assert len(rpg.Zoo.open(rpg.Generator.from_pretrained("moved/runs/mine").config.zoo)) == 6
+
+
+def test_progress_counts_networks(tmp_path: Path) -> None:
+    make_zoo(tmp_path / "zoo")
+    config = small_config(tmp_path, train={"steps": 2}, generate={"steps": 2, "tile_tokens": 3})
+    generator = rpg.Generator.from_pretrained(rpg.train(config, say=lambda _: None))
+    assert generator.layout.num_tokens > 3
+    told: list[tuple[float, float]] = []
+    generator.generate(2, progress=lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {2} and told[-1][0] == 2 and any(0 < done < 1 for done, _ in told)
