@@ -105,15 +105,13 @@ def evaluate_run(
         judge: who scores: a function of a state dict or path, or its place; the task when None.
         num, split: networks to generate, and data; the configuration's when None.
         seed: decides everything random.
-        output: where the results go; the run folder when None.
-        workers: the processes that share the work.
+        output, workers: where results go (the run folder when None), and the processes that share the work.
         trajectory: the condition whose networks are shown on their way from noise.
 
     Raises:
         InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
     """
-    run, workers = Path(run), workers or Workers()
-    judge = judge if isinstance(judge, Judge) else Judge(judge)
+    run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
     generator = Generator.from_pretrained(run)
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
@@ -128,8 +126,8 @@ def evaluate_run(
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
     merges = _merges(generator.adapter, zoo, trained, generator.layout)
-    ways = merges, _matching(span, runs, task), _control(config, task, seed)
-    options = Options(judge.lower, judge.higher, split, seed, *ways)
+    matching, control = _matching(span, runs, task), _control(config, task, seed)
+    options = Options(judge.lower, judge.higher, split, seed, merges, matching, control)
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
     stored = generator.asked(num, seed) if config.generate.state == "stored" else []
     others = [generator.layout.checkpoint(zoo, index) for index in held_out]
@@ -139,13 +137,18 @@ def evaluate_run(
         report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
     if workers.is_first:
         command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
-        facts = provenance_of(generator, zoo, num, seed, report.facts.get("seconds_per_network"), command)
-        page = Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
+        page = _page(run, generator, zoo, report, command)
+        page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
         if wish is not None or (generator.condition is None and task is not None):
             page.condition, page.trajectory = trajectory or "", _trajectory(generator, scorer, span, wish, seed)
-        page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
         write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
     return report
+
+
+def _page(run: Path, generator: Generator, zoo: Zoo, report: Report, command: str) -> Page:
+    seconds, num = report.facts.get("seconds_per_network"), report.kinds["generated"].count
+    facts = provenance_of(generator, zoo, num, report.seed, seconds, command)
+    return Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
 
 
 @locks(lambda path, judge, config, output=None, **_: output or path)
