@@ -16,8 +16,7 @@ from torch import Tensor
 from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.similarity import error_iou
 from rpg.evaluation.vectors import StateDict
-from rpg.experiments.evaluating import zoo_span
-from rpg.experiments.single import find_task, parts_of
+from rpg.experiments.single import find_task, parts_of, zoo_span
 from rpg.generation.generator import Generator
 from rpg.labs.fields.pictures import learned_originals
 from rpg.labs.fields.task import FieldsTask

@@ -33,7 +33,7 @@ from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from rpg.experiments.score_conditions import conditions_asked
-from rpg.experiments.single import existing, find_task, parts_of, require_for_choices
+from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
@@ -213,15 +213,6 @@ def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None
     write_report(folder, report, page)
     if drawn is not None:
         save_image(drawn, folder / "samples.png", SCALE)
-
-
-def zoo_span(
-    generator: Generator, zoo: Zoo, trained: Sequence[int], runs: Sequence[int] | None = None, matched: bool = False
-) -> ZooSpan:
-    """How networks lie among the checkpoints that a generator learned from; by spread where units are matched."""
-    checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
-    names = [layer.name for layer in generator.layout.layers]
-    return ZooSpan(checkpoints, names, runs, "spread" if matched else "deviation")
 
 
 def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Distances | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rpg.config import Config
+from rpg.evaluation.span import ZooSpan
+from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
@@ -104,6 +106,15 @@ def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)
     return trained, sorted(set(range(len(zoo))) - set(trained))
+
+
+def zoo_span(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], runs: Sequence[int] | None = None, matched: bool = False
+) -> ZooSpan:
+    """How networks lie among the checkpoints that a generator learned from; by spread where units are matched."""
+    checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
+    names = [layer.name for layer in generator.layout.layers]
+    return ZooSpan(checkpoints, names, runs, "spread" if matched else "deviation")
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Classifier:

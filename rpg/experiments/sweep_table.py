@@ -65,9 +65,10 @@ def rows_of_rivals(folders: Sequence[Path]) -> list[dict[str, Any]]:
             report = Report.load(folder)
         except InputError:
             continue
-        rivals = {name: _of_kind(report, name) for name in report.kinds if name != "generated"}
+        names = [n for n, each in report.kinds.items() if {"one_nna", "error_iou"} & each.extras.keys()]
+        rivals = {name: _of_kind(report, name) for name in names if name != "generated"}
         found = {name: {"name": name, "set": [], **each} for name, each in rivals.items()} | found
-    return [row for row in found.values() if any(row.get(each) is not None for each in ("one_nna", "similarity"))]
+    return list(found.values())
 
 
 def _training_seconds(folder: Path) -> float | None:

@@ -7,7 +7,7 @@ import torch
 
 from rpg.evaluation import span as span_module
 from rpg.evaluation.span import Places, ZooSpan, measure_span
-from rpg.experiments.evaluating import zoo_span
+from rpg.experiments.single import zoo_span
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.training.data import training_entries
