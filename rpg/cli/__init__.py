@@ -47,7 +47,7 @@ def options(
 
 @app.command()
 def collect(
-    config: o.OtherConfig = None,
+    config: o.CollectedConfig = None,
     overrides: o.Overrides = None,
     source: o.Source = None,
     zoo: o.NewZoo = None,
@@ -55,37 +55,41 @@ def collect(
     pattern: o.Pattern = None,
     find_runs: o.FindRuns = True,
     condition: o.Kind = None,
+    key: o.Key = None,
+    strip: o.Strip = None,
+    skip_bad: o.SkipBad = False,
     base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
     """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
-    if source is not None:
+    notices: list[str] = []
+    if source:
+        from tokenization.checkpoint.weights import Chosen
         from tokenization.zoo.importing import collect_from
 
-        if config is not None:
-            raise InputError(f"--from takes one folder or glob, and {config} stands behind it; put a glob in quotes")
         if zoo is None:
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
-        notices: list[str] = []
         with progress_bar("reading") as advance:
             kind = cast("ConditionKind | None", condition)
             made = collect_from(
-                source, zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs, base=base,
-                progress=advance, say=notices.append,
+                [*source, *(config or [])], zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs,
+                base=base, chosen=Chosen(key, strip or ""), skip_bad=skip_bad, progress=advance, say=notices.append,
             )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
-    elif config is not None:
+    elif config:
         from rpg.experiments.single import collect as collect_task
         from rpg.planning.collection import collection_need
 
-        settings = load(config, overrides)
+        if len(config) > 1:
+            raise InputError(f"collect takes one CONFIG, and {config[1]} is a second; put --from before checkpoints")
+        settings = load(Path(config[0]), overrides)
         guard(lambda: collection_need(settings), ignore_memory)
         with progress_bar("collecting") as advance:
             made = collect_task(settings, progress=advance)
     else:
         raise InputError("There is nothing to collect: give a CONFIG with a task, or --from FOLDER.")
-    return _told(made)
+    return {**_told(made), "notices": notices}
 
 
 def _told(zoo: Any) -> dict[str, Any]:
@@ -208,6 +212,7 @@ def generate(
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.experiments.copies import copies_notice
     from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
     from rpg.generation.examples import read_examples
@@ -228,10 +233,15 @@ def generate(
             overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
-    told = {"folder": str(output), "networks": [str(path) for path in paths]}
-    if partition.rank or (judge is None and not ensemble):
+    told: dict[str, Any] = {"folder": str(output), "networks": [str(path) for path in paths]}
+    if partition.rank:
         return told
-    draws = load_draws(paths)
+    if (notice := copies_notice(generator, cast(list[Path], paths), state)) is not None:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
+        told["notice"] = notice
+    if judge is None and not ensemble:
+        return told
+    draws = load_draws(cast(list[Path], paths))
     if judge is not None:
         order, scores = favoured(example_task(generator.config.task), draws, judge)
         best, loss = paths[order[0]], -scores[order[0]].item()

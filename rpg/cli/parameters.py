@@ -48,7 +48,21 @@ ScoredSplit = Annotated[
 RowSplit = Annotated[Split, option("Rows of every task's file.")]
 
 # collect, of checkpoints of your own
-Source = Annotated[str | None, option("Your own checkpoints: a folder or a glob.", "--from")]
+Source = Annotated[
+    list[str] | None, option("Your own checkpoints: folders, files or globs, as many as you like.", "--from")
+]
+CollectedConfig = Annotated[
+    list[str] | None,
+    argument("A configuration with a task; after --from, more checkpoints.", "[CONFIG | FILE…]"),
+]
+Key = Annotated[
+    str | None, option("With --from: which set of weights to take where files hold several, e.g. generator.", "--key")
+]
+Strip = Annotated[str | None, option("With --from: prefix to cut off all tensor names, e.g. net.", metavar="PREFIX")]
+SkipBad = Annotated[
+    bool,
+    option("With --from: leave out checkpoints that cannot be read or do not belong, and list them.", "--skip-bad"),
+]
 NewZoo = Annotated[Path | None, option("With --from: the zoo folder to make.")]
 Table = Annotated[
     Path | None,

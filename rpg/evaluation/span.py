@@ -25,6 +25,9 @@ BLOCK = 1 << 16
 GROUP_VALUES = 1 << 20
 """Values of networks that are placed together."""
 
+TWINS = 1e-6
+"""Distance of two copies of one network at most, in the checkpoints' distance from their mean: what rounding leaves."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -162,11 +165,11 @@ class ZooSpan:
         return scaled, (values[:2].sum() / values.sum()).item()
 
     def unit(self) -> float:
-        """Median distance of a checkpoint to its nearest neighbour; 0 for a single one."""
-        if len(self.checkpoints) < 2:
-            return 0.0
-        among = self.distances(Places(self.gram.diagonal(), self.gram))
-        return among.fill_diagonal_(float("inf")).amin(1).median().item()
+        """Median distance of a checkpoint to its nearest neighbour that is another network; 0 where there is none."""
+        among = self.distances(Places(self.gram.diagonal(), self.gram)).fill_diagonal_(float("inf"))
+        among[among <= TWINS * self.mean_square**0.5] = float("inf")
+        near = among.amin(1)
+        return near[near.isfinite()].median().item() if bool(near.isfinite().any()) else 0.0
 
     @property
     def mean_square(self) -> float:

@@ -18,8 +18,7 @@ from rpg.experiments.scores import Judge
 from rpg.experiments.single import find_task
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -102,4 +101,4 @@ def _checkpoints(path: Path) -> Iterator[tuple[str, Path, Path]]:
 
 
 def _state_dict(path: Path) -> Any:
-    return read_state_dict(path) if pickled_files(path) else Checkpoint.open(path).state_dict()
+    return read_state_dict(path)

@@ -63,12 +63,19 @@ def find_folder(path: Path | str, **options: Any) -> Path:
         return folder / "generator"
     if folder.is_dir():
         return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-        raise InputError(f"there is no folder {path}; name a run, a generator folder or an id on the Hugging Face hub")
+    is_local = not folder.exists() and len(folder.parts) > 1 and folder.parent.is_dir()
+    runs = [each for each in sorted(folder.parent.iterdir()) if (each / "generator").is_dir()] if is_local else []
+    if runs or folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        there = f"; in {folder.parent} are the runs {', '.join(each.name for each in runs[:5])}" if runs else ""
+        cure = "" if runs else "; name a run, a generator folder or an id on the Hugging Face hub"
+        raise InputError(f"there is no folder {path}{there}{cure}")
     repo, _, revision = str(path).partition("@")
     if revision:
         options["revision"] = revision
-    return pull(repo, "model", [*FILES, *OPTIONAL_FILES, "README.md"], **options)
+    try:
+        return pull(repo, "model", [*FILES, *OPTIONAL_FILES, "README.md"], **options)
+    except InputError as error:
+        raise InputError(f"there is no folder {path} here, and of the hub: {error}") from error
 
 
 def require_files(folder: Path) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rpg.merging.methods import COMBINATIONS, DENSITY, METHODS, NEED_BASE, NORMALIZED
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, read_state_dict
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError

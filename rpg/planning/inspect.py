@@ -17,8 +17,7 @@ from rpg.console import FiguresTable
 from rpg.planning.plan import make_plan
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, read_state_dict
 from tokenization.checkpoint.structure import is_counter
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.pickles import cut_prefixes, load_pickle, pickled_files
+from tokenization.checkpoint.formats import kind_of
+from tokenization.checkpoint.pickles import load_inert
 from tokenization.checkpoint.safetensors import (
     ORDER_KEY,
     TIES_KEY,
@@ -22,11 +23,13 @@ from tokenization.checkpoint.safetensors import (
     locate,
     order_of,
     read_header,
+    read_json,
     tensor_at,
     ties_of,
 )
 from tokenization.checkpoint.saving import find_ties, save_checkpoint
 from tokenization.checkpoint.tensor_file import TensorSpec
+from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
 from tokenization.files import drop_pages
 
@@ -37,6 +40,8 @@ __all__ = [
     "read_state_dict",
     "save_checkpoint",
 ]
+
+_FOLDER_FILES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Checkpoint:
@@ -82,7 +87,8 @@ class Checkpoint:
         """
         path = Path(path)
         if pickled := pickled_files(path):
-            path = pickled[0]
+            what = f"{pickled[0]} is a pickle, which cannot be read in parts"
+            raise InputError(f"{what}; convert it once with `rpg collect --from`")
         header = read_header(locate(path))
         if not header.tensors:
             raise InputError(f"{path} has no tensor; name a checkpoint")
@@ -194,23 +200,68 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors)"
 
 
-def read_state_dict(path: Path | str) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint of any kind, pickles (.pth, .pt, .bin) included, in the order of its state dict.
+def read_state_dict(path: Path | str, chosen: Chosen = AS_FOUND) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint of any kind, pickles included, in the order of its state dict: `read_weights`."""
+    return read_weights(path, chosen).tensors
 
-    Nesting (``{"state_dict": …}``; averaged weights are preferred where there are both) is unwrapped, and the
-    ``module.`` and ``_orig_mod.`` of wrappers are cut off the names.
+
+def read_weights(path: Path | str, chosen: Chosen = AS_FOUND) -> Weights:
+    """The weights in a checkpoint of any kind, named as in the plain network, and what was passed over.
+
+    Args:
+        path: safetensors, a pickle, shards of either, or a folder that holds one.
+        chosen: which of several sets of weights, and the prefix to cut off.
 
     Raises:
-        InputError: there is no checkpoint or a broken one; a pickle that holds code is refused, not run.
+        NoWeightsError: it is read and holds no weights.
+        InputError: there is no checkpoint, a broken one, one of another program or with several sets of weights; a
+            pickle that holds code is refused, not run.
     """
     path = Path(path)
-    pickled = pickled_files(path)
-    if not pickled:
-        return cut_prefixes(Checkpoint.open(path).state_dict())
-    state_dict: dict[str, Tensor] = {}
-    for file in pickled:
-        state_dict |= load_pickle(file)
-    return cut_prefixes(state_dict)
+    if pickled := pickled_files(path):
+        parts = [weights_in(load_inert(file), file, chosen.key) for file in pickled]
+        tensors = {name: value for part in parts for name, value in part.tensors.items()}
+        notes = [note for part in parts for note in part.notes]
+    else:
+        tensors, notes = Checkpoint.open(path).state_dict(), []
+    renamed = plain_names(list(tensors), path, chosen, {name: tuple(value.shape) for name, value in tensors.items()})
+    named = {text: tensors[name] for name, text in renamed.names.items()}
+    return Weights(named, list(dict.fromkeys([*notes, *renamed.notes])))
+
+
+def has_plain_names(checkpoint: Checkpoint, chosen: Chosen) -> bool:
+    """Whether a safetensors checkpoint can stay as it is. Raises InputError as `plain_names` does."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return plain_names(checkpoint.order, checkpoint.path, chosen, shapes).same
+
+
+def pickled_files(path: Path) -> list[Path]:
+    """The pickles that ``path`` (a pickle or a folder with no safetensors but pickles) stands for; else none.
+
+    Raises:
+        InputError: the file is of another program's format.
+    """
+    if path.is_file():
+        if path.name.endswith(".bin.index.json"):
+            return _shards(path)
+        return [path] if kind_of(path) in ("torch", "pickle") else []
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return []
+    for name in _FOLDER_FILES:
+        file = path / name
+        if file.is_file():
+            return _shards(file) if file.suffix == ".json" else [file]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise InputError(f"{index} names the shard {name}, which is not in its folder; copy it there")
+    return [index.parent / name for name in names]
 
 
 def free_place(folder: Path, number: int, state_dict: Mapping[str, Tensor]) -> Path:

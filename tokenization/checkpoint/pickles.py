@@ -1,118 +1,217 @@
-"""State dicts out of pickles (.pth, .pt, .bin), without ever running what a pickle holds."""
+"""Pickles, read without running what they hold: tensors and plain containers are made, all else stays inert.
+
+The unpickler is Python's own with a closed list of what it may find: functions of torch that put tensors together,
+and containers. Every other name, be it a class or a function, becomes an `Inert` that takes everything and does
+nothing; names that only serve to run programs are refused.
+"""
 
 from __future__ import annotations
 
-import argparse
-import re
+import collections
+import io
+import pickle
+import tarfile
+import types
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.safetensors import read_json, tensor_at
+from tokenization.checkpoint.formats import LEGACY_MAGIC
 from tokenization.errors import InputError
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Endings of files that are read as pickles."""
 
-_FOLDER_FILES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+class Inert(dict):  # type: ignore[type-arg]
+    """Stands for an object of a class that is not loaded: holds its items, and its attributes by name."""
 
-# Where training scripts put the weights; averaged weights first, as timm prefers them.
-_NESTED = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module", "net")
+    origin = ""
+    dump_patches = False  # torch asks classes of modules in old files for it
 
-# What DataParallel and torch.compile put before every name.
-_PREFIXES = ("module.", "_orig_mod.")
+    def __new__(cls, *args: Any, **named: Any) -> Inert:
+        """Nothing that a pickle gives is looked at here."""
+        return super().__new__(cls if isinstance(cls, type) else Inert)
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__()
+        self.args = args
+
+    def __call__(self, *args: Any, **named: Any) -> Inert:
+        """Nothing happens."""
+        return Inert()
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def build(self, state: Any) -> None:
+        """Take the attributes that a pickle gives the object."""
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                super().update(part)
+
+    def append(self, *_: Any) -> None:
+        """Items of lists and sets are dropped."""
+
+    extend = add = update = append  # type: ignore[assignment]
 
 
-def pickled_files(path: Path) -> list[Path]:
-    """The pickles that ``path`` (a pickle or a folder with no safetensors but pickles) stands for; else none."""
-    if path.is_file() and path.suffix in SUFFIXES:
-        return [path]
-    if path.is_file() and path.name.endswith(".bin.index.json"):
-        return _shards(path)
-    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return []
-    for name in _FOLDER_FILES:
-        file = path / name
-        if file.is_file() and file.suffix == ".json":
-            return _shards(file)
-        if file.is_file():
-            return [file]
-    return []
+class _NumpyDtype(Inert):
+    order: Any = "="
+
+    def build(self, state: Any) -> None:
+        """Take (version, byte order, …)."""
+        self.order = state[1] if isinstance(state, tuple) and state[1] in ("<", ">") else "="
 
 
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a pickle: nesting unwrapped, tensors on the CPU, memory-mapped where the file allows it.
+class InertArray(Inert):
+    """A NumPy array, of which nothing is made until it is asked for."""
+
+    def build(self, state: Any) -> None:
+        """Take (version, shape, dtype, whether Fortran's order, bytes)."""
+        _, shape, dtype, fortran, data = state
+        self.args = (data, dtype, shape, "F" if fortran else "C")
+
+    def tensor(self) -> Tensor | None:
+        """The array as a tensor; None where its dtype is none of torch's."""
+        data, dtype, shape, order = self.args
+        if not isinstance(dtype, _NumpyDtype) or not isinstance(data, bytes | bytearray):
+            return None
+        found = np.dtype(str(dtype.args[0])).newbyteorder(dtype.order)
+        if found.kind not in "fiubc":
+            return None
+        array = np.frombuffer(data, found).reshape(shape, order=order)
+        return torch.from_numpy(np.array(array, found.newbyteorder("="), order="C"))
+
+
+def load_inert(path: Path) -> Any:
+    """What a pickle holds: tensors on the CPU, memory-mapped where the file allows it, containers, numbers, `Inert`.
 
     Raises:
-        InputError: the file holds code (it is refused, not run), is truncated, holds no state dict, or holds
-            tensors that are sparse, quantised or without data.
+        InputError: the file names functions that run programs (they are not run), is truncated or no pickle.
     """
     try:
-        # Namespace is what argparse leaves in many published checkpoints; it runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if zipfile.is_zipfile(path):
+            # A TorchScript program would be given to another reader by torch.load.
+            if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+                raise InputError(f"{path} is a TorchScript program; save its state_dict() alone")
+            if path.suffix != ".safetensors":
+                return _torch_load(path, mmap=True)
+            with path.open("rb") as file:  # torch.load goes by that ending
+                return _torch_load(file)
+        with path.open("rb") as file:
+            legacy = LEGACY_MAGIC in file.read(40)
+            file.seek(0)
+            return _load_legacy(file) if legacy else _Unpickler(file).load()
+    except InputError:
+        raise
+    except _CodeError as error:
+        what = f"{path} is a pickle that holds code ({error})"
+        raise InputError(f"{what}, which is not run; save the network's state_dict() alone") from error
     except Exception as error:  # foreign bytes may fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            what = f"{path} is a pickle that holds code ({refused[1]})"
-            raise InputError(f"{what}, which is not run; save the network's state_dict() alone") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is unreadable as a pickle of tensors ({reason}); save it again") from error
-    return check_tensors(_unwrap(content, path), path)
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"{path} is unreadable as a pickle of tensors ({reason}); copy or save it again") from error
 
 
-def cut_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the ``module.`` and ``_orig_mod.`` that wrappers put before every one of them."""
-    while state_dict:
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state_dict)), None)
-        if prefix is None or any(name == prefix for name in state_dict):
-            break
-        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    return state_dict
+class _CodeError(Exception):
+    """A pickle names something that only serves to run programs."""
 
 
-def check_tensors(state_dict: Mapping[str, Any], path: Path | str) -> dict[str, Tensor]:
-    """The entries of a state dict as plain dense tensors. Raises InputError that names the first which is none."""
-    if not state_dict:
-        raise InputError(f"{path} has no tensor; give a state dict")
-    tensors: dict[str, Tensor] = {}
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            what = f"is of type {type(value).__name__}"
-            raise InputError(f"{path}: entry {name!r} {what}, but a state dict holds tensors by name; leave it out")
-        kind = None
-        if value.is_quantized:
-            kind = "a quantised tensor"
-        elif value.layout != torch.strided or value.is_nested:
-            kind = f"a sparse tensor ({value.layout})"
-        elif value.is_meta:
-            kind = "a tensor without data (meta device)"
-        if kind:
-            raise InputError(f"{tensor_at(path, name)} is {kind}; convert it to a dense tensor before saving")
-        tensors[name] = value.detach()
-    return tensors
+class _Unpickler(pickle._Unpickler):
+    """Python's own in Python: the one in C gives a memo of any length that broken bytes ask for."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name of the pickle stands for; nothing is imported."""
+        known = _known(module, name)
+        if known is not None:
+            return known
+        if module.partition(".")[0] in _RUNS or (module in ("builtins", "__builtin__") and name in _RUNS_BUILTINS):
+            raise _CodeError(f"{module}.{name}")
+        if module in ("torch._utils", "torch._tensor", "torch.storage"):
+            raise ValueError(f"tensors made by {module}.{name} are not read")
+        return type(name, (Inert,), {"origin": f"{module}.{name}"})
+
+    def load_build(self) -> None:
+        """Give an object its attributes; what torch and Python made of the pickle has all that it needs."""
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(self.stack[-1], Inert):  # type: ignore[attr-defined]
+            self.stack[-1].build(state)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def _unwrap(content: Any, path: Path) -> Mapping[str, Any]:
-    while isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return content
-        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            return content  # the entry at fault is named by the caller
-        content = inner
-    raise InputError(f"{path} holds a {type(content).__name__}, no state dict; save the network's state_dict()")
+def _load_legacy(file: BinaryIO) -> Any:
+    """Torch's format of old. The one before it, a tar archive, would be unpacked onto the disk."""
+    if tarfile.is_tarfile(file):
+        raise ValueError("a tar archive of PyTorch before 0.2")
+    file.seek(0)
+    return _torch_load(file)
 
 
-def _shards(index: Path) -> list[Path]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise InputError(f"{index} names the shard {name}, which is not in its folder; copy it there")
-    return [index.parent / name for name in names]
+def _torch_load(file: Path | BinaryIO, mmap: bool = False) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes whose code is not there: it is not wanted
+        return torch.load(file, map_location="cpu", pickle_module=_MODULE, weights_only=False, mmap=mmap)
+
+
+def _load_from_bytes(data: bytes) -> Any:
+    """A storage as plain pickles hold it: a file of torch's old format."""
+    if LEGACY_MAGIC not in data[:40]:
+        raise ValueError("a storage in an unknown format")
+    return _load_legacy(io.BytesIO(data))
+
+
+_MODULE = types.SimpleNamespace(
+    __name__="inert", Unpickler=_Unpickler, load=lambda file, **how: _Unpickler(file, **how).load()
+)
+"""What torch.load takes in the place of Python's pickle."""
+
+_RUNS = {
+    "asyncio", "bdb", "code", "codeop", "commands", "concurrent", "ctypes", "gc", "imp", "importlib", "inspect", "nt",
+    "os", "pdb", "pip", "pkgutil", "platform", "popen2", "posix", "profile", "pty", "runpy", "setuptools", "shutil",
+    "signal", "socket", "ssl", "subprocess", "sys", "tempfile", "threading", "timeit", "urllib", "webbrowser",
+}  # fmt: skip
+_RUNS_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "execfile", "globals", "open", "setattr"}
+
+_TORCH_FUNCTIONS = (
+    "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_sparse_tensor", "_rebuild_qtensor",
+    "_rebuild_meta_tensor_no_storage", "_rebuild_nested_tensor", "_rebuild_device_tensor_from_numpy",
+)  # fmt: skip
+_LAYOUTS = {f"torch.{name}": getattr(torch, name) for name in ("strided", "sparse_coo", "sparse_csr", "sparse_csc")}
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "collections.defaultdict": lambda *_: {},
+    "collections.Counter": lambda *items: dict(*items),
+    "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.UntypedStorage": torch.UntypedStorage,
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch.storage._load_from_bytes": _load_from_bytes,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: function(*args),
+    "torch.serialization._get_layout": lambda name: _LAYOUTS.get(name),
+    **{f"torch._utils.{name}": getattr(torch._utils, name) for name in _TORCH_FUNCTIONS if hasattr(torch._utils, name)},
+    **{f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, dict)},
+    **{f"numpy.{core}.multiarray._reconstruct": InertArray for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": InertArray for core in ("core", "_core")},
+    "numpy.dtype": _NumpyDtype,
+}
+
+
+def _known(module: str, name: str) -> Any:
+    """What may be made of a pickle; None of all else."""
+    if module == "torch" and isinstance(
+        found := getattr(torch, name, None), torch.dtype | torch.qscheme | torch.layout
+    ):
+        return found
+    return _KNOWN.get(f"{module}.{name}")

@@ -142,10 +142,6 @@ def read_header(path: Path) -> Header:
     """
     if path.suffix == ".json":
         return _read_index(path)
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise InputError(
-            f"{path} is a pickle, which cannot be read in parts; convert it once with `rpg collect --from`"
-        )
     return _read_file(path)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.pickles import check_tensors
 from tokenization.checkpoint.safetensors import ORDER_KEY, TIES_KEY, tensor_at
 from tokenization.checkpoint.tensor_file import CODES, TensorFile
+from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 
 

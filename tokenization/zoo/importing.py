@@ -4,51 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.checkpoint.structure import Structure
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
-from tokenization.lora.adapter import is_adapter, read_adapter_config
 from tokenization.lora.collected import CollectedAdapters
-from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
+from tokenization.zoo.reading import Reading, Row, Source
 from tokenization.zoo.sources import find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One checkpoint found: its path, its label, and its entry if it is adopted (None: to be converted).
-
-    Of adapters with another scaling than the zoo's, ``factors`` has what tensors are multiplied by.
-    """
-
-    path: Path
-    label: Label
-    entry: ZooEntry | None = None
-    factors: Mapping[str, float] = field(default_factory=dict)
-
-    def state_dict(self, structure: Structure | None) -> dict[str, Tensor]:
-        """What the zoo is to store, in its order, so that pickles and safetensors mix."""
-        found = read_state_dict(self.path)
-        for name, factor in self.factors.items():
-            found[name] = (found[name].double() * factor).to(found[name].dtype)
-        if structure is None:
-            return found
-        names = [name for name in [*structure.tensors, *structure.ties] if name in found]
-        return {name: found[name] for name in names} | found
 
 
 @locks(lambda source, zoo_path, **_: zoo_path)
@@ -62,13 +35,15 @@ def collect_from(
     task: dict[str, Any] | None = None,
     base: str | None = None,
     find_runs: bool = True,
+    chosen: Chosen = AS_FOUND,
+    skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
 
-    Everything is read and checked before anything is written. Safetensors stay where they are; pickles are converted.
-    A killed collection resumes with the first that is missing.
+    Everything is read and checked before anything is written. Safetensors with plain names stay where they are, all
+    else is converted. A killed collection resumes with the first that is missing.
 
     Args:
         source: a folder (searched at any depth), a glob, or several of them.
@@ -80,7 +55,9 @@ def collect_from(
             from anywhere: every checkpoint is one.
         condition: what the conditions mean, or their kind; inferred if left out.
         task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
-        progress: called with (checked, total) checkpoints; say: receives lines of what names told and was converted.
+        chosen: which of several sets of weights in a file, and the prefix to cut off names.
+        skip_bad: go on past checkpoints that cannot be read or do not belong.
+        progress: called with (checked, total) checkpoints; say: receives a line on all that was told or left out.
 
     Raises:
         InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
@@ -88,133 +65,111 @@ def collect_from(
     zoo_path = Path(zoo_path)
     exists = (zoo_path / "zoo.json").exists()
     zoo = Zoo.open(zoo_path, repair=True) if exists else Zoo(zoo_path)
-    wanted = zoo.condition or condition
-    kind = wanted.kind if isinstance(wanted, ConditionSpec) else wanted
-    labelled = _labelled(source, zoo_path, table, pattern, kind, say if find_runs and pattern is None else None)
-    labels = [label for _, label in labelled]
+    kind = wanted.kind if isinstance(wanted := zoo.condition or condition, ConditionSpec) else wanted
+    rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
-        require_new_folder(zoo_path, [path for path, _ in labelled])
-        spec = condition if isinstance(condition, ConditionSpec) else infer_condition(labels, condition)
-        zoo = Zoo(zoo_path, task=task, condition=spec)
-    known = {entry.source or str((zoo.path / entry.file).resolve()) for entry in zoo.entries}
-    labelled = [each for each in labelled if str(each[0].resolve()) not in known]
-    runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
-    runs += sorted({_run_name(path, label) for path, label in labelled} - set(runs), key=natural_key)
+        require_new_folder(zoo_path, [row.path for row in rows])
+    fresh = _not_in(zoo, rows)
     adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
-    sources, structure = _checked(labelled, zoo, runs, adapters, progress, say)
-    if not sources:
-        return zoo
+    sources = (reading := Reading(zoo, adapters, chosen, skip_bad, say)).read(fresh, progress)
+    rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
+    labels = _labels(rows, kind, say if find_runs and pattern is None else None)
     if not exists:
-        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
-        zoo = Zoo.create(zoo_path, among=[path for path, _ in labelled], **what)
-    elif runs != zoo.runs:
-        zoo.rename_runs(runs)
+        spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
+        zoo = Zoo(zoo_path, task=task, condition=spec)
+    named = table is not None or pattern is not None
+    runs, entries = _entries(zoo, reading.without_twins([(each, labels[each.row.path]) for each in sources], named))
+    if not entries:
+        return zoo
+    zoo = _opened(zoo, exists, runs, sources, reading.comparison.structure)
     adapters.finish(zoo.path, say)
-    _write(zoo, sources, runs)
+    _write(zoo, entries, chosen)
     return zoo
 
 
-def _labelled(
+def _not_in(zoo: Zoo, rows: Sequence[Row]) -> list[Row]:
+    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
+    return [row for row in rows if row.path.resolve() not in known]
+
+
+def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str], list[tuple[Source, dict[str, Any]]]]:
+    """The names of all runs, and the sources with the fields of their lines in the manifest."""
+    runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
+    runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
+    return runs, [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
+
+
+def _opened(zoo: Zoo, exists: bool, runs: list[str], sources: Sequence[Source], structure: Structure) -> Zoo:
+    """The zoo on disk, made if need be, with the runs' names."""
+    if not exists:
+        what: Any = {"task": zoo.task, "condition": zoo.condition, "runs": runs, "structure": structure}
+        return Zoo.create(zoo.path, among=[each.row.path for each in sources], **what)
+    if runs != zoo.runs:
+        zoo.rename_runs(runs)
+    return zoo
+
+
+def _rows(
     source: Path | str | Sequence[Path | str],
     zoo_path: Path,
     table: Path | str | None,
     pattern: str | None,
-    kind: ConditionKind | None,
-    say: Callable[[str], None] | None,
-) -> list[tuple[Path, Label]]:
-    """Every checkpoint with what is known of it; where ``say`` is given, names are asked what the table leaves open."""
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Every checkpoint that the sources stand for or the table names, with what table and pattern say of it."""
     sources = [source] if isinstance(source, str | Path) else list(source)
-    rows: list[tuple[Path, str, dict[str, Any]]] = []
+    rows: list[Row] = []
     if table is None:
+        ignored: list[str] = []
         for item in sources:
-            rows += [(path, str(path), {}) for path in find_checkpoints(item, zoo_path)]
+            rows += [Row(path, str(path), {}) for path in find_checkpoints(item, zoo_path, ignored)]
+        if ignored:
+            more = f" (and {len(ignored) - 1} more such)" if len(ignored) > 1 else ""
+            say(f"left out: {ignored[0]}{more}")
     else:
         folders = [Path(table).parent, *(folder_of(item) for item in sources)]
-        for where, row in read_table(Path(table)):
-            path = next((folder / row["file"] for folder in folders if (folder / row["file"]).exists()), None)
+        for where, told in read_table(Path(table)):
+            path = next((folder / told["file"] for folder in folders if (folder / told["file"]).exists()), None)
             if path is None:
-                what = f"{where}: file {row['file']!r} does not exist"
+                what = f"{where}: file {told['file']!r} does not exist"
                 raise InputError(f"{what}; name a checkpoint beside the table or in the source")
-            rows.append((path, where, row))
-    kept: list[tuple[Path, str, dict[str, Any]]] = []
+            rows.append(Row(path, where, told))
+    kept: list[Row] = []
     seen: dict[Path, str] = {}
-    for path, where, row in rows:
-        if path.resolve() in seen:
+    for row in rows:
+        if row.path.resolve() in seen:
             if table is None:
                 continue
-            what = f"{where}: file {row['file']!r} is already in {seen[path.resolve()]}"
+            what = f"{row.where}: file {row.known['file']!r} is already in {seen[row.path.resolve()]}"
             raise InputError(f"{what}; drop one of the lines")
-        seen[path.resolve()] = where
-        named = read_name(pattern, path.as_posix()) if pattern is not None else {}
-        kept.append((path, where, {**named, **row}))
-    if say is not None and not all("run" in row and "step" in row for *_, row in kept):
-        told = recognise([path for path, *_ in kept])
-        say(told.notice) if told.notice else None
-        kept = [
-            (path, where, {**more, **row}) for (path, where, row), more in zip(kept, told.rows, strict=False)
-        ] or kept
-    return [(path, label_of(row, where, kind)) for path, where, row in kept]
+        seen[row.path.resolve()] = row.where
+        named = read_name(pattern, row.path.as_posix()) if pattern is not None else {}
+        kept.append(Row(row.path, row.where, {**named, **row.known}))
+    return kept
 
 
-def _checked(
-    labelled: list[tuple[Path, Label]],
-    zoo: Zoo,
-    runs: list[str],
-    adapters: CollectedAdapters,
-    progress: Callable[[int, int], None] | None,
-    say: Callable[[str], None],
-) -> tuple[list[_Source], Structure | None]:
-    """Read every checkpoint and compare them.
-
-    Returns:
-        The sources with the entries of those to be adopted, and what all have in common (None of no checkpoints).
-    """
-    comparison = Comparison(zoo.structure if zoo.entries else None)
-    if zoo.entries and labelled:
-        comparison.add_checkpoint(Checkpoint.open(zoo.file(0)), str(zoo.file(0)))
-    expected = zoo.structure if zoo.entries else None
-    sources = []
-    for index, (path, label) in enumerate(labelled):
-        where = str(path)
-        fields = _fields(path, label, zoo, runs)
-        config = read_adapter_config(path) if is_adapter(path) else None
-        checkpoint = None if pickled_files(path) else Checkpoint.open(path)
-        state_dict = read_state_dict(path) if checkpoint is None else {}
-        structure = Structure.of_state_dict(state_dict) if checkpoint is None else Structure.of_checkpoint(checkpoint)
-        factors = adapters.factors(
-            path,
-            config,
-            {name: shape for name, (_, shape) in structure.tensors.items()},
-            state_dict.__getitem__ if checkpoint is None else checkpoint.tensor,
-        )
-        entry = None
-        if checkpoint is None or factors:
-            state_dict = _Source(path, label, None, factors).state_dict(expected)
-            structure = Structure.of_state_dict(state_dict)
-            comparison.add_state_dict(state_dict, where)
-        else:
-            entry = _adopted(checkpoint, zoo, fields)
-            comparison.add_checkpoint(checkpoint, where)
-            entry = with_digest(entry, checkpoint)
-        expected = expected or structure
-        sources.append(_Source(path, label, entry, factors))
-        if progress is not None:
-            progress(index + 1, len(labelled))
-    for notice in comparison.notices:
-        say(notice)
-    return sources, comparison.structure if sources else None
+def _labels(rows: list[Row], kind: ConditionKind | None, say: Callable[[str], None] | None) -> dict[Path, Label]:
+    """What is known of every checkpoint; where ``say`` is given, names are asked what the table leaves open."""
+    told: Sequence[Mapping[str, Any]] = ()
+    if say is not None and not all("run" in row.known and "step" in row.known for row in rows):
+        recognised = recognise([row.path for row in rows])
+        say(recognised.notice) if recognised.notice else None
+        told = recognised.rows
+    more = told or [{}] * len(rows)
+    return {row.path: label_of({**named, **row.known}, row.where, kind) for row, named in zip(rows, more, strict=True)}
 
 
-def _write(zoo: Zoo, sources: list[_Source], runs: list[str]) -> None:
+def _write(zoo: Zoo, entries: Sequence[tuple[Source, dict[str, Any]]], chosen: Chosen) -> None:
     adopted: list[ZooEntry] = []
-    for item in sources:
-        if item.entry is not None:
-            adopted.append(item.entry)
+    for source, fields in entries:
+        path = source.row.path
+        if source.adopted is not None:
+            adopted.append(with_digest(_adopted(source.adopted, zoo, fields), source.adopted))
             continue
         zoo.extend(adopted)
         adopted = []
-        state_dict = item.state_dict(zoo.structure if zoo.entries else None)
-        zoo.append(state_dict, source=str(item.path.resolve()), **_fields(item.path, item.label, zoo, runs))
+        state_dict = source.state_dict(chosen, zoo.structure if zoo.entries else None)
+        zoo.append(state_dict, source=str(path.resolve()), **fields)
     zoo.extend(adopted)
 
 

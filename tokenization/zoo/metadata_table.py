@@ -33,7 +33,7 @@ class Label:
 
 
 def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV or JSONL file with a column ``file``: ``[(where, row)]``.
+    """Rows of a CSV (with commas, semicolons or tabs) or JSONL file with a column ``file``: ``[(where, row)]``.
 
     Raises:
         InputError: the table is unreadable, empty or without that column; names the line.
@@ -44,14 +44,18 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path} is an unreadable table ({reason}); give a CSV or JSONL file") from error
     rows: list[tuple[str, dict[str, Any]]] = []
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True)
+    if path.suffix in (".csv", ".tsv"):
+        head = text.partition("\n")[0]
+        delimiter = max(",;\t", key=head.count)  # spreadsheets write ; where the comma is decimal
+        reader = csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True, delimiter=delimiter)
         try:
             for row in reader:
                 where = f"{path}: line {reader.line_num}"
                 if None in row or None in row.values():
                     count = len(reader.fieldnames or ())
                     raise InputError(f"{where} has another number of fields than the {count} of line 1; mend the line")
+                if delimiter == ";":
+                    row = {key: _decimal(key, value) for key, value in row.items()}
                 rows.append((where, {key: value for key, value in row.items() if value != ""}))
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the line") from error
@@ -59,7 +63,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         for where, parsed in json_lines(text, path):
             rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
     else:
-        raise InputError(f"{path} has the ending {path.suffix!r}; give a table in .csv or .jsonl")
+        raise InputError(f"{path} has the ending {path.suffix!r}; give a table in .csv, .tsv or .jsonl")
     if not rows:
         raise InputError(f"{path} has no rows; write one per checkpoint")
     for where, row in rows:
@@ -188,6 +192,12 @@ def _condition(value: Any, where: str) -> tuple[float, ...] | str:
     except ValueError:
         return value
     return tuple(_number(part, where) for part in parts)
+
+
+def _decimal(column: str, value: str) -> str:
+    """A number with the decimal comma of spreadsheets as one with a point."""
+    is_text = column in ("file", "run", "split", "condition")
+    return value if is_text else re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", value)
 
 
 def _number(value: Any, where: str) -> float:

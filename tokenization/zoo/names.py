@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenization.checkpoint.pickles import SUFFIXES
+from tokenization.checkpoint.formats import SUFFIXES
 
 STEP_WORDS = (
     "global[_-]?steps?|steps?|iterations?|iters?|it|updates?",
@@ -55,31 +55,47 @@ def recognise(paths: Sequence[Path]) -> Recognised:
     """Runs and steps of checkpoints, from all their names together.
 
     A number without a word before it is not guessed at, and where two checkpoints would have the same run and step, the
-    names are not understood. A name without a step beside others that have one (``best``) is step 0 of its run.
+    names are not understood. A name without a step beside others that have one is step 0 of its run (``best``), or the
+    step after all others (``last``, ``final``, and a folder whose own folders are the others).
     """
     if not paths:
         return Recognised()
     common = Path(os.path.commonpath([path.parent for path in paths]))
-    texts = [_plain(path.relative_to(common)) for path in paths]
+    texts, versions = _versions([_plain(path.relative_to(common)) for path in paths])
     kind = next((kind for kind in STEP_WORDS if any(_find(kind, text) for text in texts)), None)
     if kind == "s" and not any(_find("runs?|r", text) for text in texts):
         kind = None
-    rests = [_rest(text, kind) for text in texts]
-    runs = _run_names(rests, common)
-    if kind is None:
+    ranks = [_rank(path, text, paths) for path, text in zip(paths, texts, strict=True)]
+    by_rank = kind is None and None not in ranks
+    rests = [_rest(text, "" if by_rank else kind) for text in texts]
+    runs = [run + version for run, version in zip(_run_names(rests, common), versions, strict=True)]
+    if by_rank and len(set(runs)) == len(runs):  # a best or a last one of each run: names as they are
+        by_rank, runs = False, _run_names(texts, common)
+    if kind is None and not by_rank:
         return _without_steps(paths, texts, runs)
-    steps = [_find(kind, text)[-1][1] if _find(kind, text) else None for text in texts]
+    steps = [_find(kind, text)[-1][1] if kind and _find(kind, text) else None for text in texts]
+    after = dict.fromkeys(runs, 0)
+    for run, step in zip(runs, steps, strict=True):
+        after[run] = max(after[run], int(step or 0))
+    late = [step is None and bool(rank) for step, rank in zip(steps, ranks, strict=True)]
+    steps = [
+        str(after[run] + (rank or 0)) if is_late else step
+        for run, step, rank, is_late in zip(runs, steps, ranks, late, strict=True)
+    ]
     told = [(run, int(step)) for run, step in zip(runs, steps, strict=True) if step is not None]
     if len(set(told)) < len(told):
         return Recognised(notice=f"the names tell one step of a run twice, so they are not used; {_cure(texts)}")
-    without = [path for path, step in zip(paths, steps, strict=True) if step is None]
     shown = next(place for place, step in enumerate(steps) if step is not None)
     notice = (
         f"{_count(runs)} found in the names, e.g. run {runs[shown]}, step {int(steps[shown] or 0)} from "
         f"{_short(paths[shown])}"
     )
-    if without:
-        notice += f"; {len(without)} without a step, e.g. {_short(without[0])}, taken as step 0"
+    if any(late):
+        notice += (
+            f"; {sum(late)} last or final, e.g. {_short(paths[late.index(True)])}, taken as a step after the others"
+        )
+    if None in steps:
+        notice += f"; {steps.count(None)} without a step, e.g. {_short(paths[steps.index(None)])}, taken as step 0"
     rows = ({"run": run} | ({} if step is None else {"step": step}) for run, step in zip(runs, steps, strict=True))
     return Recognised(tuple(rows), notice)
 
@@ -95,6 +111,27 @@ def _without_steps(paths: Sequence[Path], texts: Sequence[str], runs: Sequence[s
     return Recognised()
 
 
+def _versions(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names without Lightning's ``-v1``, by which a later run keeps off an earlier one's file; and these endings."""
+    found = [re.search(r"-v\d+$", text) for text in texts]
+    versions = [
+        match[0] if match and text[: match.start()] in texts else "" for match, text in zip(found, texts, strict=True)
+    ]
+    return [text.removesuffix(version) for text, version in zip(texts, versions, strict=True)], versions
+
+
+def _rank(path: Path, text: str, paths: Sequence[Path]) -> int | None:
+    """Where a name without a step stands in its run: 0 for the best, 1 for the last, 2 for the final one."""
+    name = text.rpartition("/")[2]
+    words = [match[0].lower() for match in _SAYS_NOTHING.finditer(name)]
+    if "final" in words or any(path in other.parents for other in paths):
+        return 2
+    if "best" in words:
+        return 0
+    plain = not _SAYS_NOTHING.sub("", name).strip("_=-. ")
+    return 1 if "last" in words or "latest" in words or plain else None
+
+
 def _plain(path: Path) -> str:
     """The path without the endings of checkpoints."""
     text = path.as_posix()
@@ -108,10 +145,10 @@ def _find(words: str, text: str) -> list[re.Match[str]]:
 
 
 def _rest(text: str, kind: str | None) -> str:
-    """What remains of a path without step, scores and words that tell no run."""
+    """What remains of a path without step, scores and words that tell no run; all of it if ``kind`` is None."""
     if kind is None:
         return text
-    for words in STEP_WORDS[: max(2, STEP_WORDS.index(kind) + 1)]:
+    for words in STEP_WORDS[: max(2, STEP_WORDS.index(kind) + 1)] if kind else ():
         for match in _find(words, text)[-1:]:  # that of the file rather than of a folder
             text = f"{text[: match.start()]} {text[match.end() :]}"
     folder, _, name = _SCORE.sub(" ", text).rpartition("/")

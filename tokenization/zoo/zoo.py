@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, free_place, save_checkpoint
-from tokenization.checkpoint.pickles import check_tensors
 from tokenization.checkpoint.structure import Structure, digest_of
+from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text
 from tokenization.zoo.comparison import Comparison

@@ -50,7 +50,7 @@ def test_a_zoo_comes_back_as_it_was(hub: HubServer, tmp_path: Path) -> None:
 
 def test_adopted_checkpoints_go_with_the_zoo_and_their_places_do_not(hub: HubServer, tmp_path: Path) -> None:
     elsewhere = make_zoo(tmp_path / "elsewhere")
-    torch.save(elsewhere.state_dict(0), tmp_path / "elsewhere" / "checkpoints" / "a.pth")
+    torch.save({k: v + 1 for k, v in elsewhere.state_dict(0).items()}, tmp_path / "elsewhere" / "checkpoints" / "a.pth")
     zoo = collect_from(str(elsewhere.path / "checkpoints"), tmp_path / "zoo")
     assert any(entry.external for entry in zoo.entries) and any(entry.source for entry in zoo.entries)
     zoo.push_to_hub("me/adopted")
