@@ -154,7 +154,7 @@ def conversion(
         if found == other or match[2] == "A":
             continue
         if changes_base(config) or not other:  # the base that PEFT makes may depend on the scaling
-            require(f"lora_alpha / r of {module!r}", found, other, apart)
+            require(f"lora_alpha / r of {module!r}", partial(scaling_of, module), apart)
         factors[name] = found / other
     return factors
 
