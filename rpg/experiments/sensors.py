@@ -8,15 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.page.drawing import Axis, draw_figure, save_png
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.regression import Regression, regression_grid, tune
-from rpg.evaluation.report import Curve, Report, networks
+from rpg.evaluation.report import Curve, Report, label_of, networks
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
@@ -229,3 +231,17 @@ def _starts(
 def _write(run: Path | str, report: Report) -> None:
     facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
     write_report(run, report, Page("Networks for sensors that nobody calibrated", facts))
+    if (curve := report.curves.get("accuracy_by_angle")) is not None:
+        save_curve(curve, Path(run) / "angle.png")
+
+
+def save_curve(curve: Curve, path: Path) -> None:
+    """Draw the lines of a curve as a PNG."""
+
+    def draw(axes: Any) -> None:
+        for number, (name, values) in enumerate(curve.lines.items()):
+            width = 3 if name == "generated" else 1.5
+            axes.plot(curve.x, values, linewidth=width, zorder=3 - number, label=label_of(name))
+        axes.legend(loc="lower center", ncols=len(curve.lines), frameon=False)
+
+    save_png(draw_figure(draw, Axis(curve.across), Axis(curve.up, 0, 1, percent=True), (7.5, 3.5)), path)

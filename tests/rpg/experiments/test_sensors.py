@@ -47,7 +47,7 @@ def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
     assert starts["generated"][0] == pytest.approx(report.mean("generated"))
     assert len(report.extras["seeds"]) == 2 and (run / "seed-1" / "generator").is_dir()
     assert "must be small, here 610 values" in report.notes[0]
-    assert (run / "report.html").is_file()
+    assert (run / "report.html").is_file() and (run / "angle.png").is_file()
 
 
 def test_choices_are_made_on_validation_sensors_and_write_nothing(run: Path) -> None:

@@ -8,8 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from rpg.models.denoiser import DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
+from rpg.diffusion.objectives import FlowConfig
+from rpg.models.denoiser import DecoderConfig, DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
 from rpg.models.denoiser.time import time_sinusoid
+from rpg.models.recurrent_diffusion import RecurrentConfig
 
 SMALL = [
     MLPConfig(width=16, hidden=24, depth=2),
@@ -174,3 +176,16 @@ def test_time_sinusoid_endpoints_and_wavelengths():
 def test_impossible_configurations_name_the_field(section, field):
     with pytest.raises(ValidationError, match=field):
         TypeAdapter(DenoiserConfig).validate_python(section)
+
+
+def test_a_decoder_starts_at_zero_and_looks_at_prototypes_alone() -> None:
+    decoder = build_denoiser(DecoderConfig(width=8, depth=2), 5, 4, 1)
+    rng = torch.Generator().manual_seed(0)
+    prototypes, noise = torch.randn(3, 4, generator=rng), torch.randn(3, 5, generator=rng)
+    assert torch.equal(decoder(noise, torch.ones(3), decoder.precompute(prototypes)), torch.zeros(3, 5))
+    torch.nn.init.normal_(decoder.network[-1].weight, generator=rng)
+    made = decoder(noise, torch.ones(3), decoder.precompute(prototypes))
+    assert torch.equal(made, decoder(0 * noise, torch.zeros(3), decoder.precompute(prototypes)))
+    assert not torch.allclose(made[0], made[1])
+    with pytest.raises(ValueError, match="decoder predicts clean tokens"):
+        RecurrentConfig(denoiser=DecoderConfig(), diffusion=FlowConfig(prediction="velocity"))
