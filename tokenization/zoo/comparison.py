@@ -39,6 +39,7 @@ class Comparison:
         self._ordered = False
         self._tied: set[str] = set()
         self._num = 0
+        self._first = ""
         self.counters: set[str] = set()
         self.varying: dict[str, tuple[str, str]] = {}
 
@@ -64,6 +65,7 @@ class Comparison:
         twins = _twins(found, flat)
         if not self._num:
             self._start(found, twins)
+            self._first = where
         for name, same in twins.items():
             if name in found.ties or (name != same and name not in self._copies and _varies(flat(name))):
                 self._copies |= {name, same}
@@ -144,7 +146,7 @@ class Comparison:
             self._digests[name] = (digest, where)
             return
         if learned and (name_of_first is None or name_of_first[0] != digest):
-            at, other = (where, "others") if faults else (name_of_first[1] if name_of_first else "", where)
+            at, other = (where, self._first) if faults else (self._first, where)
             what = f"{tensor_at(at, name)} has NaN or infinity" + (f" ({faults} of its values)" if faults else "")
             raise InputError(f"{what}, unlike {other}; leave this checkpoint out")
         if name_of_first is not None and name_of_first[0] != digest:
