@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from rpg.config import Config
-    from rpg.experiments.single import evaluate_run as evaluate
+    from rpg.experiments.evaluating import evaluate_run as evaluate
     from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
     from rpg.planning.proposal import propose
@@ -31,7 +31,7 @@ _HOMES = {
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
     "propose": ("rpg.planning.proposal", "propose"),
-    "evaluate": ("rpg.experiments.single", "evaluate_run"),
+    "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),
     "train": ("rpg.training.loop", "train"),
 }
 

@@ -17,7 +17,7 @@ from _common import Figures, Parser, run_command, work_folder
 from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.evaluation.metrics import accuracy
-from rpg.experiments.single import collect, generate_timed, scoring_task
+from rpg.experiments.single import collect, scoring_task
 from rpg.generation.generator import Generator
 from rpg.training.loop import train
 
@@ -58,8 +58,10 @@ def measure(
     seconds: dict[str, float] = {}
     scores: dict[str, float] = {}
     for label, sampler in samplers.items():
-        generate_timed(generator, 1, 1, **{**sampler, "steps": 2})  # warm up
-        networks, seconds[label] = generate_timed(generator, num, 0, **sampler)
+        generator.generate(1, seed=1, **{**sampler, "steps": 2})  # warm up
+        began = time.perf_counter()
+        networks = generator.generate(num, seed=0, **sampler)
+        seconds[label] = (time.perf_counter() - began) / num
         scores[label] = float(accuracy(task.predict(networks), task.labels()).mean())
     originals = [zoo.state_dict(index) for index in range(len(zoo))]
     return {

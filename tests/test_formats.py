@@ -13,10 +13,7 @@ import torch
 from safetensors import safe_open
 
 from rpg.config import Config
-from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.report import Curve, Report, networks
-from rpg.evaluation.scores.measure import evaluate_scores
-from rpg.evaluation.scores.scorer import OwnScorer
 from rpg.experiments.comparison import compare
 from rpg.generation.folders import FILES, OPTIONAL_FILES
 from rpg.generation.generator import Generator
@@ -26,7 +23,6 @@ from rpg.models.sane import SaneConfig, TokenAutoencoder
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
-from tests.rpg.evaluation.test_span import span_of
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.checkpoint.masks import SUFFIXES
 from tokenization.layout.layout import TokenLayout, TokenOptions
@@ -35,7 +31,6 @@ from tokenization.zoo.locks import locked
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
-FEW = EvaluateConfig(num_baseline=2)
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
 
 
@@ -184,14 +179,6 @@ def test_a_comparison() -> None:
     made = compare("validation tasks", "recurrent", same, same, seed=0)
     assert list(made.model_dump(mode="json")) == documented("compare.json")
     assert list(made.configured.model_dump()) == ["mean", "max", "min", "std", "ci95"]
-
-
-def test_figures_of_a_scorer(folder: Path) -> None:
-    result = evaluate_scores(OwnScorer(lambda state_dict: 1.0, "mine"), span_of(Zoo.open(folder / "zoo")), None, FEW)
-    content = result.model_dump(mode="json")
-    assert list(content) == documented("evaluation.json of a scorer")
-    keys = ["count", "figures", "summaries", "distances", "own_distances", "novel_and_performant"]
-    assert list(content["sets"]["original"]) == keys
 
 
 def test_a_repository_on_the_hub(folder: Path, hub: HubServer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.scores.scorer import TaskScorer
+from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.similarity import error_iou
 from rpg.evaluation.vectors import StateDict
 from rpg.experiments.single import find_task, parts_of, zoo_span

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rpg.app.digits import Answer
 from rpg.app.loaded import LoadedRun, Made, told
-from rpg.evaluation.page.single_page import heat_png
-from rpg.evaluation.scores.scorer import less_is_better
+from rpg.evaluation.judges import less_is_better
+from rpg.evaluation.page.page import heat_png
 from rpg.evaluation.vectors import StateDict
 from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.images.digits import DigitsSubsetsTask

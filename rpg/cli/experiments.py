@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
-from tokenization.errors import InputError
 
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
@@ -28,34 +27,37 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str,
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
     trajectory: o.Trajectory = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with all that is trivial.
+    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
+    from rpg.experiments.held_out_tasks import task_family
+
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
-    written = "pictures: {run}/distance.png, parameters.png"
-    return held_out(settings, split, seeds, device, "unseen", trajectory, written, ignore_memory=ignore_memory)
+    task_family(settings)
+    how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
+    return experiment(settings, "unseen", split=split, seeds=seeds, trajectory=trajectory, **how)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
     function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """LoRA adapters: zoo, training, comparison with all that is trivial, for tasks nobody trained where there are any.
+    """LoRA adapters: zoo, training, comparison with simple baselines, for unseen tasks where there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
     On several devices: accelerate launch -m rpg lora CONFIG
     """
-    from rpg.experiments.adapters import is_comparison_of_tasks
+    from rpg.experiments.driver import require_adapters
 
     settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
-    if function is None and is_comparison_of_tasks(settings):
-        if lower or higher:
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
-        return held_out(settings, split, 1, device, "lora", trajectory, ignore_memory=ignore_memory)
-    return figures(settings, split, (function, lower or (), higher or ()), device, trajectory, ignore_memory)
+    require_adapters(settings)
+    judge = (function, lower or (), higher or ())
+    how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
+    return experiment(settings, "lora", judge, split=split, trajectory=trajectory, **how)
 
 
 def fields(
@@ -117,7 +119,7 @@ def render(
 def demo(
     config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
     overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
+    ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
     from rpg.devices import use_device
@@ -132,45 +134,19 @@ def demo(
         with progress_bar("collecting the zoo") as collecting, training_bar(f"training on {place}") as training:
             report = run_sensors(settings, progress={"collect": collecting, **training}, seeds=seeds)
     then = f"rpg generate {settings.run} --setting angle=137 --setting inverted=true --output mine"
-    print_report(report, console, folder=settings.run, then=then)
+    print_report(report, console, folder=settings.run, full=full, then=then)
     return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
-
-
-def single(
-    config: Path, overrides: o.Overrides = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False
-) -> dict[str, Any]:
-    """Networks like those of a zoo of one task: zoo, training, generation, scores."""
-    from rpg.devices import use_device
-    from rpg.evaluation.tables import means_of, print_table
-    from rpg.experiments.single import run_all
-
-    settings, place = load(config, overrides or []), use_device(device)
-    _guard_memory(settings, ignore_memory)
-    with (
-        progress_bar("collecting the zoo") as collecting,
-        training_bar(f"training on {place}") as training,
-        progress_bar("scoring") as scoring,
-    ):
-        result = run_all(settings, progress={"collect": collecting, **training, "score": scoring})
-    print_table(result, console)
-    console.print(f"run folder: {settings.run}\npicture:    {Path(settings.run) / 'scatter.png'}")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": means_of(result)}
 
 
 def run(
     config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False,
+    ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
 
-    Its task says which experiment that is: one of `rpg demo`, `unseen`, `lora`, `fields`, `metric`, lottery tickets, or
-    figures of the task's own.
+    Its task says which experiment that is: on networks, on unseen tasks, on fields, target losses or lottery tickets.
     """
-    from rpg.tasks import build_task
-    from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
-
     settings = load(config, overrides)
-    task = build_task(settings.task) if settings.task is not None else None
     kind = settings.task.name if settings.task is not None else ""
     how: Any = {"device": device, "ignore_memory": ignore_memory}
     if kind in ("fields", "trajectories"):
@@ -180,14 +156,8 @@ def run(
     if kind == "sensors" and settings.model.condition.kind == "examples":
         return examples(settings, **how)
     if kind == "sensors":
-        return demo(config, overrides, **how)
-    if isinstance(task, ImageTaskFamily):
-        return unseen(config, overrides, **how)
-    if isinstance(task, TaskFamily):
-        return lora(config, overrides, **how)
-    if isinstance(task, Classifier):
-        return single(config, overrides, **how)
-    return figures(settings, None, (None, (), ()), trajectory=None, **how)
+        return demo(config, overrides, full=full, **how)
+    return experiment(settings, "run", full=full, **how)
 
 
 def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
@@ -247,69 +217,34 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
     return chosen
 
 
-def figures(
-    settings: Any, split: str | None, judge: Any, device: str, trajectory: str | None, ignore_memory: bool
-) -> dict[str, Any]:
-    """Networks judged by figures: collect what the task trains, train, score; or score a run alone."""
-    from rpg.evaluation.scores.show import means_of, print_scores
+def experiment(
+    settings: Any, command: str, judge: Any = (None, (), ()), *, device: str, ignore_memory: bool, full: bool,
+    split: str | None = None, seeds: int = 1, trajectory: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run an experiment, or judge a split of one that was run before."""
+    from rpg.cli.scoring import told_of
+    from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.adapters import prepare_adapters
-    from rpg.experiments.scores import Judge, evaluate_run_by_scores
+    from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
+    words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]
+    chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
+    if split is not None and (chosen.name != "networks" or settings.model.condition.kind != "none"):
+        settings = _to_score(settings, split, place, ignore_memory)
     if split is None:
         _guard_memory(settings, ignore_memory)
-        with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
-            prepare_adapters(settings, {"collect": collecting, **training})
-    elif settings.model.condition.kind != "none":
-        settings = _to_score(settings, split, place, ignore_memory)
-    with progress_bar(f"scoring on {place}") as advance:
-        workers = Workers(partition, advance)
-        result = evaluate_run_by_scores(
-            settings.run, Judge(*judge), seed=settings.seed, split=split, workers=workers, trajectory=trajectory
-        )
-    print_scores(result, console)
-    console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": means_of(result)}
-
-
-def held_out(
-    settings: Any,
-    split: str | None,
-    seeds: int,
-    device: str,
-    command: str,
-    trajectory: str | None,
-    written: str = "",
-    *,
-    ignore_memory: bool,
-) -> dict[str, Any]:
-    """Run an experiment on unseen tasks, or score a split of one that was run before."""
-    from rpg.evaluation.workers import Workers
-    from rpg.experiments.held_out_table import means_of_tasks, print_held_out
-    from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out
-    from rpg.experiments.tasks_report import wished_task, write_tasks_report
-    from rpg.generation.sampler import join_processes
-
-    partition, place = join_processes(device)
-    workers = Workers(partition)
-    wish = None if trajectory is None else wished_task(settings, trajectory)
-    if split is not None:
-        settings = _to_score(settings, split, place, ignore_memory)
-        report = evaluate_held_out(settings.run, seed=settings.seed, split=split, workers=workers)
-    else:
-        _guard_memory(settings, ignore_memory)
-        with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
+    with (
+        progress_bar("collecting") as collecting,
+        training_bar(f"training on {place}") as training,
+        progress_bar(f"scoring on {place}") as scoring,
+    ):
+        workers = Workers(partition, scoring)
+        if split is not None:
+            report = chosen.evaluate(settings.run, seed=settings.seed, split=split, workers=workers)
+        else:
             progress = {"collect": collecting, **training}
-            report = run_held_out(settings, progress=progress, seeds=seeds, workers=workers)
-    print_held_out(report, console)
-    told = {"run": settings.run, "tasks": {name: means_of_tasks(report[name]) for name in ("unseen", "seen")}}
-    if split == "validation" or not workers.is_first:  # which writes nothing
-        return told
-    options = {"--split": split, "--trajectory": trajectory}
-    words = [word for name, value in options.items() if value for word in (name, value)]
-    write_tasks_report(settings.run, " ".join([f"rpg {command}", *words]), wish)
-    console.print(f"figures:  {settings.run}/evaluation.json\nreport:   {settings.run}/report.html")
-    console.print(written.format(run=settings.run), end="\n" if written else "")
-    return {**told, "figures": f"{settings.run}/evaluation.json", "report": f"{settings.run}/report.html"}
+            report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
+    print_report(report, console, folder=settings.run, full=full, then=f"rpg generate {settings.run} --num 10")
+    return told_of(report, settings.run, settings.run)

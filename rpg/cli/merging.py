@@ -70,11 +70,11 @@ def merge(
     console.print(f"{method} of {len(files)}: {output}", soft_wrap=True, highlight=False)
     if function is None:
         return {"path": str(output), "method": method}
-    from rpg.experiments.score_files import print_figures, score_checkpoints
-    from rpg.experiments.scores import Judge
+    from rpg.evaluation.table import print_checkpoints
+    from rpg.experiments.score_files import score_checkpoints
 
-    scores = score_checkpoints([*files, output], Judge(function), None, "test")
-    print_figures(scores, console)
+    scores = score_checkpoints([*files, output], function, None, "test")
+    print_checkpoints(scores, console)
     return {"path": str(output), "method": method, "checkpoints": scores}
 
 

@@ -206,6 +206,9 @@ Lower = Annotated[
     ),
 ]
 Higher = Annotated[list[str] | None, option("With --score: a figure of which more is better.", metavar="NAME")]
+Full = Annotated[
+    bool, option("Print every baseline, metric and part of the report, not only the rows that matter.", "--full")
+]
 ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
 
 

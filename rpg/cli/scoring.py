@@ -22,53 +22,55 @@ def evaluate(
     trajectory: o.Trajectory = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
+    full: o.Full = False,
 ) -> dict[str, Any]:
     """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
 
     With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch -m rpg evaluate RUN
     """
-    from rpg.evaluation import tables
-    from rpg.evaluation.scores import show
+    from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo, goes_by_figures
-    from rpg.experiments.single import MOST_VALUES, evaluate_run
+    from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
     from rpg.generation.sampler import join_processes
     from rpg.planning.guard import evaluation_need
 
     partition, place = join_processes(device)
     judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()
-    by_figures = not is_zoo and (function is not None or goes_by_figures(run))
-    if trajectory is not None and not by_figures:
-        raise InputError("--trajectory is for generators with conditions; the report shows the others' as they are")
+    if is_zoo and num is not None:
+        raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
+    if is_zoo and trajectory is not None:
+        raise InputError("--trajectory is for generators with conditions; a zoo generates nothing")
+    if not is_zoo and overrides:
+        raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
     if not is_zoo:
-        limit = 0 if by_figures else MOST_VALUES  # figures are of one network after the other
-        guard(lambda: evaluation_need(run, limit, num), ignore_memory)
+        guard(lambda: evaluation_need(run), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
         if is_zoo:
             from rpg.config import Config
 
-            if num is not None:
-                raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
             config = Config.defaults([*(overrides or []), f"seed={seed}"])
-            scores = evaluate_zoo(run, judge, config, output=output, workers=workers)
-        elif overrides:
-            raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
-        elif by_figures:
-            scores = evaluate_run_by_scores(
-                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory
-            )
-        elif lower or higher:
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+            report = evaluate_zoo(run, judge, config, output=output, workers=workers)
         else:
-            scores = None
-            result = evaluate_run(run, num=num, seed=seed, output=output, workers=workers)
-    show.print_scores(scores, console) if scores is not None else tables.print_table(result, console)
-    told = tables.means_of(result) if scores is None else show.means_of(scores)
-    for kind, name in (("figures", "evaluation.json"), ("picture", "scatter.png"), ("report", "report.html")):
-        console.print(f"{kind + ':':<8} {(output or run) / name}")
-    return {"run": str(run), "figures": str((output or run) / "evaluation.json"), "networks": told}
+            report = evaluate_run(
+                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory
+            )  # fmt: skip
+    folder = output or run
+    then = f"rpg inspect {run} --write-config mine.yaml" if is_zoo else f"rpg generate {run} --num 10"
+    print_report(report, console, folder=folder, full=full, then=then)
+    return told_of(report, run, folder)
+
+
+def told_of(report: Any, run: Any, folder: Any) -> dict[str, Any]:
+    """What a command that evaluates tells a machine."""
+    return {
+        "run": str(run),
+        "figures": f"{folder}/evaluation.json",
+        "report": f"{folder}/report.html",
+        "verdict": report.verdict,
+        "networks": report.means(),
+    }
 
 
 def score(
@@ -79,9 +81,9 @@ def score(
     device: o.Device = "auto",
 ) -> dict[str, Any]:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
+    from rpg.evaluation.table import print_checkpoints
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.score_files import print_figures, score_checkpoints
-    from rpg.experiments.scores import Judge
+    from rpg.experiments.score_files import score_checkpoints
     from rpg.generation.sampler import join_processes
 
     partition, place = join_processes(device)
@@ -93,6 +95,6 @@ def score(
     config = load(configs[0], overrides) if configs else None
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
-        scores = score_checkpoints(checkpoints, Judge(function), config, split, workers)
-    print_figures(scores, console)
+        scores = score_checkpoints(checkpoints, function, config, split, workers)
+    print_checkpoints(scores, console)
     return {"checkpoints": scores}

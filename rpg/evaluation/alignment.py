@@ -11,11 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rpg.evaluation.baselines import average
-from rpg.evaluation.novelty_curve import Distances
+from rpg.evaluation.matching import Distances
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute
-from rpg.evaluation.vectors import StateDict
+from rpg.evaluation.vectors import StateDict, average
 from rpg.tasks import Task
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder

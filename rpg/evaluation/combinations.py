@@ -1,8 +1,12 @@
-"""Baselines of networks too large to be held together: each is a recipe, cooked from the memory-mapped checkpoints.
+"""Simple baselines: each network is a weighted sum of a zoo's checkpoints, plus independent noise.
 
-A recipe is the zoo's mean, plus a weighted sum of the checkpoints' deviations from it, plus independent noise. What
-lies in the zoo's span needs no basis: a principal direction is a weighted sum of checkpoints, too. n checkpoints, N
-networks.
+A combination is the zoo's mean, plus a weighted sum of the checkpoints' deviations from it, plus noise. What lies in
+the zoo's span needs no basis, as a principal direction is a weighted sum of checkpoints, too; networks of any size are
+made from memory-mapped checkpoints. Noise that is small enough is as good as one likes: the kinds ``…_at_distance`` lie
+as far from the zoo as the generated networks.
+
+arXiv 2506.07998 finds that weight generators do not outperform noise and averages at making networks both new and good;
+a generator is worth its compute only if it beats them. n checkpoints, N networks.
 """
 
 from __future__ import annotations
@@ -14,61 +18,93 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rpg.evaluation.distance_matched import LOW_RANK, strength_for
+from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.novelty import leading_directions
-from rpg.evaluation.results import AT_DISTANCE
+from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import derive_seed, make_rng
-from tokenization.errors import InputError
 
-SPANNED = ("average_of_k", "interpolation", "covariance_gaussian", "low_rank_gaussian")
-MATCHED = ("noise", "coordinate_gaussian", "covariance_gaussian", "low_rank_gaussian")
-NAMES = ("noise", *SPANNED, "coordinate_gaussian", *(name + AT_DISTANCE for name in MATCHED))
-"""What ``evaluate.baselines`` may name; the average is always there."""
+LOW_RANK = 0.99
+"""Share of the zoo's variance that the directions of the low-rank Gaussian hold."""
 
-AFFORDABLE = ("interpolation", "low_rank_gaussian", "low_rank_gaussian" + AT_DISTANCE)
+K = 16
+"""Checkpoints in ``average_of_k``."""
+
+PLAIN = (
+    "noise", "run_average", "average_of_k", "interpolation", "coordinate_gaussian", "covariance_gaussian",
+    "low_rank_gaussian",
+)  # fmt: skip
+MATCHED = (
+    "noise", "coordinate_gaussian", "sharpened_gaussian", "covariance_gaussian", "low_rank_gaussian",
+    "run_coordinate_gaussian", "run_sharpened_gaussian", "run_covariance_gaussian", "extrapolation",
+)  # fmt: skip
+NAMES = (*PLAIN, *(name + AT_DISTANCE for name in MATCHED))
+"""What ``evaluate.baselines`` may name of any zoo; the average is always there."""
+
+AFFORDABLE = ("run_average", "interpolation", "low_rank_gaussian", "low_rank_gaussian" + AT_DISTANCE)
 """The default for networks of more than `MANY_VALUES` values, where a network of each kind takes minutes to score."""
 
 MANY_VALUES = 50_000_000
 
+Unit = Literal["layer", "coordinate", "sharpened"]
 Cook = Callable[[], StateDict]
 """Makes a network when it is called, where that is no sum."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Combination:
     """One network.
 
     Attributes:
         weights: of the checkpoints' deviations, float64 ``[n]``.
         noise: standard deviation of the noise, in the ``unit``.
-        unit: the standard deviation of each tensor's values, or of each value over the zoo.
+        unit: the standard deviation of each tensor's values, of each value over ``members``, or the square of the
+            latter over the former, which leaves alone what hardly varies.
+        members: checkpoints that a unit is of.
         seed: of the noise.
     """
 
     weights: Tensor
     noise: float = 0.0
-    unit: Literal["layer", "coordinate"] = "layer"
+    unit: Unit = "layer"
+    members: tuple[int, ...] = ()
     seed: int = 0
 
 
-def cook(zoo: ZooSpan, recipe: Recipe) -> StateDict:
-    """The network of a recipe, in the stored dtypes; variances stay above the zoo's smallest."""
-    first = zoo.checkpoints[0]
+@dataclass(frozen=True)
+class Family:
+    """Networks on lines ``base + s · direction`` with one s for all: a sum of deviations, or noise of a unit."""
+
+    base: Tensor
+    direction: Tensor | None
+    unit: Unit = "layer"
+    members: tuple[tuple[int, ...], ...] = ()
+
+    def at(self, strength: float, seeds: list[int]) -> list[Combination]:
+        """The networks at one s."""
+        if self.direction is not None:
+            return [Combination(row) for row in self.base + strength * self.direction]
+        rows = zip(self.base, self.members, seeds, strict=True)
+        return [Combination(row, strength, self.unit, members, seed) for row, members, seed in rows]
+
+
+def combine(zoo: ZooSpan, combination: Combination) -> StateDict:
+    """The network of a combination, in the stored dtypes; variances stay above the zoo's smallest."""
+    first, rows = zoo.checkpoints[0], list(combination.members)
     stored: dict[str, Tensor] = {}
     for name in first.tensors:
         if name not in zoo.scales:
-            stored[name] = first.tensor(name)
+            stored[name] = first.tensor(name).clone()
             continue
-        rng = make_rng(recipe.seed, "noise", name)
+        rng = make_rng(combination.seed, "noise", name)
         values = torch.empty(zoo.means[name].shape, dtype=first.info(name).dtype)
         for block, checkpoints in zoo.blocks(name):
             mean = zoo.means[name][block]
-            made = mean + recipe.weights.float() @ (checkpoints - mean)
-            if recipe.noise:
-                unit = checkpoints.std(0) if recipe.unit == "coordinate" else zoo.spreads[name]
-                made += recipe.noise * unit * torch.randn(made.shape, generator=rng)
+            made = mean + combination.weights.float() @ (checkpoints - mean)
+            if combination.noise:
+                unit = _unit(zoo, name, checkpoints[rows], combination.unit)
+                made += combination.noise * unit * torch.randn(made.shape, generator=rng)
             if name.endswith("running_var"):
                 made.clamp_(min=float(checkpoints.min()))
             values[block] = made
@@ -76,76 +112,179 @@ def cook(zoo: ZooSpan, recipe: Recipe) -> StateDict:
     return {name: stored[first.ties.get(name, name)] for name in first.order}
 
 
-def recipes(zoo: ZooSpan, name: str, num: int, seed: int, *, sigma: float = 0.0, distance: float = 0.0) -> list[Recipe]:
-    """``num`` networks of one kind.
+def _unit(zoo: ZooSpan, name: str, members: Tensor, unit: Unit) -> Tensor | float:
+    if unit == "layer":
+        return zoo.spreads[name]
+    return members.std(0) if unit == "coordinate" else members.var(0) / zoo.spreads[name]
+
+
+def make_baselines(
+    zoo: ZooSpan, config: EvaluateConfig, num: int, distance: float | None, seed: int
+) -> tuple[dict[str, list[Combination]], list[str]]:
+    """The average and the baselines that are asked for or affordable, by the name under which they are reported.
+
+    Args:
+        zoo: the checkpoints.
+        config: names kinds and strengths of noise.
+        num: N.
+        distance: of the generated networks to the nearest checkpoint, in normalised values; None without any, which
+            leaves out the kinds at their distance.
+        seed: decides the draws.
+
+    Returns:
+        The combinations, and what a reader must know of them.
+    """
+    count = len(zoo.checkpoints)
+    made = {"average": [Combination(torch.zeros(count, dtype=torch.float64))]}
+    if count < 2 or not zoo.mean_square > 0:
+        return made, [] if count < 2 else ["All checkpoints are the same, so that every baseline would be, too."]
+    default = AFFORDABLE if is_large(zoo) else NAMES
+    names = default if config.baselines is None else [name for name in config.baselines if name in NAMES]
+    collapsed = []
+    for name in names:
+        if name == "noise":
+            for sigma in config.noise:
+                made[f"noise_{sigma:g}"] = combinations(zoo, name, num, seed, sigma=sigma)
+        elif not name.endswith(AT_DISTANCE):
+            made[f"average_of_{min(K, count)}" if name == "average_of_k" else name] = combinations(zoo, name, num, seed)
+        elif distance is not None and distance == distance and (found := combinations(zoo, name, num, seed, distance)):
+            made[name] = found
+            collapsed += [name] if distance > 0 and _is_collapsed(zoo, found, distance) else []
+    notes = []
+    if collapsed:
+        notes.append(
+            "The generated networks lie nearer to the originals than averages do, so that these baselines are averages "
+            f"and lie farther out than they are named for: {', '.join(collapsed)}."
+        )
+    return {name: each for name, each in made.items() if each}, notes
+
+
+def is_large(zoo: ZooSpan) -> bool:
+    """Whether each network takes minutes."""
+    return zoo.num_values > MANY_VALUES
+
+
+def combinations(
+    zoo: ZooSpan, name: str, num: int, seed: int, distance: float | None = None, *, sigma: float = 1.0
+) -> list[Combination]:
+    """``num`` networks of one kind; none where the zoo does not allow it (runs of one checkpoint).
 
     Args:
         zoo: at least two checkpoints.
         name: one of `NAMES`.
         num: N.
         seed: decides the draws.
-        sigma: strength of ``noise``.
         distance: to the nearest checkpoint, of the kinds ``…_at_distance``, in normalised values.
-
-    Raises:
-        InputError: there is no such kind.
+        sigma: strength of ``noise``.
     """
-    if name not in NAMES:
-        known = ", ".join(NAMES)
-        raise InputError(f"evaluate.baselines names {name!r}, which networks this large rule out; choose from {known}.")
     kind = name.removesuffix(AT_DISTANCE)
-    rng = make_rng(seed, "recipes", kind)
-    seeds = [derive_seed(seed, "recipe", kind, repr(sigma), number) for number in range(num)]
-    count = len(zoo.checkpoints)
+    rng = make_rng(seed, "combinations", kind)
+    family = _family(zoo, kind, num, rng)
+    if family is None:
+        return []
+    seeds = [derive_seed(seed, "combination", kind, repr(sigma), number) for number in range(len(family.base))]
+    strength = sigma if kind == "noise" else 1.0
+    if name != kind and distance is not None:
+        strength = _strength(zoo, family, distance)
+    return family.at(strength, seeds)
+
+
+def _family(zoo: ZooSpan, kind: str, num: int, rng: torch.Generator) -> Family | None:
+    count, everyone = len(zoo.checkpoints), tuple(range(len(zoo.checkpoints)))
+    zeros = torch.zeros(num, count, dtype=torch.float64)
     if kind == "noise":
-        strength = _noise_strength(zoo, distance) if name != kind else sigma
-        rows = torch.randint(count, (num,), generator=rng)
-        return [Recipe(_one(count, int(row)), strength, seed=each) for row, each in zip(rows, seeds, strict=True)]
-    if kind == "coordinate_gaussian":
-        strength = _coordinate_strength(zoo, distance) if name != kind else 1.0
-        zeros = torch.zeros(count, dtype=torch.float64)
-        return [Recipe(zeros, strength, "coordinate", each) for each in seeds]
-    weights = _weights(zoo, kind, num, rng)
-    if name != kind:
-        # In axes of its span the zoo is n vectors of n numbers, whatever a network's size.
-        zoo_vectors = zoo.coordinates()
-        deviations = weights @ zoo_vectors
-        weights = weights * strength_for(torch.zeros_like(deviations), deviations, zoo_vectors, distance)
-    return [Recipe(each) for each in weights]
-
-
-def _weights(zoo: ZooSpan, kind: str, num: int, rng: torch.Generator) -> Tensor:
-    """Weights of the deviations, float64 ``[N, n]``."""
-    count = len(zoo.checkpoints)
+        order = torch.cat([torch.randperm(count, generator=rng) for _ in range(-(-num // count))])[:num]
+        return Family(torch.eye(count, dtype=torch.float64)[order], None, "layer", (everyone,) * num)
+    if kind in ("coordinate_gaussian", "sharpened_gaussian"):
+        return Family(zeros, None, kind.removesuffix("_gaussian"), (everyone,) * num)  # type: ignore[arg-type]
     if kind in ("covariance_gaussian", "low_rank_gaussian"):
         directions = leading_directions(zoo.gram, LOW_RANK if kind == "low_rank_gaussian" else 1.0)  # [n, k]
-        coefficients = torch.randn(num, directions.shape[1], generator=rng, dtype=torch.float64)
-        return coefficients @ directions.T / max(count - 1, 1) ** 0.5
-    weights = torch.zeros(num, count, dtype=torch.float64)
-    for row in weights:
-        order = torch.randperm(count, generator=rng)
-        if kind == "average_of_k":
-            row[order[: min(16, count)]] = 1 / min(16, count)
-        else:
-            place = float(torch.rand((), generator=rng))
-            row[order[:2]] = torch.tensor([1 - place, place], dtype=torch.float64)
+        drawn = torch.randn(num, directions.shape[1], generator=rng, dtype=torch.float64) @ directions.T
+        return Family(zeros, drawn / (count - 1) ** 0.5)
+    if kind == "run_average":
+        runs = list(zoo.members.values())
+        return Family(_means(runs, count), zeros[:1]) if len(runs) > 1 else None
+    if kind in ("average_of_k", "interpolation"):
+        for row in zeros:
+            order, place = torch.randperm(count, generator=rng), float(torch.rand((), generator=rng))
+            if kind == "average_of_k":
+                row[order[: min(K, count)]] = 1 / min(K, count)
+            else:
+                row[order[:2]] = torch.tensor([1 - place, place], dtype=torch.float64)
+        return Family(zeros, torch.zeros_like(zeros))
+    repeated = [members for members in zoo.members.values() if len(members) > 1]
+    if not repeated or (len(repeated) < 2 and kind != "extrapolation"):
+        return None
+    chosen = [repeated[int(torch.randint(len(repeated), (), generator=rng))] for _ in range(num)]
+    if kind == "extrapolation":
+        pairs = [[members[i] for i in torch.randperm(len(members), generator=rng)[:2].tolist()] for members in chosen]
+        first, second = (torch.eye(count, dtype=torch.float64)[[pair[i] for pair in pairs]] for i in (0, 1))
+        return Family(first, second - first)
+    if kind != "run_covariance_gaussian":
+        unit: Unit = "coordinate" if "coordinate" in kind else "sharpened"
+        return Family(_means(chosen, count), None, unit, tuple(map(tuple, chosen)))
+    for row, members in zip(zeros, chosen, strict=True):
+        drawn = torch.randn(len(members), generator=rng, dtype=torch.float64)
+        row[members] = (drawn - drawn.mean()) / (len(members) - 1) ** 0.5
+    return Family(_means(chosen, count), zeros)
+
+
+def _means(groups: list[list[int]], count: int) -> Tensor:
+    weights = torch.zeros(len(groups), count, dtype=torch.float64)
+    for row, members in zip(weights, groups, strict=True):
+        row[members] = 1 / len(members)
     return weights
 
 
-def _noise_strength(zoo: ZooSpan, distance: float) -> float:
-    """Noise on an original stays nearest to it, and in many values its length is its expectation."""
-    square = sum(len(zoo.means[name]) * (zoo.spreads[name] / zoo.scales[name]) ** 2 for name in zoo.scales)
-    return distance / square**0.5
+def _strength(zoo: ZooSpan, family: Family, distance: float) -> float:
+    """The s at which a family's median distance to the nearest checkpoint is ``distance``; 0 where s = 0 lies farther.
+
+    |base + s·direction − checkpoint|² is a parabola in s for every pair, so that no network is made while searching.
+    Independent noise is at right angles to the zoo, and in many values its length is its expectation.
+    """
+    constant = zoo.distances(zoo.place_combinations(family.base)).square()  # [N, n]
+    if family.direction is not None:
+        products = family.direction @ zoo.gram
+        linear = (products * family.base).sum(1, keepdim=True) - products
+        square = (products * family.direction).sum(1, keepdim=True)
+    else:
+        lengths = {each: _noise_square(zoo, family.unit, each) for each in set(family.members)}
+        square = torch.tensor([[lengths[each]] for each in family.members], dtype=torch.float64)
+        linear = torch.zeros_like(constant)
+
+    def median(strength: float) -> float:
+        squared = constant + 2 * strength * linear + strength**2 * square
+        return squared.clamp(min=0).sqrt().amin(1).median().item()
+
+    low, high = 0.0, 1.0
+    if not distance > median(0.0):
+        return 0.0
+    while median(high) < distance and high < 1e6:
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if median(middle) < distance else (low, middle)
+    return high
 
 
-def _coordinate_strength(zoo: ZooSpan, distance: float) -> float:
-    """Independent noise is at right angles to the zoo, and in many values its length is its expectation."""
-    nearest = zoo.gram.diagonal().min().item()
-    square = zoo.gram.trace().item() / max(len(zoo.checkpoints) - 1, 1)
-    return (max(distance**2 - nearest, 0.0) / square) ** 0.5
+def _noise_square(zoo: ZooSpan, unit: Unit, members: tuple[int, ...]) -> float:
+    """Expected squared length of noise of strength 1, in normalised values."""
+    if unit == "layer":
+        return sum(len(zoo.means[name]) * (zoo.spreads[name] / scale) ** 2 for name, scale in zoo.scales.items())
+    rows = list(members)
+    if unit == "coordinate":
+        gram = zoo.gram[rows][:, rows]
+        return ((gram.trace() - gram.sum() / len(rows)) / (len(rows) - 1)).item()
+    total = 0.0
+    for name, scale in zoo.scales.items():
+        for _, values in zoo.blocks(name):
+            total += (values[rows].var(0) / zoo.spreads[name]).double().square().sum().item() / scale**2
+    return total
 
 
-def _one(count: int, row: int) -> Tensor:
-    weights = torch.zeros(count, dtype=torch.float64)
-    weights[row] = 1.0
-    return weights
+def _is_collapsed(zoo: ZooSpan, made: list[Combination], distance: float) -> bool:
+    """Whether networks are bare averages beyond the distance that they should lie at."""
+    if any(each.noise for each in made):
+        return False
+    bases = zoo.place_combinations(torch.stack([each.weights for each in made]))
+    return zoo.distances(bases).amin(1).median().item() > 1.01 * distance

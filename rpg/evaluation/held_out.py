@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.metrics import summarize
 from rpg.evaluation.regression import Regression, regression_grid, tune
+from rpg.evaluation.report import Networks, networks
 from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
-from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.progress import steps
 
 NUM_WORST = 5
@@ -112,29 +111,16 @@ def nearest_rows(bits: Tensor, seen: Tensor, own: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is kept of an image task's networks for pictures and lists.
-
-    Attributes:
-        probabilities: ``[T, images, 2]``.
-        head: the last matrix, the classifier's, ``[T, V]``.
-    """
-
-    probabilities: Tensor
-    head: Tensor
-
-
-@dataclass(frozen=True)
 class MethodScores:
     """What remains of one method's networks once they are dropped.
 
     Attributes:
         figures: by name, ``[T]`` each; the first is what methods are compared by.
-        kept: if it was asked for.
+        probabilities: ``[T, images, 2]``, if they were asked for.
     """
 
     figures: Mapping[str, Tensor]
-    kept: Kept | None = None
+    probabilities: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
@@ -152,10 +138,10 @@ def score_method(
         networks: for the tasks, in their order.
         bits: the tasks ``[T, C]``.
         split: images or rows.
-        keep: probabilities and heads of image tasks.
+        keep: probabilities of image tasks.
     """
     figures: list[Mapping[str, Tensor]] = []
-    probabilities, heads = [], []
+    probabilities = []
     done = 0
     for part in networks:
         rows = bits[done : done + len(next(iter(part.values())))]
@@ -168,14 +154,8 @@ def score_method(
         figures.append({"accuracy": right.double().mean(1)})
         if keep:
             probabilities.append(found)
-            heads.append(_head(part))
     joined = {name: torch.cat([each[name] for each in figures]) for name in figures[0]}
-    return MethodScores(joined, Kept(torch.cat(probabilities), torch.cat(heads)) if heads else None)
-
-
-def _head(weights: Stacked) -> Tensor:
-    matrices = [value for value in weights.values() if value.dim() > 2] or list(weights.values())
-    return matrices[-1].flatten(1).float().clone()
+    return MethodScores(joined, torch.cat(probabilities) if probabilities else None)
 
 
 @dataclass(frozen=True)
@@ -187,38 +167,28 @@ class SplitScores:
         hamming_to_seen: distance to the nearest seen task ``[T]``.
         figures: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
             method's figures is what methods are compared by.
-        kept: of ``METHODS``, of image tasks.
+        probabilities: of ``METHODS``, of image tasks, ``[T, images, 2]``.
     """
 
     bits: Tensor
     hamming_to_seen: Tensor
     figures: dict[str, Mapping[str, Tensor]]
-    kept: dict[str, Kept]
+    probabilities: dict[str, Tensor]
 
     def first(self, method: str) -> Tensor:
         """The first figure of a method, ``[T]``."""
         return next(iter(self.figures[method].values()))
 
-    def methods(self, seed: int) -> dict[str, Any]:
-        """By method a summary of each figure over tasks, and every task's; ``seed`` is the bootstrap's."""
-        found: dict[str, Any] = {}
-        for method, figures in self.figures.items():
-            summaries = {name: summarize(values, seed).model_dump(mode="json") for name, values in figures.items()}
-            each = {name: values.tolist() for name, values in figures.items()}
-            alone = {"accuracies": each["accuracy"]} if list(each) == ["accuracy"] else {"each": each}
-            found[method] = summaries | alone
+    def kinds(self, seed: int) -> dict[str, Networks]:
+        """Every method as a kind of networks; ``generated_better`` is the share of tasks on which it is beaten."""
+        found, own = {}, self.first("generated")
+        for method, metrics in self.figures.items():
+            better = {"generated_better": (own > self.first(method)).double().mean().item()}
+            found[method] = networks(
+                metrics, distances={"hamming": self.hamming_to_seen}, conditions=self.bits, seed=seed,
+                extras={} if method == "generated" else better,
+            )  # fmt: skip
         return found
-
-    def tasks(self) -> dict[str, Any]:
-        """What the tasks are, and on which share of them generated networks are better than those of a method."""
-        difference = {name: self.first("generated") - self.first(name) for name in self.figures if name != "generated"}
-        return {
-            "tasks": self.bits.tolist(),
-            "hamming_to_seen": self.hamming_to_seen.tolist(),
-            "better_than": {name: (each > 0).double().mean().item() for name, each in difference.items()},
-            "beats_kernel_ridge": (difference["kernel_ridge"] > 0).double().mean().item(),
-            "not_worse_than_kernel_ridge": (difference["kernel_ridge"] >= 0).double().mean().item(),
-        }
 
 
 def score_split(
@@ -247,12 +217,12 @@ def score_split(
     scores = {name: score_method(task, networks[name], own, split, name in METHODS) for name in named}
     found = workers.collect(rows, [_row(scores, number) for number in range(len(rows))], len(bits))
     figures: dict[str, Mapping[str, Tensor]] = {}
-    kept: dict[str, Kept] = {}
+    kept: dict[str, Tensor] = {}
     for name, (first, held) in found[0].items():
         every = [row[name][0] for row in found]
         figures[name] = {each: torch.stack([figure[each] for figure in every]) for each in first}
         if held is not None:
-            kept[name] = Kept(*(torch.stack(each) for each in zip(*(row[name][1] for row in found), strict=True)))
+            kept[name] = torch.stack([row[name][1] for row in found])
     return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures, kept)
 
 
@@ -261,7 +231,7 @@ def _row(scores: Mapping[str, MethodScores], number: int) -> dict[str, tuple[dic
     return {
         name: (
             {figure: values[number].clone() for figure, values in each.figures.items()},
-            each.kept and (each.kept.probabilities[number].clone(), each.kept.head[number].clone()),
+            None if each.probabilities is None else each.probabilities[number].clone(),
         )
         for name, each in scores.items()
     }

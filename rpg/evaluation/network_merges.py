@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.evaluation.vectors import StateDict
 from rpg.merging.methods import METHODS, merge_values
-from rpg.seeding import derive_seed, make_rng
+from rpg.seeding import make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 MERGES = tuple(f"merge_{method}" for method in METHODS)
@@ -40,35 +40,6 @@ class Merges(Protocol):
 
     def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
         """The network that ``method`` makes of those with the largest shares."""
-
-
-def merged_networks(
-    originals: Sequence[StateDict], runs: Sequence[int], num: int, seed: int, methods: Sequence[str] = MERGES
-) -> dict[str, list[dict[str, Tensor]]]:
-    """Networks of every method, of a zoo in memory; the base is the mean of the run that they are of.
-
-    Args:
-        originals: the zoo, at least two.
-        runs: which run each is of.
-        num: networks of a kind, at most `NUM_MADE`.
-        seed: decides the draws.
-        methods: some of `MERGES`.
-    """
-    space = VectorSpace(originals)
-    vectors = space.flatten(originals)
-    shares = draw_shares(runs, min(num, NUM_MADE), make_rng(seed, "merged"))
-    made: dict[str, list[dict[str, Tensor]]] = {}
-    for method in methods:
-        merged = torch.empty(len(shares), space.size)
-        for number, (row, out) in enumerate(zip(shares, merged, strict=True)):
-            rows, weights = chosen_of(row)
-            base = vectors[_of_run(runs, rows[0])].mean(0, dtype=torch.float64).float()
-            for slot in space.slots:
-                part = slice(slot.start, slot.stop)
-                rng = make_rng(derive_seed(seed, method, number), slot.name)
-                out[part] = merge_values(method.removeprefix("merge_"), vectors[rows, part], base[part], weights, rng)
-        made[method] = space.unflatten(merged)
-    return made
 
 
 class NetworkMerges:

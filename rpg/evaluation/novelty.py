@@ -1,15 +1,10 @@
-"""How far networks are from the zoo's, in their weights and in their answers."""
+"""Distances and inner products of vectors, exact where they are small."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.results import Spread
-from rpg.evaluation.vectors import StateDict, VectorSpace
 from rpg.models.kernel_regression import exact_distances
 
 LARGE = 1 << 14
@@ -17,25 +12,6 @@ LARGE = 1 << 14
 
 CHUNK = 1 << 14
 """Values of each network that are converted to float64 at a time: few enough to stay in the processor's cache."""
-
-
-def weight_vectors(
-    originals: Sequence[StateDict], networks: Sequence[StateDict], *, normalize: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Flatten the values that vary in the zoo, [K, values] and [num, values].
-
-    Args:
-        originals: the zoo.
-        networks: networks of the same structure.
-        normalize: divide each layer by the standard deviation of its values in the zoo, so that distances are not
-            those of the layer with the largest weights alone.
-    """
-    space = VectorSpace(originals)
-    zoo, others = space.flatten(originals), space.flatten(networks)
-    if normalize:
-        scale = space.layer_scale(zoo)
-        zoo, others = zoo / scale, others / scale
-    return zoo, others
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:
@@ -82,61 +58,3 @@ def leading_directions(gram: Tensor, fraction: float) -> Tensor:
     values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
     held = values.cumsum(0) / values.sum().clamp(min=1e-300)
     return vectors[:, : int((held < fraction - 1e-12).sum()) + 1]
-
-
-def nearest(vectors: Tensor, zoo: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to and index of each vector's nearest in the zoo: [num, values], [K, values] → [num], [num]."""
-    least = distances(vectors, zoo).min(1)
-    return least.values, least.indices
-
-
-def nearest_within(vectors: Tensor) -> Tensor:
-    """Distance of each vector to the nearest *other* one, [num, values] → [num]; infinite for a lone one."""
-    return distances(vectors, vectors).fill_diagonal_(float("inf")).amin(1)
-
-
-def mean_squared_deviation(vectors: Tensor, center: Tensor) -> float:
-    """Mean squared Euclidean distance from ``center``: [num, values], [values] → a number."""
-    parts = zip(vectors.split(CHUNK, 1), center.split(CHUNK), strict=True)
-    return sum((part - middle).double().square().sum().item() for part, middle in parts) / len(vectors)
-
-
-def disagreement(first: Tensor, second: Tensor) -> Tensor:
-    """Share of images answered differently, for every pair: [A, images], [B, images] → float64 [A, B]."""
-    if not len(first):
-        return torch.empty(0, len(second), dtype=torch.float64)
-    return torch.stack([(row != second).double().mean(1) for row in first])
-
-
-def measure_spread(zoo: Tensor, generated: Tensor, zoo_predictions: Tensor, predictions: Tensor) -> Spread | None:
-    """Compare the spread of generated networks with the zoo's.
-
-    Args:
-        zoo: [K, values] from ``weight_vectors``.
-        generated: [num, values].
-        zoo_predictions: [K, images].
-        predictions: [num, images].
-
-    Returns:
-        None where the zoo has no spread to compare with (a single network, or all alike).
-    """
-    if len(zoo) < 2:
-        return None
-    center = zoo.mean(0, dtype=torch.float64).float()
-    zoo_deviation = mean_squared_deviation(zoo, center)
-    zoo_nearest = nearest_within(zoo).median().item()
-    if zoo_deviation == 0 or zoo_nearest == 0:
-        return None
-    generated_nearest, indices = nearest(generated, zoo)
-    diversity = nearest_within(generated).median().item() if len(generated) > 1 else math.nan
-    return Spread(
-        mean_squared_deviation_ratio=_finite(mean_squared_deviation(generated, center) / zoo_deviation),
-        nearest_distance_ratio=_finite(generated_nearest.median().item() / zoo_nearest),
-        diversity_ratio=_finite(diversity / zoo_nearest),
-        disagreement=(predictions != zoo_predictions[indices]).double().mean().item(),
-    )
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no NaN."""
-    return number if math.isfinite(number) else None

@@ -11,12 +11,14 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from rpg.evaluation.results import Span
 from rpg.evaluation.vectors import StateDict
+from rpg.section import Section
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 BLOCK = 1 << 16
@@ -27,6 +29,19 @@ GROUP_VALUES = 1 << 20
 
 TWINS = 1e-6
 """Distance of two copies of one network at most, in the checkpoints' distance from their mean: what rounding leaves."""
+
+
+HELD_VALUES = 1 << 26
+"""Values of all checkpoints together up to which they are held in memory."""
+
+
+class Span(Section):
+    """Generated networks beside the checkpoints that they were asked to be (stored permutation states)."""
+
+    cosine: float = Field(description="of the deviation from the zoo's mean with the asked checkpoint's, mean")
+    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over asked")
+    accuracy: float | None = Field(None, description="mean accuracy; None where it was not asked for")
+    num: int = Field(description="networks that were measured")
 
 
 @dataclass(frozen=True)
@@ -51,21 +66,39 @@ class Places:
 class ZooSpan:
     """The mean of a zoo, the layers' scales and the inner products of the checkpoints' deviations.
 
-    One pass over the zoo; kept is one float32 number a value.
+    One pass over the zoo; kept is one float32 number a value, and small zoos are kept whole.
 
     Args:
         checkpoints: the zoo, at least one, read from their memory maps.
         names: tensors that count, floating-point ones.
+        runs: which training run each checkpoint is of; all of one when None.
+        by: what tensors are divided by: their root mean square ``deviation`` from the zoo's mean, or the ``spread`` of
+            their values, by which hidden units are matched.
 
     Attributes:
         means: mean of each tensor, flat.
-        scales: root mean square deviation of each tensor that varies.
+        scales: what each tensor that varies is divided by.
         spreads: standard deviation of all values of each tensor that varies.
         gram: inner products of the deviations, float64 ``[n, n]``.
+        members: the checkpoints of each run.
+        held: the values of each tensor in all checkpoints, float32 ``[n, values]``; empty of a large zoo.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        names: Sequence[str],
+        runs: Sequence[int] | None = None,
+        by: Literal["deviation", "spread"] = "deviation",
+    ) -> None:
         self.checkpoints = list(checkpoints)
+        self.members: dict[int, list[int]] = {}
+        for place, run in enumerate(runs or [0] * len(self.checkpoints)):
+            self.members.setdefault(run, []).append(place)
+        self.held: dict[str, Tensor] = {}
+        size = sum(self.checkpoints[0].flat(name).numel() for name in names)
+        if size * len(self.checkpoints) <= HELD_VALUES:
+            self.held = {name: torch.cat([values for _, values in self._read(name)], 1) for name in names}
         self.means: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
         self.spreads: dict[str, float] = {}
@@ -85,13 +118,32 @@ class ZooSpan:
             square = gram.trace().item() / (count * len(mean))
             self.means[name] = mean
             if square > 0:
-                self.scales[name] = square**0.5
                 number = count * len(mean)
-                self.spreads[name] = (squares / number - (total / number) ** 2) ** 0.5
-                self.gram += gram / square
+                self.spreads[name] = max(squares / number - (total / number) ** 2, square) ** 0.5
+                self.scales[name] = square**0.5 if by == "deviation" else self.spreads[name]
+                self.gram += gram / self.scales[name] ** 2
+
+    @property
+    def num_values(self) -> int:
+        """Values of a network."""
+        return sum(map(len, self.means.values()))
+
+    def vector(self, network: StateDict) -> Tensor:
+        """A network's normalised deviation from the mean, ``[values]``."""
+        return torch.cat([(network[n].detach().flatten().float() - self.means[n]) / s for n, s in self.scales.items()])
+
+    def vectors(self) -> Tensor:
+        """Those of the checkpoints of a small zoo, ``[n, values]``."""
+        return torch.cat([(self.held[n] - self.means[n]) / s for n, s in self.scales.items()], 1)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Stretches of a tensor in all checkpoints, float32 ``[n, values]``, and where they lie in it."""
+        if name in self.held:
+            yield slice(0, self.held[name].shape[1]), self.held[name]
+        else:
+            yield from self._read(name)
+
+    def _read(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         flats = [checkpoint.flat(name) for checkpoint in self.checkpoints]
         for first in range(0, flats[0].numel(), BLOCK):
             block = slice(first, first + BLOCK)
@@ -101,7 +153,7 @@ class ZooSpan:
 
     def place(self, networks: Iterable[StateDict]) -> Places:
         """Where networks lie; they are taken one at a time where they are large, small ones in groups."""
-        size = max(1, GROUP_VALUES // max(1, sum(map(len, self.means.values()))))
+        size = max(1, GROUP_VALUES // max(1, self.num_values))
         remaining = iter(networks)
         found = [self._place([])]
         while group := list(itertools.islice(remaining, size)):

@@ -14,7 +14,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rpg.evaluation.asking import load
 from rpg.evaluation.vectors import StateDict
 from rpg.tasks.side_by_side import LARGE, Stacked, stack
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -135,3 +134,11 @@ def in_parts(networks: Iterable[StateDict]) -> Iterator[Stacked]:
     for first in source:
         size = sum(value.nbytes for value in first.values())
         yield stack([first, *islice(source, max(0, PART_BYTES // max(1, size) - 1))])
+
+
+def load(checkpoint: Checkpoint) -> StateDict:
+    """A checkpoint in memory, and no page of its file any longer."""
+    state_dict = checkpoint.state_dict()
+    for name in checkpoint.tensors:
+        checkpoint.release(name)
+    return state_dict

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.evaluation.config import ControlConfig
-from rpg.evaluation.results import AT_DISTANCE, TRAINED_FROM
+from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task

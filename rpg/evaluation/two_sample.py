@@ -7,17 +7,12 @@ either kind, F numbers a network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation import baselines
 from rpg.evaluation.novelty import distances
-from rpg.evaluation.results import TwoSample, TwoSampleScores
-from rpg.evaluation.vectors import StateDict
-from rpg.seeding import make_rng
-from rpg.tasks.base import LogitTask
 
 
 def nearest_neighbour_accuracy(first: Tensor, second: Tensor, between: Tensor) -> float:
@@ -52,7 +47,7 @@ def minimum_matching_distance(between: Tensor) -> float:
     return between.amin(0).mean().item()
 
 
-def two_sample(sets: Mapping[str, Tensor], originals: Tensor, held_out: Tensor) -> TwoSample | None:
+def two_sample(sets: Mapping[str, Tensor], originals: Tensor, held_out: Tensor) -> dict[str, dict[str, float]] | None:
     """Compare every kind of networks with held-out originals, by class probabilities ``[num, images, classes]``.
 
     Args:
@@ -61,20 +56,19 @@ def two_sample(sets: Mapping[str, Tensor], originals: Tensor, held_out: Tensor) 
         held_out: originals that nothing was learned from; M of them, evenly spaced.
 
     Returns:
-        None where there are fewer than two originals, held-out originals or networks of a kind.
+        By kind, ``original`` and ``held_out`` among them: ``one_nna``, ``coverage``, ``matching_distance`` (mean
+        distance of a held-out network to the nearest of the kind), ``nearest_training`` (median distance to the nearest
+        training original); None where there are fewer than two originals, held-out originals or networks of a kind.
     """
     num = min(len(originals), len(held_out), *(len(each) for each in sets.values() if len(each) > 1))
     if num < 2:
         return None
     training, reference = function_vectors(originals), function_vectors(evenly(held_out, num))
     within = distances(reference, reference)
-    kinds = {"originals": evenly(originals, num)} if "originals" not in sets else {}
+    kinds = {"original": evenly(originals, num)}
     kinds |= {name: each.expand(num, -1, -1) if len(each) == 1 else each[:num] for name, each in sets.items()}
-    return TwoSample(
-        num=num,
-        held_out_nearest_training=distances(reference, training).amin(1).median().item(),
-        sets={name: _scores(function_vectors(each), reference, within, training) for name, each in kinds.items()},
-    )
+    found = {name: _scores(function_vectors(each), reference, within, training) for name, each in kinds.items()}
+    return found | {"held_out": {"nearest_training": distances(reference, training).amin(1).median().item()}}
 
 
 def evenly(members: Tensor, num: int) -> Tensor:
@@ -82,87 +76,16 @@ def evenly(members: Tensor, num: int) -> Tensor:
     return members[torch.linspace(0, len(members) - 1, num).round().long()]
 
 
-def _scores(vectors: Tensor, held_out: Tensor, within: Tensor, training: Tensor) -> TwoSampleScores:
+def _scores(vectors: Tensor, held_out: Tensor, within: Tensor, training: Tensor) -> dict[str, float]:
     between = distances(vectors, held_out)
-    return TwoSampleScores(
-        nearest_neighbour_accuracy=nearest_neighbour_accuracy(distances(vectors, vectors), within, between),
-        coverage=coverage(between),
-        minimum_matching_distance=minimum_matching_distance(between),
-        nearest_training=distances(vectors, training).amin(1).median().item(),
-    )
+    return {
+        "one_nna": nearest_neighbour_accuracy(distances(vectors, vectors), within, between),
+        "coverage": coverage(between),
+        "matching_distance": minimum_matching_distance(between),
+        "nearest_training": distances(vectors, training).amin(1).median().item(),
+    }
 
 
 def function_vectors(probabilities: Tensor) -> Tensor:
     """``[num, images, classes]`` as vectors whose distance is a root mean square over the images."""
     return probabilities.flatten(1) / probabilities.shape[1] ** 0.5
-
-
-def trivial_samples(
-    originals: Sequence[StateDict], conditions: Sequence[object], wanted: Sequence[object], seed: int
-) -> dict[str, list[StateDict]]:
-    """Baselines, one network for each condition in ``wanted`` from the originals of that very condition.
-
-    Args:
-        originals: the training checkpoints.
-        conditions: the condition of each, anything hashable; one and the same for all of a zoo without conditions.
-        wanted: conditions of the networks to make.
-        seed: decides the draws.
-
-    Returns:
-        Originals, their average, midpoints of two, independent and covariance Gaussians. A condition that no original
-        has takes all of them; midpoints and Gaussians of a lone original are that original.
-    """
-    made: dict[str, list[StateDict]] = {
-        name: [] for name in ("originals", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian")
-    }
-    orders: dict[object, list[int]] = {}
-    for number, condition in enumerate(wanted):
-        rows = [i for i, each in enumerate(conditions) if each == condition] or list(range(len(originals)))
-        rng = make_rng(seed, "two sample", number)
-        if not orders.get(condition):  # every original once, then all of them again
-            orders[condition] = [rows[i] for i in torch.randperm(len(rows), generator=rng).tolist()]
-        members = [originals[i] for i in rows]
-        pair = [members[i] for i in torch.randperm(len(members), generator=rng)[:2].tolist()]
-        made["originals"].append(originals[orders[condition].pop()])
-        made["average"].append(baselines.average(members))
-        made["midpoint"].append(baselines.average(pair))
-        made["coordinate_gaussian"] += baselines.coordinate_gaussian(members, 1, rng)
-        made["covariance_gaussian"] += baselines.covariance_gaussian(members, 1, rng)
-    return made
-
-
-def measure_two_sample(
-    task: object,
-    originals: Sequence[StateDict],
-    generated: Sequence[StateDict],
-    held_out: Sequence[StateDict],
-    split: str,
-    seed: int,
-    *,
-    conditions: Sequence[object] | None = None,
-    wanted: Sequence[object] | None = None,
-) -> TwoSample | None:
-    """Compare generated networks and baselines with held-out originals; all are held in memory.
-
-    Args:
-        task: a `LogitTask`.
-        originals: those that were learned from.
-        generated: one for each held-out original where there are conditions.
-        held_out: originals that nothing was learned from.
-        split: images.
-        seed: decides the baselines' draws.
-        conditions, wanted: of the originals and of the held-out; None of a zoo without conditions.
-
-    Returns:
-        None where there are fewer than two networks of a kind or the task gives no logits.
-    """
-    num = min(len(originals), len(generated), len(held_out))
-    if num < 2 or not isinstance(task, LogitTask):
-        return None
-    trivial = trivial_samples(originals, conditions or [None] * len(originals), (wanted or [None] * num)[:num], seed)
-
-    def probabilities(networks: Sequence[StateDict]) -> Tensor:
-        return torch.stack([logits.float().softmax(-1) for logits in task.logits(networks, split)])
-
-    sets = {name: probabilities(each) for name, each in {"generated": generated[:num], **trivial}.items()}
-    return two_sample(sets, probabilities(originals), probabilities(held_out))

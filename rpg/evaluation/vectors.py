@@ -120,3 +120,9 @@ class VectorSpace:
         for slot in self.slots:
             scale[slot.start : slot.stop] = vectors[:, slot.start : slot.stop].std(correction=0)
         return scale.clamp(min=1e-12)
+
+
+def average(state_dicts: Sequence[StateDict]) -> dict[str, Tensor]:
+    """The average of all weights, summed in float64: p-diff (arXiv 2402.13144) calls it "ensemble", others a soup."""
+    space = VectorSpace(state_dicts)
+    return space.unflatten(space.flatten(state_dicts).mean(0, dtype=torch.float64).float()[None])[0]

@@ -6,14 +6,11 @@ It serves any family of binary tasks: networks for groups of image classes, and 
 from __future__ import annotations
 
 import contextlib
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rpg.config import Config
@@ -25,71 +22,35 @@ from rpg.evaluation.held_out import (
     score_split,
     worst_tasks,
 )
-from rpg.evaluation.held_out_plots import plot_distance, plot_parameters
+from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.linear_head import LinearHead, LinearHeadTraining, tune_linear_head
+from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import measure_per_task
+from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers
-from rpg.experiments.held_out_table import headline
-from rpg.experiments.single import collect, existing, require_for_choices
+from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
+from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.images.collection import single_threaded
-from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
-from tokenization.files import write_text
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
 
-@locks(lambda config, **_: config.run)
-def run_held_out(
-    config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1, workers: Workers | None = None
-) -> dict[str, Any]:
-    """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
-
-    Args:
-        config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
-            `rpg.training.loop.train` takes it.
-        seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
-        workers: the processes that share the scoring; this one alone when None.
-
-    Returns:
-        The report of the first seed, with the figures of all seeds under ``seeds``; it is what
-        ``<run>/evaluation.json`` holds.
-
-    Raises:
-        InputError: the task is no family of binary tasks, or has none for choices or none that is unseen.
-    """
-    _require_splits(task_family(config))
-    started = time.perf_counter()
-    collect(config, progress=progress.get("collect"))
-    collected = time.perf_counter() - started
-    reports = []
-    for number in range(seeds):
-        run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
-        each = config.model_copy(update={"seed": config.seed + number, "run": run})
-        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
-        reports.append(evaluate_held_out(run, seed=each.seed, workers=workers))
-    report = {**reports[0], "collect_seconds": collected, "seconds": time.perf_counter() - started}
-    report["seeds"] = [headline(each) for each in reports]
-    if workers is None or workers.is_first:
-        _write(Path(config.run), report)
-    return report
-
-
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_held_out(
-    run: Path | str, *, seed: int = 0, split: str = "test", workers: Workers | None = None
-) -> dict[str, Any]:
-    """Generate a network for every task and compare with what is trivial.
+    run: Path | str, *, seed: int = 0, split: str = "test", workers: Workers | None = None, command: str = "",
+    trajectory: Sequence[float] | None = None,
+) -> Report:  # fmt: skip
+    """Generate a network for every task and compare with simple baselines.
 
-    Writes ``<run>/evaluation.json``, and of a family of image tasks ``distance.png`` and ``parameters.png``.
+    Writes ``evaluation.json``, ``scatter.png`` and ``report.html`` into the run.
     Regressions and averages are made of the networks as the generator's layout cuts them: LoRA pairs in canonical form.
     Networks are made, scored and dropped some at a time; of large ones, and to choose by, no more seen tasks are scored
     than unseen ones.
@@ -100,6 +61,9 @@ def evaluate_held_out(
         split: images or rows to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
             writes nothing.
         workers: the processes that share the tasks; this one alone when None.
+        command: what is run, for the page.
+        trajectory: the task whose networks the page shows on their way from noise; the unseen one of median metric when
+            None.
 
     Raises:
         InputError: the run is not one of a family of binary tasks, or has learned what choices are to be made by.
@@ -127,26 +91,20 @@ def evaluate_held_out(
                 extra["linear_head"] = [{key: value.detach() for key, value in head(mine).items()}]
             made = methods.networks(originals, name == "seen", extra)
             scored[name] = score_split(task, made, originals.bits, seen.bits, split, workers, rows)
-        report = _report(generator, zoo, task, scored, split, seed)
-        report["regressions"] = {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
-        report |= {"linear_head": tried} if tried else {}
-        if isinstance(task, ImageTaskFamily):
-            known = {name: each.probabilities for name, each in scored["unseen"].kept.items()}
-            per_task = measure_per_task(task, known, wanted["unseen"].bits, split, seed)
-            report["per_task"] = per_task and per_task.model_dump(mode="json")
-        if choosing:
-            return report
-        if isinstance(task, ImageTaskFamily):
+        extras: dict[str, Any] = {
+            "regressions": {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
+        }
+        extras |= {"linear_head": tried} if tried else {}
+        if isinstance(task, ImageTaskFamily) and not choosing:
             spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
-            report["diversity"] = spread.model_dump(mode="json")
-    if workers.is_first:
-        if isinstance(task, ImageTaskFamily):
-            _plot(run, scored)
-        _write(run, report)
+            extras["diversity"] = spread.model_dump(mode="json")
+        report = _report(generator, zoo, task, scored, split, seed, extras)
+    if not choosing and workers.is_first:
+        write_report(run, report, tasks_page(run, report, generator, zoo, task, command, trajectory))
     return report
 
 
-def _require_splits(task: TaskFamily) -> None:
+def require_splits(task: TaskFamily) -> None:
     """Raise InputError, before anything is trained, where the comparison would have no task of some split."""
     splits = task.splits()
     unseen = "task.held_out" if isinstance(task, ImageTaskFamily) else "task.unseen"
@@ -174,14 +132,6 @@ def _linear_head(
     tasks = networks["train"].bits, networks["validation"].bits, seen
     head, rate, accuracy = tune_linear_head(task, task.base_network(zoo), *tasks, training, workers)
     return head, {"learning_rate": rate, "validation_accuracy": accuracy}
-
-
-def _plot(run: Path, scored: Mapping[str, SplitScores]) -> None:
-    unseen = scored["unseen"]
-    plot_distance({name: unseen.first(name) for name in unseen.figures}, unseen.hamming_to_seen, run / "distance.png")
-    kept = {name: scored[name].kept for name in ("seen", "unseen")}
-    heads = {name: (each["original"].head, each["generated"].head) for name, each in kept.items()}
-    plot_parameters(heads, run / "parameters.png")
 
 
 def diversity(
@@ -215,23 +165,33 @@ def task_family(config: Config) -> Any:
 
 def _report(
     generator: Generator, zoo: Zoo, task: TaskFamily, scored: Mapping[str, SplitScores], split: str, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What every family reports, and of image tasks the summed base network and the worst tasks."""
-    report: dict[str, Any] = {}
-    probabilities = task.base_probabilities(zoo, split) if isinstance(task, ImageTaskFamily) else torch.empty(0)
-    for name, scores in scored.items():
-        more = {}
-        if isinstance(task, ImageTaskFamily):
+    extras: dict[str, Any],
+) -> Report:  # fmt: skip
+    """What every family reports, and of image tasks the summed base network, the worst tasks and several networks."""
+    kinds = {}
+    if isinstance(task, ImageTaskFamily):
+        probabilities = task.base_probabilities(zoo, split)
+        for scores in scored.values():
             summed = base_summed(task, probabilities, scores.bits, split)
             scores.figures["base_summed"] = {"accuracy": summed}
-            more["worst"] = worst_tasks(task, scores.kept["generated"].probabilities, scores.bits, split)
-        report[name] = scores.methods(seed)
-        report[f"{name}_tasks"] = scores.tasks() | more
+        generated = scored["unseen"].probabilities["generated"]
+        extras["worst"] = worst_tasks(task, generated, scored["unseen"].bits, split)
+    for name, scores in scored.items():
+        kinds[name] = scores.kinds(seed)
+    if isinstance(task, ImageTaskFamily):
+        unseen = scored["unseen"]
+        per_task = measure_per_task(task, unseen.probabilities, unseen.bits, split, seed)
+        extras["per_task"] = per_task and per_task.model_dump(mode="json")
+        for name, each in (per_task.methods if per_task else {}).items():
+            found = {"error_iou": each.error_iou, "one_nna": each.nearest_neighbour_accuracy, "coverage": each.coverage}
+            kinds["unseen"][name].extras.update({key: value for key, value in found.items() if value is not None})
+    names = list(scored["unseen"].figures["generated"])
+    less = less_is_better(names)
     means = {name: scored["unseen"].first(name).mean().item() for name in ("generated", "original")}
-    report["share_of_originals"] = means["generated"] / means["original"]
-    report |= {"seed": generator.config.seed, "train_seconds": generator.facts.get("training seconds")}
-    return {**report, "facts": generator.facts}
-
-
-def _write(run: Path, report: dict[str, Any]) -> None:
-    write_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    facts = {"training_seconds": generator.facts.get("training seconds"), **generator.facts}
+    return Report(
+        experiment="tasks", judge=f"{type(task).__name__}, {len(scored['unseen'].bits)} unseen tasks", split=split,
+        seed=generator.config.seed, better={name: "less" if name in less else "more" for name in names},
+        kinds=kinds["unseen"], parts={"seen": kinds["seen"]}, references=("original", "no_condition"),
+        facts={**facts, "share_of_originals": means["generated"] / means["original"]}, extras=extras,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rpg.evaluation.scores.made_for import Conditions
+from rpg.evaluation.conditions import Conditions
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
 from tokenization.zoo.zoo import Zoo

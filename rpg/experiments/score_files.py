@@ -7,14 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from rpg.config import Config
-from rpg.console import FiguresTable
-from rpg.evaluation.scores.scorer import Figures, TaskScorer, load_scorer
-from rpg.evaluation.scores.show import number
+from rpg.evaluation.judges import Figures, TaskScorer, load_scorer
 from rpg.evaluation.workers import Workers
-from rpg.experiments.scores import Judge
 from rpg.experiments.single import find_task
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask
@@ -24,21 +19,21 @@ from tokenization.zoo.zoo import Zoo
 
 
 def score_checkpoints(
-    paths: Sequence[Path], judge: Judge, config: Config | None, split: str, workers: Workers | None = None
+    paths: Sequence[Path], reference: str | None, config: Config | None, split: str, workers: Workers | None = None
 ) -> dict[str, dict[str, Figures]]:
     """Figures of checkpoints, by name, then by task; the task is called "" where there is but one.
 
     Args:
         paths: zoos, of which every checkpoint is scored; checkpoints of any kind; PEFT folders.
-        judge: who scores.
-        config: its task scores where ``judge`` names no function; a zoo may do with its own.
+        reference: the user's function, as ``package.module:function``.
+        config: its task scores where there is no function; a zoo may do with its own.
         split: of the task's data.
         workers: the processes that share the work.
 
     Raises:
         InputError: nothing scores them, or one of them does not fit.
     """
-    workers, own = workers or Workers(), load_scorer(judge.reference) if judge.reference else None
+    workers, own = workers or Workers(), load_scorer(reference) if reference else None
     named = config is not None and config.task is not None  # one task for all, whatever lies where
     items = [each for path in paths for each in _checkpoints(path)]
     task_of = functools.cache(lambda source: _task(source, config))
@@ -56,19 +51,6 @@ def score_checkpoints(
     workers.expect(len(items))
     found = workers.map(score, items)
     return {item[0]: each for item, each in zip(items, found, strict=True)}
-
-
-def print_figures(scores: dict[str, dict[str, Figures]], console: Console) -> None:
-    """Print the figures of checkpoints, one row a checkpoint and task."""
-    several = any(task for tasks in scores.values() for task in tasks)
-    names = list(dict.fromkeys(name for tasks in scores.values() for each in tasks.values() for name in each))
-    rows = []
-    for checkpoint, tasks in scores.items():
-        for task, figures in tasks.items():
-            cells = [number(figures[name], 6) if name in figures else "" for name in names]
-            rows.append([checkpoint, *((task,) if several else ()), *cells])
-    heads = ("checkpoint", *(("task",) if several else ()), *(column.replace("_", " ") for column in names))
-    console.print(FiguresTable(heads, rows, "scores"))
 
 
 def _task(source: Path | None, config: Config | None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,16 @@ from typing import Any
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.asking import Made
-from rpg.evaluation.evaluate import evaluate, save_evaluation
-from rpg.evaluation.network_merges import NetworkMerges
-from rpg.evaluation.page.gather import write_html_report
-from rpg.evaluation.results import EvaluationResult, Span
-from rpg.evaluation.span import ZooSpan, measure_span
-from rpg.evaluation.streamed import evaluate_streamed, score_span
-from rpg.evaluation.two_sample import measure_two_sample
-from rpg.evaluation.vectors import StateDict
-from rpg.evaluation.workers import Workers
+from rpg.evaluation.span import ZooSpan
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
-from rpg.planning.guard import held_values
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
-from tokenization.compressed.form import dense
 from tokenization.errors import InputError
-from tokenization.files import make_folder
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -40,9 +27,6 @@ Progress = Callable[[int, int], None]
 
 KEPT_FOR_CHOICES = ("validation", "altered_validation")
 """Splits of a zoo that nothing is learned from where a choice is to be made."""
-
-MOST_VALUES = 1 << 28
-"""Values (1 GiB) of all networks together from which on an evaluation holds one at a time."""
 
 
 def _filled(config: Config) -> Path | None:
@@ -113,125 +97,6 @@ def train_or_continue(config: Config, **options: Any) -> Path:
     return train_to_the_end(config, resume=same, overwrite=not same, **options)
 
 
-def generate_timed(generator: Generator, num: int, seed: int, **options: Any) -> tuple[list, float]:
-    """``num`` networks in memory and the seconds each took, loading apart."""
-    started = time.perf_counter()
-    networks = generator.generate(num, seed=seed, **options)
-    return networks, (time.perf_counter() - started) / num
-
-
-@locks(lambda run, output=None, **_: output or existing(run))
-def evaluate_run(
-    run: Path | str,
-    *,
-    num: int | None = None,
-    seed: int = 0,
-    output: Path | str | None = None,
-    workers: Workers | None = None,
-) -> EvaluationResult:
-    """Generate networks with the generator of a run, score them beside originals and baselines, write the results.
-
-    ``evaluation.json`` holds every figure, ``scatter.png`` shows accuracy against similarity, and ``report.html`` is
-    the whole as one page.
-
-    Args:
-        run: a run folder.
-        num: networks to generate; the configuration's number when None.
-        seed: decides everything random.
-        output: where the results go; the run folder when None.
-        workers: the processes that share the scoring; this one alone when None.
-
-    Raises:
-        InputError: the run has no generator, or its zoo no task to score with.
-    """
-    run, workers = Path(run), workers or Workers()
-    generator = Generator.from_pretrained(run)
-    config = generator.config
-    zoo = Zoo.open(config.zoo)
-    task = scoring_task(config, zoo)
-    num = num or config.evaluate.num
-    if held_values(config, generator.layout, len(zoo), num) > MOST_VALUES:
-        if generator.layout.compressed is not None:
-            raise InputError(
-                f"{run}: pruned and quantised networks of this size are not scored; score fewer with --num"
-            )
-        networks, result = None, _evaluate_streamed(generator, zoo, task, num, seed, workers)
-    else:
-        networks, result = _evaluate_together(generator, zoo, task, num, seed, workers)
-    if workers.is_first:
-        folder = Path(output or run)
-        make_folder(folder)
-        save_evaluation(result, folder)
-        write_html_report(run, result, generator, zoo, task, networks, num=num, seed=seed, output=folder)
-    return result
-
-
-def _evaluate_together(
-    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int, workers: Workers
-) -> tuple[list[StateDict], EvaluationResult]:
-    config = generator.config.evaluate
-    networks, seconds = generate_timed(generator, num, seed)
-    trained, held_out = parts_of(zoo, generator.config)
-    originals, others = ([dense(zoo.state_dict(index)) for index in each] for each in (trained, held_out))
-    form, stored = generator.layout.compressed, networks
-    networks = [dict(dense(each)) for each in stored]  # baselines are made of what networks compute with
-    runs = [zoo.entries[index].run for index in trained]
-    result = evaluate(
-        task, originals, networks, config, runs=runs, seed=seed, seconds_per_network=seconds, workers=workers,
-        finish=form.again if form is not None else None,
-    )  # fmt: skip
-    two_sample = measure_two_sample(task, originals, networks, others, config.split, seed)
-    span, asked = None, generator.asked(num, seed)
-    if asked:
-        place = zoo_span(generator, zoo, trained)
-        if generator.config.generate.state == "stored":
-            placed = place.place(stored if form is None else [form.expand(each) for each in stored])
-            span = measure_span(place, placed, asked, result.generated.accuracy.mean)
-        else:
-            span = _stored_span(generator, place, task, asked, seed, workers)
-    return networks, result.model_copy(update={"span": span, "two_sample": two_sample})
-
-
-def _evaluate_streamed(
-    generator: Generator, zoo: Zoo, task: Classifier, num: int, seed: int, workers: Workers
-) -> EvaluationResult:
-    trained, held_out = parts_of(zoo, generator.config)
-    place, asked = zoo_span(generator, zoo, trained), generator.asked(num, seed)
-    stored = generator.config.generate.state == "stored"
-    share = generator.share(num, workers.partition)
-    networks = generator.one_by_one(num, seed=seed, partition=workers.partition)
-    result = evaluate_streamed(
-        task,
-        place,
-        Made(num, share, networks, asked if stored else ()),
-        generator.config.evaluate,
-        held_out=[generator.layout.checkpoint(zoo, index) for index in held_out],
-        seed=seed,
-        merges=NetworkMerges(place.checkpoints, [zoo.entries[index].run for index in trained]),
-        workers=workers,
-    )
-    if asked and not stored:
-        span = _stored_span(generator, place, task, asked, seed, workers)
-        result = result.model_copy(update={"span": span})
-    return result
-
-
-def _stored_span(
-    generator: Generator, zoo: ZooSpan, task: Classifier, asked: Sequence[int], seed: int, workers: Workers
-) -> Span | None:
-    """Of networks with stored states, made for this alone where others are evaluated."""
-    part, num, split = workers.partition, len(asked), generator.config.evaluate.split
-    form = generator.layout.compressed
-    if form is not None:  # placed in the form of their tokens, scored as they are stored
-        stored = generator.generate(num, seed=seed, state="stored")
-        right = task.predict(stored, split) == task.labels(split)  # type: ignore[arg-type]
-        places = zoo.place([form.expand(each) for each in stored])  # type: ignore[arg-type]
-        return measure_span(zoo, places, asked, right.double().mean().item())
-    networks = generator.one_by_one(num, seed=seed, state="stored", partition=part)
-    made = Made(num, generator.share(num, part), networks, asked)
-    return score_span(task, zoo, made, split, workers)
-
-
 def existing(run: Path | str) -> Path | None:
     """A run folder that is there; of one on the hub, or that is named by mistake, there is nothing to lock."""
     return Path(run) if Path(run).is_dir() else None
@@ -243,10 +108,13 @@ def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     return trained, sorted(set(range(len(zoo))) - set(trained))
 
 
-def zoo_span(generator: Generator, zoo: Zoo, trained: Sequence[int]) -> ZooSpan:
-    """How networks lie among the checkpoints that a generator learned from."""
+def zoo_span(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], runs: Sequence[int] | None = None, matched: bool = False
+) -> ZooSpan:
+    """How networks lie among the checkpoints that a generator learned from; by spread where units are matched."""
     checkpoints = [generator.layout.checkpoint(zoo, index) for index in trained]
-    return ZooSpan(checkpoints, [layer.name for layer in generator.layout.layers])
+    names = [layer.name for layer in generator.layout.layers]
+    return ZooSpan(checkpoints, names, runs, "spread" if matched else "deviation")
 
 
 def scoring_task(config: Config, zoo: Zoo) -> Classifier:
@@ -270,18 +138,3 @@ def find_task(config: Config, zoo: Zoo) -> Task:
             "function of your own with --score package.module:function"
         )
     return task_of(zoo, config.task)
-
-
-@locks(lambda config, **_: config.run)
-def run_all(config: Config, *, progress: dict[str, Callable[..., None]], overwrite: bool = True) -> EvaluationResult:
-    """Collect, train, generate and score.
-
-    Args:
-        config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
-            `rpg.training.loop.train` takes it.
-        overwrite: discard an earlier run of the same folder.
-    """
-    collect(config, progress=progress.get("collect"))
-    train_to_the_end(config, overwrite=overwrite, progress=progress.get("train"), watch=progress.get("watch"))
-    return evaluate_run(config.run, workers=Workers(report=progress.get("score")))

@@ -18,28 +18,18 @@ from typing import Any
 from pydantic import Field
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import evaluate_held_out
-from rpg.experiments.single import collect, evaluate_run, require_for_choices, train_or_continue
-from rpg.experiments.sweep_similarity import write_similarities
-from rpg.experiments.sweep_table import EVALUATION, markdown_table, row_of, rows_of_rivals
+from rpg.evaluation.report import FILE, Report
+from rpg.experiments.driver import experiment_of
+from rpg.experiments.single import collect, require_for_choices, train_or_continue
+from rpg.experiments.sweep_table import markdown_table, row_of, rows_of_rivals, write_similarities
 from rpg.section import Section, read_mapping, validated
-from rpg.tasks import build_task
-from rpg.tasks.base import TaskFamily
-from rpg.tasks.config import of_lab
 from rpg.training.run_folder import saved_config
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.zoo.locks import locked
-from tokenization.zoo.zoo import Zoo
 
 Say = Callable[[str], None]
-
-JUDGES = {"fields": "fields.experiment:evaluate_fields"}
-"""By task, what of the labs scores a run for the table."""
-
-UNTABLED = ("detection", "segmentation", "diffusion_unet", "trajectories", "tickets")
-"""Tasks whose scores have no columns in the table."""
 
 
 class SweepEntry(Section):
@@ -105,7 +95,7 @@ class Experiment:
 
     def finished(self) -> bool:
         """Whether the run folder holds the scores of this very configuration."""
-        return (self.folder / EVALUATION).is_file() and saved_config(self.folder) == self.config
+        return (self.folder / FILE).is_file() and saved_config(self.folder) == self.config
 
 
 def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
@@ -187,12 +177,9 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
 
 
 def _check(experiment: Experiment) -> None:
-    """Raise InputError, before anything is trained, for an experiment whose scores have no place in the table."""
+    """Raise InputError, before anything is trained, where choices would be made by what was learned from."""
     config = experiment.config
-    name = config.task.name if config.task is not None else (Zoo.open(config.zoo).task or {}).get("name")
-    if name is None or name in UNTABLED:
-        what = f"the task {name}" if name is not None else "checkpoints without a task"
-        raise InputError(f"entry {experiment.name!r}: a sweep has no table for {what}; run each with `rpg run`")
+    name = config.task.name if config.task is not None else ""
     if config.evaluate.split == "validation" and name not in ("digits", "finetune", "imagenet"):
         require_for_choices(config)
 
@@ -257,25 +244,13 @@ def _step(step: str, path: str) -> None:
         return
     run = Path(config.run)
     with locked(run):
-        (run / EVALUATION).unlink(missing_ok=True)
+        (run / FILE).unlink(missing_ok=True)
         train_or_continue(config)
-        if (report := _report(config)) is not None:
-            write_text(run / EVALUATION, json.dumps(report, indent=1) + "\n")
-
-
-def _report(config: Config) -> dict[str, Any] | None:
-    """Score a trained run on ``evaluate.split`` as its task asks for; None where that has written its own report.
-
-    Runs on fields and families of tasks have ``validation`` for choices, which those experiments write nothing of.
-    """
-    task = build_task(config.task) if config.task is not None else None
-    split, choosing = config.evaluate.split, config.evaluate.split == "validation"
-    if config.task is not None and (judge := JUDGES.get(config.task.name)):
-        return of_lab(judge)(config.run, split=split if choosing else "unseen", seed=config.seed)
-    if isinstance(task, TaskFamily):
-        return evaluate_held_out(config.run, split=split, seed=config.seed)
-    evaluate_run(config.run)
-    return None
+        report = experiment_of(config).evaluate(run, seed=config.seed, split=config.evaluate.split)
+        if isinstance(report, Report):  # on the validation split, by which choices are made, nothing was written
+            report.save(run)
+        else:
+            write_text(run / FILE, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

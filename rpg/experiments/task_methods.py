@@ -87,16 +87,22 @@ class Methods:
         """Merges of the seen networks with the largest shares in kernel ridge, for the tasks ``[T, C]``."""
         shares = self.regressions["kernel_ridge"].mixture(self.seen.bits, bits)
 
+        whole = isinstance(self.merges, NetworkMerges) and self.seen.is_large
+        begun: Stacked = {}
+        if isinstance(self.merges, NetworkMerges) and not whole:
+            begun = next(iter(self.task.untrained(self.zoo, bits).values()))
+
         def made(method: str) -> Iterator[Any]:
-            for row, task in zip(shares, bits, strict=True):
+            for number, (row, task) in enumerate(zip(shares, bits, strict=True)):
                 seed = derive_seed(self.seed, method, *task.tolist())
                 if isinstance(self.merges, PeftMerges):
                     yield self.merges.merge(method, row, seed)
                     continue
-                begun = next(iter(self.task.untrained(self.zoo, task[None]).values()))
-                yield self.merges.merge(method, row, seed, {name: value[0] for name, value in begun.items()})
+                base, place = (
+                    (next(iter(self.task.untrained(self.zoo, task[None]).values())), 0) if whole else (begun, number)
+                )
+                yield self.merges.merge(method, row, seed, {name: value[place] for name, value in base.items()})
 
-        whole = isinstance(self.merges, NetworkMerges) and self.seen.is_large
         return {method: in_parts(made(method)) for method in (AFFORDABLE_MERGES if whole else self.merges.methods)}
 
 

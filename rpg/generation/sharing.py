@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from rpg.generation.model_card import Published, model_card
 from tokenization.checkpoint.safetensors import read_json
 from tokenization.zoo.hub import publish, without_local_paths
 
-NOT_FIGURES = {"count", "num", "seed", "seconds", "seconds_per_network"}
 REPLACED = (*OPTIONAL_FILES, "evaluation.json", "pictures/*.png")
 """What an earlier version of a generator may have left in its repository."""
 
@@ -64,29 +63,15 @@ def without_places(generator: Any) -> Any:
 
 
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The means that any ``evaluation.json`` holds, by kind of networks: the generated first, then the others.
-
-    Args:
-        evaluation: of `rpg evaluate`, with a task's or a scorer's figures, `rpg unseen`, `lora`, `fields` or `metric`.
+    """The means that ``evaluation.json`` holds, by kind of networks: the generated first, then the others.
 
     Returns:
-        Figures by kind; empty where nothing of the generated networks is known. The others are those which have the
-        generated networks' first figure.
+        Metrics by kind; empty where nothing of the generated networks is known, and of files of earlier versions.
     """
-    root = evaluation.get("unseen") or evaluation.get("sets") or evaluation
-    kinds = {**root, **(root.get("baselines") or {})}
-    kinds.pop("span", None)  # the generated networks once more
-    sets = {kind: each.get("summaries", each) for kind, each in kinds.items() if isinstance(each, dict)}
-    found = {kind: dict(_figures(each)) for kind, each in sets.items()}
+    kinds = evaluation.get("kinds") or {}
+    found = {
+        kind: {name: float(summary["mean"]) for name, summary in each["summaries"].items() if summary}
+        for kind, each in kinds.items()
+    }
     generated = found.pop("generated", {})
-    if not generated:
-        return {}
-    first = next(iter(generated))
-    return {"generated": generated, **{kind: each for kind, each in found.items() if first in each}}
-
-
-def _figures(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in content.items():
-        value = value.get("mean") if isinstance(value, Mapping) else value
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in NOT_FIGURES:
-            yield name, float(value)
+    return {"generated": generated, **{kind: each for kind, each in found.items() if each}} if generated else {}

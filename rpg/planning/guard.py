@@ -26,10 +26,13 @@ from rpg.planning.zoo_summary import ZooSummary
 from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
-from tokenization.layouts import Layout, load_layout
+from tokenization.layouts import load_layout
 from tokenization.zoo.zoo import Zoo
 
 FLAG = "--ignore-memory"
+
+HELD_VALUES = 1 << 26
+"""Values of a small zoo, which an evaluation holds (`rpg.evaluation.span`)."""
 
 CLEARLY_SMALL = 0.25
 """A rough bound below this share of the free memory needs no plan, which would take longer than loading."""
@@ -119,14 +122,9 @@ def generation_need(run: Path | str) -> Need | None:
     return Need("generating", max(memory.total, 2 * weights), 0, cure)
 
 
-def evaluation_need(run: Path | str, most_values: int, num: int | None = None) -> Need | None:
+def evaluation_need(run: Path | str) -> Need | None:
     """What evaluating a run takes; of a task that nothing is known of here the scored network's activations apart.
     None where there is no run.
-
-    Args:
-        run: the run folder.
-        most_values: values from which on networks are held one at a time.
-        num: networks to generate; the configuration's when None.
 
     Raises:
         InputError: the generator folder is broken.
@@ -137,22 +135,16 @@ def evaluation_need(run: Path | str, most_values: int, num: int | None = None) -
     config, layout = load_config(folder), load_layout(folder)
     if not (Path(config.zoo) / "zoo.json").exists():
         return None
-    held = held_values(config, layout, len(Zoo.open(config.zoo)), num or config.evaluate.num)
-    # one at a time: the zoo's mean, a network as it is made, as it is loaded and what is computed of it
-    values = held if held <= most_values else 5 * layout.num_values
+    # one network at a time, as it is made, as it is loaded and what is computed of it; the zoo's mean, or a small zoo
+    held = min(layout.num_values * len(Zoo.open(config.zoo)), HELD_VALUES)
+    values = 5 * layout.num_values + held
     weights = (folder / "model.safetensors").stat().st_size
-    host, cure = values * FLOAT_BYTES + 2 * weights, "lower evaluate.num and evaluate.num_baseline"
+    host, cure = values * FLOAT_BYTES + 2 * weights, "free memory, or score on a larger machine"
     target = find_target(config.task)
     scoring = (target and target.scoring_bytes) or 0
     if target is None or target.device.type == "cpu":
         return Need("evaluating", host + scoring, 0, cure)
     return Need("evaluating", host, scoring + weights + CUDA_BYTES, "lower the task's images that are scored at a time")
-
-
-def held_values(config: Config, layout: Layout, num_checkpoints: int, num: int) -> int:
-    """About how many values an evaluation holds at once that keeps all networks, baselines included."""
-    kinds = 15 + len(config.evaluate.noise)
-    return layout.num_values * (num_checkpoints + num + kinds * config.evaluate.num_baseline)
 
 
 def free_on_device() -> int | None:

@@ -47,7 +47,7 @@ class Shards:
             return whole
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
     def gather_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The optimizer's whole state, parameter by parameter; all processes must go through it.

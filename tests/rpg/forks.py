@@ -56,7 +56,7 @@ def main() -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     from rpg import cli
-    from rpg.experiments import held_out_tasks, scores, single, tasks_report  # noqa: F401
+    from rpg.experiments import driver, evaluating  # noqa: F401
     from rpg.generation import export  # noqa: F401
     from rpg.tasks.images import digits
     from rpg.tasks.language import language  # noqa: F401

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 from rpg.evaluation.workers import Workers
-from rpg.experiments import single
+from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.experiments.score_files import score_checkpoints
-from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 
@@ -19,15 +18,10 @@ def score_everything(folder: Path, output: Path) -> None:
     partition, _ = join_processes("cpu")
     judge, run = Judge(f"{folder}/mine.py:norm"), folder / "run"
     config = Generator.from_pretrained(run).config
-    evaluate_run_by_scores(run, judge, num=3, output=output / "own", workers=Workers(partition))
+    evaluate_run(run, judge, num=3, output=output / "own", workers=Workers(partition))
     evaluate_zoo(config.zoo, judge, config, output=output / "zoo", workers=Workers(partition))
-    single.evaluate_run(run, num=3, output=output / "together", workers=Workers(partition))
-    held, single.MOST_VALUES = single.MOST_VALUES, 0
-    try:
-        single.evaluate_run(run, num=3, output=output / "streamed", workers=Workers(partition))
-    finally:
-        single.MOST_VALUES = held
-    found = score_checkpoints([Path(config.zoo)], Judge(), None, "test", Workers(partition))
+    evaluate_run(run, num=3, output=output / "task", workers=Workers(partition))
+    found = score_checkpoints([Path(config.zoo)], None, None, "test", Workers(partition))
     if partition.rank == 0:
         (output / "files.json").write_text(json.dumps(found))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +13,9 @@ from safetensors.torch import save_file
 
 from rpg.console import FiguresTable
 from rpg.evaluation.config import TAUS
-from rpg.evaluation.metrics import summarize
 from rpg.evaluation.network_merges import MERGES
-from rpg.evaluation.results import NoveltyReport, SetNovelty, TwoSample, TwoSampleScores
-from rpg.evaluation.scores.results import ScoredNetworks, ScoreResult
-from rpg.evaluation.scores.show import print_scores
-from rpg.evaluation.tables import _novelty_table, _two_sample_table
-from rpg.experiments.held_out_table import print_held_out
-from rpg.experiments.score_files import print_figures
+from rpg.evaluation.report import Report, networks
+from rpg.evaluation.table import print_checkpoints, print_report
 from rpg.experiments.sweep_table import _COLUMNS, print_sweep
 from rpg.labs.fields.experiment import print_fields
 from rpg.planning.inspect import inspect
@@ -52,59 +46,35 @@ def test_a_wide_table_goes_on_below_with_the_same_names(width: int) -> None:
         assert len([line for line in block.splitlines()[-2:] if "mean" in line]) <= 2
 
 
-def test_held_out() -> None:
-    values = torch.rand(5)
-    figures = {"symbol_accuracy": summarize(values, 0).model_dump(), "exact_match": summarize(values, 0).model_dump()}
-    kinds = ("generated", "original", "no_condition", "kernel_ridge", "ridge_degree_3", *MERGES)
-    report: dict[str, Any] = {split: dict.fromkeys(kinds, figures) for split in ("unseen", "seen")}
-    report |= {"share_of_originals": 1.0, "seed": 0, "train_seconds": 12.0, "unseen_tasks": {"beats_kernel_ridge": 0.5}}
-    text = shown(lambda console: print_held_out(report, console))
-    assert "merge dare linear" in text and "interval" in text and text.count("exact") >= 2
-
-
-def test_novelty_and_two_samples() -> None:
-    curve = tuple(0.5 for _ in TAUS)
-    novel = SetNovelty.model_construct(novel_and_performant=curve, matched_distances=(1.0, 1234.5))
-    sets = dict.fromkeys(KINDS, novel)
-    report = NoveltyReport.model_construct(unit=1.0, accuracy_threshold=0.97, groups=0, taus=TAUS, sets=sets)
-    assert "run sharpened gaussian *" in shown(lambda console: console.print(_novelty_table(report)))
-    each = TwoSampleScores.model_construct(
-        nearest_neighbour_accuracy=0.5, coverage=0.5, minimum_matching_distance=0.25, nearest_training=0.125
-    )
-    both = TwoSample.model_construct(num=80, sets=dict.fromkeys(KINDS, each), held_out_nearest_training=0.1)
-    assert "merge dare ties" in shown(lambda console: console.print(_two_sample_table(both)))
-
-
-def test_scores_of_many_figures() -> None:
+def test_reports_of_many_metrics_and_kinds() -> None:
     names = ("average_precision_50", "mean_intersection_over_union", "exact_match", "negative_log_likelihood")
-    each = ScoredNetworks(
-        count=50,
-        figures={name: (0.5, 0.25) for name in names},
-        summaries={name: summarize([0.5, 0.25], 0) for name in names},
-        distances=(1.0, 2.0),
-        own_distances=(1.0, 2.0),
-        novel_and_performant=tuple(0.5 for _ in TAUS),
-    )
-    result = ScoreResult(
-        scorer="module:function", seed=0, better={name: "more" for name in names}, threshold=0.5, unit=1.0, taus=TAUS,
-        sets=dict.fromkeys(KINDS, each), components={}, explained=0.0,
+    each = networks(
+        {name: [0.5, 0.25] for name in names}, distances={"nearest": [1.0, 1234.5], "own": [1.0, 2.0]},
+        novel=(0.5,) * len(TAUS), extras={"one_nna": 0.5, "coverage": 0.25},
     )  # fmt: skip
-    text = shown(lambda console: print_scores(result, console))
-    assert "mean_intersection_over_union" in squeezed(text) or "intersection" in text
-    assert ("run sharpened gaussian *" in text and "to its own" in text.replace("\n", " ")) or "own" in text
+    report = Report(
+        experiment="networks", judge="module:function", split="test", seed=0, better={name: "more" for name in names},
+        kinds=dict.fromkeys(("original", *KINDS), each), parts={"seen": dict.fromkeys(KINDS, each)}, threshold=0.5,
+        unit=1.0, taus=TAUS,
+    )  # fmt: skip
+    console = Console(file=(file := io.StringIO()), width=80)
+    print_report(report, console, full=True)
+    text, (*tables, verdict) = file.getvalue(), file.getvalue().strip().splitlines()
+    assert "…" not in text and max(map(len, tables)) <= 80 and verdict == report.verdict
+    assert "run sharpened gaussian *" in text and "merge dare ties" in text and "to its" in text and "1-NNA" in text
 
 
 def test_files_fields_and_sweeps(tmp_path: Path) -> None:
     long = "runs/a-long-name-of-a-run/generated/another-folder/network-00000.safetensors"
     scores = {long: {"commonsense-reasoning": {"accuracy": 0.123456, "exact_match": 0.5, "loss_of_all_rows": 0.25}}}
-    text = shown(lambda console: print_figures({long: {"": {"accuracy": 0.5}}}, console))
+    text = shown(lambda console: print_checkpoints({long: {"": {"accuracy": 0.5}}}, console))
     assert "".join(part for part in (text.split("─")[-1]).replace("0.5", "").split()) == long
-    shown(lambda console: print_figures(scores, console))
+    shown(lambda console: print_checkpoints(scores, console))
     columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
     kinds = ("held_out", "covariance_gaussian", "midpoints_of_two")
     report = {name: dict.fromkeys(columns, 123.456) | {"num": 300} for name in kinds}
     assert "covariance gaussian" in shown(lambda console: print_fields(report, console))
-    rows = [{"name": "no-state-joint-denoiser", "set": []} | {key: 0.5 for key, *_ in _COLUMNS}]
+    rows = [{"name": "no-state-joint-denoiser", "set": []} | dict.fromkeys(_COLUMNS, 0.5)]
     rows += [{"name": "other", "set": [], "failure": "the loss is not finite"}]
     text = shown(lambda console: print_sweep(rows, console))
     assert "other: the loss is not finite" in text and text.count("no-state-joint-denoiser") == 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,33 +127,34 @@ def conversion(
     """
     path = found_in / CONFIG_NAME
 
-    def require(field: str, found: Any, other: Any, cure: str) -> None:
+    def require(field: str, of: Callable[[Mapping[str, Any]], Any], cure: str) -> None:
+        found, other = of(config), of(expected)
         if found != other:
             raise InputError(f"{path}: {field} is {found!r}, but {other!r} in {expected_in}; {cure}")
 
     apart = "collect adapters of one kind, each kind into a zoo of its own"
     for field in _FIELDS:
-        require(field, config.get(field) or False, expected.get(field) or False, apart)
-    require("init_lora_weights", *(changes_base(each) or "plain" for each in (config, expected)), apart)
+        require(field, lambda each, field=field: each.get(field) or False, apart)
+    require("init_lora_weights", lambda each: changes_base(each) or "plain", apart)
     if base is None:
         cure = "if both are the same model, say --base NAME"
-        require("base_model_name_or_path", *(_base(each) for each in (config, expected)), cure)
+        require("base_model_name_or_path", _base, cure)
     if config.get("target_parameters"):  # which of a module's parameters a pattern means, only the base tells
         for field in ("rank_pattern", "alpha_pattern"):
-            require(field, config.get(field) or False, expected.get(field) or False, apart)
+            require(field, lambda each, field=field: each.get(field) or False, apart)
     factors = {}
     for name in names:
         match = _FACTOR.search(name)
         if match is None:
             continue
         module = module_of(name)
-        require(f"target_parameters of {module!r}", *(experts_of(module, each) for each in (config, expected)), apart)
-        require(f"the rank of {module!r}", *(rank_of(module, each) for each in (config, expected)), apart)
+        require(f"target_parameters of {module!r}", partial(experts_of, module), apart)
+        require(f"the rank of {module!r}", partial(rank_of, module), apart)
         found, other = (scaling_of(module, each) for each in (config, expected))
         if found == other or match[2] == "A":
             continue
         if changes_base(config) or not other:  # the base that PEFT makes may depend on the scaling
-            require(f"lora_alpha / r of {module!r}", found, other, apart)
+            require(f"lora_alpha / r of {module!r}", partial(scaling_of, module), apart)
         factors[name] = found / other
     return factors
 

@@ -47,7 +47,8 @@ class Setting:
         numbers = [content[key] for key in ("low", "high", "default")]
         if not all(isinstance(each, int | float) for each in numbers) or not numbers[0] < numbers[1]:
             raise InputError(f"{where}: setting {content['name']!r} has no range; write numbers with low below high")
-        return cls(str(content["name"]), *map(float, numbers[:2]), content["kind"], float(numbers[2]))
+        low, high, default = (float(each) for each in numbers)
+        return cls(str(content["name"]), low, high, content["kind"], default)
 
     def check(self, value: float) -> float:
         """The value, if it lies in the range. Raises InputError if not."""

@@ -1,4 +1,4 @@
-"""How figures are drawn, be it for a page or as a file: colours, markers, axes, points; and accuracy by similarity."""
+"""How figures are drawn, be it for a page or as a file: colours, markers, axes, points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpg.evaluation.results import ENSEMBLE, EvaluationResult
 from tokenization.files import atomic_file
 
 COLORS = ("#d55e00", "#0072b2", "#1c1f24", "#009e73", "#b3457f", "#b07d00", "#2b9bd0", "#7a5195", "#6b7280", "#8c564b")
@@ -128,21 +127,6 @@ def save_png(figure: Any, path: Path | str) -> None:
     """Write a figure. Raises InputError if the file cannot be written."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def accuracy_by_similarity(result: EvaluationResult) -> tuple[list[Series], Axis, Axis]:
-    """The points and axes of accuracy against similarity, one point a network (p-diff, arXiv 2402.13144, figure 4a).
-
-    The upper left is where one wants to be: accurate, and unlike every original.
-    """
-    original, *others, generated = result.kinds()
-    series = [
-        Series(name, scores.similarities, scores.accuracies, kind)
-        for kind, (name, scores) in ((ORIGINAL, original), *enumerate(others, AVERAGE + 1), (GENERATED, generated))
-    ]
-    series.append(Series(ENSEMBLE, [result.ensemble.similarity], [result.ensemble.accuracy], AVERAGE))
-    across = Axis("similarity to the nearest (other) original: IoU of wrong predictions")
-    return series, across, Axis(f"accuracy on {result.num_images} {result.split} images", percent=True)
 
 
 def _format(axes: Any, name: str, axis: Axis) -> None:

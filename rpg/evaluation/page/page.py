@@ -142,13 +142,16 @@ def points_of(report: Report) -> tuple[list[Series], Axis, Axis]:
     for index, (name, each) in enumerate(kinds.items()):
         values = each.metrics.get(first, ()) if first else each.distances.get("own", ())
         across = each.metrics.get("similarity", ()) if alike else each.distances.get("nearest", ())
-        across = across or () if alike or report.unit else [float(index)] * each.count
+        across = across or each.distances.get("hamming", ())
+        across = across if alike or report.unit or across else [float(index)] * each.count
         pairs = [(x, y) for x, y in zip(across, values, strict=False) if x is not None and y is not None]
         if pairs:
             series.append(Series(label_of(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
     x = Axis("kind of networks")
     if alike:
         x = Axis("similarity to the nearest (other) original: IoU of wrong predictions")
+    elif any("hamming" in each.distances for each in kinds.values()):
+        x = Axis("Hamming distance to the nearest seen task")
     elif report.unit:
         x = Axis("distance to the nearest (other) original, in the zoo's median")
     words = f"{first.replace('_', ' ')} ({report.better[first]} is better)" if first else "distance to its own original"

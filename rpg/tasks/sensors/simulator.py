@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.tasks.sensors.config import SensorsConfig
-from tokenization.zoo.settings import Setting
+from tokenization.zoo.settings import Setting, SettingKind
 
 DECIMALS = {"angle": 1}
 """To how many decimals settings are drawn, if not to three."""
@@ -22,7 +22,7 @@ def declared_settings(config: SensorsConfig) -> tuple[Setting, ...]:
     ``angle`` in degrees counter-clockwise, ``scale``, ``shift_right`` and ``shift_down`` in half frames, ``inverted``.
     """
     low, high = config.angle
-    kind = "periodic" if high - low == 360 else "real"
+    kind: SettingKind = "periodic" if high - low == 360 else "real"
     ranges = [
         Setting("angle", low, high, kind, min(max(0.0, low), high)),
         Setting("scale", *config.scale, default=min(max(1.0, config.scale[0]), config.scale[1])),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rpg.evaluation.alignment import align_zoo
-from rpg.evaluation.baselines import add_noise
 from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute, random_orders
@@ -58,7 +57,11 @@ def test_alignment_overwrites_no_zoo_and_needs_symmetries(shuffled, tmp_path):
 def test_the_control_trains_copies_of_the_baselines(shuffled):
     task = task_of(shuffled)
     originals = [shuffled.state_dict(index) for index in range(2)]
-    noisy = add_noise(originals, 3, 0.5, torch.Generator().manual_seed(0), relative=True)
+    rng = torch.Generator().manual_seed(0)
+    noisy = [
+        {name: value + 0.5 * value.std() * torch.randn(value.shape, generator=rng) for name, value in each.items()}
+        for each in (originals[0], originals[1], originals[0])
+    ]
     kept = [{name: value.clone() for name, value in network.items()} for network in noisy]
     made = finetuned_baselines(task, {"noise": noisy}, ControlConfig(steps=(0, 30), learning_rate=3e-3), seed=0)
     assert set(made) == {"0_steps_from_noise", "30_steps_from_noise"}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
@@ -9,12 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
-from rpg.evaluation.page.gather import write_html_report
-from rpg.evaluation.page.single_page import ReportData, write_page
-from rpg.evaluation.results import EvaluationResult
-from rpg.experiments.single import evaluate_run
+from rpg.evaluation.report import Report
+from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
@@ -69,61 +65,43 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(run):
     text = (run / "report.html").read_text()
     page = Page()
     page.feed(text)
-    assert page.open == [] and page.headings == 10
+    assert page.open == [] and page.headings == 11
     assert page.references and all(reference.startswith("data:") for reference in page.references)
     assert not re.search(r"url\(|@import|<script|http-equiv", text)
     assert len(page.pictures) == 7
     assert all(len(picture.get("alt") or picture.get("aria-label") or "") > 20 for picture in page.pictures)
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
-
-
-def test_originals_are_those_that_were_trained_on(run, monkeypatch):
-    generator = Generator.from_pretrained(run)
-    config, zoo = generator.config, Zoo.open(generator.config.zoo)
-    generator.config = config.model_copy(update={"train": config.train.model_copy(update={"splits": ("validation",)})})
-    for index in range(5):
-        zoo.entries[index] = dataclasses.replace(zoo.entries[index], split="validation")
-    result = EvaluationResult.model_validate_json((run / "evaluation.json").read_text())
-    pages: list[ReportData] = []
-    monkeypatch.setattr("rpg.evaluation.page.gather.write_page", lambda path, result, data: pages.append(data))
-    write_html_report(
-        run, result, generator, zoo, build_task(config.task), generator.generate(2, seed=0), num=2, seed=0
-    )
-    assert len(pages[0].components["original"]) == 5
-    assert pages[0].provenance["zoo"].startswith(f"5 of {len(zoo)} checkpoints")
-
-
-def test_the_same_figures_give_the_same_bytes_and_what_users_wrote_is_escaped(run, tmp_path):
-    result = EvaluationResult.model_validate_json((run / "evaluation.json").read_text())
-    data = ReportData(
-        title="<script>alert(1)</script>",
-        provenance={"zoo <b>": "a & b", "task": "name: <i>\nseed: 0"},
-        heatmap=(['"><b>', "original"], torch.zeros(2, 3)),
-    )
-    for name in ("first", "second"):
-        write_page(tmp_path / name, result, data)
-    text = (tmp_path / "first").read_text()
-    assert text == (tmp_path / "second").read_text()
-    assert not re.search(r"<script|<b>|<i>", text)
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "a &amp; b" in text and "<pre>name: &lt;i&gt;" in text
-
-
-def test_charts_take_every_colour_from_the_style_sheet(run):
-    charts = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), flags=re.S)
+    charts = re.findall(r"<svg.*?</svg>", text, flags=re.S)
     assert len(charts) == 6
     for chart in charts:
-        assert not re.search(r"#[0-9a-f]{6}", chart)
+        assert not re.search(r"#[0-9a-f]{6}", chart)  # every colour is the style sheet's
     assert not re.search(r' id="\w+_\d+"', "".join(charts))
 
 
-def test_its_figures_are_those_of_the_evaluation(run):
-    scores = json.loads((run / "evaluation.json").read_text())
+def test_originals_are_those_that_were_trained_on(run, monkeypatch, tmp_path):
+    generator = Generator.from_pretrained(run)
+    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    chosen = config.train.model_copy(update={"splits": ("validation",)})
+    generator.config = config.model_copy(update={"train": chosen})
+    for index in range(5):
+        zoo.entries[index] = dataclasses.replace(zoo.entries[index], split="validation")
+    monkeypatch.setattr(Zoo, "open", lambda path: zoo)
+    monkeypatch.setattr(Generator, "from_pretrained", lambda path: generator)
+    few = {"num": 2, "baselines": ("average_of_k",)}
+    generator.config = generator.config.model_copy(update={"evaluate": config.evaluate.model_copy(update=few)})
+    report = evaluate_run(run, output=tmp_path)
+    assert report.kinds["original"].count == 5 == len(report.kinds["original"].components)
+    assert report.kinds["held_out"].count == len(zoo) - 5 and "average_of_5" in report.kinds
+    assert f"5 of {len(zoo)} checkpoints" in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_shown_is_what_was_found(run):
+    report = Report.load(run)
     text = (run / "report.html").read_text()
-    assert f"{100 * scores['generated']['accuracy']['mean']:.1f} % accurate" in text
-    assert set(scores["novelty"]) >= {"tau", "generated", "average_of_16", "noise_at_distance", "run_average"} or (
-        set(scores["novelty"]) >= {"tau", "generated", "noise_at_distance", "run_average"}
-    )
-    assert all(len(curve) == len(scores["novelty"]["tau"]) for curve in scores["novelty"].values())
+    assert report.verdict in text and report.matched and report.judge == "DigitsTask, test data"
+    assert set(report.kinds) >= {"generated", "noise_0.05", "noise_at_distance", "run_average", "merge_ties"}
+    curves = [each.novel for name, each in report.kinds.items() if each.count]
+    assert all(len(curve) == len(report.taus) for curve in curves)
     assert Generator.from_pretrained(run).digest in text
 
 

@@ -1,7 +1,6 @@
 """Adapters for unseen tasks, the whole experiment on fourteen tasks in seconds."""
 
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import METHODS as MERGED
-from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
-from rpg.experiments.score_files import print_figures, score_checkpoints
-from rpg.experiments.scores import Judge
+from rpg.evaluation.report import Report
+from rpg.evaluation.table import print_checkpoints
+from rpg.experiments.driver import experiment_of, run_experiment
+from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
+from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
@@ -60,26 +61,25 @@ def experiment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
-        yield config, run_held_out(config, progress={})
+        yield config, run_experiment(config, experiment_of(config, command="rpg lora"))
 
 
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
-    saved = json.loads((Path(config.run) / "evaluation.json").read_text())
-    assert saved == json.loads(json.dumps(report))
-    for split, num in (("unseen", 4), ("seen", 10)):
-        assert set(saved[split]) == METHODS
-        for figures in saved[split].values():
-            for name in ("symbol_accuracy", "exact_match", "perplexity"):
-                each, summary = figures["each"][name], figures[name]
-                assert len(each) == num and summary["mean"] == pytest.approx(sum(each) / num)
-                assert summary["min"] == min(each)
-                assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
-        assert len(saved[f"{split}_tasks"]["tasks"]) == num
-    accuracy = {name: each["symbol_accuracy"]["mean"] for name, each in saved["unseen"].items()}
-    assert saved["share_of_originals"] == pytest.approx(accuracy["generated"] / accuracy["original"])
-    assert accuracy["original"] > accuracy["no_adapter"]
-    assert set(saved["seen_tasks"]["hamming_to_seen"]) == {0} and min(saved["unseen_tasks"]["hamming_to_seen"]) > 0
+    assert Report.load(config.run) == report and list(report.better) == ["symbol_accuracy", "exact_match", "perplexity"]
+    assert report.better["perplexity"] == "less"
+    for kinds, num in ((report.kinds, 4), (report.parts["seen"], 10)):
+        assert set(kinds) == METHODS
+        for kind in kinds.values():
+            for name in report.better:
+                each, summary = kind.metrics[name], kind.summaries[name]
+                assert len(each) == num and summary.mean == pytest.approx(sum(each) / num)
+                assert summary.min == min(each)
+                assert summary.ci95[0] <= summary.mean <= summary.ci95[1]
+    assert report.facts["share_of_originals"] == pytest.approx(report.mean("generated") / report.mean("original"))
+    assert report.mean("original") > report.mean("no_adapter")
+    assert set(report.parts["seen"]["generated"].distances["hamming"]) == {0}
+    assert min(report.kinds["generated"].distances["hamming"]) > 0
 
 
 def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
@@ -91,7 +91,7 @@ def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
     symbols = (rows.targets >= 0) & (rows.targets != rows.end)
     right = (model(rows.ids).logits.argmax(-1) == rows.targets) & symbols
     expected = (right.sum() / symbols.sum()).item()
-    assert report["unseen"]["original"]["each"]["symbol_accuracy"][2] == pytest.approx(expected, abs=0.01)
+    assert report.kinds["original"].metrics["symbol_accuracy"][2] == pytest.approx(expected, abs=0.01)
 
 
 def test_canonical_adapters_are_the_same_adapters(experiment):
@@ -127,7 +127,9 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
     unseen = {zoo.entries[index].run for index in zoo.subset("unseen")}
     assert {split for split, _ in asked} == {"validation"}
     assert not any(tasks & unseen for _, tasks in asked)
-    assert [list(bits) for bits in report["unseen_tasks"]["tasks"]] == networks_of(zoo, "validation").bits.tolist()
+    assert [list(map(int, bits)) for bits in report.kinds["generated"].conditions] == networks_of(
+        zoo, "validation"
+    ).bits.tolist()
     assert (Path(config.run) / "evaluation.json").read_text() == before
 
 
@@ -138,7 +140,7 @@ def test_no_adapter_is_the_base(experiment):
     ids = task.rows(0)["test"].ids
     logits = task.bank.logits(stack([task.no_adapter()]), ids[None])[0]
     assert torch.allclose(logits, base(ids).logits, atol=1e-5)
-    assert report["unseen"]["no_adapter"]["exact_match"]["mean"] < report["unseen"]["original"]["exact_match"]["mean"]
+    assert report.mean("no_adapter", "exact_match") < report.mean("original", "exact_match")
 
 
 def test_generated_ones_are_of_the_zoos_structure(experiment):
@@ -157,13 +159,13 @@ def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
     bits = torch.tensor([[0, 1, 1, 0]])
     (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
     expected = task.scores(generate_for(generator, bits, 3), bits)
-    found = score_checkpoints([folder], Judge(), config, "test")[str(folder)]
+    found = score_checkpoints([folder], None, config, "test")[str(folder)]
     assert len(found) == 14 and found["0110"] == pytest.approx({name: each.item() for name, each in expected.items()})
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.task.base), folder)
     ids = task.rows(0)["test"].ids
     ours = task.bank.logits(generate_for(generator, bits, 3), ids[None])[0]
     assert torch.allclose(model(ids).logits, ours, atol=1e-4)
-    print_figures({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
+    print_checkpoints({str(folder): found}, Console(file=(text := io.StringIO()), width=120))
     assert "0110" in text.getvalue()
 
 
@@ -174,7 +176,7 @@ def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
         update={"task": config.task.model_copy(update={"adapter": AdapterConfig(r=2, target_modules=("k_proj",))})}
     )
     with pytest.raises(InputError, match="k_proj") as caught:
-        score_checkpoints([zoo.file(0)], Judge(), other, "test")
+        score_checkpoints([zoo.file(0)], None, other, "test")
     assert "\n" not in str(caught.value)
 
 

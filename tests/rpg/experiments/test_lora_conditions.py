@@ -59,19 +59,19 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     assert code == 0, err
     assert "report:" in out
     found = json.loads((folder / "run-text" / "evaluation.json").read_text())
-    assert list(found["sets"]) == [
-        "original", "held_out", "generated", "nearest_seen", "kernel_ridge", *METHODS, "average",
+    assert list(found["kinds"]) == [
+        "original", "generated", "held_out", "nearest_seen", "kernel_ridge", *METHODS, "average",
     ]  # fmt: skip
     assert list(found["better"]) == ["symbol_accuracy", "exact_match", "perplexity"]
     assert found["better"]["perplexity"] == "less"
-    for kind_, each in found["sets"].items():
-        assert len(each["own_distances"]) == (0 if kind_ in ("original", "held_out") else 2)
+    for kind_, each in found["kinds"].items():
+        assert len(each["distances"].get("own", [])) == (0 if kind_ in ("original", "held_out") else 2)
     assert f"Networks for {NAMES[4]} after" in (folder / "run-text" / "report.html").read_text()
     again = (folder / "run-text" / "evaluation.json").read_text()
     code, out, err = rpg("evaluate", folder / "run-text", "--device", "cpu")
-    assert (code, err) == (0, "") and json.loads(again)["sets"] == json.loads(
+    assert (code, err) == (0, "") and json.loads(again)["kinds"] == json.loads(
         (folder / "run-text" / "evaluation.json").read_text()
-    )["sets"]
+    )["kinds"]
     (folder / "mine.py").write_text("def score(path, condition):\n    return condition[0]\n")
     code, out, err = rpg(
         "lora", config, "--split", "test", "--score", f"{folder / 'mine.py'}:score", "--lower", "score"
@@ -80,7 +80,7 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     found = json.loads((folder / "run-text" / "evaluation.json").read_text())
     zoo = Zoo.open(folder / "zoo-text")
     unseen = [zoo.entries[index].condition[0] for index in zoo.subset("unseen")]  # type: ignore[index]
-    assert found["sets"]["generated"]["figures"]["score"] == unseen == found["sets"]["peft_svd"]["figures"]["score"]
+    assert found["kinds"]["generated"]["metrics"]["score"] == unseen == found["kinds"]["peft_svd"]["metrics"]["score"]
 
 
 @pytest.mark.parametrize("kind", ["class", pytest.param("none", marks=pytest.mark.slow)])
@@ -89,8 +89,8 @@ def test_classes_and_nothing_that_scores(kind: str, folder: Path, rpg: Run) -> N
     assert rpg("lora", config, "--device", "cpu")[0] == 0
     found = json.loads((folder / f"run-{kind}" / "evaluation.json").read_text())
     conditional = kind == "class"
-    assert ("kernel_ridge" in found["sets"]) == conditional and set(METHODS) <= found["sets"].keys()
-    assert bool(found["sets"]["generated"]["own_distances"]) == conditional
+    assert ("kernel_ridge" in found["kinds"]) == conditional and set(METHODS) <= found["kinds"].keys()
+    assert bool(found["kinds"]["generated"]["distances"].get("own")) == conditional
     adopted = yaml.safe_load(config.read_text()) | {"task": None, "zoo": str(folder / f"adopted-{kind}")}
     adopted["run"] = str(folder / f"run-adopted-{kind}")
     (folder / "adopted.yaml").write_text(yaml.safe_dump(adopted))
@@ -100,6 +100,6 @@ def test_classes_and_nothing_that_scores(kind: str, folder: Path, rpg: Run) -> N
     table.write_text("\n".join(["file,condition" if conditional else "file", *lines]) + "\n")
     assert rpg("collect", "--from", table.parent, "--table", table, "--zoo", adopted["zoo"])[0] == 0
     code, out, err = rpg("lora", folder / "adopted.yaml", "--device", "cpu")
-    assert (code, err) == (0, "") and "by weights alone" in out, err
+    assert (code, err) == (0, "") and "weights alone" in out, err
     alone = json.loads((folder / f"run-adopted-{kind}" / "evaluation.json").read_text())
-    assert alone["sets"].keys() == found["sets"].keys() and alone["better"] == {}
+    assert alone["kinds"].keys() == found["kinds"].keys() and alone["better"] == {}

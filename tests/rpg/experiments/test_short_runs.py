@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import run_held_out
+from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.tasks import many
 
 MARGIN = 0.05
@@ -22,7 +22,8 @@ def run(tree, folder, monkeypatch, width):
         },
     }  # fmt: skip
     training = {"splits": ["train", "validation"], "batch_size": 16, "warmup_steps": 10, "ema_decay": 0.95}
-    return run_held_out(Config.parse({**common, **tree, "train": training | tree["train"]}, "test"), progress={})
+    config = Config.parse({**common, **tree, "train": training | tree["train"]}, "test")
+    return run_experiment(config, experiment_of(config))
 
 
 def test_networks_for_unseen_tasks_beat_the_nearest_seen_network(tmp_path, monkeypatch):
@@ -33,7 +34,7 @@ def test_networks_for_unseen_tasks_beat_the_nearest_seen_network(tmp_path, monke
     behaviour = {"weight": 1000.0, "images": 64, "target": "base", "share": 1.0}
     train = {"steps": 300, "learning_rate": 8e-3, "behaviour": behaviour}
     report = run({"task": task, "tokens": {"size": 512}, "train": train}, tmp_path, monkeypatch, 64)
-    means = {name: figures["accuracy"]["mean"] for name, figures in report["unseen"].items()}
+    means = {name: report.mean(name) for name in report.kinds}
     assert means["generated"] > means["nearest_seen"] + MARGIN
     assert means["generated"] > means["no_condition"] + MARGIN  # it is the bits that tell the tasks apart
 
@@ -50,6 +51,6 @@ def test_adapters_for_unseen_tasks_beat_the_nearest_seen_adapter(tmp_path, monke
     }  # fmt: skip
     train = {"steps": 150, "precision": "fp32", "behaviour": {"weight": 1.0, "images": 8, "share": 0.5}}
     report = run({"task": task, "tokens": {"size": 64}, "train": train}, tmp_path, monkeypatch, 48)
-    means = {name: figures["symbol_accuracy"]["mean"] for name, figures in report["unseen"].items()}
+    means = {name: report.mean(name) for name in report.kinds}
     assert means["generated"] > means["nearest_seen"] + MARGIN
     assert means["generated"] > means["no_condition"] + MARGIN

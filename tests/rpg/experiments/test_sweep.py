@@ -8,8 +8,9 @@ import yaml
 
 from rpg.config import Config
 from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.report import Report, networks
 from rpg.experiments.sweep import load_sweep, run_sweep
-from rpg.experiments.sweep_table import figures_of, markdown_table, rows_of_rivals
+from rpg.experiments.sweep_table import markdown_table, row_of, rows_of_rivals
 from rpg.section import read_variants
 from tests.conftest import configurations, small_config
 from tokenization.errors import InputError
@@ -67,11 +68,6 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("detection.yaml", "the task detection"),
-        ("segmentation.yaml", "the task segmentation"),
-        ("unet.yaml", "the task diffusion_unet"),
-        ("gpt.yaml", "the task trajectories"),
-        ("tickets.yaml", "the task tickets"),
         ("digits_unseen.yaml", "learns from the validation split"),
         ("fields3d.yaml", "learns from the validation split"),
     ],
@@ -86,13 +82,15 @@ def test_what_a_sweep_cannot_score_is_refused_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "out").exists() and not (tmp_path / "zoo").exists()
 
 
-def test_checkpoints_without_a_task_are_refused_by_a_sweep(tmp_path, zoo):
-    small_config(tmp_path).save(tmp_path / "base.yaml")
+def test_a_sweep_of_checkpoints_without_a_task_compares_their_weights(tmp_path, zoo):
+    few = {"num": 2, "num_baseline": 2, "baselines": ["interpolation"]}
+    small_config(tmp_path, zoo=str(zoo.path), evaluate=few).save(tmp_path / "base.yaml")
     tree = {"config": "base.yaml", "run": str(tmp_path / "sweep"), "entries": [{"name": "only"}]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(InputError, match="entry 'only'.*without a task.*rpg run"):
-        run_sweep(tmp_path / "sweep.yaml")
-    assert not (tmp_path / "sweep").exists()
+    table = run_sweep(tmp_path / "sweep.yaml", say=lambda line: None)
+    (row,) = json.loads((table.parent / "table.json").read_text())
+    assert "failure" not in row and row["distance"] > 0 and "mean" not in row
+    assert Report.load(tmp_path / "sweep" / "only").judge == "weights alone"
 
 
 @pytest.mark.parametrize(
@@ -164,42 +162,21 @@ def test_the_sweeps_that_come_with_the_package_are_valid():
             assert load_sweep(path)[1]
 
 
-def two_samples(nearest: str) -> dict:
-    return {"nearest_neighbour_accuracy": 0.7, "coverage": 0.4, nearest: 1.5}
+def test_the_table_reads_every_report(tmp_path):
+    def report(metric: str, better: str, **kinds: float) -> Report:
+        made = {n: networks({metric: [v, v]}, extras={"one_nna": 0.7, "coverage": 0.4}) for n, v in kinds.items()}
+        return Report(
+            experiment="tasks", judge="t", split="test", seed=0, better={metric: better}, kinds=made,
+        )  # fmt: skip
 
-
-ACCURACY = {"mean": 0.9, "max": 1.0, "min": 0.8}
-
-
-def test_the_table_reads_reports_on_tasks_fields_and_held_out_checkpoints(tmp_path):
-    """One form for all three: each method's accuracy, 1-NNA, coverage and distance to the nearest original."""
-    tasks = {
-        "unseen": {name: {"accuracy": ACCURACY} for name in ("generated", "original", "kernel_ridge", "average")},
-        "per_task": {
-            "methods": {
-                "generated": {"error_iou": 0.6, **two_samples("nearest")},
-                "kernel_ridge": {"error_iou": 1.0, **two_samples("nearest")},
-                "original": {"error_iou": 0.5, "nearest_neighbour_accuracy": None},
-            }
-        },
-    }
-    fields = {
-        name: {"one_nna": 0.7, "coverage": 0.4, "nearest": 1.5, "class_accuracy": 0.9}
-        for name in ("generated", "midpoint")
-    } | {"held_out": {"num": 3, "class_accuracy": 1.0}}
-    single = {
-        "generated": {"accuracy": ACCURACY, "similarity": {"mean": 0.6}},
-        "baselines": {"interpolation": {"accuracy": ACCURACY}},
-        "two_sample": {"sets": {name: two_samples("nearest_training") for name in ("generated", "midpoint")}},
-    }
-    for report in (tasks, fields, single):
-        made = figures_of(report)["generated"]
-        assert (made["mean"], made["one_nna"], made["coverage"], made["nearest"]) == (0.9, 0.7, 0.4, 1.5)
-    folders = [tmp_path / name for name in ("tasks", "fields", "none")]
-    for folder, report in zip(folders, (tasks, fields), strict=False):
-        folder.mkdir()
-        (folder / "evaluation.json").write_text(json.dumps(report))
-    rows = {row["name"]: row for row in rows_of_rivals(folders)}
-    assert sorted(rows) == ["kernel_ridge", "midpoint", "original"]  # those that nothing is compared with are left out
-    table = markdown_table(list(rows.values()))
-    assert "1-NNA" in table and "s training" not in table  # a column that no row has is not shown
+    first = report("accuracy", "more", original=0.95, generated=0.9, kernel_ridge=0.8)
+    for number, found in enumerate((first, report("ap50", "more", original=1, generated=1))):
+        (tmp_path / str(number)).mkdir()
+        found.save(tmp_path / str(number))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "evaluation.json").write_text("{}")
+    rows = rows_of_rivals([tmp_path / name for name in ("0", "1", "old", "none")])
+    assert sorted(row["name"] for row in rows) == ["kernel_ridge", "original"]  # the originals of the first
+    table = markdown_table(rows)
+    assert "| kernel_ridge | 80.0 | 80.0 | 80.0 | 0.70 | 0.40 |" in table and "s training" not in table
+    assert "earlier version" in row_of("x", [], tmp_path / "old")["failure"]

@@ -1,4 +1,3 @@
-import json
 import math
 import re
 from pathlib import Path
@@ -12,8 +11,10 @@ from rpg.evaluation.diversity import measure_diversity
 from rpg.evaluation.held_out import base_summed, nearest_rows
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.regression import regression_grid
+from rpg.evaluation.report import Report
 from rpg.evaluation.vectors import FlatSpace
-from rpg.experiments.held_out_tasks import evaluate_held_out, run_held_out, task_family
+from rpg.experiments.driver import experiment_of, run_experiment
+from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
 from rpg.experiments.single import for_choices, scoring_task, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.conditions import choose_condition
@@ -58,26 +59,30 @@ def experiment(tmp_path_factory):
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
         patch.setattr(many, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
-        report = run_held_out(config, progress={}, seeds=2)
+        report = run_experiment(config, experiment_of(config, command="rpg unseen"), seeds=2)
         yield config, report
 
 
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
     folder = Path(config.run)
-    saved = json.loads((folder / "evaluation.json").read_text())
-    assert saved == json.loads(json.dumps(report))
-    for split, num in (("unseen", 5), ("seen", 15)):
-        assert set(saved[split]) == METHODS
-        for scores in saved[split].values():
-            accuracies, summary = scores["accuracies"], scores["accuracy"]
-            assert len(accuracies) == num
-            assert summary["mean"] == pytest.approx(sum(accuracies) / num) and summary["min"] == min(accuracies)
-            assert summary["ci95"][0] <= summary["mean"] <= summary["ci95"][1]
-        assert len(saved[f"{split}_tasks"]["tasks"]) == len(saved[f"{split}_tasks"]["hamming_to_seen"]) == num
-    assert set(saved["seen_tasks"]["hamming_to_seen"]) == {0} and min(saved["unseen_tasks"]["hamming_to_seen"]) > 0
-    assert saved["train_seconds"] > 0 and [each["seed"] for each in saved["seeds"]] == [0, 1]
-    assert (folder / "distance.png").exists() and (folder / "parameters.png").exists()
+    assert Report.load(folder) == report and report.experiment == "tasks" and report.first == "accuracy"
+    for kinds, num in ((report.kinds, 5), (report.parts["seen"], 15)):
+        assert set(kinds) == METHODS
+        for each in kinds.values():
+            accuracies, summary = each.metrics["accuracy"], each.summaries["accuracy"]
+            assert len(accuracies) == num == len(each.conditions) == len(each.distances["hamming"])
+            assert summary.mean == pytest.approx(sum(accuracies) / num) and summary.min == min(accuracies)
+            assert summary.ci95[0] <= summary.mean <= summary.ci95[1]
+    assert set(report.parts["seen"]["generated"].distances["hamming"]) == {0}
+    assert min(report.kinds["generated"].distances["hamming"]) > 0
+    assert report.facts["training_seconds"] > 0 and [each["seed"] for each in report.facts["seeds"]] == [0, 1]
+    own, ridge = (report.kinds[name].metrics["accuracy"] for name in ("generated", "kernel_ridge"))
+    assert (
+        report.kinds["kernel_ridge"].extras["generated_better"]
+        == sum(a > b for a, b in zip(own, ridge, strict=True)) / 5
+    )
+    assert (folder / "scatter.png").exists() and "rpg unseen" in (folder / "report.html").read_text()
 
 
 def test_figures_are_those_of_the_networks(experiment):
@@ -87,9 +92,9 @@ def test_figures_are_those_of_the_networks(experiment):
     condition = torch.tensor([zoo.entries[index].condition])
     answers = task.predict([zoo.state_dict(index)])
     expected = (answers == task.targets(condition)).double().mean().item()
-    assert report["unseen"]["original"]["accuracies"][2] == pytest.approx(expected, abs=0.003)
-    worst = report["unseen_tasks"]["worst"][0]
-    assert worst["accuracy"] == min(report["unseen"]["generated"]["accuracies"])
+    assert report.kinds["original"].metrics["accuracy"][2] == pytest.approx(expected, abs=0.003)
+    worst = report.extras["worst"][0]
+    assert worst["accuracy"] == min(report.kinds["generated"].metrics["accuracy"])
     shares = torch.tensor(worst["accuracy_of_class"])
     counts = torch.bincount(task.classes("test"), minlength=10)
     assert (shares * counts).sum().item() / 500 == pytest.approx(worst["accuracy"])
@@ -125,7 +130,7 @@ def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experim
     before = path.read_text()
     report = evaluate_held_out(choices.run, split="validation")
     validation = networks_of(Zoo.open(config.zoo), "validation").bits.tolist()
-    assert [list(task) for task in report["unseen_tasks"]["tasks"]] == validation
+    assert [list(map(int, bits)) for bits in report.kinds["generated"].conditions] == validation
     assert asked == {"validation"} and path.read_text() == before
 
 
@@ -134,7 +139,7 @@ def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_train
     tree["task"]["validation"] = 0
     config = Config.parse({**tree, "run": str(tmp_path / "run"), "zoo": str(tmp_path / "zoo")}, "test")
     with pytest.raises(InputError, match="'validation', which the comparison needs; set task.validation"):
-        run_held_out(config, progress={})
+        run_experiment(config, experiment_of(config))
     assert not (tmp_path / "zoo").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 
@@ -142,22 +147,22 @@ def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeyp
     config, report = experiment
     monkeypatch.setattr(task_networks, "PART_BYTES", 1)
     again = evaluate_held_out(config.run)
-    for split in ("unseen", "seen"):
-        for name, scores in report[split].items():
-            assert again[split][name]["accuracies"] == pytest.approx(scores["accuracies"], abs=0.003), name
-    assert again["unseen_tasks"]["worst"][0]["accuracy"] == report["unseen_tasks"]["worst"][0]["accuracy"]
-    assert again["diversity"] == pytest.approx(report["diversity"], rel=1e-2)
+    for ours, theirs in ((report.kinds, again.kinds), (report.parts["seen"], again.parts["seen"])):
+        for name, each in ours.items():
+            assert theirs[name].metrics["accuracy"] == pytest.approx(each.metrics["accuracy"], abs=0.003), name
+    assert again.extras["worst"][0]["accuracy"] == report.extras["worst"][0]["accuracy"]
+    assert again.extras["diversity"] == pytest.approx(report.extras["diversity"], rel=1e-2)
 
 
 def test_of_large_networks_as_many_seen_tasks_as_unseen_ones_are_scored(experiment, monkeypatch):
     config, report = experiment
     monkeypatch.setattr(task_networks, "LARGE", 1)
     again = evaluate_held_out(config.run)
-    assert len(again["seen_tasks"]["tasks"]) == len(again["unseen_tasks"]["tasks"]) == 5
-    rows = [report["seen_tasks"]["tasks"].index(each) for each in again["seen_tasks"]["tasks"]]
+    seen, kept = report.parts["seen"]["original"], again.parts["seen"]["original"]
+    assert kept.count == again.kinds["original"].count == 5
+    rows = [seen.conditions.index(each) for each in kept.conditions]
     assert rows[0] == 0 and rows[-1] == 14
-    expected = [report["seen"]["original"]["accuracies"][row] for row in rows]
-    assert again["seen"]["original"]["accuracies"] == pytest.approx(expected, abs=0.003)
+    assert kept.metrics["accuracy"] == pytest.approx([seen.metrics["accuracy"][row] for row in rows], abs=0.003)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -176,7 +181,7 @@ def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment
     report = evaluate_held_out(config.run)
     train, validation = (networks_of(zoo, split).bits.tolist() for split in ("train", "validation"))
     assert learned == [train, [*train, *validation]]
-    assert report["unseen"]["linear_head"]["accuracy"]["mean"] > 0.5
+    assert report.mean("linear_head") > 0.5
 
 
 def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):

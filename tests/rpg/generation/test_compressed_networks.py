@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.experiments.scores import Judge, evaluate_run_by_scores, evaluate_zoo
-from rpg.experiments.single import evaluate_run
+from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.tasks.images.config import DigitsConfig
 from rpg.tasks.images.digits import DigitsTask
 from rpg.training.loop import train
@@ -102,16 +101,15 @@ def test_dense_and_quantised_networks_have_no_sparsity(tmp_path: Path, rpg: Run)
 
 
 def test_they_are_scored_dense_and_baselines_are_cut_as_they_are(pruned: Path) -> None:
-    result = evaluate_run(pruned / "run")
-    assert result.original.count == 4 and result.generated.count == 2 and len(result.noise) == 1
-    assert result.ensemble.accuracy > 0.2
-    report = evaluate_run_by_scores(pruned / "run", Judge(f"{__name__}:share_of_zeros"))
-    assert all(
-        each.figures["share_of_zeros"] == (pytest.approx(0.8, abs=1e-3),) * each.count for each in report.sets.values()
-    )
+    kinds = evaluate_run(pruned / "run").kinds
+    assert kinds["original"].count == 4 and kinds["generated"].count == 2 and "noise_0.05" in kinds
+    assert kinds["average"].summaries["accuracy"].mean > 0.2
+    report = evaluate_run(pruned / "run", Judge(f"{__name__}:share_of_zeros"))
+    for each in report.kinds.values():
+        assert each.metrics["share_of_zeros"] == (pytest.approx(0.8, abs=1e-3),) * each.count
     config = config_of(pruned, kind="prune", sparsity=0.8, steps=4)
     alone = evaluate_zoo(pruned / "zoo", Judge(f"{__name__}:share_of_zeros"), config, output=pruned / "scores")
-    assert alone.sets["average"].figures["share_of_zeros"] == (pytest.approx(0.8, abs=1e-3),)
+    assert alone.kinds["average"].metrics["share_of_zeros"] == (pytest.approx(0.8, abs=1e-3),)
 
 
 def share_of_zeros(network: dict[str, Tensor]) -> float:

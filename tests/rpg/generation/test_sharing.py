@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rpg.experiments.scores import Judge, evaluate_run_by_scores
+from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.generation.folders import FILES
 from rpg.generation.generator import Generator
 from rpg.generation.sharing import scores_of
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_zoo(folder / "zoo", condition_size=2)
     config = small_config(folder, model={"condition": {"kind": "binary"}}, train={"steps": 2}, evaluate={"num": 2})
     train(config, **QUIET)
-    evaluate_run_by_scores(config.run, Judge(f"{__name__}:size_of"))
+    evaluate_run(config.run, Judge(f"{__name__}:size_of"))
     return Path(config.run)
 
 
@@ -68,7 +68,7 @@ def test_a_generator_comes_back_as_it_was_with_its_scores_and_pictures(hub: HubS
     front, body = card_of(hub, "me/gen")
     assert front["library_name"] == "rpg" and "rpg" in front["tags"]
     (entry,) = front["model-index"]
-    scores = json.loads((run / "evaluation.json").read_text())["sets"]
+    scores = json.loads((run / "evaluation.json").read_text())["kinds"]
     metrics = {each["type"]: each["value"] for each in entry["results"][0]["metrics"]}
     assert metrics == {"size": scores["generated"]["summaries"]["size"]["mean"], "tensors": 7}
     assert f"| original | {scores['original']['summaries']['size']['mean']:.4g} | 7 |" in body
@@ -193,17 +193,12 @@ def test_a_push_that_breaks_off_or_may_not_be_is_one_line(
     assert hub.files("me/gen") == hub.files("me/zoo", "dataset") == {}
 
 
-def test_scores_of_every_kind_of_evaluation() -> None:
-    mean = {"mean": 0.5, "max": 1.0}
-    plain = {
-        "generated": {"accuracy": mean, "count": 3},
-        "ensemble": {"accuracy": 0.4},
-        "span": {"accuracy": 0.5},
-        "spread": {},
-    }
-    assert scores_of({**plain, "baselines": {"noise": {"accuracy": mean}}}) == {
-        "generated": {"accuracy": 0.5}, "ensemble": {"accuracy": 0.4}, "noise": {"accuracy": 0.5},
+def test_scores_are_the_means_of_every_kind() -> None:
+    def kinds(**means: float | None) -> dict[str, Any]:
+        return {k: {"summaries": {"size": None if mean is None else {"mean": mean}}} for k, mean in means.items()}
+
+    assert scores_of({"kinds": kinds(original=1.0, generated=0.5, noise=None)}) == {
+        "generated": {"size": 0.5}, "original": {"size": 1.0},
     }  # fmt: skip
-    unseen = {"unseen": {"original": {"accuracy": mean}, "generated": {"accuracy": mean, "accuracies": [1, 0]}}}
-    assert scores_of({**unseen, "seed": 0}) == {"generated": {"accuracy": 0.5}, "original": {"accuracy": 0.5}}
-    assert scores_of({"sets": {"original": {"summaries": {"size": mean}}}}) == {}, "of a zoo, which generates nothing"
+    assert scores_of({"kinds": kinds(original=1.0, generated=None)}) == {}, "of a zoo, which generates nothing"
+    assert scores_of({"generated": {"accuracy": 1.0}}) == {}, "of an earlier version"

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rpg.config import Config
 from rpg.evaluation.metrics import accuracy
-from rpg.experiments.single import evaluate_run
+from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
 from rpg.generation.pdiff_sampler import GROUP
 from rpg.models.sane import SaneConfig, TokenAutoencoder, nt_xent
@@ -124,7 +124,7 @@ def test_bootstrapping_keeps_what_scores_well(tmp_path):
         return accuracy(scorer.predict(decoded, "validation"), scorer.labels("validation"))
 
     assert score(generator).min() >= score(others).sort(descending=True).values[2]  # the best three and better ones
-    assert evaluate_run(config.run).generated.count == 3
+    assert evaluate_run(config.run).kinds["generated"].count == 3
 
 
 def test_scores_need_a_task(tmp_path, zoo):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from rpg.config import Config
-from rpg.experiments.single import evaluate_run
+from rpg.experiments.evaluating import evaluate_run
 from rpg.experiments.sweep import load_sweep
 from rpg.tasks import TimmFinetuneConfig, build_task
 from rpg.tasks.images.resuming import SavedTraining
@@ -136,7 +136,7 @@ def test_pdiff_generates_them(folder, zoo):
     }  # fmt: skip
     config = Config.parse(tree, "test")
     train(config)
-    assert evaluate_run(config.run).generated.count == 3
+    assert evaluate_run(config.run).kinds["generated"].count == 3
 
 
 OWN = """

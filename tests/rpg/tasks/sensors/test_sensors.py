@@ -246,6 +246,6 @@ def test_a_generator_of_settings_is_asked_by_name_and_says_so(tmp_path: Path) ->
     by_values = generator.generate(1, condition=[137, 1, 0, 0, 1])
     assert all(torch.equal(value, by_values[0][name]) for name, value in by_name[0].items())
     request = generator.request(2, options=RequestOptions(condition={"angle": 137.5}))
-    assert '"condition": [137.5, 1.0, 0.0, 0.0, 0.0]' in request.provenance("", 1)["rpg.provenance"]
+    assert '"condition": [137.5, 1.0, 0.0, 0.0, 0.0]' in request.provenance("", (), 1)["rpg.provenance"]
     with pytest.raises(InputError, match="setting scale is 1.3; give 0.8 to 1.2"):
         generator.generate(1, condition=[137, 1.3, 0, 0, 1])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.evaluation.scores import samples as sampled
-from rpg.evaluation.scores.results import ScoreResult
-from rpg.evaluation.scores.scorer import TaskScorer, less_is_better
-from rpg.experiments.scores import Judge, evaluate_run_by_scores
+from rpg.evaluation import samples as sampled
+from rpg.evaluation.judges import TaskScorer, less_is_better
+from rpg.evaluation.report import Report
+from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.single import collect
 from rpg.tasks import build_task
 from rpg.training.loop import train
@@ -109,10 +109,10 @@ def test_a_run_is_scored_by_samples_and_shows_them(tmp_path, monkeypatch):
     )  # fmt: skip
     collect(config)
     train(config)
-    evaluate_run_by_scores(config.run, Judge())
-    result = ScoreResult.model_validate_json((tmp_path / "run" / "evaluation.json").read_text())
-    assert list(result.sets) == ["original", "held_out", "generated", "average", "noise_0.05"]
+    evaluate_run(config.run, Judge())
+    result = Report.load(tmp_path / "run")
+    assert list(result.kinds) == ["original", "generated", "held_out", "average", "noise_0.05"]
     assert result.first == "one_nna" and result.better["one_nna"] == "less"
-    assert [result.sets[name].count for name in ("original", "held_out", "generated")] == [4, 2, 2]
+    assert [result.kinds[name].count for name in ("original", "held_out", "generated")] == [4, 2, 2]
     height, width = sampled.ROWS * 9 + 1, 4 * (sampled.COLUMNS * 9 + 1) + 3 * sampled.GAP
     assert Image.open(tmp_path / "run" / "samples.png").size == (sampled.SCALE * width, sampled.SCALE * height)

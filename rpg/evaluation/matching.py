@@ -1,23 +1,16 @@
-"""The share of networks that are both new and good, at growing distances from the zoo.
-
-New: at least τ times as far from every original as the originals' own median distance to their nearest neighbour, after
-hidden units have been matched. Good: at least as accurate as the zoo's median network.
-"""
+"""Distances between networks whose hidden units have been matched (Git Re-Basin): a reordered copy is a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.config import TAUS
-from rpg.evaluation.metrics import accuracy, bootstrap_interval, summarize
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.permutations import Group
 from rpg.evaluation.rebasin import Matcher
-from rpg.evaluation.results import NoveltyReport, SetNovelty
 from rpg.evaluation.vectors import StateDict, VectorSpace
 
 ROWS = 16
@@ -104,81 +97,3 @@ class Distances:
         result = self.matched(networks, plain)
         result[torch.arange(len(own)), own] = float("inf")
         return result
-
-
-def measure_novelty(
-    sets: Mapping[str, Sequence[StateDict]],
-    predictions: Mapping[str, Tensor],
-    original_predictions: Tensor,
-    labels: Tensor,
-    measure: Distances,
-    *,
-    taus: Sequence[float] = TAUS,
-    seed: int = 0,
-) -> NoveltyReport | None:
-    """Score every kind of networks.
-
-    Args:
-        sets: networks by kind.
-        predictions: ``[num, images]`` by kind.
-        original_predictions: ``[K, images]``.
-        labels: ``[images]``.
-        measure: the zoo.
-        taus: distances in units of the zoo's median nearest-neighbour distance.
-        seed: decides the bootstrap.
-
-    Returns:
-        None where the zoo has no spread to measure by.
-    """
-    if len(measure.zoo) < 2:
-        return None
-    unit = measure.unit()
-    if not unit > 0:
-        return None
-    threshold = accuracy(original_predictions, labels).median().item()
-    scored = {}
-    for name, networks in sets.items():
-        plain = measure.plain(networks)
-        far = plain / unit, measure.matched(networks, plain) / unit
-        scored[name] = score_novelty(*far, predictions[name], original_predictions, labels, taus=taus, seed=seed)
-    return NoveltyReport(
-        unit=unit, accuracy_threshold=threshold, groups=len(measure.groups), taus=tuple(taus), sets=scored
-    )
-
-
-def score_novelty(
-    plain: Tensor,
-    matched: Tensor,
-    predictions: Tensor,
-    original_predictions: Tensor,
-    labels: Tensor,
-    *,
-    taus: Sequence[float],
-    seed: int,
-) -> SetNovelty:
-    """Score one kind of networks.
-
-    Args:
-        plain, matched: distances to the originals before and after matching, in units, ``[num, K]``.
-        predictions, original_predictions, labels, taus, seed: as in `measure_novelty`.
-    """
-    threshold = accuracy(original_predictions, labels).median().item()
-    nearest = matched.nan_to_num(float("inf")).argmin(1)
-    good = accuracy(predictions, labels) >= threshold - 1e-9
-    near, far = _finite(plain.amin(1)), _finite(matched.amin(1))
-    hits = torch.stack([good & (far >= tau) for tau in taus]).double()  # [taus, num]
-    return SetNovelty(
-        plain_distance=summarize(near, seed),
-        matched_distance=summarize(far, seed),
-        plain_distances=tuple(near.tolist()),
-        matched_distances=tuple(far.tolist()),
-        novel_and_performant=tuple(hits.mean(1).tolist()),
-        ci95=tuple(bootstrap_interval(each, seed) for each in hits),
-        disagreement=(predictions != original_predictions[nearest]).double().mean().item(),
-        coverage=len(nearest.unique()) / plain.shape[1],
-    )
-
-
-def _finite(values: Tensor) -> Tensor:
-    """A network with values that are not finite is nowhere: it counts as a copy."""
-    return torch.where(torch.isfinite(values), values, torch.zeros_like(values)).double()

@@ -1,4 +1,4 @@
-"""What networks are made for, and the baselines that look at it: nearest, regression, and merged adapters.
+"""What networks are made for, and the baselines that look at it: nearest, regression, and merges.
 
 n checkpoints of a zoo, W wanted networks, C numbers of a condition.
 """
@@ -7,23 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.adapter_merges import METHODS
-from rpg.evaluation.combinations import Cook, Recipe
+from rpg.evaluation.combinations import Combination, Cook, is_large
 from rpg.evaluation.config import EvaluateConfig
-from rpg.evaluation.network_merges import MERGES, Merges
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.span import ZooSpan
-from rpg.evaluation.streamed import merge_recipes
 from rpg.models.kernel_regression import KernelRidge, exact_distances
+from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 
 Condition = Sequence[float] | None
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
-NAMES = (*CONDITIONAL, *METHODS, *MERGES)
-"""What ``evaluate.baselines`` may name beside the kinds that serve any network."""
+"""Kinds of baselines that look at the condition."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Conditions:
     by_class: bool = False
 
 
-def more_baselines(
+def conditional_baselines(
     zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
-) -> dict[str, Sequence[Recipe | Cook]]:
+) -> dict[str, Sequence[Combination | Cook]]:
     """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
 
     Merged are those with the largest shares in the regression; without conditions, some drawn at random.
@@ -68,7 +67,7 @@ def more_baselines(
     """
     count = len(zoo.checkpoints)
     wanted = CONDITIONAL if config.baselines is None else config.baselines
-    made: dict[str, Sequence[Recipe | Cook]] = {}
+    made: dict[str, Sequence[Combination | Cook]] = {}
     shares: Tensor | None = None
     if conditions.seen is not None and conditions.asked is not None and count > 1:
         rows = torch.arange(num) % len(conditions.asked)
@@ -77,9 +76,27 @@ def more_baselines(
         nearest = torch.eye(count, dtype=torch.float64)[nearest_rows(conditions.seen, asked, conditions.own)]
         for name, each in (("nearest_seen", nearest), ("kernel_ridge", weights)):
             if name in wanted:
-                made[name] = [Recipe(row) for row in each]
+                made[name] = [Combination(row) for row in each]
         shares = weights + (1 - weights.sum(1, keepdim=True)) / count  # of the checkpoints, not of their deviations
-    return {**made, **merge_recipes(zoo, merges, config, num, seed, shares)}
+    return {**made, **merged(zoo, merges, config, num, seed, shares)}
+
+
+def merged(
+    zoo: ZooSpan, merges: Merges | None, config: EvaluateConfig, num: int, seed: int, shares: Tensor | None = None
+) -> dict[str, list[Cook]]:
+    """Merged networks that are asked for or affordable, by method, of the networks with the largest ``shares``.
+
+    Without shares ``[num, n]`` they are drawn at random.
+    """
+    if merges is None or len(zoo.checkpoints) < 2:
+        return {}
+    default = (*AFFORDABLE_MERGES, "peft_svd") if is_large(zoo) else merges.methods
+    wanted = [name for name in merges.methods if name in (default if config.baselines is None else config.baselines)]
+    rows = merges.draw(num, make_rng(seed, "merged")) if shares is None else shares
+    return {
+        name: [partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)]
+        for name in wanted
+    }
 
 
 def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool) -> Tensor:

@@ -1,14 +1,13 @@
-"""What gives a network its figures: a function of the user's, or a task.
+"""Who judges a network: a function of the user's, or a task.
 
-A figure is a finite number with a name; of several the first one counts. More is better, unless the name speaks of
-what should be small (`SMALL`) or the user says otherwise.
+A metric is a number with a name; of several the first one counts. More is better, unless the name speaks of what should
+be small (`SMALL`) or the user says otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 import re
 import tempfile
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
-from rpg.evaluation.scores.samples import sample_figures
+from rpg.evaluation.samples import sample_figures
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask, Task, TaskFamily
+from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, LogitTask, SampleTask, Task, TaskFamily
+from rpg.tasks.images.images import answers
 from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -37,6 +37,21 @@ SMALL = re.compile(r"(^|_)(loss|error|errors|perplexity|nll|bpc|mse|rmse|mae|wer
 
 PATHS = re.compile(r"(^|_)(path|file|filename|folder)$")
 """Names of a parameter that takes a path."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge finds of a network.
+
+    Attributes:
+        metrics: by name.
+        predictions: classes of the images ``[B]``, of classifiers.
+        probabilities: of the classes ``[B, classes]``, of classifiers that give logits.
+    """
+
+    metrics: Figures
+    predictions: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 class Scorer(Protocol):
@@ -182,6 +197,25 @@ class TaskScorer:
         return torch.tensor(condition)
 
 
+def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[float] | None, where: str) -> Answer:
+    """What a scorer finds of a network; of a single classifier also what it predicts. Raises as the scorer does."""
+    if scorer is None:
+        return Answer({})
+    if isinstance(scorer, StoredScorer):
+        return answer_of(scorer.scorer, scorer.compress(network), condition, where)
+    task = getattr(scorer, "task", None)
+    if not isinstance(task, Classifier) or isinstance(task, FigureTask | SampleTask):
+        return Answer(scorer(network, condition, where))
+    split, probabilities = scorer.split, None  # type: ignore[attr-defined]
+    if isinstance(task, LogitTask):
+        (logits,) = task.logits([network], split)
+        predictions, probabilities = answers(logits), logits.float().softmax(-1)
+    else:
+        predictions = task.predict([network], split)[0]
+    right = accuracy(predictions[None], task.labels(split)).item()
+    return Answer({"accuracy": right}, predictions, probabilities)
+
+
 @dataclass(frozen=True)
 class StoredScorer:
     """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes.
@@ -225,11 +259,6 @@ def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: 
         if each in lower and each in higher:
             raise InputError(f"--lower and --higher both name {each!r}; give one of them")
     return {each for each in names if each in lower or (SMALL.search(each.lower()) and each not in higher)}
-
-
-def finite(value: float) -> float | None:
-    """A figure as JSON may hold it: None where it is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def _is_path(parameter: inspect.Parameter) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.evaluation.page.tasks_page import TasksPage, task_name, worst_of, write_tasks_page
-from rpg.experiments.tasks_report import head_of, wished_task, write_tasks_report
+from rpg.evaluation.report import Report
+from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
+from rpg.experiments.tasks_page import head_of, task_name, wished_task, worst_table
 from rpg.generation.generator import Generator
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
@@ -31,24 +30,14 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("name", ["unseen", "lora"])
 def test_the_page_shows_what_was_measured(name: str, request: pytest.FixtureRequest) -> None:
     config, report = request.getfixturevalue(name)
-    path = write_tasks_report(config.run, f"rpg {name}")
-    text, page = path.read_text(), Page()
+    text, page = (Path(config.run) / "report.html").read_text(), Page()
     page.feed(text)
     assert not page.open and all(each.startswith(("data:", "#")) for each in page.references if each)
-    for heading in (
-        "on unseen tasks",
-        "on seen tasks",
-        "By distance",
-        "Worst tasks",
-        "Parameters of the classifier",
-        "Provenance",
-    ):
+    for heading in ("Metrics: seen", "of each network", "Worst tasks", "Parameters", "Provenance"):
         assert heading in text
-    for method in report["unseen"]:
+    for method in report.kinds:
         assert method.replace("_", " ") in text
-    generated = next(iter(report["unseen"]["generated"].values()))
-    assert f"{100 * generated['mean']:.2f}" in text
-    assert text.count("data:image/png") == 2 and f"rpg {name}" in text
+    assert report.verdict in text and f"rpg {name}" in text
     assert sum("Parameters as colours" in str(each.get("alt")) for each in page.pictures) == 2
 
 
@@ -65,20 +54,23 @@ def test_two_processes_find_the_figures_of_one(unseen, lora, tmp_path: Path) -> 
     command += [Path(__file__).with_name("launched_tasks.py"), *runs]
     subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
     for run, (config, _) in zip(runs, (unseen, lora), strict=True):
-        one, two = (json.loads((Path(each) / "evaluation.json").read_text()) for each in (config.run, run))
-        assert two == {name: value for name, value in one.items() if name in two}
-        assert set(one) - set(two) == {"collect_seconds", "seconds", "seeds"}
+        one, two = Report.load(config.run), Report.load(run)
+        assert two.model_copy(update={"facts": {}}) == one.model_copy(update={"facts": {}})
+        assert set(one.facts) - set(two.facts) == {
+            "collect_seconds",
+            "seconds",
+            *(("seeds",) if run is runs[0] else ()),
+        }
 
 
 def test_worst_tasks_are_sorted_and_named(unseen) -> None:
     _, report = unseen
-    names = [f"digit {i}" for i in range(10)]
-    worst = worst_of(report, names)
-    figures = report["unseen"]["generated"]["accuracies"]
-    assert [each["generated"] for each in worst] == sorted(figures)[: len(worst)]
-    assert all("digit" in each["task"] for each in worst)
-    assert worst[0]["share"] == min(report["unseen_tasks"]["worst"][0]["accuracy_of_class"])
-    assert task_name([1, 0, 1], ["a", "b", "c"]) == "a, c" and task_name([1, 0, 1], ()) == "101"
+    rows = worst_table(report, [f"digit {i}" for i in range(10)]).rows
+    values = sorted(report.kinds["generated"].metrics["accuracy"])[: len(rows)]
+    assert [row[1] for row in rows] == [f"{100 * value:.1f} %" for value in values]
+    assert all("digit" in row[0] for row in rows)
+    assert f"({100 * min(report.extras['worst'][0]['accuracy_of_class']):.1f} %)" in rows[0][4]
+    assert task_name([1, 0, 1], ["a", "b", "c"]) == "a, c" and task_name([1.0, 0.0, 1.0], ()) == "101"
 
 
 def test_the_head_is_the_last_matrix(unseen, lora) -> None:
@@ -107,37 +99,17 @@ def test_the_user_names_the_condition_whose_trajectory_is_shown(unseen, tmp_path
     config = config.model_copy(update={"run": str(tmp_path / "run"), "generate": generate})
     shutil.copytree(unseen[0].run, config.run)
     config.save(tmp_path / "run" / "generator" / "config.yaml")
-    names = Zoo.open(config.zoo).condition.names
-    bits = wished_task(config, f"{names[3]},{names[7]}")
-    assert bits == wished_task(config, "0001000100") == wished_task(config, "0,0,0,1,0,0,0,1,0,0")
-    text = write_tasks_report(config.run, "rpg unseen", bits).read_text()
+    names, task = Zoo.open(config.zoo).condition.names, task_family(config)
+    bits = wished_task(task, config, f"{names[3]},{names[7]}")
+    assert bits == wished_task(task, config, "0001000100") == wished_task(task, config, "0,0,0,1,0,0,0,1,0,0")
+    evaluate_held_out(config.run, trajectory=bits)
+    text = (tmp_path / "run" / "report.html").read_text()
     assert f"for the task {names[3]}, {names[7]} after each" in text and "for the unseen task" not in text
     for wrong in ("3,12", "1111111111", "no class"):
         with pytest.raises(InputError, match="--trajectory"):
-            wished_task(config, wrong)
+            wished_task(task, config, wrong)
     with pytest.raises(InputError, match=r"generate\.steps"):
-        wished_task(unseen[0], "0001000100")
-
-
-def test_a_trajectory_of_several_steps_is_drawn(unseen, tmp_path: Path) -> None:
-    _, report = unseen
-    page = TasksPage("t", trajectory=[(1, torch.tensor([0.4, 0.5])), (2, torch.tensor([0.9, 0.8]))], condition="3, 7")
-    write_tasks_page(tmp_path / "page.html", report, page)
-    text = (tmp_path / "page.html").read_text()
-    assert "From noise to network" in text and "unseen task 3, 7" in text
-
-
-def test_a_run_without_scores_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"evaluation\.json does not exist"):
-        write_tasks_report(tmp_path, "rpg unseen")
-
-
-def test_the_same_scores_give_the_same_page(unseen) -> None:
-    config, _ = unseen
-    first = write_tasks_report(config.run, "rpg unseen").read_text()
-    assert first == write_tasks_report(config.run, "rpg unseen").read_text()
-    assert json.loads((Path(config.run) / "evaluation.json").read_text())["seeds"]  # left as it was
-    assert re.search(r"better on", first)
+        wished_task(task, unseen[0], "0001000100")
 
 
 def test_the_command_writes_the_page(lora, rpg: Run) -> None:

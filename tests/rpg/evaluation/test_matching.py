@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from rpg.evaluation.distance_matched import distance_matched_baselines
-from rpg.evaluation.novelty_curve import Distances, measure_novelty, score_novelty
+from rpg.evaluation.matching import Distances
 from rpg.evaluation.permutations import permutation_groups
 from rpg.evaluation.rebasin import Matcher, assignment, permute, random_orders
 from rpg.tasks import DigitsConfig, build_task
@@ -73,15 +72,6 @@ def test_matching_goes_on_until_nothing_changes(groups):
     matched, once = (Matcher(groups["resnet-mini"], sweeps=sweeps).match(state, permuted) for sweeps in (20, 1))
     assert all(torch.equal(matched[key], noisy[key]) for key in noisy)
     assert not all(torch.equal(once[key], noisy[key]) for key in noisy)  # one sweep does not do
-
-
-def test_good_is_as_accurate_as_the_median_original():
-    def answers(*rights: int) -> torch.Tensor:
-        return torch.stack([(torch.arange(10) >= right).long() for right in rights])  # labels are 0
-
-    labels, far = torch.zeros(10, dtype=torch.long), torch.full((4, 3), 5.0)
-    scored = score_novelty(far, far, answers(5, 6, 7, 9), answers(4, 7, 9), labels, taus=(1.0, 6.0), seed=0)
-    assert scored.novel_and_performant == (0.5, 0.0)  # of 5, 6, 7 and 9 right, those of 7 at least
 
 
 def test_matching_never_makes_the_fit_worse(groups):
@@ -151,34 +141,16 @@ def zoo(tmp_path_factory):
     return [zoo.state_dict(i) for i in range(len(zoo))], runs, [fresh.state_dict(i) for i in range(3)]
 
 
-def test_copies_are_memorised_permuted_ones_too_and_fresh_runs_are_new(zoo, groups):
+def test_copies_have_no_distance_permuted_ones_neither_and_fresh_runs_are_far(zoo, groups):
     originals, runs, fresh = zoo
     rng = torch.Generator().manual_seed(0)
     permuted = [permute(network, groups["cnn"], random_orders(groups["cnn"], rng)) for network in originals]
-    sets = {"copies": originals, "permuted": permuted, "fresh": fresh}
-    predictions = {name: TASK.predict(networks) for name, networks in sets.items()}
     measure = Distances(originals, runs, groups["cnn"])
-    report = measure_novelty(sets, predictions, TASK.predict(originals), TASK.labels(), measure, taus=(1.0, 4.0))
-    assert report is not None
-    copies, shuffled, new = (report.sets[name] for name in ("copies", "permuted", "fresh"))
-    assert copies.plain_distance.max == 0 and copies.novel_and_performant == (0.0, 0.0)
-    assert shuffled.plain_distance.min > 10 and shuffled.matched_distance.max < 1e-6
-    assert shuffled.novel_and_performant == (0.0, 0.0) and shuffled.disagreement == 0
-    assert copies.coverage == 1.0
-    assert new.matched_distance.min > 10
-    good = (TASK.predict(fresh) == TASK.labels()).double().mean(1) >= report.accuracy_threshold
-    assert new.novel_and_performant == (good.double().mean().item(),) * 2
-    assert report.curve()["tau"] == [1.0, 4.0] and set(report.curve()) == {"tau", *sets}
-
-
-def test_broken_networks_are_neither_new_nor_good(zoo, groups):
-    originals, runs, _ = zoo
-    broken = [{key: torch.full_like(value, float("nan")) for key, value in originals[0].items()}]
-    sets, predictions = {"broken": broken}, {"broken": TASK.predict(broken)}
-    report = measure_novelty(
-        sets, predictions, TASK.predict(originals), TASK.labels(), Distances(originals, runs, groups["cnn"])
-    )
-    assert report is not None and set(report.sets["broken"].novel_and_performant) == {0.0}
+    unit = measure.unit()
+    assert measure.plain(originals).amin(1).max() == 0
+    plain = measure.plain(permuted)
+    assert (plain.amin(1) / unit).min() > 10 and (measure.matched(permuted, plain).amin(1) / unit).max() < 1e-6
+    assert (measure.matched(fresh, measure.plain(fresh)).amin(1) / unit).min() > 10
 
 
 def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
@@ -188,15 +160,3 @@ def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
     assert measure.unit() == pytest.approx(1 / float(scale))  # distances 1, 1, 1, 2, 3
     # alone in their runs and without symmetries the same neighbours count
     assert Distances(originals, list(range(5)), []).unit() == pytest.approx(1 / float(scale))
-
-
-def test_distance_matched_baselines_lie_at_the_distance_asked_for(zoo):
-    originals, runs, _ = zoo
-    measure = Distances(originals, runs, [])
-    distance = 5 * measure.unit()
-    made = distance_matched_baselines(originals, runs, 12, distance, torch.Generator().manual_seed(0))
-    gaussians = {"coordinate_gaussian", "sharpened_gaussian", "covariance_gaussian"}
-    within_runs = {f"run_{name}" for name in gaussians}
-    assert set(made) == {"noise", "extrapolation", "low_rank_gaussian", *gaussians, *within_runs}
-    for name in ("noise", "extrapolation", *(f"run_{name}" for name in gaussians)):
-        assert measure.plain(made[name]).amin(1).median().item() == pytest.approx(distance, rel=0.02), name

@@ -1,0 +1,147 @@
+"""The driver of every experiment: collect, train, generate, judge, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rpg.config import Config
+from rpg.evaluation.report import Report
+from rpg.experiments.evaluating import Judge, evaluate_run
+from rpg.experiments.held_out_tasks import evaluate_held_out, require_splits, task_family
+from rpg.experiments.sensors import evaluate_sensors
+from rpg.experiments.single import collect
+from rpg.experiments.tasks_page import wished_task
+from rpg.experiments.trajectories import wished_trajectory
+from rpg.tasks import build_task
+from rpg.tasks.base import ImageTaskFamily, TaskFamily
+from rpg.tasks.config import of_lab
+from rpg.tasks.language.config import LanguageConfig
+from rpg.training.loop import train_to_the_end
+from tokenization.errors import InputError
+from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.locks import locks
+
+LABS = {
+    "fields": "fields.experiment:evaluate_fields",
+    "trajectories": "training_runs.experiment:evaluate_metric",
+    "tickets": "tickets.experiment:evaluate_tickets",
+}
+"""Experiments of their own, by the task's name: where they judge a run."""
+
+Progress = Mapping[str, Callable[..., None]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What judges the networks of a configuration.
+
+    Attributes:
+        name: ``networks`` or ``tasks``.
+        evaluate: takes a run folder, and ``seed``, ``split`` and ``workers`` by name; writes and returns the report.
+    """
+
+    name: str
+    evaluate: Callable[..., Report]
+
+
+def experiment_of(
+    config: Config, judge: Judge | None = None, *, trajectory: str | None = None, command: str = ""
+) -> Experiment:
+    """The experiment of a configuration: on unseen tasks where its task is a family with such, else on networks.
+
+    Args:
+        config: the configuration.
+        judge: who scores; tasks are scored by their family, networks by a function where there is one.
+        trajectory: the condition whose networks the page shows on their way from noise.
+        command: what is run, for the page.
+
+    Raises:
+        InputError: before anything long begins: tasks of some split are missing, or there is no such trajectory.
+    """
+    if config.task is not None and config.task.name in LABS:
+        return Experiment(config.task.name, partial(_judged, of_lab(LABS[config.task.name])))
+    if config.task is not None and config.task.name == "sensors":
+        return Experiment("sensors", _sensors)
+    function = judge.reference if judge is not None else None
+    if function is None and compares_tasks(config):
+        if judge is not None and (judge.lower or judge.higher):
+            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+        task = task_family(config)
+        require_splits(task)
+        bits = wished_task(task, config, trajectory) if trajectory is not None else None
+        return Experiment("tasks", partial(evaluate_held_out, command=command, trajectory=bits))
+    if trajectory is not None and config.task is not None:
+        task = build_task(config.task)
+        wished_trajectory(config, getattr(task, "condition", None), trajectory)
+    return Experiment("networks", partial(evaluate_run, judge=judge, trajectory=trajectory))
+
+
+def _sensors(run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Report:
+    return evaluate_sensors(run, seed=seed, split=split or "test")
+
+
+def _judged(judge: Callable[..., Any], run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Any:
+    """What an experiment of its own finds; its tests are on the split ``unseen``."""
+    return judge(run, seed=seed, split="validation" if split == "validation" else "unseen")
+
+
+def compares_tasks(config: Config) -> bool:
+    """Whether the task is a family of binary tasks, some of which stay unseen."""
+    task = build_task(config.task) if config.task is not None else None
+    if not isinstance(task, TaskFamily) or config.model.condition.kind != "binary" or task.condition.kind != "binary":
+        return False
+    all_seen = isinstance(config.task, LanguageConfig) and config.task.unseen == 0 and config.task.conditions is None
+    return isinstance(task, ImageTaskFamily) or not all_seen
+
+
+def require_adapters(config: Config) -> None:
+    """Raise InputError where there are neither adapters nor a task that trains any."""
+    if config.task is None and not (Path(config.zoo) / CONFIG_NAME).is_file():
+        raise InputError(
+            f"{config.zoo} holds no adapters, and the configuration has no task that trains any; adopt yours with "
+            "`rpg collect --from FOLDER --zoo ZOO`, or name a task"
+        )
+    if config.task is not None and not isinstance(config.task, LanguageConfig):
+        raise InputError(f"task.name is {config.task.name}, which trains no adapters; see configs/lora/tiny.yaml")
+
+
+@locks(lambda config, *_, **__: config.run)
+def run_experiment(
+    config: Config, experiment: Experiment, *, progress: Progress | None = None, seeds: int = 1, **options: Any
+) -> Report:
+    """Collect what the task lacks, train in place of the run that is there, and judge.
+
+    Args:
+        config: the experiment; without a task its zoo has to be there.
+        experiment: judges.
+        progress: callbacks named ``collect`` (done, total), ``train`` (done, total, loss) and ``watch``, as
+            `rpg.training.loop.train` takes it.
+        seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
+        options: of ``experiment.evaluate``.
+
+    Returns:
+        The report of the first seed, with the facts of all seeds.
+    """
+    progress, started = progress or {}, time.perf_counter()
+    if config.task is not None:
+        collect(config, progress=progress.get("collect"))
+    collected = time.perf_counter() - started
+    reports = []
+    for number in range(seeds):
+        run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
+        each = config.model_copy(update={"seed": config.seed + number, "run": run})
+        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
+        reports.append(experiment.evaluate(run, seed=each.seed, **options))
+    facts = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
+    if seeds > 1:
+        facts["seeds"] = [{"seed": each.seed, "mean": each.mean("generated"), **each.facts} for each in reports]
+    report = reports[0].model_copy(update={"facts": {**reports[0].facts, **facts}})
+    workers = options.get("workers")
+    if workers is None or workers.is_first:
+        report.save(config.run)
+    return report

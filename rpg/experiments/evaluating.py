@@ -1,0 +1,359 @@
+"""Evaluation of runs and zoos: by a task, by a function of the user's, or by the weights alone."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.adapter_merges import PeftMerges
+from rpg.evaluation.conditions import Conditions
+from rpg.evaluation.field_plots import save_image
+from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
+from rpg.evaluation.matching import Distances
+from rpg.evaluation.measures import Evaluation, Made, Options
+from rpg.evaluation.network_merges import Merges, NetworkMerges
+from rpg.evaluation.novelty import distances
+from rpg.evaluation.page.page import Heatmap, Page, write_report
+from rpg.evaluation.permutations import symmetries
+from rpg.evaluation.report import Report
+from rpg.evaluation.samples import SCALE, draw_samples
+from rpg.evaluation.span import Places, ZooSpan, measure_span
+from rpg.evaluation.task_networks import load
+from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
+from rpg.evaluation.vectors import StateDict
+from rpg.evaluation.workers import Workers
+from rpg.experiments.score_conditions import conditions_asked
+from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
+from rpg.experiments.trajectories import trajectory_of, wished_trajectory
+from rpg.generation.generator import Generator
+from rpg.packages import DISTRIBUTION, installed
+from rpg.tasks.base import Classifier, SampleTask
+from rpg.training.data import training_entries
+from tokenization.compressed.form import Compressed
+from tokenization.errors import InputError
+from tokenization.layouts import Layout
+from tokenization.lora.adapter import CONFIG_NAME
+from tokenization.zoo.locks import locks
+from tokenization.zoo.zoo import Zoo
+
+HEATMAP_COLUMNS = 240
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who scores, and how metrics are read.
+
+    Attributes:
+        reference: the user's function, or its place as ``package.module:function``; None for the task.
+        lower, higher: metrics of which less or more is better, whatever their names say.
+    """
+
+    reference: str | Callable[..., Any] | None = None
+    lower: Collection[str] = ()
+    higher: Collection[str] = ()
+
+    def scorer(self, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:
+        """What gives metrics; None where neither user nor configuration nor zoo says how."""
+        if callable(self.reference):
+            return OwnScorer(self.reference, getattr(self.reference, "__name__", "score"), adapter)
+        if self.reference is not None:
+            return load_scorer(self.reference, adapter)
+        if self.lower or self.higher:
+            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+        if config.task is None and zoo.task is None:
+            return None
+        names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()
+        return TaskScorer(find_task(config, zoo), split, names)
+
+    def words(self) -> str:
+        """The options of a command line."""
+        parts = ["", "--score", str(self.reference)] if self.reference else [""]
+        parts += [f"--lower {name}" for name in self.lower] + [f"--higher {name}" for name in self.higher]
+        return " ".join(parts)
+
+
+@locks(lambda run, judge=None, output=None, **_: output or existing(run))
+def evaluate_run(
+    run: Path | str,
+    judge: Judge | Callable[..., Any] | str | None = None,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    output: Path | str | None = None,
+    workers: Workers | None = None,
+    split: str | None = None,
+    trajectory: str | None = None,
+) -> Report:
+    """Generate networks with the generator of a run and judge them beside originals and simple baselines.
+
+    With conditions, networks are made for the zoo's unseen tasks, else for its held-out or training checkpoints. Where
+    nothing scores, networks are told apart by their weights. Writes ``evaluation.json``, ``scatter.png`` and
+    ``report.html``, and ``samples.png`` of networks that draw.
+
+    Args:
+        run: a run folder.
+        judge: who scores: a function of a state dict or path, or its place; the task when None.
+        num, split: networks to generate, and data; the configuration's when None.
+        seed: decides everything random.
+        output, workers: where results go (the run folder when None), and the processes that share the work.
+        trajectory: the condition whose networks are shown on their way from noise.
+
+    Raises:
+        InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
+    """
+    run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
+    generator = Generator.from_pretrained(run)
+    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    num, split = num or config.evaluate.num, split or config.evaluate.split
+    require_for_choices(config, split if generator.condition is not None else "")
+    scorer = judge.scorer(generator.adapter, config, zoo, split)
+    wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
+    trained, held_out = parts_of(zoo, config)
+    conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
+    form, runs = generator.layout.compressed, [zoo.entries[index].run for index in trained]
+    made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
+    scorer, networks = _in_form(scorer, form, made)
+    task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
+    span = zoo_span(generator, zoo, trained, runs, task is not None)
+    merges = _merges(generator.adapter, zoo, trained, generator.layout)
+    matching, control = _matching(span, runs, task), _control(config, task, seed)
+    options = Options(judge.lower, judge.higher, split, seed, merges, matching, control)
+    evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
+    stored = generator.asked(num, seed) if config.generate.state == "stored" else []
+    others = [generator.layout.checkpoint(zoo, index) for index in held_out]
+    report = evaluation.run(Made(num, generator.share(num, workers.partition), networks, stored), others)
+    if not stored and (asked := generator.asked(num, seed)):
+        measured = _stored_span(generator, scorer, zoo_span(generator, zoo, trained), asked, seed, workers)
+        report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
+    if workers.is_first:
+        command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
+        page = _page(run, generator, zoo, report, command)
+        page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
+        if wish is not None or (generator.condition is None and task is not None):
+            page.condition, page.trajectory = trajectory or "", _trajectory(generator, scorer, span, wish, seed)
+        write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
+    return report
+
+
+def _page(run: Path, generator: Generator, zoo: Zoo, report: Report, command: str) -> Page:
+    seconds, num = report.facts.get("seconds_per_network"), report.kinds["generated"].count
+    facts = provenance_of(generator, zoo, num, report.seed, seconds, command)
+    return Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
+
+
+@locks(lambda path, judge, config, output=None, **_: output or path)
+def evaluate_zoo(
+    path: Path | str,
+    judge: Judge,
+    config: Config,
+    *,
+    output: Path | str | None = None,
+    workers: Workers | None = None,
+) -> Report:
+    """Score the checkpoints of a zoo beside the simple baselines made of them; no generator is needed.
+
+    The baselines are made of the checkpoints in ``train.splits``; the others count as held out.
+
+    Args:
+        path: the zoo.
+        judge: who scores; the zoo's own task when it names no function.
+        config: which baselines, how many, and which checkpoints they are made of.
+        output: where the results go; the zoo's folder when None.
+        workers: the processes that share the work.
+
+    Raises:
+        InputError: nothing scores the checkpoints, or the scorer refuses one.
+    """
+    path, workers, zoo = Path(path), workers or Workers(), Zoo.open(path)
+    adapter, split = path / CONFIG_NAME, config.evaluate.split
+    text = adapter.read_text(encoding="utf-8") if adapter.is_file() else None
+    scorer = judge.scorer(text, config, zoo, split)
+    trained, held_out = parts_of(zoo, config)
+    if not trained:
+        raise InputError(f"{path} has no checkpoint of the splits {', '.join(config.train.splits)}; set train.splits")
+    own, others = ([zoo.entries[index].condition for index in each] for each in (trained, held_out))
+    wanted = [each for each in own if each is not None]
+    form = Compressed.find(zoo.checkpoint(trained[0]), config.tokens.pruned)
+    form = form and form.measured(zoo, trained)
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    first = opened(trained[0])
+    names = [name for name, info in first.tensors.items() if info.averaged]
+    merges = _merges(text, zoo, trained, form=form)
+    runs = [zoo.entries[index].run for index in trained]
+    report = Evaluation(
+        _in_form(scorer, form)[0],
+        ZooSpan([opened(index) for index in trained], names, runs),
+        config.evaluate,
+        Conditions(own, others, wanted),
+        Options(judge.lower, judge.higher, split, config.seed, merges),
+        workers,
+    ).run(None, [opened(index) for index in held_out])
+    if workers.is_first:
+        facts = {
+            "zoo": f"{len(trained)} of {len(zoo)} checkpoints, {zoo.num_runs} run(s), digest {zoo.digest()}",
+            "command": f"rpg evaluate {path} --seed {config.seed}{judge.words()}",
+            "software": software(),
+        }
+        write_results(Path(output or path), report, Page(f"A zoo and simple baselines: {path.name}", facts))
+    return report
+
+
+def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None = None) -> None:
+    """Write the report, and ``drawn`` as ``samples.png``. Raises InputError if the folder refuses."""
+    write_report(folder, report, page)
+    if drawn is not None:
+        save_image(drawn, folder / "samples.png", SCALE)
+
+
+def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Distances | None:
+    """Matches hidden units of small networks that a single classifier judges."""
+    if task is None or not span.held:
+        return None
+    return Distances([load(each) for each in span.checkpoints], runs, symmetries(task))
+
+
+def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:
+    """Trains baselines on images, where the configuration asks for such a control."""
+    control = config.evaluate.control
+    if control is None:
+        return None
+
+    def train(sets: Mapping[str, Sequence[StateDict]]) -> dict[str, Any]:
+        starts = {name: sets[name] for name in START_NAMES if name in sets}
+        return dict(finetuned_baselines(task, starts, control, seed))  # type: ignore[arg-type]
+
+    return train
+
+
+def _stored_span(
+    generator: Generator, scorer: Scorer | None, zoo: ZooSpan, asked: Sequence[int], seed: int, workers: Workers
+) -> dict[str, Any] | None:
+    """Of networks with stored states, made for this alone where others are evaluated."""
+    part, num, form = workers.partition, len(asked), generator.layout.compressed
+    made = generator.one_by_one(num, seed=seed, state="stored", partition=part)
+    made = made if form is None else map(form.expand, made)
+
+    def look(place: int, network: StateDict) -> tuple[Places, float | None]:
+        found = answer_of(scorer, network, None, f"network {place} of stored states").metrics.get("accuracy")
+        return zoo.place([network]), found
+
+    places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
+    accuracy = sum(right) / len(right) if None not in right else None
+    span = measure_span(zoo, Places.join(places), asked, accuracy)
+    return span and span.model_dump()
+
+
+def _drawn(
+    scorer: Scorer | None, generator: Generator, zoo: Zoo, trained: Sequence[int], requested: Any, seed: int
+) -> Tensor | None:
+    """What the first and last original and two generated networks draw; None of networks that do not."""
+    if not isinstance(scorer, TaskScorer) or not isinstance(scorer.task, SampleTask):
+        return None
+    originals = [generator.layout.checkpoint(zoo, index).state_dict() for index in (trained[0], trained[-1])]
+    made = generator.one_by_one(2, seed=seed, condition=requested and requested[:2])
+    return draw_samples(scorer.task, [*originals, *made])
+
+
+def _in_form(
+    scorer: Scorer | None, form: Compressed | None, networks: Iterable[StateDict] = ()
+) -> tuple[Scorer | None, Iterator[StateDict]]:
+    """Networks in the form of their tokens where they are stored otherwise, and the scorer of such."""
+    if form is None:
+        return scorer, iter(networks)
+    return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
+
+
+def _merges(
+    adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
+) -> Merges:
+    """Merges the zoo's networks; its adapters as they were saved, into the form that the layout gives them."""
+    form = layout.compressed if layout is not None else form
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    if adapter is None:
+        return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
+    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
+    return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
+
+
+def _trajectory(
+    generator: Generator, scorer: Scorer | None, span: ZooSpan, wish: Any, seed: int
+) -> list[tuple[int, Tensor]]:
+    """The first metric of networks for a condition on their way from noise, without metrics their distance."""
+    names = generator.condition.names if generator.condition is not None else ()
+    asked = wish
+    if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
+        asked = [float(names.index(wish))] if wish in names else None
+    form = generator.layout.compressed
+
+    def measure(networks: Sequence[StateDict]) -> Tensor:
+        networks = networks if form is None else [form.expand(each) for each in networks]
+        if scorer is None:
+            return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
+        every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]
+        return torch.tensor([next(iter(each.values())) for each in every])
+
+    return trajectory_of(generator, wish, seed, measure, wanted=wish is not None)
+
+
+def _heatmaps(span: ZooSpan, generated: Tensor | None) -> list[Heatmap]:
+    """Two generated networks, each over its three nearest originals; columns evenly spaced over the values."""
+    if generated is None or len(span.checkpoints) < 2 or not span.scales:
+        return []
+    zoo = span.vectors()
+    columns = torch.linspace(0, zoo.shape[1] - 1, min(HEATMAP_COLUMNS, zoo.shape[1])).round().long().unique()
+    spread = zoo.square().mean().sqrt().clamp(min=1e-12)
+    labels, rows = [], []
+    for index in range(min(2, len(generated))):
+        order = distances(generated[index : index + 1], zoo)[0].argsort()[:3]
+        labels.append(f"generated {index + 1}")
+        rows.append(generated[index, columns])
+        for rank, row in enumerate(order.tolist()):
+            labels.append(f"original {row} ({('nearest', '2nd', '3rd')[rank]})")
+            rows.append(zoo[row, columns])
+    caption = "Deviation from the zoo’s mean, in each layer’s spread: blue below, red above."
+    return [Heatmap(labels, (torch.stack(rows) / spread).nan_to_num(), caption)]
+
+
+def losses_of(path: Path) -> tuple[list[float], list[float]]:
+    """Optimizer steps and losses that a run logged; empty without a log."""
+    if not path.is_file():
+        return [], []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["step"] for line in lines], [line["loss"] for line in lines]
+
+
+def provenance_of(
+    generator: Generator, zoo: Zoo, num: int, seed: int, seconds: float | None, command: str
+) -> dict[str, str]:
+    """Where the metrics of a run come from, row by row."""
+    config = generator.config
+    num_trained = len(training_entries(zoo, config.train.splits))
+    rows: dict[str, Any] = {
+        "generator": f"{config.model.kind}, sha256 {generator.digest}",
+        **{f"generator: {name}": value for name, value in generator.facts.items()},
+        "zoo": f"{num_trained} of {len(zoo)} checkpoints, {zoo.num_runs} run(s), digest {zoo.digest()}",
+        "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",
+        "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "
+        f"values, normalization {config.tokens.normalization}",
+        "networks asked for": f"{num} with seed {seed}, {config.generate.steps} sampling steps",
+        "seconds a network": None if seconds is None else f"{seconds:.3g}",
+        "command": command,
+        "configuration": yaml.safe_dump(config.plain(), sort_keys=False),
+        "software": software(),
+    }
+    return {name: str(value) for name, value in rows.items() if value is not None}
+
+
+def software() -> str:
+    """Versions of what computed."""
+    return f"rpg {installed(DISTRIBUTION)}, torch {torch.__version__}, Python {platform.python_version()}"
