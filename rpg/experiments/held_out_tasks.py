@@ -36,7 +36,7 @@ from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_fo
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.files import write_text
