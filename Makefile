@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo unseen lora test pytest test-slow notebooks budget check-results lint bench install clean report pdiff fields metric docs package
+.PHONY: demo unseen lora test pytest test-slow notebooks budget check-results lint bench install clean pdiff fields metric docs package
 
 install: $(STAMP)
 
@@ -41,11 +41,6 @@ fields: $(STAMP)
 # Networks of a wished loss, beside Adam; 15 minutes at most on two cores: runs/gpt/evaluation.json
 metric: $(STAMP)
 	$(BIN)/rpg metric $(METRIC_ARGS)
-
-# The page of the demo's scores: runs/demo/report.html
-report: $(STAMP)
-	test -d runs/demo/generator || $(BIN)/rpg demo $(DEMO_ARGS)
-	$(BIN)/rpg evaluate runs/demo
 
 # p-diff on the mini networks, recurrent diffusion on the same zoos: runs/pdiff/table.md
 pdiff: $(STAMP)

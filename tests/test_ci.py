@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rpg.evaluation.report import Report, networks
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("generated", "passes"), [(0.88, True), (0.821, True), (0.819, False), (0.5, False)])
+def test_a_demo_is_accepted_five_points_above_every_rival(tmp_path: Path, generated: float, passes: bool) -> None:
+    means = {"original": 0.9, "generated": generated, "kernel_ridge": 0.77, "nearest_seen": 0.74}
+    kinds = {name: networks({"accuracy": [mean, mean]}) for name, mean in means.items()}
+    Report(experiment="sensors", judge="", split="test", seed=0, better={"accuracy": "more"}, kinds=kinds).save(
+        tmp_path
+    )
+    process = subprocess.run([sys.executable, ROOT / "scripts" / "check_demo.py", tmp_path], capture_output=True)
+    assert (process.returncode == 0) == passes
 
 
 @pytest.mark.parametrize(

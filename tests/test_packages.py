@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "uv"
 CONFIGS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
 SMALL = [
-    "task.runs=2",
-    "task.train_steps=60",
-    "task.steps=4",
+    "task.seen=8",
+    "task.validation=2",
+    "task.unseen=2",
+    "task.generalist.steps=20",
+    "task.specialist.steps=20",
     "train.steps=20",
-    "evaluate.num=2",
-    "model.state.width=2",
 ]
 
 SCRIPT = """
@@ -99,7 +99,7 @@ def test_an_installed_package_works_far_from_the_checkout(away: Command) -> None
     assert found["versions"]["torch"].startswith(os.environ.get("PACKAGE_TORCH", ""))
     said = away("rpg", "demo", *(word for change in SMALL for word in ("--set", change)))
     run = Path(where) / "runs" / "demo"
-    assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["generated"]["count"] == 2
+    assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["kinds"]["generated"]["count"] == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["zoo"] == "runs/zoos/demo"
 
 

@@ -198,7 +198,8 @@ def train(
 def generate(
     run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
     sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None,
+    examples: o.Examples = None, start: o.Start = None,
     guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
     sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
     overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
@@ -217,7 +218,7 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples)
+    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
@@ -244,20 +245,23 @@ def generate(
 
 @app.command()
 def export(
-    source: o.Exported,
-    to: o.Form,
-    output: o.Written,
-    base: o.Base = None,
-    seed: o.Seed = 0,
-    condition: o.Condition = None,
-) -> dict[str, Any]:
-    """Write weights in the form that timm, transformers or PEFT loads by itself."""
-    from rpg.generation.conditions import parse_condition
+    source: o.Exported, to: o.Form, output: o.Written = None, base: o.Base = None, seed: o.Seed = 0,
+    condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
+    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write weights in the form that timm, transformers, PEFT or Lightning loads by itself, if they fit its network."""
+    from rpg.generation.conditions import choose_condition
     from rpg.generation.export import export as write
 
+    asked = (condition, classes, prompt, prompt_model, metric, examples)
+    if any(asked) and Path(source).is_file():
+        raise InputError(f"{source} is a checkpoint, which takes no condition; leave it out")
     with progress_bar("generating") as advance:
-        path = write(source, to, output, base=base, seed=seed, condition=parse_condition(condition), progress=advance)
-    console.print(f"{to}: {path}")
+        path = write(
+            source, to, output, base=base, seed=seed, start=start, progress=advance,
+            condition=lambda generator: choose_condition(generator, *asked), say=console.print,
+        )  # fmt: skip
+    console.print(f"{to}: {path}", soft_wrap=True)
     return {"form": to, "path": str(path)}
 
 

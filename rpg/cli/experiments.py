@@ -116,16 +116,35 @@ def render(
 
 def demo(
     config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
-    overrides: o.Overrides = None,
-    device: o.Device = "auto",
+    overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
+    from rpg.devices import use_device
+    from rpg.evaluation.table import print_report
+    from rpg.experiments.sensors import evaluate_sensors, run_sensors
+
+    settings, place = load(config or o.default_config("demo.yaml"), overrides), use_device(device)
+    if split is not None:
+        report = evaluate_sensors(settings.run, split=split, seed=settings.seed)
+    else:
+        _guard_memory(settings, ignore_memory)
+        with progress_bar("collecting the zoo") as collecting, training_bar(f"training on {place}") as training:
+            report = run_sensors(settings, progress={"collect": collecting, **training}, seeds=seeds)
+    then = f"rpg generate {settings.run} --setting angle=137 --setting inverted=true --output mine"
+    print_report(report, console, folder=settings.run, then=then)
+    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
+
+
+def single(
+    config: Path, overrides: o.Overrides = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False
 ) -> dict[str, Any]:
-    """The whole job on real handwritten digits: zoo, training, generation, scores."""
+    """Networks like those of a zoo of one task: zoo, training, generation, scores."""
     from rpg.devices import use_device
     from rpg.evaluation.tables import means_of, print_table
     from rpg.experiments.single import run_all
 
-    settings, place = load(config or o.default_config("demo.yaml"), overrides or []), use_device(device)
+    settings, place = load(config, overrides or []), use_device(device)
     _guard_memory(settings, ignore_memory)
     with (
         progress_bar("collecting the zoo") as collecting,
@@ -160,12 +179,14 @@ def run(
         return tickets(settings, **how)
     if kind == "sensors" and settings.model.condition.kind == "examples":
         return examples(settings, **how)
+    if kind == "sensors":
+        return demo(config, overrides, **how)
     if isinstance(task, ImageTaskFamily):
         return unseen(config, overrides, **how)
     if isinstance(task, TaskFamily):
         return lora(config, overrides, **how)
     if isinstance(task, Classifier):
-        return demo(config, overrides, **how)
+        return single(config, overrides, **how)
     return figures(settings, None, (None, (), ()), trajectory=None, **how)
 
 

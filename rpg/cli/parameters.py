@@ -105,6 +105,14 @@ PromptModel = Annotated[
     ),
 ]
 Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Setting = Annotated[
+    list[str] | None,
+    option(
+        "A setting of what the networks are for, e.g. angle=137 or inverted=true; others keep their defaults. Can be "
+        "given several times.",
+        metavar="NAME=VALUE",
+    ),
+]
 Examples = Annotated[
     Path | None,
     option(
@@ -140,10 +148,21 @@ Trajectory = Annotated[
     ),
 ]
 Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
-Form = Annotated[str, option("timm, transformers, peft or torch (a pickle).", metavar="FORM")]
-Written = Annotated[Path, option("The file (timm, torch) or folder (transformers, peft) to write.")]
+Form = Annotated[str, option("timm, transformers, peft, lightning or torch (a pickle).", metavar="FORM")]
+Written = Annotated[
+    Path | None,
+    option(
+        "The file (timm, lightning, torch) or folder (transformers, peft) to write (default: beside the source).",
+        "--output",
+    ),
+]
 Base = Annotated[
-    Path | None, option("Folder with the network's config.json, or (peft) the zoo or adapter with its configuration.")
+    str | None,
+    option(
+        "The network that the weights are for: a folder with its config.json (transformers) or adapter_config.json "
+        "(peft), timm's name, an original .ckpt (lightning), or MODULE:FUNCTION (timm, lightning, torch).",
+        metavar="NETWORK",
+    ),
 ]
 Fields = Annotated[list[Path], argument("Fields: files of a zoo, or generated ones.", "FILE…")]
 Resolution = Annotated[int, option("Height and width of the images.", min=1)]

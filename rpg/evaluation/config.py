@@ -71,6 +71,13 @@ class EvaluateConfig(Section):
         None,
         description="baselines at the generated networks' distance, trained on images: for generators that saw any",
     )
+    informed: int = Field(
+        3000, ge=0, description="sensors: training steps of networks that take the settings as inputs; 0: none"
+    )
+    fine_tuning: tuple[int, ...] = Field(
+        (0, 5, 20, 100, 300, 1000), description="sensors: fine-tuning steps at which starts are compared; empty: not"
+    )
+    meta_learning: int = Field(300, ge=0, description="sensors: outer steps of Reptile, a start beside them; 0: none")
     linear_head: bool = Field(
         True,
         description="rpg unseen: compare with one body and a head affine in the bits, trained as long",

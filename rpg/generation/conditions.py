@@ -23,6 +23,7 @@ from rpg.tasks.class_splits import bits_of_classes, check_bits
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.settings import parse_settings
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
 NEUTRAL = "the things in this list"
@@ -81,6 +82,7 @@ def choose_condition(
     prompt_model: str | None,
     metric: str | None = None,
     examples: Path | None = None,
+    settings: Sequence[str] | None = None,
 ) -> list[float] | Tensor | str | None:
     """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
 
@@ -92,11 +94,15 @@ def choose_condition(
         prompt_model: language model or sentence encoder for the prompt.
         metric: ``NAME=VALUE``; a value outside the zoo's is warned of.
         examples: what `rpg.generation.examples.read_examples` reads.
+        settings: ``NAME=VALUE`` each.
 
     Raises:
         InputError: more than one is given, or what is given is no condition of this generator.
     """
-    asked = {"condition": condition, "classes": classes, "prompt": prompt, "metric": metric, "examples": examples}
+    asked = {
+        "condition": condition, "classes": classes, "prompt": prompt, "metric": metric, "examples": examples,
+        "setting": settings,
+    }  # fmt: skip
     given = [name for name, value in asked.items() if value]
     if len(given) > 1:
         raise InputError(f"--{given[1]} was given together with --{given[0]}; give one of them")
@@ -105,6 +111,8 @@ def choose_condition(
         return read_examples(examples, spec)
     if metric is not None:
         return _metric_condition(metric, generator.metric)
+    if settings:
+        return _settings_condition(settings, spec)
     if prompt is not None and generator.texts is not None:
         generator.texts = generator.texts.with_encoder(prompt_model)
         return prompt
@@ -126,6 +134,20 @@ def choose_condition(
         bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
     console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
     return bits.float().tolist()
+
+
+def _settings_condition(given: Sequence[str], spec: ConditionSpec | None) -> list[float]:
+    """The values of ``NAME=VALUE`` each, shown with those that were not given."""
+    if spec is None or not spec.settings:
+        raise InputError(f"--setting {given[0]!r} needs a generator of settings, which this one is not; leave it out")
+    pairs = [each.partition("=") for each in given]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise InputError(f"--setting {name!r} has no value; write {name}=VALUE")
+    values = parse_settings(spec.settings, {name.strip(): value.strip() for name, _, value in pairs})
+    shown = ", ".join(f"{name} {value:g}" for name, value in zip(spec.names, values, strict=True))
+    console.print(f"settings: {shown}", highlight=False, soft_wrap=True)
+    return values
 
 
 def _metric_condition(text: str, scale: MetricScale | None) -> list[float]:

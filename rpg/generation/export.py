@@ -5,23 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.generator import Generator
+from rpg.generation.targets import (
+    Target,
+    lightning_target,
+    own_target,
+    peft_target,
+    prefix_of,
+    shapes_of,
+    timm_target,
+    transformers_target,
+)
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files
-from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, atomic_folder, temporary_name
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config
 from tokenization.zoo.locks import locked
 
-FORMS = ("timm", "transformers", "peft", "torch")
+FORMS = ("timm", "transformers", "peft", "lightning", "torch")
+SUFFIXES = {"timm": ".safetensors", "torch": ".pth", "lightning": ".ckpt"}
+"""What the forms that are files end with; the others are folders."""
 
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """What else a transformers folder needs: generation settings, tokenizer, chat template. Code is never copied."""
@@ -30,14 +42,16 @@ _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 def export(
     source: Path | str,
     to: str,
-    output: Path | str,
+    output: Path | str | None = None,
     *,
     base: Path | str | None = None,
     seed: int = 0,
-    condition: Sequence[float] | None = None,
+    condition: Any = None,
+    start: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write one network in the form that ``to`` names.
+    """Write one network in the form that ``to`` names, its keys and shapes compared with the network it is meant for.
 
     ================  ==========================================================================================
     to                what is written, and who loads it
@@ -45,16 +59,21 @@ def export(
     ``timm``          a safetensors file: ``timm.create_model(name, checkpoint_path=file)``
     ``transformers``  a folder, configuration and tokenizer as in ``base``: ``AutoModel.from_pretrained(folder)``
     ``peft``          an adapter folder, its configuration as in ``base``: ``PeftModel.from_pretrained(net, folder)``
+    ``lightning``     a checkpoint, its settings as in ``base``: ``LitNetwork.load_from_checkpoint(file)``
     ``torch``         a pickle of tensors (.pth): ``network.load_state_dict(torch.load(file))``
     ================  ==========================================================================================
 
     Args:
         source: a checkpoint (as `rpg generate` writes it), or a run or generator folder to generate a network with.
         to: one of ``FORMS``.
-        output: the file or folder to write; it must not be there yet.
-        base: folder with the ``config.json`` (transformers) or ``adapter_config.json`` (PEFT; a zoo of adapters keeps
-            it; not needed where ``source`` is a PEFT folder or a generator of adapters).
-        seed, condition, progress: of the generation, if ``source`` is a generator.
+        output: the file or folder to write; it must not be there yet. Beside ``source`` if left out.
+        base: the network that the weights are for: a folder with its ``config.json`` (transformers) or
+            ``adapter_config.json`` (PEFT; not needed where ``source`` is a PEFT folder or a generator of adapters),
+            timm's name of it or a folder as timm saves it, an original Lightning checkpoint, or ``MODULE:FUNCTION``
+            that builds it (timm, Lightning, torch).
+        seed, condition, start, progress: of the generation, if ``source`` is a generator; the condition in any form
+            that it takes, or a function that makes one for it.
+        say: receives a line where there was no network to compare with.
 
     Returns:
         ``output``.
@@ -63,29 +82,75 @@ def export(
         InputError: there is no such form or source, ``output`` is in the way or being written, ``base`` is missing or
             does not fit the weights, or the disk refuses; nothing is left behind then.
     """
-    output = Path(output)
     if to not in FORMS:
         raise InputError(f"--to {to!r} is no form of weights; choose one of {', '.join(FORMS)}")
+    output = _beside(Path(source), to) if output is None else Path(output)
     _require_free(output, to)
-    with locked(output, beside=True), _checkpoint(source, output, seed, condition, progress) as checkpoint:
-        if to == "timm":
-            _save(checkpoint, output)
-        elif to == "torch":
-            _save_pickle(checkpoint, output)
-        elif to == "transformers":
-            files = _transformers_files(_base(base, None, "config.json"), checkpoint)
-            with atomic_folder(output) as temporary:
-                for file in files:
-                    shutil.copyfile(file, temporary / file.name)
-                _save(checkpoint, temporary / "model.safetensors")
+    with locked(output, beside=True), _checkpoint(source, output, seed, condition, start, progress) as checkpoint:
+        if to in SUFFIXES:
+            _write_file(to, checkpoint, output, None if base is None else str(base), say)
         else:
-            folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
-            _require_adapter(checkpoint, folder)
-            with atomic_folder(output) as temporary:
-                config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
-                write_side_files(temporary, config, checkpoint.metadata)
-                _save(checkpoint, temporary / WEIGHTS_NAME)
+            _write_folder(to, checkpoint, output, base, say)
     return output
+
+
+def _write_folder(
+    to: str, checkpoint: Checkpoint, output: Path, base: Path | str | None, say: Callable[[str], None]
+) -> None:
+    """The forms that are a folder."""
+    if to == "transformers":
+        files = _transformers_files(_base(base, None, "config.json"), checkpoint)
+        with atomic_folder(output) as temporary:
+            for file in files:
+                shutil.copyfile(file, temporary / file.name)
+            _save(checkpoint, temporary / "model.safetensors")
+        return
+    folder = _base(base, checkpoint.path if is_adapter(checkpoint.path) else None, CONFIG_NAME)
+    check_adapter_tensors(shapes_of(checkpoint), read_adapter_config(folder), checkpoint.path)
+    _compare(peft_target(folder), checkpoint, "the base model is not on this machine", say)
+    with atomic_folder(output) as temporary:
+        config = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        write_side_files(temporary, config, checkpoint.metadata)
+        _save(checkpoint, temporary / WEIGHTS_NAME)
+
+
+def _write_file(to: str, checkpoint: Checkpoint, output: Path, base: str | None, say: Callable[[str], None]) -> None:
+    """The forms that are one file."""
+    found = shapes_of(checkpoint)
+    if to == "lightning":
+        if base is None:
+            raise InputError("--base is missing; name an original checkpoint of Lightning, or MODULE:CLASS")
+        target, more = lightning_target(base)
+        prefix = prefix_of(target, found)
+        target.require({prefix + name: shape for name, shape in found.items()}, checkpoint.path)
+        _save_pickle(checkpoint, output, prefix, more)
+        return
+    own = to == "torch" or (base is not None and ":" in base)
+    network = None if base is None else own_target(base) if own else timm_target(base, found)
+    hint = "name one with --base " + ("MODULE:FUNCTION" if to == "torch" else "and timm's name of it")
+    _compare(network, checkpoint, hint, say)
+    (_save if to == "timm" else _save_pickle)(checkpoint, output)
+
+
+def _compare(target: Target | None, checkpoint: Checkpoint, why: str, say: Callable[[str], None]) -> None:
+    """Raise InputError if a network's keys or shapes are others; where there is none, say ``why`` not compared."""
+    if target is None:
+        say(f"names and shapes were compared with no network: {why}")
+    else:
+        target.require(shapes_of(checkpoint), checkpoint.path)
+
+
+def _beside(source: Path, to: str) -> Path:
+    """Where weights are written unless it is said: beside a checkpoint, in a run or generator folder."""
+    if _is_generator(source):
+        return source / f"exported-{to}{SUFFIXES.get(to, '')}"
+    if not source.exists():
+        raise InputError(f"{source} is no file or folder of this machine; say with --output where to write")
+    return source.with_name(f"{source.name.removesuffix('.safetensors')}-{to}{SUFFIXES.get(to, '')}")
+
+
+def _is_generator(path: Path) -> bool:
+    return path.is_dir() and ((path / "generator").is_dir() or (path / "layout.json").is_file())
 
 
 @contextlib.contextmanager
@@ -93,13 +158,15 @@ def _checkpoint(
     source: Path | str,
     output: Path,
     seed: int,
-    condition: Sequence[float] | None,
+    condition: Any,
+    start: Path | str | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Checkpoint]:
     """The weights to export, generated now if need be."""
     path = Path(source)
-    is_generator = path.is_dir() and ((path / "generator").is_dir() or (path / "layout.json").is_file())
-    if path.exists() and not is_generator:
+    if path.exists() and not _is_generator(path):
+        if start is not None or (condition is not None and not callable(condition)):
+            raise InputError(f"{path} is a checkpoint, which takes no condition and no start; leave them out")
         if pickled_files(path):
             raise InputError(f"{path} is a pickle, the form that torch loads already; name a safetensors checkpoint")
         yield Checkpoint.open(path)
@@ -107,7 +174,8 @@ def _checkpoint(
     generator = Generator.from_pretrained(source)
     folder = temporary_name(output.with_name(f"{output.name}.generated"))
     try:
-        [made] = generator.generate(1, seed=seed, condition=condition, output=folder, progress=progress)
+        wanted = condition(generator) if callable(condition) else condition
+        [made] = generator.generate(1, seed=seed, condition=wanted, start=start, output=folder, progress=progress)
         yield Checkpoint.open(made)  # type: ignore[arg-type]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -123,16 +191,20 @@ def _save(checkpoint: Checkpoint, path: Path) -> None:
     save_checkpoint(path, _tensors(checkpoint), checkpoint.metadata, materialize_ties=True)
 
 
-def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
+def _save_pickle(checkpoint: Checkpoint, path: Path, prefix: str = "", more: Mapping[str, Any] | None = None) -> None:
+    """A state dict as a pickle; with ``more``, beside that and under names that begin with ``prefix``."""
+    state_dict = checkpoint.state_dict()  # copies: a view would be saved with its whole file
+    named = {prefix + name: tensor for name, tensor in state_dict.items()}
+    content = named if more is None else {**more, "state_dict": named}
     with atomic_file(path) as temporary, temporary.open("wb") as file:  # of a name torch would make a part of it
         try:
-            torch.save(checkpoint.state_dict(), file)  # copies: a view would be saved with its whole file
+            torch.save(content, file)
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(None, str(error).splitlines()[0]) from error
 
 
 def _require_free(output: Path, to: str) -> None:
-    suffix = {"timm": ".safetensors", "torch": ".pth"}.get(to, "")
+    suffix = SUFFIXES.get(to, "")
     if suffix and output.suffix != suffix:
         raise InputError(f"--output {output} has the wrong ending; --to {to} writes a file that ends with {suffix}")
     if output.is_dir() and not suffix and not any(output.iterdir()):
@@ -155,36 +227,13 @@ def _base(base: Path | str | None, default: Path | None, config: str) -> Path:
 
 
 def _transformers_files(base: Path, checkpoint: Checkpoint) -> list[Path]:
-    """The files of ``base`` that go with the weights. Raises InputError if its own weights are of another structure."""
-    read_json(base / "config.json")
+    """The files of ``base`` that go with the weights. Raises InputError if they are not those of its network."""
+    found = shapes_of(checkpoint)
     weights = [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]
-    if weights:
-        _require_alike(checkpoint, Checkpoint.open(base))
+    if not weights or Target(str(base), shapes_of(Checkpoint.open(base))).fault(found) is not None:
+        transformers_target(base, found).require(found, checkpoint.path)
     return sorted(
         path
         for path in base.iterdir()
         if path.is_file() and path.suffix in _SIDE_SUFFIXES and not path.name.endswith(".index.json")
     )
-
-
-def _require_alike(checkpoint: Checkpoint, base: Checkpoint) -> None:
-    """Raise InputError for a tensor of the base that the weights lack: transformers would draw it at random."""
-    names = set(checkpoint.order)
-    for name in base.order:
-        expected = list(base.info(name).shape)
-        if name not in names:
-            raise InputError(
-                f"{tensor_at(checkpoint.path, name)} is missing, and {base.path} has one of shape {expected}; name the "
-                "base that the zoo was made from"
-            )
-        found = list(checkpoint.info(name).shape)
-        if found != expected:
-            raise InputError(
-                f"{tensor_at(checkpoint.path, name)} has shape {found}, but {expected} in {base.path}; name the base "
-                "that the zoo was made from"
-            )
-
-
-def _require_adapter(checkpoint: Checkpoint, folder: Path) -> None:
-    shapes: Mapping[str, tuple[int, ...]] = {name: checkpoint.info(name).shape for name in checkpoint.order}
-    check_adapter_tensors(shapes, read_adapter_config(folder), checkpoint.path)

@@ -53,6 +53,8 @@ class RecurrentConfig(Section):
     def _parts_fit(self) -> RecurrentConfig:
         if self.start is not None and self.state.of != "none":
             raise ValueError("start takes the place of permutation states; set state.of to none")
+        if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
+            raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
         if self.condition.inject == "prior" and self.state.prior is None:
             raise ValueError("condition.inject: prior needs state.prior")
         return self
@@ -250,12 +252,9 @@ class RecurrentDiffusion(nn.Module):
     def one_step(
         self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None
     ) -> Tensor:
-        """The tokens ``[E, L, D]`` that one sampling step makes of noise ``[E, L, D]``, float32, differentiable.
+        """The tokens that one sampling step makes of normal noise ``[E, L, D]``, float32, differentiable.
 
-        Args:
-            noise: standard normal.
-            mask: ``[L, D]``, 1 where a token holds values.
-            states, conditions: ``[E, S]`` embeddings and ``[E, C]``, or None.
+        ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings.
         """
         rows = mask.repeat(len(noise), 1)  # [E·L, D]
         context = self.denoiser.precompute(self.prototypes(states, conditions).flatten(0, 1))

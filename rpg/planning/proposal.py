@@ -1,6 +1,6 @@
 """A configuration for a zoo that comes without one: what has worked for zoos of its size, its runs and its conditions.
 
-The rules are those of the recipes that were measured (docs/results.md): configs/demo.yaml for small networks,
+The rules are those of the recipes that were measured (docs/results.md): configs/digits_demo.yaml for small networks,
 configs/large/base.yaml for large ones, configs/digits_unseen_vit_tiny.yaml for conditions, configs/fields.yaml for
 several networks of one class.
 """

@@ -33,6 +33,13 @@ FIELDS = {
 TICKETS = {
     **SUBSETS, "base": {"steps": 2}, "finetune": {"stages": [{"steps": 4}], "batch_size": 32},
 }  # fmt: skip
+SENSORS = {
+    **SECTIONS,
+    "task": {
+        "seen": 8, "validation": 3, "unseen": 3, "generalist": {"steps": 10}, "specialist": {"steps": 10, "images": 16},
+    },
+    "evaluate": {"informed": 5, "fine_tuning": [0, 2], "meta_learning": 2},
+}  # fmt: skip
 RUNS = {"runs": 24, "validation": 3, "unseen": 4, "hidden": 8, "steps": [0, 5, 15], "group": 8}
 ADAPTERS = {"tokens": {"size": 32, "rank": None}, "evaluate": {**SCORES, "baselines": ["nearest_seen", "kernel_ridge"]}}
 
@@ -45,7 +52,14 @@ STEPWISE = {
 
 SMALL: dict[str, dict[str, Any]] = {
     "digits.yaml": {**SECTIONS, "task": DIGITS, "evaluate": SCORES},
-    "demo.yaml": {**SECTIONS, "task": {"runs": 3, **DIGITS}, "model": {"state": {"width": 4}}, "evaluate": SCORES},
+    "demo.yaml": SENSORS,
+    "sensors.yaml": SENSORS,
+    "digits_demo.yaml": {
+        **SECTIONS,
+        "task": {"runs": 3, **DIGITS},
+        "model": {"state": {"width": 4}},
+        "evaluate": SCORES,
+    },
     "digits_unseen.yaml": {**CONDITIONAL, "task": SUBSETS},
     "fields.yaml": {**FIELDS, "task": {"hidden": 16, "altered": 1, "data": "IMAGES"}},
     "fields3d.yaml": {
@@ -79,7 +93,9 @@ def _hub(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """A run and its zoo, and a hub of this machine."""
     place = sandbox.folder / "runs"
     make_zoo(place / "zoos" / "demo")
-    train(small_config(place, zoo="runs/zoos/demo", run="runs/demo", train={"steps": 1}), say=lambda _: None)
+    train(
+        small_config(place, zoo="runs/zoos/digits_demo", run="runs/digits_demo", train={"steps": 1}), say=lambda _: None
+    )
     use_hub(sandbox.folder / "server", patch)
 
 

@@ -212,6 +212,7 @@ MISTAKES = {
     "rpg score LORA TEXT": "text",
     "rpg score LORA EMPTY --split banana": "banana",
     "rpg demo --set run=TEXT": "text",
+    "rpg generate RUN --setting angle=3": "generator of settings",
     "rpg demo --set task=null": "task",
     "rpg run FOLDER/none.yaml": "none.yaml",
     "rpg collect --from FAKE EMPTY --zoo FOLDER/new": "put a glob in quotes",

@@ -8,18 +8,20 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rpg.models.denoiser.base import Denoiser
+from rpg.models.denoiser.decoder import Decoder, DecoderConfig
 from rpg.models.denoiser.joint import JointConfig, JointDenoiser
 from rpg.models.denoiser.mlp import MLPConfig, MLPDenoiser
 from rpg.models.denoiser.unet1d import UNet1d, UNet1dConfig
 
-DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig, Field(discriminator="kind")]
+DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, Field(discriminator="kind")]
 
-__all__ = ["Denoiser", "DenoiserConfig", "JointConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
+__all__ = ["DecoderConfig", "Denoiser", "DenoiserConfig", "JointConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
 
 DENOISERS: dict[str, Callable[[Any, int, int, int], Denoiser]] = {
     "mlp": lambda config, token_size, d_prototype, _: MLPDenoiser(config, token_size, d_prototype),
     "unet1d": lambda config, token_size, d_prototype, _: UNet1d(config, token_size, d_prototype),
     "joint": JointDenoiser,
+    "decoder": lambda config, token_size, d_prototype, _: Decoder(config, token_size, d_prototype),
 }
 
 

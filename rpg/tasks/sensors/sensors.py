@@ -56,6 +56,9 @@ class SensorsTask:
             raise InputError("task leaves no setting that varies; give angle, scale or shift a range")
         self.condition = ConditionSpec.of_settings(self.settings)
 
+    def __reduce__(self) -> tuple:  # to other processes, without what is computed
+        return type(self), (self.config,)
+
     @cached_property
     def _data(self) -> tuple:
         return load_images(self.config)
@@ -101,6 +104,10 @@ class SensorsTask:
         counts = {"train": self.config.seen, "validation": self.config.validation, "unseen": self.config.unseen}
         parts = [self.draw_tasks(num, make_rng(self.config.seed, "sensors", name)) for name, num in counts.items()]
         return torch.cat(parts), [name for name, num in counts.items() for _ in range(num)]
+
+    def splits(self) -> list[str]:
+        """The split of every sensor: ``train``, ``validation`` or ``unseen``."""
+        return self.sensors()[1]
 
     def see(self, images: Tensor, settings: Tensor) -> Tensor:
         """Images in 0 … 1, ``[B, C, S, S]`` or each sensor's own ``[T, B, C, S, S]``, as networks take what sensors

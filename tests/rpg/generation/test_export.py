@@ -183,6 +183,122 @@ def test_weights_that_are_no_adapter_are_named(timm_file: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
+# --- the network that weights are meant for -----------------------------------------------------------------------
+
+
+def test_transformers_weights_under_other_names_are_refused(tmp_path: Path) -> None:
+    """A compiled network's names: transformers would draw every tensor at random and say nothing of it."""
+    network = tiny("gpt2", 0)
+    network.config.architectures = ["GPT2LMHeadModel"]
+    network.config.save_pretrained(tmp_path / "base")
+    save_checkpoint(tmp_path / "a.safetensors", {f"x.{n}": t.clone() for n, t in network.state_dict().items()})
+    with pytest.raises(InputError, match=r"tensor 'transformer.wte.weight' is missing, and the GPT2LMHeadModel"):
+        export(tmp_path / "a.safetensors", "transformers", tmp_path / "net", base=tmp_path / "base")
+    save_checkpoint(tmp_path / "b.safetensors", {**network.state_dict(), "more": torch.ones(2)})
+    with pytest.raises(InputError, match="tensor 'more' is not in the GPT2LMHeadModel"):
+        export(tmp_path / "b.safetensors", "transformers", tmp_path / "net", base=tmp_path / "base")
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_configuration_without_a_class_takes_the_one_that_fits(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **sizes)
+    config.save_pretrained(tmp_path / "base")
+    state = BertForSequenceClassification(config).state_dict()
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    export(tmp_path / "a.safetensors", "transformers", tmp_path / "net", base=tmp_path / "base")
+    loaded, report = BertForSequenceClassification.from_pretrained(tmp_path / "net", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
+    save_checkpoint(tmp_path / "b.safetensors", {**state, "classifier.weight": torch.ones(3, 9)})
+    with pytest.raises(InputError, match=r"tensor 'classifier.weight' has shape \[3, 9\], but \[3, 8\]"):
+        export(tmp_path / "b.safetensors", "transformers", tmp_path / "other", base=tmp_path / "base")
+
+
+def test_timm_weights_are_compared_with_the_network_that_is_named(timm_file: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    export(timm_file, "timm", tmp_path / "a.safetensors", base="test_resnet", say=said.append)
+    assert not said
+    with pytest.raises(InputError, match="is missing, and timm's resnet18 has one of shape"):
+        export(timm_file, "timm", tmp_path / "b.safetensors", base="resnet18")
+    with pytest.raises(InputError, match="--base resnot18 is no network that timm builds"):
+        export(timm_file, "timm", tmp_path / "b.safetensors", base="resnot18")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_without_an_output_it_is_written_beside_the_source(timm_file: Path) -> None:
+    said: list[str] = []
+    output = export(timm_file, "timm", say=said.append)
+    assert output == timm_file.with_name("network-timm.safetensors") and output.is_file()
+    assert len(said) == 1 and "--base" in said[0]
+    output.unlink()
+
+
+def test_torch_and_lightning_take_the_user_s_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))\n\n"
+        "class Lit(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.model = build()\n"
+    )
+    state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict()
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    export(tmp_path / "a.safetensors", "torch", tmp_path / "a.pth", base=f"{tmp_path}/mine.py:build")
+    with pytest.raises(InputError, match="tensor 'model.0.weight' is missing"):
+        export(tmp_path / "a.safetensors", "torch", tmp_path / "b.pth", base=f"{tmp_path}/mine.py:Lit")
+    output = export(tmp_path / "a.safetensors", "lightning", base=f"{tmp_path}/mine.py:Lit")
+    written = torch.load(output, weights_only=True)
+    assert output.suffix == ".ckpt" and list(written["state_dict"]) == [f"model.{name}" for name in state]
+
+
+def test_lightning_keeps_the_settings_of_an_original(tmp_path: Path) -> None:
+    state = nn.Linear(3, 2).state_dict()
+    original = {"state_dict": {f"net.{n}": t + 1 for n, t in state.items()}, "hyper_parameters": {"width": 3}}
+    original |= {"epoch": 4, "global_step": 9, "pytorch-lightning_version": "2.4.0", "optimizer_states": [{}]}
+    torch.save(original, tmp_path / "last.ckpt")
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    output = export(tmp_path / "a.safetensors", "lightning", tmp_path / "new.ckpt", base=tmp_path / "last.ckpt")
+    written = torch.load(output, weights_only=True)
+    assert written["hyper_parameters"] == {"width": 3} and "optimizer_states" not in written
+    assert torch.equal(written["state_dict"]["net.weight"], state["weight"])
+    save_checkpoint(tmp_path / "b.safetensors", nn.Linear(4, 2).state_dict())
+    with pytest.raises(InputError, match="tensor 'net.weight'"):
+        export(tmp_path / "b.safetensors", "lightning", tmp_path / "b.ckpt", base=tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="--base is missing"):
+        export(tmp_path / "b.safetensors", "lightning", tmp_path / "b.ckpt")
+
+
+def test_an_adapter_is_compared_with_its_base_where_that_is_at_hand(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny("llama", 0).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(tiny("llama", 0), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    said: list[str] = []
+    export(tmp_path / "adapter", "peft", tmp_path / "new", say=said.append)
+    assert not said
+    state = Checkpoint.open(tmp_path / "adapter").state_dict()
+    fewer = {name: tensor for name, tensor in state.items() if "v_proj" not in name}
+    save_checkpoint(tmp_path / "adapter" / "adapter_model.safetensors", fewer)
+    with pytest.raises(InputError, match=r"v_proj.*is missing"):
+        export(tmp_path / "adapter", "peft", tmp_path / "other")
+
+
+def test_a_condition_may_be_made_for_the_generator(tmp_path: Path) -> None:
+    make_zoo(tmp_path / "zoo", condition_size=2)
+    folder = train(
+        small_config(tmp_path, model={"condition": {"kind": "binary"}}, train={"steps": 2}), say=lambda _: None
+    )
+    output = export(tmp_path / "run", "torch", seed=5, condition=lambda generator: [1.0] * generator.condition.size)
+    assert output == tmp_path / "run" / "exported-torch.pth"
+    expected = Generator.from_pretrained(folder).generate(1, seed=5, condition=[1.0, 1.0])[0]
+    stored = torch.load(output, weights_only=True)
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    with pytest.raises(InputError, match="takes no condition and no start"):
+        export(tmp_path / "zoo" / "checkpoints" / "000000.safetensors", "torch", tmp_path / "x.pth", condition=[1.0])
+
+
 # --- generators and mistakes --------------------------------------------------------------------------------------
 
 
@@ -201,7 +317,7 @@ def test_a_generator_and_a_seed_give_what_generate_gives(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("to", "name", "expected"),
     [
-        ("onnx", "net", "one of timm, transformers, peft, torch"),
+        ("onnx", "net", "one of timm, transformers, peft, lightning, torch"),
         ("timm", "net.pth", "ends with .safetensors"),
         ("torch", "net.safetensors", "ends with .pth"),
         ("timm", "none/net.safetensors", "which is no folder"),

@@ -1,0 +1,231 @@
+"""The experiment on sensors: collect, train, generate for sensors nobody saw, compare, report.
+
+T sensors, C settings, F features, S seen sensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rpg.config import Config
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.regression import Regression, regression_grid, tune
+from rpg.evaluation.report import Curve, Report, networks
+from rpg.evaluation.starts import best_of, fine_tuning, reptile
+from rpg.experiments.single import collect, existing
+from rpg.generation.generator import Generator
+from rpg.tasks import build_task
+from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.sensors.informed import informed_accuracies, train_informed
+from rpg.tasks.sensors.sensors import BASE, SensorsTask
+from rpg.tasks.side_by_side import Stacked, repeat, stack
+from rpg.training.loop import train_to_the_end
+from tokenization.errors import InputError
+from tokenization.zoo.locks import locks
+from tokenization.zoo.zoo import Zoo
+
+LARGE = (128, 128)
+"""Hidden widths of the network that takes settings as inputs and need not fit on a sensor."""
+
+ANGLES = 24
+"""Points of the curve over the angle."""
+
+
+@locks(lambda config, **_: config.run)
+def run_sensors(config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1) -> Report:
+    """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
+
+    Args:
+        config: the experiment.
+        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss), ``watch``.
+        seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
+
+    Raises:
+        InputError: the task is not ``sensors``.
+    """
+    task_of_sensors(config)
+    started = time.perf_counter()
+    collect(config, progress=progress.get("collect"))
+    collected, means = time.perf_counter() - started, []
+    for number in range(seeds):
+        run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
+        each = config.model_copy(update={"seed": config.seed + number, "run": run})
+        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
+        if number:
+            generator = Generator.from_pretrained(run)
+            task, settings = task_of_sensors(config), sensors_of(Zoo.open(config.zoo), "unseen")
+            means.append(task.accuracies(_generated(generator, settings, each.seed), settings).mean().item())
+    report = evaluate_sensors(config.run, seed=config.seed)
+    means.insert(0, report.mean("generated") or 0.0)
+    facts = {**report.facts, "collect_seconds": collected, "seconds": time.perf_counter() - started}
+    report = report.model_copy(update={"facts": facts, "extras": {**report.extras, "seeds": means}})
+    _write(config.run, report)
+    return report
+
+
+@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0) -> Report:
+    """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
+
+    Args:
+        run: a run folder.
+        split: images to score on; ``validation`` scores on validation sensors and writes nothing.
+        seed: decides the generated networks.
+
+    Raises:
+        InputError: the run is not one of sensors.
+    """
+    generator = Generator.from_pretrained(run)
+    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    task = task_of_sensors(config)
+    with single_threaded():
+        report = _compare(generator, task, zoo, "validation" if split == "validation" else "unseen", split, seed)
+    if split != "validation":
+        _write(run, report)
+    return report
+
+
+def task_of_sensors(config: Config) -> SensorsTask:
+    """The task of a configuration. Raises InputError if it is not ``sensors``."""
+    task = build_task(config.task) if config.task is not None else None
+    if not isinstance(task, SensorsTask):
+        raise InputError("task.name is not sensors; see configs/sensors.yaml")
+    return task
+
+
+def sensors_of(zoo: Zoo, split: str) -> Tensor:
+    """The settings ``[T, C]`` of the zoo's sensors of a split."""
+    return torch.tensor([zoo.entries[index].condition for index in zoo.subset(split)])
+
+
+def _generated(generator: Generator, settings: Tensor, seed: int) -> Stacked:
+    return stack(generator.generate(len(settings), condition=settings, seed=seed))  # type: ignore[arg-type]
+
+
+def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, split: str, seed: int) -> Report:
+    settings, evaluate = sensors_of(zoo, sensors), generator.config.evaluate
+    seen, base = stack([zoo.state_dict(index) for index in zoo.subset("train")]), load_file(zoo.path / BASE)
+    regression, ridge = tuned_regression(task, zoo, seen)
+    started = time.perf_counter()
+    made = {"generated": _generated(generator, settings, seed)}
+    seconds = (time.perf_counter() - started) / len(settings)
+    known, asked = (task.condition.inputs(sensors_of(zoo, each)) for each in ("train", sensors))
+    made |= {
+        "original": stack([zoo.state_dict(index) for index in zoo.subset(sensors)]),
+        "kernel_ridge": ridge(settings),
+        "nearest_seen": {name: value[torch.cdist(asked, known).argmin(1)] for name, value in seen.items()},
+        "generalist": repeat(base, len(settings)),
+        "average": repeat({name: value.mean(0) for name, value in seen.items()}, len(settings)),
+    }
+    scored = {name: task.accuracies(each, settings, split) for name, each in made.items()}
+    notes = []
+    if evaluate.informed:
+        for name, widths in {"settings_as_inputs": (task.config.hidden,), "large_with_settings": LARGE}.items():
+            network = train_informed(task, widths, evaluate.informed)
+            scored[name] = informed_accuracies(task, network, settings, split)
+        notes.append(
+            f"One network of {network.num_values:,} values that takes the settings as inputs reaches "
+            f"{scored[name].mean():.1%}: generation is for targets that must be small, here "
+            f"{sum(value[0].numel() for value in seen.values()):,} values."
+        )
+    curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
+    if evaluate.fine_tuning:
+        curves["as_a_start"] = _starts(generator, task, zoo, made, settings, split, seed)
+    kinds = {name: networks({"accuracy": each}, conditions=settings, seed=seed) for name, each in scored.items()}
+    return Report(
+        experiment="sensors",
+        judge=f"{len(settings)} {sensors} sensors",
+        split=split,
+        seed=seed,
+        better={"accuracy": "more"},
+        kinds=kinds,
+        references=("original", "large_with_settings"),
+        asked={"by": "settings", "settings": {each.name: [each.low, each.high] for each in task.settings}},
+        curves=curves,
+        facts={
+            "training_seconds": generator.facts.get("training seconds"),
+            "seconds_per_network": seconds,
+            "seen_sensors": len(known),
+            "kernel_ridge": {"length": regression.parameter, "penalty": regression.penalty},
+        },
+        notes=tuple(notes),
+    )
+
+
+def tuned_regression(task: SensorsTask, zoo: Zoo, seen: Stacked) -> tuple[Regression, Callable[[Tensor], Stacked]]:
+    """Kernel ridge from settings to weights, tuned on the validation sensors' accuracy, and what it predicts."""
+    known = _as_bits(task.condition.inputs(sensors_of(zoo, "train")))
+    validation = sensors_of(zoo, "validation")
+
+    def predicted(regression: Regression, settings: Tensor) -> Stacked:
+        shares = regression.mixture(known, _as_bits(task.condition.inputs(settings)))
+        return {name: torch.tensordot(shares.to(value.dtype), value, 1) for name, value in seen.items()}
+
+    def score(regression: Regression) -> float:
+        return task.accuracies(predicted(regression, validation), validation, "validation").mean().item()
+
+    chosen, _ = tune(regression_grid()["kernel_ridge"], score)
+    return chosen, lambda settings: predicted(chosen, settings)
+
+
+def _as_bits(features: Tensor) -> Tensor:
+    """Features in -1 … 1 as `Regression` takes conditions, in 0 … 1."""
+    return (features + 1) / 2
+
+
+def _has_angle(task: SensorsTask) -> bool:
+    return any(setting.name == "angle" for setting in task.settings)
+
+
+def _by_angle(
+    generator: Generator, task: SensorsTask, base: dict[str, Tensor], ridge: Callable[[Tensor], Stacked], split: str,
+    seed: int,
+) -> Curve:  # fmt: skip
+    """Accuracy of sensors that differ in their angle alone."""
+    place = next(i for i, setting in enumerate(task.settings) if setting.name == "angle")
+    setting = task.settings[place]
+    settings = torch.tensor([[each.default for each in task.settings]]).repeat(ANGLES + 1, 1)
+    settings[:, place] = torch.linspace(setting.low, setting.high, ANGLES + 1)
+    upright = task.train_specialists(base, torch.tensor([[each.default for each in task.settings]]))
+    made = {
+        "generated": _generated(generator, settings, seed),
+        "trained_upright": {name: value.expand(len(settings), *value.shape[1:]) for name, value in upright.items()},
+        "generalist": repeat(base, len(settings)),
+        "kernel_ridge": ridge(settings),
+    }
+    lines = {name: tuple(task.accuracies(each, settings, split).tolist()) for name, each in made.items()}
+    return Curve(x=tuple(settings[:, place].tolist()), lines=lines, across="angle (degrees)", up="accuracy")
+
+
+def _starts(
+    generator: Generator, task: SensorsTask, zoo: Zoo, made: dict[str, Stacked], settings: Tensor, split: str, seed: int
+) -> Curve:
+    """Accuracy of networks that are fine-tuned, by start."""
+    evaluate = generator.config.evaluate
+    seen = stack([zoo.state_dict(index) for index in zoo.subset("train")])
+    best = best_of(task, seen, settings, seed=seed)
+    untrained = task.build().state_dict()
+    starts = {
+        "generated": made["generated"],
+        "best_specialist": {name: value[best] for name, value in seen.items()},
+        "generalist": made["generalist"],
+        "random": repeat(untrained, len(settings)),
+    }
+    if evaluate.meta_learning:
+        learned = reptile(task, untrained, sensors_of(zoo, "train"), evaluate.meta_learning, seed=seed)
+        starts["reptile"] = repeat(learned, len(settings))
+    found = fine_tuning(task, starts, settings, evaluate.fine_tuning, split=split, seed=seed)
+    lines = {name: tuple(each.mean(1).tolist()) for name, each in found.items()}
+    steps = tuple(float(mark) + 1 for mark in evaluate.fine_tuning)
+    return Curve(x=steps, lines=lines, across="fine-tuning steps + 1", up="accuracy", log=True)
+
+
+def _write(run: Path | str, report: Report) -> None:
+    facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
+    write_report(run, report, Page("Networks for sensors that nobody calibrated", facts))
