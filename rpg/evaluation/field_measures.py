@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rpg.evaluation.novelty import distances
@@ -108,6 +109,17 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return (mean + covariances[0].trace() + covariances[1].trace() - 2 * cross).item()
 
 
+PARTS = 8
+"""Gaussians of a class's mixture."""
+
+
+def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
+    """The cluster of each of a class's members ``[n, P]``, ``[n]`` long."""
+    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+    model = KMeans(min(PARTS, len(members)), n_init=4, random_state=seed)
+    return torch.from_numpy(model.fit_predict(members.double().numpy())).long()
+
+
 def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
     """What takes no generator, of the training data of each wanted class.
 
@@ -118,11 +130,13 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
         rng: source of the draws.
 
     Returns:
-        ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class.
+        ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
+        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means).
     """
     made: dict[str, list[Tensor]] = {
-        name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian")
+        name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")
     }
+    clusters = {int(label): _clusters(weights[labels == label], rng) for label in wanted.unique()}
     for label in wanted.tolist():
         members = weights[labels == label]  # [n, P]
         mean = members.mean(0)
@@ -133,4 +147,8 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
         made["midpoint"].append(members[pair].mean(0))
         made["coordinate_gaussian"].append(mean + noise * members.std(0, unbiased=False))
         made["covariance_gaussian"].append(mean + combination @ (members - mean))
+        own = clusters[label]
+        part = members[own == own[torch.randint(len(own), (), generator=rng)]]  # a part by its share
+        combination = torch.randn(len(part), generator=rng) / len(part) ** 0.5
+        made["mixture"].append(part.mean(0) + combination @ (part - part.mean(0)))
     return {name: torch.stack(rows) for name, rows in made.items()}

@@ -42,6 +42,9 @@ TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3,
 
 IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
+DIRECT_STEPS = 2500
+"""Training steps of the rivals that make networks at once, at most; never more than the generator's own."""
+
 
 def run_draws(config: Config, progress: Mapping[str, Any]) -> Report:
     """Collect, train, draw, compare; the report is written beside the run."""
@@ -238,14 +241,14 @@ class Methods:
             return layout.decode_batch(network.one_step(noise, layout.mask.float(), codes), constants=True)
 
     def _direct(self, draws: int, noise: int) -> Any:
-        """A generator that needs no diffusion, trained for as many steps and on the same tasks."""
+        """A generator that needs no diffusion, trained on the same tasks."""
         config = self.generator.config
         examples = ExampleConditions(self.task, config.model.condition, self.seed)
 
         def seen(num: int, rng: torch.Generator) -> Tensor:
             return self.known[torch.randint(len(self.known), (num,), generator=rng)]
 
-        return train_direct(
-            self.task, examples, self.generator.layout, config.train.steps, draws=draws, noise=noise, seed=self.seed,
-            draw_tasks=None if self.fresh else seen,
-        )  # fmt: skip
+        steps = min(config.train.steps, DIRECT_STEPS)
+        fresh = None if self.fresh else seen
+        layout, task = self.generator.layout, self.task
+        return train_direct(task, examples, layout, steps, draws=draws, noise=noise, seed=self.seed, draw_tasks=fresh)

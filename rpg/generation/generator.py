@@ -284,6 +284,7 @@ class Generator:
             state=settings.state,
             conditions=conditions,
             values=values,
+            of_examples=self.condition is not None and self.condition.kind == "examples",
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,

@@ -64,6 +64,7 @@ class Request:
     temperature: float = 1.0
     texts: tuple[str, ...] | None = None  # what the conditions were made of
     values: Tensor | None = None  # [num, C] likewise: settings, or values of a metric
+    of_examples: bool = False  # whether the conditions are examples, of which files name the digest
     starts: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
 
@@ -101,14 +102,21 @@ class Request:
             facts["condition"] = self.texts[index]
         if self.values is not None:
             facts["condition"] = [float(f"{value:.6g}") for value in self.values[index].tolist()]
+        if self.of_examples and self.conditions is not None:
+            facts["condition"] = f"examples {digest_of(self.conditions[index])}"
         facts["start"] = None
         if self.starts is not None:
-            facts["start"] = hashlib.sha256(self.starts[index].contiguous().numpy().tobytes()).hexdigest()
+            facts["start"] = digest_of(self.starts[index])
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
         if copied:
             facts["copied"] = list(copied)
         return {"format": "pt", PROVENANCE: json.dumps(facts)}
+
+
+def digest_of(values: Tensor) -> str:
+    """SHA-256 of float32 values."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def requested_conditions(

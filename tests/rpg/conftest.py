@@ -71,7 +71,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Pat
 
 SMALL_SENSORS = (
     "task.seen=12", "task.validation=2", "task.unseen=3", "task.generalist.steps=20", "task.specialist.steps=10",
-    "tokens.size=610", "train.steps=6", "train.save_every=6", "train.precision=fp32", "train.batch_size=4",
+    "train.steps=6", "train.save_every=6", "train.precision=fp32", "train.batch_size=4",
     "train.behaviour.weight=1",
 )  # fmt: skip
 
@@ -80,7 +80,7 @@ SMALL_SENSORS = (
 def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of sensors and two hardly trained generators that take examples."""
     folder = tmp_path_factory.mktemp("examples")
-    for name in ("examples", "draws"):
+    for name in ("examples", "examples_zoo", "draws"):
         places = (f"zoo={folder / 'zoo'}", f"run={folder / name}")
         config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places])
         build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]

@@ -40,10 +40,24 @@ def test_trivial_weights_are_of_the_wanted_class():
     weights, labels = torch.cat([draws(60, 0, -9), draws(60, 1, 9)]), torch.arange(120) // 60
     wanted = torch.tensor([1, 0, 1])
     made = trivial_weights(weights, labels, wanted, torch.Generator().manual_seed(0))
-    assert set(made) == {"average", "midpoint", "coordinate_gaussian", "covariance_gaussian"}
+    assert set(made) == {"average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture"}
     for rows in made.values():
         assert ((rows.mean(1) > 0).long() == wanted).all()
     assert torch.allclose(made["average"][1], weights[:60].mean(0))
+
+
+def test_a_mixture_keeps_to_the_clusters_of_a_class():
+    # Eight clusters, far apart and narrow, on a line: a Gaussian falls between them, the mixture never does.
+    centres = 100.0 * torch.arange(8).repeat_interleave(20)
+    weights = centres[:, None] + torch.randn(160, 3, generator=torch.Generator().manual_seed(0))
+    labels, wanted = torch.zeros(160), torch.zeros(200)
+    made = trivial_weights(weights, labels, wanted, torch.Generator().manual_seed(0))
+
+    def off(name: str) -> torch.Tensor:
+        return (made[name].mean(1) / 100 - (made[name].mean(1) / 100).round()).abs()
+
+    assert off("mixture").max() < 0.05 and len((made["mixture"].mean(1) / 100).round().unique()) == 8
+    assert off("covariance_gaussian").max() > 0.3
 
 
 def test_overlaps_of_solid_shapes():

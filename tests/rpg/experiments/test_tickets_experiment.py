@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.experiments import tickets
+from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
 from tests.rpg.conftest import Run, refused

@@ -35,12 +35,12 @@ def test_diffusion_scores_as_the_exact_posterior_where_one_network_cannot(tmp_pa
         angle, sign = torch.rand((), generator=rng) * math.pi, 1.0 - 2 * (index % 2)
         request = (math.cos(2 * angle), math.sin(2 * angle))  # of a line: it closes to a circle after half a turn
         zoo.append(planted(angle, torch.tensor(sign)), run=index, step=0, condition=request)
-    prior = {"width": 64, "depth": 2, "dropout": 0.0, "batch_size": 128, "steps": 16}
+    prior = {"width": 48, "depth": 2, "dropout": 0.0, "batch_size": 96, "steps": 12}
     config = small_config(
         tmp_path,
         tokens={"normalization": "residual"},
         model={"state": {"of": "code", "width": 2, "prior": prior}, "condition": {"kind": "vector"}},
-        train={"steps": 600, "learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.98, "save_every": 600},
+        train={"steps": 400, "learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.98, "save_every": 400},
         generate={"state": "prior", "steps": 1},
     )
     generator = Generator.from_pretrained(train(config, say=lambda _: None))
