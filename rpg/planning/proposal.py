@@ -84,7 +84,7 @@ def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
     if (variant := no_product(zoo)) is not None:
         tree["tokens"]["lora_canonical"] = "none"
         reasons.append(f"Adapters with {variant}: their pairs are not simply multiplied, so they are learned as saved.")
-    model, generate = _state(count, runs, conditions, zoo, large, tree["tokens"], reasons)
+    model, generate = _state(count, runs, conditions, zoo, tree["tokens"], reasons)
     model |= {
         "backbone": {"kind": "lstm", "d_model": 128, "num_layers": 1},
         "denoiser": {"kind": "mlp", "width": 128, "hidden": 256, "depth": 2},
@@ -131,19 +131,22 @@ def _tokens(values: int, large: bool, reasons: list[str]) -> dict[str, Any]:
 
 
 def _state(
-    count: int, runs: int, conditions: list[Any], zoo: Zoo, large: bool, tokens: dict[str, Any], reasons: list[str]
+    count: int, runs: int, conditions: list[Any], zoo: Zoo, tokens: dict[str, Any], reasons: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The permutation state and the condition, and how networks are asked for."""
     kind = zoo.condition.kind if zoo.condition is not None else "none"
     if kind == "none":
         together = 1 < runs < count
         width = min(runs - 1 if together else count - 1, 32 if together else 16)
-        reasons.append(
-            f"No conditions: a code of {width} numbers says which "
-            f"{'run' if together else 'checkpoint'} a network is like; generate.state: gaussian draws new codes."
-        )
-        fresh = runs == 1 and large  # between independent runs new codes are as bad as the runs' averages
-        return {"state": {"of": "code", "width": width}}, {"steps": 4, "state": "gaussian" if fresh else "stored"}
+        like = "run" if together else "checkpoint"
+        reasons.append(f"No conditions: a code of {width} numbers says which {like} a network is like.")
+        reasons.append("generate.state: gaussian draws new codes" + (" between the runs." if together else "."))
+        if runs == count:
+            reasons.append(
+                "Between runs that were trained apart new networks may be as bad as averages, and generate.state: "
+                "stored gives copies of originals; compare them with rpg evaluate."
+            )
+        return {"state": {"of": "code", "width": width}}, {"steps": 4, "state": "stored" if together else "gaussian"}
     condition: dict[str, Any] = {"kind": kind}
     if kind == "text":
         condition["encoder"] = ENCODER

@@ -64,6 +64,12 @@ def test_conditions_are_heeded(tmp_path: Path) -> None:
     assert len(trained(several, tmp_path / "class-run").generate(1, seed=0, condition=torch.tensor([[1.0]]))) == 1
 
 
+@pytest.mark.parametrize(("num", "runs", "state"), [(4, 4, "gaussian"), (4, 1, "gaussian"), (6, 2, "stored")])
+def test_without_conditions_networks_are_new(tmp_path: Path, num: int, runs: int, state: str) -> None:
+    """A stored code of a single checkpoint gives that checkpoint; one of a run that has several does not."""
+    assert propose(make_zoo(tmp_path / "zoo", num=num, num_runs=runs)).config.generate.state == state
+
+
 def test_adapters(tmp_path: Path) -> None:
     folder = adapters_at(tmp_path, "llama")
     zoo = collect_from(folder, tmp_path / "zoo")
