@@ -18,7 +18,7 @@ from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
 from rpg.evaluation.vectors import StateDict
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
-from rpg.tasks.schedule import warm_cosine
+from rpg.tasks.collecting import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
 from tokenization.errors import InputError
 

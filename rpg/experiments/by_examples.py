@@ -17,7 +17,7 @@ from rpg.experiments.few_examples import FewExamples
 from rpg.experiments.single import collect, existing, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.sensors.sensors import BASE
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions

@@ -25,7 +25,7 @@ from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.training.loop import Progress, Watch, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError

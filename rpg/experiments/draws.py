@@ -25,7 +25,7 @@ from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions

@@ -35,7 +35,7 @@ from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo

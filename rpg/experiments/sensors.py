@@ -23,7 +23,7 @@ from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.sensors.informed import informed_accuracies, train_informed
 from rpg.tasks.sensors.sensors import BASE, SensorsTask
 from rpg.tasks.side_by_side import Stacked, repeat, stack

@@ -8,7 +8,7 @@ from rpg.evaluation.metrics import accuracy
 from rpg.generation.generator import Generator
 from rpg.tasks import Task, task_of
 from rpg.tasks.base import Classifier, FigureTask, TaskFamily
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import training_entries
 from tokenization.errors import InputError

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rpg.tasks.images.collection import Progress, single_threaded
+from rpg.tasks.collecting import Progress, single_threaded
 from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.files import atomic_file, remove_folder

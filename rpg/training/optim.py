@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rpg.packages import install_command
-from rpg.tasks.schedule import cosine_decay
+from rpg.tasks.collecting import cosine_decay
 from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
 

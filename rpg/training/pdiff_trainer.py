@@ -15,7 +15,7 @@ from torch import Tensor
 from rpg.generation.pdiff_sampler import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import make_rng, permutation
-from rpg.tasks.schedule import cosine_decay
+from rpg.tasks.collecting import cosine_decay
 from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
 from rpg.training.trainer import Trainer

@@ -10,7 +10,7 @@ import torch
 from rpg import precision
 from rpg.config import Config
 from rpg.precision import bf16_ratio, in_bf16, mixed_precision
-from rpg.tasks.images.collection import open_zoo
+from rpg.tasks.collecting import open_zoo
 from tokenization.errors import InputError
 
 CPU = torch.device("cpu")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,11 @@ def _digest_of_file(path: Path) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def fits(name: str, pattern: str, known: Container[str]) -> bool:
+    """Whether a pattern means a tensor: the pattern is a glob, unless it is the very name of a ``known`` tensor.
+
+    Names may hold brackets, ``layers[0].weight``, which as a glob is ``layers0.weight``.
+    """
+    return name == pattern if pattern in known else fnmatchcase(name, pattern)

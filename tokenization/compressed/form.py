@@ -12,13 +12,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
 from tokenization.checkpoint.masks import share_out
+from tokenization.checkpoint.structure import fits
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
@@ -59,13 +59,14 @@ class Compressed(Form):
             InputError: a pattern fits nothing, sizes contradict each other, or a compressed weight is tied.
         """
         for pattern in zeros:
-            if not any(fnmatchcase(name, pattern) for name in checkpoint.tensors):
+            if not any(fits(name, pattern, checkpoint.tensors) for name in checkpoint.tensors):
                 what = f"tokens.pruned: {pattern!r} fits no tensor of {checkpoint.path}"
                 raise InputError(f"{what}; write glob patterns of tensor names")
         specs = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
         if not checkpoint.sizes:  # nothing can be read of it: only what needs no shape is found
             specs = {name: spec for name, spec in specs.items() if not name.endswith(("_crow_indices", "_packed"))}
-        parts = find_parts(specs, lambda name: checkpoint.flat(name).tolist(), zeros)
+        meant = {name for name in specs for pattern in zeros if fits(name, pattern, specs)}
+        parts = find_parts(specs, lambda name: checkpoint.flat(name).tolist(), meant)
         stored = {name for part in parts for name in part.stored}
         for alias, name in checkpoint.ties.items():
             if name in stored:

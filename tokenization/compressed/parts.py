@@ -16,9 +16,8 @@ In tokens it is two tensors of floats: values (0 where a weight is dead) and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -202,14 +201,14 @@ def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
 
 
 def find_parts(
-    specs: Mapping[str, TensorSpec], shape_of: Callable[[str], Sequence[int]], zeros: Sequence[str] = ()
+    specs: Mapping[str, TensorSpec], shape_of: Callable[[str], Sequence[int]], zeros: Collection[str] = ()
 ) -> list[Part]:
     """The compressed weights among tensors, by names, dtypes and shapes.
 
     Args:
         specs: dtype and shape of each stored tensor.
         shape_of: reads a ``w_shape``.
-        zeros: glob patterns of weights whose zeros are their mask.
+        zeros: names of weights whose zeros are their mask.
 
     Raises:
         InputError: sizes that contradict each other.
@@ -231,11 +230,11 @@ def find_parts(
     return parts
 
 
-def _is(kind: str, name: str, specs: Sequence[TensorSpec], zeros: Sequence[str]) -> bool:
+def _is(kind: str, name: str, specs: Sequence[TensorSpec], zeros: Collection[str]) -> bool:
     """Whether tensors that are called like a kind's are of its dtypes."""
     (first, shape), rest = specs[0], specs[1:]
     if kind == "zeros":
-        return first in FLOATS and math.prod(shape) > 1 and any(fnmatchcase(name, pattern) for pattern in zeros)
+        return first in FLOATS and math.prod(shape) > 1 and name in zeros
     if kind == "mask":
         return first in FLOATS and rest[0][1] == shape
     if kind == "csr":

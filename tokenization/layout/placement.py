@@ -15,13 +15,13 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
+from tokenization.checkpoint.structure import fits
 from tokenization.errors import InputError
 
 Normalization = Literal["residual", "layer", "none"]
@@ -205,7 +205,7 @@ def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorI
     """
     for field, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in checkpoint.order):
+            if not any(fits(name, pattern, checkpoint.order) for name in checkpoint.order):
                 near = difflib.get_close_matches(pattern, checkpoint.order, 1, 0.0)
                 hint = f" (the nearest name is {near[0]!r})" if near else ""
                 what = f"tokens.{field}: {pattern!r} fits no tensor of {checkpoint.path}{hint}"
@@ -222,7 +222,12 @@ def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorI
 def is_left_out(checkpoint: Checkpoint, name: str, options: TokenOptions) -> bool:
     """Whether the patterns keep a tensor out of the tokens, by any of its names."""
     names = [name, *(alias for alias, owner in checkpoint.ties.items() if owner == name)]
-    return not _fits(names, options.include) or _fits(names, options.exclude)
+    known = checkpoint.tensors.keys() | checkpoint.ties.keys()
+
+    def meant(patterns: Sequence[str]) -> bool:
+        return any(fits(each, pattern, known) for each in names for pattern in patterns)
+
+    return not meant(options.include) or meant(options.exclude)
 
 
 def as_reals(values: torch.Tensor) -> torch.Tensor:
@@ -236,10 +241,6 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         largest = torch.finfo(dtype).max
         values = values.clamp(-largest, largest)
     return values.to(dtype)
-
-
-def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 @dataclass(frozen=True)

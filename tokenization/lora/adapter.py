@@ -59,6 +59,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         what = f"{path}: peft_type is {config.get('peft_type')!r}"
         raise InputError(f"{what}, and no other adapters than 'LORA' are supported (DoRA is LORA); give such ones")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise InputError(f"{path}: {field} is {config[field]!r}; write numbers by names of modules")
+    numbers = {field: config[field] for field in ("r", "lora_alpha") if field in config}
+    numbers |= {f"rank_pattern of {key}": value for key, value in (config.get("rank_pattern") or {}).items()}
+    numbers |= {f"alpha_pattern of {key}": value for key, value in (config.get("alpha_pattern") or {}).items()}
+    for field, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+            raise InputError(f"{path}: {field} is {value!r}; write a number, as PEFT saved it")
     return config
 
 

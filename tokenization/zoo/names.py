@@ -135,8 +135,8 @@ def _rank(path: Path, text: str, paths: Sequence[Path]) -> int | None:
 def _plain(path: Path) -> str:
     """The path without the endings of checkpoints."""
     text = path.as_posix()
-    for suffix in (".index.json", ".safetensors", *SUFFIXES):
-        text = text.removesuffix(suffix)
+    while ending := next((each for each in (".index.json", ".safetensors", *SUFFIXES) if text.endswith(each)), ""):
+        text = text.removesuffix(ending)  # .pth.tar has two
     return text
 
 

@@ -157,7 +157,8 @@ class Reading:
             more = f" (and {len(twins) - 1} more such)" if len(twins) > 1 else ""
             what = "kept, as table or pattern name both" if keep else "counted once"
             self.say(f"{what}: {copy} is the same network as {original}{more}")
-        return list(sources if keep else kept.values())
+        left = {id(each) for each, _ in kept.values()}
+        return [pair for pair in sources if keep or id(pair[0]) in left]
 
 
 def in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from rpg.labs.fields.pictures import draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.data import FieldData, alter, load_data
 from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points
-from rpg.tasks.images.collection import open_zoo, single_threaded
+from rpg.tasks.collecting import open_zoo, single_threaded
 from rpg.tasks.many import append_many
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.zoo.condition import ConditionSpec

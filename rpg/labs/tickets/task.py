@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.images.collection import Progress, single_threaded
+from rpg.tasks.collecting import Progress, single_threaded
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.finetuning import finetune_many
 from rpg.tasks.images.subsets import BASE

@@ -26,7 +26,7 @@ from rpg.generation.generator import Generator
 from rpg.labs.training_runs.rivals import RATES, Trajectories, repeated, trivial, tuned_training
 from rpg.labs.training_runs.task import TrajectoriesTask
 from rpg.tasks import build_task
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError

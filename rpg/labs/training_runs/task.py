@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rpg.labs.training_runs.config import TrajectoriesConfig
 from rpg.seeding import make_rng
-from rpg.tasks.images.collection import open_zoo, single_threaded
+from rpg.tasks.collecting import open_zoo, single_threaded
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.many import append_many

@@ -27,7 +27,7 @@ from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open
 from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
 from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.packages import install_command
-from rpg.tasks.images.collection import use_threads
+from rpg.tasks.collecting import use_threads
 from tokenization.errors import InputError
 
 ASPECTS = (0.5, 1.0, 2.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rpg.labs.vision.config import DiffusionUnetConfig
 from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.seeding import make_rng
-from rpg.tasks.images.collection import use_threads
+from rpg.tasks.collecting import use_threads
 from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.images.digits import load_splits
 from tokenization.errors import InputError

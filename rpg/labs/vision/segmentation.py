@@ -19,7 +19,7 @@ from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
 from rpg.labs.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
 from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.packages import install_command
-from rpg.tasks.images.collection import use_threads
+from rpg.tasks.collecting import use_threads
 from tokenization.errors import InputError
 
 SEGFORMERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {

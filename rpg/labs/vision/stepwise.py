@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from rpg.devices import task_device
 from rpg.labs.vision.config import StepwiseConfig
 from rpg.seeding import derive_seed
-from rpg.tasks.images.collection import Progress, open_zoo, use_threads
+from rpg.tasks.collecting import Progress, SavedTraining, cosine_decay, open_zoo, use_threads
 from rpg.tasks.images.images import check_structure
-from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.images.timm_finetune import last_norms
-from rpg.tasks.schedule import cosine_decay
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

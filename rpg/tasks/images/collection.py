@@ -6,98 +6,22 @@ convergence, fine-tune it further with a larger learning rate, and keep the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from rpg.precision import in_bf16
-from rpg.section import Section
 from rpg.seeding import derive_seed, make_rng
+from rpg.tasks.collecting import DTYPES, Progress, convert_floats, single_threaded, use_threads
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
-from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
-
-Progress = Callable[[int, int], None]
-"""Called with the optimizer steps done and their total over all runs."""
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Floating-point dtypes by the names that configurations use."""
-
-
-@contextmanager
-def use_threads(num: int) -> Iterator[None]:
-    """Run torch on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Run torch on one thread: faster for small networks, and the bits do not depend on the number of cores."""
-    with use_threads(1):
-        yield
-
-
-def open_zoo(
-    path: Path | str, task: Section, condition: ConditionSpec | None = None, *, ignore: Collection[str] = ()
-) -> Zoo:
-    """Open the zoo at ``path`` to complete it, or create an empty one for ``task`` and ``condition``.
-
-    Fields that a zoo of an earlier version does not record have their defaults; those in ``ignore`` change no
-    checkpoint and are not recorded.
-
-    Raises:
-        InputError: the zoo there was collected with another configuration, which must not be mixed in.
-    """
-    path, wanted = Path(path), task.model_dump(mode="json", exclude=set(ignore))
-    if not (path / "zoo.json").exists():
-        return Zoo.create(path, task=wanted, condition=condition)
-    zoo = Zoo.open(path, repair=True)
-    recorded, wanted = without_arithmetic(recorded_task(zoo, type(task))), without_arithmetic(wanted)
-    for key in sorted((wanted.keys() | recorded.keys()) - set(ignore)):
-        if recorded.get(key) != wanted.get(key):
-            raise InputError(
-                f"{path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but {wanted.get(key)!r} is "
-                "configured; choose another folder, or remove this one to collect anew"
-            )
-    return zoo
-
-
-def without_arithmetic(task: Any) -> Any:
-    """A task's plain values without the precision of its training steps: a zoo may be completed on another machine."""
-    if not isinstance(task, dict):
-        return task
-    return {key: without_arithmetic(value) for key, value in task.items() if key != "precision"}
-
-
-def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
-    """The task of a zoo as plain values, with the defaults of fields that an earlier version did not record.
-
-    Raises:
-        InputError: the zoo records no task.
-    """
-    recorded = zoo.require_task()
-    try:
-        return kind.model_validate(recorded).model_dump(mode="json")
-    except ValidationError:  # another task's, or a later version's
-        return recorded
 
 
 @single_threaded()
@@ -219,17 +143,6 @@ def _converge(
         update(optimizer)
         schedule.step()
         tick(step)
-
-
-def convert_floats(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same state dict with its floating-point tensors in ``dtype``; tied names stay tied."""
-    ties = find_ties(state_dict)
-    converted = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in state_dict.items()
-        if name not in ties
-    }
-    return {name: converted[ties.get(name, name)] for name in state_dict}
 
 
 def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionConfig) -> torch.optim.Optimizer:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rpg.precision import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.collection import Progress, collect_runs, open_zoo, use_threads
+from rpg.tasks.collecting import Progress, open_zoo, use_threads
+from rpg.tasks.images.collection import collect_runs
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpg.precision import in_bf16
+from rpg.tasks.collecting import warm_cosine
 from rpg.tasks.images.config import FinetuneConfig, Stage
-from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from rpg.precision import in_bf16
 from rpg.seeding import derive_seed
-from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.collecting import Progress, SavedTraining, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
 from rpg.tasks.images.image_cache import require_image_size
 from rpg.tasks.images.images import check_structure
-from rpg.tasks.images.resuming import SavedTraining
 from rpg.tasks.images.timm_finetune import TimmFinetuneTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError

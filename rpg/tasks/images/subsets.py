@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.images.collection import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
+from rpg.tasks.collecting import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.many import collect_many

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.collecting import Progress, SavedTraining, cosine_decay, open_zoo
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import (
     AddressedImages,
@@ -34,8 +34,6 @@ from rpg.tasks.images.image_cache import (
     require_image_size,
 )
 from rpg.tasks.images.networks import own_network
-from rpg.tasks.images.resuming import SavedTraining
-from rpg.tasks.schedule import cosine_decay
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

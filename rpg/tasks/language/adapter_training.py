@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rpg.tasks.collecting import warm_cosine
 from rpg.tasks.images.finetuning import average_into, checkpoint_stretches
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
@@ -23,7 +24,6 @@ from rpg.tasks.language.adapter_bank import (
 )
 from rpg.tasks.language.config import AdapterTraining
 from rpg.tasks.language.rows import IGNORED, Rows
-from rpg.tasks.schedule import warm_cosine
 from rpg.tasks.side_by_side import Stacked
 
 if TYPE_CHECKING:

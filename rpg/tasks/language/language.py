@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.collection import Progress, open_zoo
+from rpg.tasks.collecting import Progress, open_zoo
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     AdapterScores,

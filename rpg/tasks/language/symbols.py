@@ -16,9 +16,8 @@ from torch import Tensor
 
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.images.collection import single_threaded
+from rpg.tasks.collecting import cosine_decay, single_threaded
 from rpg.tasks.language.config import SymbolsConfig
-from rpg.tasks.schedule import cosine_decay
 from tokenization.errors import InputError
 from tokenization.files import atomic_files, write_text
 from tokenization.zoo.locks import locked

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.images.collection import Progress, open_zoo, single_threaded
+from rpg.tasks.collecting import Progress, open_zoo, single_threaded
 from rpg.tasks.many import collect_many
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.data import load_images

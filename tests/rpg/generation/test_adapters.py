@@ -246,10 +246,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         change_weights(lambda name, tensor: torch.cat([tensor] * 2, 1) if "lora_A" in name else tensor),
         (f"{DOWN}.lora_A.weight' has shape [2, 48], but the zoo's has [2, 24]",),
     ),
-    "another rank": (change_config(r=8), ("adapter_config.json: r is 8, but 2 in",)),
+    "another rank": (change_config(r=8), ("has rank 2, but adapter_config.json says 8",)),
     "tensors of another rank": (
         change_weights(lambda name, tensor: tensor[:1] if "lora_A" in name else tensor[:, :1]),
-        (f"{DOWN}.lora_A.weight' has shape [1, 24], but the zoo's has [2, 24]",),
+        (f"{DOWN}.lora_A.weight' has rank 1, but adapter_config.json says 2",),
     ),
     "no B": (
         change_weights(lambda name, tensor: None if f"{DOWN}.lora_B" in name else tensor),

@@ -22,6 +22,16 @@ NAMES = {
     "lr1e-3_ep10.pt lr1e-4_ep10.pt": ["lr1e-3 10", "lr1e-4 10"],
     "run0_step5.pth run0_best.pth": ["0 5", "0"],
     "bs32_global_step7 bs32_global_step8": ["bs32 7", "bs32 8"],
+    "exp1/weights/best.pt exp1/weights/last.pt exp2/weights/best.pt exp2/weights/last.pt": ["1", "1 1", "2", "2 1"],
+    "a/checkpoint.pth.tar a/model_best.pth.tar b/checkpoint.pth.tar b/model_best.pth.tar": ["a 1", "a", "b 1", "b"],
+    "run0_step5.pth run0_last.pth run1_step9.pth run1_final.pth": ["0 5", "0 6", "1 9", "1 11"],
+    "v/version_0/epoch=2.ckpt v/version_0/epoch=2-v1.ckpt v/version_0/last.ckpt v/version_0/last-v1.ckpt": [
+        "v/version_0 2",
+        "v/version_0-v1 2",
+        "v/version_0 3",
+        "v/version_0-v1 3",
+    ],
+    "out out/checkpoint-500 out/checkpoint-1000": ["out 1002", "out 500", "out 1000"],
     "s1.pth s2.pth.tar": ["1", "2"],
     "seed0.pth seed1.pth": ["0", "1"],
 }

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from rpg.tasks import ImageNetConfig, build_task, task_of
+from rpg.tasks.collecting import SavedTraining
 from rpg.tasks.images.imagenet import TRAINING
-from rpg.tasks.images.resuming import SavedTraining
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.experiments.evaluating import evaluate_run
 from rpg.experiments.sweep import load_sweep
 from rpg.tasks import TimmFinetuneConfig, build_task
-from rpg.tasks.images.resuming import SavedTraining
+from rpg.tasks.collecting import SavedTraining
 from rpg.tasks.images.timm_finetune import last_norms
 from rpg.training.loop import train
 from tokenization.checkpoint.checkpoint import read_state_dict

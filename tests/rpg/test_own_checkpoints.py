@@ -1,0 +1,196 @@
+"""A user's own files from `rpg collect --from` to networks: what is found, said and counted; proposals that train."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rpg.evaluation.span import ZooSpan
+from tests.rpg.conftest import Run, refused
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.zoo.zoo import Zoo
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def state(seed: int = 0, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: value.clone() for name, value in network(seed).state_dict().items()}
+
+
+def save(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+def averaged(seed: int) -> dict[str, Tensor]:
+    made = torch.optim.swa_utils.AveragedModel(network(seed))
+    made.update_parameters(network(seed))
+    return made.state_dict()
+
+
+def half(folder: Path, seed: int) -> None:
+    if seed % 2:
+        safetensors.torch.save_file(state(seed, "_orig_mod."), folder / f"run{seed}.safetensors")
+    else:
+        save(folder / f"run{seed}.pth", state(seed))
+
+
+SITUATIONS: dict[str, Callable[[Path, int], None]] = {
+    "a whole training state": lambda folder, seed: save(
+        folder / f"seed{seed}.th",
+        {"state_dict": state(seed, "module."), "best": np.float64(0.9), "history": collections.defaultdict(list)},
+    ),
+    "averaged": lambda folder, seed: save(
+        folder / f"run{seed}_epoch5.pth", {"model": state(seed + 90), "model_ema": averaged(seed), "epoch": seed}
+    ),
+    "half in each format": half,
+    "steps of two runs": lambda folder, seed: save(folder / f"run{seed % 2}_step{seed}.pkl", state(seed)),
+    "steps of one run": lambda folder, seed: save(folder / f"step{seed}.model", state(seed)),
+    "without an ending": lambda folder, seed: save(
+        folder / f"tune_{seed}" / "checkpoint_000050", {"weights": state(seed)}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SITUATIONS)
+def test_what_is_collected_trains_as_proposed_and_loads(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for seed in range(5):
+        SITUATIONS[case](Path("mine"), seed)
+    for command in (
+        ("collect", "--from", "mine", "--zoo", "zoo"),
+        ("inspect", "zoo", "--verify", "--set", "train.steps=20", "--write-config", "c.yaml"),
+        ("train", "c.yaml"),
+        ("generate", "runs/zoo", "--num", "2", "--output", "new"),
+    ):
+        code, out, err = rpg(*command)
+        assert code == 0, f"{command}: {out}{err}"
+    assert "steps: 20" in Path("c.yaml").read_text()
+    for path in sorted(Path("new").glob("*.safetensors")):
+        network().load_state_dict(safetensors.torch.load_file(path))
+    zoo, layers = Zoo.open("zoo"), [name for name in state() if "num_batches" not in name]
+    span = ZooSpan([zoo.checkpoint(index) for index in range(5)], [name for name in layers if "running" not in name])
+    made = span.place(Checkpoint.open(path).state_dict() for path in sorted(Path("new").glob("*.safetensors")))
+    assert bool((span.distances(made).amin(1) > 0.05 * span.unit()).all()) or "is a copy of" in out
+
+
+def test_several_paths_behind_from(rpg: Run, tmp_path: Path) -> None:
+    for seed in range(3):
+        save(tmp_path / f"net{seed}.pth", state(seed))
+    files = [tmp_path / f"net{seed}.pth" for seed in range(3)]
+    assert rpg("collect", "--from", *files, "--zoo", tmp_path / "zoo")[0] == 0
+    assert len(Zoo.open(tmp_path / "zoo")) == 3
+    assert rpg("collect", "--zoo", tmp_path / "b", "--from", files[0], "--from", files[1])[0] == 0
+    assert len(Zoo.open(tmp_path / "b")) == 2
+    refused(rpg("collect", files[0], files[1]), "takes one CONFIG", "--from")
+
+
+def test_a_network_under_two_names_is_counted_once(rpg: Run, tmp_path: Path) -> None:
+    for run in range(1, 5):
+        for name in ("best", "last"):
+            save(tmp_path / "runs" / f"exp{run}" / "weights" / f"{name}.pt", {"model": state(run), "name": name})
+    code, out, _ = rpg("collect", "--from", tmp_path / "runs", "--zoo", tmp_path / "zoo")
+    assert code == 0 and "counted once" in out and "4 checkpoints of 4 run(s)" in out
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.runs == ["1", "2", "3", "4"]
+    code, out, _ = rpg("collect", "--from", tmp_path / "runs", "--zoo", tmp_path / "zoo")
+    assert code == 0 and len(Zoo.open(tmp_path / "zoo")) == 4
+    pattern = r"exp(?P<run>\d+)/weights/(best|last)"
+    code, out, _ = rpg("collect", "--from", tmp_path / "runs", "--pattern", pattern, "--zoo", tmp_path / "kept")
+    assert code == 0 and "kept, as table or pattern name both" in out
+    kept = Zoo.open(tmp_path / "kept")
+    names = ["0.weight", "3.weight"]
+    once = ZooSpan([zoo.checkpoint(index) for index in range(4)], names).unit()
+    assert once > 0 and len(kept) == 8
+    assert ZooSpan([kept.checkpoint(index) for index in range(8)], names).unit() == pytest.approx(once)
+
+
+def test_a_final_model_beside_its_checkpoints(rpg: Run, tmp_path: Path) -> None:
+    for step in (500, 1000):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        save(folder / "optimizer.pt", {"state": {}})
+        save(folder / f"global_step{step}" / "mp_rank_00_model_states.pt", {"module": state(step)})
+        safetensors.torch.save_file(state(step), folder / "model.safetensors")
+    shutil.copy(tmp_path / "out" / "checkpoint-1000" / "model.safetensors", tmp_path / "out" / "model.safetensors")
+    save(tmp_path / "out" / "training_args.bin", {"x": 1})
+    code, out, _ = rpg("collect", "--from", tmp_path / "out", "--zoo", tmp_path / "zoo")
+    assert code == 0 and "counted once" in out and "global_step500 lies in a folder that is a checkpoint" in out
+    assert [(entry.run, entry.step) for entry in Zoo.open(tmp_path / "zoo").entries] == [(0, 500), (0, 1000)]
+
+
+def test_bad_files_and_those_without_weights(rpg: Run, tmp_path: Path) -> None:
+    for seed in range(3):
+        save(tmp_path / "mine" / f"net{seed}.pth", state(seed))
+        save(tmp_path / "mine" / f"optimizer{seed}.pt", torch.optim.Adam(network().parameters()).state_dict())
+    (tmp_path / "mine" / "cut.pth").write_bytes((tmp_path / "mine" / "net0.pth").read_bytes()[:-300])
+    save(tmp_path / "mine" / "other.pth", {"weight": torch.ones(3)})
+    refused(rpg("collect", "--from", tmp_path / "mine", "--zoo", tmp_path / "zoo"), "cut.pth", "unreadable")
+    code, out, _ = rpg("collect", "--from", tmp_path / "mine", "--zoo", tmp_path / "zoo", "--skip-bad")
+    assert code == 0 and len(Zoo.open(tmp_path / "zoo")) == 3
+    lines = " ".join(out.split())
+    assert "skipped: " in lines and "cut.pth" in lines and "other.pth" in lines and "optimizer0.pt" in lines
+
+
+def test_key_and_strip(rpg: Run, tmp_path: Path) -> None:
+    for seed in range(2):
+        content = {"generator": state(seed, "net."), "discriminator": state(seed + 9), "step": 3}
+        save(tmp_path / f"gan{seed}.pt", content)
+    told = rpg("collect", "--from", f"{tmp_path}/*.pt", "--zoo", tmp_path / "zoo")
+    refused(told, "(generator, discriminator)", "--key generator")
+    cure = told[2].split("choose one with ")[1].split()
+    code, out, _ = rpg("collect", "--from", f"{tmp_path}/*.pt", "--zoo", tmp_path / "zoo", *cure)
+    assert code == 0
+    cure = out.split("cut it off with ")[1].split()[:2]
+    code, out, _ = rpg("collect", "--from", f"{tmp_path}/*.pt", "--zoo", tmp_path / "b", "--key", "generator", *cure)
+    assert code == 0
+    network().load_state_dict(Zoo.open(tmp_path / "b").state_dict(1))
+
+
+@pytest.mark.parametrize(("mark", "suffix"), [(";", "csv"), ("\t", "tsv"), ("\t", "csv"), (",", "csv")])
+def test_tables_of_spreadsheets(rpg: Run, tmp_path: Path, mark: str, suffix: str) -> None:
+    for seed in range(2):
+        save(tmp_path / f"net{seed}.pth", state(seed))
+    score = "0,25" if mark == ";" else "0.25"
+    rows = [["file", "run", "step", "accuracy"], ["net0.pth", "a", "1", score], ["net1.pth", "b", "2", "1"]]
+    (tmp_path / f"t.{suffix}").write_text("\n".join(mark.join(row) for row in rows))
+    assert rpg("collect", "--from", tmp_path, "--table", tmp_path / f"t.{suffix}", "--zoo", tmp_path / "zoo")[0] == 0
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert [entry.metrics["accuracy"] for entry in zoo.entries] == [0.25, 1] and zoo.runs == ["a", "b"]
+
+
+def test_names_are_literal_before_they_are_patterns(rpg: Run, tmp_path: Path) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        content = {name: torch.randn(8) for name in ("layers[0].weight", "layers0.weight", "a[1]", "b*")}
+        safetensors.torch.save_file(content, tmp_path / f"seed{seed}.safetensors")
+    assert rpg("collect", "--from", f"{tmp_path}/*.safetensors", "--zoo", tmp_path / "zoo")[0] == 0
+    for name, left in (("layers[0].weight", 24), ("layers[01].weight", 24), ("*[[]*", 16), ("b*", 24)):
+        code, out, err = rpg("inspect", tmp_path / "zoo", "--set", f"tokens.exclude=['{name}']", "--json")
+        assert code == 0, err
+        assert json.loads(out)["values"] == left, name
+
+
+def test_generate_names_the_runs_that_are_there(rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "runs" / "mine" / "generator").mkdir(parents=True)
+    told = rpg("generate", "runs/nothing")
+    refused(told, "there is no folder runs/nothing", "runs mine")
+    assert "hub" not in told[2].lower()
+    assert rpg("generate", "elsewhere/nothing")[2].startswith("error: there is no folder elsewhere/nothing")
