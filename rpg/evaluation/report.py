@@ -251,9 +251,15 @@ def verdict_of(report: Report) -> str:
     best = next(iter(rivals), None)
     original, own = report.mean("original"), report.mean("generated")
     words = first.replace("_", " ")
+    if own is None and not first:
+        middle = nearest_of(report.kinds["generated"])
+        if middle is None:
+            return "Nothing scores these networks; the table holds distances alone."
+        return (
+            f"Nothing scores these networks; generated ones lie {middle:.2g} nearest-neighbour distances from the "
+            "originals (median)."
+        )
     if own is None:
-        if report.kinds["generated"].count and (middle := nearest_of(report.kinds["generated"])) is not None:
-            return f"Nothing scores these networks; generated ones lie {middle:.2g} nearest-neighbour distances away."
         if best is None or original is None:
             return "There is nothing to compare with."
         beside = f"the best baseline, {label_of(best)}, {shown(rivals[best], first)}"
