@@ -92,7 +92,7 @@ def _readme(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
 def _hub(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """A run and its zoo, and a hub of this machine."""
     place = sandbox.folder / "runs"
-    make_zoo(place / "zoos" / "demo")
+    make_zoo(place / "zoos" / "digits_demo")
     train(
         small_config(place, zoo="runs/zoos/digits_demo", run="runs/digits_demo", train={"steps": 1}), say=lambda _: None
     )
@@ -172,8 +172,8 @@ def _fields(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
 def _metric(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """First weights to go on from; few rates for the optimizers beside the generator."""
     rates = {"adam": (0.01,), "sgd": (0.1,)}
-    for module in ("metric", "metric_rivals"):
-        patch.setattr(f"rpg.experiments.{module}.RATES", rates)
+    for module in ("experiment", "rivals"):
+        patch.setattr(f"rpg.labs.training_runs.{module}.RATES", rates)
     config = Config.load(sandbox.folder / "configs" / "gpt.yaml")
     save_file(build_task(config.task).build().state_dict(), sandbox.folder / "start.safetensors")
 
