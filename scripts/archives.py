@@ -75,7 +75,9 @@ def _save_image(image: Tensor, path: Path, height: int) -> None:
 def write_coco(root: Path, made: dict[str, list[Canvas]], size: int) -> Path:
     """``NAME/*.jpg`` and ``annotations/instances_NAME.json``; the digits 0 … 9 are the categories 1 … 10."""
     for part, canvases in made.items():
-        name, images, things = f"{part}2017", [], []
+        name = f"{part}2017"
+        images: list[dict] = []
+        things: list[dict] = []
         for folder in (root / name, root / "annotations"):
             folder.mkdir(parents=True, exist_ok=True)
         for number, canvas in enumerate(canvases, 100):

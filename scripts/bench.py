@@ -60,7 +60,7 @@ def measure(
     for label, sampler in samplers.items():
         generator.generate(1, seed=1, **{**sampler, "steps": 2})  # warm up
         began = time.perf_counter()
-        networks = generator.generate(num, seed=0, **sampler)
+        networks: Any = generator.generate(num, seed=0, **sampler)
         seconds[label] = (time.perf_counter() - began) / num
         scores[label] = float(accuracy(task.predict(networks), task.labels()).mean())
     originals = [zoo.state_dict(index) for index in range(len(zoo))]

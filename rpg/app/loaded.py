@@ -227,7 +227,7 @@ class LoadedRun:
         if self.zoo is not None:
             self.originals = Originals(self.generator, self.zoo, self.task)
 
-    def make(self, wish: Wish, folder: Path, progress: Callable[[int, int], None] | None = None) -> Made:
+    def make(self, wish: Wish, folder: Path, progress: Callable[[float, float], None] | None = None) -> Made:
         """Generate networks into a new folder in ``folder``, score them and find the originals nearest to them.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,8 +169,8 @@ class Evaluation:
         return torch.stack(known) if known and len(known) == len(found) else None
 
     def _num_images(self) -> int:
-        task = getattr(self.scorer, "task", None)
-        return len(task.labels(self.options.split)) if hasattr(task, "labels") else 0
+        labels = getattr(getattr(self.scorer, "task", None), "labels", None)
+        return len(labels(self.options.split)) if labels else 0
 
     def _answer(self, kind: str, place: int, network: StateDict) -> Answer:
         found = {"original": self.conditions.originals, "held_out": self.conditions.held_out}
@@ -235,7 +236,7 @@ class Evaluation:
         if options.train is not None:
             ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in made.items()}
             for name, batch in options.train(ready).items():
-                every[name] = [lambda network=network: network for network in batch]
+                every[name] = [partial(dict, network) for network in batch]
         return every
 
     def _report(self) -> Report:

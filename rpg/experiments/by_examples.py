@@ -74,8 +74,8 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test")
         number: {name: networks({"accuracy": values}, seed=seed) for name, values in found.items()}
         for number, found in by_number.items()
     }
-    for found in kinds.values():
-        found["original"] = networks({"accuracy": trained}, seed=seed)
+    for of_number in kinds.values():
+        of_number["original"] = networks({"accuracy": trained}, seed=seed)
     report = Report(
         experiment="examples",
         judge="sensors",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ class Methods:
         self.trained = self._networks("train")
         self.known = zoo_conditions(self.zoo, training_entries(self.zoo, config.train.splits))
         self.fresh = config.train.behaviour is not None and config.train.behaviour.tasks == "fresh"
-        self.simulated = self.task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
+        task: Any = self.task
+        self.simulated = task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
         self.chosen: dict[str, Any] = {}
         self.direct = {}
         if rivals:
@@ -198,7 +200,7 @@ class Methods:
         sets = self.sets("validation")
         found = log_likelihoods(self.task, known, sets.shown(num)[0])
         draws = [drawn(each, networks, max(DRAWS), self.seed) for each in found]
-        best = self._best([lambda each=each: each for each in draws], sets, "joint", -1)
+        best = self._best([partial(dict, each) for each in draws], sets, "joint", -1)
         self.chosen[f"{name}, {num} shown"] = WIDTHS[best]
         return WIDTHS[best]
 
@@ -212,10 +214,8 @@ class Methods:
         if key not in self.chosen:
             own = self.sets("validation")
             start = self.direct[name](own.rows(num, False).flatten(1), 1, make_rng(self.seed, "implicit"))
-            best = self._best(
-                [lambda each=each: self._finetuned(start, own, *each) for each in TUNING], own, "accuracy", 1
-            )
-            self.chosen[key] = list(TUNING[best])
+            place = self._best([partial(self._finetuned, start, own, *each) for each in TUNING], own, "accuracy", 1)
+            self.chosen[key] = list(TUNING[place])
         return self._finetuned(networks, sets, *self.chosen[key])
 
     def _best(self, made: list[Callable[[], Stacked]], sets: ExampleSets, metric: str, sign: int) -> int:
@@ -235,7 +235,7 @@ class Methods:
         """The networks that the generator makes of what tasks are ``[S, C]``, without any prior."""
         network, layout = self.generator.network, self.generator.layout
         assert isinstance(network, RecurrentDiffusion) and self.zoo.condition is not None
-        codes = network.state.codes(self.zoo.condition.inputs(tasks))  # type: ignore[union-attr]
+        codes = network.state.codes(self.zoo.condition.inputs(tasks))  # type: ignore[union-attr, operator]
         noise = torch.randn(len(tasks), layout.num_tokens, layout.token_size, generator=make_rng(self.seed, "of tasks"))
         with torch.inference_mode():
             return layout.decode_batch(network.one_step(noise, layout.mask.float(), codes), constants=True)

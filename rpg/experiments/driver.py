@@ -137,7 +137,7 @@ def run_experiment(
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
         train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
         reports.append(experiment.evaluate(run, seed=each.seed, **options))
-    facts = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
+    facts: dict[str, Any] = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
     if seeds > 1:
         facts["seeds"] = [{"seed": each.seed, "mean": each.mean("generated"), **each.facts} for each in reports]
     report = reports[0].model_copy(update={"facts": {**reports[0].facts, **facts}})

@@ -250,7 +250,7 @@ def _stored_span(
     places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
     accuracy = sum(right) / len(right) if None not in right else None
     span = measure_span(zoo, Places.join(places), asked, accuracy)
-    return span and span.model_dump()
+    return None if span is None else span.model_dump()
 
 
 def _drawn(

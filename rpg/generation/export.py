@@ -47,7 +47,7 @@ def export(
     seed: int = 0,
     condition: Any = None,
     start: Path | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write one network in the form that ``to`` names, its keys and shapes compared with the network it is meant for.
@@ -159,7 +159,7 @@ def _checkpoint(
     seed: int,
     condition: Any,
     start: Path | str | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[float, float], None] | None,
 ) -> Iterator[Checkpoint]:
     """The weights to export, generated now if need be."""
     path = Path(source)

@@ -99,7 +99,12 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
             tensors.append({"name": name, "role": "tie", "of": layout.ties[name]})
             continue
         dtype, shape = layout.spec(name)
-        entry = {"name": name, "role": "constant", "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+        entry: dict[str, Any] = {
+            "name": name,
+            "role": "constant",
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+        }
         if name in layout.copied:
             entry["varies"] = True
         if layer := layers.get(name):

@@ -143,14 +143,14 @@ def conversion(
 
     apart = "collect adapters of one kind, each kind into a zoo of its own"
     for field in _FIELDS:
-        require(field, lambda each, field=field: each.get(field) or False, apart)
+        require(field, partial(_field, field), apart)
     require("init_lora_weights", lambda each: changes_base(each) or "plain", apart)
     if base is None:
         cure = "if both are the same model, say --base NAME"
         require("base_model_name_or_path", _base, cure)
     if config.get("target_parameters"):  # which of a module's parameters a pattern means, only the base tells
         for field in ("rank_pattern", "alpha_pattern"):
-            require(field, lambda each, field=field: each.get(field) or False, apart)
+            require(field, partial(_field, field), apart)
     factors = {}
     for name in names:
         match = _FACTOR.search(name)
@@ -214,6 +214,10 @@ def _resolved(field: str, module: str, config: Mapping[str, Any], default: Any) 
             if re.match(rf"(.*\.)?({pattern})$", ".".join([module, *leaf])):  # as PEFT itself matches
                 return value
     return default
+
+
+def _field(name: str, config: Mapping[str, Any]) -> Any:
+    return config.get(name) or False
 
 
 def _base(config: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ DENOISERS: dict[str, Callable[[Any, int, int, int], Denoiser]] = {
 
 
 def build_denoiser(
-    config: MLPConfig | UNet1dConfig | JointConfig, token_size: int, d_prototype: int, num_tokens: int
+    config: MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, token_size: int, d_prototype: int, num_tokens: int
 ) -> Denoiser:
     """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
 
