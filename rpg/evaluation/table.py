@@ -37,9 +37,10 @@ def print_report(
     if full:
         _print_rest(report, console)
     said = [report.verdict]
-    if folder is not None:
-        page = Path(folder) / "report.html"
-        said.append(f"report: {page if page.is_file() else Path(folder) / FILE}{'' if full else '; all with --full'}")
+    # What is evaluated for a choice is not written.
+    written = [each for name in ("report.html", FILE) if folder and (each := Path(folder) / name).is_file()]
+    if written:
+        said.append(f"report: {written[0]}{'' if full else '; all with --full'}")
     said += [f"next: {then}"] if then else []
     for line in said:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
