@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from rpg.config import Config
-from rpg.experiments import field_pictures as pictures
-from rpg.experiments import fields as experiment
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
+from rpg.labs.fields import experiment, pictures
 from rpg.labs.fields.experiment import evaluate_fields, fields_task
 from rpg.labs.fields.pictures import render_files
 from rpg.training.loop import train

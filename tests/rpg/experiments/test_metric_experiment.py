@@ -11,8 +11,8 @@ import torch
 
 from rpg.config import Config
 from rpg.evaluation.wishes import asked_and_got, direction
-from rpg.experiments import metric_rivals
 from rpg.generation.generator import Generator
+from rpg.labs.training_runs import rivals as metric_rivals
 from rpg.labs.training_runs.experiment import evaluate_metric, run_metric, trajectories_task
 from rpg.labs.training_runs.rivals import Trajectories
 from rpg.models.start import StartConfig
