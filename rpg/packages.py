@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import re
 import shlex
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 
 from packaging.requirements import Requirement
@@ -81,3 +83,17 @@ def _reinstall_command() -> str:
     editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
     place = str(origin.get("url", f"{DISTRIBUTION}=={own.version}")).removeprefix("file://")
     return f" && pip install --force-reinstall --no-deps {editable}{shlex.quote(place)}"
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows no progress bars of its own: a command has one voice."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

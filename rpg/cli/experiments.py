@@ -208,7 +208,8 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
     chosen = for_choices(settings) if split == "validation" else settings
     if chosen is settings:
         return settings
-    console.print(f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not")
+    said = f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
     _guard_memory(chosen, ignore_memory)
     with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
         if chosen.task is not None:

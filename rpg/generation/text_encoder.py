@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rpg.packages import without_bars
 from tokenization.errors import InputError
 from tokenization.files import atomic_file
 from tokenization.zoo.cache import cache_path
@@ -188,23 +189,18 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
         InputError: it cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
 
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        local: Any = {"local_files_only": not Path(name).exists() and not _answers(name)}
-        config = AutoConfig.from_pretrained(name, **local)
-        tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        network = choose(config).from_pretrained(name, dtype=torch.float32, **local)
+        with without_bars():
+            local: Any = {"local_files_only": not Path(name).exists() and not _answers(name)}
+            config = AutoConfig.from_pretrained(name, **local)
+            tokenizer = AutoTokenizer.from_pretrained(name, **local)
+            network = choose(config).from_pretrained(name, dtype=torch.float32, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{where} {name} could not be loaded ({reason}); name a transformers model or its local path"
         ) from None
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
     return network.eval().requires_grad_(False), tokenizer
 
 

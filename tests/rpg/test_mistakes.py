@@ -215,7 +215,7 @@ MISTAKES = {
     "rpg generate RUN --setting angle=3": "generator of settings",
     "rpg demo --set task=null": "task",
     "rpg run FOLDER/none.yaml": "none.yaml",
-    "rpg collect --from FAKE EMPTY --zoo FOLDER/new": "put a glob in quotes",
+    "rpg collect --from FAKE EMPTY --zoo FOLDER/new": "empty",
     "rpg run CONFIG --set zoo=FOLDER/none --set task=null": "none",
     "rpg run DIGITS --set run=TEXT": "text",
 }
@@ -314,8 +314,11 @@ def test_what_the_disk_refuses_is_one_line(rpg: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(rpg: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", lambda *_: None)
-    with pytest.raises(AttributeError):
+    def fault(*_: object) -> None:
+        raise AttributeError("a fault of the program")
+
+    monkeypatch.setattr(cli, "load", fault)
+    with pytest.raises(AttributeError, match="a fault"):
         rpg("train", "config.yaml")
 
 

@@ -203,11 +203,16 @@ def _read_index(path: Path) -> Header:
 def ties_of(header: Header, path: Path) -> dict[str, str]:
     """``{alias: stored name}`` from ``rpg.ties``, or as `safetensors.torch.save_model` says what it left out.
 
-    That writes a key for each left out name, and the name of the tensor that is the same for its text.
+    That writes a key for each left out name, and the name of the tensor that is the same for its text. Other metadata
+    may happen to hold a tensor's name (``best: weight``); only two names of one parameter, ``head.weight`` of
+    ``embed.weight``, are a tie.
     """
     if TIES_KEY not in header.metadata and ORDER_KEY not in header.metadata:
-        said = header.metadata.items()
-        return {alias: name for alias, name in said if alias not in header.tensors and name in header.tensors}
+        return {
+            alias: name
+            for alias, name in header.metadata.items()
+            if alias not in header.tensors and name in header.tensors and _leaf(alias) == _leaf(name)
+        }
     ties = _json_metadata(header, TIES_KEY, path, {})
     if not isinstance(ties, dict):
         raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")
@@ -216,6 +221,10 @@ def ties_of(header: Header, path: Path) -> dict[str, str]:
             what = f"metadata {TIES_KEY} ties it to {name!r}, but a tie is of another key to a stored tensor"
             raise InputError(f"{tensor_at(path, alias)}: {what}; {_REWRITE}")
     return ties
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def order_of(header: Header, ties: dict[str, str], path: Path) -> tuple[list[str], bool]:

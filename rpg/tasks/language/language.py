@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import Progress, open_zoo
 from rpg.tasks.language.adapter_bank import (
@@ -291,17 +292,11 @@ class LanguageTask:
 
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(name, **options)
+        with without_bars():
+            return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         found = str(error).splitlines()[0][:200]
         raise InputError(
             f"task.base {name!r} could not be loaded ({found}); name a causal language model of transformers"
         ) from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.collecting import cosine_decay, single_threaded
@@ -78,8 +79,9 @@ def write_base(config: SymbolsConfig, base: Path, seed: int) -> None:
     tokenizer = make_tokenizer(config)
     with single_threaded():
         model = pretrain(config, tokenizer, seed)
-    tokenizer.save_pretrained(base)
-    model.save_pretrained(base)
+    with without_bars():
+        tokenizer.save_pretrained(base)
+        model.save_pretrained(base)
 
 
 def make_tokenizer(config: SymbolsConfig) -> Any:

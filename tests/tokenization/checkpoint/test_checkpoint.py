@@ -158,13 +158,13 @@ def test_foreign_metadata_that_says_the_name_of_a_tensor_is_no_tie(tmp_path: Pat
     assert checkpoint.ties == {} and checkpoint.order == ["weight"] and checkpoint.metadata["best"] == "weight"
 
 
-def test_what_the_librarys_save_model_notes_is_no_tie(tmp_path: Path) -> None:
-    """It cannot be told from other metadata; the library's own load_model ties the network again."""
+def test_what_the_librarys_save_model_notes_is_a_tie(tmp_path: Path) -> None:
     network = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     network["b"].weight = network["a"].weight
     safetensors.torch.save_model(network, str(tmp_path / "a.safetensors"))
-    state = read_state_dict(tmp_path / "a.safetensors")
-    assert list(state) == ["a.weight"] and torch.equal(state["a.weight"], network["a"].weight)
+    checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
+    assert checkpoint.ties == {"b.weight": "a.weight"}
+    network.load_state_dict(checkpoint.state_dict())
 
 
 def test_ties_that_a_file_of_0_1_0_records_are_read(tmp_path: Path) -> None:
