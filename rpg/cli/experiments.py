@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -227,25 +228,30 @@ def experiment(
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
+    from rpg.generation.folders import find_folder, require_files
     from rpg.generation.sampler import join_processes
+    from tokenization.zoo.locks import locked
 
     partition, place = join_processes(device)
     words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]
-    chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
-    if split is not None and (chosen.name != "networks" or settings.model.condition.kind != "none"):
-        settings = _to_score(settings, split, place, ignore_memory)
-    if split is None:
-        _guard_memory(settings, ignore_memory)
-    with (
-        progress_bar("collecting") as collecting,
-        training_bar(f"training on {place}") as training,
-        progress_bar(f"scoring on {place}") as scoring,
-    ):
-        workers = Workers(partition, scoring)
-        if split is not None:
-            report = chosen.evaluate(settings.run, seed=settings.seed, split=split, workers=workers)
-        else:
-            progress = {"collect": collecting, **training}
-            report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
+    if split == "test":
+        require_files(find_folder(settings.run))
+    with locked(settings.run) if split is None else contextlib.nullcontext():
+        chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
+        if split is not None and (chosen.name != "networks" or settings.model.condition.kind != "none"):
+            settings = _to_score(settings, split, place, ignore_memory)
+        if split is None:
+            _guard_memory(settings, ignore_memory)
+        with (
+            progress_bar("collecting") as collecting,
+            training_bar(f"training on {place}") as training,
+            progress_bar(f"scoring on {place}") as scoring,
+        ):
+            workers = Workers(partition, scoring)
+            if split is not None:
+                report = chosen.evaluate(settings.run, seed=settings.seed, split=split, workers=workers)
+            else:
+                progress = {"collect": collecting, **training}
+                report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
     print_report(report, console, folder=settings.run, full=full, then=f"rpg generate {settings.run} --num 10")
     return told_of(report, settings.run, settings.run)

@@ -203,16 +203,14 @@ def _read_index(path: Path) -> Header:
 def ties_of(header: Header, path: Path) -> dict[str, str]:
     """``{alias: stored name}`` from ``rpg.ties``, or as `safetensors.torch.save_model` says what it left out.
 
-    That writes a key for each left out name, and the name of the tensor that is the same for its text. Other metadata
-    may happen to hold a tensor's name (``best: weight``); only two names of one parameter, ``head.weight`` of
-    ``embed.weight``, are a tie.
+    That writes a key for each left out name, and the name of the tensor that is the same for its text. Where other
+    programs have written metadata too (``format``), one of theirs may hold a tensor's name (``best: weight``);
+    there, only two names of one parameter, ``head.weight`` and ``embed.weight``, are a tie.
     """
-    if TIES_KEY not in header.metadata and ORDER_KEY not in header.metadata:
-        return {
-            alias: name
-            for alias, name in header.metadata.items()
-            if alias not in header.tensors and name in header.tensors and _leaf(alias) == _leaf(name)
-        }
+    metadata = header.metadata
+    if TIES_KEY not in metadata and ORDER_KEY not in metadata:
+        missing = {a: n for a, n in metadata.items() if a not in header.tensors and n in header.tensors}
+        return {a: n for a, n in missing.items() if "format" not in metadata or _leaf(a) == _leaf(n)}
     ties = _json_metadata(header, TIES_KEY, path, {})
     if not isinstance(ties, dict):
         raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")
