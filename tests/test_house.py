@@ -24,6 +24,7 @@ OPTIONAL = {
     "pycocotools",
     "skimage",
     "torchmetrics",
+    "wordllama",
 }
 OPTIONAL |= {"trimesh", "wandb"}
 SLOW = {"diffusers", "huggingface_hub", "matplotlib", "peft", "sklearn", "timm", "tokenizers", "torchvision"}

@@ -91,7 +91,8 @@ class Trainer:
 
     def check(self, zoo: Zoo) -> None:
         """Raise InputError for what cannot be trained."""
-        check_zoo(zoo, self.config.train.splits, self.config.model.condition.kind)
+        condition = self.config.model.condition
+        check_zoo(zoo, self.config.train.splits, "examples" if condition.phrases else condition.kind)
 
     @property
     def num_steps(self) -> int:
