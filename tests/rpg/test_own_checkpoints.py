@@ -243,3 +243,18 @@ def test_what_lies_in_a_checkpoints_folder_is_its_own_behind_any_glob(rpg: Run, 
     inside = tmp_path / "trainer" / "run0" / "checkpoint-10" / "global_step10"
     code, out, err = rpg("collect", "--from", inside, "--zoo", tmp_path / "named")
     assert code == 0 and "1 checkpoints" in out, err
+
+
+@pytest.mark.parametrize("source", ["mine", "mine/*.pth", "mine/deep/../*.pth", "mine/0.pth"])
+def test_a_table_names_files_from_the_folder_of_the_glob(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    for seed in range(2):
+        save(Path("mine") / f"{seed}.pth", state(seed))
+    Path("mine/table.csv").write_text("file,run,condition\n0.pth,a,3\n1.pth,b,5\n")
+    code, _, err = rpg("collect", "--from", source, "--table", "mine/table.csv", "--condition", "vector", "--zoo", "z")
+    assert code == 0, err
+    zoo = Zoo.open("z")
+    assert [(entry.condition, entry.run) for entry in zoo.entries] == [((3.0,), 0), ((5.0,), 1)][: len(zoo)]
