@@ -87,7 +87,7 @@ def test_wordllama_is_loaded_without_a_network_and_leaves_logging_alone() -> Non
 
 def test_the_order_of_phrases_and_padding_do_not_matter() -> None:
     torch.manual_seed(0)
-    encoder = ConditionEncoder("text", 5, 8, phrases=True)
+    encoder = ConditionEncoder("text", 5, 8, features=3)
     rows = torch.cat([torch.randn(2, 4), torch.ones(2, 1)], 1)
     padded = torch.cat([rows, torch.zeros(1, 5)]).flatten()[None]
     assert torch.allclose(encoder(rows.flatten()[None]), encoder(rows.flip(0).flatten()[None]), atol=1e-6)
@@ -133,5 +133,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, run: Path) -> None:
     ])  # fmt: skip
     with pytest.raises(InputError, match=r"model.condition.encoder is empty; name wordllama"):
         train(config, say=lambda _: None)
-    with pytest.raises(InputError, match=r"phrases needs kind: text"):
+    with pytest.raises(InputError, match=r"features is 7, but the settings have 10; set it to that"):
+        train(config.override(["model.condition.features=7"]), say=lambda _: None)
+    with pytest.raises(InputError, match=r"phrases needs kind: text and features"):
         Config.load(f"{CONFIGS}/sensors.yaml", ["model.condition.phrases=3"])
