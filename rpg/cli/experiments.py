@@ -171,7 +171,7 @@ def experiment(
         require_files(find_folder(settings.run))
     with locked(settings.run) if split is None else contextlib.nullcontext():
         chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
-        if split is not None and (chosen.name != "networks" or settings.model.condition.kind != "none"):
+        if split is not None and settings.model.condition.kind != "none":
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:
             _guard_memory(settings, ignore_memory)
