@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rpg.config import Config
+from rpg.config import Config, overridden
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.conditions import Conditions
 from rpg.evaluation.field_plots import save_image
@@ -25,7 +25,7 @@ from rpg.evaluation.network_merges import Merges, NetworkMerges
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
-from rpg.evaluation.report import Report
+from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.samples import SCALE, draw_samples
 from rpg.evaluation.span import Places, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
@@ -93,6 +93,7 @@ def evaluate_run(
     workers: Workers | None = None,
     split: str | None = None,
     trajectory: str | None = None,
+    changes: Sequence[str] = (),
 ) -> Report:
     """Generate networks with the generator of a run and judge them beside originals and simple baselines.
 
@@ -107,14 +108,17 @@ def evaluate_run(
         seed: decides everything random.
         output, workers: where results go (the run folder when None), and the processes that share the work.
         trajectory: the condition whose networks are shown on their way from noise.
+        changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
     Raises:
-        InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
+        InputError: the run has no generator, its zoo is gone, the scorer refuses a network, the results would replace
+            those of a function, or a change is one of another section.
     """
     run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
     generator = Generator.from_pretrained(run)
-    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    config, zoo = _changed(generator.config, changes), Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
+    _keep_scores(Path(output or run), judge)
     require_for_choices(config, split if generator.condition is not None else "")
     scorer = judge.scorer(generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
@@ -172,9 +176,11 @@ def evaluate_zoo(
         workers: the processes that share the work.
 
     Raises:
-        InputError: nothing scores the checkpoints, or the scorer refuses one.
+        InputError: nothing scores the checkpoints, the scorer refuses one, or the results would replace those of a
+            function.
     """
     path, workers, zoo = Path(path), workers or Workers(), Zoo.open(path)
+    _keep_scores(Path(output or path), judge)
     adapter, split = path / CONFIG_NAME, config.evaluate.split
     text = adapter.read_text(encoding="utf-8") if adapter.is_file() else None
     scorer = judge.scorer(text, config, zoo, split)
@@ -206,6 +212,32 @@ def evaluate_zoo(
         }
         write_results(Path(output or path), report, Page(f"A zoo and simple baselines: {path.name}", facts))
     return report
+
+
+def _changed(config: Config, changes: Sequence[str]) -> Config:
+    """The configuration of a run with other settings of its evaluation."""
+    other = next((each for each in changes if not each.startswith("evaluate.")), None)
+    if other is not None:
+        raise InputError(
+            f"--set {other} changes what is trained; of a run only --set evaluate.… can be changed, for the rest train "
+            "another one"
+        )
+    return Config.parse(overridden(config.plain(), changes), "--set") if changes else config
+
+
+def _keep_scores(folder: Path, judge: Judge) -> None:
+    """Raise InputError where the scores of a function would be replaced by those of a task, or by none."""
+    if judge.reference is not None or not (folder / FILE).is_file():
+        return
+    try:
+        name = Report.load(folder).judge
+    except InputError:
+        return  # of an earlier version, or broken
+    if not any(each.isspace() for each in name):  # judges other than functions have a comma or a space
+        raise InputError(
+            f"{folder / FILE} holds what {name} scored, which this would replace; give --score {name}, or another "
+            "folder with --output"
+        )
 
 
 def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None = None) -> None:
@@ -340,7 +372,7 @@ def provenance_of(
     num_trained = len(training_entries(zoo, config.train.splits))
     rows: dict[str, Any] = {
         "generator": f"{config.model.kind}, sha256 {generator.digest}",
-        **{f"generator: {name}": value for name, value in generator.facts.items()},
+        **{f"generator: {k}": shown(v) if isinstance(v, float) else v for k, v in generator.facts.items()},
         "zoo": f"{num_trained} of {len(zoo)} checkpoints, {zoo.num_runs} run(s), digest {zoo.digest()}",
         "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",
         "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "
