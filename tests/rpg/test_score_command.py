@@ -208,7 +208,7 @@ def test_scores_of_a_function_are_not_replaced_by_those_of_none(rpg: Run, here: 
         before = Path(path, "evaluation.json").read_bytes()
         refused(rpg("evaluate", path, *few), "mine:norm scored", "--score mine:norm", "--output")
         assert Path(path, "evaluation.json").read_bytes() == before
-        code, out, err = rpg("evaluate", path, *few, "--output", f"{path}-weights")
+        code, _, err = rpg("evaluate", path, *few, "--output", f"{path}-weights")
         assert (code, err) == (0, "") and Report.load(f"{path}-weights").judge == "weights alone"
         assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
 
