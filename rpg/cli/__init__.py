@@ -225,6 +225,9 @@ def generate(
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
+    if generator.known is not None and (distance := generator.distance(vector)) is not None and not partition.rank:
+        style = "yellow" if distance.error is None else ""
+        console.print(str(distance), highlight=False, soft_wrap=True, style=style)
     output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(

@@ -27,9 +27,9 @@ from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 
 LABS = {
-    "fields": "fields.experiment:evaluate_fields",
-    "trajectories": "training_runs.experiment:evaluate_metric",
-    "tickets": "tickets.experiment:evaluate_tickets",
+    "fields": "fields.experiment:judge",
+    "trajectories": "training_runs.experiment:judge",
+    "tickets": "tickets.experiment:judge",
 }
 """Experiments of their own, by the task's name: where they judge a run."""
 
@@ -85,8 +85,8 @@ def _sensors(run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> 
     return evaluate_sensors(run, seed=seed, split=split or "test")
 
 
-def _judged(judge: Callable[..., Any], run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Any:
-    """What an experiment of its own finds; its tests are on the split ``unseen``."""
+def _judged(judge: Callable[..., Report], run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Report:
+    """What a lab finds; its tests are on the split ``unseen``."""
     return judge(run, seed=seed, split="validation" if split == "validation" else "unseen")
 
 

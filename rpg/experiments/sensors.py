@@ -20,6 +20,7 @@ from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Curve, Report, label_of, networks
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
+from rpg.experiments.calibration import error_by_distance
 from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
@@ -139,6 +140,7 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
     curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
     if evaluate.fine_tuning:
         curves["as_a_start"] = _starts(generator, task, zoo, made, settings, split, seed)
+    calibration, extras = error_by_distance(generator, settings, 1 - scored["generated"])
     kinds = {name: networks({"accuracy": each}, conditions=settings, seed=seed) for name, each in scored.items()}
     return Report(
         experiment="sensors",
@@ -149,7 +151,8 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         kinds=kinds,
         references=("original", "large_with_settings"),
         asked={"by": "settings", "settings": {each.name: [each.low, each.high] for each in task.settings}},
-        curves=curves,
+        curves={**curves, **calibration},
+        extras=extras,
         facts={
             "training_seconds": generator.facts.get("training seconds"),
             "seconds_per_network": seconds,

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from rpg.config import Config
-from rpg.evaluation.report import FILE, Report
+from rpg.evaluation.report import FILE
 from rpg.experiments.driver import experiment_of
 from rpg.experiments.single import collect, require_for_choices, train_or_continue
 from rpg.experiments.sweep_table import markdown_table, row_of, rows_of_rivals, write_similarities
@@ -247,10 +247,7 @@ def _step(step: str, path: str) -> None:
         (run / FILE).unlink(missing_ok=True)
         train_or_continue(config)
         report = experiment_of(config).evaluate(run, seed=config.seed, split=config.evaluate.split)
-        if isinstance(report, Report):  # on the validation split, by which choices are made, nothing was written
-            report.save(run)
-        else:
-            write_text(run / FILE, json.dumps(report, indent=1) + "\n")
+        report.save(run)  # on the validation split, by which choices are made, nothing was written
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.generation.known_range import KNOWN_FILE
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, file_digest, recover_folder, write_text
@@ -27,8 +28,9 @@ from tokenization.zoo.hub import pull
 from tokenization.zoo.metric import MetricScale
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
-OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE)
-"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions."""
+OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE, KNOWN_FILE)
+"""What only some generators have: PEFT's configuration if they write adapters, texts if they take them, directions,
+errors by distance."""
 
 
 def load_config(folder: Path) -> Config:

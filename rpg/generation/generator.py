@@ -25,6 +25,7 @@ from rpg.generation.folders import (
     read_weights,
     require_files,
 )
+from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, condition_codes
 from rpg.generation.model_card import model_card
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
@@ -59,6 +60,9 @@ class Generator:
         adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
         texts: the texts it was trained with and their vectors, if its conditions are texts; those of the zoo when None.
         metric: the scale of the metric that is its condition, if one is.
+
+    Attributes:
+        known: which error validation tasks had by their distance from what was learned, where that was measured.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Generator:
         self.texts, self.metric = texts, metric
         if texts is None and self.condition is not None and self.condition.kind == "text":
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
+        self.known: KnownRange | None = None
         self.digest, self.folder = "", Path()
         self._sampler: tuple[Any, Sampler] | None = None
 
@@ -112,6 +117,7 @@ class Generator:
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
+        loaded.known = KnownRange.load(folder / KNOWN_FILE)
         loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
         return loaded
 
@@ -133,6 +139,8 @@ class Generator:
                 (temporary / CONFIG_NAME).write_text(self.adapter, encoding="utf-8")
             if self.texts is not None:
                 self.texts.save(temporary / TEXTS_FILE)
+            if self.known is not None:
+                self.known.save(temporary / KNOWN_FILE)
             (temporary / "README.md").write_text(model_card(self), encoding="utf-8")
         self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
         return target
@@ -151,6 +159,15 @@ class Generator:
     def takes_start(self) -> bool:
         """Whether it improves checkpoints that it is given."""
         return self.config.model.start is not None
+
+    def distance(self, condition: Asked) -> Distance | None:
+        """How far a condition is from what was learned, and the error to expect there.
+
+        None where that was never measured: for conditions other than settings and examples, or without validation
+        tasks. Raises InputError if the condition is impossible.
+        """
+        found = self.request(options=RequestOptions(condition=condition)).distances
+        return found[0] if found else None
 
     def generate(
         self,
@@ -285,11 +302,20 @@ class Generator:
             conditions=conditions,
             values=values,
             of_examples=self.condition is not None and self.condition.kind == "examples",
+            distances=self._distances(conditions),
             starts=requested_starts(options.start, num, self.layout, self.takes_start),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
             sparsity=options.sparsity,
         )
+
+    def _distances(self, conditions: Tensor | None) -> tuple[Distance, ...]:
+        if self.known is None or self.condition is None or conditions is None:
+            return ()
+        distinct, places = conditions.unique(dim=0, return_inverse=True)
+        codes = condition_codes(self.network, self.condition, distinct)
+        found = [] if codes is None else self.known.of(codes)
+        return tuple(found[place] for place in places.tolist()) if found else ()
 
     def sampler(self) -> Sampler:
         """What turns requests into tiles of tokens."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
+from rpg.generation.known_range import Distance
 from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -67,6 +68,7 @@ class Request:
     of_examples: bool = False  # whether the conditions are examples, of which files name the digest
     starts: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
+    distances: tuple[Distance, ...] = ()  # of the conditions, from what was learned; empty where never measured
 
     def __post_init__(self) -> None:
         for name in ("num", "steps"):
@@ -109,6 +111,8 @@ class Request:
             facts["start"] = digest_of(self.starts[index])
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
+        if self.distances:
+            facts["distance"] = asdict(self.distances[index])
         if copied:
             facts["copied"] = list(copied)
         return {"format": "pt", PROVENANCE: json.dumps(facts)}

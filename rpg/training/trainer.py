@@ -37,6 +37,7 @@ from rpg.training.data import (
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import example_conditions, fresh_codes
 from rpg.training.fitting import fit_closed_form
+from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
@@ -291,7 +292,9 @@ class Trainer:
             "training checkpoints": len(self.sampler),
             **self.auxiliary.facts(time.monotonic() - self.started),
         }
-        self.generator(weights, **facts).save_pretrained(self.folder.generator)
+        generator = self.generator(weights, **facts)
+        generator.known = measure_known_range(generator, self.zoo)
+        generator.save_pretrained(self.folder.generator)
 
 
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -20,6 +19,8 @@ from rpg.config import Config
 from rpg.console import FiguresTable
 from rpg.evaluation.field_judges import class_judge, letter_features
 from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.report import Report, networks
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.generation.generator import Generator
@@ -34,7 +35,6 @@ from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
-from tokenization.files import write_text
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -43,6 +43,12 @@ NUM_SETS = 5
 
 JUDGE_COPIES = 2
 """Altered copies of every datum that the judge of classes learns from."""
+
+BETTER: dict[str, Literal["more", "less"]] = {
+    "one_nna": "less", "coverage": "more", "mmd": "less", "precision": "more", "recall": "more", "frechet": "less",
+    "class_accuracy": "more", "nearest": "more",
+}  # fmt: skip
+"""Measures of generated data; the first, 1-NNA, is 0.5 where they cannot be told from real ones."""
 
 Progress = Callable[[int, int], None]
 
@@ -153,8 +159,30 @@ def evaluate_fields(
     draw_pictures(run, generator, task, zoo, seed)
     if seconds:
         report["seconds"] = time.perf_counter() - seconds["started"]
-    write_text(run / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    pictures = {path.stem.capitalize(): path for path in sorted(run.glob("*.png")) if path.stem != "scatter"}
+    write_report(run, report_of(report, split, seed), Page(f"Generated fields: {run.name}", pictures=pictures))
     return report
+
+
+def judge(run: Path | str, *, split: str = "unseen", seed: int = 0) -> Report:
+    """The report of a run, as `evaluate_fields` finds it."""
+    return report_of(evaluate_fields(run, split=split, seed=seed), split, seed)
+
+
+def report_of(found: Mapping[str, Any], split: str, seed: int) -> Report:
+    """What was found of every kind in the form that all evaluations share; training data are the originals."""
+    kinds = {
+        {"training_data": "original"}.get(name, name): networks({each: [value] for each, value in measured.items()})
+        for name, measured in found.items()
+        if isinstance(measured, Mapping) and name != "held_out"
+    }
+    names = [name for name in BETTER if name in found["generated"]]
+    facts = {name: value for name, value in found.items() if name.endswith("seconds")}
+    return Report(
+        experiment="fields", judge=f"beside {found['held_out']['num']} held-out data", split=split, seed=seed,
+        better={name: BETTER[name] for name in names}, kinds=kinds, facts=facts,
+        extras={"held_out": found["held_out"]},
+    )  # fmt: skip
 
 
 def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:

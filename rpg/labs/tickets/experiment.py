@@ -5,7 +5,6 @@ T tasks, S tasks that were learned from, P weights that may be pruned.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from rpg.config import Config
 from rpg.evaluation.held_out import nearest_rows, random_other
 from rpg.evaluation.metrics import summarize
 from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, STYLE, Axis, draw_figure, save_png
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.report import Curve, Report, networks
 from rpg.experiments.single import collect, existing, require_for_choices
 from rpg.experiments.task_methods import generate_for, networks_of
 from rpg.generation.generator import Generator
@@ -29,7 +30,6 @@ from rpg.models.kernel_regression import KernelRidge
 from rpg.tasks import build_task
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
-from tokenization.files import write_text
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -107,8 +107,35 @@ def evaluate_tickets(
     plot_tickets(report, run / "tickets.png")
     if seconds:
         report |= {"collect_seconds": seconds["collect"], "seconds": time.perf_counter() - seconds["started"]}
-    write_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    page = Page(f"Lottery tickets: {run.name}", pictures={"Accuracy by share of zeros": run / "tickets.png"})
+    write_report(run, report_of(report, split, seed), page)
     return report
+
+
+def judge(run: Path | str, *, split: str = "unseen", seed: int = 0) -> Report:
+    """The report of a run, as `evaluate_tickets` finds it."""
+    return report_of(evaluate_tickets(run, split=split, seed=seed), split, seed)
+
+
+def report_of(found: Mapping[str, Any], split: str, seed: int) -> Report:
+    """What was found of every kind of mask in the form that all evaluations share."""
+    names = _kinds(found)
+    kinds = {
+        name: networks(
+            {"accuracy": found[name]["accuracies"]}, conditions=found["tasks"], seed=seed,
+            extras={key: found[name][key] for key in ("overlap", "better_than_random", "generated_better")},
+        )
+        for name in names
+    }  # fmt: skip
+    shares = tuple(float(each) for each in found["generated"]["by_sparsity"])
+    lines = {name: tuple(found[name]["by_sparsity"].values()) for name in names}
+    known = ("sparsity", "whole", "seconds_of_one", "training_seconds", "collect_seconds", "seconds")
+    return Report(
+        experiment="tickets", judge=f"trained under masks of {found['sparsity']:.0%} zeros", split=split, seed=seed,
+        better={"accuracy": "more"}, kinds=kinds, references=("original", "no_condition"),
+        curves={"accuracy by share of zeros": Curve(x=shares, lines=lines, across="share of zeros", up="accuracy")},
+        facts={name: found[name] for name in known if name in found},
+    )  # fmt: skip
 
 
 def trivial(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, Tensor]:

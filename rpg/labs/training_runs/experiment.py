@@ -5,7 +5,6 @@ T networks, A asked losses, P values of a network.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.console import FiguresTable
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments.single import collect, existing, require_for_choices
@@ -30,7 +31,6 @@ from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
-from tokenization.files import write_text
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -146,8 +146,34 @@ def evaluate_metric(
     if seconds:
         report["collect_seconds"] = seconds["collect_seconds"]
         report["seconds"] = time.perf_counter() - seconds["started"]
-    write_text(run / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    page = Page(f"Networks with a target loss: {run.name}", pictures={"Asked and got": run / "wishes.png"})
+    write_report(run, report_of(report, split, seed), page)
     return report
+
+
+def judge(run: Path | str, *, split: str = "unseen", seed: int = 0) -> Report:
+    """The report of a run, as `evaluate_metric` finds it."""
+    return report_of(evaluate_metric(run, split=split, seed=seed), split, seed)
+
+
+def report_of(found: dict[str, Any], split: str, seed: int) -> Report:
+    """What was found of every method in the form that all evaluations share; own training is the original."""
+    names = [name for name, each in found.items() if isinstance(each, dict) and "spearman" in each]
+    kinds, measured = {}, ("spearman", "test_spearman", "factor")
+    for name in names:
+        extras = {"direction": found[name]["direction"], "by_asked": found[name]["by_asked"]}
+        kind = networks({each: [found[name][each]] for each in measured}, count=found["num"], extras=extras)
+        kinds[{"own_training": "original"}.get(name, name)] = kind
+    asked = tuple(found["generated"]["by_asked"]["asked"])
+    lines = {name: tuple(found[name]["by_asked"]["test_loss"]) for name in names}
+    got = Curve(x=asked, lines=lines, across="asked loss", up="loss on test images", log=True)
+    return Report(
+        experiment="target_loss", judge=f"from {found['num']} held-out first weights", split=split, seed=seed,
+        better={"spearman": "more", "test_spearman": "more", "factor": "less"}, kinds=kinds,
+        asked={"loss": list(asked)}, curves={"asked and got": got},
+        facts={name: value for name, value in found.items() if name.endswith("seconds")},
+        extras={name: found[name] for name in ("one_step", "recursive")},
+    )  # fmt: skip
 
 
 def _choose_level(learned: Learned, zoo: Zoo, levels: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from rpg.config import Config
+from rpg.evaluation.report import Report
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.labs.fields import experiment, pictures
@@ -95,7 +95,8 @@ def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
 def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):
     monkeypatch.setattr(experiment, "NUM_SETS", 1)
     report = evaluate_fields(run)
-    assert json.loads((run / "evaluation.json").read_text()) == report
+    saved = Report.load(run)
+    assert saved.mean("generated") == report["generated"]["one_nna"] and saved.kinds["original"].summaries
     for name in ("generated", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "training_data"):
         assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report[name].keys()
     # One field over and over: all its copies are told apart, and it is nearest to nothing but one original.

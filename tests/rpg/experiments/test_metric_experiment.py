@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rpg.config import Config
+from rpg.evaluation.report import Report
 from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs import rivals as metric_rivals
@@ -42,11 +43,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_experiment_reports_methods_optimizers_and_rounds(run: Path) -> None:
-    report = json.loads((run / "evaluation.json").read_text())
-    assert report["copy"]["spearman"] > 0.99 and report["own_training"]["direction"]["own_run"] > 0.999
-    assert {"generated", "average", "kernel_ridge"} <= report.keys()
-    assert set(report["one_step"]["adam"]) == {str(each) for each in metric_rivals.STEPS}
-    assert len(report["recursive"]["stairs"]["loss"]) == 6
+    report = Report.load(run)
+    assert report.mean("copy") > 0.99 and report.kinds["original"].extras["direction"]["own_run"] > 0.999
+    assert {"generated", "average", "kernel_ridge"} <= report.kinds.keys()
+    assert set(report.extras["one_step"]["adam"]) == {str(each) for each in metric_rivals.STEPS}
+    assert len(report.extras["recursive"]["stairs"]["loss"]) == 6
     assert (run / "wishes.png").stat().st_size > 10_000
     before = (run / "evaluation.json").read_bytes()
     evaluate_metric(run, split="validation")

@@ -8,6 +8,7 @@ from rpg.config import Config
 from rpg.evaluation.report import Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.experiments.sensors import evaluate_sensors, run_sensors, tuned_regression
+from rpg.generation.generator import Generator
 from rpg.tasks.side_by_side import repeat
 from tests.rpg.tasks.sensors.test_sensors import SMALL, Planted, small_task
 from tokenization.errors import InputError
@@ -45,6 +46,10 @@ def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
     starts = report.curves["as_a_start"].lines
     assert set(starts) == {"generated", "best_specialist", "generalist", "random", "reptile"}
     assert starts["generated"][0] == pytest.approx(report.mean("generated"))
+    figures, generator = report.extras["error_by_distance"], Generator.from_pretrained(run)
+    assert figures["beyond"] + len(report.curves["error_by_distance"].x) == 3
+    seen = generator.distance(small_task().sensors()[0][0])
+    assert seen is not None and seen.distance == 0 and seen.known_to == figures["known_to"]
     assert len(report.extras["seeds"]) == 2 and (run / "seed-1" / "generator").is_dir()
     assert "must be small, here 610 values" in report.notes[0]
     assert (run / "report.html").is_file() and (run / "angle.png").is_file()

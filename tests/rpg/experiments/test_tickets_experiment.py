@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from rpg.config import Config
+from rpg.evaluation.report import Report
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
@@ -35,16 +35,16 @@ def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings:
     assert code == 0, err
     table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
     assert max(map(len, table)) <= 80 and any("ticket (searched)" in line for line in table)
-    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    kinds = {name for name, found in report.items() if isinstance(found, dict) and "overlap" in found}
-    assert kinds == {
+    report = Report.load(tmp_path / "run")
+    assert set(report.kinds) == {
         "original", "generated", "no_condition", "kernel_ridge", "nearest_seen", "average", "random", "shuffled",
         "start_magnitude", "one_shot",
     }  # fmt: skip
-    means = {name: report[name]["accuracy"]["mean"] for name in kinds}
+    means = {name: report.mean(name) for name in report.kinds}
     assert means["original"] > means["random"] + 0.05 and means["generated"] > means["random"]
-    assert report["original"]["overlap"] == 1 and report["random"]["overlap"] < 0.15
-    assert report["seconds_of_one"]["generated"] < report["seconds_of_one"]["original"]
+    overlaps = {name: each.extras["overlap"] for name, each in report.kinds.items()}
+    assert overlaps["original"] == 1 and overlaps["random"] < 0.15
+    assert report.facts["seconds_of_one"]["generated"] < report.facts["seconds_of_one"]["original"]
     assert (tmp_path / "run" / "tickets.png").stat().st_size > 10_000
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     chosen = evaluate_tickets(tmp_path / "run", split="validation")
