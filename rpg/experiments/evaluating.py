@@ -84,17 +84,10 @@ class Judge:
 
 @locks(lambda run, judge=None, output=None, **_: output or existing(run))
 def evaluate_run(
-    run: Path | str,
-    judge: Judge | Callable[..., Any] | str | None = None,
-    *,
-    num: int | None = None,
-    seed: int = 0,
-    output: Path | str | None = None,
-    workers: Workers | None = None,
-    split: str | None = None,
-    trajectory: str | None = None,
-    changes: Sequence[str] = (),
-) -> Report:
+    run: Path | str, judge: Judge | Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
+    output: Path | str | None = None, workers: Workers | None = None, split: str | None = None,
+    trajectory: str | None = None, changes: Sequence[str] = (),
+) -> Report:  # fmt: skip
     """Generate networks with the generator of a run and judge them beside originals and simple baselines.
 
     With conditions, networks are made for the zoo's unseen tasks, else for its held-out or training checkpoints. Where
@@ -104,15 +97,14 @@ def evaluate_run(
     Args:
         run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
-        num, split: networks to generate, and data; the configuration's when None.
-        seed: decides everything random.
-        output, workers: where results go (the run folder when None), and the processes that share the work.
+        num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
+        seed, workers: decides everything random; the processes that share the work.
         trajectory: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
     Raises:
-        InputError: the run has no generator, its zoo is gone, the scorer refuses a network, the results would replace
-            those of a function, or a change is one of another section.
+        InputError: there is no generator or zoo, the scorer refuses a network, the results would replace those of a
+            function, or a change is one of another section.
     """
     run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
     generator = Generator.from_pretrained(run)
@@ -124,9 +116,9 @@ def evaluate_run(
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
-    form, runs = generator.layout.compressed, [zoo.entries[index].run for index in trained]
+    runs = [zoo.entries[index].run for index in trained]
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    scorer, networks = _in_form(scorer, form, made)
+    scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
     merges = _merges(generator.adapter, zoo, trained, generator.layout)

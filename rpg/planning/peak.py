@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenization.layouts import Layout
 from tokenization.spectral.layout import SpectralLayout
@@ -155,6 +154,8 @@ def directions_flops(layout: Layout) -> int:
     return 2 * math.prod(layout.basis.shape) if isinstance(layout, SpectralLayout) else 0
 
 
-def count_flops() -> FlopCounterMode:
+def count_flops() -> Any:
     """A context in which operations are counted, those of recurrences too; ask it ``get_total_flops()``."""
+    from torch.utils.flop_counter import FlopCounterMode  # which loads triton
+
     return FlopCounterMode(display=False, custom_mapping=RECURRENCES)

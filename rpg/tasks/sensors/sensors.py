@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -166,6 +165,8 @@ class SensorsTask:
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
+        from accelerate import PartialState
+
         place = PartialState(timeout=PATIENCE)
         with place.main_process_first():
             zoo = open_zoo(path, self.config, self.condition)
