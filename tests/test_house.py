@@ -25,6 +25,7 @@ OPTIONAL = {
     "pycocotools",
     "skimage",
     "torchmetrics",
+    "wordllama",
 }
 OPTIONAL |= {"trimesh", "wandb"}
 SLOW = {

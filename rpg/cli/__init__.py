@@ -111,12 +111,14 @@ def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write
 
 @app.command()
 def inspect(
-    path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None
-) -> dict[str, Any]:
+    path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None,
+    key: o.Key = None, strip: o.Strip = None,
+) -> dict[str, Any]:  # fmt: skip
     """Show layers, tokens, padding, sizes and memory before anything is trained; propose a configuration for a zoo."""
     from rpg.planning.inspect import facts_of
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
+    from tokenization.checkpoint.weights import Chosen
 
     changes = overrides or []
     written = write(path, write_config, changes) if write_config is not None else None
@@ -124,7 +126,7 @@ def inspect(
         changes = [change for change in changes if change.startswith("tokens.")]
         form = written.tree["tokens"].get("lora_canonical")
         changes += [f"tokens.lora_canonical={form}"] if form else []
-    console.print(*describe(path, changes, verify=verify))
+    console.print(*describe(path, changes, verify=verify, chosen=Chosen(key, strip or "")))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
         console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)

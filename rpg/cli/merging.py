@@ -46,6 +46,8 @@ def merge(
     density: Density = None,
     t: Place = None,
     seed: o.Seed = 0,
+    key: o.Key = None,
+    strip: o.Strip = None,
     function: o.Function = None,
 ) -> dict[str, Any]:
     """Merge checkpoints of one network into one, a tensor at a time; adapters into an adapter of their ranks' sum.
@@ -55,25 +57,31 @@ def merge(
     from rpg.merging.adapters import merge_adapters
     from rpg.merging.files import merge_files
     from rpg.merging.parts import Recipe
+    from tokenization.checkpoint.weights import AS_FOUND, Chosen
     from tokenization.lora.adapter import is_adapter
 
     adapters = [is_adapter(file) for file in files]
     if any(adapters) and not all(adapters):
         one, other = files[adapters.index(True)], files[adapters.index(False)]
         raise InputError(f"{one} is an adapter and {other} is none; merge networks with networks, adapters with those")
+    chosen = Chosen(key, strip or "")
     recipe = Recipe(method, _numbers(weights), normalize, density, t, seed)
     if all(adapters):
+        if chosen != AS_FOUND:
+            raise InputError("--key and --strip are for networks, and these are adapters; leave them out")
         merge_adapters(files, recipe, output, base=base)
     else:
         with progress_bar("merging") as advance:
-            merge_files(files, recipe, output, base=None if base is None else Path(base), progress=advance)
+            begun = None if base is None else Path(base)
+            merge_files(files, recipe, output, base=begun, chosen=chosen, progress=advance)
     console.print(f"{method} of {len(files)}: {output}", soft_wrap=True, highlight=False)
     if function is None:
         return {"path": str(output), "method": method}
     from rpg.evaluation.table import print_checkpoints
     from rpg.experiments.score_files import score_checkpoints
 
-    scores = score_checkpoints([*files, output], function, None, "test")
+    scores = score_checkpoints(files, function, None, "test", chosen=chosen)
+    scores |= score_checkpoints([output], function, None, "test")
     print_checkpoints(scores, console)
     return {"path": str(output), "method": method, "checkpoints": scores}
 

@@ -55,10 +55,8 @@ CollectedConfig = Annotated[
     list[str] | None,
     argument("A configuration with a task; after --from, more checkpoints.", "[CONFIG | FILE…]"),
 ]
-Key = Annotated[
-    str | None, option("With --from: which set of weights to take where files hold several, e.g. generator.", "--key")
-]
-Strip = Annotated[str | None, option("With --from: prefix to cut off all tensor names, e.g. net.", metavar="PREFIX")]
+Key = Annotated[str | None, option("Which set of weights to take where files hold several, e.g. generator.", "--key")]
+Strip = Annotated[str | None, option("Prefix to cut off all tensor names, e.g. net.", metavar="PREFIX")]
 SkipBad = Annotated[
     bool,
     option("With --from: leave out checkpoints that cannot be read or do not belong, and list them.", "--skip-bad"),

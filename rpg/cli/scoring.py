@@ -77,6 +77,8 @@ def score(
     function: o.Function = None,
     overrides: o.Overrides = None,
     split: o.RowSplit = "test",
+    key: o.Key = None,
+    strip: o.Strip = None,
     device: o.Device = "auto",
 ) -> dict[str, Any]:
     """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
@@ -84,6 +86,7 @@ def score(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints
     from rpg.generation.sampler import join_processes
+    from tokenization.checkpoint.weights import Chosen
 
     partition, place = join_processes(device)
     configs = [file for file in files if file.suffix in (".yaml", ".yml")]
@@ -94,6 +97,6 @@ def score(
     config = load(configs[0], overrides) if configs else None
     with progress_bar(f"scoring on {place}") as advance:
         workers = Workers(partition, advance)
-        scores = score_checkpoints(checkpoints, function, config, split, workers)
+        scores = score_checkpoints(checkpoints, function, config, split, workers, Chosen(key, strip or ""))
     print_checkpoints(scores, console)
     return {"checkpoints": scores}

@@ -14,12 +14,18 @@ from rpg.experiments.single import find_task
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask
 from tokenization.checkpoint.checkpoint import read_state_dict
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
 def score_checkpoints(
-    paths: Sequence[Path], reference: str | None, config: Config | None, split: str, workers: Workers | None = None
+    paths: Sequence[Path],
+    reference: str | None,
+    config: Config | None,
+    split: str,
+    workers: Workers | None = None,
+    chosen: Chosen = AS_FOUND,
 ) -> dict[str, dict[str, Figures]]:
     """Figures of checkpoints, by name, then by task; the task is called "" where there is but one.
 
@@ -29,11 +35,14 @@ def score_checkpoints(
         config: its task scores where there is no function; a zoo may do with its own.
         split: of the task's data.
         workers: the processes that share the work.
+        chosen: which weights of each file, where it holds several, and the prefix to cut off their names.
 
     Raises:
         InputError: nothing scores them, or one of them does not fit.
     """
     workers, own = workers or Workers(), load_scorer(reference) if reference else None
+    if own is not None and own.takes_path and chosen != AS_FOUND:
+        raise InputError(f"{reference} reads files by itself; leave --key and --strip out")
     named = config is not None and config.task is not None  # one task for all, whatever lies where
     items = [each for path in paths for each in _checkpoints(path)]
     task_of = functools.cache(lambda source: _task(source, config))
@@ -42,8 +51,10 @@ def score_checkpoints(
         name, file, source = item
         if own is not None:
             condition = None
-            return {"": own.of_file(file, name) if own.takes_path else own(_state_dict(file), condition, name)}
-        task, state_dict = task_of(None if named else source), _state_dict(file)
+            return {
+                "": own.of_file(file, name) if own.takes_path else own(read_state_dict(file, chosen), condition, name)
+            }
+        task, state_dict = task_of(None if named else source), read_state_dict(file, chosen)
         if isinstance(task, AdapterScorer):
             return task.score(state_dict, split)
         return {"": TaskScorer(task, split)(state_dict, None, name)}
@@ -80,7 +91,3 @@ def _checkpoints(path: Path) -> Iterator[tuple[str, Path, Path]]:
     zoo = Zoo.open(path)
     for index in range(len(zoo)):
         yield zoo.entries[index].file, zoo.file(index), path
-
-
-def _state_dict(path: Path) -> Any:
-    return read_state_dict(path)

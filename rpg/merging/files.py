@@ -15,6 +15,7 @@ from rpg.merging.parts import METADATA_KEY, Digests, Part, Recipe
 from rpg.seeding import make_rng
 from tokenization.checkpoint.safetensors import ORDER_KEY, TIES_KEY, tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, header_of
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 
 COUNTER = "num_batches_tracked"
@@ -27,6 +28,7 @@ def merge_files(
     output: Path,
     *,
     base: Path | None = None,
+    chosen: Chosen = AS_FOUND,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Merge networks into a safetensors file, written whole or not at all. One tensor of each is held at a time.
@@ -36,6 +38,7 @@ def merge_files(
         recipe: how.
         output: the file, ``*.safetensors``; it must not be there yet.
         base: what all of them began with, of methods that merge deviations.
+        chosen: which weights of each file, where it holds several, and the prefix to cut off their names.
         progress: called with (merged, total) tensors.
 
     Raises:
@@ -49,8 +52,8 @@ def merge_files(
     if output.suffix != ".safetensors" or output.exists():
         what = "is there already" if output.exists() else "does not end in .safetensors"
         raise InputError(f"{output} {what}; name another file with --output")
-    parts = [Part.open(path) for path in paths]
-    first, begun = parts[0], None if base is None else Part.open(base)
+    parts = [Part.open(path, chosen) for path in paths]
+    first, begun = parts[0], None if base is None else Part.open(base, chosen)
     for part in parts[1:]:
         part.require(first)
     if begun is not None:

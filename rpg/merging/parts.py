@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rpg.merging.methods import COMBINATIONS, DENSITY, METHODS, NEED_BASE, NORMALIZED
-from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, read_state_dict
+from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_state_dict
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.files import file_digest
 from tokenization.lora.adapter import partner_of
@@ -121,13 +122,21 @@ class Part:
     _state_dict: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path) -> Part:
-        """Open a checkpoint of any kind; its values stay on the disk where they can. Raises InputError if broken."""
-        if pickles := pickled_files(path):
-            state_dict = read_state_dict(path)
-            return cls(path, list(state_dict), find_ties(state_dict), pickles, None, state_dict)
-        checkpoint = Checkpoint.open(path)
-        return cls(path, list(checkpoint.order), dict(checkpoint.ties), sorted(checkpoint.sizes), checkpoint)
+    def open(cls, path: Path, chosen: Chosen = AS_FOUND) -> Part:
+        """Open a checkpoint of any kind, under the names of the plain network.
+
+        Its values stay on the disk where they are safetensors of these names already.
+
+        Raises:
+            InputError: it is broken, or as `read_weights` says.
+        """
+        pickles = pickled_files(path)
+        checkpoint = None if pickles else Checkpoint.open(path)
+        if checkpoint is not None and has_plain_names(checkpoint, chosen):
+            return cls(path, list(checkpoint.order), dict(checkpoint.ties), sorted(checkpoint.sizes), checkpoint)
+        state_dict = read_state_dict(path, chosen)
+        files = pickles if checkpoint is None else sorted(checkpoint.sizes)
+        return cls(path, list(state_dict), find_ties(state_dict), files, None, state_dict)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of a tensor."""

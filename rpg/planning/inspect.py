@@ -17,8 +17,9 @@ from rpg.console import FiguresTable
 from rpg.planning.plan import make_plan
 from rpg.planning.tables import facts_table, format_bytes, plan_tables
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
-from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, read_state_dict
+from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_state_dict
 from tokenization.checkpoint.structure import is_counter
+from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip
 from tokenization.layouts import Layout, fit_layout, layout_without_statistics
@@ -29,7 +30,9 @@ MOST_NAMES = 6
 """Names that are listed one by one; more are only counted."""
 
 
-def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = False) -> list[RenderableType]:
+def inspect(
+    path: Path | str, overrides: Sequence[str] = (), *, verify: bool = False, chosen: Chosen = AS_FOUND
+) -> list[RenderableType]:
     """Describe a zoo folder, a checkpoint of any kind, or a configuration with its zoo and its generator.
 
     Args:
@@ -37,6 +40,7 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
             else is opened as a checkpoint.
         overrides: ``section.field=value`` over the configuration, or over the defaults (``tokens.size=8192``).
         verify: read the whole zoo: digests, finite values, and the way into tokens and back.
+        chosen: which weights of a checkpoint that holds several, and the prefix to cut off their names.
 
     Raises:
         InputError: there is nothing of the kind, it is broken, or the configuration does not fit it.
@@ -51,9 +55,9 @@ def inspect(path: Path | str, overrides: Sequence[str] = (), *, verify: bool = F
         return [zoo_table(zoo), *layout_tables(layout), *(_verified(zoo, config) if verify else [])]
     if verify:
         raise InputError(f"--verify reads a zoo, and {path} is a checkpoint; name a zoo or the configuration of one")
-    checkpoint = (
-        Checkpoint.without_values(read_state_dict(path), path) if pickled_files(path) else Checkpoint.open(path)
-    )
+    checkpoint = None if pickled_files(path) else Checkpoint.open(path)
+    if checkpoint is None or not has_plain_names(checkpoint, chosen):
+        checkpoint = Checkpoint.without_values(read_state_dict(path, chosen), path)
     return [checkpoint_table(checkpoint), *layout_tables(layout_without_statistics(checkpoint, config.tokens, 50))]
 
 

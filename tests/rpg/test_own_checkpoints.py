@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rpg.evaluation.report import Report
 from rpg.evaluation.span import ZooSpan
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -194,3 +195,82 @@ def test_generate_names_the_runs_that_are_there(rpg: Run, tmp_path: Path, monkey
     refused(told, "there is no folder runs/nothing", "runs mine")
     assert "hub" not in told[2].lower()
     assert rpg("generate", "elsewhere/nothing")[2].startswith("error: there is no folder elsewhere/nothing")
+
+
+def test_every_command_that_reads_a_file_takes_the_set_of_weights_and_the_prefix(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cure of the message, applied to each command that gives it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("judge_of_sets.py").write_text("def mean(weights):\n    return weights['0.bias'].mean().item()\n")
+    for seed in range(2):
+        biases = {"student": torch.full((16,), 1.0 + seed), "teacher": torch.full((16,), 11.0 + seed)}
+        sets = {name: {**state(seed, "net."), "net.0.bias": bias} for name, bias in biases.items()}
+        save(Path(f"{seed}.pth"), sets)
+    files = ("0.pth", "1.pth")
+    commands = {
+        "inspect": ("0.pth",),
+        "score": (*files, "--score", "judge_of_sets:mean"),
+        "merge": (*files, "--method", "linear", "--output", "m.safetensors", "--score", "judge_of_sets:mean"),
+        "collect": ("--from", *files, "--zoo", "zoo"),
+    }
+    for command, words in commands.items():
+        _, _, err = rpg(command, *words)
+        cure = err.rpartition("choose one with ")[2].split()
+        assert cure == ["--key", "student"], f"{command}: {err}"
+        code, out, err = rpg(command, *words, "--key", "teacher", "--strip", "net.")
+        assert code == 0, f"{command}: {err}"
+        if command in ("score", "merge"):
+            figures = [line.split()[-1] for line in out.splitlines() if line.split()]
+            assert [each for each in figures if each in ("11", "12", "11.5")] == ["11", "12", "11.5"][
+                : 2 + (command == "merge")
+            ]
+    assert Checkpoint.open("m.safetensors").order[0] == "0.weight" == Zoo.open("zoo").checkpoint(0).order[0]
+    Path("judge_of_files.py").write_text("from pathlib import Path\ndef mean(file: Path):\n    return 0.0\n")
+    refused(rpg("score", *files, "--score", "judge_of_files:mean", "--key", "teacher"), "reads files by itself")
+
+
+def test_what_lies_in_a_checkpoints_folder_is_its_own_behind_any_glob(rpg: Run, tmp_path: Path) -> None:
+    for run in range(3):
+        folder = tmp_path / "trainer" / f"run{run}" / "checkpoint-10"
+        save(folder / "pytorch_model.bin", state(run))
+        save(folder / "global_step10" / "mp_rank_00_model_states.pt", {"module": {"x": torch.randn(3, 3)}})
+        save(folder / "optimizer.pt", {"state": {0: torch.randn(3, 3)}})
+    for number, source in enumerate(("trainer", "trainer/**", "trainer/*/*", "trainer/**/*")):
+        code, out, err = rpg("collect", "--from", tmp_path / source, "--zoo", tmp_path / f"zoo{number}")
+        assert code == 0 and "3 checkpoints of 3 run(s)" in out, err
+        assert "lies in a folder that is a checkpoint" in out
+    inside = tmp_path / "trainer" / "run0" / "checkpoint-10" / "global_step10"
+    code, out, err = rpg("collect", "--from", inside, "--zoo", tmp_path / "named")
+    assert code == 0 and "1 checkpoints" in out, err
+
+
+@pytest.mark.parametrize("source", ["mine", "mine/*.pth", "mine/deep/../*.pth", "mine/0.pth"])
+def test_a_table_names_files_from_the_folder_of_the_glob(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    for seed in range(2):
+        save(Path("mine") / f"{seed}.pth", state(seed))
+    Path("mine/table.csv").write_text("file,run,condition\n0.pth,a,3\n1.pth,b,5\n")
+    code, _, err = rpg("collect", "--from", source, "--table", "mine/table.csv", "--condition", "vector", "--zoo", "z")
+    assert code == 0, err
+    zoo = Zoo.open("z")
+    assert [(entry.condition, entry.run) for entry in zoo.entries] == [((3.0,), 0), ((5.0,), 1)][: len(zoo)]
+
+
+def test_a_zoo_of_one_network_has_no_distances(rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("judge_of_one.py").write_text("def total(weights):\n    return weights['0.weight'].sum().item()\n")
+    for run in range(3):
+        save(Path(f"{run}.pth"), state(1))
+    Path("runs.csv").write_text("file,run\n" + "".join(f"{run}.pth,{run}\n" for run in range(3)))
+    assert rpg("collect", "--from", "*.pth", "--table", "runs.csv", "--zoo", "zoo")[0] == 0
+    code, out, err = rpg("evaluate", "zoo", "--score", "judge_of_one:total")
+    assert code == 0 and "distance" not in out, err
+    report = Report.load("zoo")
+    total = state(1)["0.weight"].sum().item()
+    assert report.mean("original") == pytest.approx(total, rel=1e-5) and report.unit in (None, 0.0)

@@ -50,8 +50,10 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
             found[path.parent] = None
         else:
             found[path] = None
-    # A glob such as ** matches a folder and its files alike.
-    found = {path: None for path in found if path.is_dir() or path.parent not in found}
+    # A glob such as ** matches a folder and what is in it alike.
+    inside = {path: folder for path in found if not path.is_dir() for folder in path.parents if folder in found}
+    left_out += dict.fromkeys(_within(path.parent) for path, folder in inside.items() if path.parent != folder)
+    found = {path: None for path in found if path not in inside}
     if zoo_path is not None:
         own = (zoo_path / "checkpoints").resolve()
         found = {
@@ -61,7 +63,7 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
         what = f"has no checkpoint that is read: {left_out[0]}" if left_out else "has no checkpoint in it"
         raise InputError(f"{text} {what}" + ("" if left_out else "; name the files, or another folder"))
     if ignored is not None:
-        ignored += left_out
+        ignored += dict.fromkeys(left_out)
     return list(found)
 
 
@@ -96,7 +98,7 @@ def _search(
         files = [child for child in children if child.name not in shards and _is_checkpoint(child, left_out)]
         found = sorted([*indices, *files], key=lambda path: natural_key(path.name))
         if whole and found:
-            left_out.append(f"{folder} lies in a folder that is a checkpoint; name it to take its files")
+            left_out.append(_within(folder))
             found = []
     for child in children:
         if not child.is_dir() or child.name.startswith(".") or child.resolve() in seen:
@@ -104,6 +106,10 @@ def _search(
         if zoo_path is None or child.resolve() != zoo_path.resolve():
             found += _search(child, zoo_path, left_out, seen, whole)
     return found
+
+
+def _within(folder: Path) -> str:
+    return f"{folder} lies in a folder that is a checkpoint; name it to take its files"
 
 
 def _is_checkpoint(file: Path, left_out: list[str]) -> bool:

@@ -81,6 +81,11 @@ def test_from_the_command_line(run: Path, rpg: Run, tmp_path: Path) -> None:
     assert code == 0 and "outside" not in out
     facts = json.loads(Checkpoint.open(tmp_path / "network-00000.safetensors").metadata["rpg.provenance"])
     assert facts["condition"] == [0.5] and len(facts["start"]) == 64
+    words = ("export", run, "--to", "torch", "--output", tmp_path / "net.pth", "--from", start)
+    assert rpg(*words, "--metric", "loss=0.5")[0] == 0
+    exported = torch.load(tmp_path / "net.pth", weights_only=True)
+    made = Checkpoint.open(tmp_path / "network-00000.safetensors").state_dict()
+    assert exported.keys() == made.keys() and all(torch.equal(exported[name], made[name]) for name in made)
     assert "outside" in rpg("generate", run, "--from", start, "--output", tmp_path / "b", "--metric", "loss=9")[1]
     refused(rpg(*options, "--metric", "accuracy=0.5"), "accuracy", "loss=VALUE")
     refused(rpg(*options, "--metric", "loss=low"), "loss=VALUE")

@@ -222,6 +222,10 @@ def test_the_command_line_takes_a_prompt(
         error = command(monkeypatch, capsys, "generate", run / "run", "--output", tmp_path / "no", *arguments)
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     assert not (tmp_path / "no").exists()
+    words = ("export", run / "run", "--to", "torch", "--output", tmp_path / "net.pth")
+    assert not command(monkeypatch, capsys, *words, "--prompt", prompt)
+    exported = torch.load(tmp_path / "net.pth", weights_only=True)
+    assert all(torch.equal(value, expected[name]) for name, value in exported.items())
 
 
 def test_an_encoder_that_is_not_named_or_not_there_is_one_line(tmp_path: Path) -> None:
