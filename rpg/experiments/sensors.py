@@ -44,8 +44,9 @@ ANGLES = 24
 def experiment(config: Config) -> Experiment:
     """What `rpg run` does: networks by settings, by examples, or draws where there is a prior."""
     if config.model.condition.kind != "examples":
-        then = "rpg generate {run} --setting angle=137 --setting inverted=true --output mine"
-        return Experiment("sensors", evaluate_sensors, then=then)
+        asked = "--setting angle=137 --setting inverted=true"
+        asked = '--prompt "upside down"' if config.model.condition.kind == "text" else asked
+        return Experiment("sensors", evaluate_sensors, then=f"rpg generate {{run}} {asked} --output mine")
     name, evaluate = (
         ("draws", evaluate_draws) if config.model.state.of != "none" else ("examples", evaluate_by_examples)
     )
