@@ -201,7 +201,7 @@ def test_run_folder(folder: Path) -> None:
         assert list(json.loads(line)) == documented("metrics.jsonl")
     save = run / "checkpoints" / "step-00000002"
     assert {path.name for path in save.iterdir()} == set(documented("checkpoints"))
-    assert list(read(save / "complete.json")) == ["step", "seconds", "files"]
+    assert list(read(save / "complete.json")) == ["step", "seconds", "learned", "files"]
     parameters = keys_of(save / "model.safetensors")
     assert sorted(keys_of(save / "ema.safetensors")) == sorted([*parameters, "num_updates"])
     moments = [f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in parameters]

@@ -23,6 +23,7 @@ from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.experiments.calibration import error_by_distance
 from rpg.experiments.single import collect, existing
 from rpg.generation.generator import Generator
+from rpg.seeding import make_rng
 from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.sensors.informed import informed_accuracies, train_informed
@@ -107,8 +108,17 @@ def sensors_of(zoo: Zoo, split: str) -> Tensor:
     return torch.tensor([zoo.entries[index].condition for index in zoo.subset(split)])
 
 
-def _generated(generator: Generator, settings: Tensor, seed: int) -> Stacked:
-    return stack(generator.generate(len(settings), condition=settings, seed=seed))  # type: ignore[arg-type]
+def _generated(generator: Generator, settings: Tensor, seed: int, taught: bool = False) -> Stacked:
+    asked = requests_of(generator, settings, seed, taught)
+    return stack(generator.generate(len(settings), condition=asked, seed=seed))  # type: ignore[arg-type]
+
+
+def requests_of(generator: Generator, settings: Tensor, seed: int, taught: bool = False) -> Tensor | list[str]:
+    """What a generator is asked for sensors ``[T, C]``: their settings, or words in wordings that nobody taught it."""
+    if not generator.config.model.condition.phrases:
+        return settings
+    rng = make_rng(seed, "wordings")
+    return task_of_sensors(generator.config).describe(settings, rng, held_out=not taught)
 
 
 def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, split: str, seed: int) -> Report:
@@ -118,6 +128,10 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
     started = time.perf_counter()
     made = {"generated": _generated(generator, settings, seed)}
     seconds = (time.perf_counter() - started) / len(settings)
+    asked_by: dict[str, Any] = {"by": "settings"}
+    if isinstance(requests := requests_of(generator, settings, seed), list):
+        made["taught_wordings"] = _generated(generator, settings, seed, taught=True)
+        asked_by = {"by": "words", "words": requests[:5]}
     known, asked = (task.condition.inputs(sensors_of(zoo, each)) for each in ("train", sensors))
     made |= {
         "original": stack([zoo.state_dict(index) for index in zoo.subset(sensors)]),
@@ -140,7 +154,7 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
     curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
     if evaluate.fine_tuning:
         curves["as_a_start"] = _starts(generator, task, zoo, made, settings, split, seed)
-    calibration, extras = error_by_distance(generator, settings, 1 - scored["generated"])
+    calibration, extras = error_by_distance(generator, requests, 1 - scored["generated"])
     kinds = {name: networks({"accuracy": each}, conditions=settings, seed=seed) for name, each in scored.items()}
     return Report(
         experiment="sensors",
@@ -149,8 +163,8 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         seed=seed,
         better={"accuracy": "more"},
         kinds=kinds,
-        references=("original", "large_with_settings"),
-        asked={"by": "settings", "settings": {each.name: [each.low, each.high] for each in task.settings}},
+        references=("original", "large_with_settings", "taught_wordings"),
+        asked={**asked_by, "settings": {each.name: [each.low, each.high] for each in task.settings}},
         curves={**curves, **calibration},
         extras=extras,
         facts={

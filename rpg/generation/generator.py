@@ -108,7 +108,7 @@ class Generator:
         saved = read_weights(weights)
         condition = saved.condition
         texts = TextTable.load(folder / TEXTS_FILE) if condition is not None and condition.kind == "text" else None
-        size = texts.vectors.shape[1] if texts is not None else condition.num_inputs if condition is not None else 0
+        size = texts.num_inputs if texts is not None else condition.num_inputs if condition is not None else 0
         network = build_network(config.model, layout, saved.num_states, size)
         try:
             network.load_state_dict(saved.tensors)

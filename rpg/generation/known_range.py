@@ -105,13 +105,16 @@ class KnownRange:
 def condition_codes(network: object, spec: ConditionSpec, conditions: Tensor) -> Tensor | None:
     """What distances are measured between, ``[n, P, F]`` on the CPU; None for conditions without such a measure.
 
-    Of settings their features, of examples what the networks' encoder makes of the set.
+    Of settings their features, of examples what the networks' encoder makes of the set, of a text its phrases' vectors.
 
     Args:
         network: the generator's.
         spec: what its conditions mean.
         conditions: as networks see them, ``[n, C]``.
     """
+    if spec.kind == "text" and isinstance(network, RecurrentDiffusion) and network.config.condition.phrases:
+        rows = conditions.cpu().unflatten(1, (network.config.condition.phrases, -1))
+        return torch.where(rows[..., -1:] > 0, rows[..., :-1], torch.nan)
     if spec.settings:
         return conditions.cpu()[:, None]
     if spec.kind != "examples" or not isinstance(network, RecurrentDiffusion):

@@ -146,7 +146,7 @@ def requested_conditions(
         return None
     if spec.kind == "examples":
         return requested_examples(condition, num, spec)
-    width = table.vectors.shape[1] if table is not None else 1 if spec.kind == "class" else spec.size
+    width = table.width if table is not None else 1 if spec.kind == "class" else spec.size
     expected = f"{width} values ({spec.kind})" if table is None else "a text"
     if condition is None:
         raise InputError(f"this generator needs a condition that says what to generate for; give {expected}")
@@ -158,8 +158,7 @@ def requested_conditions(
             )
         if not all(text.strip() for text in texts):
             raise InputError("the condition has an empty text; say what to generate")
-        vectors = {text: table.condition(text) for text in dict.fromkeys(texts)}
-        return torch.stack([vectors[text] for text in texts])
+        return table.conditions_of(texts)
     if isinstance(condition, Mapping) and spec.settings:
         condition = parse_settings(spec.settings, condition)
     values = torch.as_tensor(condition, dtype=torch.float32)

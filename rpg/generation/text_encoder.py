@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rpg.packages import without_bars
+from rpg.generation.phrases import phrases_of
+from rpg.packages import install_command, without_bars
 from tokenization.errors import InputError
 from tokenization.files import atomic_file
 from tokenization.zoo.cache import cache_path
@@ -42,38 +44,84 @@ class TextTable:
         fingerprint: SHA-256 (hexadecimal) of its weights and tokenizer.
         texts: all different.
         vectors: ``[T, E]`` float32, of unit mean square.
+        phrases: P, the most phrases of a description; the texts are then phrases. 0: they are whole conditions.
     """
 
     encoder: str
     fingerprint: str
     texts: tuple[str, ...]
     vectors: Tensor
+    phrases: int = 0
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers networks see of a text, or of each of its phrases: E, or E and a 1 that says it is there."""
+        return self.vectors.shape[1] + (self.phrases > 0)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a condition: ``num_inputs``, for each phrase."""
+        return self.num_inputs * max(1, self.phrases)
+
+    @functools.cached_property
+    def _own_encoder(self) -> SentenceEncoder | StaticEncoder:
+        """The encoder that made the table. Raises InputError if it cannot be loaded, or is another one now."""
+        encoder = sentence_encoder(self.encoder, "--prompt-model")
+        if encoder.fingerprint != self.fingerprint:
+            raise InputError(
+                f"--prompt-model {self.encoder} has other weights than the sentence encoder that the generator was "
+                "trained with; name that one"
+            )
+        return encoder
+
+    @functools.cached_property
+    def _known(self) -> dict[str, Tensor]:
+        """Centred vectors of the texts, and of whatever was encoded since."""
+        return dict(zip(self.texts, self.conditions, strict=True))
+
+    def _vectors_of(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._centred(self._own_encoder.vectors(new)), strict=True))
+        return torch.stack([self._known[text] for text in texts])
 
     @functools.cached_property
     def conditions(self) -> Tensor:
         """What the networks are given for each text, ``[T, E]``, of unit mean square over all texts."""
         return self._centred(self.vectors)
 
+    @functools.cached_property
+    def _centre(self) -> tuple[Tensor, Tensor]:
+        """The mean ``[E]`` of the vectors, and the root mean square of the rest."""
+        mean = self.vectors.mean(0)
+        return mean, (self.vectors - mean).square().mean().sqrt()
+
     def _centred(self, vectors: Tensor) -> Tensor:
-        centre = self.vectors.mean(0)
-        scale = (self.vectors - centre).square().mean().sqrt()
-        return (vectors - centre) / scale if scale > 0 else vectors  # a single text is all that it can be
+        mean, scale = self._centre
+        return (vectors - mean) / scale if scale > 0 else vectors  # a single text is all that it can be
 
     def condition(self, text: str) -> Tensor:
-        """What the networks are given for a text, ``[E]``; one that is not in the table is encoded now.
+        """What the networks are given for a text, ``[width]``; raises as `conditions_of`."""
+        return self.conditions_of([text])[0]
+
+    def conditions_of(self, texts: Sequence[str]) -> Tensor:
+        """What the networks are given for texts, ``[n, width]``; what is not in the table is encoded now.
 
         Raises:
-            InputError: the encoder cannot be loaded, or is not the one that made the table.
+            InputError: the encoder cannot be loaded, or is not the one that made the table; there are too many phrases.
         """
-        if text in self.texts:
-            return self.conditions[self.texts.index(text)]
-        encoder = SentenceEncoder(self.encoder, "--prompt-model")
-        if encoder.fingerprint != self.fingerprint:
-            raise InputError(
-                f"--prompt-model {self.encoder} has other weights than the sentence encoder that the generator was "
-                "trained with; name that one"
-            )
-        return self._centred(encoder.vectors([text]))[0]
+        if not self.phrases:
+            return self._vectors_of(texts)
+        parts = [phrases_of(text) for text in texts]
+        for text, each in zip(texts, parts, strict=True):
+            if not 0 < len(each) <= self.phrases:
+                found = f"the description {text!r} has {len(each)} phrases between commas"
+                raise InputError(f"{found}; give 1 to {self.phrases}")
+        rows = torch.zeros(len(texts), self.phrases, self.num_inputs)
+        places = torch.tensor([(row, place) for row, each in enumerate(parts) for place in range(len(each))])
+        rows[places[:, 0], places[:, 1], :-1] = self._vectors_of([phrase for each in parts for phrase in each])
+        rows[places[:, 0], places[:, 1], -1] = 1
+        return rows.flatten(1)
 
     def with_encoder(self, encoder: str | None) -> TextTable:
         """The table with the place where the encoder is now."""
@@ -82,6 +130,8 @@ class TextTable:
     def save(self, path: Path) -> None:
         """Write one safetensors file. Raises InputError when the disk refuses."""
         metadata = {"encoder": self.encoder, "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
+        if self.phrases:
+            metadata["phrases"] = str(self.phrases)
         with atomic_file(path) as temporary:
             save_file({"vectors": self.vectors.contiguous()}, temporary, {"format": "pt", **metadata})
 
@@ -94,7 +144,7 @@ class TextTable:
             texts = tuple(json.loads(metadata["texts"]))
             if len(texts) != len(vectors):
                 raise ValueError(f"{len(texts)} texts for {len(vectors)} vectors")
-            return cls(metadata["encoder"], metadata["fingerprint"], texts, vectors)
+            return cls(metadata["encoder"], metadata["fingerprint"], texts, vectors, int(metadata.get("phrases", 0)))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} could not be read ({error}); copy the generator's folder again") from None
 
@@ -117,12 +167,58 @@ def text_table(zoo: Zoo, encoder: str | None) -> TextTable:
     path = cache_path(zoo, "texts", [VERSION, encoder, texts])
     with contextlib.suppress(InputError):  # whatever is wrong with a cache, it is made again
         return TextTable.load(path)
-    network = SentenceEncoder(encoder, "model.condition.encoder")
+    network = sentence_encoder(encoder, "model.condition.encoder")
     table = TextTable(encoder, network.fingerprint, texts, network.vectors(texts))
     with contextlib.suppress(InputError, OSError):  # a zoo that may not be written
         path.parent.mkdir(exist_ok=True)
         table.save(path)
     return table
+
+
+WORDLLAMA = "wordllama"
+
+
+def sentence_encoder(name: str, where: str) -> SentenceEncoder | StaticEncoder:
+    """The encoder of a name; raises InputError as it does if it cannot be loaded."""
+    return static_encoder(where) if name == WORDLLAMA else SentenceEncoder(name, where)
+
+
+class StaticEncoder:
+    """The package wordllama: the mean of static embeddings of a text's tokens, 256 values. It needs no download.
+
+    Raises:
+        InputError: the package is missing.
+    """
+
+    def __init__(self, where: str) -> None:
+        root = logging.getLogger()
+        before = root.handlers[:], root.level
+        try:
+            import wordllama
+        except ModuleNotFoundError:
+            raise InputError(f"{where} {WORDLLAMA} needs the package; run {install_command(WORDLLAMA)}") from None
+        finally:  # it sets up logging for the whole program
+            root.handlers[:], root.level = before
+        self.folder = Path(wordllama.__file__).parent
+        self.model = wordllama.WordLlama.load(cache_dir=self.folder, disable_download=True)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of embeddings and tokenizer."""
+        digest = hashlib.sha256(self.model.embedding.data)
+        digest.update(self.model.tokenizer.to_str().encode())
+        return digest.hexdigest()
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Each text's vector, ``[T, 256]``, of unit mean square."""
+        vectors = torch.from_numpy(self.model.embed(list(texts))).float()
+        return F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+
+
+@functools.lru_cache(1)
+def static_encoder(where: str) -> StaticEncoder:
+    """The one there is, loaded once."""
+    return StaticEncoder(where)
 
 
 class SentenceEncoder:

@@ -24,8 +24,14 @@ class ConditionConfig(Section):
         "manifest; examples of what the network is to do, which the zoo's task shows",
     )
     encoder: str | None = Field(
-        None, description="of text: a sentence encoder for transformers, by name or local path; its vectors are kept"
+        None,
+        description="of text: wordllama (static embeddings, in its package), or a sentence encoder for transformers by "
+        "name or local path; its vectors are kept",
     )
+    phrases: int = Field(
+        0, ge=0, description="of text: descriptions of so many phrases at most, which the zoo's task makes afresh in "
+        "every step and which are encoded one by one; 0: the zoo's own texts, encoded whole"
+    )  # fmt: skip
     name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
     scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
     counts: tuple[int, ...] = Field(
@@ -48,6 +54,8 @@ class ConditionConfig(Section):
 
     @model_validator(mode="after")
     def _fields_fit_the_kind(self) -> ConditionConfig:
+        if self.phrases and self.kind != "text":
+            raise ValueError("phrases needs kind: text")
         if self.withhold and self.kind != "binary":
             raise ValueError("withhold needs kind: binary")
         if (self.kind == "metric") != (self.name is not None):
@@ -67,16 +75,17 @@ class ConditionEncoder(nn.Module):
             ``[B, n · size]``).
         width: H.
         num_classes: of examples.
+        phrases: whether a text is a set of phrases, which are examples of no class.
     """
 
-    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0) -> None:
+    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0, phrases: bool = False) -> None:
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
         if kind == "class":
             self.network = nn.Embedding(size, width)
-        elif kind == "examples":
+        elif kind == "examples" or phrases:
             self.network = SetEncoder(size, num_classes, width)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))

@@ -96,6 +96,17 @@ class ExampleTask(Task, Protocol):
 
 
 @runtime_checkable
+class DescribedTask(Task, Protocol):
+    """Tasks of conditions, each of which can be told in words."""
+
+    def describe(self, conditions: Tensor, rng: Generator, held_out: bool = False) -> list[str]:
+        """A description of each of T tasks ``[T, C]``, phrases between commas, in any of many wordings.
+
+        Those of ``held_out`` are never taught.
+        """
+
+
+@runtime_checkable
 class TaskSimulator(BehaviourTask, Protocol):
     """A family that draws new tasks at any time, and knows the right answers for them."""
 

@@ -217,7 +217,7 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
     if (scale := metric_scale(zoo, indices, condition)) is not None:
         return metric_conditions(zoo, indices, scale)
     conditions = zoo_conditions(zoo, indices)
-    if condition.kind == "examples":  # of which examples are shown in every step
+    if condition.kind == "examples" or condition.phrases:  # of which examples are shown in every step
         return conditions
     if condition.kind == "text":
         return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
@@ -255,7 +255,7 @@ def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
     if condition.kind == "metric":
         return 1
     if (examples := example_conditions(zoo, condition)) is not None:
-        return examples.spec.size
+        return examples.num_inputs
     if zoo.condition is None or condition.kind == "none":
         return 0
     if condition.kind == "text":

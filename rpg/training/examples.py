@@ -11,19 +11,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rpg.generation.phrases import phrases_of
+from rpg.generation.text_encoder import TextTable, sentence_encoder
 from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.examples import example_rows, row_size
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import ExampleTask, TaskSimulator
+from rpg.tasks.base import DescribedTask, ExampleTask, TaskSimulator
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 
 def example_conditions(zoo: Zoo, condition: ConditionConfig, seed: int = 0) -> ExampleConditions | None:
-    """Shows examples of the task that collected ``zoo``; None where conditions are of another kind."""
+    """Shows examples of the task that collected ``zoo``, or describes it; None where conditions are of another kind."""
+    if condition.phrases:
+        return Descriptions(zoo, task_of(zoo), condition, seed)
     return ExampleConditions(task_of(zoo), condition, seed) if condition.kind == "examples" else None
 
 
@@ -59,6 +63,11 @@ class ExampleConditions:
         self.task, self.config, self.seed = task, config, seed
 
     @property
+    def num_inputs(self) -> int:
+        """How many numbers networks see of an example."""
+        return self.spec.size
+
+    @property
     def spec(self) -> ConditionSpec:
         """What a generator's conditions are."""
         size = row_size(math.prod(self.task.example_shape), self.config.classes)
@@ -91,3 +100,54 @@ class ExampleConditions:
         told = torch.rand(num, 1, generator=rng) < self.config.labelled
         rows = example_rows(values, torch.where(told, classes, -1), num_classes)
         return (rows * (places < counts)[..., None]).flatten(1).to(tasks.device)
+
+
+class Descriptions(ExampleConditions):
+    """The same of words: a task's phrases are shown in place of examples.
+
+    Args:
+        zoo: whose training tasks' phrases, in one wording each, are the generator's table of texts.
+        task: describes tasks.
+        config: encoder, and how many phrases there are at most.
+        seed: decides every draw.
+
+    Raises:
+        InputError: the task has no words for its conditions, or the encoder cannot be loaded.
+    """
+
+    def __init__(self, zoo: Zoo, task: object, config: ConditionConfig, seed: int) -> None:
+        if not isinstance(task, DescribedTask):
+            raise InputError(
+                f"model.condition.phrases needs a task that describes its conditions, which {type(task).__name__} does "
+                "not; choose sensors"
+            )
+        self.task, self.config, self.seed = task, config, seed  # type: ignore[assignment]
+        self.table = _phrase_table(zoo, task, config)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers networks see of a phrase."""
+        return self.table.num_inputs
+
+    @property
+    def spec(self) -> ConditionSpec:
+        """What a generator's conditions are."""
+        return ConditionSpec("text", len(self.table.texts), self.table.texts)
+
+    def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
+        """Taught wordings of the tasks ``[T, C]``: ``[T, phrases · num_inputs]``."""
+        return self.table.conditions_of(self.describe(tasks, rng)).to(tasks.device)
+
+    def describe(self, tasks: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
+        """The tasks ``[T, C]`` in words."""
+        return self.task.describe(tasks.cpu(), rng, held_out)  # type: ignore[attr-defined]
+
+
+def _phrase_table(zoo: Zoo, task: DescribedTask, config: ConditionConfig) -> TextTable:
+    if not config.encoder:
+        raise InputError("model.condition.encoder is empty; name wordllama, or a sentence encoder for transformers")
+    tasks = torch.tensor([entry.condition for entry in zoo.entries if entry.split == "train"])
+    texts = task.describe(tasks, make_rng(0, "phrases"))
+    phrases = tuple(dict.fromkeys(phrase for text in texts for phrase in phrases_of(text)))
+    encoder = sentence_encoder(config.encoder, "model.condition.encoder")
+    return TextTable(config.encoder, encoder.fingerprint, phrases, encoder.vectors(phrases), config.phrases)

@@ -12,7 +12,7 @@ from rpg.tasks.base import TaskFamily, TaskSimulator
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import training_entries, zoo_conditions
-from rpg.training.examples import example_conditions
+from rpg.training.examples import Descriptions, example_conditions
 from tokenization.zoo.zoo import Zoo
 
 NUM_FRESH = 200
@@ -29,7 +29,8 @@ def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     """
     config, spec = generator.config, generator.condition
     held_out = zoo.subset("validation") if "validation" not in config.train.splits else []
-    if spec is None or not (spec.settings or spec.kind == "examples") or not held_out or zoo.condition is None:
+    measured = spec is not None and (spec.settings or spec.kind == "examples" or config.model.condition.phrases)
+    if spec is None or not measured or not held_out or zoo.condition is None:
         return None
     task = task_of(zoo, config.task)
     if not isinstance(task, TaskFamily):
@@ -38,14 +39,17 @@ def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     seen, tasks = zoo_conditions(zoo, training_entries(zoo, config.train.splits)), zoo_conditions(zoo, held_out)
     if behaviour is not None and behaviour.tasks == "fresh" and isinstance(task, TaskSimulator):
         tasks = torch.cat([tasks, task.draw_tasks(NUM_FRESH, rng)])
-    examples = example_conditions(zoo, config.model.condition)
+    examples, requests = example_conditions(zoo, config.model.condition), tasks
     if examples is None:
-        shown, asked, requests = zoo.condition.inputs(seen), zoo.condition.inputs(tasks), tasks
+        shown, asked = zoo.condition.inputs(seen), zoo.condition.inputs(tasks)
     else:
         tasks = tasks.repeat(NUM_SETS, 1) if len(tasks) < NUM_FRESH else tasks
-        shown = examples.draw(seen, rng)
-        asked = examples.draw(tasks, rng)
-        requests = asked.unflatten(1, (-1, spec.size))
+        if isinstance(examples, Descriptions):
+            requests = examples.describe(tasks, rng, held_out=True)
+            shown, asked = (examples.table.conditions_of(each) for each in (spec.names, requests))
+        else:
+            shown, asked = examples.draw(seen, rng), examples.draw(tasks, rng)
+            requests = asked.unflatten(1, (-1, spec.size))
     with single_threaded():
         networks = stack(list(generator.one_by_one(len(tasks), seed=config.seed, condition=requests)))
         errors = 1 - task.accuracies(networks, tasks, "validation")

@@ -8,7 +8,7 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.models import Network
 from rpg.training.data import metric_scale, training_entries
-from rpg.training.examples import example_conditions
+from rpg.training.examples import Descriptions, example_conditions
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
@@ -18,4 +18,5 @@ def trained_generator(config: Config, layout: Layout, network: Network, zoo: Zoo
     scale = metric_scale(zoo, training_entries(zoo, config.train.splits), config.model.condition)
     examples = example_conditions(zoo, config.model.condition)
     condition = examples.spec if examples is not None else zoo.condition if scale is None else scale.condition
-    return Generator(config, layout, network, condition, facts, metric=scale)
+    texts = examples.table if isinstance(examples, Descriptions) else None
+    return Generator(config, layout, network, condition, facts, texts=texts, metric=scale)

@@ -74,10 +74,10 @@ class RunFolder:
         with atomic_file(saved) as temporary:
             config.save(temporary)
 
-    def save(self, step: int, write: Callable[[Path], None], keep: int, seconds: float) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], keep: int, seconds: float, learned: str) -> Path:
         """Write ``checkpoints/step-<step>``, filled by ``write``, whole or not at all; older ones beyond ``keep`` go.
 
-        ``seconds`` is how long the run has taken up to this step.
+        ``seconds`` is how long the run has taken up to this step, ``learned`` the digest of what it learns from.
 
         Raises:
             InputError: the disk is full or not writable; what was there before stays.
@@ -86,7 +86,7 @@ class RunFolder:
         try:
             with atomic_folder(target) as folder:
                 write(folder)
-                record_files(folder, step, seconds)
+                record_files(folder, step, seconds, learned)
         except InputError as error:
             before = next((path.name for _, path in self.steps()), "no save")
             raise InputError(
@@ -127,15 +127,37 @@ def saved_config(run: Path | str) -> Config | None:
         return None
 
 
-def record_files(folder: Path, step: int, seconds: float) -> None:
-    """Write a checkpoint's ``complete.json``: step, seconds of training, size and digest of every file."""
+def record_files(folder: Path, step: int, seconds: float, learned: str) -> None:
+    """Write a checkpoint's ``complete.json``: step, seconds of training, what it learns from, and every file."""
     files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(folder.iterdir())}
-    (folder / COMPLETE).write_text(json.dumps({"step": step, "seconds": seconds, "files": files}, indent=1))
+    (folder / COMPLETE).write_text(
+        json.dumps({"step": step, "seconds": seconds, "learned": learned, "files": files}, indent=1)
+    )
 
 
 def seconds_of(path: Path) -> float:
     """How long the run had taken up to a checkpoint; 0 where an earlier version has not recorded it."""
     return json.loads((path / COMPLETE).read_text()).get("seconds", 0.0)
+
+
+def require_learned(path: Path, learned: str, single: str | None) -> None:
+    """Check that a checkpoint's run learned from what is there now.
+
+    Args:
+        path: the checkpoint.
+        learned: digest of what is there now.
+        single: the name of a layer of a single value, which earlier versions did not learn, if there is one.
+
+    Raises:
+        InputError: the zoo, or the way into tokens, has changed since.
+    """
+    before = json.loads((path / COMPLETE).read_text()).get("learned")
+    if before is None and single is not None:
+        what = f"is of a version that took {single!r}, a single value, from the first checkpoint; this one learns it"
+        raise InputError(f"{path} {what}; start anew with --overwrite")
+    if before is not None and before != learned:
+        what = "learned from other checkpoints or labels than the zoo has now"
+        raise InputError(f"{path} {what}; give it back the zoo that it began with, or start anew with --overwrite")
 
 
 def check_folder(path: Path) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
-from rpg.training.run_folder import RunFolder, seconds_of
+from rpg.training.run_folder import RunFolder, require_learned, seconds_of
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -61,7 +62,9 @@ class Trainer:
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
-        self.layout = fit_layout(zoo, config.tokens, indices=training_entries(zoo, config.train.splits))
+        indices = training_entries(zoo, config.train.splits)
+        self.layout = fit_layout(zoo, config.tokens, indices=indices)
+        self.learned = _digest_of(zoo, indices, self.layout)
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.fit_closed_form()
@@ -69,6 +72,8 @@ class Trainer:
         self.step, saved = self._newest() if resume else (0, None)
         self.earlier_seconds = 0.0 if saved is None else seconds_of(saved)
         if saved is not None:
+            single = next((layer.name for layer in self.layout.layers if layer.num_values == 1), None)
+            require_learned(saved, self.learned, single)
             self.say(f"going on after step {self.step} of {self.num_steps}")
             checkpointing.load_model(saved, self.network)
         if config.train.compile:
@@ -91,7 +96,8 @@ class Trainer:
 
     def check(self, zoo: Zoo) -> None:
         """Raise InputError for what cannot be trained."""
-        check_zoo(zoo, self.config.train.splits, self.config.model.condition.kind)
+        condition = self.config.model.condition
+        check_zoo(zoo, self.config.train.splits, "examples" if condition.phrases else condition.kind)
 
     @property
     def num_steps(self) -> int:
@@ -249,7 +255,7 @@ class Trainer:
         """Publish everything that a resume needs."""
         files = checkpointing.gather(self.network, self.ema, self.shards, keep=self.distributed.is_main)
         write, keep = (lambda folder: checkpointing.write(folder, files)), self.config.train.keep
-        self.distributed.on_main(lambda: self.folder.save(done, write, keep, self.seconds))
+        self.distributed.on_main(lambda: self.folder.save(done, write, keep, self.seconds, self.learned))
 
     def _newest(self) -> tuple[int, Path | None]:
         """The checkpoint to go on from; the main process chooses, and cuts the metrics off after it."""
@@ -295,6 +301,15 @@ class Trainer:
         generator = self.generator(weights, **facts)
         generator.known = measure_known_range(generator, self.zoo)
         generator.save_pretrained(self.folder.generator)
+
+
+def _digest_of(zoo: Zoo, indices: Sequence[int], layout: Layout) -> str:
+    """What decides a training's data: the checkpoints' digests and labels, and the layers that are learned."""
+    entries = [
+        (entry.sha256, entry.run, entry.step, entry.condition) for entry in map(zoo.entries.__getitem__, indices)
+    ]
+    layers = [(layer.name, layer.num_values) for layer in layout.layers]
+    return hashlib.sha256(json.dumps([entries, layers]).encode()).hexdigest()
 
 
 def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.evaluation.report import Report
 from rpg.experiments import score_files
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
@@ -197,6 +198,32 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
         assert one == two, file
     for name in ("own", "zoo", "task"):
         assert (tmp_path / "two" / name / "report.html").exists()
+
+
+def test_scores_of_a_function_are_not_replaced_by_those_of_none(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}, evaluate={"num": 2, "baselines": []}), say=lambda _: None)
+    for path in ("run", "zoo"):
+        few = [] if path == "run" else ["--set", "evaluate.baselines=[]"]
+        assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
+        before = Path(path, "evaluation.json").read_bytes()
+        refused(rpg("evaluate", path, *few), "mine:norm scored", "--score mine:norm", "--output")
+        assert Path(path, "evaluation.json").read_bytes() == before
+        code, _, err = rpg("evaluate", path, *few, "--output", f"{path}-weights")
+        assert (code, err) == (0, "") and Report.load(f"{path}-weights").judge == "weights alone"
+        assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
+
+
+def test_settings_of_a_run_s_evaluation_can_be_changed(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}, evaluate={"num": 2}), say=lambda _: None)
+    changes = ["--set", "evaluate.baselines=[interpolation]", "--set", "evaluate.split=validation"]
+    assert rpg("evaluate", "run", *changes, "--score", "mine:norm")[0] == 0
+    report = Report.load("run")
+    assert list(report.kinds) == ["original", "generated", "average", "interpolation"] and report.split == "validation"
+    frame = report.to_frame()
+    assert (
+        list(frame.columns) == ["kind", "norm", "mean_loss", "distance_nearest", "distance_plain"][: len(frame.columns)]
+    )
+    assert frame["kind"].value_counts()["original"] == 6 and frame["mean_loss"].eq(1.5).all()
 
 
 def test_what_is_refused(rpg: Run, here: Path) -> None:

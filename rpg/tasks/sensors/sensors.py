@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from rpg.tasks.many import collect_many
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.data import load_images
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
+from rpg.tasks.sensors.words import describe
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, repeat
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -154,6 +154,10 @@ class SensorsTask:
         """Examples ``[…, C·S·S]`` as networks take them, ``[…, C, S, S]``."""
         return examples.unflatten(-1, self.example_shape) - self._data[0].mean
 
+    def describe(self, conditions: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
+        """Sensors ``[T, C]`` in words; ``held_out`` wordings are never taught."""
+        return describe(self.settings, conditions, rng, held_out)
+
     # --- training ------------------------------------------------------------------------------------------------
 
     def collect(
@@ -171,6 +175,8 @@ class SensorsTask:
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
+        from accelerate import PartialState
+
         place = PartialState(timeout=PATIENCE)
         with place.main_process_first():
             zoo = open_zoo(path, self.config, self.condition)

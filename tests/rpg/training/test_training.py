@@ -85,6 +85,27 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path, zo
         assert 1000 < seconds < 1000 + time.monotonic() - started
 
 
+def test_a_run_goes_on_with_what_it_began_with(tmp_path):
+    zoo = Zoo.create(tmp_path / "zoo")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        zoo.append({"w": torch.randn(8, 8), "scale": torch.rand(())}, run=seed, step=0)
+    config = small_config(tmp_path)
+    train(config, max_seconds=0, say=lambda _: None)
+    record = RunFolder(config.run).steps()[0][1] / "complete.json"
+    content = json.loads(record.read_text())
+    del content["learned"]  # as earlier versions wrote it, which kept single values of the first checkpoint
+    record.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="took 'scale', a single value, from the first checkpoint.*--overwrite"):
+        train(config, resume=True)
+    train(config, overwrite=True, max_seconds=0, say=lambda _: None)  # the cure
+    zoo.append({"w": torch.randn(8, 8), "scale": torch.rand(())}, run=4, step=0)
+    with pytest.raises(InputError, match="other checkpoints or labels than the zoo has now.*--overwrite"):
+        train(config, resume=True)
+    train(config, overwrite=True, max_seconds=0, say=lambda _: None)
+    train(config, resume=True)
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (5, 100000000, 20):

@@ -1,0 +1,137 @@
+"""Descriptions of sensors: the grammar, its phrases as wordllama sees them, and a generator that is asked in words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from rpg.config import Config
+from rpg.experiments.sensors import evaluate_sensors
+from rpg.generation.generator import Generator
+from rpg.generation.phrases import phrases_of, spelled
+from rpg.generation.text_encoder import static_encoder
+from rpg.models.conditioning import ConditionEncoder
+from rpg.tasks import build_task
+from rpg.tasks.sensors.config import SensorsConfig
+from rpg.tasks.sensors.simulator import declared_settings, draw_settings
+from rpg.tasks.sensors.words import GRADED, QUARTERS, TURNED, describe
+from rpg.training.loop import train
+from tests.rpg.conftest import CONFIGS, SMALL_SENSORS, refused
+from tokenization.errors import InputError
+
+SETTINGS = declared_settings(SensorsConfig())
+ASKED = "camera upside down, light on dark, a little too close"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    places = (f"zoo={folder / 'zoo'}", f"run={folder / 'run'}")
+    config = Config.load(f"{CONFIGS}/sensors_words.yaml", [*SMALL_SENSORS, *places, "evaluate.informed=0",
+                         "evaluate.fine_tuning=[]"])  # fmt: skip
+    build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
+    train(config, say=lambda _: None)
+    return folder / "run"
+
+
+def test_held_out_wordings_are_never_taught() -> None:
+    every = [each for grades in GRADED.values() for each in grades] + [*QUARTERS, TURNED]
+    taught = {wording for each in every for wording in each[0]}
+    held_out = {wording for each in every for wording in each[1]}
+    assert not taught & held_out and len(held_out) > 30
+    values = draw_settings(SETTINGS, 300, torch.Generator().manual_seed(0))
+    said = [set(phrases_of(text)) for text in describe(SETTINGS, values, torch.Generator().manual_seed(1))]
+    fixed = {phrase for phrase in held_out if "{}" not in phrase}
+    assert not any(fixed & phrases for phrases in said)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([180.0, 1.08, 0.0, 0.0, 0.0], ("upside down|on its head|turned by 180 degrees", "close|near|little large")),
+        ([303.0, 1.0, -0.2, 0.0, 1.0], ("57 degrees (clockwise|to the right)", "left", "dark on light|white|inverted")),
+        ([57.0, 0.8, 0.0, 0.2, 0.0], ("57 degrees (counter|anti|to the left)", "away|distant|small|out", "down|low")),
+    ],
+)
+def test_a_description_says_what_is_not_as_it_should_be(values, expected) -> None:
+    (text,) = describe(SETTINGS, torch.tensor([values]), torch.Generator().manual_seed(0))
+    for part in expected:
+        assert any(re.search(part, phrase) for phrase in text.split(",")), (part, text)
+
+
+def test_phrases_are_split_and_numbers_are_spelled() -> None:
+    assert phrases_of("Turned 137 degrees, inverted and a bit too high.") == [
+        "turned one hundred thirty seven degrees", "inverted", "a bit too high",
+    ]  # fmt: skip
+    assert phrases_of("one hundred and five degrees; scale 1.1") == ["one hundred and five degrees", "scale one.one"]
+    assert [spelled(number) for number in (0, 13, 40, 99, 100, 360, 907)] == [
+        "zero", "thirteen", "forty", "ninety nine", "one hundred", "three hundred sixty", "nine hundred seven",
+    ]  # fmt: skip
+
+
+def test_wordllama_is_loaded_without_a_network_and_leaves_logging_alone() -> None:
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    vectors = static_encoder("test").vectors(["a little too close", "slightly too near", "the stock market"])
+    assert vectors.shape == (3, 256) and torch.allclose(vectors.square().mean(1), torch.ones(3), atol=1e-5)
+    cosines = torch.nn.functional.cosine_similarity(vectors[0], vectors[1:])
+    assert cosines[0] > 0.4 > 0.1 > cosines[1]
+    assert (logging.getLogger().handlers, logging.getLogger().level) == before
+
+
+def test_the_order_of_phrases_and_padding_do_not_matter() -> None:
+    torch.manual_seed(0)
+    encoder = ConditionEncoder("text", 5, 8, phrases=True)
+    rows = torch.cat([torch.randn(2, 4), torch.ones(2, 1)], 1)
+    padded = torch.cat([rows, torch.zeros(1, 5)]).flatten()[None]
+    assert torch.allclose(encoder(rows.flatten()[None]), encoder(rows.flip(0).flatten()[None]), atol=1e-6)
+    assert torch.allclose(encoder(rows.flatten()[None]), encoder(padded), atol=1e-6)
+
+
+def test_a_generator_is_asked_in_words(run: Path, rpg) -> None:
+    generator = Generator.from_pretrained(run)
+    assert generator.texts is not None and generator.texts.phrases == 8 and len(generator.texts.texts) > 20
+    code, out, _ = rpg("generate", run, "--prompt", ASKED, "--output", run / "said")
+    assert code == 0 and "what was learned" in out
+    (file,) = (run / "said").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        provenance = json.loads(opened.metadata()["rpg.provenance"])
+    made = load_file(file)
+    assert provenance["condition"] == ASKED and provenance["distance"]["distance"] > 0
+    (same,) = generator.generate(1, condition="A little too close and light on dark, camera upside down")
+    assert all(torch.allclose(made[name], value, atol=1e-5) for name, value in same.items())
+    with pytest.raises(InputError, match=r"has 9 phrases between commas; give 1 to 8"):
+        generator.generate(1, condition="inverted, " * 9)
+    refused(rpg("generate", run, "--prompt", ", ,", "--output", run / "none"), "has 0 phrases", "give 1 to 8")
+
+
+def test_words_about_something_else_are_said_to_be_far(run: Path) -> None:
+    generator = Generator.from_pretrained(run)
+    taught, other, strange = (
+        generator.distance(text) for text in ("upside down, inverted", "the wrong way up, dark on bright", "buy shares")
+    )
+    assert taught is not None and other is not None and strange is not None
+    assert taught.distance < other.distance < strange.distance and strange.error is None
+
+
+def test_the_report_judges_wordings_that_nobody_taught(run: Path) -> None:
+    report = evaluate_sensors(run)
+    assert report.asked["by"] == "words" and len(report.asked["words"]) == 3
+    assert {"generated", "taught_wordings", "kernel_ridge"} < report.kinds.keys()
+    assert "taught_wordings" not in report.rivals()
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path, run: Path) -> None:
+    config = Config.load(f"{CONFIGS}/sensors_words.yaml", [
+        *SMALL_SENSORS, f"zoo={run.parent / 'zoo'}", f"run={tmp_path / 'run'}", "model.condition.encoder=null",
+    ])  # fmt: skip
+    with pytest.raises(InputError, match=r"model.condition.encoder is empty; name wordllama"):
+        train(config, say=lambda _: None)
+    with pytest.raises(InputError, match=r"phrases needs kind: text"):
+        Config.load(f"{CONFIGS}/sensors.yaml", ["model.condition.phrases=3"])
