@@ -7,10 +7,10 @@ agree. A program that uses the package without a command has noted nothing: gene
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
 
 from tokenization.errors import InputError
 
@@ -71,8 +71,9 @@ def device_of_run(name: str = "auto") -> torch.device:
 def note_device(device: torch.device) -> None:
     """Have everything in this process and those it starts take ``device``."""
     os.environ[VARIABLE] = str(device)
-    if PartialState._shared_state:  # it has read the variable already
-        PartialState().device = device
+    accelerate = sys.modules.get("accelerate")  # which takes long to load
+    if accelerate is not None and accelerate.PartialState._shared_state:  # it has read the variable already
+        accelerate.PartialState().device = device
 
 
 def chosen_device() -> torch.device | None:

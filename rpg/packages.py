@@ -86,14 +86,17 @@ def _reinstall_command() -> str:
 
 
 @contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers shows no progress bars of its own: a command has one voice."""
+def without_bars(*, warnings: bool = True) -> Iterator[None]:
+    """transformers shows no progress bars of its own, and no warnings either where networks are only looked at."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not warnings:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

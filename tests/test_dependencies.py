@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
+import pydoc
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -34,12 +36,16 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
+_installed = functools.cache(packages_distributions)
+
+
+@functools.cache
 def imported(*folders: str) -> set[str]:
     """The third-party distributions that the Python files of folders import."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     own = {"rpg", "tokenization", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
     modules = {module for path in files for module in imported_modules(path)} - own - set(sys.stdlib_module_names)
-    installed = packages_distributions()  # of what is not installed, distribution and module have one name here
+    installed = _installed()  # of what is not installed, distribution and module have one name here
     return names(installed.get(module, [module])[0] for module in modules)
 
 
@@ -63,3 +69,52 @@ def test_every_dependency_is_pinned():
 
 def test_the_kernels_of_mamba_come_with_the_convolution_they_need():
     assert names(EXTRAS["mamba"]) == {"mamba-ssm", "causal-conv1d"}
+
+
+PRIVATE = {
+    "accelerate": ("accelerate.state.PartialState._shared_state", "accelerate.state.AcceleratorState._reset_state"),
+    "torch": (
+        "torch._subclasses.fake_tensor.FakeTensorMode", "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.utils._pytree.tree_leaves", "torch.nn.modules.batchnorm._BatchNorm",
+        "torch.nn.modules.dropout._DropoutNd", "torch._utils._rebuild_tensor_v2",
+    ),
+    "deepspeed": (
+        "deepspeed.ops.__compatible_ops__", "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer."
+        "_lazy_init_hp_params_optimizer_state",
+    ),
+}  # fmt: skip
+"""What is used although its library keeps it to itself, as nothing public does the same."""
+
+SET = {"_hp_optimizer_states_linked": "deepspeed"}
+"""Private attributes of others that are set; a test of training in several processes notices if they are gone."""
+
+
+def private_names(path: Path, own: set[str]) -> Iterator[str]:
+    """Names beginning with one underscore that a file takes from other libraries."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in own:
+            yield from (each for each in (*node.module.split("."), *(a.name for a in node.names)) if each[0] == "_")
+        elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            yield node.attr
+
+
+def test_private_parts_of_libraries_are_listed_and_there():
+    files = [path for folder in ("rpg", "tokenization") for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text() for path in files)
+    made = set(
+        re.findall(
+            r"(?:def|class) (_\w+)|^ *(?:self|cls|\w+)\.(_\w+)(?:: [^=\n]+)? = |[, ]self\.(_\w+)[, ]|^ +(_\w+)[:,]",
+            text,
+            re.M,
+        )
+    )
+    own = {name for each in made for name in each} - SET.keys()
+    taken = {name for path in files for name in private_names(path, {"rpg", "tokenization", "__future__"})} - own
+    listed = {part for names in PRIVATE.values() for name in names for part in name.split(".") if part[0] == "_"}
+    assert taken - listed - SET.keys() == set()
+    for library, names_of in PRIVATE.items():
+        if library == "deepspeed":
+            pytest.importorskip("deepspeed.ops")
+        for name in names_of:
+            missing = f"{library} {version(library)} has no {name}, which its private parts had; find another way"
+            assert pydoc.locate(name) is not None, missing

@@ -77,7 +77,7 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
             return [*(found or [gr.skip()]), line]
 
         def ask(now: Made | None, event: gr.EventData) -> str:
-            found, line = _tried(lambda: [_answers(run, now, event._data)])
+            found, line = _tried(lambda: [_answers(run, now, event)])
             return found[0] if found else line
 
         button.click(generate, [made, *inputs], [made, result, download, mistake], api_visibility="private",
@@ -114,8 +114,12 @@ def _forget(made: Made | None) -> None:
         shutil.rmtree(made.folder, ignore_errors=True)
 
 
-def _answers(run: LoadedRun, made: Made | None, data: Any) -> str:
-    counts = drawn(data.get("image") if isinstance(data, dict) else None)
+def _answers(run: LoadedRun, made: Made | None, event: gr.EventData) -> str:
+    try:
+        image = event.image
+    except (AttributeError, TypeError):  # what came is no picture
+        image = None
+    counts = drawn(image)
     if made is None:
         raise InputError("there are no networks to ask yet; generate some first")
     return show_answers(run, made, counts, answers(run, made, counts))

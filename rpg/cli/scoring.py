@@ -41,8 +41,6 @@ def evaluate(
         raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
     if is_zoo and trajectory is not None:
         raise InputError("--trajectory is for generators with conditions; a zoo generates nothing")
-    if not is_zoo and overrides:
-        raise InputError("--set changes the evaluation of a zoo; a run is evaluated as its configuration says")
     if not is_zoo:
         guard(lambda: evaluation_need(run), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
@@ -54,7 +52,8 @@ def evaluate(
             report = evaluate_zoo(run, judge, config, output=output, workers=workers)
         else:
             report = evaluate_run(
-                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory
+                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory,
+                changes=overrides or (),
             )  # fmt: skip
     folder = output or run
     then = f"rpg inspect {run} --write-config mine.yaml" if is_zoo else f"rpg generate {run} --num 10"

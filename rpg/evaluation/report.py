@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from rpg.evaluation.metrics import Summary, summarize
+from rpg.packages import install_command
 from rpg.section import Section
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -146,6 +147,18 @@ class Report(Section):
     def verdict(self) -> str:
         """The result in one sentence, good or bad."""
         return verdict_of(self)
+
+    def to_frame(self) -> Any:
+        """Kind, metrics and distances of each network, a row each, in pandas. Raises InputError if that is missing."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError(f"a data frame needs pandas; run {install_command('pandas')}") from None
+        rows = []
+        for kind, each in self.kinds.items():
+            columns = {**each.metrics, **{f"distance_{name}": values for name, values in each.distances.items()}}
+            rows += [{"kind": kind, **{name: values[i] for name, values in columns.items()}} for i in range(each.count)]
+        return pandas.DataFrame(rows)
 
     def _repr_html_(self) -> str:
         rows = [["networks", *self.better, "distance"]]

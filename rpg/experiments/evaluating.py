@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rpg.config import Config
+from rpg.config import Config, overridden
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.conditions import Conditions
 from rpg.evaluation.field_plots import save_image
@@ -25,7 +25,7 @@ from rpg.evaluation.network_merges import Merges, NetworkMerges
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
-from rpg.evaluation.report import Report
+from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.samples import SCALE, draw_samples
 from rpg.evaluation.span import Places, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
@@ -84,16 +84,10 @@ class Judge:
 
 @locks(lambda run, judge=None, output=None, **_: output or existing(run))
 def evaluate_run(
-    run: Path | str,
-    judge: Judge | Callable[..., Any] | str | None = None,
-    *,
-    num: int | None = None,
-    seed: int = 0,
-    output: Path | str | None = None,
-    workers: Workers | None = None,
-    split: str | None = None,
-    trajectory: str | None = None,
-) -> Report:
+    run: Path | str, judge: Judge | Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
+    output: Path | str | None = None, workers: Workers | None = None, split: str | None = None,
+    trajectory: str | None = None, changes: Sequence[str] = (),
+) -> Report:  # fmt: skip
     """Generate networks with the generator of a run and judge them beside originals and simple baselines.
 
     With conditions, networks are made for the zoo's unseen tasks, else for its held-out or training checkpoints. Where
@@ -103,26 +97,28 @@ def evaluate_run(
     Args:
         run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
-        num, split: networks to generate, and data; the configuration's when None.
-        seed: decides everything random.
-        output, workers: where results go (the run folder when None), and the processes that share the work.
+        num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
+        seed, workers: decides everything random; the processes that share the work.
         trajectory: the condition whose networks are shown on their way from noise.
+        changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
     Raises:
-        InputError: the run has no generator, its zoo is gone, or the scorer refuses a network.
+        InputError: there is no generator or zoo, the scorer refuses a network, the results would replace those of a
+            function, or a change is one of another section.
     """
     run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
     generator = Generator.from_pretrained(run)
-    config, zoo = generator.config, Zoo.open(generator.config.zoo)
+    config, zoo = _changed(generator.config, changes), Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
+    _keep_scores(Path(output or run), judge)
     require_for_choices(config, split if generator.condition is not None else "")
     scorer = judge.scorer(generator.adapter, config, zoo, split)
     wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
-    form, runs = generator.layout.compressed, [zoo.entries[index].run for index in trained]
+    runs = [zoo.entries[index].run for index in trained]
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
-    scorer, networks = _in_form(scorer, form, made)
+    scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
     merges = _merges(generator.adapter, zoo, trained, generator.layout)
@@ -172,9 +168,11 @@ def evaluate_zoo(
         workers: the processes that share the work.
 
     Raises:
-        InputError: nothing scores the checkpoints, or the scorer refuses one.
+        InputError: nothing scores the checkpoints, the scorer refuses one, or the results would replace those of a
+            function.
     """
     path, workers, zoo = Path(path), workers or Workers(), Zoo.open(path)
+    _keep_scores(Path(output or path), judge)
     adapter, split = path / CONFIG_NAME, config.evaluate.split
     text = adapter.read_text(encoding="utf-8") if adapter.is_file() else None
     scorer = judge.scorer(text, config, zoo, split)
@@ -206,6 +204,32 @@ def evaluate_zoo(
         }
         write_results(Path(output or path), report, Page(f"A zoo and simple baselines: {path.name}", facts))
     return report
+
+
+def _changed(config: Config, changes: Sequence[str]) -> Config:
+    """The configuration of a run with other settings of its evaluation."""
+    other = next((each for each in changes if not each.startswith("evaluate.")), None)
+    if other is not None:
+        raise InputError(
+            f"--set {other} changes what is trained; of a run only --set evaluate.… can be changed, for the rest train "
+            "another one"
+        )
+    return Config.parse(overridden(config.plain(), changes), "--set") if changes else config
+
+
+def _keep_scores(folder: Path, judge: Judge) -> None:
+    """Raise InputError where the scores of a function would be replaced by those of a task, or by none."""
+    if judge.reference is not None or not (folder / FILE).is_file():
+        return
+    try:
+        name = Report.load(folder).judge
+    except InputError:
+        return  # of an earlier version, or broken
+    if not any(each.isspace() for each in name):  # judges other than functions have a comma or a space
+        raise InputError(
+            f"{folder / FILE} holds what {name} scored, which this would replace; give --score {name}, or another "
+            "folder with --output"
+        )
 
 
 def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None = None) -> None:
@@ -340,7 +364,7 @@ def provenance_of(
     num_trained = len(training_entries(zoo, config.train.splits))
     rows: dict[str, Any] = {
         "generator": f"{config.model.kind}, sha256 {generator.digest}",
-        **{f"generator: {name}": value for name, value in generator.facts.items()},
+        **{f"generator: {k}": shown(v) if isinstance(v, float) else v for k, v in generator.facts.items()},
         "zoo": f"{num_trained} of {len(zoo)} checkpoints, {zoo.num_runs} run(s), digest {zoo.digest()}",
         "task": yaml.safe_dump(zoo.task, sort_keys=False) if zoo.task else "none",
         "tokens": f"{generator.layout.num_tokens} of {generator.layout.token_size}, {generator.layout.num_values:,} "

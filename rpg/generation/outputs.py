@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
@@ -98,6 +97,8 @@ class FolderSink:
             if not self.overwrite and self.partition.rank == 0:
                 self._keep_others()
             if together:
+                from accelerate.utils import broadcast_object_list
+
                 first = self.partition.rank == 0
                 self.open = broadcast_object_list([{i: self._writer(i) for i in self.shared} if first else None])[0]
             self.lock = stack.pop_all()

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from rpg.devices import PATIENCE, note_device, use_device
@@ -67,6 +65,9 @@ def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
         return Partition(), use_device(device)
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     # Left to itself, accelerate takes several processes without a GPU for as many single ones.
     no_gpu = device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpg.packages import without_bars
 from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import read_json, tensor_at
@@ -93,7 +94,7 @@ def transformers_target(base: Path, found: Mapping[str, tuple[int, ...]]) -> Tar
             classes = list(dict.fromkeys(flat))
         targets = []
         for kind in classes:
-            with torch.device("meta"):
+            with torch.device("meta"), without_bars(warnings=False):
                 targets.append(Target.of(kind(config), f"the {kind.__name__} of {base}"))
     except (AttributeError, OSError, TypeError, ValueError, ImportError, KeyError, RuntimeError) as error:
         what = f"{base / 'config.json'} names no network that transformers builds ({str(error).splitlines()[0]})"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from rpg.config import Config
 from rpg.devices import chosen_device
@@ -82,6 +81,8 @@ def training_need(config: Config) -> Need | None:
     Raises:
         InputError: the zoo does not allow it, as training would say itself.
     """
+    from accelerate.utils import parse_flag_from_env
+
     spread = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") or parse_flag_from_env("ACCELERATE_USE_FSDP")
     if spread or not (Path(config.zoo) / "zoo.json").exists():
         return None

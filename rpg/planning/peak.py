@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenization.layouts import Layout
 from tokenization.spectral.layout import SpectralLayout
@@ -62,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: Tensor, num_bytes: int) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # which Python's object of a storage keeps as long as that lives
         if key in self._known:
             return
 
@@ -92,12 +91,10 @@ def peak_resident_bytes() -> int:
 def fake_copy(network: nn.Module) -> nn.Module:
     """Give a network on the meta device fake parameters and buffers on the CPU, in place; call it in a fake mode."""
     for module in network.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                setattr(module, name, nn.Parameter(_empty_like(parameter), parameter.requires_grad))
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                setattr(module, name, _empty_like(buffer))
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, nn.Parameter(_empty_like(parameter), parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, _empty_like(buffer))
     return network
 
 
@@ -157,6 +154,8 @@ def directions_flops(layout: Layout) -> int:
     return 2 * math.prod(layout.basis.shape) if isinstance(layout, SpectralLayout) else 0
 
 
-def count_flops() -> FlopCounterMode:
+def count_flops() -> Any:
     """A context in which operations are counted, those of recurrences too; ask it ``get_total_flops()``."""
+    from torch.utils.flop_counter import FlopCounterMode  # which loads triton
+
     return FlopCounterMode(display=False, custom_mapping=RECURRENCES)

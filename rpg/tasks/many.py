@@ -14,7 +14,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,6 +75,8 @@ def collect_many(
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
     """
+    from accelerate import PartialState
+
     place, folder = PartialState(), zoo.path / "parts"
     if len({entry.run for entry in zoo.entries}) == len(bits):
         if place.is_main_process:

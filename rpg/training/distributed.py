@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import WandBTracker
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
 from rpg.models.backbone.mamba2 import Mamba2
@@ -38,6 +34,10 @@ class DistributedContext:
     """
 
     def __init__(self, settings: TrainConfig, folder: str) -> None:
+        from accelerate import Accelerator  # here and below: what only looks at runs need not wait for it
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import parse_flag_from_env
+
         self.settings = settings
         deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         precision = mixed_precision(settings.precision) or os.environ["ACCELERATE_MIXED_PRECISION"]
@@ -183,6 +183,8 @@ def _deepspeed_on_cpu() -> list[Any]:
         raise InputError(f"the launcher asks for DeepSpeed, which is not installed; {cure}") from None
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    from accelerate.utils import InitProcessGroupKwargs
+
     return [InitProcessGroupKwargs(backend="gloo")]
 
 
@@ -217,5 +219,7 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     except ImportError:
         cure = f"run {install_command('wandb')}, or leave it out"
         raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
+    from accelerate.tracking import WandBTracker
+
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)
     return [*(name for name in names if name != "wandb"), tracker]

@@ -58,6 +58,20 @@ def test_help_lists_the_commands_and_is_quick(rpg: Run) -> None:
     assert rpg() == rpg("--help")
 
 
+def test_commands_load_what_they_need() -> None:
+    """torch takes seconds, and each of these a second or more on top."""
+    needed = {
+        "collect --from": "tokenization.zoo.importing", "collect": "rpg.experiments.single",
+        "inspect": "rpg.planning.inspect, rpg.planning.proposal", "train": "rpg.training.loop, rpg.planning.guard",
+        "generate": "rpg.generation.generator, rpg.experiments.copies, rpg.generation.choosing",
+    }  # fmt: skip
+    slow = ("accelerate", "diffusers", "jinja2", "matplotlib", "peft", "scipy", "sklearn", "sympy", "timm")
+    slow += ("torchvision", "transformers", "triton")
+    script = f"import sys, {', '.join(needed.values())}; print(*(name for name in {slow} if name in sys.modules))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
+    assert (process.returncode, process.stdout.strip()) == (0, ""), process.stderr
+
+
 def test_the_package_offers_its_main_parts_when_they_are_asked_for() -> None:
     script = "import sys, rpg; assert 'torch' not in sys.modules; print([getattr(rpg, name) for name in rpg.__all__])"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)

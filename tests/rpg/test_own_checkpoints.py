@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rpg.evaluation.report import Report
 from rpg.evaluation.span import ZooSpan
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -258,3 +259,18 @@ def test_a_table_names_files_from_the_folder_of_the_glob(
     assert code == 0, err
     zoo = Zoo.open("z")
     assert [(entry.condition, entry.run) for entry in zoo.entries] == [((3.0,), 0), ((5.0,), 1)][: len(zoo)]
+
+
+def test_a_zoo_of_one_network_has_no_distances(rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("judge_of_one.py").write_text("def total(weights):\n    return weights['0.weight'].sum().item()\n")
+    for run in range(3):
+        save(Path(f"{run}.pth"), state(1))
+    Path("runs.csv").write_text("file,run\n" + "".join(f"{run}.pth,{run}\n" for run in range(3)))
+    assert rpg("collect", "--from", "*.pth", "--table", "runs.csv", "--zoo", "zoo")[0] == 0
+    code, out, err = rpg("evaluate", "zoo", "--score", "judge_of_one:total")
+    assert code == 0 and "distance" not in out, err
+    report = Report.load("zoo")
+    total = state(1)["0.weight"].sum().item()
+    assert report.mean("original") == pytest.approx(total, rel=1e-5) and report.unit in (None, 0.0)

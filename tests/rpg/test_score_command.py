@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.evaluation.report import Report
 from rpg.experiments import score_files
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tests.rpg.launched_scores import score_everything
 from tokenization.zoo.zoo import Zoo
@@ -57,7 +59,7 @@ def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest
         )
         assert (code, err) == (0, ""), line
     assert "099.safetensors" in out
-    of_zoo, of_run = (json.loads(Path(f"wine-{each}/evaluation.json").read_text()) for each in ("zoo", "run"))
+    of_zoo, of_run = (checked_report(f"wine-{each}", "networks").model_dump() for each in ("zoo", "run"))
     assert of_zoo["kinds"]["original"] == of_run["kinds"]["original"]
     assert of_zoo["kinds"]["original"]["summaries"]["accuracy"]["mean"] > 0.85
     assert of_zoo["kinds"]["generated"]["count"] == 0
@@ -133,7 +135,7 @@ def test_without_anything_that_scores_networks_are_told_apart_by_their_weights(r
     for given in (["run", "--num", 2], ["zoo", *few]):
         code, out, err = rpg("evaluate", *given)
         assert (code, err) == (0, "") and "weights alone" in out and "Nothing scores" in out, err
-        found = json.loads(Path(str(given[0]), "evaluation.json").read_text())
+        found = checked_report(str(given[0]), "networks").model_dump()
         assert found["better"] == {} and found["threshold"] is None
         made = found["kinds"]["generated" if given[0] == "run" else "original"]
         taus, distances = found["taus"], made["distances"]["nearest"]
@@ -197,6 +199,32 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
         assert one == two, file
     for name in ("own", "zoo", "task"):
         assert (tmp_path / "two" / name / "report.html").exists()
+
+
+def test_scores_of_a_function_are_not_replaced_by_those_of_none(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}, evaluate={"num": 2, "baselines": []}), say=lambda _: None)
+    for path in ("run", "zoo"):
+        few = [] if path == "run" else ["--set", "evaluate.baselines=[]"]
+        assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
+        before = Path(path, "evaluation.json").read_bytes()
+        refused(rpg("evaluate", path, *few), "mine:norm scored", "--score mine:norm", "--output")
+        assert Path(path, "evaluation.json").read_bytes() == before
+        code, _, err = rpg("evaluate", path, *few, "--output", f"{path}-weights")
+        assert (code, err) == (0, "") and Report.load(f"{path}-weights").judge == "weights alone"
+        assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
+
+
+def test_settings_of_a_run_s_evaluation_can_be_changed(rpg: Run, here: Path) -> None:
+    train(small_config(here, train={"steps": 2}, evaluate={"num": 2}), say=lambda _: None)
+    changes = ["--set", "evaluate.baselines=[interpolation]", "--set", "evaluate.split=validation"]
+    assert rpg("evaluate", "run", *changes, "--score", "mine:norm")[0] == 0
+    report = Report.load("run")
+    assert list(report.kinds) == ["original", "generated", "average", "interpolation"] and report.split == "validation"
+    frame = report.to_frame()
+    assert (
+        list(frame.columns) == ["kind", "norm", "mean_loss", "distance_nearest", "distance_plain"][: len(frame.columns)]
+    )
+    assert frame["kind"].value_counts()["original"] == 6 and frame["mean_loss"].eq(1.5).all()
 
 
 def test_what_is_refused(rpg: Run, here: Path) -> None:

@@ -99,7 +99,9 @@ def load_inert(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             # A TorchScript program would be given to another reader by torch.load.
-            if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            with zipfile.ZipFile(path) as archive:
+                is_program = any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+            if is_program:
                 raise InputError(f"{path} is a TorchScript program; save its state_dict() alone")
             if path.suffix != ".safetensors":
                 return _torch_load(path, mmap=True)

@@ -66,8 +66,8 @@ def find_ties(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in state_dict.items():
         if tensor.numel() == 0:
             continue
-        # On the meta device no tensor has an address.
-        place = (tensor.untyped_storage()._cdata, tensor.storage_offset()) if tensor.is_meta else tensor.data_ptr()
+        # On the meta device no tensor has an address; Python's object of a storage stays the same while that lives.
+        place = (id(tensor.untyped_storage()), tensor.storage_offset()) if tensor.is_meta else tensor.data_ptr()
         owner = first.setdefault((tensor.device, place, tensor.dtype, tensor.shape, tensor.stride()), name)
         if owner != name:
             ties[name] = owner

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -151,6 +150,8 @@ class SubsetTask:
         self, task: Any, path: Path | str, progress: Progress | None, limit: int | None, processes: int | None = None
     ) -> Zoo:
         """`collect` what another task trains for this family, by its ``config``, ``train_base`` and ``train_part``."""
+        from accelerate import PartialState
+
         place = PartialState(timeout=PATIENCE)
         with place.main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder

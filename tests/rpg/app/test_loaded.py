@@ -28,6 +28,7 @@ from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.task import FieldsTask
+from rpg.tasks import build_task
 from rpg.tasks.images.digits import load_splits, standardise
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
@@ -149,7 +150,10 @@ def test_a_metric_and_a_start(metric_run: LoadedRun, tmp_path: Path) -> None:
     wish = wish_of(parts, (0.5, run.originals.name(first), None, *defaults(parts)[3:]))
     assert wish.condition == [0.5] and wish.start == run.zoo.file(first)
     made = run.make(wish, tmp_path)
-    assert 0 <= made.figures[0]["accuracy"] <= 1
+    network, split = build_task(run.config.task).build(), run.config.evaluate.split
+    network.load_state_dict(made.networks[0])
+    right = network(run.task.images(split)).argmax(1) == run.task.labels(split)  # type: ignore[union-attr]
+    assert made.figures[0]["accuracy"] == pytest.approx(right.double().mean().item())
     save_file(run.zoo.state_dict(first), own)
     uploaded = run.make(wish_of(parts, (0.5, None, str(own), *defaults(parts)[3:])), tmp_path)
     assert torch.equal(made.networks[0]["units"], uploaded.networks[0]["units"])

@@ -115,13 +115,14 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
 
 
 def test_every_process_draws_the_same_images():
-    def draw(rank: int) -> int:
+    def draw(rank: int, step: int = 3, seed: int = 0) -> int:
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
-        losses.settings, losses.seed, losses.distributed = TrainConfig(), 0, SimpleNamespace(rank=rank)
+        losses.settings, losses.seed, losses.distributed = TrainConfig(), seed, SimpleNamespace(rank=rank)
         losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
         batch = SimpleNamespace(
             group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None
         )
-        return losses(3, batch, SimpleNamespace(samples=torch.zeros(1)))
+        return losses(step, batch, SimpleNamespace(samples=torch.zeros(1)))
 
     assert draw(0) == draw(1)
+    assert len({draw(0), draw(0, step=4), draw(0, seed=1)}) == 3

@@ -104,7 +104,7 @@ def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
 
     path = tmp_path / "zoo"
     task.collect(path, processes=1, limit=1)  # base and first part
-    monkeypatch.setattr(many, "PartialState", lambda: Place(1))
+    monkeypatch.setattr("accelerate.PartialState", lambda: Place(1))
     many.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
     made = [file.name for file in (path / "parts").iterdir()]
     assert made == ["part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second; the first is listed
