@@ -23,6 +23,9 @@ from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
+NUM_DESCRIPTIONS = 300
+"""Descriptions of training tasks, at least, whose phrases a generator keeps."""
+
 NUM_READ, PHRASE_NOISE = 32, 0.8
 """Descriptions that are read in a training step; noise on their phrases' vectors, of unit mean square."""
 
@@ -172,7 +175,7 @@ class Descriptions(ExampleConditions):
 def _phrase_table(tasks: Tensor, task: DescribedTask, config: ConditionConfig) -> TextTable:
     if not config.encoder:
         raise InputError("model.condition.encoder is empty; name wordllama, or a sentence encoder for transformers")
-    texts = task.describe(tasks, make_rng(0, "phrases"))
+    texts = task.describe(tasks.repeat(-(-NUM_DESCRIPTIONS // len(tasks)), 1), make_rng(0, "phrases"))
     phrases = tuple(dict.fromkeys(phrase for text in texts for phrase in phrases_of(text)))
     encoder = sentence_encoder(config.encoder, "model.condition.encoder")
     return TextTable(config.encoder, encoder.fingerprint, phrases, encoder.vectors(phrases), config.phrases)

@@ -72,11 +72,11 @@ GRADED: dict[str, tuple[Wordings, ...]] = {
 }  # fmt: skip
 
 QUARTERS: tuple[Wordings, ...] = (
-    (("upright", "the right way up", "not turned", "straight"), ("standing upright", "level")),
+    (("upright", "the right way up", "not turned", "straight"), ("fully upright", "not tilted")),
     (("on its left side", "a quarter turn {left}", "turned 90 degrees {left}", "lying on the left side"),
      ("tipped onto its left side", "turned a quarter {left}")),
     (("upside down", "on its head", "turned by 180 degrees", "the wrong way up", "half a turn"),
-     ("turned upside down", "standing on its head")),
+     ("turned upside down", "head upside down")),
     (("on its right side", "a quarter turn {right}", "turned 90 degrees {right}", "lying on the right side"),
      ("tipped onto its right side", "turned a quarter {right}")),
 )  # fmt: skip
@@ -92,7 +92,7 @@ TURNED: Wordings = (
 
 BEGINNINGS: Wordings = (
     ("", "", "camera ", "a sensor ", "the camera is ", "sensor: "),
-    ("", "mounted ", "our camera is "),
+    ("", "the sensor is ", "our camera is "),
 )
 
 
