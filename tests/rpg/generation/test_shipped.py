@@ -28,7 +28,7 @@ def test_it_needs_no_zoo_and_is_far_better_than_one_fixed_network() -> None:
     assert task.accuracies(upright, settings).mean() < 0.5
     expected = [generator.distance(each.tolist()) for each in settings]
     errors = torch.tensor([each.error for each in expected if each is not None and each.error is not None])
-    assert len(errors) >= 18 and errors.mean().item() == pytest.approx(0.08, abs=0.03)
+    assert len(errors) >= 18 and errors.mean().item() == pytest.approx(0.06, abs=0.03)
 
 
 def test_a_folder_of_its_name_goes_before_it_only_if_it_holds_a_generator(
@@ -54,6 +54,7 @@ def test_a_folder_of_its_name_goes_before_it_only_if_it_holds_a_generator(
 def test_shipping_leaves_places_and_times_out_and_refuses_what_is_large(
     example_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ship, "MOST_BYTES", 5_000_000)
     folder = ship.ship(str(example_runs / "examples"), "sensors", tmp_path)
     written = "".join((folder / name).read_text() for name in ("config.yaml", "README.md"))
     assert str(example_runs) not in written and "seconds" not in Generator.from_pretrained(folder).facts
