@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.field_measures import DISTANCES, shown_by
-from rpg.evaluation.field_plots import beside, grid, save_image
+from rpg.evaluation.samples import beside, grid, save_image
 from rpg.generation.generator import Generator
 from rpg.generation.outputs import MemorySink
 from rpg.generation.sampler import Tile
@@ -23,6 +23,8 @@ from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
+
+PICTURES = ("classes", "fine", "nearest", "path")
 
 PER_CLASS, FINE, NUM_NEAREST, NUM_PATHS, PATH_POINTS = 8, 64, 12, 6, 12
 
