@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from rpg.app.controls import (
+    Controls,
     condition_controls,
     example_controls,
     knob_values,
@@ -94,19 +95,24 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
         if examples is not None:
             files, read = examples
             files.upload(understand, files, [condition.components[0], mistake], api_visibility="private")
-        if (num_knobs := len(settings_of(run))) > 0:
-            knobs = condition.components[-num_knobs:]
-
-            def turn(now: Made | None, *values: Any) -> list[Any]:
-                found, line = _tried(lambda: [show_sensor(look(run, knob_values(run, values), now))])
-                return [*(found or [gr.skip()]), line]
-
-            gr.on([page.load, made.change, *(each.change for each in knobs)], turn, [made, *knobs], [sensor, mistake],
-                  api_visibility="private", trigger_mode="always_last", show_progress="hidden")  # fmt: skip
+        if sensors_task(run) is not None:
+            _follow_the_knobs(run, page, made, condition, [sensor, mistake])
         if reads_digits(run):
             pad.input(ask, made, said, api_visibility="private")
             made.change(lambda: "", None, said, api_visibility="private")  # what the networks before these said
     return page
+
+
+def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls, shown: list[Any]) -> None:
+    """Show what the sensor sees, and what networks say, whenever it is turned or there are new networks."""
+    knobs = condition.components[-len(settings_of(run)) :]
+
+    def turn(now: Made | None, *values: Any) -> list[Any]:
+        found, line = _tried(lambda: [show_sensor(look(run, knob_values(run, values), now))])
+        return [*(found or [gr.skip()]), line]
+
+    gr.on([page.load, made.change, *(each.change for each in knobs)], turn, [made, *knobs], shown,
+          api_visibility="private", trigger_mode="always_last", show_progress="hidden")  # fmt: skip
 
 
 def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:
