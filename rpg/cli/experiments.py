@@ -11,6 +11,10 @@ from typing import Annotated, Any
 from rpg.cli import parameters as o
 from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
+from tokenization.errors import InputError
+
+TASKS = {"fields": "fields", "metric": "trajectories", "demo": "sensors"}
+"""The task of commands that are for one alone."""
 
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
@@ -63,47 +67,20 @@ def lora(
 
 def fields(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
-    from rpg.devices import use_device
-    from rpg.labs.fields.experiment import evaluate_fields, print_fields, run_fields
-
-    settings, place = load(config or o.default_config("fields.yaml"), overrides), use_device(device)
-    if split is not None:
-        settings = _to_score(settings, split, place, ignore_memory)
-        scored = "validation" if split == "validation" else "unseen"
-        report = evaluate_fields(settings.run, split=scored, seed=settings.seed)
-        print_fields(report, console)
-        return {"run": settings.run, "split": split, **report}
-    _guard_memory(settings, ignore_memory)
-    with progress_bar("fitting fields") as collecting:
-        report = run_fields(settings, progress=collecting)
-    print_fields(report, console)
-    console.print(f"figures: {settings.run}/evaluation.json\npictures: *.png beside it")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
+    settings = load(config or o.default_config("fields.yaml"), overrides)
+    return experiment(settings, "fields", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
 def metric(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
-    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks of a wished loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
-    from rpg.devices import use_device
-    from rpg.labs.training_runs.experiment import evaluate_metric, print_metric, run_metric
-
-    settings, place = load(config or o.default_config("gpt.yaml"), overrides), use_device(device)
-    if split is not None:
-        scored = "validation" if split == "validation" else "unseen"
-        report = evaluate_metric(settings.run, split=scored, seed=settings.seed)
-        print_metric(report, console)
-        return {"run": settings.run, "split": split, **report}
-    _guard_memory(settings, ignore_memory)
-    with progress_bar("collecting the runs") as collecting, training_bar(f"training on {place}") as training:
-        report = run_metric(settings, progress={"collect": collecting, **training})
-    print_metric(report, console)
-    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/wishes.png")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
+    """Networks with a target loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    return experiment(settings, "metric", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
 def render(
@@ -123,20 +100,9 @@ def demo(
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
-    from rpg.devices import use_device
-    from rpg.evaluation.table import print_report
-    from rpg.experiments.sensors import evaluate_sensors, run_sensors
-
-    settings, place = load(config or o.default_config("demo.yaml"), overrides), use_device(device)
-    if split is not None:
-        report = evaluate_sensors(settings.run, split=split, seed=settings.seed)
-    else:
-        _guard_memory(settings, ignore_memory)
-        with progress_bar("collecting the zoo") as collecting, training_bar(f"training on {place}") as training:
-            report = run_sensors(settings, progress={"collect": collecting, **training}, seeds=seeds)
-    then = f"rpg generate {settings.run} --setting angle=137 --setting inverted=true --output mine"
-    print_report(report, console, folder=settings.run, full=full, then=then)
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
+    settings = load(config or o.default_config("demo.yaml"), overrides)
+    how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
+    return experiment(settings, "demo", split=split, seeds=seeds, **how)
 
 
 def run(
@@ -148,47 +114,7 @@ def run(
     Its task says which experiment that is: on networks, on unseen tasks, on fields, target losses or lottery tickets.
     """
     settings = load(config, overrides)
-    kind = settings.task.name if settings.task is not None else ""
-    how: Any = {"device": device, "ignore_memory": ignore_memory}
-    if kind in ("fields", "trajectories"):
-        return {"fields": fields, "trajectories": metric}[kind](config, overrides, **how)
-    if kind == "tickets":
-        return tickets(settings, **how)
-    if kind == "sensors" and settings.model.condition.kind == "examples":
-        return examples(settings, **how)
-    if kind == "sensors":
-        return demo(config, overrides, full=full, **how)
-    return experiment(settings, "run", full=full, **how)
-
-
-def examples(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
-    """Networks asked for by examples; draws of them where the model has a prior."""
-    from rpg.devices import use_device
-    from rpg.evaluation.table import print_report
-    from rpg.experiments.by_examples import run_by_examples
-    from rpg.experiments.draws import run_draws
-
-    use_device(device)
-    _guard_memory(settings, ignore_memory)
-    experiment = run_by_examples if settings.model.state.of == "none" else run_draws
-    with progress_bar("collecting") as collecting, training_bar("training") as training:
-        report = experiment(settings, {"collect": collecting, **training})
-    print_report(report, console, folder=settings.run, then=f"rpg generate {settings.run} --examples FOLDER --num 16")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", "networks": report.means()}
-
-
-def tickets(settings: Any, device: str, ignore_memory: bool) -> dict[str, Any]:
-    """Lottery tickets: search, training, comparison with all that is trivial on tasks nobody searched one for."""
-    from rpg.devices import use_device
-    from rpg.labs.tickets.experiment import print_tickets, run_tickets
-
-    use_device(device)
-    _guard_memory(settings, ignore_memory)
-    with progress_bar("searching tickets") as collecting, progress_bar("training") as training:
-        report = run_tickets(settings, progress={"collect": collecting, "train": training})
-    print_tickets(report, console)
-    console.print(f"figures: {settings.run}/evaluation.json\npicture: {settings.run}/tickets.png")
-    return {"run": settings.run, "figures": f"{settings.run}/evaluation.json", **report}
+    return experiment(settings, "run", device=device, ignore_memory=ignore_memory, full=full)
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
@@ -223,7 +149,11 @@ def experiment(
     settings: Any, command: str, judge: Any = (None, (), ()), *, device: str, ignore_memory: bool, full: bool,
     split: str | None = None, seeds: int = 1, trajectory: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run an experiment, or judge a split of one that was run before."""
+    """Run an experiment, or judge a split of one that was run before.
+
+    Raises:
+        InputError: the configuration's task has another experiment than the command is for.
+    """
     from rpg.cli.scoring import told_of
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
@@ -232,13 +162,16 @@ def experiment(
     from rpg.generation.sampler import join_processes
     from tokenization.zoo.locks import locked
 
+    task = settings.task.name if settings.task is not None else "none"
+    if task != TASKS.get(command, task):
+        raise InputError(f"task.name is {task}, but `rpg {command}` is for {TASKS[command]}; use `rpg run`")
     partition, place = join_processes(device)
     words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]
     if split == "test":
         require_files(find_folder(settings.run))
     with locked(settings.run) if split is None else contextlib.nullcontext():
         chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
-        if split is not None and (chosen.name != "networks" or settings.model.condition.kind != "none"):
+        if split is not None and settings.model.condition.kind != "none":
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:
             _guard_memory(settings, ignore_memory)
@@ -253,5 +186,5 @@ def experiment(
             else:
                 progress = {"collect": collecting, **training}
                 report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
-    print_report(report, console, folder=settings.run, full=full, then=f"rpg generate {settings.run} --num 10")
+    print_report(report, console, folder=settings.run, full=full, then=chosen.then.format(run=settings.run))
     return told_of(report, settings.run, settings.run)

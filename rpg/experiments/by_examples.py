@@ -9,12 +9,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from rpg.config import Config
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.few_examples import FewExamples
-from rpg.experiments.single import collect, existing, train_or_continue
+from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
@@ -28,15 +27,8 @@ PER_CLASS = (1, 2, 5, 10, 20)
 """Examples of each class."""
 
 
-def run_by_examples(config: Config, progress: Mapping[str, Any]) -> Report:
-    """Collect, train, generate, compare; the report is written beside the run."""
-    collect(config, progress=progress.get("collect"))
-    train_or_continue(config, progress=progress.get("train"), watch=progress.get("watch"))
-    return evaluate_by_examples(config.run, seed=config.seed)
-
-
-@locks(lambda run, **_: existing(run))
-def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test") -> Report:
+@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test", **_: Any) -> Report:
     """Score networks for unseen tasks by the number of examples a class, and everything simpler.
 
     Args:

@@ -85,10 +85,11 @@ def train_direct(
     for _ in range(steps):
         tasks = (draw_tasks or task.draw_tasks)(NUM_TASKS, rng)
         networks = model(examples.draw(tasks, rng), draws, rng)
-        images, classes = task.draw(NUM_IMAGES, rng)
+        images, classes = task.draw_for_each(NUM_TASKS, NUM_IMAGES, rng)
         seen = task.see(images, tasks).repeat_interleave(draws, 0)  # [T · M, B, C, S, S]
         answers = task.side(networks, seen).log_softmax(-1)
-        right = answers[..., torch.arange(len(classes)), classes].view(NUM_TASKS, draws, -1)  # [T, M, B]
+        chosen = classes.repeat_interleave(draws, 0)[..., None]
+        right = answers.gather(-1, chosen).view(NUM_TASKS, draws, -1)  # [T, M, B]
         optimizer.zero_grad()
         joint_score(right).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,7 +6,7 @@ T tasks, M draws, n images shown, K classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.config import Config
 from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.experiments.direct_generators import train_direct
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
-from rpg.experiments.single import collect, existing, train_or_continue
+from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
@@ -47,15 +46,8 @@ DIRECT_STEPS = 2500
 """Training steps of the rivals that make networks at once, at most; never more than the generator's own."""
 
 
-def run_draws(config: Config, progress: Mapping[str, Any]) -> Report:
-    """Collect, train, draw, compare; the report is written beside the run."""
-    collect(config, progress=progress.get("collect"))
-    train_or_continue(config, progress=progress.get("train"), watch=progress.get("watch"))
-    return evaluate_draws(config.run, seed=config.seed)
-
-
-@locks(lambda run, **_: existing(run))
-def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rivals: bool = True) -> Report:
+@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rivals: bool = True, **_: Any) -> Report:
     """Score draws for unseen tasks, task by task, and everything that is compared with them.
 
     Args:

@@ -7,52 +7,62 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from rpg.config import Config
 from rpg.evaluation.report import Report
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.held_out_tasks import evaluate_held_out, require_splits, task_family
-from rpg.experiments.sensors import evaluate_sensors
 from rpg.experiments.single import collect
 from rpg.experiments.tasks_page import wished_task
 from rpg.experiments.trajectories import wished_trajectory
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.config import of_lab
 from rpg.tasks.language.config import LanguageConfig
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 
-LABS = {
-    "fields": "fields.experiment:judge",
-    "trajectories": "training_runs.experiment:judge",
-    "tickets": "tickets.experiment:judge",
+EXPERIMENTS = {
+    "fields": "rpg.labs.fields.experiment:experiment",
+    "trajectories": "rpg.labs.training_runs.experiment:experiment",
+    "tickets": "rpg.labs.tickets.experiment:experiment",
+    "sensors": "rpg.experiments.sensors:experiment",
 }
-"""Experiments of their own, by the task's name: where they judge a run."""
+"""Experiments of their own, by the task's name: functions of a configuration."""
 
 Progress = Mapping[str, Callable[..., None]]
 
 
+def train_anew(config: Config, **options: Any) -> Path:
+    """Train in place of the run that is there."""
+    return train_to_the_end(config, overwrite=True, **options)
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """What judges the networks of a configuration.
+    """What trains and judges the networks of a configuration.
 
     Attributes:
-        name: ``networks`` or ``tasks``.
-        evaluate: takes a run folder, and ``seed``, ``split`` and ``workers`` by name; writes and returns the report.
+        name: as the report has it: ``networks``, ``tasks``, ``fields``, …
+        evaluate: takes a run folder, and ``seed``, ``split`` and ``workers`` by name; returns the report, and writes it
+            unless the split is ``validation``.
+        train: takes a configuration, and ``progress`` and ``watch`` by name, as `rpg.training.loop.train` does.
+        then: the command to run next; ``{run}`` stands for the run.
     """
 
     name: str
     evaluate: Callable[..., Report]
+    train: Callable[..., Any] = train_anew
+    then: str = "rpg generate {run} --num 10"
 
 
 def experiment_of(
     config: Config, judge: Judge | None = None, *, trajectory: str | None = None, command: str = ""
 ) -> Experiment:
-    """The experiment of a configuration: on unseen tasks where its task is a family with such, else on networks.
+    """The experiment of a configuration: its task's own, else on unseen tasks where it has any, else on networks.
 
     Args:
         config: the configuration.
@@ -63,10 +73,9 @@ def experiment_of(
     Raises:
         InputError: before anything long begins: tasks of some split are missing, or there is no such trajectory.
     """
-    if config.task is not None and config.task.name in LABS:
-        return Experiment(config.task.name, partial(_judged, of_lab(LABS[config.task.name])))
-    if config.task is not None and config.task.name == "sensors":
-        return Experiment("sensors", _sensors)
+    if config.task is not None and config.task.name in EXPERIMENTS:
+        found: Experiment = resolve_name(EXPERIMENTS[config.task.name])(config)
+        return found
     function = judge.reference if judge is not None else None
     if function is None and compares_tasks(config):
         if judge is not None and (judge.lower or judge.higher):
@@ -79,15 +88,6 @@ def experiment_of(
         task = build_task(config.task)
         wished_trajectory(config, getattr(task, "condition", None), trajectory)
     return Experiment("networks", partial(evaluate_run, judge=judge, trajectory=trajectory))
-
-
-def _sensors(run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Report:
-    return evaluate_sensors(run, seed=seed, split=split or "test")
-
-
-def _judged(judge: Callable[..., Report], run: str, *, seed: int = 0, split: str | None = None, **_: Any) -> Report:
-    """What a lab finds; its tests are on the split ``unseen``."""
-    return judge(run, seed=seed, split="validation" if split == "validation" else "unseen")
 
 
 def compares_tasks(config: Config) -> bool:
@@ -135,7 +135,7 @@ def run_experiment(
     for number in range(seeds):
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
-        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
+        experiment.train(each, progress=progress.get("train"), watch=progress.get("watch"))
         reports.append(experiment.evaluate(run, seed=each.seed, **options))
     facts: dict[str, Any] = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
     if seeds > 1:

@@ -15,22 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.page.drawing import Axis, draw_figure, save_png
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.regression import Regression, regression_grid, tune
-from rpg.evaluation.report import Curve, Report, label_of, networks
+from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
+from rpg.experiments.by_examples import evaluate_by_examples
 from rpg.experiments.calibration import error_by_distance
-from rpg.experiments.single import collect, existing
+from rpg.experiments.draws import evaluate_draws
+from rpg.experiments.driver import Experiment
+from rpg.experiments.single import existing, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
-from rpg.tasks import build_task
+from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.sensors.informed import informed_accuracies, train_informed
 from rpg.tasks.sensors.sensors import BASE, SensorsTask
 from rpg.tasks.side_by_side import Stacked, repeat, stack
-from rpg.training.loop import train_to_the_end
-from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -41,40 +41,20 @@ ANGLES = 24
 """Points of the curve over the angle."""
 
 
-@locks(lambda config, **_: config.run)
-def run_sensors(config: Config, *, progress: dict[str, Callable[..., None]], seeds: int = 1) -> Report:
-    """Collect, train and compare; with several seeds, generators differ by seed and the zoo is shared.
-
-    Args:
-        config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss), ``watch``.
-        seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.
-
-    Raises:
-        InputError: the task is not ``sensors``.
-    """
-    task_of_sensors(config)
-    started = time.perf_counter()
-    collect(config, progress=progress.get("collect"))
-    collected, means = time.perf_counter() - started, []
-    for number in range(seeds):
-        run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
-        each = config.model_copy(update={"seed": config.seed + number, "run": run})
-        train_to_the_end(each, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
-        if number:
-            generator = Generator.from_pretrained(run)
-            task, settings = task_of_sensors(config), sensors_of(Zoo.open(config.zoo), "unseen")
-            means.append(task.accuracies(_generated(generator, settings, each.seed), settings).mean().item())
-    report = evaluate_sensors(config.run, seed=config.seed)
-    means.insert(0, report.mean("generated") or 0.0)
-    facts = {**report.facts, "collect_seconds": collected, "seconds": time.perf_counter() - started}
-    report = report.model_copy(update={"facts": facts, "extras": {**report.extras, "seeds": means}})
-    _write(config.run, report)
-    return report
+def experiment(config: Config) -> Experiment:
+    """What `rpg run` does: networks by settings, by examples, or draws where there is a prior."""
+    if config.model.condition.kind != "examples":
+        asked = "--setting angle=137 --setting inverted=true"
+        asked = '--prompt "upside down"' if config.model.condition.kind == "text" else asked
+        return Experiment("sensors", evaluate_sensors, then=f"rpg generate {{run}} {asked} --output mine")
+    name, evaluate = (
+        ("draws", evaluate_draws) if config.model.state.of != "none" else ("examples", evaluate_by_examples)
+    )
+    return Experiment(name, evaluate, train_or_continue, "rpg generate {run} --examples FOLDER --num 16")
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0) -> Report:
+def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
     """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
 
     Args:
@@ -91,16 +71,14 @@ def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0) -> 
     with single_threaded():
         report = _compare(generator, task, zoo, "validation" if split == "validation" else "unseen", split, seed)
     if split != "validation":
-        _write(run, report)
+        facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
+        write_report(run, report, Page("Networks for sensors that nobody calibrated", facts))
     return report
 
 
 def task_of_sensors(config: Config) -> SensorsTask:
     """The task of a configuration. Raises InputError if it is not ``sensors``."""
-    task = build_task(config.task) if config.task is not None else None
-    if not isinstance(task, SensorsTask):
-        raise InputError("task.name is not sensors; see configs/sensors.yaml")
-    return task
+    return require_task(config.task, SensorsTask, "but this is the experiment on sensors; see configs/sensors.yaml")
 
 
 def sensors_of(zoo: Zoo, split: str) -> Tensor:
@@ -243,22 +221,3 @@ def _starts(
     lines = {name: tuple(each.mean(1).tolist()) for name, each in found.items()}
     steps = tuple(float(mark) + 1 for mark in evaluate.fine_tuning)
     return Curve(x=steps, lines=lines, across="fine-tuning steps + 1", up="accuracy", log=True)
-
-
-def _write(run: Path | str, report: Report) -> None:
-    facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
-    write_report(run, report, Page("Networks for sensors that nobody calibrated", facts))
-    if (curve := report.curves.get("accuracy_by_angle")) is not None:
-        save_curve(curve, Path(run) / "angle.png")
-
-
-def save_curve(curve: Curve, path: Path) -> None:
-    """Draw the lines of a curve as a PNG."""
-
-    def draw(axes: Any) -> None:
-        for number, (name, values) in enumerate(curve.lines.items()):
-            width = 3 if name == "generated" else 1.5
-            axes.plot(curve.x, values, linewidth=width, zorder=3 - number, label=label_of(name))
-        axes.legend(loc="lower center", ncols=len(curve.lines), frameon=False)
-
-    save_png(draw_figure(draw, Axis(curve.across), Axis(curve.up, 0, 1, percent=True), (7.5, 3.5)), path)

@@ -179,8 +179,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
 def _check(experiment: Experiment) -> None:
     """Raise InputError, before anything is trained, where choices would be made by what was learned from."""
     config = experiment.config
-    name = config.task.name if config.task is not None else ""
-    if config.evaluate.split == "validation" and name not in ("digits", "finetune", "imagenet"):
+    if config.evaluate.split == "validation" and config.model.condition.kind != "none":
         require_for_choices(config)
 
 

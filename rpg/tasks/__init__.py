@@ -10,7 +10,7 @@ from rpg.tasks.config import (
     TaskConfig,
     TimmFinetuneConfig,
 )
-from rpg.tasks.registry import build_task, task_of
+from rpg.tasks.registry import build_task, require_task, task_of
 
 __all__ = [
     "Cifar10SubsetsConfig",
@@ -22,5 +22,6 @@ __all__ = [
     "TaskConfig",
     "TimmFinetuneConfig",
     "build_task",
+    "require_task",
     "task_of",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, TypeAlias, Union
 
 from pydantic import Field
 
@@ -18,14 +18,14 @@ from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.sensors.config import SensorsConfig
 
 LABS = (
-    "fields.config:FieldsConfig",
-    "training_runs.config:TrajectoriesConfig",
-    "tickets.config:TicketsConfig",
-    "vision.config:DetectionConfig",
-    "vision.config:SegmentationConfig",
-    "vision.config:DiffusionUnetConfig",
+    "rpg.labs.fields.config:FieldsConfig",
+    "rpg.labs.training_runs.config:TrajectoriesConfig",
+    "rpg.labs.tickets.config:TicketsConfig",
+    "rpg.labs.vision.config:DetectionConfig",
+    "rpg.labs.vision.config:SegmentationConfig",
+    "rpg.labs.vision.config:DiffusionUnetConfig",
 )
-"""Configurations of the labs' tasks, under `rpg.labs`: the core knows them by name alone."""
+"""Configurations of the labs' tasks: the core knows them by name alone."""
 
 CoreTaskConfig: TypeAlias = (
     DigitsConfig
@@ -38,14 +38,8 @@ CoreTaskConfig: TypeAlias = (
 )
 
 
-def of_lab(name: str) -> Any:
-    """What ``module:attribute`` under `rpg.labs` names."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(f"rpg.labs.{module}"), attribute)
-
-
 if TYPE_CHECKING:
     TaskConfig: TypeAlias = CoreTaskConfig
 else:
-    TaskConfig = Annotated[Union[(CoreTaskConfig, *map(of_lab, LABS))], Field(discriminator="name")]
+    TaskConfig = Annotated[Union[(CoreTaskConfig, *map(resolve_name, LABS))], Field(discriminator="name")]
 """Configuration of any task; its literal ``name`` tells which."""

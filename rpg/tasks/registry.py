@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, TypeVar
 
 from rpg.section import Section, validated
 from rpg.tasks.base import Task
@@ -30,6 +30,9 @@ TASKS = {
 """Module and class of the task that each ``name`` of a configuration stands for."""
 
 
+KindOfTask = TypeVar("KindOfTask")
+
+
 class _Tree(Section):
     """Where a task stands in a configuration, so that errors name its fields as the user does."""
 
@@ -43,8 +46,7 @@ def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
         InputError: there is no such task, or a field is unknown or impossible.
     """
     known: Any = config if isinstance(config, Section) else _parse(config)
-    module, _, name = TASKS[known.name].partition(":")
-    return getattr(import_module(module), name)(known)
+    return resolve_name(TASKS[known.name])(known)
 
 
 def _parse(values: Mapping[str, Any]) -> Any:
@@ -60,3 +62,11 @@ def task_of(zoo: Zoo, config: TaskConfig | None = None) -> Task:
         InputError: the zoo records no task (a user's own checkpoints), or one this version does not know.
     """
     return build_task(config if config is not None else zoo.require_task())
+
+
+def require_task(config: TaskConfig | None, kind: type[KindOfTask], cure: str) -> KindOfTask:
+    """The task of a configuration, of a kind that there has to be. Raises InputError, with the cure, if it is not."""
+    task = build_task(config) if config is not None else None
+    if not isinstance(task, kind):
+        raise InputError(f"task.name is {config.name if config is not None else 'none'}, {cure}")
+    return task

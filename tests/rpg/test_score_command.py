@@ -17,6 +17,7 @@ from rpg.experiments import score_files
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tests.rpg.launched_scores import score_everything
 from tokenization.zoo.zoo import Zoo
@@ -57,7 +58,7 @@ def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest
         code, out, err = rpg(*words, *more.get(words[0], []))
         assert (code, err) == (0, ""), line
     assert "run0_step39.safetensors" in out
-    of_zoo, of_run = Report.load("own-zoo"), Report.load("runs/own-zoo")
+    of_zoo, of_run = (checked_report(path, "networks") for path in ("own-zoo", "runs/own-zoo"))
     assert of_zoo.kinds["original"] == of_run.kinds["original"] and of_zoo.kinds["generated"].count == 0
     assert of_run.mean("original") > 0.9 and of_run.mean("run_average") > 0.9  # type: ignore[operator]
     assert of_run.mean("average") < 0.7  # type: ignore[operator]
@@ -129,7 +130,7 @@ def test_without_anything_that_scores_networks_are_told_apart_by_their_weights(r
     for given in (["run", "--num", 2], ["zoo", *few]):
         code, out, err = rpg("evaluate", *given)
         assert (code, err) == (0, "") and "weights alone" in out and "Nothing scores" in out, err
-        found = json.loads(Path(str(given[0]), "evaluation.json").read_text())
+        found = checked_report(str(given[0]), "networks").model_dump()
         assert found["better"] == {} and found["threshold"] is None
         made = found["kinds"]["generated" if given[0] == "run" else "original"]
         taus, distances = found["taus"], made["distances"]["nearest"]

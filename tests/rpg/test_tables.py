@@ -17,7 +17,6 @@ from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.report import Report, networks
 from rpg.evaluation.table import print_checkpoints, print_report
 from rpg.experiments.sweep_table import _COLUMNS, print_sweep
-from rpg.labs.fields.experiment import print_fields
 from rpg.planning.inspect import inspect
 
 KINDS = ("generated", "run_sharpened_gaussian_at_distance", "average_of_16", *MERGES)
@@ -64,16 +63,12 @@ def test_reports_of_many_metrics_and_kinds() -> None:
     assert "run sharpened gaussian *" in text and "merge dare ties" in text and "to its" in text and "1-NNA" in text
 
 
-def test_files_fields_and_sweeps(tmp_path: Path) -> None:
+def test_files_and_sweeps(tmp_path: Path) -> None:
     long = "runs/a-long-name-of-a-run/generated/another-folder/network-00000.safetensors"
     scores = {long: {"commonsense-reasoning": {"accuracy": 0.123456, "exact_match": 0.5, "loss_of_all_rows": 0.25}}}
     text = shown(lambda console: print_checkpoints({long: {"": {"accuracy": 0.5}}}, console))
     assert "".join(part for part in (text.split("─")[-1]).replace("0.5", "").split()) == long
     shown(lambda console: print_checkpoints(scores, console))
-    columns = ("one_nna", "coverage", "mmd", "precision", "recall", "frechet", "class_accuracy", "nearest")
-    kinds = ("held_out", "covariance_gaussian", "midpoints_of_two")
-    report = {name: dict.fromkeys(columns, 123.456) | {"num": 300} for name in kinds}
-    assert "covariance gaussian" in shown(lambda console: print_fields(report, console))
     rows = [{"name": "no-state-joint-denoiser", "set": []} | dict.fromkeys(_COLUMNS, 0.5)]
     rows += [{"name": "other", "set": [], "failure": "the loss is not finite"}]
     text = shown(lambda console: print_sweep(rows, console))

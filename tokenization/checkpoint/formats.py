@@ -36,10 +36,13 @@ LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 
 _SAVE = "then collect that"
 _BY_NAME = f"read it with its own library and save the tensors by name with safetensors.torch.save_file, {_SAVE}"
+_GGUF = (
+    "collect the safetensors that it was made from, or let transformers (with the package gguf) read it: "
+    "torch.save(AutoModelForCausalLM.from_pretrained('FOLDER', gguf_file='NAME.gguf').state_dict(), 'NEW.pth')"
+)
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
-    (b"GGUF", "is a GGUF file (llama.cpp)", "collect the safetensors that it was made from, or let transformers "
-     "convert it: AutoModel.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"),
+    (b"GGUF", "is a GGUF file (llama.cpp)", _GGUF),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras)", _BY_NAME.replace("its own library", "h5py")),
     (b"\x93NUMPY", "is a single NumPy array (npy)", f"save the network's tensors by name with torch.save, {_SAVE}"),
     (b"\x1f\x8b", "is compressed by gzip", "unpack it with gunzip --keep"),

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from rpg.evaluation.page.drawing import COLORS, GENERATED, GRID, STYLE, TEXT, Axis, Series, draw_figure, draw_points
+from rpg.evaluation.page.drawing import (
+    COLORS,
+    GENERATED,
+    GRID,
+    STYLE,
+    TEXT,
+    Axis,
+    Series,
+    draw_figure,
+    draw_lines,
+    draw_points,
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +41,7 @@ def scatter(series: Sequence[Series], x: Axis, y: Axis, caption: str) -> Chart:
 
 def lines(series: Sequence[Series], x: Axis, y: Axis, caption: str, *, markers: bool = True) -> Chart:
     """Lines, with a band around those that have one."""
-
-    def draw(axes: Any) -> None:
-        for each in series:
-            if each.low:
-                axes.fill_between(each.x, each.low, each.high, color=COLORS[each.color], alpha=0.18, linewidth=0)
-            style = {"linestyle": (0, (4, 3)), "linewidth": 0.9} if each.dashed else {"linewidth": 1.4}
-            if markers:
-                style |= {"marker": each.marker, "markersize": 4, "markeredgewidth": 0}
-            axes.plot(each.x, each.y, color=COLORS[each.color], **style)
-
-    return Chart(_svg(draw, x, y, caption), series, caption)
+    return Chart(_svg(lambda axes: draw_lines(axes, series, markers), x, y, caption), series, caption)
 
 
 def training_loss(logged: tuple[Sequence[float], Sequence[float]]) -> Chart | None:

@@ -113,11 +113,24 @@ def draw_points(axes: Any, series: Sequence[Series]) -> None:
         axes.plot(each.x, each.y, linestyle="none", alpha=0.8, label=each.label, **points)
 
 
-def save_points(series: Sequence[Series], x: Axis, y: Axis, path: Path | str) -> None:
-    """Write points with a legend below them as a PNG. Raises InputError if the file cannot be written."""
+def draw_lines(axes: Any, series: Sequence[Series], markers: bool = True) -> None:
+    """Lines, with a band around those that have one."""
+    for each in series:
+        if each.low:
+            axes.fill_between(each.x, each.low, each.high, color=COLORS[each.color], alpha=0.18, linewidth=0)
+        style = {"linestyle": (0, (4, 3)), "linewidth": 0.9} if each.dashed else {"linewidth": 1.4}
+        if markers:
+            style |= {"marker": each.marker, "markersize": 4, "markeredgewidth": 0}
+        axes.plot(each.x, each.y, color=COLORS[each.color], label=each.label, **style)
+
+
+def save_series(
+    draw: Callable[[Any, Sequence[Series]], None], series: Sequence[Series], x: Axis, y: Axis, path: Path | str
+) -> None:
+    """Write points or lines with a legend below them as a PNG. Raises InputError if the file cannot be written."""
     from matplotlib import rc_context
 
-    figure = draw_figure(lambda axes: draw_points(axes, series), x, y, (7.5, 5))
+    figure = draw_figure(lambda axes: draw(axes, series), x, y, (7.5, 5))
     with rc_context(STYLE):
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_png(figure, path)

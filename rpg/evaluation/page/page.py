@@ -22,8 +22,8 @@ from rpg.evaluation.page.charts import (
     training_loss,
     trajectories,
 )
-from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, save_points
-from rpg.evaluation.report import AT_DISTANCE, PERCENT, Report, label_of
+from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, draw_lines, draw_points, save_series
+from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report, label_of
 from rpg.evaluation.table import cells_of, novelty_cells
 from tokenization.files import make_folder, write_text
 
@@ -75,11 +75,17 @@ class Page:
 
 
 def write_report(folder: Path | str, report: Report, page: Page) -> Path:
-    """Write ``evaluation.json``, ``scatter.png`` and ``report.html``. Raises InputError if the folder refuses."""
+    """Write ``evaluation.json``, ``report.html``, ``scatter.png`` and a PNG of every curve, by its title.
+
+    Raises:
+        InputError: the folder refuses.
+    """
     folder = Path(folder)
     make_folder(folder)
     report.save(folder)
-    save_points(*points_of(report), folder / "scatter.png")
+    save_series(draw_points, *points_of(report), folder / "scatter.png")
+    for title, curve in report.curves.items():
+        save_series(draw_lines, *series_of(curve), folder / f"{title.lower().replace(' ', '_')}.png")
     write_page(folder / "report.html", report, page)
     return folder / "report.html"
 
@@ -97,7 +103,10 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
     caption = f"{y.title} of each network against {x.title}, by kind."
     charts = {
         f"{words.capitalize()} of each network": scatter(series, x, y, caption) if series else None,
-        **{name.replace("_", " ").capitalize(): _curve(curve) for name, curve in report.curves.items()},
+        **{
+            name.replace("_", " ").capitalize(): lines(*series_of(curve), f"{curve.up} by {curve.across}.")
+            for name, curve in report.curves.items()
+        },
         "New and good": _novelty(report),
         "Distance to the nearest original": _distances(report),
         "Where the networks lie": _components(report),
@@ -167,12 +176,13 @@ def _color(kind: str, index: int) -> int:
     return COLORS.get(kind, AVERAGE + 1 + index)
 
 
-def _curve(curve: Any) -> Chart:
+def series_of(curve: Curve) -> tuple[list[Series], Axis, Axis]:
+    """The lines of a curve, and its axes."""
     series = []
     for index, (name, values) in enumerate(curve.lines.items()):
         pairs = [(x, y) for x, y in zip(curve.x, values, strict=False) if y is not None]
         series.append(Series(label_of(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
-    return lines(series, Axis(curve.across, log=curve.log), Axis(curve.up), f"{curve.up} by {curve.across}.")
+    return series, Axis(curve.across, log=curve.log), Axis(curve.up, percent=bool(PERCENT.search(curve.up)))
 
 
 def _novelty(report: Report) -> Chart | None:

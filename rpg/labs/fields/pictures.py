@@ -24,6 +24,8 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
+PICTURES = ("classes", "fine", "nearest", "path")
+
 PER_CLASS, FINE, NUM_NEAREST, NUM_PATHS, PATH_POINTS = 8, 64, 12, 6, 12
 
 

@@ -5,31 +5,26 @@ T networks, A asked losses, P values of a network.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.console import FiguresTable
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Report, networks
-from rpg.evaluation.wish_plots import plot_wishes
 from rpg.evaluation.wishes import asked_and_got, direction
-from rpg.experiments.single import collect, existing, require_for_choices
+from rpg.experiments.driver import Experiment
+from rpg.experiments.single import existing, require_for_choices
 from rpg.generation.generator import Generator
-from rpg.labs.training_runs.rivals import RATES, Trajectories, repeated, trivial, tuned_training
+from rpg.labs.training_runs.rivals import RATES, STEPS, Trajectories, repeated, trivial, tuned_training
 from rpg.labs.training_runs.task import TrajectoriesTask
-from rpg.tasks import build_task
+from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
-from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -37,36 +32,22 @@ from tokenization.zoo.zoo import Zoo
 NUM_ASKED = 20
 """Losses that are asked for, at even distances on the scale."""
 
+BETTER: dict[str, Literal["more", "less"]] = {"spearman": "more", "test_spearman": "more", "factor": "less"}
+
 ROUNDS = 5
 """Times that a generated network becomes the next start."""
 
 
-@locks(lambda config, **_: config.run)
-def run_metric(config: Config, *, progress: dict[str, Callable[..., None]]) -> dict[str, Any]:
-    """Collect the trajectories, train the generator, compare and draw.
-
-    Args:
-        config: the experiment.
-        progress: callbacks named ``collect`` (done, total) and ``train`` (done, total, loss); ``watch``, as
-            `rpg.training.loop.train` takes it.
-
-    Returns:
-        What ``<run>/evaluation.json`` holds.
-    """
+def experiment(config: Config) -> Experiment:
+    """What `rpg run` does with a configuration. Raises InputError if its generator takes no loss and start."""
     trajectories_task(config)
-    started = time.perf_counter()
-    collect(config, progress=progress.get("collect"))
-    collected = time.perf_counter() - started
-    train_to_the_end(config, overwrite=True, progress=progress.get("train"), watch=progress.get("watch"))
-    return evaluate_metric(config.run, seed=config.seed, seconds={"collect_seconds": collected, "started": started})
+    return Experiment("target_loss", evaluate_metric, then="rpg generate {run} --from START --metric loss=0.1")
 
 
 def trajectories_task(config: Config) -> TrajectoriesTask:
     """The task of a configuration. Raises InputError if it is another, or the generator takes no loss and start."""
-    task = build_task(config.task) if config.task is not None else None
-    if not isinstance(task, TrajectoriesTask):
-        name = config.task.name if config.task is not None else "none"
-        raise InputError(f"task.name is {name}, but this experiment is on whole runs; set task.name to trajectories")
+    cure = "but this experiment is on whole runs; set task.name to trajectories"
+    task = require_task(config.task, TrajectoriesTask, cure)
     if config.model.condition.name != "loss" or config.model.start is None:
         raise InputError(
             "this experiment asks for the loss of networks that go on from a start; set model.condition to "
@@ -103,24 +84,24 @@ class Learned:
 
 
 @single_threaded()
-@locks(lambda run, split="unseen", **_: None if split == "validation" else existing(run))
-def evaluate_metric(
-    run: Path | str, *, split: str = "unseen", seed: int = 0, seconds: dict[str, float] | None = None
-) -> dict[str, Any]:
+@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
     """Ask for losses from held-out first weights, and compare with what is trivial and with training.
+
+    The networks that training made of the same first weights are the report's originals.
 
     Args:
         run: a run folder.
-        split: runs to start from; ``validation`` is scored on validation images, to choose by, and writes nothing.
+        split: ``test``: unseen runs; ``validation``: validation runs and images, to choose by; writes nothing.
         seed: decides what is generated.
-        seconds: of the collection, and when it started.
     """
     run = Path(run)
     generator = Generator.from_pretrained(run)
     task, zoo, scale = trajectories_task(generator.config), Zoo.open(generator.config.zoo), generator.metric
     assert scale is not None
-    learned, tested = Learned(generator, task, seed), "validation" if split == "validation" else "test"
-    trained, held_out = Trajectories.of(zoo, "train"), Trajectories.of(zoo, split)
+    learned, choosing = Learned(generator, task, seed), split == "validation"
+    tested = "validation" if choosing else "test"
+    trained, held_out = Trajectories.of(zoo, "train"), Trajectories.of(zoo, "validation" if choosing else "unseen")
     levels = torch.from_numpy(np.geomspace(scale.low, scale.high, NUM_ASKED)).float()
     num = len(held_out.vectors)
     starts = held_out.space.unflatten(held_out.vectors[:, 0])
@@ -129,51 +110,45 @@ def evaluate_metric(
     begun = held_out.vectors[:, 0].repeat(len(levels), 1)
     made |= {name: held_out.space.unflatten(vectors) for name, vectors in trivial(trained, begun, asked, scale).items()}
     own = torch.cat([held_out.nearest(float(level)) for level in levels])
-    made["own_training"] = held_out.space.unflatten(own)
-    report: dict[str, Any] = {}
+    made["original"] = held_out.space.unflatten(own)
+    kinds, lines = {}, {}
     for name, weights in made.items():
-        report[name] = asked_and_got(asked, learned.scores(weights, tested))
+        found = asked_and_got(asked, learned.scores(weights, tested))
         moved = asked < 0.9 * held_out.losses[:, 0].min()  # what asks for the start's own loss has no direction
-        report[name]["direction"] = direction(held_out.space.flatten(weights)[moved], own[moved], begun[moved])
+        towards = direction(held_out.space.flatten(weights)[moved], own[moved], begun[moved])
+        lines[name] = tuple(found["by_asked"]["test_loss"])
+        kinds[name] = networks(
+            {metric: [found[metric]] for metric in BETTER}, count=len(asked),
+            extras={"direction": towards, "by_asked": found["by_asked"]},
+        )  # fmt: skip
     chosen = _choose_level(learned, zoo, levels)
-    report["one_step"] = _one_step(learned, zoo, starts, chosen, tested)
-    report["recursive"] = _recursive(learned, starts, levels, chosen, tested)
-    report["num"] = num
-    if split == "validation":
-        return report
-    report["training_seconds"] = generator.facts.get("training seconds")
-    plot_wishes(report, asked, learned.scores(made["generated"], tested)["loss"], run / "wishes.png")
-    if seconds:
-        report["collect_seconds"] = seconds["collect_seconds"]
-        report["seconds"] = time.perf_counter() - seconds["started"]
-    page = Page(f"Networks with a target loss: {run.name}", pictures={"Asked and got": run / "wishes.png"})
-    write_report(run, report_of(report, split, seed), page)
+    one_step = _one_step(learned, zoo, starts, chosen, tested)
+    recursive = _recursive(learned, starts, levels, chosen, tested)
+    report = Report(
+        experiment="target_loss", judge=f"from {num} held-out first weights", split=split, seed=seed, better=BETTER,
+        kinds=kinds, asked={"loss": levels.tolist()}, curves=_curves(levels.tolist(), lines, one_step, recursive),
+        facts={"training_seconds": generator.facts.get("training seconds")},
+        extras={"one_step": one_step, "recursive": recursive},
+    )  # fmt: skip
+    if not choosing:
+        page = Page(f"Networks with a target loss: {run.name}", tables=[_optimizers(one_step)])
+        write_report(run, report, page)
     return report
 
 
-def judge(run: Path | str, *, split: str = "unseen", seed: int = 0) -> Report:
-    """The report of a run, as `evaluate_metric` finds it."""
-    return report_of(evaluate_metric(run, split=split, seed=seed), split, seed)
-
-
-def report_of(found: dict[str, Any], split: str, seed: int) -> Report:
-    """What was found of every method in the form that all evaluations share; own training is the original."""
-    names = [name for name, each in found.items() if isinstance(each, dict) and "spearman" in each]
-    kinds, measured = {}, ("spearman", "test_spearman", "factor")
-    for name in names:
-        extras = {"direction": found[name]["direction"], "by_asked": found[name]["by_asked"]}
-        kind = networks({each: [found[name][each]] for each in measured}, count=found["num"], extras=extras)
-        kinds[{"own_training": "original"}.get(name, name)] = kind
-    asked = tuple(found["generated"]["by_asked"]["asked"])
-    lines = {name: tuple(found[name]["by_asked"]["test_loss"]) for name in names}
-    got = Curve(x=asked, lines=lines, across="asked loss", up="loss on test images", log=True)
-    return Report(
-        experiment="target_loss", judge=f"from {found['num']} held-out first weights", split=split, seed=seed,
-        better={"spearman": "more", "test_spearman": "more", "factor": "less"}, kinds=kinds,
-        asked={"loss": list(asked)}, curves={"asked and got": got},
-        facts={name: value for name, value in found.items() if name.endswith("seconds")},
-        extras={name: found[name] for name in ("one_step", "recursive")},
-    )  # fmt: skip
+def _curves(
+    asked: list[float], lines: dict[str, Any], one_step: dict[str, Any], recursive: dict[str, Any]
+) -> dict[str, Curve]:
+    up, rounds = "loss on test images", tuple(map(float, range(ROUNDS + 1)))
+    steps = tuple(map(float, STEPS))
+    trained = {name: tuple(each["test_loss"] for each in one_step[name].values()) for name in RATES}
+    trained["generated"] = (one_step["generated"]["test_loss"],) + (None,) * (len(STEPS) - 1)
+    again = {f"asked for {name}": tuple(recursive[name]["test_loss"]) for name in recursive}
+    return {
+        "asked and got": Curve(x=tuple(asked), lines=lines, across="asked loss", up=up, log=True),
+        "one generated step beside optimizers": Curve(x=steps, lines=trained, across="steps", up=up, log=True),
+        "a generated network as the next start": Curve(x=rounds, lines=again, across="generated steps", up=up),
+    }
 
 
 def _choose_level(learned: Learned, zoo: Zoo, levels: Tensor) -> float:
@@ -222,22 +197,14 @@ def _means(scores: dict[str, Tensor]) -> dict[str, float]:
     return {name: values.double().mean().item() for name, values in scores.items()}
 
 
-def print_metric(report: dict[str, Any], console: Console) -> None:
-    """Asked and got by method, and one generated step beside training."""
-    heads = ("networks", "rank correlation", "off by a factor of", "on test images", "along own training", "another's")
-    table = []
-    for name, found in report.items():
-        if isinstance(found, dict) and "spearman" in found:
-            cells = (found["spearman"], found["factor"], found["test_spearman"], *found["direction"].values())
-            table.append([name.replace("_", " "), *(f"{each:.3f}" for each in cells)])
-    console.print(FiguresTable(heads, table, f"asked and got, from {report['num']} held-out first weights"))
-    step = report["one_step"]
+def _optimizers(step: dict[str, Any]) -> PageTable:
+    """One generated step beside training."""
     table = []
     rows = [("generated", "1", step["generated"])]
     rows += [(name, steps, each) for name in RATES for steps, each in step[name].items()]
     for name, steps, each in rows:
         rate = f"{each['learning_rate']:g}" if "learning_rate" in each else f"asked {step['asked']:.3f}"
-        figures = (f"{each['loss']:.3f}", f"{each['test_loss']:.3f}", f"{each['test_accuracy']:.2%}")
-        table.append([name, steps, rate, *figures])
+        metrics = (f"{each['loss']:.3f}", f"{each['test_loss']:.3f}", f"{each['test_accuracy']:.2%}")
+        table.append([name, steps, rate, *metrics])
     heads = ("optimizer", "steps", "rate", "loss", "test loss", "test accuracy")
-    console.print(FiguresTable(heads, table, "from first weights"))
+    return PageTable("Optimizers from first weights", heads, table)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rpg.models.denoiser.base import Denoiser
 from rpg.section import Section
@@ -22,6 +23,24 @@ class DecoderConfig(Section):
     kind: Literal["decoder"] = "decoder"
     width: int = Field(256, ge=1, description="Width of every hidden layer.")
     depth: int = Field(1, ge=0, description="Number of hidden layers.")
+    gated: bool = Field(
+        False,
+        description="Hidden layers multiply two linear maps, one through SiLU (arXiv 2002.05202), in place of a ReLU: "
+        "settings that turn weights around, as inverted does, multiply what others do.",
+    )
+
+
+class GatedLinear(nn.Module):
+    """``[…, inputs]`` → ``[…, outputs]``: a linear map times another one through SiLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.both = nn.Linear(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product of the two maps."""
+        value, gate = self.both(x).chunk(2, -1)
+        return value * F.silu(gate)
 
 
 class Decoder(Denoiser):
@@ -36,8 +55,12 @@ class Decoder(Denoiser):
     def __init__(self, config: DecoderConfig, token_size: int, d_prototype: int) -> None:
         super().__init__()
         widths = [d_prototype, *[config.width] * config.depth]
-        layers = [nn.Sequential(nn.ReLU(), nn.Linear(first, last)) for first, last in itertools.pairwise(widths)]
-        self.network = nn.Sequential(*layers, nn.ReLU(), nn.Linear(widths[-1], token_size))
+        pairs, gated = itertools.pairwise(widths), config.gated
+        layers = [
+            GatedLinear(*pair) if gated else nn.Sequential(nn.ReLU(), nn.Linear(*pair)) for pair in pairs
+        ]  # fmt: skip
+        between = [] if gated and layers else [nn.ReLU()]
+        self.network = nn.Sequential(*layers, *between, nn.Linear(widths[-1], token_size))
         last: Any = self.network[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

@@ -47,10 +47,10 @@ def train_informed(task: SensorsTask, widths: Sequence[int], steps: int) -> Info
     optimizer = torch.optim.Adam(network.parameters(), config.learning_rate / 4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate / 4, total_steps=steps + 1)
     for _ in range(steps):
-        images, classes = task.draw(config.images, rng)
+        images, classes = task.draw_for_each(config.sensors, config.images, rng)
         settings = task.draw_tasks(config.sensors, rng)
         logits = network(task.see(images, settings), task.condition.inputs(settings))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.repeat(len(settings)))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

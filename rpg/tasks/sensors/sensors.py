@@ -127,6 +127,11 @@ class SensorsTask:
         rows = torch.randint(len(self.classes("train")), (num,), generator=rng)
         return self.images("train")[rows], self.classes("train")[rows]
 
+    def draw_for_each(self, sensors: int, num: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Training images of its own for each sensor, ``[sensors, num, C, S, S]``, and their classes."""
+        images, classes = self.draw(sensors * num, rng)
+        return images.unflatten(0, (sensors, num)), classes.view(sensors, num)
+
     # --- examples ------------------------------------------------------------------------------------------------
 
     @property
@@ -189,9 +194,9 @@ class SensorsTask:
         config, rng = self.config.generalist, make_rng(self.config.seed, "generalist")
 
         def batch() -> tuple[Tensor, Tensor]:
-            images, classes = self.draw(config.sensors * config.images, rng)
-            images = images.unflatten(0, (config.sensors, config.images))
-            return self.see(images, self.draw_tasks(config.sensors, rng)).flatten(0, 1)[None], classes[None]
+            images, classes = self.draw_for_each(config.sensors, config.images, rng)
+            seen = self.see(images, self.draw_tasks(config.sensors, rng))
+            return seen.flatten(0, 1)[None], classes.view(1, -1)
 
         trained = self.train(repeat(self.build().state_dict(), 1), batch, config.steps, config.learning_rate)
         return {name: value[0] for name, value in trained.items()}
@@ -242,11 +247,10 @@ class SensorsTask:
     ) -> Tensor:  # fmt: skip
         """Cross-entropy ``[T]`` of T networks on random *training* images as their sensors ``[T, C]`` see them.
 
-        Differentiable in ``weights``.
+        Each has images of its own: shared ones make a step's gradient vary far more. Differentiable in ``weights``.
         """
-        images, classes = self.draw(num_images, rng)
-        seen = self.see(images.to(conditions), conditions)
-        return self.losses(weights, seen, classes.to(conditions.device).expand(len(conditions), -1))
+        images, classes = self.draw_for_each(len(conditions), num_images, rng)
+        return self.losses(weights, self.see(images.to(conditions), conditions), classes.to(conditions.device))
 
     def teacher(self, zoo: Zoo) -> Teacher:
         """There is none. Raises InputError."""

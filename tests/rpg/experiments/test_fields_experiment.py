@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from rpg.config import Config
-from rpg.evaluation.report import Report
 from rpg.experiments.single import collect
 from rpg.generation.generator import Generator
 from rpg.labs.fields import experiment, pictures
 from rpg.labs.fields.experiment import evaluate_fields, fields_task
 from rpg.labs.fields.pictures import render_files
 from rpg.training.loop import train
+from tests.reports import checked_report
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -76,9 +76,9 @@ def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
     collect(config)
     train(config)
     report = evaluate_fields(config.run)
-    for name in ("generated", "average", "midpoint", "covariance_gaussian", "training_data"):
-        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report[name].keys()
-    assert report["training_data"]["nearest"] == 0
+    for name in ("generated", "average", "midpoint", "covariance_gaussian", "original"):
+        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report.kinds[name].metrics.keys()
+    assert report.mean("original", "nearest") == 0
     for name in ("fine", "nearest", "path"):
         assert min(Image.open(tmp_path / "run" / f"{name}.png").size) > 16
     generator = Generator.from_pretrained(config.run)
@@ -95,13 +95,13 @@ def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
 def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):
     monkeypatch.setattr(experiment, "NUM_SETS", 1)
     report = evaluate_fields(run)
-    saved = Report.load(run)
-    assert saved.mean("generated") == report["generated"]["one_nna"] and saved.kinds["original"].summaries
-    for name in ("generated", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "training_data"):
-        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report[name].keys()
+    assert checked_report(run, "fields") == report
+    assert report.first == "one_nna" and report.kinds["held_out"].count == 12 and "held_out" not in report.rivals()
+    for name in ("generated", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "original"):
+        assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report.kinds[name].metrics.keys()
     # One field over and over: all its copies are told apart, and it is nearest to nothing but one original.
-    assert report["average"]["one_nna"] >= 0.5 and 0 < report["average"]["coverage"] < 1 / 4
-    assert report["training_data"]["nearest"] == 0
+    assert report.mean("average") >= 0.5 and 0 < report.mean("average", "coverage") < 1 / 4
+    assert report.mean("original", "nearest") == 0
     for name in ("classes", "fine", "nearest", "path"):
         assert min(Image.open(run / f"{name}.png").size) > 16
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.evaluation.adapter_merges import METHODS as MERGED
-from rpg.evaluation.report import Report
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
@@ -23,6 +22,7 @@ from rpg.tasks import many
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.side_by_side import stack
+from tests.reports import checked_report
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -66,7 +66,11 @@ def experiment(tmp_path_factory):
 
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
-    assert Report.load(config.run) == report and list(report.better) == ["symbol_accuracy", "exact_match", "perplexity"]
+    assert checked_report(config.run, "tasks") == report and list(report.better) == [
+        "symbol_accuracy",
+        "exact_match",
+        "perplexity",
+    ]
     assert report.better["perplexity"] == "less"
     for kinds, num in ((report.kinds, 4), (report.parts["seen"], 10)):
         assert set(kinds) == METHODS

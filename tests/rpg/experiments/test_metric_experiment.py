@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.report import Report
 from rpg.evaluation.wishes import asked_and_got, direction
+from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs import rivals as metric_rivals
-from rpg.labs.training_runs.experiment import evaluate_metric, run_metric, trajectories_task
+from rpg.labs.training_runs.experiment import evaluate_metric, trajectories_task
 from rpg.labs.training_runs.rivals import Trajectories
 from rpg.models.start import StartConfig
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
 from rpg.training.starts import StartPairs
+from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -38,17 +39,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "train.ema_decay=0.9", "model.backbone.num_layers=1", "train.batch_size=16", "train.behaviour.images=100",
             "train.warmup_steps=5",
         ]  # fmt: skip
-        run_metric(Config.load("configs/gpt.yaml", changes), progress={})
+        config = Config.load("configs/gpt.yaml", changes)
+        run_experiment(config, experiment_of(config))
         yield folder / "run"
 
 
 def test_the_experiment_reports_methods_optimizers_and_rounds(run: Path) -> None:
-    report = Report.load(run)
+    report = checked_report(run, "target_loss")
     assert report.mean("copy") > 0.99 and report.kinds["original"].extras["direction"]["own_run"] > 0.999
     assert {"generated", "average", "kernel_ridge"} <= report.kinds.keys()
     assert set(report.extras["one_step"]["adam"]) == {str(each) for each in metric_rivals.STEPS}
     assert len(report.extras["recursive"]["stairs"]["loss"]) == 6
-    assert (run / "wishes.png").stat().st_size > 10_000
+    assert report.curves["one generated step beside optimizers"].lines["generated"][0] > 0
+    assert (run / "asked_and_got.png").stat().st_size > 10_000
     before = (run / "evaluation.json").read_bytes()
     evaluate_metric(run, split="validation")
     assert (run / "evaluation.json").read_bytes() == before

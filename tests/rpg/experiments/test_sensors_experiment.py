@@ -5,11 +5,12 @@ import torch
 import yaml
 
 from rpg.config import Config
-from rpg.evaluation.report import Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
-from rpg.experiments.sensors import evaluate_sensors, run_sensors, tuned_regression
+from rpg.experiments.driver import experiment_of, run_experiment
+from rpg.experiments.sensors import evaluate_sensors, task_of_sensors, tuned_regression
 from rpg.generation.generator import Generator
 from rpg.tasks.side_by_side import repeat
+from tests.reports import checked_report
 from tests.rpg.tasks.sensors.test_sensors import SMALL, Planted, small_task
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -29,12 +30,13 @@ def run(tmp_path_factory) -> Path:
         "evaluate": {"informed": 3, "fine_tuning": [0, 4], "meta_learning": 2},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    run_sensors(Config.parse(tree, "test"), progress={}, seeds=2)
+    config = Config.parse(tree, "test")
+    run_experiment(config, experiment_of(config), seeds=2)
     return folder / "run"
 
 
 def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
-    report = Report.load(run)
+    report = checked_report(run, "sensors")
     assert {"generated", "original", "kernel_ridge", "nearest_seen", "generalist", "average"} < report.kinds.keys()
     assert {"settings_as_inputs", "large_with_settings"} < report.kinds.keys()
     assert all(len(each.metrics["accuracy"]) == 3 for each in report.kinds.values())
@@ -50,9 +52,9 @@ def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
     assert figures["beyond"] + len(report.curves["error_by_distance"].x) == 3
     seen = generator.distance(small_task().sensors()[0][0])
     assert seen is not None and seen.distance == 0 and seen.known_to == figures["known_to"]
-    assert len(report.extras["seeds"]) == 2 and (run / "seed-1" / "generator").is_dir()
+    assert [each["seed"] for each in report.facts["seeds"]] == [0, 1] and (run / "seed-1" / "generator").is_dir()
     assert "must be small, here 610 values" in report.notes[0]
-    assert (run / "report.html").is_file() and (run / "angle.png").is_file()
+    assert (run / "report.html").is_file() and (run / "accuracy_by_angle.png").is_file()
 
 
 def test_choices_are_made_on_validation_sensors_and_write_nothing(run: Path) -> None:
@@ -89,5 +91,5 @@ def test_reptile_learns_the_weights_between_those_of_all_tasks() -> None:
 
 
 def test_what_is_no_run_of_sensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"task.name is not sensors; see configs/sensors.yaml"):
-        run_sensors(Config.parse({"run": str(tmp_path / "run"), "task": None}, "test"), progress={})
+    with pytest.raises(InputError, match="task.name is none, .* see configs/sensors.yaml"):
+        task_of_sensors(Config.parse({"run": str(tmp_path / "run"), "task": None}, "test"))

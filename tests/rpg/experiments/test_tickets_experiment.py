@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.report import Report
+from rpg.experiments import driver
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
+from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
 
@@ -33,31 +34,30 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings: list[str], tmp_path: Path) -> None:
     code, out, err = rpg("run", "configs/tickets.yaml", *settings)
     assert code == 0, err
-    table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
-    assert max(map(len, table)) <= 80 and any("ticket (searched)" in line for line in table)
-    report = Report.load(tmp_path / "run")
+    assert "masks of 90% zeros" in out and "Generated networks have accuracy" in out
+    report = checked_report(tmp_path / "run", "tickets")
     assert set(report.kinds) == {
         "original", "generated", "no_condition", "kernel_ridge", "nearest_seen", "average", "random", "shuffled",
         "start_magnitude", "one_shot",
     }  # fmt: skip
     means = {name: report.mean(name) for name in report.kinds}
     assert means["original"] > means["random"] + 0.05 and means["generated"] > means["random"]
-    overlaps = {name: each.extras["overlap"] for name, each in report.kinds.items()}
+    overlaps = {name: report.mean(name, "overlap") for name in report.kinds}
     assert overlaps["original"] == 1 and overlaps["random"] < 0.15
     assert report.facts["seconds_of_one"]["generated"] < report.facts["seconds_of_one"]["original"]
-    assert (tmp_path / "run" / "tickets.png").stat().st_size > 10_000
+    assert (tmp_path / "run" / "accuracy_by_share_of_zeros.png").stat().st_size > 10_000
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     chosen = evaluate_tickets(tmp_path / "run", split="validation")
-    assert chosen["num"] == 3 and (tmp_path / "run" / "evaluation.json").read_bytes() == before
+    assert chosen.kinds["generated"].count == 3 and (tmp_path / "run" / "evaluation.json").read_bytes() == before
 
 
 def test_an_interrupted_run_is_not_judged(rpg: Run, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tickets.train_to_the_end
+    real = driver.train_to_the_end
 
     def interrupted(config: Config, **options: Any) -> Path:
         return real(config, max_seconds=0, **options)
 
-    monkeypatch.setattr(tickets, "train_to_the_end", interrupted)
+    monkeypatch.setattr(driver, "train_to_the_end", interrupted)
     monkeypatch.setattr(tickets, "evaluate_tickets", lambda *_, **__: pytest.fail("judged half-trained"))
     code, _, err = rpg("run", "configs/tickets.yaml", *settings, "--device", "cpu")
     assert code == 130 and "run it again" in err
@@ -67,10 +67,10 @@ def test_kinds_are_compared_task_by_task() -> None:
     scores = {name: torch.rand(3, 20) for name in ("original", "generated", "random")}
     right = {"original": [0.9, 0.8, 0.7], "generated": [0.8, 0.8, 0.8], "random": [0.6, 0.9, 0.5]}
     known = {id(scores[name]): torch.tensor(values) for name, values in right.items()}
-    report = compare(scores, lambda each, share: known[id(each)] - share, 0.9, seed=0)
-    assert report["generated"]["better_than_random"] == pytest.approx(2 / 3)
-    assert report["original"]["generated_better"] == pytest.approx(1 / 3)
-    assert report["generated"]["by_sparsity"]["0.98"] == pytest.approx(0.8 - 0.98, abs=1e-5)
+    kinds, curve = compare(scores, lambda each, share: known[id(each)] - share, 0.9, torch.zeros(3, 2), seed=0)
+    assert kinds["generated"].extras["better_than_random"] == pytest.approx(2 / 3)
+    assert kinds["original"].extras["generated_better"] == pytest.approx(1 / 3)
+    assert dict(zip(curve.x, curve.lines["generated"], strict=True))[0.98] == pytest.approx(0.8 - 0.98, abs=1e-5)
 
 
 def test_trivial_scores_follow_the_bits() -> None:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpg.diffusion.objectives import FlowConfig
 from rpg.models.denoiser import DecoderConfig, DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
+from rpg.models.denoiser.decoder import GatedLinear
 from rpg.models.denoiser.time import time_sinusoid
 from rpg.models.recurrent_diffusion import RecurrentConfig
 
@@ -178,8 +179,19 @@ def test_impossible_configurations_name_the_field(section, field):
         TypeAdapter(DenoiserConfig).validate_python(section)
 
 
-def test_a_decoder_starts_at_zero_and_looks_at_prototypes_alone() -> None:
-    decoder = build_denoiser(DecoderConfig(width=8, depth=2), 5, 4, 1)
+def test_a_gate_multiplies() -> None:
+    layer = GatedLinear(2, 1)
+    with torch.no_grad():
+        layer.both.weight.copy_(torch.eye(2))
+        layer.both.bias.zero_()
+    x = torch.tensor([[3.0, 20.0], [-3.0, 20.0], [5.0, 0.0]])  # SiLU(20) = 20 to float32, SiLU(0) = 0
+    assert layer(x).flatten().tolist() == pytest.approx([60.0, -60.0, 0.0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_decoder_starts_at_zero_and_looks_at_prototypes_alone(gated, depth) -> None:
+    decoder = build_denoiser(DecoderConfig(width=8, depth=depth, gated=gated), 5, 4, 1)
     rng = torch.Generator().manual_seed(0)
     prototypes, noise = torch.randn(3, 4, generator=rng), torch.randn(3, 5, generator=rng)
     assert torch.equal(decoder(noise, torch.ones(3), decoder.precompute(prototypes)), torch.zeros(3, 5))

@@ -332,6 +332,67 @@ def test_cures_for_other_formats_cure(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(read_state_dict("f.state.pt")) == NAMES
 
 
+def test_the_cure_of_gguf_cures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER").mkdir()
+    writer = gguf.GGUFWriter("FOLDER/NAME.gguf", "llama")
+    for name, value in {
+        "context_length": 16, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32, "head_count": 2,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "vocab_size": 8,
+        "rope_dimension_count": 16,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    block = [
+        *(f"attn_{each}" for each in ("q", "k", "v", "output")),
+        *(f"ffn_{each}" for each in ("gate", "up", "down")),
+    ]
+    shapes = {"token_embd": (8, 32), "output": (8, 32), "output_norm": (32,), "blk.0.attn_norm": (32,)}
+    shapes |= {"blk.0.ffn_norm": (32,), **{f"blk.0.{each}": (32, 32) for each in block}}
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="GGUF") as error:
+        read_state_dict("FOLDER/NAME.gguf")
+    exec(str(error.value).partition("read it: ")[2], {"torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM})
+    found = read_state_dict("NEW.pth")
+    assert len(found) == len(tensors) and torch.equal(found["lm_head.weight"], tensors["output"])
+
+
+def test_the_cures_of_hdf5_and_onnx_cure(tmp_path: Path) -> None:
+    """What the messages say, done: tensors read with the format's own library and saved by name."""
+    import h5py
+    import onnx
+
+    plain = state()
+    with h5py.File(tmp_path / "weights.h5", "w") as file:
+        for name, value in plain.items():
+            file[name] = value.numpy()
+    graph = onnx.helper.make_graph(
+        [], "network", [], [], [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in plain.items()]
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "network.onnx")
+    for source in ("weights.h5", "network.onnx"):
+        with pytest.raises(InputError, match="by name.*(h5py|onnx)|(h5py|onnx).*by name"):
+            read_state_dict(tmp_path / source)
+    with h5py.File(tmp_path / "weights.h5") as file:
+        read = {name: torch.from_numpy(file[name][()]) for name in file}
+    safetensors.torch.save_file(read, tmp_path / "h5.safetensors")
+    initializers = onnx.load(tmp_path / "network.onnx").graph.initializer
+    read = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in initializers}
+    safetensors.torch.save_file(read, tmp_path / "onnx.safetensors")
+    for made in ("h5", "onnx"):
+        found = read_state_dict(tmp_path / f"{made}.safetensors")
+        assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 class Call:
     """Anything that is called when it is unpickled."""
 

@@ -149,6 +149,15 @@ def test_a_network_that_knows_the_answer_scores_1() -> None:
     assert losses[0] < 1e-3 and losses[1] > 10
 
 
+def test_every_sensor_is_taught_by_images_of_its_own() -> None:
+    task = small_task()
+    network, alike = repeat(task.build().state_dict(), 2), sensor().repeat(2, 1)
+    losses = task.behaviour_losses(network, alike, 16, torch.Generator().manual_seed(0))
+    images, classes = task.draw_for_each(2, 16, torch.Generator().manual_seed(0))
+    assert losses[0] != losses[1]
+    assert losses.tolist() == pytest.approx(task.losses(network, task.see(images, alike), classes).tolist(), rel=1e-5)
+
+
 def test_a_folder_of_the_users_own(tmp_path: Path) -> None:
     for number in range(24):
         folder = tmp_path / "images" / ("even" if number % 2 == 0 else "odd")

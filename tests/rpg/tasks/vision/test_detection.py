@@ -13,11 +13,14 @@ import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.labs.vision.canvases import make_canvases
 from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection import SimplePyramid, average_precision, build_detector
 from rpg.labs.vision.detection_data import open_split
 from rpg.tasks import build_task
+from tests.conftest import small_config
+from tests.reports import checked_report
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError
 
@@ -277,3 +280,11 @@ def test_files_that_are_missing_or_broken_are_one_line(coco, tmp_path):
     (root / "train2017" / "000000000103.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match="000000000103.jpg cannot be read"):
         build_task(config_of(tmp_path, data=data)).collect(tmp_path / "zoo")
+
+
+def test_a_run_is_evaluated_by_its_average_precision(tmp_path):
+    task = config_of(tmp_path).model_dump(mode="json") | {"name": "detection"}
+    config = small_config(tmp_path, task=task, train={"steps": 2}, evaluate={"num": 2, "baselines": []})
+    run_experiment(config, experiment_of(config))
+    report = checked_report(config.run, "networks")
+    assert report.first == "AP50" and [report.kinds[name].count for name in ("original", "generated")] == [3, 2]

@@ -8,12 +8,12 @@ from PIL import Image
 
 from rpg.evaluation import samples as sampled
 from rpg.evaluation.judges import TaskScorer, less_is_better
-from rpg.evaluation.report import Report
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.single import collect
 from rpg.tasks import build_task
 from rpg.training.loop import train
 from tests.conftest import small_config
+from tests.reports import checked_report
 from tokenization.errors import InputError
 
 
@@ -110,7 +110,7 @@ def test_a_run_is_scored_by_samples_and_shows_them(tmp_path, monkeypatch):
     collect(config)
     train(config)
     evaluate_run(config.run, Judge())
-    result = Report.load(tmp_path / "run")
+    result = checked_report(tmp_path / "run", "networks")
     assert list(result.kinds) == ["original", "generated", "held_out", "average", "noise_0.05"]
     assert result.first == "one_nna" and result.better["one_nna"] == "less"
     assert [result.kinds[name].count for name in ("original", "held_out", "generated")] == [4, 2, 2]
