@@ -31,8 +31,7 @@ from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
-from rpg.training.fitting import fit_closed_form
-from rpg.training.trainer import Trainer, build_network
+from rpg.training.trainer import Trainer, build_network, fit_closed_form
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 

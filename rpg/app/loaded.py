@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.judges import TaskScorer
-from rpg.evaluation.similarity import error_iou
+from rpg.evaluation.two_sample import error_iou
 from rpg.evaluation.vectors import StateDict
 from rpg.experiments.single import find_task, parts_of, zoo_span
 from rpg.generation.generator import Generator

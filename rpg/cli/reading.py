@@ -12,6 +12,9 @@ from rpg.cli.parameters import default_config
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
+NUM_WATCHED = 4
+"""Networks that are scored now and then while a generator is trained."""
+
 
 def load(path: Path, overrides: list[str] | None) -> Any:
     """Read a configuration file with its overrides; where there is no such file, ``configs/…`` is the package's own."""
@@ -28,18 +31,20 @@ def load(path: Path, overrides: list[str] | None) -> Any:
 def training_bar(title: str) -> Iterator[dict[str, Callable[..., None]]]:
     """A progress bar of training with the accuracy on validation data now and then: ``train`` and ``watch``."""
     validation: Any = None
+    told = ""
     with progress_bar(title) as bar:
 
         def watch(generator: Any) -> None:
-            nonlocal validation
+            nonlocal validation, told
             if validation is None:
-                from rpg.experiments.watching import Validation
+                from rpg.experiments.validation import Validation
+                from tokenization.zoo.zoo import Zoo
 
-                validation = Validation()
-            validation(generator)
+                validation = Validation(generator.config, Zoo.open(generator.config.zoo), NUM_WATCHED)
+            told = validation.told(generator)
 
         def advance(done: int, total: int, loss: float) -> None:
-            bar(done, total, loss, validation.last if validation is not None else "")
+            bar(done, total, loss, told)
 
         yield {"train": advance, "watch": watch}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.evaluation.conditions import nearest_rows
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Networks, networks
 from rpg.evaluation.task_networks import Parts, TaskNetworks
@@ -94,20 +95,12 @@ def held_out_baselines(
     num = len(seen.bits)
     (average,) = seen.mixed(torch.full((1, num), 1 / num, dtype=torch.float64))
     made: dict[str, Parts] = {
-        "nearest_seen": seen.parts(nearest_rows(bits, seen.bits, own)),
+        "nearest_seen": seen.parts(nearest_rows(seen.bits, bits, own)),
         "average": [{name: value.expand(len(bits), *value.shape[1:]) for name, value in average.items()}],
     }
     for name, each in regressions.items():
         made[name] = seen.mixed(each.mixture(seen.bits, bits))
     return made
-
-
-def nearest_rows(bits: Tensor, seen: Tensor, own: bool) -> Tensor:
-    """The nearest seen task of each, by Hamming distance; with ``own`` the nearest that is not the task itself."""
-    distance = (bits[:, None] != seen[None]).sum(-1)
-    if own:
-        distance[distance == 0] = seen.shape[1] + 1
-    return distance.argmin(1)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,9 @@ from rpg.evaluation.metrics import bootstrap_interval
 from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.report import Networks, Report, finite_values, networks
-from rpg.evaluation.similarity import max_similarity, max_similarity_among
 from rpg.evaluation.span import Places, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
-from rpg.evaluation.two_sample import two_sample
+from rpg.evaluation.two_sample import max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint

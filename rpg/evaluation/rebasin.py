@@ -35,11 +35,6 @@ def permute(state_dict: StateDict, groups: Sequence[Group], orders: Sequence[Ten
     return result
 
 
-def random_orders(groups: Sequence[Group], generator: torch.Generator) -> list[Tensor]:
-    """A random order of the units of each group."""
-    return [torch.randperm(group.size, generator=generator) for group in groups]
-
-
 class Matcher:
     """Matches networks to a reference.
 

@@ -194,11 +194,6 @@ class ZooSpan:
                 checkpoint.release(name, first, first + BLOCK)
         return square**0.5
 
-    def coordinates(self) -> Tensor:
-        """The checkpoints' deviations in orthonormal axes of their span, the longest first, float64 ``[n, n]``."""
-        values, vectors = torch.linalg.eigh(self.gram)
-        return (vectors * values.clamp(min=0).sqrt()).flip(1)
-
     def principal_axes(self) -> tuple[Tensor, float]:
         """The zoo's first two principal components, and the share of its variance that they hold; 0 without any.
 

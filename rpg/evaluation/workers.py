@@ -16,9 +16,6 @@ R = TypeVar("R")
 Report = Callable[..., None]
 """Called by the first process with (networks done, networks in all, ``note`` in words)."""
 
-AT_ONCE = 16
-"""Networks that are handed over together where they are held in memory anyway."""
-
 
 class Workers:
     """Each of ``size`` processes computes some of the networks, and all of them receive what was found.
@@ -53,15 +50,6 @@ class Workers:
         """What ``compute`` gives for the place and value of every item, in their order."""
         places = self.places(len(items))
         return self.gather(compute, places, map(items.__getitem__, places), len(items))
-
-    def map_some(self, compute: Callable[[list[T]], Iterable[R]], items: Sequence[T]) -> list[R]:
-        """The same of a function that takes several items, which are all in memory."""
-        places, found = self.places(len(items)), list[R]()
-        for first in range(0, len(places), AT_ONCE):
-            batch = [items[place] for place in places[first : first + AT_ONCE]]
-            found += compute(batch)
-            self._tell(len(batch))
-        return self.collect(places, found, len(items))
 
     def gather(self, compute: Callable[[int, T], R], places: Sequence[int], own: Iterable[T], num: int) -> list[R]:
         """What ``compute`` gives for all ``num`` items, of which ``own`` are this process's, at ``places``."""

@@ -14,18 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.metrics import Summary, accuracy, summarize
-from rpg.experiments.single import find_task, require_for_choices
-from rpg.experiments.task_methods import generate_for
+from rpg.evaluation.metrics import Summary, summarize
+from rpg.experiments.single import require_for_choices
+from rpg.experiments.validation import Validation
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
-from rpg.tasks.collecting import single_threaded
 from rpg.training.loop import Progress, Watch, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
@@ -37,8 +35,6 @@ FILE = "compare.json"
 
 RIVAL = "kernel_ridge"
 """The rival's run folder, inside that of the configured generator."""
-
-Scores = Callable[[Generator], Tensor]
 
 
 class Comparison(Section):
@@ -96,7 +92,7 @@ def train_and_compare(
         raise InputError("--compare works in one process; train with several, then compare with a run of one")
     zoo = Zoo.open(config.zoo)
     rival = rival_of(config)
-    of, scores = validation_scores(config, zoo)
+    validation = validation_of(config, zoo)
     RunFolder(config.run).check(config, resume=resume, overwrite=overwrite)
     stopped = False
 
@@ -109,8 +105,9 @@ def train_and_compare(
     folder = train(config, resume=resume, overwrite=overwrite, progress=advance, watch=watch, say=say)
     if stopped:
         return folder, None
-    figures = [scores(Generator.from_pretrained(each)) for each in (folder, train(rival, overwrite=True, say=say))]
-    comparison = compare(of, config.model.kind, *figures, seed=config.seed)
+    folders = (folder, train(rival, overwrite=True, say=say))
+    metrics = [validation.scores(Generator.from_pretrained(each))[1] for each in folders]
+    comparison = compare(validation.of, config.model.kind, *metrics, seed=config.seed)
     plain = comparison.model_dump(mode="json")
     write_text(Path(config.run) / FILE, json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return folder, comparison
@@ -134,7 +131,7 @@ def rival_of(config: Config) -> Config:
 
 
 def compare(
-    of: Literal["validation tasks", "validation images"],
+    of: str,
     model: str,
     configured: Tensor,
     kernel_ridge: Tensor,
@@ -157,51 +154,17 @@ def compare(
     )
 
 
-def validation_scores(config: Config, zoo: Zoo) -> tuple[Literal["validation tasks", "validation images"], Scores]:
-    """What generators are compared by, and a function that gives a generator's accuracies ``[N]``.
-
-    Of a family of tasks: one network for each task of the zoo's validation split, on validation images or rows. Of a
-    single task: ``evaluate.num`` networks on validation images.
+def validation_of(config: Config, zoo: Zoo) -> Validation:
+    """What generators are compared by: a network for each validation task, or ``evaluate.num`` on validation images.
 
     Raises:
         InputError: there is no task that scores, no validation split, or it is trained on.
     """
-    task = find_task(config, zoo)
-    if isinstance(task, TaskFamily):
-        return "validation tasks", _of_tasks(config, zoo, task)
-    if isinstance(task, Classifier) and config.model.condition.kind == "none":
-        return "validation images", _of_images(config, task)
-    raise InputError(
-        f"The task {type(task).__name__} cannot score networks for conditions (model.condition.kind is "
-        f"{config.model.condition.kind}), so --compare cannot; leave it out."
-    )
-
-
-def _of_tasks(config: Config, zoo: Zoo, task: TaskFamily) -> Scores:
-    kind = config.model.condition.kind
-    if kind != "binary" or task.condition.kind != "binary":
-        raise InputError(
-            f"--compare asks for a network of each validation task by its bits, but model.condition.kind is {kind} and "
-            f"the task's is {task.condition.kind}; set both to binary, or leave --compare out"
-        )
-    require_for_choices(config)
-    found = dict.fromkeys(zoo.entries[index].condition for index in zoo.subset("validation"))
-    if not found:
+    if config.model.condition.kind != "none":
+        require_for_choices(config)
+    found = Validation(config, zoo)
+    if found.of == "seen tasks":
         raise InputError(f"{zoo.path} has no task of split 'validation' to compare on; set task.validation")
-    bits = torch.tensor(list(found)).long()  # [T, C]
-
-    def scores(generator: Generator) -> Tensor:
-        with single_threaded():
-            return task.accuracies(generate_for(generator, bits, config.seed), bits, "validation").double()
-
-    return scores
-
-
-def _of_images(config: Config, task: Classifier) -> Scores:
-    labels = task.labels("validation")
-
-    def scores(generator: Generator) -> Tensor:
-        networks = generator.one_by_one(config.evaluate.num, seed=config.seed)
-        return accuracy(task.predict(networks, "validation"), labels)
-
-    return scores
+    if not isinstance(found.task, TaskFamily | Classifier):
+        raise InputError(f"the task {type(found.task).__name__} gives no accuracy, which --compare needs; leave it out")
+    return found

@@ -17,7 +17,6 @@ from torch import Tensor
 from rpg.config import Config, overridden
 from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.conditions import Conditions
-from rpg.evaluation.field_plots import save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options
@@ -26,7 +25,7 @@ from rpg.evaluation.novelty import distances
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
-from rpg.evaluation.samples import SCALE, draw_samples
+from rpg.evaluation.samples import SCALE, draw_samples, save_image
 from rpg.evaluation.span import Places, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
 from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines

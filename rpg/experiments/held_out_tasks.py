@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.diversity import Diversity, measure_diversity
 from rpg.evaluation.held_out import (
     SplitScores,
     base_summed,
@@ -25,7 +24,7 @@ from rpg.evaluation.held_out import (
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.linear_head import LinearHead, LinearHeadTraining, tune_linear_head
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import measure_per_task
+from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.evaluation.workers import Workers

@@ -113,3 +113,14 @@ def regression_inputs(kind: str, conditions: Tensor, size: int) -> Tensor:
     if kind == "class":
         return nn.functional.one_hot(conditions[:, 0].long(), size).to(torch.float64)
     return conditions.to(torch.float64) * 2 - 1 if kind == "binary" else conditions.to(torch.float64)
+
+
+class StartConfig(Section):
+    """Training pairs: a checkpoint, and one of the same run, no later, as its start."""
+
+    first: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of examples whose start is their run's first checkpoint; else any earlier one",
+    )

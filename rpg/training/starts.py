@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rpg.models.start import StartConfig
+from rpg.models.conditioning import StartConfig
 from rpg.seeding import make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader

@@ -20,6 +20,7 @@ from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.models.batch import CodeBatch
+from rpg.models.centre import TaskTable
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
@@ -27,26 +28,41 @@ from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
     Rows,
+    all_tokens,
     check_split,
     check_zoo,
     condition_size,
     metric_scale,
     state_ids,
+    task_numbers,
     to_batch,
+    training_conditions,
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import example_conditions, fresh_codes
-from rpg.training.fitting import fit_closed_form
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
+from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
+
+
+def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
+    """Measure, on the training checkpoints, what of tokens is known without training, if the model has such a part."""
+    indices = training_entries(zoo, config.train.splits)
+    if isinstance(network.state, TaskTable):
+        network.state.measure(task_numbers(zoo, indices, network.state.embedding_dim))
+    if config.model.start is not None:
+        network.fit_start(sample_differences(zoo, layout, indices, config.model.start, config.seed))
+    elif network.centre is not None:
+        conditions = training_conditions(zoo, indices, config.model.condition)
+        network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
 
 
 class Trainer:

@@ -155,7 +155,7 @@ def _fields(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     import trimesh
 
     patch.setattr("rpg.labs.fields.experiment.NUM_SETS", 1)
-    patch.setattr("rpg.evaluation.field_judges.STEPS", 10)
+    patch.setattr("rpg.evaluation.field_measures.STEPS", 10)
     patch.setattr("rpg.labs.fields.pictures.FINE", 20)
     patch.setattr("rpg.labs.fields.pictures.PER_CLASS", 2)
     rng = torch.Generator().manual_seed(0)

@@ -103,19 +103,20 @@ def test_watching_changes_nothing_and_keeps_to_its_time(tmp_path: Path, monkeypa
 
 def test_validation_accuracy_of_a_generator(tmp_path: Path) -> None:
     from rpg.experiments.single import collect
-    from rpg.experiments.watching import Validation
+    from rpg.experiments.validation import Validation
     from rpg.generation.generator import Generator
     from tokenization.errors import InputError
+    from tokenization.zoo.zoo import Zoo
 
     task = {"name": "digits", "network": "mlp-mini", "train_steps": 30, "steps": 4}
     config = small_config(tmp_path, task=task)
     collect(config)
-    validation = Validation()
-    validation(Generator.from_pretrained(train(config, say=lambda _: None)))
-    assert validation.last.startswith("accuracy ") and validation.last.endswith("%")
-    make_zoo(tmp_path / "none" / "zoo")
-    with pytest.raises(InputError, match="no task scores"):
-        validation(Generator.from_pretrained(train(small_config(tmp_path / "none"), say=lambda _: None)))
+    validation = Validation(config, Zoo.open(config.zoo), 4)
+    told = validation.told(Generator.from_pretrained(train(config, say=lambda _: None)))
+    assert told.startswith("accuracy ") and told.endswith("%") and len(validation.wanted) == 4
+    other = make_zoo(tmp_path / "none" / "zoo")
+    with pytest.raises(InputError, match="a task that scores"):
+        Validation(small_config(tmp_path / "none"), other)
 
 
 def test_steps_tell_who_listens(monkeypatch: pytest.MonkeyPatch) -> None:

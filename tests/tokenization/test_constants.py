@@ -233,6 +233,18 @@ def test_values_that_are_not_finite_in_one_file_are_refused(
     assert "\n" not in str(caught.value) and not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_dtype_of_its_own_is_refused_and_the_cure_cures(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dtype float16, but the zoo's has float32; .* save it in that dtype"):
+        collected(tmp_path, lambda seed: {n: t.half() if seed == 1 else t for n, t in mlp(seed).items()}, ending)
+    state = {name: tensor.half().float() for name, tensor in mlp(1).items()}
+    if ending == "pth":
+        torch.save(state, tmp_path / "mine" / "seed1.pth")
+    else:
+        safetensors.torch.save_file(state, tmp_path / "mine" / "seed1.safetensors")
+    assert len(collect_from(tmp_path / "mine", tmp_path / "zoo")) == 3
+
+
 def test_values_that_are_not_finite_and_differ_are_refused(tmp_path: Path) -> None:
     def make(seed: int) -> dict[str, Tensor]:
         return {**mlp(seed), "m": torch.tensor([float("-inf"), seed])}

@@ -95,9 +95,8 @@ class Structure:
         """
         if fault := self._difference(found, keys):
             name, what = fault
-            raise InputError(
-                f"{tensor_at(where, name)} {what}; a zoo holds one network structure, so leave this checkpoint out"
-            )
+            cure = "so save it in that dtype, too" if "dtype" in what else "so leave this checkpoint out"
+            raise InputError(f"{tensor_at(where, name)} {what}; a zoo holds one network structure, {cure}")
 
     def _difference(self, found: Structure, keys: Collection[str]) -> tuple[str, str] | None:
         """The first tensor in which ``found`` differs, and how."""

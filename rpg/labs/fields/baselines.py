@@ -1,10 +1,14 @@
-"""Baselines of generated fields that are trained themselves."""
+"""Baselines of generated fields: made of weights, or trained themselves."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
@@ -72,3 +76,48 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     missing = list(zip(fields.entries, values, strict=True))[len(zoo) :]
     entries = [dataclasses.replace(entry, metrics={}) for entry, _ in missing]
     append_many(zoo, entries, [{VALUES: each} for _, each in missing])
+
+
+PARTS = 8
+"""Gaussians of a class's mixture."""
+
+
+def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
+    """The cluster of each of a class's members ``[n, P]``, ``[n]`` long."""
+    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+    model = KMeans(min(PARTS, len(members)), n_init=4, random_state=seed)
+    return torch.from_numpy(model.fit_predict(members.double().numpy())).long()
+
+
+def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """What takes no generator, of the training data of each wanted class.
+
+    Args:
+        weights: ``[T, P]``, flattened checkpoints.
+        labels: their classes ``[T]``.
+        wanted: a class for each to make, ``[M]``.
+        rng: source of the draws.
+
+    Returns:
+        ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
+        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means).
+    """
+    made: dict[str, list[Tensor]] = {
+        name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")
+    }
+    clusters = {int(label): _clusters(weights[labels == label], rng) for label in wanted.unique()}
+    for label in wanted.tolist():
+        members = weights[labels == label]  # [n, P]
+        mean = members.mean(0)
+        pair = torch.randperm(len(members), generator=rng)[:2]
+        noise = torch.randn(weights.shape[1], generator=rng)
+        combination = torch.randn(len(members), generator=rng) / len(members) ** 0.5
+        made["average"].append(mean)
+        made["midpoint"].append(members[pair].mean(0))
+        made["coordinate_gaussian"].append(mean + noise * members.std(0, unbiased=False))
+        made["covariance_gaussian"].append(mean + combination @ (members - mean))
+        own = clusters[label]
+        part = members[own == own[torch.randint(len(own), (), generator=rng)]]  # a part by its share
+        combination = torch.randn(len(part), generator=rng) / len(part) ** 0.5
+        made["mixture"].append(part.mean(0) + combination @ (part - part.mean(0)))
+    return {name: torch.stack(rows) for name, rows in made.items()}

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.field_judges import class_judge, letter_features
-from rpg.evaluation.field_measures import DISTANCES, measure_samples, shown_by, trivial_weights
+from rpg.evaluation.field_measures import (
+    DISTANCES,
+    class_judge,
+    letter_features,
+    measure_samples,
+    shown_by,
+)
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Report, networks
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.generation.generator import Generator
-from rpg.labs.fields.baselines import VALUES, baseline_configs, grid_zoo, write_grid_zoo
+from rpg.labs.fields.baselines import VALUES, baseline_configs, grid_zoo, trivial_weights, write_grid_zoo
 from rpg.labs.fields.data import alter
 from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask

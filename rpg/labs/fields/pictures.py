@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.field_measures import DISTANCES, shown_by
-from rpg.evaluation.field_plots import beside, grid, save_image
+from rpg.evaluation.samples import beside, grid, save_image
 from rpg.generation.generator import Generator
 from rpg.generation.outputs import MemorySink
 from rpg.generation.sampler import Tile

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.held_out import nearest_rows, random_other
+from rpg.evaluation.conditions import nearest_rows
+from rpg.evaluation.held_out import random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment
@@ -105,7 +106,7 @@ def trivial(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, Tensor]:
     regressed = regression.kernel(asked) @ (regression.inverse @ rest)
     return {
         "kernel_ridge": mean + regressed.float(),
-        "nearest_seen": tickets[nearest_rows(bits, seen, own=False)],
+        "nearest_seen": tickets[nearest_rows(seen, bits, own=False)],
         "average": mean.expand(len(bits), -1),
     }
 

@@ -1,26 +1,146 @@
-"""Losses beside the denoiser's own: generated networks are run, and what they answer is scored."""
+"""Losses beside the denoiser's own: generated networks are run, and what they answer is scored.
+
+A part of every batch is put at the last time, so that what is scored is what one sampling step generates. E examples or
+networks, L tokens, D token width, K states, S state width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from rpg.models.batch import Batch, Loss
 from rpg.models.conditioning import ConditionConfig
+from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
-from rpg.tasks import Task
-from rpg.training.config import TrainConfig
+from rpg.tasks.base import ImageClassifier, LossTask, Task
+from rpg.tasks.side_by_side import SideBySide
+from rpg.training.config import BehaviourConfig, NewStatesConfig, TrainConfig
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import example_conditions
 from rpg.training.losses.behaviour import BehaviourLoss, FreshTasksLoss
-from rpg.training.losses.new_states import NewStatesLoss
-from rpg.training.losses.wished import WishedLoss
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo
+
+
+class NewStatesLoss:
+    """Scores networks of new permutation states, which no checkpoint has: they must work, and differ from each other.
+
+    A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights
+    vary, neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than
+    they spread, and the cross-entropy of their networks reaches the generator. A second term keeps the networks of a
+    step apart: without it, or if it only kept them away from the zoo, one new place would do for them all.
+
+    Args:
+        network: the generator's networks.
+        task: its target network, training images and labels.
+        layout: decodes tokens; residual normalisation, so that 1 is the zoo's own root mean square deviation.
+        config: weights and sizes.
+
+    Raises:
+        InputError: there is no table of states to draw around, or the task has no images.
+    """
+
+    def __init__(self, network: RecurrentDiffusion, task: Task, layout: Layout, config: NewStatesConfig) -> None:
+        if network.num_states < 2:
+            raise InputError("train.new_states needs two or more permutation states; set model.state.of.")
+        if network.condition is not None:
+            raise InputError("train.new_states takes no condition; set model.condition.kind: none.")
+        if isinstance(network.denoiser, UNet1d):
+            raise InputError(
+                "train.new_states does not go with model.denoiser unet1d, whose batch normalisation would count "
+                "networks that are not in the zoo; use mlp."
+            )
+        if not isinstance(task, ImageClassifier):
+            raise InputError(f"train.new_states needs a task with images; {type(task).__name__} has none.")
+        if layout.options.normalization != "residual":
+            raise InputError(
+                f"train.new_states needs tokens.normalization: residual; it is {layout.options.normalization}."
+            )
+        self.network, self.layout, self.config = network, layout, config
+        self.images, self.labels = task.images("train"), task.labels("train")
+        self.networks = SideBySide(task.build())
+        self.mask = layout.mask.float()
+
+    def __call__(self, rng: torch.Generator) -> Tensor:
+        """The weighted loss of one step; ``rng`` (on the CPU) draws states, noise and images."""
+        count = self.config.networks
+        temperature = 1 + (self.config.temperature - 1) * torch.rand(count, generator=rng)  # [E]
+        noise = torch.randn(count, *self.mask.shape, generator=rng)  # [E, L, D]
+        states = self.states(temperature, rng)
+        tokens = self.network.one_step(noise.to(states.device), self.mask.to(states.device), states)  # [E, L, D]
+        weights = self.layout.decode_batch(tokens, constants=True)
+        rows = torch.randint(len(self.labels), (self.config.images,), generator=rng)
+        logits = self.networks(weights, self.images[rows].to(tokens.device))  # [E, images, classes]
+        labels = self.labels[rows].to(tokens.device).repeat(count)
+        behaviour = F.cross_entropy(logits.flatten(0, 1).float(), labels)
+        apart = (tokens - tokens.mean(0)).square().sum((1, 2)) * count / (count - 1)  # [E], unbiased
+        size = (apart / self.mask.sum()).clamp(min=1e-12).sqrt()  # [E], root mean square, 1 in the zoo
+        spread = F.relu(temperature.to(size.device) - size).square().mean()
+        return self.config.weight * behaviour + self.config.spread * spread
+
+    def states(self, temperature: Tensor, rng: torch.Generator) -> Tensor:
+        """New states ``[E, S]``: the learned ones' Gaussian, each widened by its temperature ``[E]``."""
+        assert self.network.state is not None
+        table = self.network.state.weight.detach()  # [K, S]
+        weights = torch.randn(len(temperature), len(table), generator=rng).to(table.device)
+        deviation = weights @ (table - table.mean(0)) / len(table) ** 0.5
+        return table.mean(0) + temperature.to(table.device)[:, None] * deviation
+
+
+NEAR = 0.2
+"""Errors on the scale from -1 to 1 up to which they count by their square; beyond, by their size."""
+
+
+class WishedLoss:
+    """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
+
+    Args:
+        task: runs the networks.
+        layout: decodes tokens.
+        config: weight and images.
+        condition: the metric, which must be a loss on training images.
+        scale: its scale.
+
+    Raises:
+        InputError: the task cannot run many networks at once, or the metric is no such loss.
+    """
+
+    def __init__(
+        self, task: object, layout: Layout, config: BehaviourConfig, condition: ConditionConfig, scale: MetricScale
+    ) -> None:
+        if not isinstance(task, LossTask):
+            raise InputError(
+                f"train.behaviour with a metric needs a task that knows the loss of networks, "
+                f"not {type(task).__name__}; choose one, e.g. trajectories"
+            )
+        if condition.name != "loss":
+            raise InputError(
+                f"train.behaviour asks for a loss on training images, which the metric {condition.name!r} is not; "
+                "leave train.behaviour out, or set model.condition.name to loss"
+            )
+        self.task, self.layout, self.config, self.scale = task, layout, config, scale
+
+    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator) -> Tensor:
+        """The weighted mean loss.
+
+        Args:
+            tokens: predicted x₀, ``[E, L, D]``.
+            conditions: what is asked for, on the scale, ``[E, 1]``.
+            dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
+            rng: draws the images, on the CPU.
+        """
+        weights = self.layout.decode_batch(tokens, constants=True)
+        found = self.scale.scaled(self.task.losses(weights, "train", self.config.images, rng))  # [E]
+        errors = F.smooth_l1_loss(found, conditions[:, 0], reduction="none", beta=NEAR)
+        kept = torch.ones_like(errors) if dropped is None else (~dropped).to(errors.dtype)
+        return self.config.weight * (errors * kept).sum() / kept.sum().clamp(min=1)
 
 
 class AuxiliaryLosses:

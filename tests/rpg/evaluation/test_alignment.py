@@ -10,10 +10,11 @@ from rpg.config import Config
 from rpg.evaluation.alignment import align_zoo
 from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.permutations import symmetries
-from rpg.evaluation.rebasin import permute, random_orders
+from rpg.evaluation.rebasin import permute
 from rpg.evaluation.trained_baselines import finetune, finetuned_baselines
 from rpg.experiments.single import collect
 from rpg.tasks import DigitsConfig, build_task, task_of
+from tests.rpg.evaluation.test_matching import random_orders
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

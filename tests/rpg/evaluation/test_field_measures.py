@@ -9,8 +9,8 @@ from rpg.evaluation.field_measures import (
     frechet_distance,
     measure_samples,
     overlap_distances,
-    trivial_weights,
 )
+from rpg.labs.fields.baselines import trivial_weights
 
 
 def draws(num: int, seed: int, shift: float = 0.0) -> torch.Tensor:

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.permutations import permutation_groups
-from rpg.evaluation.rebasin import Matcher, assignment, permute, random_orders
+from rpg.evaluation.permutations import Group, permutation_groups
+from rpg.evaluation.rebasin import Matcher, assignment, permute
 from rpg.tasks import DigitsConfig, build_task
 from rpg.tasks.images.networks import build_network
 
 MATCHABLE = {"cnn": 3, "convnet-mini": 4, "mlp-mini": 2, "resnet-mini": 6, "vit-mini": 4, "convnext-mini": 7}
 TASK = build_task(DigitsConfig())
+
+
+def random_orders(groups: Sequence[Group], generator: torch.Generator) -> list[torch.Tensor]:
+    """A random order of the units of each group."""
+    return [torch.randperm(group.size, generator=generator) for group in groups]
 
 
 def random_network(name: str, seed: int = 0) -> torch.nn.Module:

@@ -217,7 +217,6 @@ def test_each_process_computes_its_places_and_progress_counts_all(monkeypatch):
     workers.map(lambda place, item: item * 2, [1, 2, 3, 4])
     assert found == {0: 2, 2: 6} and [each[:2] for each in told][-1] == (4, 4) and "images/s" in told[0][2]
     assert Workers().map(lambda place, item: (place, item), "ab") == [(0, "a"), (1, "b")]
-    assert Workers().map_some(lambda some: [each.upper() for each in some], list("abc" * 9)) == list("ABC" * 9)
 
 
 def test_the_nearest_of_many_conditions_is_never_the_same_one():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from rpg.evaluation.similarity import error_iou, max_similarity, max_similarity_among
+from rpg.evaluation.two_sample import error_iou, max_similarity, max_similarity_among
 
 LABELS = torch.zeros(6, dtype=torch.long)
 # wrong at: {0, 1}; {1, 2, 3}; nothing; everything; {0, 1} with other answers

@@ -50,10 +50,10 @@ def quiet(config: Config, **options) -> Comparison:
 
 def test_unseen_tasks_and_test_images_are_never_looked_at(subsets, tmp_path, monkeypatch):
     asked, conditions = set(), []
-    real, generate = DigitsSubsetsTask.images, Generator.generate
+    real, generate = DigitsSubsetsTask.images, Generator.one_by_one
     monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
     monkeypatch.setattr(
-        Generator, "generate", lambda self, *a, **o: conditions.append(o["condition"]) or generate(self, *a, **o)
+        Generator, "one_by_one", lambda self, *a, **o: conditions.append(o["condition"]) or generate(self, *a, **o)
     )
     config, zoo = of_subsets(subsets, tmp_path / "run"), subsets[2]
     made = quiet(config)

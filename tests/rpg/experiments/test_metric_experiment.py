@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.wishes import asked_and_got, direction
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs import rivals as metric_rivals
-from rpg.labs.training_runs.experiment import evaluate_metric, trajectories_task
+from rpg.labs.training_runs.experiment import asked_and_got, direction, evaluate_metric, trajectories_task
 from rpg.labs.training_runs.rivals import Trajectories
-from rpg.models.start import StartConfig
+from rpg.models.conditioning import StartConfig
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train
 from rpg.training.starts import StartPairs

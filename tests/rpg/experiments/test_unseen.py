@@ -7,9 +7,10 @@ import torch
 
 from rpg.config import Config
 from rpg.evaluation import held_out, linear_head, task_networks
-from rpg.evaluation.diversity import measure_diversity
-from rpg.evaluation.held_out import base_summed, nearest_rows
+from rpg.evaluation.conditions import nearest_rows
+from rpg.evaluation.held_out import base_summed
 from rpg.evaluation.network_merges import MERGES
+from rpg.evaluation.per_task import measure_diversity
 from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
