@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import rpg
+from rpg.generation.folders import FILES
 
 ROOT = Path(__file__).parent.parent
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "uv"
@@ -78,6 +79,11 @@ def test_wheel_and_source_carry_the_configurations(dist: Path) -> None:
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     assert wheel.name.startswith(f"rpg_weights-{rpg.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = [
+        each for each in zipfile.ZipFile(wheel).infolist() if each.filename.startswith("rpg/generators/sensors/")
+    ]
+    assert {f"rpg/generators/sensors/{name}" for name in FILES} <= {each.filename for each in shipped}
+    assert sum(each.file_size for each in shipped) < 2_000_000
     assert {f"rpg/{name}" for name in CONFIGS} <= names and "rpg/__main__.py" in names
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
     with tarfile.open(source) as archive:
@@ -97,6 +103,9 @@ def test_an_installed_package_works_far_from_the_checkout(away: Command) -> None
     found = json.loads(away("rpg", "doctor", "--json"))
     assert found["unmet"] == []
     assert found["versions"]["torch"].startswith(os.environ.get("PACKAGE_TORCH", ""))
+    said = away("rpg", "generate", "sensors", "--setting", "angle=137", "--output", "mine")
+    assert "sensors is the generator that comes with rpg" in said and "expected error" in said
+    assert [path.name for path in (Path(where) / "mine").glob("*.safetensors")] == ["network-00000.safetensors"]
     said = away("rpg", "demo", *(word for change in SMALL for word in ("--set", change)))
     run = Path(where) / "runs" / "demo"
     assert "runs/demo" in said and json.loads((run / "evaluation.json").read_text())["kinds"]["generated"]["count"] == 2

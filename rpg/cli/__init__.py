@@ -218,19 +218,23 @@ def generate(
     from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
     from rpg.generation.examples import read_examples
+    from rpg.generation.folders import shipped_folder, which_generator
     from rpg.generation.generator import Generator
     from rpg.generation.sampler import join_processes
     from rpg.planning.guard import generation_need
 
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
+    if (own := which_generator(run)) is not None:
+        console.print(own, highlight=False, soft_wrap=True)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
     if generator.known is not None and (distance := generator.distance(vector)) is not None and not partition.rank:
         style = "yellow" if distance.error is None else ""
         console.print(str(distance), highlight=False, soft_wrap=True, style=style)
-    output = output or (run if run.is_dir() else Path()) / "generated"  # there is no folder of what lies on the hub
+    # There is no folder of what lies on the hub, or in the package.
+    output = output or (run if run.is_dir() and shipped_folder(run) is None else Path()) / "generated"
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,

@@ -29,7 +29,12 @@ OtherConfig = Annotated[
     Path | None,
     argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "CONFIG"),
 ]
-RunFolder = Annotated[Path, argument("A run or generator folder, or an id on the Hugging Face hub.", "RUN")]
+RunFolder = Annotated[
+    Path, argument("A run or generator folder, sensors (comes with rpg), or an id on the Hugging Face hub.", "RUN")
+]
+AppFolder = Annotated[
+    Path, argument("As of generate (default: the generator of sensors that comes with rpg).", "[RUN]")
+]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
     list[str] | None,

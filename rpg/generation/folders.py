@@ -33,6 +33,35 @@ OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE, KNOWN_FILE)
 errors by distance."""
 
 
+SHIPPED = ("sensors",)
+"""Generators that come with the package; ``rpg:NAME`` where a folder has the same name."""
+SHIPPED_FOLDER, SHIPPED_PREFIX = Path(__file__).parent.parent / "generators", "rpg:"
+
+
+def holds_generator(folder: Path) -> bool:
+    """Whether a folder is a run or a generator, whole or not."""
+    return (folder / "generator").is_dir() or (folder / FILES[0]).is_file()
+
+
+def shipped_folder(path: Path | str) -> Path | None:
+    """The package's own generator of a name; None for other names, and where a folder of that name holds one."""
+    name = str(path).removeprefix(SHIPPED_PREFIX)
+    if name not in SHIPPED or (name == str(path) and holds_generator(Path(path))):
+        return None
+    return SHIPPED_FOLDER / name
+
+
+def which_generator(path: Path | str) -> str | None:
+    """In one line, whether a name that the package and a folder may share means the one or the other; else None."""
+    name = str(path).removeprefix(SHIPPED_PREFIX)
+    if name not in SHIPPED:
+        return None
+    if shipped_folder(path) is None:
+        return f"{path} is the folder here; {SHIPPED_PREFIX}{name} is the generator that comes with rpg"
+    beside = f" (the folder {name} here holds none)" if name == str(path) and Path(name).is_dir() else ""
+    return f"{path} is the generator that comes with rpg{beside}"
+
+
 def load_config(folder: Path) -> Config:
     """The configuration of a generator folder; a zoo that is not where it says is looked for beside the folder's own.
 
@@ -51,13 +80,16 @@ def find_folder(path: Path | str, **options: Any) -> Path:
     """The generator folder of a run, of itself or of a hub repository.
 
     Args:
-        path: a folder, or an id ``name/generator``, also with a revision: ``name/generator@v1``.
+        path: a folder, the name of one of the package's own, or an id ``name/generator``, also with a revision:
+            ``name/generator@v1``.
         options: of the hub, as `tokenization.zoo.hub.pull` takes them.
 
     Raises:
         InputError: there is none, or the hub cannot give it.
     """
     folder = Path(path)
+    if (own := shipped_folder(path)) is not None:
+        return own
     for each in (folder / "generator", folder):
         with contextlib.suppress(OSError):  # what cannot be mended is missing below
             recover_folder(each)

@@ -20,6 +20,9 @@ from tokenization.zoo.condition import ConditionSpec
 
 KNOWN_FILE = "known_range.safetensors"
 
+FEW = 50
+"""One in so many validation requests lies beyond the range in which errors count as known: too few to tell."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -27,7 +30,7 @@ class Distance:
 
     Attributes:
         distance: to the nearest seen condition; 1 is the median distance of a seen one to its nearest other.
-        known_to: the largest distance at which errors were measured.
+        known_to: the largest distance at which errors were measured, the farthest requests (`FEW`) left out.
         error: expected share of wrong answers, 0 … 1, by the validation tasks; None beyond ``known_to``.
     """
 
@@ -79,7 +82,8 @@ class KnownRange:
         """The distances of requests ``[n, P, F]``, with the errors that are expected there (isotonic regression)."""
         from sklearn.isotonic import IsotonicRegression
 
-        known_to, found = self.distances.max().item(), self.raw(requests)
+        known_to = self.distances.sort(descending=True).values[len(self.distances) // FEW].item()
+        found = self.raw(requests)
         curve = IsotonicRegression(out_of_bounds="clip").fit(self.distances.numpy(), self.errors.numpy())
         errors = curve.predict(found.numpy()).tolist()
         return [

@@ -12,11 +12,12 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 
 def phrases_of(text: str) -> list[str]:
-    """The parts between commas, full stops and the like, ``and`` and ``but``; whole numbers below 1,000 as words.
+    """The parts between commas, full stops and the like, ``and``, ``but``, and before ``on``; whole numbers as words.
 
-    The average of a phrase's words would not tell the digits of 137 from those of 173.
+    The average of a phrase's words would not tell the digits of 137 from those of 173, or light on dark from dark on
+    light.
     """
-    parts = re.split(r"[,;!]+|\.(?!\d)|\bbut\b|(?<!hundred )\band\b", text.lower())
+    parts = re.split(r"[,;!]+|\.(?!\d)|\bbut\b|(?<!hundred )\band\b|(?<=\w) (?=on\b)", text.lower())
     return [
         re.sub(r"\b\d{1,3}\b", lambda found: spelled(int(found[0])), part.strip()) for part in parts if part.strip()
     ]

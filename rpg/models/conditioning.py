@@ -32,6 +32,10 @@ class ConditionConfig(Section):
         0, ge=0, description="of text: descriptions of so many phrases at most, which the zoo's task makes afresh in "
         "every step and which are encoded one by one; 0: the zoo's own texts, encoded whole"
     )  # fmt: skip
+    features: int = Field(
+        0, ge=0, description="of phrases: how many numbers networks see of the zoo's settings; descriptions are read "
+        "as these"
+    )  # fmt: skip
     name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
     scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
     counts: tuple[int, ...] = Field(
@@ -54,8 +58,8 @@ class ConditionConfig(Section):
 
     @model_validator(mode="after")
     def _fields_fit_the_kind(self) -> ConditionConfig:
-        if self.phrases and self.kind != "text":
-            raise ValueError("phrases needs kind: text")
+        if self.phrases and (self.kind != "text" or not self.features):
+            raise ValueError("phrases needs kind: text and features")
         if self.withhold and self.kind != "binary":
             raise ValueError("withhold needs kind: binary")
         if (self.kind == "metric") != (self.name is not None):
@@ -75,23 +79,27 @@ class ConditionEncoder(nn.Module):
             ``[B, n · size]``).
         width: H.
         num_classes: of examples.
-        phrases: whether a text is a set of phrases, which are examples of no class.
+        features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
     """
 
-    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0, phrases: bool = False) -> None:
+    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0) -> None:
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
+        self.reader = SetEncoder(size, 0, features) if features else None
+        size = features or size
         if kind == "class":
             self.network = nn.Embedding(size, width)
-        elif kind == "examples" or phrases:
+        elif kind == "examples":
             self.network = SetEncoder(size, num_classes, width)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Embed ``condition`` ``[B, C]``; rows where ``dropped`` ``[B]`` is true get the null embedding."""
+        if self.reader is not None and condition.shape[1] != self.reader.width:
+            condition = self.reader(condition)  # [B, F]
         if self.kind == "class":
             embedded = self.network(condition[:, 0].long())  # [B, H]
         elif self.kind == "binary":

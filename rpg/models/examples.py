@@ -44,7 +44,7 @@ class SetEncoder(nn.Module):
 
     def __init__(self, size: int, num_classes: int, width: int) -> None:
         super().__init__()
-        self.size, self.num_classes = size, num_classes
+        self.size, self.num_classes, self.width = size, num_classes, width
         num_values = size - num_classes - 1
         inner = 2 * NUM_FEATURES
         self.each = nn.Sequential(

@@ -117,8 +117,8 @@ class RecurrentDiffusion(nn.Module):
         self.denoiser_condition: nn.Module | None = None
         encoder: Callable[[int], ConditionEncoder] | None = None
         if config.condition.kind != "none":
-            kind, classes, phrases = config.condition.kind, config.condition.classes, config.condition.phrases > 0
-            encoder = partial(ConditionEncoder, kind, condition_size, num_classes=classes, phrases=phrases)
+            kind, classes, features = config.condition.kind, config.condition.classes, config.condition.features
+            encoder = partial(ConditionEncoder, kind, condition_size, num_classes=classes, features=features)
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg.generation.phrases import phrases_of
 from rpg.generation.text_encoder import TextTable, sentence_encoder
@@ -22,6 +22,12 @@ from rpg.tasks.base import DescribedTask, ExampleTask, TaskSimulator
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
+
+NUM_DESCRIPTIONS = 300
+"""Descriptions of training tasks, at least, whose phrases a generator keeps."""
+
+NUM_READ, PHRASE_NOISE = 32, 0.8
+"""Descriptions that are read in a training step; noise on their phrases' vectors, of unit mean square."""
 
 
 def example_conditions(zoo: Zoo, condition: ConditionConfig, seed: int = 0) -> ExampleConditions | None:
@@ -103,7 +109,7 @@ class ExampleConditions:
 
 
 class Descriptions(ExampleConditions):
-    """The same of words: a task's phrases are shown in place of examples.
+    """Words for tasks of settings. Networks are taught by the settings' features, a reader to tell these from words.
 
     Args:
         zoo: whose training tasks' phrases, in one wording each, are the generator's table of texts.
@@ -116,13 +122,19 @@ class Descriptions(ExampleConditions):
     """
 
     def __init__(self, zoo: Zoo, task: object, config: ConditionConfig, seed: int) -> None:
-        if not isinstance(task, DescribedTask):
+        if not isinstance(task, DescribedTask) or zoo.condition is None:
             raise InputError(
                 f"model.condition.phrases needs a task that describes its conditions, which {type(task).__name__} does "
                 "not; choose sensors"
             )
-        self.task, self.config, self.seed = task, config, seed  # type: ignore[assignment]
-        self.table = _phrase_table(zoo, task, config)
+        if config.features != zoo.condition.num_inputs:
+            raise InputError(
+                f"model.condition.features is {config.features}, but the settings have {zoo.condition.num_inputs}; set "
+                "it to that"
+            )
+        self.task, self.config, self.seed, self.settings = task, config, seed, zoo.condition  # type: ignore[assignment]
+        self.known = torch.tensor([entry.condition for entry in zoo.entries if entry.split == "train"])
+        self.table = _phrase_table(self.known, task, config)
 
     @property
     def num_inputs(self) -> int:
@@ -135,19 +147,35 @@ class Descriptions(ExampleConditions):
         return ConditionSpec("text", len(self.table.texts), self.table.texts)
 
     def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
-        """Taught wordings of the tasks ``[T, C]``: ``[T, phrases · num_inputs]``."""
-        return self.table.conditions_of(self.describe(tasks, rng)).to(tasks.device)
+        """The features ``[T, F]`` of the tasks ``[T, C]``, which a description is read as."""
+        return self.settings.inputs(tasks)
 
     def describe(self, tasks: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
         """The tasks ``[T, C]`` in words."""
         return self.task.describe(tasks.cpu(), rng, held_out)  # type: ignore[attr-defined]
 
+    def reading_loss(self, reader: nn.Module, step: int, fresh: bool) -> Tensor:
+        """Mean squared error of the features that are read in taught wordings of fresh tasks, or of the zoo's.
 
-def _phrase_table(zoo: Zoo, task: DescribedTask, config: ConditionConfig) -> TextTable:
+        Noise on the phrases' vectors lets wordings be read that lie near the taught ones.
+        """
+        rng = make_rng(self.seed, "descriptions", step)
+        if fresh and isinstance(self.task, TaskSimulator):
+            tasks = self.task.draw_tasks(NUM_READ, rng)
+        else:
+            tasks = self.known[torch.randint(len(self.known), (NUM_READ,), generator=rng)]
+        rows = self.table.conditions_of(self.describe(tasks, rng)).unflatten(1, (-1, self.num_inputs))
+        noise = PHRASE_NOISE * torch.randn(rows.shape, generator=rng) * rows[..., -1:]
+        noise[..., -1] = 0
+        device = next(reader.parameters()).device
+        read = reader((rows + noise).flatten(1).to(device)).float()
+        return (read - self.settings.inputs(tasks).to(device)).square().mean()
+
+
+def _phrase_table(tasks: Tensor, task: DescribedTask, config: ConditionConfig) -> TextTable:
     if not config.encoder:
         raise InputError("model.condition.encoder is empty; name wordllama, or a sentence encoder for transformers")
-    tasks = torch.tensor([entry.condition for entry in zoo.entries if entry.split == "train"])
-    texts = task.describe(tasks, make_rng(0, "phrases"))
+    texts = task.describe(tasks.repeat(-(-NUM_DESCRIPTIONS // len(tasks)), 1), make_rng(0, "phrases"))
     phrases = tuple(dict.fromkeys(phrase for text in texts for phrase in phrases_of(text)))
     encoder = sentence_encoder(config.encoder, "model.condition.encoder")
     return TextTable(config.encoder, encoder.fingerprint, phrases, encoder.vectors(phrases), config.phrases)

@@ -40,7 +40,7 @@ from rpg.training.data import (
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import example_conditions, fresh_codes
+from rpg.training.examples import Descriptions, example_conditions, fresh_codes
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
@@ -51,6 +51,9 @@ from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
+
+READING_WEIGHT = 1000.0
+"""Beside a behaviour loss of some hundreds."""
 
 
 def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
@@ -193,13 +196,22 @@ class Trainer:
                 shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
                 with self.accelerator.autocast():
                     loss = self.model(shown, self._state_noise(rows))
-                mean = loss.mean + self.auxiliary(step, batch, loss)
+                mean = loss.mean + self.auxiliary(step, batch, loss) + self._reading_loss(step, part)
                 value = mean.item()
                 self.check_finite(step, value, batch.token_ids[~torch.isfinite(loss.per_token)])
                 self.backward_and_step(step, mean)
             total += value / len(parts)
         self.update_average()
         return total
+
+    def _reading_loss(self, step: int, part: int) -> torch.Tensor | float:
+        """How badly descriptions are read as settings, where they are the condition."""
+        encoder = self.network.condition
+        if not isinstance(self.examples, Descriptions) or encoder is None or part:
+            return 0.0
+        behaviour = self.config.train.behaviour
+        fresh = behaviour is not None and behaviour.tasks == "fresh"
+        return READING_WEIGHT * self.examples.reading_loss(encoder.reader, step, fresh)
 
     def backward_and_step(self, step: int, loss: torch.Tensor) -> None:
         """Add the gradients of ``loss``; with those of a step's last part, step the optimizer.
