@@ -32,7 +32,9 @@ def print_report(
     kinds = [name for name, each in report.kinds.items() if each.count or each.metrics]
     if not full:
         best = [name for name in report.best_of_families() if name in kinds][:NUM_FAMILIES]
-        kinds = [name for name in ("generated", "original") if name in kinds] + best
+        if report.experiment == "sensors":
+            best = ["kernel_ridge", "nearest_seen", "generalist"]
+        kinds = [name for name in ("generated", "original", *best) if name in kinds]
     console.print(FiguresTable(*cells_of(report, kinds, full), title_of(report)))
     if full:
         _print_rest(report, console)
