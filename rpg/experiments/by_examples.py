@@ -71,11 +71,7 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test",
     for of_number in kinds.values():
         of_number["original"] = networks({"accuracy": trained}, seed=seed)
     report = Report(
-        experiment="examples",
-        judge="sensors",
-        split=split,
-        seed=seed,
-        better={"accuracy": "more"},
+        experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more"},
         kinds=kinds[PER_CLASS[0]],
         parts={f"{number} examples a class": found for number, found in kinds.items() if number != PER_CLASS[0]},
         references=("original", "generated_unlabelled"),
@@ -86,7 +82,7 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test",
             "processor seconds a network, scored": round(seconds, 4),
             "seconds": round(time.perf_counter() - started, 1),
         },
-    )
+    )  # fmt: skip
     if split == "test":
         write_report(run, report, Page("Networks asked for by examples"))
     return report
