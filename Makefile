@@ -26,19 +26,20 @@ demo: $(STAMP)
 bench: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/bench.py --json runs/bench.json
 
-# Networks for tasks nobody trained; 15 minutes at most on two cores. More seeds: make unseen UNSEEN_ARGS="--seeds 3"
+# What each of these takes is in scripts/budget.json.
+# Networks for tasks nobody trained. More seeds: make unseen UNSEEN_ARGS="--seeds 3"
 unseen: $(STAMP)
 	$(BIN)/rpg unseen $(UNSEEN_ARGS)
 
-# LoRA adapters for tasks nobody trained; 20 minutes at most on two cores: runs/lora/evaluation.json
+# LoRA adapters for tasks nobody trained: runs/lora/evaluation.json
 lora: $(STAMP)
 	$(BIN)/rpg lora $(LORA_ARGS)
 
-# Neural fields of digits, generated and compared in function space; 10 minutes at most on two cores: runs/fields
+# Neural fields of digits, generated and compared in function space: runs/fields
 fields: $(STAMP)
 	$(BIN)/rpg fields $(FIELDS_ARGS)
 
-# Networks of a wished loss, beside Adam; 15 minutes at most on two cores: runs/gpt/evaluation.json
+# Networks of a wished loss, beside Adam: runs/gpt/evaluation.json
 metric: $(STAMP)
 	$(BIN)/rpg metric $(METRIC_ARGS)
 

@@ -43,7 +43,7 @@ _installed = functools.cache(packages_distributions)
 def imported(*folders: str) -> set[str]:
     """The third-party distributions that the Python files of folders import."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    own = {"rpg", "tokenization", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
+    own = {"rpg", "tokenization", "tests", "scripts", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
     modules = {module for path in files for module in imported_modules(path)} - own - set(sys.stdlib_module_names)
     installed = _installed()  # of what is not installed, distribution and module have one name here
     return names(installed.get(module, [module])[0] for module in modules)

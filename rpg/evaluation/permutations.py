@@ -19,7 +19,7 @@ from rpg.tasks.base import ImageTask, Task
 
 ELEMENTWISE = {"relu", "relu_", "gelu", "silu", "silu_", "leaky_relu", "tanh", "sigmoid", "hardtanh", "dropout",
                "clone", "contiguous", "alias", "to", "_assert_tensor_metadata"}  # fmt: skip
-POOLING = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+POOLING = {"pooled", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rpg.tasks.base import SampleTask
 from tokenization.errors import InputError
 from tokenization.files import atomic_file
 
-GAP, PAPER = 1, 0.6
+LINE, PAPER = 1, 0.6
 """Pixels between images, and their shade."""
 
 
@@ -31,10 +31,10 @@ def grid(images: Tensor, columns: int) -> Tensor:
     """Images ``[M, C, S, S]`` row by row in one ``[C, H, W]``, ink dark on light where they are grey."""
     num, channels, size = images.shape[:3]
     shown = 1 - images if channels == 1 else images
-    rows, cell = -(-num // columns), size + GAP
-    sheet = torch.full((channels, rows * cell + GAP, columns * cell + GAP), PAPER)
+    rows, cell = -(-num // columns), size + LINE
+    sheet = torch.full((channels, rows * cell + LINE, columns * cell + LINE), PAPER)
     for place, image in enumerate(shown):
-        top, left = place // columns * cell + GAP, place % columns * cell + GAP
+        top, left = place // columns * cell + LINE, place % columns * cell + LINE
         sheet[:, top : top + size, left : left + size] = image
     return sheet
 

@@ -49,31 +49,29 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test",
         rivals = FewExamples(
             task, zoo_conditions(zoo, seen), stack([zoo.state_dict(i) for i in seen]), load_file(zoo.path / BASE), seed
         )
-        by_number, seconds = {}, 0.0
+        by_number: dict[int, dict[str, Any]] = {}
+        seconds = 0.0
         for number in PER_CLASS:
-            num, found = number * wanted.num_classes, {}
+            num = number * wanted.num_classes
+            found: dict[str, Any] = {}
             begun = time.process_time()
             for name, labelled in (("generated", True), ("generated_unlabelled", False)):
                 found[name] = rivals.accuracy(wanted, asked(generator, wanted, num, labelled, seed))
             seconds = (time.process_time() - begun) / (2 * len(wanted.conditions))
-            for name, (make, _) in rivals.methods.items():
-                found[name] = rivals.accuracy(wanted, make(wanted, num, rivals.tuned(name, tuning, num)))
+            for name, method in rivals.methods.items():
+                found[name] = rivals.accuracy(wanted, method[0](wanted, num, rivals.tuned(name, tuning, num)))
             found["logistic_regression"] = rivals.logistic_regression(wanted, num)
             by_number[number] = found
         original = stack([zoo.state_dict(i) for i in zoo.subset("validation" if split == "validation" else "unseen")])
         trained = rivals.accuracy(wanted, original)
     kinds = {
-        number: {name: networks({"accuracy": values}, seed=seed) for name, values in found.items()}
-        for number, found in by_number.items()
+        number: {name: networks({"accuracy": values}, seed=seed) for name, values in of_number.items()}
+        for number, of_number in by_number.items()
     }
     for of_number in kinds.values():
         of_number["original"] = networks({"accuracy": trained}, seed=seed)
     report = Report(
-        experiment="examples",
-        judge="sensors",
-        split=split,
-        seed=seed,
-        better={"accuracy": "more"},
+        experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more"},
         kinds=kinds[PER_CLASS[0]],
         parts={f"{number} examples a class": found for number, found in kinds.items() if number != PER_CLASS[0]},
         references=("original", "generated_unlabelled"),
@@ -84,7 +82,7 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test",
             "processor seconds a network, scored": round(seconds, 4),
             "seconds": round(time.perf_counter() - started, 1),
         },
-    )
+    )  # fmt: skip
     if split == "test":
         write_report(run, report, Page("Networks asked for by examples"))
     return report

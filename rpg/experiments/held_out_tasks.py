@@ -51,8 +51,7 @@ def evaluate_held_out(
 
     Writes ``evaluation.json``, ``scatter.png`` and ``report.html`` into the run.
     Regressions and averages are made of the networks as the generator's layout cuts them: LoRA pairs in canonical form.
-    Networks are made, scored and dropped some at a time; of large ones, and to choose by, no more seen tasks are scored
-    than unseen ones.
+    Networks are made, scored and dropped some at a time. No more seen tasks are scored than unseen ones, evenly chosen.
 
     Args:
         run: a run folder.
@@ -74,7 +73,7 @@ def evaluate_held_out(
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
-    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits)) if seen.is_large or choosing else seen
+    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits))
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)

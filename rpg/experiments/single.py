@@ -25,6 +25,9 @@ from tokenization.zoo.zoo import Zoo
 
 Progress = Callable[[int, int], None]
 
+ALIGNED = "-aligned"
+"""Ends the names of zoos that `rpg align` writes."""
+
 KEPT_FOR_CHOICES = ("validation", "altered_validation")
 """Splits of a zoo that nothing is learned from where a choice is to be made."""
 
@@ -43,7 +46,8 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
     Of several launched processes the first one works alone where the task does not share its work.
 
     Raises:
-        InputError: the configuration has no task, or the zoo there is another task's.
+        InputError: the configuration has no task, the zoo there is another task's, or it is called aligned, which none
+            is that was just collected.
     """
     if config.task is None:
         raise InputError(
@@ -51,6 +55,12 @@ def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
             "with `rpg collect --from FOLDER --zoo ZOO`"
         )
     task, path = build_task(config.task), Path(config.zoo)
+    if path.name.endswith(ALIGNED) and not (path / "zoo.json").exists():
+        plain = path.with_name(path.name.removesuffix(ALIGNED))
+        raise InputError(
+            f"{path} is not there, and its name is that of a zoo in one order of hidden units; collect with "
+            f"--set zoo={plain}, then `rpg align {plain} {path}`"
+        )
     if isinstance(task, ImageTaskFamily):  # in as many processes as there is memory for
         planned = plan_collection(config)
         return task.collect(path, progress=progress, processes=planned.processes if planned is not None else None)

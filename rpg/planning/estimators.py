@@ -153,13 +153,10 @@ class RecurrentEstimator(Estimator):
         return torch.empty(num_groups, 1 if self.model.condition.kind == "class" else self.zoo.condition_size)
 
 
-class PDiffEstimator(Estimator):
-    """The needs of p-diff: a step takes whole checkpoints; the autoencoder's are the larger ones of both stages."""
+class WholeNetworksEstimator(Estimator):
+    """The needs of models that take whole checkpoints, B a step, from the flattened zoo in memory."""
 
-    @property
-    def checkpoints_per_step(self) -> int:
-        """B of the autoencoder's stage."""
-        return self.model.autoencoder.batch_size
+    num_parts = 1
 
     @property
     def rows_per_step(self) -> int:
@@ -167,14 +164,18 @@ class PDiffEstimator(Estimator):
         return self.checkpoints_per_step * self.zoo.layout.num_tokens
 
     @property
-    def num_parts(self) -> int:
-        """A step is a single batch."""
-        return 1
-
-    @property
     def cache_bytes(self) -> int:
         """The flattened zoo is always in memory."""
         return self.zoo.num_checkpoints * self.zoo.layout.num_coordinates * FLOAT_BYTES
+
+
+class PDiffEstimator(WholeNetworksEstimator):
+    """The needs of p-diff: a step takes whole checkpoints; the autoencoder's are the larger ones of both stages."""
+
+    @property
+    def checkpoints_per_step(self) -> int:
+        """B of the autoencoder's stage."""
+        return self.model.autoencoder.batch_size
 
     def step_part(self, network: ParameterDiffusion, num_processes: int) -> StepPart:
         """A whole step of the autoencoder: values and their noise ``[B, d]``, the latents' noise ``[B, Z]``."""
@@ -208,25 +209,13 @@ class PDiffEstimator(Estimator):
         return GenerationFlops(0, once, each, 0, directions, once + steps * each + directions)
 
 
-class SaneEstimator(Estimator):
+class SaneEstimator(WholeNetworksEstimator):
     """The needs of SANE: a step takes two views of whole checkpoints."""
-
-    num_parts = 1
 
     @property
     def checkpoints_per_step(self) -> int:
         """B."""
         return self.config.train.batch_size
-
-    @property
-    def rows_per_step(self) -> int:
-        """All tokens of B checkpoints."""
-        return self.checkpoints_per_step * self.zoo.layout.num_tokens
-
-    @property
-    def cache_bytes(self) -> int:
-        """The flattened zoo is always in memory."""
-        return self.zoo.num_checkpoints * self.zoo.layout.num_coordinates * FLOAT_BYTES
 
     def meta_network(self) -> TokenAutoencoder:
         """Without storage; with as many anchors as there are checkpoints."""
@@ -258,10 +247,8 @@ class SaneEstimator(Estimator):
         return GenerationFlops(0, 0, 0, once, directions, once + directions)
 
 
-class KernelRidgeEstimator(Estimator):
+class KernelRidgeEstimator(WholeNetworksEstimator):
     """The needs of a regression in closed form."""
-
-    num_parts = 1
 
     @property
     def tokens(self) -> int:
@@ -272,11 +259,6 @@ class KernelRidgeEstimator(Estimator):
     def checkpoints_per_step(self) -> int:
         """All of them, once."""
         return self.zoo.num_checkpoints
-
-    @property
-    def rows_per_step(self) -> int:
-        """Every token of the zoo, once."""
-        return self.checkpoints_per_step * self.zoo.layout.num_tokens
 
     @property
     def cache_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rpg.section import Section
+from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.saving import find_ties
 from tokenization.errors import InputError
@@ -109,6 +111,28 @@ def cosine_decay(step: int, steps: int) -> float:
 def warm_cosine(step: int, steps: int, warmup_steps: int = 10) -> float:
     """A cosine to 0 times a linear warm-up, which runs beside it."""
     return min(1.0, (step + 1) / warmup_steps) * cosine_decay(step, steps)
+
+
+def chosen_parameters(network: nn.Module, patterns: Collection[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose names fit glob patterns, in their order. Raises InputError if a pattern fits none."""
+    named = dict(network.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise InputError(
+                f"task.finetune has {pattern!r}, which matches no parameter; write a glob pattern of names such as "
+                f"{next(iter(named))}"
+            )
+    return {name: each for name, each in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def train_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], rate: float, seed: int, step: int) -> None:
+    """One optimizer step; ``seed`` and ``step`` decide what networks with dropout draw."""
+    torch.manual_seed(derive_seed(seed, "training step", step))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
 
 
 NETWORK, OPTIMIZER, STEP = "network/", "optimizer/", "rpg.step"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rpg.generation.generator import Generator
@@ -39,14 +41,16 @@ def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     seen, tasks = zoo_conditions(zoo, training_entries(zoo, config.train.splits)), zoo_conditions(zoo, held_out)
     if behaviour is not None and behaviour.tasks == "fresh" and isinstance(task, TaskSimulator):
         tasks = torch.cat([tasks, task.draw_tasks(NUM_FRESH, rng)])
-    examples, requests = example_conditions(zoo, config.model.condition), tasks
+    examples = example_conditions(zoo, config.model.condition)
+    requests: Any = tasks
     if examples is None:
         shown, asked = zoo.condition.inputs(seen), zoo.condition.inputs(tasks)
     else:
         tasks = tasks.repeat(NUM_SETS, 1) if len(tasks) < NUM_FRESH else tasks
         if isinstance(examples, Descriptions):
-            requests = examples.describe(tasks, rng, held_out=True)
-            shown, asked = (examples.table.conditions_of(each) for each in (spec.names, requests))
+            texts = examples.describe(tasks, rng, held_out=True)
+            shown, asked = (examples.table.conditions_of(each) for each in (spec.names, texts))
+            requests = texts
         else:
             shown, asked = examples.draw(seen, rng), examples.draw(tasks, rng)
             requests = asked.unflatten(1, (-1, spec.size))

@@ -37,42 +37,37 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def readme_blocks() -> tuple[str, list[str]]:
-    """The README's wine.py and the commands below it."""
+    """The README's digits.py and the commands below it."""
     text = (ROOT / "README.md").read_text()
-    found = re.search(r"As `wine\.py`.*?```python\n(.*?)```.*?```sh\n(.*?)```", text, re.DOTALL)
+    found = re.search(r"As `digits\.py`.*?```python\n(.*?)```.*?```sh\n(.*?)```", text, re.DOTALL)
     assert found
     return found[1], [line.split("#")[0].strip() for line in found[2].splitlines()]
 
 
 def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, commands = readme_blocks()
-    (tmp_path / "wine.py").write_text(script)
+    (tmp_path / "digits.py").write_text(script)
     monkeypatch.chdir(tmp_path)
-    subprocess.run([sys.executable, "wine.py"], check=True, timeout=120)
-    short = ["--set", "train.steps=40", "--set", "evaluate.num=4", "--set", "evaluate.num_baseline=3"]
-    lines = [line.removeprefix("python wine.py && ").replace("'", "") for line in commands]
-    assert [line.split()[1] for line in lines] == ["collect", "evaluate", "train", "evaluate", "score"]
+    subprocess.run([sys.executable, "digits.py"], check=True, timeout=120)
+    few = ["--set", "evaluate.num=4", "--set", "evaluate.num_baseline=3"]
+    lines = [line.removeprefix("python digits.py && ").replace("'", "") for line in commands]
+    assert [line.split()[1] for line in lines] == ["collect", "evaluate", "inspect", "train", "evaluate", "score"]
     for line in lines:
-        words = line.replace("configs/", f"{ROOT}/configs/").split()[1:]
-        code, out, err = rpg(
-            *words, *(short if words[0] == "train" else ["--set", short[-1]] if "wine-zoo" in words[1:2] else [])
-        )
+        words = line.split()[1:]
+        more = {"train": ["--set", "train.steps=40"], "evaluate": few[2 if "own-zoo" in words[1:2] else 0 :]}
+        code, out, err = rpg(*words, *more.get(words[0], []))
         assert (code, err) == (0, ""), line
-    assert "099.safetensors" in out
-    of_zoo, of_run = (checked_report(f"wine-{each}", "networks").model_dump() for each in ("zoo", "run"))
-    assert of_zoo["kinds"]["original"] == of_run["kinds"]["original"]
-    assert of_zoo["kinds"]["original"]["summaries"]["accuracy"]["mean"] > 0.85
-    assert of_zoo["kinds"]["generated"]["count"] == 0
-    generated = of_run["kinds"]["generated"]
-    assert len(generated["metrics"]["accuracy"]) == 4 == len(generated["distances"]["nearest"])
-    assert {"average", "run_average"} & of_run["kinds"].keys() and of_run["matched"] is False
-    page = Path("wine-run/report.html").read_text()
-    assert (
-        "wine:accuracy" in page
-        and page.count("<svg") >= 4
-        and "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
-    )
-    assert Path("wine-run/scatter.png").stat().st_size > 1000
+    assert "run0_step39.safetensors" in out
+    of_zoo, of_run = (checked_report(path, "networks") for path in ("own-zoo", "runs/own-zoo"))
+    assert of_zoo.kinds["original"] == of_run.kinds["original"] and of_zoo.kinds["generated"].count == 0
+    assert of_run.mean("original") > 0.9 and of_run.mean("run_average") > 0.9  # type: ignore[operator]
+    assert of_run.mean("average") < 0.7  # type: ignore[operator]
+    generated = of_run.kinds["generated"]
+    assert len(generated.metrics["accuracy"]) == 4 == len(generated.distances["nearest"]) and not of_run.matched
+    page = Path("runs/own-zoo/report.html").read_text()
+    assert "digits:accuracy" in page and page.count("<svg") >= 4
+    assert "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+    assert Path("runs/own-zoo/scatter.png").stat().st_size > 1000
 
 
 def test_a_zoo_is_scored_by_its_own_task(rpg: Run, tmp_path: Path) -> None:

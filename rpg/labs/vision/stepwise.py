@@ -7,9 +7,8 @@ is in one base checkpoint, and a zoo of parts holds those alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 from rpg.devices import task_device
 from rpg.labs.vision.config import StepwiseConfig
 from rpg.seeding import derive_seed
-from rpg.tasks.collecting import Progress, SavedTraining, cosine_decay, open_zoo, use_threads
+from rpg.tasks.collecting import (
+    Progress,
+    SavedTraining,
+    chosen_parameters,
+    cosine_decay,
+    open_zoo,
+    train_step,
+    use_threads,
+)
 from rpg.tasks.images.images import check_structure
 from rpg.tasks.images.timm_finetune import last_norms
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
@@ -63,23 +70,15 @@ class StepwiseTask(ABC):
         """Whether checkpoints are whole networks, buffers included."""
         return "*" in self.settings.finetune
 
-    def chosen(self, network: nn.Module) -> tuple[str, ...]:
-        """Names of the parameters that are fine-tuned. Raises InputError if a pattern matches none."""
-        names = [name for name, _ in network.named_parameters()]
-        patterns = self.settings.finetune or last_norms(network, self.settings.num_norms)
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(
-                    f"task.finetune has {pattern!r}, which matches no parameter; write patterns of names as {names[0]}"
-                )
-        return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    def chosen(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are fine-tuned. Raises InputError if a pattern matches none."""
+        return chosen_parameters(network, self.settings.finetune or last_norms(network, self.settings.num_norms))
 
     def part(self, network: nn.Module) -> Mapping[str, Tensor]:
         """What a checkpoint holds of ``network``. Raises InputError if a pattern matches no parameter."""
         if self.is_whole:
             return network.state_dict()
-        names = set(self.chosen(network))
-        return {name: value for name, value in network.named_parameters() if name in names}
+        return self.chosen(network)
 
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
         """Train the base network if there is none yet, fine-tune it, and save what is fine-tuned after each step.
@@ -152,12 +151,7 @@ class StepwiseTask(ABC):
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=self.settings.weight_decay)
 
     def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, step: int, rate: float) -> None:
-        torch.manual_seed(derive_seed(self.settings.seed, "training step", step))  # of networks with dropout
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        self.loss(network, batch, step).backward()
-        optimizer.step()
+        train_step(optimizer, partial(self.loss, network, batch, step), rate, self.settings.seed, step)
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
@@ -169,7 +163,7 @@ class StepwiseTask(ABC):
         return found
 
     @cached_property
-    def _scored(self) -> tuple[nn.Module, tuple[str, ...]]:
+    def _scored(self) -> tuple[nn.Module, Collection[str]]:
         network = self.build().to(self.device)
         return network.eval(), self.chosen(network)
 

@@ -7,7 +7,6 @@ convergence, fine-tune it further with a larger learning rate, and keep the chec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,10 @@ from torch.func import functional_call
 
 from rpg.precision import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import DTYPES, Progress, convert_floats, single_threaded, use_threads
+from rpg.tasks.collecting import DTYPES, Progress, chosen_parameters, convert_floats, single_threaded, use_threads
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
-from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
@@ -160,17 +158,11 @@ def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Pa
     Raises:
         InputError: a pattern names no parameter.
     """
-    named = dict(network.named_parameters())
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise InputError(
-                f"task.finetune has {pattern!r}, which matches no parameter; write a glob pattern of {', '.join(named)}"
-            )
+    named, chosen = dict(network.named_parameters()), chosen_parameters(network, patterns)
     for name, parameter in named.items():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
-    chosen = [parameter for parameter in named.values() if parameter.requires_grad]
+        parameter.requires_grad_(name in chosen)
     if len(chosen) < len(named):
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.0
-    return chosen
+    return list(chosen.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, SavedTraining, cosine_decay, open_zoo
+from rpg.tasks.collecting import Progress, SavedTraining, chosen_parameters, cosine_decay, open_zoo, train_step
 from rpg.tasks.images.config import TimmFinetuneConfig
 from rpg.tasks.images.image_cache import (
     AddressedImages,
@@ -203,12 +203,8 @@ class TimmFinetuneTask:
         return zoo
 
     def part(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are fine-tuned, which a checkpoint holds. Raises InputError if patterns match none."""
-        chosen = self.config.finetune or last_norms(network, self.config.num_norms)
-        found = {n: p for n, p in network.named_parameters() if any(fnmatchcase(n, c) for c in chosen)}
-        if not found:
-            raise InputError(f"task.finetune {chosen!r} fits no parameter of {self.config.network}; write their names")
-        return found
+        """The parameters that are fine-tuned, which a checkpoint holds. Raises InputError if a pattern matches none."""
+        return chosen_parameters(network, self.config.finetune or last_norms(network, self.config.num_norms))
 
     def _base_network(self) -> nn.Module:
         """The whole network before fine-tuning: read from ``base``, or trained and written there.
@@ -246,12 +242,8 @@ class TimmFinetuneTask:
     ) -> Iterator[int]:
         """The optimizer steps after ``done``, with a cosine to 0; yield the number of each after it."""
         for step, (images, labels) in zip(range(done, num_steps), self.batches_after(done), strict=False):
-            torch.manual_seed(derive_seed(self.config.seed, "training step", step))  # of networks with dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * cosine_decay(step, num_steps)
-            optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
-            optimizer.step()
+            rate = learning_rate * cosine_decay(step, num_steps)
+            train_step(optimizer, partial(_loss, network, images, labels), rate, self.config.seed, step)
             yield step + 1
 
     @torch.inference_mode()
@@ -284,6 +276,10 @@ class TimmFinetuneTask:
         """Right classes, int64 [images]."""
         known = known_labels(self.dataset(split))
         return known if known is not None else torch.cat([labels.cpu() for _, labels in self.batches(split)])
+
+
+def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(network(images), labels)
 
 
 def known_labels(dataset: Any) -> Tensor | None:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from rpg.config import Config
 from rpg.evaluation.alignment import align_zoo
 from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute
 from rpg.evaluation.trained_baselines import finetune, finetuned_baselines
+from rpg.experiments.single import collect
 from rpg.tasks import DigitsConfig, build_task, task_of
 from tests.rpg.evaluation.test_matching import random_orders
 from tokenization.errors import InputError
@@ -44,6 +49,18 @@ def test_alignment_undoes_the_runs_own_orders_and_changes_no_answer(shuffled, tm
         for run in (1, 2):
             assert not torch.equal(before[step]["linear1.weight"], before[2 * run + step]["linear1.weight"])
             assert all(torch.equal(after[step][name], after[2 * run + step][name]) for name in after[step])
+
+
+def test_what_is_called_aligned_is_not_collected_as_it_comes(tmp_path):
+    task = {"name": "digits", "network": "mlp-mini", "train_steps": 20, "steps": 2, "batch_size": 16, "runs": 2}
+    config = Config.parse({"task": task, "zoo": str(tmp_path / "zoo-aligned")}, "test")
+    with pytest.raises(InputError, match="rpg align") as caught:
+        collect(config)
+    zoo = re.search(r"--set zoo=(\S+), then `rpg align \1 (\S+)`", str(caught.value))
+    assert zoo is not None and zoo[2] == config.zoo and not Path(config.zoo).exists()
+    made = collect(config.model_copy(update={"zoo": zoo[1]}))
+    aligned = align_zoo(made, task_of(made), Path(zoo[2]))
+    assert collect(config).digest() == aligned.digest()
 
 
 def test_alignment_overwrites_no_zoo_and_needs_symmetries(shuffled, tmp_path):

@@ -72,7 +72,7 @@ def test_the_report_has_what_was_promised(experiment):
         "perplexity",
     ]
     assert report.better["perplexity"] == "less"
-    for kinds, num in ((report.kinds, 4), (report.parts["seen"], 10)):
+    for kinds, num in ((report.kinds, 4), (report.parts["seen"], 4)):
         assert set(kinds) == METHODS
         for kind in kinds.values():
             for name in report.better:

@@ -21,7 +21,9 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     task = {"name": "digits", "network": "mlp-mini", "train_steps": 20, "steps": 4, "batch_size": 16}
-    small_config(tmp_path, task=task, evaluate={"num": 3, "num_baseline": 2}).save(tmp_path / "base.yaml")
+    small_config(tmp_path, task=task, evaluate={"num": 3, "num_baseline": 2, "baselines": ["noise"]}).save(
+        tmp_path / "base.yaml"
+    )
     tree = {
         "config": "base.yaml",
         "run": str(tmp_path / "sweep"),

@@ -125,6 +125,7 @@ def test_generation_memory_grows_with_the_tile_and_not_with_the_zoo(tmp_path: Pa
     assert large.total == large.weights + large.prototypes + max(large.backbone, large.tile) > large.loading
 
 
+@pytest.mark.slow
 def test_the_largest_networks_are_measured_without_memory() -> None:
     """A generator of 1.4 billion parameters for a network of 250 million values: no storage, and only seconds."""
     overrides = [

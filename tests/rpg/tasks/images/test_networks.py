@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from rpg.tasks.images.networks import NarrowAttention, build_network
+from rpg.tasks.images.networks import NarrowAttention, build_network, pooled
 from tokenization.errors import InputError
 
 
@@ -86,3 +86,15 @@ def test_narrow_attention_equals_torchs_when_as_wide():
 def test_unknown_network_is_refused():
     with pytest.raises(InputError, match="no network 'lenet'; choose one of cnn, vit"):
         build("lenet")
+
+
+def test_pooling_without_gradients_is_torchs():
+    images = torch.randn(3, 2, 8, 6, generator=torch.Generator().manual_seed(0))
+    images[0, 0, :4] = 0.0
+    images[1, 1, 3, 3] = float("nan")
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(images), torch.max_pool2d(images, 2), rtol=0, atol=0, equal_nan=True)
+    images = images.nan_to_num().requires_grad_()
+    (own,) = torch.autograd.grad(pooled(images).square().sum(), images)
+    (theirs,) = torch.autograd.grad(torch.max_pool2d(images, 2).square().sum(), images)
+    assert torch.equal(own, theirs)
