@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rpg.evaluation.report import Report
+from rpg.generation.sharing import scores_of
 from tests.test_formats import documented
 
 
@@ -19,4 +20,7 @@ def checked_report(folder: Path | str, experiment: str) -> Report:
         for each in kinds.values():
             assert list(each) == documented("evaluation.json kinds")
             assert each["summaries"].keys() == each["metrics"].keys()
-    return Report.load(folder)
+    report = Report.load(folder)
+    if report.mean("generated") is not None:  # what `rpg push` puts into a model card
+        assert scores_of(content)["generated"][report.first] == report.mean("generated")
+    return report

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from rpg.app.digits import classes_of, reads_examples
 from rpg.app.loaded import MOST_NETWORKS, LoadedRun, Wish
+from rpg.app.sensors import sensors_task, settings_of, wish_for
 from rpg.generation.conditions import named_condition
+from rpg.generation.examples import read_examples
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import bits_of_classes
 from tokenization.errors import InputError
 from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.settings import Setting
+
+WORDS, WORDS_SENSOR = "upside down, light on dark, a little too close", {"angle": 180.0, "scale": 1.08}
+"""A sensor in words, and what the words mean."""
+
+MOST_SHOWN = 20
+"""Pictures of a sensor."""
 
 STARTS = 50
 """Originals that are offered to go on from."""
@@ -37,6 +47,8 @@ def condition_controls(run: LoadedRun) -> Controls:
         return Controls([], dict)
     if metric is not None:
         return _metric(metric)
+    if sensors_task(run) is not None:
+        return _sensor(run)
     if run.generator.texts is not None:
         texts = list(run.generator.texts.texts)
         box: Any = gr.Dropdown(
@@ -63,6 +75,48 @@ def condition_controls(run: LoadedRun) -> Controls:
         ", ".join(["0"] * spec.size), label=f"{spec.size} numbers, separated by commas", elem_id="condition"
     )
     return Controls([box], lambda text: {"condition": named_condition(spec, text.replace(" ", ""), "the condition")})
+
+
+def _sensor(run: LoadedRun) -> Controls:
+    """Knobs of a sensor, which are the condition, or show what words and pictures are about."""
+    kind, settings = run.condition.kind if run.condition is not None else "", settings_of(run)
+    parts: list[Any] = []
+    if kind == "text":
+        settings = tuple(replace(each, default=WORDS_SENSOR.get(each.name, each.default)) for each in settings)
+        parts.append(gr.Textbox(WORDS, label="The sensor in words",
+                                elem_id="condition", info="Phrases between commas."))  # fmt: skip
+    elif kind == "examples":
+        parts += [
+            gr.Slider(1, MOST_SHOWN, value=1, step=1, label="Unlabelled pictures from the sensor below", buttons=[],
+                      elem_id="condition"),
+            gr.File(label="… or pictures of your own", file_types=["image"], file_count="multiple", height=110,
+                    elem_id="pictures"),
+        ]  # fmt: skip
+    knobs = [_knob(each, kind != "vector" and each is settings[0]) for each in settings]
+
+    def read(*values: Any) -> dict[str, Any]:
+        at = knob_values(run, values[-len(knobs) :])
+        if kind == "examples" and values[1]:
+            return {"condition": torch.cat([read_examples(file, run.condition, "picture") for file in values[1]])}
+        return {"condition": wish_for(run, at, *(values[:1] if kind == "text" else ["", int(values[0])]))}
+
+    return Controls([*parts, *knobs], read)
+
+
+def _knob(setting: Setting, first: bool) -> Any:
+    name = setting.name.replace("_", " ")
+    if setting.kind == "boolean":
+        return gr.Checkbox(bool(setting.default), label=name, elem_id=f"knob-{setting.name}")
+    step = 1 if setting.high - setting.low > 20 else 0.01
+    about = "The sensor that networks are tried on." if first else None
+    return gr.Slider(setting.low, setting.high, value=setting.default, step=step, label=name, buttons=[], info=about,
+                     elem_id=f"knob-{setting.name}")  # fmt: skip
+
+
+def knob_values(run: LoadedRun, values: Sequence[Any]) -> list[float]:
+    """Settings from the knobs. Raises InputError for an empty or impossible one."""
+    named = zip(settings_of(run), values, strict=True)
+    return [each.check(math.nan if value is None else float(value)) for each, value in named]
 
 
 def _metric(scale: MetricScale) -> Controls:
@@ -113,13 +167,22 @@ def start_controls(run: LoadedRun) -> Controls:
     return Controls([box, file], read)
 
 
+def _usual(run: LoadedRun) -> int:
+    """How many networks to offer: of sensors one, or sixteen draws where there is something to draw."""
+    if sensors_task(run) is None:
+        return 4
+    return MOST_NETWORKS if run.config.generate.state == "prior" else 1
+
+
 def sampling_controls(run: LoadedRun) -> Controls:
     """How many networks, of which seed, and how they are sampled, as far as the kind of generator leaves it open."""
     settings, model = run.config.generate, run.config.model
     names = ["num", "seed"]
     with gr.Row():
         parts: list[Any] = [
-            gr.Slider(1, MOST_NETWORKS, value=4, step=1, label="Networks", elem_id="num", buttons=[], min_width=150),
+            gr.Slider(
+                1, MOST_NETWORKS, value=_usual(run), step=1, label="Networks", elem_id="num", buttons=[], min_width=150
+            ),
             gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed", min_width=90),
         ]
     state = getattr(model, "state", None)

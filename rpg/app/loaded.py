@@ -17,9 +17,11 @@ from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.two_sample import error_iou
 from rpg.evaluation.vectors import StateDict
 from rpg.experiments.single import find_task, parts_of, zoo_span
+from rpg.generation.folders import SHIPPED_FOLDER
 from rpg.generation.generator import Generator
 from rpg.labs.fields.pictures import learned_originals
 from rpg.labs.fields.task import FieldsTask
+from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, ImageTask, ImageTaskFamily, Task, TaskFamily
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -111,6 +113,12 @@ def told(spec: ConditionSpec | None, condition: Sequence[float] | str | None) ->
     """A condition in words; nothing where there is none."""
     if condition is None or isinstance(condition, str):
         return condition or ""
+    if isinstance(condition, Tensor):
+        return f"{len(condition)} example{'s' * (len(condition) > 1)}"
+    if spec is not None and spec.settings:
+        return ", ".join(f"{each.name.replace('_', ' ')} {value:.4g}"
+                         for each, value in zip(spec.settings, condition, strict=True) if value != each.default) or (
+            "an upright sensor")  # fmt: skip
     if spec is None or spec.kind == "vector":
         name = f"{spec.names[0]} " if spec is not None and len(spec.names) == 1 else ""
         return name + ", ".join(f"{value:.4g}" for value in condition)
@@ -154,6 +162,7 @@ class Made:
         original_figures: of the nearest original of each network, at what it was trained for.
         shared_errors: overlap (IoU) of each network's wrong answers with those of its nearest original, 0 … 1.
         seconds: it took to make a network.
+        distance: how far the wish is from what was learned, in one line; empty where that was never measured.
     """
 
     wish: Wish
@@ -162,6 +171,7 @@ class Made:
     networks: list[StateDict]
     wanted: str
     seconds: float
+    distance: str = ""
     figures: list[dict[str, float]] = field(default_factory=list)
     nearest: list[list[Neighbour]] = field(default_factory=list)
     original_figures: list[dict[str, float]] = field(default_factory=list)
@@ -210,9 +220,15 @@ class LoadedRun:
                 self.missing.append(str(error))
 
     def _open_zoo(self) -> None:
-        self.zoo = Zoo.open(self.config.zoo)
+        if self.generator.folder.parent != SHIPPED_FOLDER:  # which came without its zoo
+            self.zoo = Zoo.open(self.config.zoo)
 
     def _open_task(self) -> None:
+        if self.config.task is not None and self.config.task.name == "sensors":  # whose images do not lie in the zoo
+            self.task = build_task(self.config.task)
+            if self.condition is not None and self.condition.settings:
+                self.scorer = TaskScorer(self.task, self.config.evaluate.split, self.condition.names)
+            return
         if self.zoo is None or (self.config.task is None and self.zoo.task is None):
             return  # said before, or somebody's own checkpoints, which no task scores
         self.task = find_task(self.config, self.zoo)
@@ -245,6 +261,8 @@ class LoadedRun:
             seconds = (time.perf_counter() - started) / wish.num
             networks: list[StateDict] = [Checkpoint.open(file).state_dict() for file in files]
             made = Made(wish, own, files, networks, told(self.condition, wish.condition), seconds)
+            if (far := self.generator.distance(wish.condition) if self.generator.known else None) is not None:
+                made.distance = str(far)
             self._judge(made)
         except BaseException:
             shutil.rmtree(own, ignore_errors=True)
@@ -272,6 +290,8 @@ class LoadedRun:
 
     def _values(self, condition: Any) -> Sequence[float] | None:
         """A condition as the zoo's entries have it; None of a text that it does not have."""
+        if isinstance(condition, Tensor):
+            return None
         if not isinstance(condition, str):
             return condition if self.generator.metric is None else None
         names = self.condition.names if self.condition is not None else ()

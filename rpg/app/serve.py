@@ -14,10 +14,19 @@ from typing import Any
 
 import gradio as gr
 
-from rpg.app.controls import condition_controls, example_controls, sampling_controls, start_controls, wish_of
+from rpg.app.controls import (
+    Controls,
+    condition_controls,
+    example_controls,
+    knob_values,
+    sampling_controls,
+    start_controls,
+    wish_of,
+)
 from rpg.app.digits import answers, drawn, reads_digits
 from rpg.app.loaded import LoadedRun, Made, Wish
-from rpg.app.show import show_answers, show_drawing, show_header, show_made, show_mistake
+from rpg.app.sensors import look, sensors_task, settings_of
+from rpg.app.show import show_answers, show_drawing, show_header, show_made, show_mistake, show_sensor
 from tokenization.errors import InputError
 
 HERE = Path(__file__).parent
@@ -60,6 +69,7 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
                 mistake = gr.HTML(elem_id="mistake")
                 download = gr.DownloadButton("Download", elem_id="download", interactive=False)
             with gr.Column(scale=5, min_width=300):
+                sensor = gr.HTML(elem_id="sensor", visible=sensors_task(run) is not None)
                 result = gr.HTML(show_made(run, None), elem_id="result")
                 if reads_digits(run):
                     gr.HTML(show_drawing(), elem_id="draw-head")
@@ -85,10 +95,24 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
         if examples is not None:
             files, read = examples
             files.upload(understand, files, [condition.components[0], mistake], api_visibility="private")
+        if sensors_task(run) is not None:
+            _follow_the_knobs(run, page, made, condition, [sensor, mistake])
         if reads_digits(run):
             pad.input(ask, made, said, api_visibility="private")
             made.change(lambda: "", None, said, api_visibility="private")  # what the networks before these said
     return page
+
+
+def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls, shown: list[Any]) -> None:
+    """Show what the sensor sees, and what networks say, whenever it is turned or there are new networks."""
+    knobs = condition.components[-len(settings_of(run)) :]
+
+    def turn(now: Made | None, *values: Any) -> list[Any]:
+        found, line = _tried(lambda: [show_sensor(look(run, knob_values(run, values), now))])
+        return [*(found or [gr.skip()]), line]
+
+    gr.on([page.load, made.change, *(each.change for each in knobs)], turn, [made, *knobs], shown,
+          api_visibility="private", trigger_mode="always_last", show_progress="hidden")  # fmt: skip
 
 
 def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rpg.app.digits import Answer
 from rpg.app.loaded import LoadedRun, Made, told
+from rpg.app.sensors import Panel
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
 from rpg.evaluation.vectors import StateDict
@@ -124,6 +125,16 @@ def _png(image: Tensor) -> str:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def show_sensor(panel: Panel) -> str:
+    """What a sensor sees, what networks say of each picture, and how often they are right."""
+    places = []
+    for right, (picture, said, votes) in enumerate(zip(panel.pictures, panel.answers, panel.votes, strict=True)):
+        fan = [(panel.classes[k], votes[k].item() / panel.num) for k in votes.argsort(descending=True) if votes[k]]
+        places.append({"picture": _png(picture), "said": panel.classes[int(said)] if said >= 0 else "", "votes": fan,
+                       "right": right == said})  # fmt: skip
+    return _render("sensor", places=places, accuracies=panel.accuracies, several=panel.num > 1)
 
 
 def show_drawing() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rpg.cli import parameters as o
@@ -41,6 +42,15 @@ def evaluate(
         raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
     if is_zoo and trajectory is not None:
         raise InputError("--trajectory is for generators with conditions; a zoo generates nothing")
+    if not is_zoo and function is None and (own := experiment_of_sensors(run)) is not None:
+        given = {"--num": num, "--lower": lower, "--higher": higher, "--set": overrides, "--output": output}
+        if refused := [name for name, value in {**given, "--trajectory": trajectory}.items() if value]:
+            raise InputError(
+                f"{refused[0]} is not for runs of sensors, which are judged in a way of their own; leave it out"
+            )
+        report = own.evaluate(run, seed=seed)
+        print_report(report, console, folder=run, full=full, then=own.then.format(run=run))
+        return told_of(report, run, run)
     if not is_zoo:
         guard(lambda: evaluation_need(run), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
@@ -59,6 +69,16 @@ def evaluate(
     then = f"rpg inspect {run} --write-config mine.yaml" if is_zoo else f"rpg generate {run} --num 10"
     print_report(report, console, folder=folder, full=full, then=then)
     return told_of(report, run, folder)
+
+
+def experiment_of_sensors(run: Path) -> Any:
+    """What judges a run of sensors: by settings, words or examples, or draws; None for other runs."""
+    from rpg.experiments.driver import experiment_of
+    from rpg.generation.folders import find_folder, load_config, require_files
+
+    require_files(folder := find_folder(run))
+    config = load_config(folder)
+    return experiment_of(config) if config.task is not None and config.task.name == "sensors" else None
 
 
 def told_of(report: Any, run: Any, folder: Any) -> dict[str, Any]:

@@ -46,6 +46,10 @@ FAMILIES = {
 PERCENT = re.compile(r"accuracy|exact_match")
 """Metrics that are shown in per cent."""
 
+OF_SENSORS = ("sensors", "examples", "draws")
+SENSORS = {"original": "trained for the sensor", "nearest_seen": "nearest", "generalist": "one network for all"}
+"""What kinds are called in reports on sensors, where other reports need more general words."""
+
 Values = tuple[float | None, ...]
 
 
@@ -116,6 +120,10 @@ class Report(Section):
         """1 where more of the first metric is better, -1 where less is."""
         return -1 if self.better.get(self.first) == "less" else 1
 
+    def label(self, kind: str) -> str:
+        """What tables and pictures of this report call a kind."""
+        return SENSORS.get(kind, label_of(kind)) if self.experiment in OF_SENSORS else label_of(kind)
+
     def mean(self, kind: str, metric: str | None = None) -> float | None:
         """Mean of a metric, the first when None, over a kind; None where it is not known."""
         found = self.kinds.get(kind)
@@ -162,7 +170,7 @@ class Report(Section):
 
     def _repr_html_(self) -> str:
         rows = [["networks", *self.better, "distance"]]
-        rows += [[label_of(kind), *(shown(v, k) for k, v in found.items())] for kind, found in self.means().items()]
+        rows += [[self.label(kind), *(shown(v, k) for k, v in found.items())] for kind, found in self.means().items()]
         lines = ["".join(f"<td>{html.escape(cell.replace('_', ' '))}</td>" for cell in row) for row in rows]
         return f"<p>{html.escape(self.verdict)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
@@ -275,14 +283,15 @@ def verdict_of(report: Report) -> str:
     if own is None:
         if best is None or original is None:
             return "There is nothing to compare with."
-        beside = f"the best baseline, {label_of(best)}, {shown(rivals[best], first)}"
+        beside = f"the best baseline, {report.label(best)}, {shown(rivals[best], first)}"
         return f"Originals have {words} {shown(original, first)}, {beside}."
     said = f"Generated networks have {words} {shown(own, first)}"
-    said += f", originals {shown(original, first)}" if original is not None else ""
+    beside = "those trained for the sensor" if report.experiment in OF_SENSORS else "originals"
+    said += f", {beside} {shown(original, first)}" if original is not None else ""
     if best is not None:
         ahead = report.sign * (own - rivals[best])
         how = "better than" if ahead > 0 else "as good as" if ahead == 0 else "worse than"
-        said += f"; they are {how} the best simple baseline, {label_of(best)} ({shown(rivals[best], first)})"
+        said += f"; they are {how} the best simple baseline, {report.label(best)} ({shown(rivals[best], first)})"
     generated = report.kinds["generated"]
     if generated.novel and report.taus:
         place = min(range(len(report.taus)), key=lambda i: abs(report.taus[i] - 2))
@@ -290,5 +299,5 @@ def verdict_of(report: Report) -> str:
         said += f"; at τ = {report.taus[place]:g}, {100 * generated.novel[place]:.0f} % are new and good"
         if shares:
             top = max(shares, key=shares.__getitem__)
-            said += f" ({label_of(top)}: {100 * shares[top]:.0f} %)"
+            said += f" ({report.label(top)}: {100 * shares[top]:.0f} %)"
     return said + "."

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rpg.console import FiguresTable
-from rpg.evaluation.report import FILE, Networks, Report, label_of, nearest_of, shown
+from rpg.evaluation.report import FILE, Networks, Report, nearest_of, shown
 
 FIGURES = {"one_nna": "1-NNA", "coverage": "coverage"}
 """Figures of a whole kind that have a column, where a kind has them."""
@@ -32,7 +32,9 @@ def print_report(
     kinds = [name for name, each in report.kinds.items() if each.count or each.metrics]
     if not full:
         best = [name for name in report.best_of_families() if name in kinds][:NUM_FAMILIES]
-        kinds = [name for name in ("generated", "original") if name in kinds] + best
+        if report.experiment == "sensors":
+            best = ["kernel_ridge", "nearest_seen", "generalist"]
+        kinds = [name for name in ("generated", "original", *best) if name in kinds]
     console.print(FiguresTable(*cells_of(report, kinds, full), title_of(report)))
     if full:
         _print_rest(report, console)
@@ -80,7 +82,8 @@ def cells_of(report: Report, kinds: Sequence[str], full: bool = True) -> tuple[l
     heads += [f"new, good at {report.taus[place]:g}"] if new and place is not None else []
     rows = []
     for kind, each in chosen.items():
-        row = [label_of(kind), *([str(each.count)] if full else []), *(_spread(each, report) if report.first else [])]
+        row = [report.label(kind), *([str(each.count)] if full else [])]
+        row += _spread(each, report) if report.first else []
         row += [shown(summary.mean, name) if (summary := each.summaries.get(name)) else "" for name in others]
         row += [shown_distance(each, name) for name in ("nearest", "own") if far[name]]
         row += [f"{each.extras[name]:.3f}" if each.extras.get(name) is not None else "" for name in figures]
@@ -94,7 +97,7 @@ def novelty_cells(report: Report) -> tuple[list[str], list[list[str]]] | None:
     curves = {name: each.novel for name, each in report.kinds.items() if each.novel and name != "original"}
     if not curves:
         return None
-    rows = [[label_of(name), *(f"{100 * share:.0f}" for share in shares)] for name, shares in curves.items()]
+    rows = [[report.label(name), *(f"{100 * share:.0f}" for share in shares)] for name, shares in curves.items()]
     return ["networks", *(f"{tau:g}" for tau in report.taus)], rows
 
 

@@ -155,7 +155,7 @@ def points_of(report: Report) -> tuple[list[Series], Axis, Axis]:
         across = across if alike or report.unit or across else [float(index)] * each.count
         pairs = [(x, y) for x, y in zip(across, values, strict=False) if x is not None and y is not None]
         if pairs:
-            series.append(Series(label_of(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
+            series.append(Series(report.label(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
     x = Axis("kind of networks")
     if alike:
         x = Axis("similarity to the nearest (other) original: IoU of wrong predictions")
@@ -193,7 +193,7 @@ def _novelty(report: Report) -> Chart | None:
     for index, (name, each) in enumerate(kinds):
         low, high = ([ends[i] for ends in each.novel_ci95] for i in (0, 1)) if name == "generated" else ((), ())
         faint = name != "generated" and AT_DISTANCE not in name
-        series.append(Series(label_of(name), report.taus, each.novel, _color(name, index), low, high, faint))
+        series.append(Series(report.label(name), report.taus, each.novel, _color(name, index), low, high, faint))
     good = f" with {report.first} as good as the median original’s" if report.first else ""
     caption = f"Share of networks at least τ from every original{good}. Dashed: baselines at distances of their own."
     up = Axis("new and good" if report.first else "new", -0.02, 1.02, percent=True)
@@ -205,7 +205,7 @@ def _distances(report: Report) -> Chart | None:
     for index, kind in enumerate(("original", "held_out", "coordinate_gaussian", "covariance_gaussian", "generated")):
         known = [each for each in _nearest(report, kind) if each is not None]
         if known:
-            series.append(Series(label_of(kind), known, (), _color(kind, index)))
+            series.append(Series(report.label(kind), known, (), _color(kind, index)))
     # Gaussians over several runs lie so far away that the rest would be one bar
     ends = [each for kind in ("generated", "original") for each in _nearest(report, kind) if each is not None]
     limit = 3 * max(1.0, *ends) if ends else float("inf")
@@ -228,7 +228,7 @@ def _components(report: Report) -> Chart | None:
 def _component_series(report: Report) -> list[Series]:
     found = [(name, each.components) for name, each in in_drawing_order(report) if AT_DISTANCE not in name]
     return [
-        Series(label_of(name), [x for x, _ in points], [y for _, y in points], _color(name, index))
+        Series(report.label(name), [x for x, _ in points], [y for _, y in points], _color(name, index))
         for index, (name, points) in enumerate((name, points) for name, points in found if points)
     ]
 

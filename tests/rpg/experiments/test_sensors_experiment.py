@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,13 @@ def test_reptile_learns_the_weights_between_those_of_all_tasks() -> None:
 def test_what_is_no_run_of_sensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="task.name is none, .* see configs/sensors.yaml"):
         task_of_sensors(Config.parse({"run": str(tmp_path / "run"), "task": None}, "test"))
+
+
+def test_rpg_evaluate_judges_sensors_as_sensors(run: Path, rpg) -> None:
+    code, out, err = rpg("evaluate", run)
+    assert code == 0, err
+    rows = ("generated", "trained for the sensor", "kernel ridge")
+    assert all(row in out for row in rows) and "nearest" in out and "--setting angle=137" in out
+    assert json.loads((run / "evaluation.json").read_text())["experiment"] == "sensors"
+    code, _, err = rpg("evaluate", run, "--num", 3)
+    assert code == 2 and err.startswith("error: --num is not for runs of sensors")

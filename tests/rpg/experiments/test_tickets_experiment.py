@@ -10,6 +10,7 @@ import torch
 
 from rpg.config import Config
 from rpg.experiments import driver
+from rpg.experiments.sweep_table import row_of
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
 from rpg.tasks import many
@@ -46,6 +47,8 @@ def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings:
     assert overlaps["original"] == 1 and overlaps["random"] < 0.15
     assert report.facts["seconds_of_one"]["generated"] < report.facts["seconds_of_one"]["original"]
     assert (tmp_path / "run" / "accuracy_by_share_of_zeros.png").stat().st_size > 10_000
+    row = row_of("tickets", [], tmp_path / "run")  # of a sweep's table
+    assert (row["mean"], row["original_mean"], row["metric"]) == (means["generated"], means["original"], "accuracy")
     before = (tmp_path / "run" / "evaluation.json").read_bytes()
     chosen = evaluate_tickets(tmp_path / "run", split="validation")
     assert chosen.kinds["generated"].count == 3 and (tmp_path / "run" / "evaluation.json").read_bytes() == before

@@ -179,11 +179,9 @@ def test_what_is_not_known_is_asked_for(tmp_path, arguments, changes, expected):
 
 def test_the_largest_network_fits_and_a_larger_one_does_not(tmp_path, zoo):
     config = config_of(tmp_path)
-    memory = CUDA_BYTES + (64 << 20)
+    memory = CUDA_BYTES + (16 << 20)
     largest = largest_network(config, zoo, memory)
     assert largest.num_bytes <= memory and largest.num_values == largest.num_tokens * D
-    more = largest_network(config, zoo, 2 * memory - CUDA_BYTES)
-    assert 1.8 < more.num_tokens / largest.num_tokens < 2.2
     edge = largest_network(config, zoo, largest.num_bytes)
     assert edge.num_tokens == pytest.approx(largest.num_tokens, rel=0.02)
     assert largest_network(config, zoo, CUDA_BYTES).num_values == 0

@@ -1,0 +1,114 @@
+"""The sensors' part of a page: a sensor to turn, what it sees, and how networks made for it compare with a fixed one.
+
+T networks, B images, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg.app.loaded import LoadedRun, Made
+from rpg.evaluation.vectors import StateDict
+from rpg.models.examples import example_rows
+from rpg.seeding import make_rng
+from rpg.tasks.sensors.sensors import SensorsTask
+from rpg.tasks.sensors.simulator import seen_by
+from rpg.tasks.side_by_side import stack
+from tokenization.errors import InputError
+from tokenization.zoo.settings import Setting
+
+SHOWN = 10
+"""Pictures that are shown: the first of each class."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a page shows of a sensor.
+
+    Attributes:
+        pictures: what it sees, ``[SHOWN, C, S, S]`` in 0 … 1.
+        accuracies: of the generated network, or of all of them together; of the fixed one; each in words.
+        votes: of every picture, how many networks say each class ``[SHOWN, K]``; and the ensemble's class ``[SHOWN]``.
+        num: networks.
+        classes: names.
+    """
+
+    pictures: Tensor
+    accuracies: dict[str, float]
+    votes: Tensor
+    answers: Tensor
+    num: int
+    classes: tuple[str, ...]
+
+
+def sensors_task(run: LoadedRun) -> SensorsTask | None:
+    """The task of a page about sensors; None of other pages."""
+    return run.task if isinstance(run.task, SensorsTask) else None
+
+
+def settings_of(run: LoadedRun) -> tuple[Setting, ...]:
+    """What can be turned."""
+    task = sensors_task(run)
+    return task.settings if task is not None else ()
+
+
+def wish_for(run: LoadedRun, values: list[float], words: str = "", num: int = 1) -> Any:
+    """The condition that asks for a sensor: its settings, words, or so many unlabelled examples that it shows."""
+    task, spec = sensors_task(run), run.condition
+    if task is None or spec is None:
+        raise InputError("this generator is not one of sensors; name another run")
+    if spec.kind == "text":
+        return words
+    if spec.settings:
+        return values
+    rng = make_rng(0, "page", num)
+    classes = torch.randint(len(task.class_names), (1, num), generator=rng)
+    shown = task.examples(torch.tensor([values]), classes, rng, "validation")[0]
+    return example_rows(shown, None, len(task.class_names))
+
+
+def look(run: LoadedRun, values: list[float], made: Made | None) -> Panel:
+    """What a sensor sees and what networks say of it.
+
+    A generator that is asked by settings makes a network for them at once; others have those that were ``made``.
+    """
+    task = sensors_task(run)
+    assert task is not None and run.condition is not None
+    networks = [] if made is None else made.networks
+    if run.condition.settings:
+        networks = run.generator.generate(1, condition=values)  # type: ignore[assignment]
+    settings, split = torch.tensor([values]), run.config.evaluate.split
+    images, known = task.images(split), task.classes(split)
+    first = torch.stack([(known == each).nonzero()[0, 0] for each in range(len(task.class_names))])[:SHOWN]
+    seen = task.see(images, settings)  # [1, B, C, S, S]
+    with torch.inference_mode():
+        accuracies, shares = {}, None
+        if networks:
+            shares = task.side(stack(networks), seen[0]).softmax(-1)  # [T, B, K]
+            name = "made for it" if len(networks) == 1 else f"{len(networks)} networks together"
+            accuracies[name] = (shares.mean(0).argmax(-1) == known).double().mean().item()
+        if (fixed := fixed_network(run)) is not None:
+            answers = task.side(stack([fixed]), seen[0]).argmax(-1)[0]
+            accuracies["one fixed network, for an upright sensor"] = (answers == known).double().mean().item()
+    num_classes = len(task.class_names)
+    votes, said = torch.zeros(len(first), num_classes), torch.full((len(first),), -1)
+    if shares is not None:
+        each = shares[:, first].argmax(-1)  # [T, SHOWN]
+        votes = torch.nn.functional.one_hot(each, num_classes).sum(0).float()
+        said = shares[:, first].mean(0).argmax(-1)
+    pictures = seen_by(images[first], task.settings, settings)[0]
+    return Panel(pictures, accuracies, votes, said, len(networks), tuple(task.class_names))
+
+
+def fixed_network(run: LoadedRun) -> StateDict | None:
+    """The network for an upright sensor, generated once; of generators asked by settings or words."""
+    spec, kept = run.condition, getattr(run, "_fixed", None)
+    if kept is None and spec is not None and spec.kind != "examples":
+        asked = "upright" if spec.kind == "text" else [each.default for each in spec.settings]
+        kept = run.generator.generate(1, condition=asked)[0]
+        run._fixed = kept  # type: ignore[attr-defined]
+    return kept
