@@ -129,7 +129,8 @@ def inspect(
     console.print(*describe(path, changes, verify=verify, chosen=Chosen(key, strip or "")))
     if written is not None:
         console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
-        console.print(f"next: rpg train {write_config} && rpg generate {written.tree['run']}", soft_wrap=True)
+        commands = written.commands.format(file=write_config)
+        console.print(f"next: {commands}", soft_wrap=True, markup=False, highlight=False)
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
     return {**facts_of(path, changes), **config}
 

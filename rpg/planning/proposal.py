@@ -8,6 +8,7 @@ several networks of one class.
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -42,10 +43,17 @@ class Proposal:
     Attributes:
         tree: the values that differ from the defaults, or that a user will want to change.
         reasons: a sentence each.
+        asked: words of a command that ask for a network, of the first checkpoint's condition where there is one.
     """
 
     tree: dict[str, Any]
     reasons: tuple[str, ...]
+    asked: str = ""
+
+    @property
+    def commands(self) -> str:
+        """What makes networks once the configuration is in a file ``{file}``."""
+        return f"rpg train {{file}} && rpg generate {self.tree['run']}{self.asked}"
 
     @property
     def config(self) -> Config:
@@ -101,7 +109,7 @@ def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
         tree["evaluate"] = {"num": 24, "num_baseline": 5}
     if zoo.task is not None:
         reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
-    return _fitted(Proposal(tree, tuple(reasons)))
+    return _fitted(Proposal(tree, tuple(reasons), _asked(zoo)))
 
 
 def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
@@ -119,6 +127,15 @@ def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Propos
     Config.parse(proposal.tree, "--set")
     write_text(path, proposal.text())
     return proposal
+
+
+def _asked(zoo: Zoo) -> str:
+    condition = next((entry.condition for entry in zoo.entries if entry.condition is not None), None)
+    if zoo.condition is None or condition is None:
+        return ""
+    if zoo.condition.kind == "text":
+        return f" --prompt {shlex.quote(zoo.condition.names[int(condition[0])])}"
+    return f" --condition {','.join(f'{value:g}' for value in condition)}"
 
 
 def _tokens(values: int, large: bool, reasons: list[str]) -> dict[str, Any]:
@@ -186,4 +203,4 @@ def _fitted(proposal: Proposal) -> Proposal:
                 raise
         note = f"train.batch_size {train['batch_size']}: what the free memory has room for."
         kept = tuple(reason for reason in proposal.reasons if not reason.startswith("train.batch_size"))
-        proposal = Proposal({**proposal.tree, "train": train}, (*kept, note))
+        proposal = replace(proposal, tree={**proposal.tree, "train": train}, reasons=(*kept, note))

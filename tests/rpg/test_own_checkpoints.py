@@ -274,3 +274,31 @@ def test_a_zoo_of_one_network_has_no_distances(rpg: Run, tmp_path: Path, monkeyp
     report = Report.load("zoo")
     total = state(1)["0.weight"].sum().item()
     assert report.mean("original") == pytest.approx(total, rel=1e-5) and report.unit in (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "conditions", "asked"),
+    [
+        ("vector", ["0.5,-1.25", "1,2", "3,4"], "--condition 0.5,-1.25"),
+        ("binary", ["1,0", "0,1", "1,1"], "--condition 1,0"),
+        ("class", ["cat", "dog", "cat"], "--condition 0"),
+    ],
+)
+def test_the_commands_that_inspect_names_make_networks(
+    rpg: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, conditions: list[str], asked: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["file,condition" if kind == "class" else "file,condition.a,condition.b"]
+    for seed, condition in enumerate(conditions):
+        save(Path(f"{seed}.pth"), state(seed))
+        lines.append(f"{seed}.pth,{condition}")
+    Path("table.csv").write_text("\n".join(lines))
+    collect = ("collect", "--from", "*.pth", "--table", "table.csv", "--condition", kind, "--zoo", "zoo")
+    code, _, err = rpg(*collect)
+    assert code == 0, err
+    code, out, err = rpg("inspect", "zoo", "--set", "train.steps=3", "--write-config", "mine.yaml")
+    commands = out.rpartition("next: ")[2].strip()
+    assert code == 0 and commands.endswith(asked), out + err
+    for command in commands.split(" && "):
+        code, _, err = rpg(*command.split()[1:])
+        assert code == 0, f"{command}: {err}"
