@@ -128,11 +128,15 @@ class Page:
         return {url.split("/")[2] for url in urls if url.startswith("http")}
 
 
-def test_somebody_uses_the_page(run: LoadedRun, rpg: Run, tmp_path: Path) -> None:
-    """One visit, from the first network to the last refusal: what happens later builds on what was there before."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def test_somebody_uses_the_page(run: LoadedRun, rpg: Run, tmp_path: Path) -> None:
+    """One visit, from the first network to the last refusal: what happens later builds on what was there before."""
+    port = free_port()
     with served(run, port=port) as address:
         page = Page(address, tmp_path)
         try:

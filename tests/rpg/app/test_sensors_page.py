@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,13 @@ from rpg.app.controls import condition_controls, knob_values
 from rpg.app.loaded import LoadedRun, Wish
 from rpg.app.sensors import look, settings_of, wish_for
 from rpg.app.serve import served
-from tests.rpg.app.test_browser import CHROMIUM, DRIVER, Page, nothing_else_is_asked_for_and_nothing_complained_of
+from tests.rpg.app.test_browser import (
+    CHROMIUM,
+    DRIVER,
+    Page,
+    free_port,
+    nothing_else_is_asked_for_and_nothing_complained_of,
+)
 from tests.rpg.app.test_browser import nothing_sticks_out as fits
 from tokenization.errors import InputError
 
@@ -65,10 +70,7 @@ def test_an_empty_knob_is_one_line(shipped: LoadedRun) -> None:
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or its driver is not installed")
 def test_somebody_turns_the_knobs(shipped: LoadedRun, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with served(shipped, port=port) as address:
+    with served(shipped, port=free_port()) as address:
         page = Page(address, tmp_path)
         try:
             page.until("#sensor h2", "What the sensor sees")
