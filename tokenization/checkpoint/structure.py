@@ -94,33 +94,33 @@ class Structure:
             InputError: names ``where``, the first tensor that differs, and what both sides hold.
         """
         if fault := self._difference(found, keys):
-            name, what = fault
-            cure = "so save it in that dtype, too" if "dtype" in what else "so leave this checkpoint out"
-            raise InputError(f"{tensor_at(where, name)} {what}; a zoo holds one network structure, {cure}")
+            name, what, cure = fault
+            raise InputError(f"{tensor_at(where, name)} {what}; a zoo holds one network structure, so {cure}")
 
-    def _difference(self, found: Structure, keys: Collection[str]) -> tuple[str, str] | None:
-        """The first tensor in which ``found`` differs, and how."""
+    def _difference(self, found: Structure, keys: Collection[str]) -> tuple[str, str, str] | None:
+        """The first tensor in which ``found`` differs, how, and what to do about it."""
+        leave = "leave this checkpoint out"
         for name in [*self.tensors, *self.ties]:
             dtype, shape = self.tensors[self.ties.get(name, name)]
             spec = found.tensors.get(found.ties.get(name, name))
             if spec is None and name in keys:
                 continue
             if spec is None:
-                return name, f"is missing, but the zoo's is {dtype} of shape {list(shape)}"
+                return name, f"is missing, but the zoo's is {dtype} of shape {list(shape)}", leave
             if spec[1] != shape:
-                return name, f"has shape {list(spec[1])}, but the zoo's has {list(shape)}"
+                return name, f"has shape {list(spec[1])}, but the zoo's has {list(shape)}", leave
             if spec[0] != dtype:
-                return name, f"has dtype {spec[0]}, but the zoo's has {dtype}"
+                return name, f"has dtype {spec[0]}, but the zoo's has {dtype}", "save it in that dtype, too"
         for name in [*found.tensors, *found.ties]:
             if name not in self.tensors and name not in self.ties:
-                return name, "is not in the zoo's structure"
+                return name, "is not in the zoo's structure", leave
         if self.ordered and found.ordered:
             common = [name for name in self.tensors if name in found.tensors]
             for place, (expected, name) in enumerate(
                 zip(common, (name for name in found.tensors if name in self.tensors), strict=True)
             ):
                 if name != expected:
-                    return name, f"is at place {place}, where the zoo has {expected!r}"
+                    return name, f"is at place {place}, where the zoo has {expected!r}", leave
         return None
 
 
