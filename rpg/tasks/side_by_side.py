@@ -41,21 +41,31 @@ class SideBySide:
         for module in self.network.modules():
             if hasattr(module, "fused_attn") and not self.is_large:  # timm's switch: that kernel has no batching rule
                 module.fused_attn = False  # type: ignore[assignment]
-        self._shared = vmap(self._call, in_dims=(0, None))
-        self._own = vmap(self._call, in_dims=(0, 0))
 
     def _call(self, weights: Stacked, images: Tensor) -> Tensor:
         return functional_call(self.network, weights, (images,))
 
     def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
         """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
-        ``[T, B, C, H, W]``."""
+        ``[T, B, C, H, W]``; what expanded tensors make of the same images is computed once for all."""
         if self.is_large:
             networks = zip(*(value.unbind() for value in weights.values()), strict=True)
             batches = images if images.dim() == 5 else itertools.repeat(images)
             pairs = zip(networks, batches, strict=False)  # one batch may serve all
             return torch.stack([self._call(dict(zip(weights, each, strict=True)), batch) for each, batch in pairs])
-        return self._own(weights, images) if images.dim() == 5 else self._shared(weights, images)
+        own = 0 if images.dim() == 5 else None
+        total, common = (
+            len(next(iter(weights.values()))),
+            {name for name, value in weights.items() if _is_common(value)},
+        )
+        if own is None and len(common) == len(weights):  # one network, asked for several times
+            return self._call({name: value[0] for name, value in weights.items()}, images).expand(total, -1, -1)
+        quick = getattr(self.network, "side_by_side", None)  # a network's own way to the same logits and gradients
+        if quick is not None and own is None and not common and torch.is_grad_enabled():
+            return quick(weights, images)
+        given = {name: value[0] if name in common else value for name, value in weights.items()}
+        dims = {name: None if name in common else 0 for name in weights}
+        return vmap(self._call, in_dims=(dims, own))(given, images)
 
     @torch.inference_mode()
     def predict(self, weights: Stacked, images: Tensor, chunk: int = 64) -> Tensor:
@@ -66,6 +76,11 @@ class SideBySide:
             for first in range(0, total, chunk)
         ]
         return torch.cat(parts)
+
+
+def _is_common(value: Tensor) -> bool:
+    """Whether T networks have one tensor, of one memory."""
+    return value.stride(0) == 0 and len(value) > 1
 
 
 def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> Stacked:

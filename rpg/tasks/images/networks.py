@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rpg.tasks.images.small_cnn import small_cnns
 from rpg.tasks.user_code import load_callable
 from tokenization.errors import InputError
 
@@ -49,6 +50,8 @@ class SmallCNN(nn.Module):
         hidden = pooled(F.relu(self.conv1(images)))
         hidden = pooled(F.relu(self.conv2(hidden)))
         return self.linear2(F.relu(self.linear1(hidden.flatten(1))))
+
+    side_by_side = staticmethod(small_cnns)
 
 
 class ConvNetMini(nn.Module):

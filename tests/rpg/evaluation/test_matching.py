@@ -161,9 +161,20 @@ def test_copies_have_no_distance_permuted_ones_neither_and_fresh_runs_are_far(zo
 
 
 def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
-    originals = [{"w": torch.tensor([float(x), 0.0])} for x in (0, 1, 2, 4, 7)]
+    originals = [{"w": torch.tensor([float(x), 0.0])} for x in (0, 1, 3, 5, 9)]
     measure = Distances(originals, [0] * 5, [])
     scale = torch.tensor([x["w"].tolist() for x in originals]).std(correction=0)
-    assert measure.unit() == pytest.approx(1 / float(scale))  # distances 1, 1, 1, 2, 3
+    assert measure.unit() == pytest.approx(2 / float(scale))  # distances 1, 1, 2, 2, 4
     # alone in their runs and without symmetries the same neighbours count
-    assert Distances(originals, list(range(5)), []).unit() == pytest.approx(1 / float(scale))
+    assert Distances(originals, list(range(5)), []).unit() == pytest.approx(2 / float(scale))
+
+
+def test_the_unit_of_runs_of_one_checkpoint_is_the_median_after_matching(zoo, groups):
+    """One network at five distances along a line, its units in another order every time."""
+    first, rng = zoo[0][0], torch.Generator().manual_seed(0)
+    line = [{name: value + 1e-3 * x for name, value in first.items()} for x in (0, 1, 3, 5, 9)]
+    measure = Distances(
+        [permute(each, groups["cnn"], random_orders(groups["cnn"], rng)) for each in line], range(5), groups["cnn"]
+    )
+    vectors = measure.vectors(line)
+    assert measure.unit() == pytest.approx((vectors[3] - vectors[2]).norm().item(), rel=1e-4)

@@ -23,6 +23,53 @@ def test_side_by_side_equals_a_loop(name):
     torch.testing.assert_close(together, torch.stack([each(images) for each in networks]), rtol=1e-4, atol=1e-5)
 
 
+def gradients(weights, loss):
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
+    loss(leaves).backward()
+    return {name: value.grad for name, value in leaves.items()}
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 16)])
+def test_small_cnns_have_the_gradients_of_a_loop_also_where_pixels_are_equal(channels, size):
+    networks = [build_network("cnn", in_channels=channels, image_size=size, num_classes=2) for _ in range(3)]
+    images = torch.randn(4, channels, size, size).relu()  # half of all pixels are 0, as a digit's background is
+    images[0] = 0.0
+    found = gradients(
+        stack([each.state_dict() for each in networks]), lambda own: SideBySide(networks[0])(own, images).square().sum()
+    )
+    for number, network in enumerate(networks):
+        alone = gradients(
+            network.state_dict(),
+            lambda own, network=network: functional_call(network, own, (images,)).square().sum(),
+        )
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name][number], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_networks_have_in_common_is_computed_once_to_the_same_logits_and_gradients(whole):
+    """A body of one memory for all networks; its gradient is the sum over them."""
+    network, images, calls = network_of(), torch.randn(5, 1, 8, 8), []
+    own = set() if whole else {"linear2.weight", "linear2.bias"}
+    heads = {
+        name: torch.randn(3, *value.shape) if name in own else value for name, value in network.state_dict().items()
+    }
+
+    def loss(weights, apart):
+        stacked = {n: v if n in own else v.expand(3, *v.shape) for n, v in weights.items()}
+        if apart:
+            stacked = {name: value.clone() for name, value in stacked.items()}
+        side = SideBySide(network)
+        side.network.conv1.register_forward_hook(lambda module, given, made: calls.append(tuple(made.shape)))
+        return side(stacked, images).square().sum()
+
+    torch.testing.assert_close(
+        gradients(heads, lambda each: loss(each, False)), gradients(heads, lambda each: loss(each, True)),
+        rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
+    assert calls == [(5, 8, 8, 8)]  # the other way needs no convolution
+
+
 def test_each_network_on_its_own_images():
     networks = [network_of(seed=seed).eval() for seed in range(2)]
     images = torch.randn(2, 5, 1, 8, 8)
