@@ -16,13 +16,20 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from rpg.config import Config
     from rpg.experiments.evaluating import evaluate_run as evaluate
+    from rpg.experiments.single import collect
     from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
+    from rpg.planning.inspect import inspect
     from rpg.planning.proposal import propose
+    from rpg.tasks import build_task
     from rpg.training.loop import train
+    from tokenization.zoo.importing import collect_from
     from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Config", "GeneratedClassifier", "Generator", "InputError", "Zoo", "evaluate", "propose", "train"]
+__all__ = [
+    "Config", "GeneratedClassifier", "Generator", "InputError", "Zoo", "build_task", "collect", "collect_from",
+    "evaluate", "inspect", "propose", "train",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -30,6 +37,10 @@ _HOMES = {
     "GeneratedClassifier": ("rpg.generation.classifier", "GeneratedClassifier"),
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
+    "build_task": ("rpg.tasks", "build_task"),
+    "collect": ("rpg.experiments.single", "collect"),
+    "collect_from": ("tokenization.zoo.importing", "collect_from"),
+    "inspect": ("rpg.planning.inspect", "inspect"),
     "propose": ("rpg.planning.proposal", "propose"),
     "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),
     "train": ("rpg.training.loop", "train"),

@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich import box
@@ -33,6 +35,8 @@ _IS_FIRST = os.environ.get("RANK", "0") == "0"
 console = Console(quiet=not _IS_FIRST)
 """Where the command line speaks; of several launched processes the first one does."""
 
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, of a notebook without widgets
 
 INTERRUPTED = 130
 """The exit code of a command that was stopped, as shells have it."""
@@ -105,6 +109,40 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.2g}/s" if speed < 100 else f"{speed:,.0f}/s", no_wrap=True)
 
 
+class _NotebookBar:
+    """A `Progress` in a notebook: one output that is replaced, twice a second at most. rich's own needs widgets."""
+
+    def __init__(self) -> None:
+        self.title, self.shown, self.output = "", 0.0, None
+
+    def start(self) -> None:
+        """It appears with its first report."""
+
+    def add_task(self, title: str, **_: Any) -> int:
+        """There is one."""
+        self.title = title
+        return 0
+
+    def update(self, _: int, completed: float, total: float, note: str) -> None:
+        """Show how far it is."""
+        now = time.monotonic()
+        if self.output is not None and completed < total and now - self.shown < 0.5:
+            return
+        from IPython.display import display
+
+        words = f"{self.title} {completed:,g}/{total:,g} {note}".rstrip()
+        bar = f'<progress value="{completed}" max="{total}"></progress> {escape(words)}'
+        page = {"text/plain": words, "text/html": bar}
+        self.shown = now
+        if self.output is None:
+            self.output = display(page, raw=True, display_id=True)
+        else:
+            self.output.update(page, raw=True)
+
+    def stop(self) -> None:
+        """It stays as it is."""
+
+
 _live = False
 """Whether a bar is on the screen: of two the second keeps silent."""
 
@@ -120,15 +158,19 @@ def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
         after: seconds from when on the bar appears; what takes less shows none.
     """
     global _live
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-        console=console,
-        redirect_stdout=False,
+    bar: Any = (
+        _NotebookBar()
+        if console.is_jupyter
+        else Progress(
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+            console=console,
+            redirect_stdout=False,
+        )
     )
     tasks: list[Any] = []
     began, finished = time.monotonic(), False
@@ -160,6 +202,16 @@ def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
     finally:
         if tasks:  # one that never began would still print an empty line
             stop()
+
+
+@contextlib.contextmanager
+def bar_in_notebook(title: str, progress: Any) -> Iterator[Any]:
+    """The callback that was given, or that of a bar in a notebook; else None."""
+    if progress is not None or "ipykernel" not in sys.modules:
+        yield progress
+        return
+    with progress_bar(title) as bar:
+        yield bar
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()  # raises what a cell raises
+    shown = [
+        each.data.get("text/html", "") for cell in notebook.cells for each in cell.get("outputs", []) if "data" in each
+    ]
+    assert any("<progress" in each and "training" in each for each in shown), "training shows a bar without widgets"
+    assert not any("ipywidgets" in each for each in (*shown, printed(notebook)))
     share = re.search(r"([\d.]+) ?% of", printed(notebook))
     assert share and float(share[1]) > 85, "the generated network that it loads works"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rpg.config import Config
+from rpg.console import bar_in_notebook
 from rpg.evaluation.span import ZooSpan
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
@@ -39,16 +40,26 @@ def _filled(config: Config) -> Path | None:
     return None if config.task is None or read_only else zoo
 
 
-@locks(lambda config, **_: _filled(config))
-def collect(config: Config, *, progress: Progress | None = None) -> Zoo:
+def collect(config: Config | Path | str, *, progress: Progress | None = None) -> Zoo:
     """Fill the zoo of ``config`` by its task; one that is partly filled is completed.
 
     Of several launched processes the first one works alone where the task does not share its work.
+
+    Args:
+        config: the experiment, or the file that describes it.
+        progress: called with what is done and the total; a notebook shows a bar where it is None.
 
     Raises:
         InputError: the configuration has no task, the zoo there is another task's, or it is called aligned, which none
             is that was just collected.
     """
+    config = config if isinstance(config, Config) else Config.load(config)
+    with bar_in_notebook("collecting", progress) as progress:
+        return _collect(config, progress=progress)
+
+
+@locks(lambda config, **_: _filled(config))
+def _collect(config: Config, *, progress: Progress | None) -> Zoo:
     if config.task is None:
         raise InputError(
             "the configuration has no task that trains checkpoints; name one, or make a zoo of your own checkpoints "

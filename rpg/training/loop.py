@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rpg.config import Config
-from rpg.console import progress_bar
+from rpg.console import bar_in_notebook
 from rpg.generation.generator import Generator
 from rpg.training.closed_form import ClosedFormTrainer
 from rpg.training.pdiff_trainer import PDiffTrainer
@@ -77,7 +76,8 @@ def train(
     """
     config = config if isinstance(config, Config) else Config.load(config)
     with (
-        stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run), _bar(progress) as progress,
+        stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run),
+        bar_in_notebook("training", progress) as progress,
     ):  # fmt: skip
         trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
         watching = _Watching(trainer, watch)
@@ -98,16 +98,6 @@ def train(
                 trainer.say(f"stopped after step {done} of {trainer.num_steps}; continue with --resume")
                 break
         return trainer.finish()
-
-
-@contextlib.contextmanager
-def _bar(progress: Progress | None) -> Iterator[Progress | None]:
-    """The callback that was given, or a bar in a notebook."""
-    if progress is not None or "ipykernel" not in sys.modules:
-        yield progress
-        return
-    with progress_bar("training") as bar:
-        yield bar
 
 
 def train_to_the_end(config: Config, **options: Any) -> Path:

@@ -12,7 +12,8 @@ from tests.conftest import make_zoo, small_config
 
 
 def test_completion_offers_every_name_and_each_is_there() -> None:
-    assert {"Config", "Generator", "Zoo", "evaluate", "propose", "train", "InputError"} <= set(dir(rpg))
+    names = {"Config", "Generator", "InputError", "Zoo", "build_task", "collect", "collect_from", "evaluate", "inspect"}
+    assert names | {"propose", "train"} <= set(dir(rpg))
     assert all(getattr(rpg, name) is not None for name in rpg.__all__)
 
 
@@ -25,13 +26,15 @@ def test_a_file_is_trained_and_a_folder_is_proposed_for(tmp_path: Path, capsys: 
     assert rpg.propose(tmp_path / "zoo").config.zoo == rpg.propose(rpg.Zoo.open(tmp_path / "zoo")).config.zoo
 
 
-def test_training_shows_a_bar_in_a_notebook(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_zoo(tmp_path / "zoo")
+def test_collecting_and_training_show_a_bar_in_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setitem(__import__("sys").modules, "ipykernel", rpg)
-    monkeypatch.setattr("rpg.training.loop.progress_bar", lambda title: shown.append(title) or progress_bar(title))
+    monkeypatch.setattr("rpg.console.progress_bar", lambda title: shown.append(title) or progress_bar(title))
+    task = {"name": "digits", "network": "mlp-mini", "train_steps": 2, "steps": 2}
+    config = {"run": str(tmp_path / "run"), "zoo": str(tmp_path / "digits"), "task": task}
+    rpg.Config.parse(config, "test").save(tmp_path / "digits.yaml")
+    assert len(rpg.collect(tmp_path / "digits.yaml")) == 2 and shown.pop() == "collecting"
+    make_zoo(tmp_path / "zoo")
     rpg.train(small_config(tmp_path, train={"steps": 2}), say=lambda _: None)
     rpg.train(small_config(tmp_path, train={"steps": 2}), overwrite=True, progress=lambda *_: None, say=lambda _: None)
     assert shown == ["training"]

@@ -11,7 +11,7 @@ the tokens say, so that a generator's noise never reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ NUMBERS = ("layer.centre", "layer.scale", "layer.variance_mean")
 """Tensors ``[K]`` of a file of statistics."""
 
 VARIANCE_SHARE, VARIANCE_OFFSET = 0.95, 0.05
+SMALL = 1 << 22
+"""Bytes of a file of statistics up to which it is held in memory: mapping it takes longer than computing with it."""
+
 LARGEST_LOG = 80.0
 """Generated log variances are cut here: e^80 is still finite in float32."""
 
@@ -36,6 +39,17 @@ class TensorSource(Protocol):
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, 1-D."""
         ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A `TensorSource` of tensors that take little room: nothing is mapped or let go."""
+
+    tensors: Mapping[str, Tensor]
+
+    def flat(self, name: str) -> Tensor:
+        """All values of a tensor, 1-D."""
+        return self.tensors[name]
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,10 @@ class Statistics:
 
     @classmethod
     def read(cls, source: TensorSource, normalization: Normalization) -> Statistics:
-        """Those in a file of the tensors that `statistics_specs` names; per-parameter means stay in it."""
+        """Those in a file of the tensors that `statistics_specs` names; many per-parameter means stay in it."""
         centre, scale, variance_mean = (source.flat(name).clone() for name in NUMBERS)
+        if isinstance(source, Checkpoint) and sum(source.sizes.values()) <= SMALL:
+            source = InMemory({name: source.flat(name).clone() for name in source.tensors})
         return cls(normalization, centre, scale, variance_mean, source if normalization == "residual" else None)
 
     def write_numbers(self, file: TensorFile) -> None:
@@ -143,7 +159,7 @@ class Statistics:
             file.write(name, 0, numbers)
 
     def layer(self, index: int, name: str) -> LayerStatistics:
-        """One layer's statistics; per-parameter means stay in their memory map."""
+        """One layer's statistics; per-parameter means stay where they are."""
         if self.normalization == "none":
             return LayerStatistics(0.0, 1.0, identity=True)
         centre = float(self.centre[index]) if self.means is None else self.means.flat(mean_name(name))
