@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,13 +12,17 @@ import pytest
 import torch
 
 from rpg.evaluation.report import Report
+from rpg.evaluation.workers import Workers
 from rpg.experiments import score_files
+from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
+from rpg.generation.generator import Generator
+from rpg.generation.sampler import join_processes
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.processes import in_two_processes
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
-from tests.rpg.launched_scores import score_everything
 from tokenization.zoo.zoo import Zoo
 
 ROOT = Path(__file__).parent.parent.parent
@@ -162,6 +165,19 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
     refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory")
 
 
+def score_everything(folder: Path, output: Path) -> None:
+    """Write the results of every way of scoring."""
+    partition, _ = join_processes("cpu")
+    judge, run = Judge(f"{folder}/mine.py:norm"), folder / "run"
+    config = Generator.from_pretrained(run).config
+    evaluate_run(run, judge, num=3, output=output / "own", workers=Workers(partition))
+    evaluate_zoo(config.zoo, judge, config, output=output / "zoo", workers=Workers(partition))
+    evaluate_run(run, num=3, output=output / "task", workers=Workers(partition))
+    found = score_files.score_checkpoints([Path(config.zoo)], None, None, "test", Workers(partition))
+    if partition.rank == 0:
+        (output / "files.json").write_text(json.dumps(found))
+
+
 def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
     """Of networks cut into several tiles, which `rpg generate` would share tile by tile; in every way of scoring."""
     task = DigitsConfig(network="mlp-mini", train_steps=60, steps=6, batch_size=64)
@@ -174,16 +190,7 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
     }
     train(small_config(tmp_path, task=task.model_dump(), **sections), say=lambda _: None)
     (tmp_path / "mine.py").write_text("def norm(state_dict):\n    return next(iter(state_dict.values())).norm()\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
-    command += [
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        ROOT / "tests" / "rpg" / "launched_scores.py",
-    ]
-    subprocess.run([*map(str, command), str(tmp_path), str(tmp_path / "two")], check=True, env=environment, timeout=300)
+    in_two_processes(lambda: score_everything(tmp_path, tmp_path / "two"))
     score_everything(tmp_path, tmp_path / "one")
     files = sorted(each.relative_to(tmp_path / "one") for each in (tmp_path / "one").rglob("*.json"))
     assert len(files) == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import urllib.error
 import urllib.request
 import zipfile
@@ -27,6 +26,7 @@ from rpg.config import Config
 from rpg.experiments.single import collect
 from rpg.tasks import many
 from rpg.training.loop import train
+from tests.processes import free_port
 from tests.rpg.commands import CONFIGS
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import CHROMIUM, OWN_TRAFFIC
@@ -126,12 +126,6 @@ class Page:
         messages = [json.loads(each["message"])["message"] for each in self.driver.get_log("performance")]
         urls = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
         return {url.split("/")[2] for url in urls if url.startswith("http")}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_somebody_uses_the_page(run: LoadedRun, rpg: Run, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from rpg.app.controls import condition_controls, knob_values
 from rpg.app.loaded import LoadedRun, Wish
 from rpg.app.sensors import look, settings_of, wish_for
 from rpg.app.serve import served
+from tests.processes import free_port
 from tests.rpg.app.test_browser import (
     CHROMIUM,
     DRIVER,
     Page,
-    free_port,
     nothing_else_is_asked_for_and_nothing_complained_of,
 )
 from tests.rpg.app.test_browser import nothing_sticks_out as fits

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rpg.evaluation.report import Report
+from rpg.evaluation.workers import Workers
 from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
 from rpg.experiments.tasks_page import head_of, task_name, wished_task, worst_table
 from rpg.generation.generator import Generator
+from rpg.generation.sampler import join_processes
+from tests.processes import in_two_processes
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
 from tests.rpg.experiments.test_lora import experiment as lora
@@ -23,8 +23,6 @@ from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["lora", "unseen"]
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", ["unseen", "lora"])
@@ -48,11 +46,13 @@ def test_two_processes_find_the_figures_of_one(unseen, lora, tmp_path: Path) -> 
         runs.append(tmp_path / name)
         shutil.copytree(config.run, runs[-1])
         (runs[-1] / "evaluation.json").unlink()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "--nnodes", "1"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [Path(__file__).with_name("launched_tasks.py"), *runs]
-    subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
+
+    def score() -> None:
+        partition, _ = join_processes("cpu")
+        for run in runs:
+            evaluate_held_out(run, workers=Workers(partition))
+
+    in_two_processes(score)
     for run, (config, _) in zip(runs, (unseen, lora), strict=True):
         one, two = Report.load(config.run), Report.load(run)
         assert two.model_copy(update={"facts": {}}) == one.model_copy(update={"facts": {}})

@@ -110,7 +110,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = {"deepspeed_zero2": pytest.mark.slow}  # of one process; DeepSpeed's other way launches two
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=SLOW.get(way, ())) for way in WAYS])
 def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     if way.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
