@@ -58,7 +58,8 @@ def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest
         code, out, err = rpg(*words, *more.get(words[0], []))
         assert (code, err) == (0, ""), line
     assert "run0_step39.safetensors" in out
-    of_zoo, of_run = (checked_report(path, "networks") for path in ("own-zoo", "runs/own-zoo"))
+    own = {"own-zoo": "score_of_zoo", "runs/own-zoo": "score_of_run"}
+    of_zoo, of_run = (checked_report(path, "networks", record) for path, record in own.items())
     assert of_zoo.kinds["original"] == of_run.kinds["original"] and of_zoo.kinds["generated"].count == 0
     assert of_run.mean("original") > 0.9 and of_run.mean("run_average") > 0.9  # type: ignore[operator]
     assert of_run.mean("average") < 0.7  # type: ignore[operator]

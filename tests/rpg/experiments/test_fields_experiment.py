@@ -95,7 +95,7 @@ def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
 def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):
     monkeypatch.setattr(experiment, "NUM_SETS", 1)
     report = evaluate_fields(run)
-    assert checked_report(run, "fields") == report
+    assert checked_report(run, "fields", "fields") == report
     assert report.first == "one_nna" and report.kinds["held_out"].count == 12 and "held_out" not in report.rivals()
     for name in ("generated", "average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "original"):
         assert {"one_nna", "coverage", "class_accuracy", "nearest"} <= report.kinds[name].metrics.keys()

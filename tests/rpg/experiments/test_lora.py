@@ -66,7 +66,7 @@ def experiment(tmp_path_factory):
 
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
-    assert checked_report(config.run, "tasks") == report and list(report.better) == [
+    assert checked_report(config.run, "tasks", "lora") == report and list(report.better) == [
         "symbol_accuracy",
         "exact_match",
         "perplexity",

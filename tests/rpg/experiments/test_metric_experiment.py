@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_experiment_reports_methods_optimizers_and_rounds(run: Path) -> None:
-    report = checked_report(run, "target_loss")
+    report = checked_report(run, "target_loss", "target_loss")
     assert report.mean("copy") > 0.99 and report.kinds["original"].extras["direction"]["own_run"] > 0.999
     assert {"generated", "average", "kernel_ridge"} <= report.kinds.keys()
     assert set(report.extras["one_step"]["adam"]) == {str(each) for each in metric_rivals.STEPS}

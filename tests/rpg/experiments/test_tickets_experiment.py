@@ -36,7 +36,7 @@ def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings:
     code, out, err = rpg("run", "configs/tickets.yaml", *settings)
     assert code == 0, err
     assert "masks of 90% zeros" in out and "Generated networks have accuracy" in out
-    report = checked_report(tmp_path / "run", "tickets")
+    report = checked_report(tmp_path / "run", "tickets", "tickets")
     assert set(report.kinds) == {
         "original", "generated", "no_condition", "kernel_ridge", "nearest_seen", "average", "random", "shuffled",
         "start_magnitude", "one_shot",

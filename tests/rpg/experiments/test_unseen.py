@@ -67,7 +67,7 @@ def experiment(tmp_path_factory):
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
     folder = Path(config.run)
-    assert checked_report(folder, "tasks") == report and report.first == "accuracy"
+    assert checked_report(folder, "tasks", "unseen") == report and report.first == "accuracy"
     for kinds, num in ((report.kinds, 5), (report.parts["seen"], 5)):
         assert set(kinds) == METHODS
         for each in kinds.values():
