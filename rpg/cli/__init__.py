@@ -239,7 +239,7 @@ def generate(
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
+            temperature=temperature, condition=vector, initial=start, sparsity=sparsity, output=output,
             overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
@@ -278,7 +278,7 @@ def export(
         raise InputError(f"{source} is a checkpoint, which takes no condition; leave it out")
     with progress_bar("generating") as advance:
         path = write(
-            source, to, output, base=base, seed=seed, start=start, progress=advance,
+            source, to, output, base=base, seed=seed, initial=start, progress=advance,
             condition=lambda generator: choose_condition(generator, *asked), say=console.print,
         )  # fmt: skip
     console.print(f"{to}: {path}", soft_wrap=True)

@@ -13,7 +13,7 @@ from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
-TASKS = {"fields": "fields", "metric": "trajectories", "demo": "sensors"}
+TASKS = {"fields": "fields", "metric": "training_runs", "demo": "sensors"}
 """The task of commands that are for one alone."""
 
 
@@ -31,24 +31,24 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str,
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
-    trajectory: o.Trajectory = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
-    from rpg.experiments.held_out_tasks import task_family
+    from rpg.experiments.unseen_tasks import task_family
 
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     task_family(settings)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
-    return experiment(settings, "unseen", split=split, seeds=seeds, trajectory=trajectory, **how)
+    return experiment(settings, "unseen", split=split, seeds=seeds, path_condition=path_condition, **how)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
-    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
+    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, path_condition: o.DenoisingPath = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """LoRA adapters: zoo, training, comparison with simple baselines, for unseen tasks where there are any.
@@ -62,7 +62,7 @@ def lora(
     require_adapters(settings)
     judge = (function, lower or (), higher or ())
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
-    return experiment(settings, "lora", judge, split=split, trajectory=trajectory, **how)
+    return experiment(settings, "lora", judge, split=split, path_condition=path_condition, **how)
 
 
 def fields(
@@ -147,7 +147,7 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
 
 def experiment(
     settings: Any, command: str, judge: Any = (None, (), ()), *, device: str, ignore_memory: bool, full: bool,
-    split: str | None = None, seeds: int = 1, trajectory: str | None = None,
+    split: str | None = None, seeds: int = 1, path_condition: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment, or judge a split of one that was run before.
 
@@ -166,11 +166,14 @@ def experiment(
     if task != TASKS.get(command, task):
         raise InputError(f"task.name is {task}, but `rpg {command}` is for {TASKS[command]}; use `rpg run`")
     partition, place = join_processes(device)
-    words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]
+    words = [
+        f"rpg {command}",
+        *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": path_condition}.items() if v),
+    ]
     if split == "test":
         require_files(find_folder(settings.run))
     with locked(settings.run) if split is None else contextlib.nullcontext():
-        chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
+        chosen = experiment_of(settings, Judge(*judge), path_condition=path_condition, command=" ".join(words))
         if split is not None and settings.model.condition.kind != "none":
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:

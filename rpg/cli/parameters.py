@@ -121,7 +121,7 @@ PromptModel = Annotated[
         "where its own encoder is)."
     ),
 ]
-Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Metric = Annotated[str | None, option("The requested value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
 Setting = Annotated[
     list[str] | None,
     option(
@@ -156,11 +156,13 @@ Device = Annotated[
 ]
 Host = Annotated[str, option("Address to serve at; 0.0.0.0 lets in everybody who reaches this machine.")]
 Port = Annotated[int, option("Port to serve at.", min=1, max=65535)]
-Trajectory = Annotated[
+DenoisingPath = Annotated[
     str | None,
     option(
-        "Show in report.html how networks for this condition come out of noise: bits or classes, a class, numbers, or "
+        "Show in report.html how networks for this condition emerge from noise: bits or classes, a class, numbers, or "
         "a text.",
+        "--denoising-path",
+        "--trajectory",
         metavar="CONDITION",
     ),
 ]

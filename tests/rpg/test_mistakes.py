@@ -153,7 +153,7 @@ MISTAKES = {
     "rpg generate RUN --prompt cats": "--prompt",
     "rpg generate RUN --classes 1 --prompt cats": "--prompt",
     "rpg generate RUN --metric loss=0.1": "--metric",
-    "rpg generate RUN --from GOOD": "start",
+    "rpg generate RUN --from GOOD": "initial",
     "rpg generate CRUN --metric loss=0.1 --classes c1": "--metric",
     "rpg generate CRUN": "condition",
     "rpg generate CRUN --condition 1": "condition",

@@ -104,7 +104,7 @@ def test_metrics_that_are_not_finite_are_null_and_count_as_bad(zoo):
 
 def test_the_same_metrics_for_every_network(zoo):
     names = iter("abcdefghijkl" * 9)
-    with pytest.raises(InputError, match="same figures"):
+    with pytest.raises(InputError, match="same metrics"):
         judged(zoo, score=lambda network: {next(names): 1.0})
 
 
