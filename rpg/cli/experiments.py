@@ -34,7 +34,7 @@ def unseen(
     path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with simple baselines.
+    """Networks for tasks nobody trained: zoo, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
@@ -51,7 +51,7 @@ def lora(
     function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, path_condition: o.DenoisingPath = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """LoRA adapters: zoo, training, comparison with simple baselines, for unseen tasks where there are any.
+    """LoRA adapters: zoo, training, comparison with simple baselines on unseen tasks, if there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
     On several devices: accelerate launch -m rpg lora CONFIG
@@ -78,7 +78,7 @@ def metric(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks with a target loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    """Networks with a target loss: training runs, a generator that continues from weights, optimizers beside it."""
     settings = load(config or o.default_config("gpt.yaml"), overrides)
     return experiment(settings, "metric", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
@@ -86,7 +86,7 @@ def metric(
 def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> dict[str, Any]:
-    """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
+    """Render neural fields as PNG files, and solid shapes also as PLY meshes, at any resolution."""
     from rpg.labs.fields.pictures import render_files
 
     written = list(render_files(files, size, output, load(config, None) if config else None))
@@ -99,7 +99,7 @@ def demo(
     overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
+    """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
     settings = load(config or o.default_config("demo.yaml"), overrides)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "demo", split=split, seeds=seeds, **how)
@@ -109,7 +109,7 @@ def run(
     config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
+    """Run everything a configuration describes: zoo, training, generation, comparison with originals and baselines.
 
     Its task says which experiment that is: on networks, on unseen tasks, on fields, target losses or lottery tickets.
     """

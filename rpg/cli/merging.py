@@ -50,7 +50,7 @@ def merge(
     strip: o.Strip = None,
     function: o.Function = None,
 ) -> dict[str, Any]:
-    """Merge checkpoints of one network into one, a tensor at a time; adapters into an adapter of their ranks' sum.
+    """Merge checkpoints of one network, one tensor at a time; adapters into one whose rank is the sum of theirs.
 
     Methods and options are mergekit's. The files, their digests and the settings stand in the metadata under rpg.merge.
     """

@@ -25,7 +25,7 @@ def evaluate(
     ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:
-    """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
+    """Compare generated networks with originals and simple baselines; for a zoo, only originals and baselines.
 
     With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch -m rpg evaluate RUN
@@ -101,7 +101,7 @@ def score(
     strip: o.Strip = None,
     device: o.Device = "auto",
 ) -> dict[str, Any]:
-    """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
+    """Score single checkpoints with a task or with your own function."""
     from rpg.evaluation.table import print_checkpoints
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints
