@@ -19,8 +19,7 @@ from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import parse_settings
+from tokenization.zoo.condition import ConditionSpec, parse_settings
 
 PROVENANCE = "rpg.provenance"
 """The key of a generated file's metadata that names the generator and the request."""

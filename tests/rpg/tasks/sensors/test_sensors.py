@@ -19,8 +19,7 @@ from rpg.training.losses.behaviour import FreshTasksLoss
 from rpg.training.trainer import build_network
 from tokenization.errors import InputError
 from tokenization.layouts import fit_layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import Setting, parse_settings, settings_features
+from tokenization.zoo.condition import ConditionSpec, Setting, parse_settings, settings_features
 from tokenization.zoo.zoo import Zoo
 
 SETTINGS = declared_settings(SensorsConfig())
