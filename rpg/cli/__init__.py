@@ -218,9 +218,8 @@ def generate(
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
     from rpg.experiments.copies import copies_notice
-    from rpg.generation.classifier import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
-    from rpg.generation.examples import read_examples
+    from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
     from rpg.generation.folders import shipped_folder, which_generator
     from rpg.generation.generator import Generator
     from rpg.generation.sampler import join_processes
