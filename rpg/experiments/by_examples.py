@@ -66,14 +66,14 @@ def evaluate_by_examples(
             for name, method in rivals.methods.items() if compare else ():
                 found[name] = rivals.scored(wanted, method[0](wanted, num, rivals.tuned(name, tuning, num)))
             if compare:
-                accuracy = rivals.logistic_regression(wanted, num)
-                found["logistic_regression"] = networks({"accuracy": accuracy}, seed=seed)
+                found["logistic_regression"] = networks(
+                    {"accuracy": rivals.logistic_regression(wanted, num)}, seed=seed
+                )
             kinds[number] = found
         original = stack([zoo.state_dict(i) for i in zoo.subset("validation" if split == "validation" else "unseen")])
         trained = rivals.scored(wanted, original)
-        first = kinds[PER_CLASS[0]]["generated"].metrics["accuracy"]
-        rows = wanted.rows(PER_CLASS[0] * wanted.num_classes, True)
-        calibration, extras = error_by_distance(generator, rows, 1 - torch.tensor(first))
+        wrong = 1 - torch.tensor(kinds[PER_CLASS[0]]["generated"].metrics["accuracy"])
+        calibration, extras = error_by_distance(generator, wanted.rows(PER_CLASS[0] * wanted.num_classes, True), wrong)
     for of_number in kinds.values():
         of_number["original"] = trained
     report = Report(
@@ -85,8 +85,7 @@ def evaluate_by_examples(
         curves={"Accuracy by examples": _curve(kinds), **calibration},
         extras=extras,
         facts={
-            **generator.facts,
-            "processor seconds a network, scored": round(seconds, 4),
+            **generator.facts, "processor seconds a network, scored": round(seconds, 4),
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip
