@@ -142,7 +142,7 @@ ChooseBy = Annotated[
 Ensemble = Annotated[bool, flag("Write all draws into one file as well, stacked.", "--ensemble")]
 Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
 Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
-State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
+State = Annotated[str | None, option("stored, density, gaussian or prior: which permutation states to draw.")]
 Temperature = Annotated[
     float | None,
     option("Spread of fresh states, or of kernel ridge's draws, in that of the zoo; 0: the mean.", min=0),
