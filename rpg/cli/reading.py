@@ -68,7 +68,7 @@ def guard(find: Callable[[], Any], ignore: bool) -> None:
         return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        console.print(f"the memory that this needs could not be planned ({reason}), so it begins without", markup=False)
+        console.print(f"the memory needed could not be estimated ({reason}); starting without the check", markup=False)
         return
     if need is not None:
         require_memory(need)

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rpg.evaluation.vectors import StateDict
 from rpg.merging.methods import METHODS, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 
 MERGES = tuple(f"merge_{method}" for method in METHODS)
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
-
-StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

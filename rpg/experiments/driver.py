@@ -12,11 +12,11 @@ from typing import Any
 
 from rpg.config import Config
 from rpg.evaluation.report import Report
+from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
-from rpg.experiments.held_out_tasks import evaluate_held_out, require_splits, task_family
 from rpg.experiments.single import collect
-from rpg.experiments.tasks_page import wished_task
-from rpg.experiments.trajectories import wished_trajectory
+from rpg.experiments.tasks_page import requested_task
+from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.language.config import LanguageConfig
@@ -27,13 +27,13 @@ from tokenization.zoo.locks import locks
 
 EXPERIMENTS = {
     "fields": "rpg.labs.fields.experiment:experiment",
-    "trajectories": "rpg.labs.training_runs.experiment:experiment",
+    "training_runs": "rpg.labs.training_runs.experiment:experiment",
     "tickets": "rpg.labs.tickets.experiment:experiment",
     "sensors": "rpg.experiments.sensors:experiment",
 }
 """Experiments of their own, by the task's name: functions of a configuration."""
 
-Progress = Mapping[str, Callable[..., None]]
+ProgressBars = Mapping[str, Callable[..., None]]
 
 
 def train_anew(config: Config, **options: Any) -> Path:
@@ -60,18 +60,18 @@ class Experiment:
 
 
 def experiment_of(
-    config: Config, judge: Judge | None = None, *, trajectory: str | None = None, command: str = ""
+    config: Config, judge: Judge | None = None, *, path_condition: str | None = None, command: str = ""
 ) -> Experiment:
     """The experiment of a configuration: its task's own, else on unseen tasks where it has any, else on networks.
 
     Args:
         config: the configuration.
         judge: who scores; tasks are scored by their family, networks by a function where there is one.
-        trajectory: the condition whose networks the page shows on their way from noise.
+        path_condition: the condition whose networks the page shows on their way from noise.
         command: what is run, for the page.
 
     Raises:
-        InputError: before anything long begins: tasks of some split are missing, or there is no such trajectory.
+        InputError: before anything long begins: tasks of some split are missing, or there is no such path_condition.
     """
     if config.task is not None and config.task.name in EXPERIMENTS:
         found: Experiment = resolve_name(EXPERIMENTS[config.task.name])(config)
@@ -82,12 +82,12 @@ def experiment_of(
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
         task = task_family(config)
         require_splits(task)
-        bits = wished_task(task, config, trajectory) if trajectory is not None else None
-        return Experiment("tasks", partial(evaluate_held_out, command=command, trajectory=bits))
-    if trajectory is not None and config.task is not None:
+        bits = requested_task(task, config, path_condition) if path_condition is not None else None
+        return Experiment("tasks", partial(evaluate_unseen, command=command, path_condition=bits))
+    if path_condition is not None and config.task is not None:
         task = build_task(config.task)
-        wished_trajectory(config, getattr(task, "condition", None), trajectory)
-    return Experiment("networks", partial(evaluate_run, judge=judge, trajectory=trajectory))
+        requested_condition(config, getattr(task, "condition", None), path_condition)
+    return Experiment("networks", partial(evaluate_run, judge=judge, path_condition=path_condition))
 
 
 def compares_tasks(config: Config) -> bool:
@@ -112,7 +112,7 @@ def require_adapters(config: Config) -> None:
 
 @locks(lambda config, *_, **__: config.run)
 def run_experiment(
-    config: Config, experiment: Experiment, *, progress: Progress | None = None, seeds: int = 1, **options: Any
+    config: Config, experiment: Experiment, *, progress: ProgressBars | None = None, seeds: int = 1, **options: Any
 ) -> Report:
     """Collect what the task lacks, train in place of the run that is there, and judge.
 

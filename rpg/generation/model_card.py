@@ -108,7 +108,7 @@ def _example(generator: Any) -> str:
         words = ", condition=[0]"
     elif condition is not None:
         words = f", condition=[1] + [0] * {condition.size - 1}"
-    return words + (', start="your/checkpoint.safetensors"' if generator.takes_start else "")
+    return words + (', initial="your/checkpoint.safetensors"' if generator.takes_initial else "")
 
 
 def _pictures(paths: Sequence[str]) -> str:

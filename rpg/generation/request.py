@@ -38,7 +38,7 @@ class RequestOptions:
     state: str | None = None
     temperature: float | None = None
     condition: Any = None  # in any form that ``Generator.generate`` takes
-    start: Any = None  # likewise
+    initial: Any = None  # likewise
     sparsity: float | None = None  # of pruned networks
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
@@ -67,7 +67,7 @@ class Request:
     texts: tuple[str, ...] | None = None  # what the conditions were made of
     values: Tensor | None = None  # [num, C] likewise: settings, or values of a metric
     of_examples: bool = False  # whether the conditions are examples, of which files name the digest
-    starts: Tensor | None = None  # [num, L, D] tokens to go on from
+    initial: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
     distances: tuple[Distance, ...] = ()  # of the conditions, from what was learned; empty where never measured
 
@@ -108,8 +108,8 @@ class Request:
         if self.of_examples and self.conditions is not None:
             facts["condition"] = f"examples {digest_of(self.conditions[index])}"
         facts["start"] = None
-        if self.starts is not None:
-            facts["start"] = digest_of(self.starts[index])
+        if self.initial is not None:
+            facts["start"] = digest_of(self.initial[index])
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
         if self.distances:
@@ -198,27 +198,27 @@ def requested_examples(condition: Any, num: int, spec: ConditionSpec) -> Tensor:
     return values.flatten(1)
 
 
-def requested_starts(start: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
-    """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes no start.
+def requested_initial(initial: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
+    """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes none.
 
     Args:
-        start: a checkpoint's path or state dict, for all networks, or a list of ``num``.
+        initial: a checkpoint's path or state dict, for all networks, or a list of ``num``.
         num: networks.
         layout: encodes them.
-        wanted: whether the generator takes a start.
+        wanted: whether the generator takes initial weights.
 
     Raises:
         InputError: it is missing, of another structure, or the generator takes none.
     """
     if not wanted:
-        if start is not None:
-            raise InputError("this generator was trained without starts, so that it takes none; leave the start out")
+        if initial is not None:
+            raise InputError("this generator was trained without initial weights and takes none; leave them out")
         return None
-    if start is None:
-        raise InputError("this generator improves a checkpoint; give one with --from FILE (in Python: start=)")
-    starts = list(start) if isinstance(start, list | tuple) else [start]
+    if initial is None:
+        raise InputError("this generator improves a checkpoint; give one with --from FILE (in Python: initial=)")
+    starts = list(initial) if isinstance(initial, list | tuple) else [initial]
     if len(starts) not in (1, num):
-        raise InputError(f"there are {len(starts)} starts for {num} networks; give one, or one each")
+        raise InputError(f"there are {len(starts)} initial checkpoints for {num} networks; give one, or one each")
     tokens = [layout.encode(each if isinstance(each, Mapping) else Checkpoint.open(Path(each))) for each in starts]
     return torch.stack(tokens).expand(num, -1, -1)
 

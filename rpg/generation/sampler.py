@@ -104,7 +104,7 @@ FEW = 4
 COMPANY = 4
 """Prototypes that are made at once at least: a backbone may round one alone otherwise, and they cost little."""
 
-Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
+WatchTile = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
 The rows are a function because p-diff has to decode them: most of a thousand steps are not looked at.
@@ -204,7 +204,7 @@ class TokenSampler(TiledSampler):
         self.device = network.position_embedding.device
 
     def sample(
-        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``partition`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         inputs: _Inputs | None = None
@@ -234,14 +234,14 @@ class TokenSampler(TiledSampler):
         group = self.group(request, first, num)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
         vectors = self.state_vectors(request, group, conditions)
-        starts = None if request.starts is None else request.starts[group].to(self.device)
+        initial = None if request.initial is None else request.initial[group].to(self.device)
         tokens = torch.arange(self.layout.num_tokens, device=self.device)
-        known = self.network.known(vectors, conditions, tokens, starts)
+        known = self.network.known(vectors, conditions, tokens, initial)
         if conditions is None:
-            return _Inputs([self.network.prototypes(vectors, starts=starts)], known)
+            return _Inputs([self.network.prototypes(vectors, initial=initial)], known)
         kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
-        return _Inputs([self.network.prototypes(vectors, conditions, drop, starts) for drop in withheld], known)
+        return _Inputs([self.network.prototypes(vectors, conditions, drop, initial) for drop in withheld], known)
 
     @cached_property
     def density(self) -> CodeDensity:
@@ -280,7 +280,7 @@ class TokenSampler(TiledSampler):
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
     def _sample_tile(
-        self, request: Request, tile: Tile, inputs: _Inputs, watch: Watch | None = None, num: int | None = None
+        self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None
     ) -> Tensor:
         """Denoise one tile, padded to its full shape or to ``num`` networks: ``[G, n, D]``."""
         group, width, token_ids = num or self.group_size(), self.layout.token_size, self.token_ids(tile)

@@ -26,7 +26,7 @@ METADATA_KEY = "rpg.merge"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Merge:
     """How networks are merged.
 
     Attributes:
@@ -190,16 +190,16 @@ class Digests:
             [self._pool.submit(file_digest, file) for file in part.files] for part in parts
         ]
 
-    def record(self, recipe: Recipe, parts: Sequence[Part], weights: Tensor, base: Part | None, *, wait: bool) -> str:
+    def record(self, merge: Merge, parts: Sequence[Part], weights: Tensor, base: Part | None, *, wait: bool) -> str:
         """The text under `METADATA_KEY`; without ``wait`` with zeros in place of digests, in the same length."""
         rows: list[dict[str, Any]] = []
         for part, futures in zip([*parts, *([base] if base is not None else [])], self._found, strict=True):
             found = [future.result() if wait else "0" * 64 for future in futures]
             rows.append({"path": str(part.path), "sha256": found[0] if len(found) == 1 else found})
-        record: dict[str, Any] = recipe.record()
+        record: dict[str, Any] = merge.record()
         if base is not None:
             record["base"] = rows.pop()
-        if recipe.method in NORMALIZED:
+        if merge.method in NORMALIZED:
             rows = [{**row, "weight": weight} for row, weight in zip(rows, weights.tolist(), strict=True)]
         return json.dumps({**record, "parts": rows})
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BANDWIDTHS = tuple(0.02 * 1.25**place for place in range(18))
+BANDWIDTHS = tuple(0.02 * 1.6**place for place in range(9))
 """Of a kernel, in the codes' standard deviation; shrunk kernels need less than 1."""
-MOST_LEADING, MOST_COMPARED = 16, 1000
+MOST_LEADING, MOST_COMPARED = 64, 500
 """Directions that may have kernels, and checkpoints by which the choice is made, all pairs of them."""
 
 

@@ -123,7 +123,7 @@ def regression_inputs(kind: str, conditions: Tensor, size: int) -> Tensor:
     return conditions.to(torch.float64) * 2 - 1 if kind == "binary" else conditions.to(torch.float64)
 
 
-class StartConfig(Section):
+class InitialConfig(Section):
     """Training pairs: a checkpoint, and one of the same run, no later, as its start."""
 
     first: float = Field(

@@ -41,13 +41,13 @@ from rpg.training.data import (
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import Descriptions, example_conditions, fresh_codes
+from rpg.training.initial import sample_differences
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
-from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -61,8 +61,8 @@ def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout,
     indices = training_entries(zoo, config.train.splits)
     if isinstance(network.state, TaskTable):
         network.state.measure(task_numbers(zoo, indices, network.state.embedding_dim))
-    if config.model.start is not None:
-        network.fit_start(sample_differences(zoo, layout, indices, config.model.start, config.seed))
+    if config.model.initial is not None:
+        network.fit_initial(sample_differences(zoo, layout, indices, config.model.initial, config.seed))
     elif network.centre is not None:
         conditions = training_conditions(zoo, indices, config.model.condition)
         network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
 from tokenization.checkpoint.masks import share_out
-from tokenization.checkpoint.structure import fits
+from tokenization.checkpoint.structure import StateDict, fits
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
@@ -27,7 +27,6 @@ from tokenization.zoo.form import MARK, Form
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1
-StateDict = Mapping[str, Tensor]
 
 
 class Compressed(Form):

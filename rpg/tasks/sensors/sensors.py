@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import Progress, open_zoo, single_threaded
-from rpg.tasks.many import collect_many
+from rpg.tasks.parallel import collect_many
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.data import load_images
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
@@ -228,7 +228,7 @@ class SensorsTask:
         return {name: value.detach() for name, value in weights.items()}
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the specialists of one part; see :class:`rpg.tasks.many.Trainable`."""
+        """Train the specialists of one part; see :class:`rpg.tasks.parallel.Trainable`."""
         settings = self.sensors()[0][runs]
         trained = self.train_specialists(load_file(folder / BASE), settings)
         return [trained], {"validation_accuracy": self.accuracies(trained, settings, "validation")[None]}
@@ -272,7 +272,7 @@ class SensorsTask:
         return (answers == self.classes(split)).double().mean(1)
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
-        """Figures by name, ``[T]``: the accuracy alone."""
+        """Metrics by name, ``[T]``: the accuracy alone."""
         return {"accuracy": self.accuracies(weights, bits, split)}
 
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:

@@ -98,7 +98,7 @@ NEAR = 0.2
 """Errors on the scale from -1 to 1 up to which they count by their square; beyond, by their size."""
 
 
-class WishedLoss:
+class TargetLoss:
     """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
 
     Args:
@@ -118,7 +118,7 @@ class WishedLoss:
         if not isinstance(task, LossTask):
             raise InputError(
                 f"train.behaviour with a metric needs a task that knows the loss of networks, "
-                f"not {type(task).__name__}; choose one, e.g. trajectories"
+                f"not {type(task).__name__}; choose one, e.g. training_runs"
             )
         if condition.name != "loss":
             raise InputError(
@@ -174,7 +174,7 @@ class AuxiliaryLosses:
         metric: MetricScale | None = None,
     ) -> None:
         self.settings, self.seed, self.distributed = settings, seed, distributed
-        self.behaviour: BehaviourLoss | WishedLoss | None = None
+        self.behaviour: BehaviourLoss | TargetLoss | None = None
         self.new_states: NewStatesLoss | None = None
         if settings.behaviour is not None and settings.behaviour.weight:
             if settings.tokens is not None and settings.tokens < layout.num_tokens:
@@ -184,7 +184,7 @@ class AuxiliaryLosses:
             if condition.kind == "none":
                 raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
             if metric is not None:
-                self.behaviour = WishedLoss(find_task(), layout, settings.behaviour, condition, metric)
+                self.behaviour = TargetLoss(find_task(), layout, settings.behaviour, condition, metric)
             elif settings.behaviour.tasks == "fresh":
                 if distributed.world_size > 1 or distributed.spread != "none":
                     raise InputError(

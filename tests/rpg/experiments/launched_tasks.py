@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from rpg.evaluation.workers import Workers
-from rpg.experiments.held_out_tasks import evaluate_held_out
+from rpg.experiments.unseen_tasks import evaluate_unseen
 from rpg.generation.sampler import join_processes
 
 if __name__ == "__main__":
     partition, _ = join_processes("cpu")
     for run in sys.argv[1:]:
-        evaluate_held_out(run, workers=Workers(partition))
+        evaluate_unseen(run, workers=Workers(partition))

@@ -48,7 +48,7 @@ def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(draws, "TUNING", ((2, 1e-3),))
     run = example_runs / "draws"
     report = draws.evaluate_draws(run)
-    assert checked_report(run, "draws") == report and (run / "report.html").is_file()
+    assert checked_report(run, "draws", "draws") == report and (run / "report.html").is_file()
     wanted = {"generated", "single", "implicit", "retrieved_zoo", "retrieved_simulated", "prior", "original"}
     wanted |= {"generated_by_10_labelled", "single_by_10_labelled"}
     for kinds in (report.kinds, report.parts["3 images"]):
@@ -68,6 +68,6 @@ def test_networks_by_examples_beside_what_a_user_would_do(example_runs: Path, mo
         "generated", "generated_unlabelled", "best_specialist", "generalist_finetuned", "reptile", "map_in_directions",
         "logistic_regression", "original",
     }  # fmt: skip
-    assert checked_report(example_runs / "examples", "examples") == report
+    assert checked_report(example_runs / "examples", "examples", "examples") == report
     assert report.curves["Accuracy by examples"].x == (1, 2)
     assert list(report.parts) == ["2 examples a class"]

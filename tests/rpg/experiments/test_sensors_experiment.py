@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
-    report = checked_report(run, "sensors")
+    report = checked_report(run, "sensors", "sensors")
     assert {"generated", "original", "kernel_ridge", "nearest_seen", "generalist", "average"} < report.kinds.keys()
     assert {"settings_as_inputs", "large_with_settings"} < report.kinds.keys()
     assert all(len(each.metrics["accuracy"]) == 3 for each in report.kinds.values())

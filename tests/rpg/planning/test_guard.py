@@ -18,7 +18,7 @@ from rpg.planning.guard import GIB, Need, evaluation_need, free_memory, generati
 from rpg.planning.plan import make_plan
 from rpg.planning.target import Target, find_target
 from rpg.planning.zoo_summary import ZooSummary
-from rpg.tasks import many
+from rpg.tasks import parallel
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
@@ -144,7 +144,7 @@ def test_collection_needs_weights_gradients_moments_and_activations() -> None:
 
 
 def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "num_cores", lambda: 16)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 16)
     monkeypatch.setattr(collection, "free_memory", lambda: 1000 * GIB)
     config = Config.load("configs/cifar10_unseen.yaml")
     planned = plan_collection(config)

@@ -156,7 +156,9 @@ def test_finding_directions_is_bounded_by_a_block_of_tokens_and_no_gpu_holds_it(
     config = small_config(tmp_path, tokens={"rank": 3})
     memory = build_estimator(config, ZooSummary.of(zoo, config)).training_memory()
     assert memory.fitting == fitting_bytes(6, (12, 3, 16)) and memory.total >= memory.fitting
-    assert memory.on_device + memory.waiting + memory.cache + memory.fitting + memory.libraries == sum(memory.components().values())
+    assert memory.on_device + memory.waiting + memory.cache + memory.fitting + memory.libraries == sum(
+        memory.components().values()
+    )
 
 
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
