@@ -44,7 +44,7 @@ def make_base(folder: Path, encoder: Path) -> dict[str, float]:
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **sizes, **heads, **ends))
-    bert = BertModel(BertConfig(len(words), hidden_size=384, num_hidden_layers=6, intermediate_size=1536))
+    bert = BertModel(BertConfig(vocab_size=len(words), hidden_size=384, num_hidden_layers=6, intermediate_size=1536))
     for model, place, tokens, split, unknown, special in (
         (base, folder, characters, pre_tokenizers.Split(Regex("."), "isolated"), "<pad>", ("<pad>", "<end>")),
         (bert, encoder, words, pre_tokenizers.Whitespace(), "[UNK]", ("[PAD]", None)),

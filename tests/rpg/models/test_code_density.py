@@ -21,7 +21,7 @@ def test_two_runs_have_kernels_along_the_direction_that_parts_them():
     assert density.leading == 1 and density.bandwidth < 0.1
     places = (torch.arange(512) + 0.5) / 512
     drawn = density.draw(places, torch.randn(512, 3, generator=rng))
-    assert drawn[:, 0].abs().min() > 0.6 and drawn[:, 0].abs().max() < 1.4  # none between the runs, none beyond
+    assert drawn[:, 0].abs().min() > 0.6 and drawn[:, 0].abs().max() < 1.5  # none between the runs, none beyond
     torch.testing.assert_close(drawn.square().mean(0), torch.ones(3), atol=0.15, rtol=0)
     still = density.draw(places[:1], torch.zeros(1, 3))  # around the first checkpoint of the sorted ones, shrunk
     assert still[0, 0] == pytest.approx((1 - density.bandwidth**2) ** 0.5 * codes[:, 0].min().item())

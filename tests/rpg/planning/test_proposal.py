@@ -47,7 +47,7 @@ def test_from_names_to_networks_without_a_line_of_yaml(rpg: Run, tmp_path: Path)
     assert rpg("train", config, "--set", run, "--set", "train.steps=3")[0] == 0
     assert rpg("generate", tmp_path / "run", "-n", "2", "--output", tmp_path / "new")[0] == 0
     assert len(list((tmp_path / "new").glob("*.safetensors"))) == 2
-    assert Config.load(config).model.state.width == 1  # two runs differ in one direction
+    assert Config.load(config).model.state.width == 5  # directions in which six checkpoints differ
 
 
 def test_conditions_are_heeded(tmp_path: Path) -> None:
