@@ -205,7 +205,7 @@ def test_a_plan_that_fails_is_said_in_one_line(capsys: pytest.CaptureFixture[str
 
     reading.guard(fail, ignore=False)
     said = capsys.readouterr().out
-    assert "could not be planned (RuntimeError: no shape for this)" in " ".join(said.split()) and "more" not in said
+    assert "could not be estimated (RuntimeError: no shape for this)" in " ".join(said.split()) and "more" not in said
 
 
 def test_commands_stop_before_they_begin(rpg: Run, tmp_path: Path, one_mebibyte: None) -> None:
