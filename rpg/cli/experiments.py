@@ -106,7 +106,7 @@ def demo(
 
 
 def run(
-    config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
+    config: o.ConfigFile, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything a configuration describes: zoo, training, generation, comparison with originals and baselines.
@@ -114,7 +114,7 @@ def run(
     Its task says which experiment that is: on networks, on unseen tasks, on fields, target losses or lottery tickets.
     """
     settings = load(config, overrides)
-    return experiment(settings, "run", device=device, ignore_memory=ignore_memory, full=full)
+    return experiment(settings, "run", seeds=seeds, device=device, ignore_memory=ignore_memory, full=full)
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:

@@ -146,7 +146,7 @@ ChooseBy = Annotated[
 Ensemble = Annotated[bool, flag("Also write all draws into one file, stacked.", "--ensemble")]
 Start = Annotated[Path | None, option("Checkpoint to continue from, for generators that take one.", "--from")]
 Guidance = Annotated[float | None, option("Scale of classifier-free guidance; 1 means none.", min=0)]
-State = Annotated[str | None, option("Permutation states: stored, gaussian or prior.")]
+State = Annotated[str | None, option("Permutation states: stored, density, gaussian or prior.")]
 Temperature = Annotated[
     float | None,
     option("Spread of fresh states (or of kernel ridge's draws) relative to the zoo's; 0 is the mean.", min=0),

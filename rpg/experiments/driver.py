@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from rpg.config import Config
-from rpg.evaluation.report import Report
+from rpg.evaluation.report import Networks, Report
 from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.single import collect
@@ -51,12 +54,14 @@ class Experiment:
             unless the split is ``validation``.
         train: takes a configuration, and ``progress`` and ``watch`` by name, as `rpg.training.loop.train` does.
         then: the command to run next; ``{run}`` stands for the run.
+        further: options of ``evaluate`` for the generators of further seeds.
     """
 
     name: str
     evaluate: Callable[..., Report]
     train: Callable[..., Any] = train_anew
     then: str = "rpg generate {run} --num 10"
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 def experiment_of(
@@ -136,12 +141,42 @@ def run_experiment(
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
         experiment.train(each, progress=progress.get("train"), watch=progress.get("watch"))
-        reports.append(experiment.evaluate(run, seed=each.seed, **options))
+        further = experiment.further if number else {}
+        reports.append(experiment.evaluate(run, seed=each.seed, **{**options, **further}))
     facts: dict[str, Any] = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
     if seeds > 1:
         facts["seeds"] = [{"seed": each.seed, "mean": each.mean("generated"), **each.facts} for each in reports]
-    report = reports[0].model_copy(update={"facts": {**reports[0].facts, **facts}})
+    extras = {"over_seeds": over_seeds(reports)} if seeds > 1 else {}
+    changes = {"facts": {**reports[0].facts, **facts}, "extras": {**reports[0].extras, **extras}}
+    report = reports[0].model_copy(update=changes)
     workers = options.get("workers")
     if workers is None or workers.is_first:
         report.save(config.run)
     return report
+
+
+def over_seeds(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean and 95 % interval (Student's t) over the reports of several seeds, by part, kind and metric.
+
+    The metrics of sets of networks are called ``<metric> of <networks>``. Kinds that not all reports have are left out.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    parts = [{"": each.kinds, **each.parts} for each in reports]
+    for part, kinds in parts[0].items():
+        for kind in kinds:
+            if not all(kind in each[part] for each in parts):
+                continue
+            values = [_means(each[part][kind]) for each in parts]
+            found.setdefault(part, {})[kind] = {name: _interval([each[name] for each in values]) for name in values[0]}
+    return found
+
+
+def _means(kind: Networks) -> dict[str, float]:
+    means = {name: each.mean for name, each in kind.summaries.items() if each is not None}
+    return means | {f"{name} of {size}": each for name, sizes in kind.joint.items() for size, each in sizes.items()}
+
+
+def _interval(values: list[float]) -> dict[str, Any]:
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return {"mean": mean, "ci95": [mean - half, mean + half], "values": values}

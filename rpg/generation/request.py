@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec, parse_settings
 
+STATES: tuple[str, ...] = get_args(GenerateConfig.model_fields["state"].annotation)
 PROVENANCE = "rpg.provenance"
 """The key of a generated file's metadata that names the generator and the request."""
 
@@ -73,8 +74,8 @@ class Request:
         for name in ("num", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
-        if self.state not in ("stored", "gaussian", "prior"):
-            raise InputError(f"There is no permutation state {self.state!r}; choose stored, gaussian or prior.")
+        if self.state not in STATES:
+            raise InputError(f"There is no permutation state {self.state!r}; choose {', '.join(STATES)}.")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:

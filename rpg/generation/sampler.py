@@ -14,7 +14,8 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
+from rpg.models.centre import CodeTable
+from rpg.models.code_density import CodeDensity
 from rpg.models.code_prior import even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
@@ -240,8 +243,14 @@ class TokenSampler(TiledSampler):
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
         return _Inputs([self.network.prototypes(vectors, conditions, drop, initial) for drop in withheld], known)
 
+    @cached_property
+    def density(self) -> CodeDensity:
+        """Of the table of states."""
+        table: Any = self.network.state
+        return CodeDensity.fit(table.weight.detach(), whitened=type(table) is CodeTable)
+
     def state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None = None) -> Tensor | None:
-        """Permutation states ``[G, S]``: of the table, of a Gaussian fitted to it, or of the prior over codes.
+        """Permutation states ``[G, S]``: of the table, of a density fitted to it, or of the prior over codes.
 
         One row if all share it.
         """
@@ -255,12 +264,16 @@ class TokenSampler(TiledSampler):
         rngs = [make_rng(request.seed, "state", network) for network in networks]
         if request.state == "prior":
             if self.network.prior is None:
-                raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
+                raise InputError("This generator has no prior over codes; ask for states stored, density or gaussian.")
             if self.network.prior.config.draws == "even":
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
             return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
+        if request.state == "density":
+            size = 1 + len(self.density.directions)
+            numbers = even_noise(derive_seed(request.seed, "state"), networks, size).to(self.device)
+            return self.density.draw(torch.special.ndtr(numbers[:, 0]), numbers[:, 1:], request.temperature)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
-from rpg.models.batch import Batch, Loss
+from rpg.models.batch import Batch, CodeBatch, Loss
 from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new
@@ -297,9 +297,14 @@ class RecurrentDiffusion(nn.Module):
             made = made.view(batch.num_last, num_sampled, -1)
             if self.centre is not None and known is not None:
                 made = self.centre.complete(made, known[: batch.num_last], batch.token_ids)
-        if self.prior is not None and self.state is not None and batch.codes is not None:
-            codes, table = batch.codes, self.state
-            drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
-            vectors = table(codes.states) if drawn is None else drawn
-            mean = mean + self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)
+        if batch.codes is not None:
+            mean = mean + self.prior_loss(batch.codes)
         return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), made)
+
+    def prior_loss(self, codes: CodeBatch) -> Tensor:
+        """The loss of the prior over codes."""
+        assert self.prior is not None and self.state is not None
+        table = self.state
+        drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
+        vectors = table(codes.states) if drawn is None else drawn
+        return self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)

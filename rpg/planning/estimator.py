@@ -77,6 +77,10 @@ class Estimator(ABC):
         """Bytes of the rows that a process reads ahead; none unless the kind does so."""
         return 0
 
+    def scratch_bytes(self, network: Any) -> int:
+        """Bytes that kernels take while they compute, which no tensor of a step holds."""
+        return 0
+
     def averaged(self, network: Any) -> nn.Module:
         """The part of the networks whose moving average is kept."""
         return network
@@ -160,7 +164,7 @@ class Estimator(ABC):
             gradients=gradients,
             optimizer=moments,
             ema=average,
-            activations=max(0, live.peak - gradients),
+            activations=max(0, live.peak - gradients) + self.scratch_bytes(network),
             batch=part.num_bytes,
             waiting=self.waiting_bytes(num_processes),
             cache=self.cache_bytes,

@@ -164,6 +164,7 @@ class TrainingMemory(Memory):
         waiting: rows that are read ahead, always in the host's memory.
         cache: the encoded zoo, where it is small enough to be kept; in the host's memory too.
         fitting: what the zoo's directions are found with, in the host's memory and before everything else.
+        libraries: what the first optimizer makes PyTorch load, in the host's memory.
     """
 
     weights: int
@@ -175,6 +176,7 @@ class TrainingMemory(Memory):
     waiting: int
     cache: int
     fitting: int = 0
+    libraries: int = 0
 
     @property
     def total(self) -> int:
@@ -184,7 +186,7 @@ class TrainingMemory(Memory):
     @property
     def on_device(self) -> int:
         """The part of the steps' peak that an accelerator has to hold."""
-        return self._steps - self.waiting - self.cache
+        return self._steps - self.waiting - self.cache - self.libraries
 
     @property
     def _steps(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ GPUS = {
 
 CUDA_BYTES = GIB
 """What CUDA, its libraries and the allocator's gaps take of a GPU. A guess on the safe side: not measured."""
+
+OPTIMIZER_BYTES = 150 << 20
+"""What of Python's modules PyTorch loads when it makes its first optimizer (torch 2.15)."""
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "recurrent": RecurrentEstimator,
@@ -114,6 +118,7 @@ def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Pla
         num_processes: processes over which a step's batch is split, data parallel.
     """
     process = psutil.Process().memory_info().rss
+    to_load = 0 if "torch._dynamo" in sys.modules else OPTIMIZER_BYTES  # planning loads it, too
     bf16 = mixed_precision(config.train.precision) == "bf16"
     estimator = build_estimator(config, zoo)
     return Plan(
@@ -126,7 +131,9 @@ def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Pla
         parameters=estimator.parameters(),
         training_flops=estimator.training_flops(num_processes),
         generation_flops=estimator.generation_flops(),
-        training=estimator.training_memory(bf16=bf16, num_processes=num_processes),
+        training=dataclasses.replace(
+            estimator.training_memory(bf16=bf16, num_processes=num_processes), libraries=to_load
+        ),
         generation=estimator.generation_memory(),
         process=process,
     )

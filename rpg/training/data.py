@@ -167,9 +167,15 @@ class BatchSampler:
         rate = self.condition.dropout
         return rate > 0 and float(torch.rand((), generator=make_rng(self.seed, "drop", step, example))) < rate
 
-    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows]]]:
-        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes."""
+    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows] | list[None]]]:
+        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes.
+
+        Parts are None where no checkpoint is imitated.
+        """
         parts = range(self.settings.gradient_accumulation)
+        if not self.settings.imitation:
+            yield from ((step, [None] * len(parts)) for step in range(first_step, last_step))
+            return
 
         def read(step: int) -> list[Rows]:
             return [self.load(step, part) for part in parts]

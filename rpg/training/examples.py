@@ -88,10 +88,12 @@ class ExampleConditions:
         """
         assert batch.conditions is not None
         rng = make_rng(self.seed, "examples", step, number)
-        codes = batch.codes
-        if codes is not None and codes.conditions is not None:
-            codes = replace(codes, conditions=self.draw(codes.conditions, rng))
+        codes = None if batch.codes is None else self.shown(batch.codes, rng)
         return replace(batch, conditions=self.draw(batch.conditions, rng), codes=codes)
+
+    def shown(self, codes: CodeBatch, rng: torch.Generator) -> CodeBatch:
+        """The prior's batch as the networks see it."""
+        return codes if codes.conditions is None else replace(codes, conditions=self.draw(codes.conditions, rng))
 
     def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
         """Sets of training examples of the tasks ``[T, C]``, one of ``counts`` of each: ``[T, n · size]``."""

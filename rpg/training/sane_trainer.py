@@ -23,7 +23,7 @@ from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-OF_RECURRENT = ("tokens", "behaviour", "new_states")
+OF_RECURRENT = ("tokens", "behaviour", "new_states", "imitation")
 """What only recurrent diffusion is trained with."""
 
 

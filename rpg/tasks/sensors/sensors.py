@@ -38,6 +38,12 @@ class TinyMLP(nn.Sequential):
     def __init__(self, num_pixels: int, hidden: int, num_classes: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(num_pixels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
+    @staticmethod
+    def side_by_side(weights: Stacked, images: Tensor) -> Tensor:
+        """Logits ``[T, B, K]`` of T networks on images ``[T, B, …]`` of their own: half of the time of `SideBySide`."""
+        hidden = torch.baddbmm(weights["1.bias"][:, None], images.flatten(2), weights["1.weight"].mT).relu()
+        return torch.baddbmm(weights["3.bias"][:, None], hidden, weights["3.weight"].mT)
+
 
 class SensorsTask:
     """Trains and scores networks for sensors.
@@ -237,20 +243,25 @@ class SensorsTask:
 
     def losses(self, weights: Stacked, images: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy ``[T]`` of T networks on images ``[T, B, …]`` of the classes ``[T, B]``."""
-        logits = self.side(weights, images)  # [T, B, K]
+        run = TinyMLP.side_by_side if self.config.network == "mlp" else self.side
+        logits = run(weights, images)  # [T, B, K]
         found = F.cross_entropy(logits.flatten(0, 1).float(), classes.flatten(), reduction="none")
         return found.view(classes.shape).mean(1)
 
     def behaviour_losses(
         self, weights: Stacked, conditions: Tensor, num_images: int, rng: torch.Generator,
-        teacher: Teacher | None = None,
+        teacher: Teacher | None = None, noise: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Cross-entropy ``[T]`` of T networks on random *training* images as their sensors ``[T, C]`` see them.
 
         Each has images of its own: shared ones make a step's gradient vary far more. Differentiable in ``weights``.
+        Normal noise of the standard deviation ``noise`` is added to what they see.
         """
         images, classes = self.draw_for_each(len(conditions), num_images, rng)
-        return self.losses(weights, self.see(images.to(conditions), conditions), classes.to(conditions.device))
+        seen = self.see(images.to(conditions), conditions)
+        if noise:
+            seen = seen + noise * torch.randn(seen.shape, generator=rng).to(seen)
+        return self.losses(weights, seen, classes.to(conditions.device))
 
     def teacher(self, zoo: Zoo) -> Teacher:
         """There is none. Raises InputError."""
