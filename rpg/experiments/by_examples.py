@@ -42,9 +42,9 @@ def evaluate_by_examples(
         compare: whether the rivals are trained and scored, too.
     """
     started = time.perf_counter()
+    generator = Generator.from_pretrained(run)
+    zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
     with single_threaded():
-        generator = Generator.from_pretrained(run)
-        zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
         sets = {
             name: ExampleSets(task, zoo_conditions(zoo, zoo.subset(name)), "test" if name == "unseen" else name, seed)
             for name in ("validation", "unseen")
@@ -55,7 +55,6 @@ def evaluate_by_examples(
             task, zoo_conditions(zoo, seen), stack([zoo.state_dict(i) for i in seen]), load_file(zoo.path / BASE), seed
         )
         kinds: dict[int, dict[str, Networks]] = {}
-        seconds = 0.0
         for number in PER_CLASS:
             num = number * wanted.num_classes
             found: dict[str, Networks] = {}
@@ -70,12 +69,11 @@ def evaluate_by_examples(
                     {"accuracy": rivals.logistic_regression(wanted, num)}, seed=seed
                 )
             kinds[number] = found
-        original = stack([zoo.state_dict(i) for i in zoo.subset("validation" if split == "validation" else "unseen")])
-        trained = rivals.scored(wanted, original)
+        names = zoo.subset("validation" if split == "validation" else "unseen")
+        trained = rivals.scored(wanted, stack([zoo.state_dict(i) for i in names]))
         wrong = 1 - torch.tensor(kinds[PER_CLASS[0]]["generated"].metrics["accuracy"])
         calibration, extras = error_by_distance(generator, wanted.rows(PER_CLASS[0] * wanted.num_classes, True), wrong)
-    for of_number in kinds.values():
-        of_number["original"] = trained
+    kinds = {number: {**found, "original": trained} for number, found in kinds.items()}
     report = Report(
         experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more", "joint": "less"},
         kinds=kinds[PER_CLASS[0]],
