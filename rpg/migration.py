@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 MODEL_KINDS = {"rpg": "recurrent", "pdiff": "pdiff"}
@@ -13,8 +14,16 @@ def migrate(tree: dict[str, Any]) -> dict[str, Any]:
 
     - ``generator: pdiff`` with a section ``pdiff``, and ``generator: rpg`` with a section ``model``, became one section
       ``model`` with its ``kind``;
-    - ``train.fresh`` became ``train.new_states``, and ``train.behaviour.share`` became ``train.behaviour.fraction``.
+    - ``train.fresh`` became ``train.new_states``, and ``train.behaviour.share`` became ``train.behaviour.fraction``;
+    - ``model.start`` and ``model.state.start`` became ``initial``; for tasks see `migrate_task`.
     """
+    if isinstance(tree.get("task"), dict):
+        tree = {**tree, "task": migrate_task(tree["task"])}
+    if isinstance(tree.get("model"), dict):
+        model = _renamed(tree["model"], "start", "initial")
+        if isinstance(model.get("state"), dict):
+            model = {**model, "state": _renamed(model["state"], "start", "initial")}
+        tree = {**tree, "model": model}
     if isinstance(tree.get("train"), dict):
         train = _renamed(tree["train"], "fresh", "new_states")
         if isinstance(train.get("behaviour"), dict):
@@ -30,6 +39,19 @@ def migrate(tree: dict[str, Any]) -> dict[str, Any]:
     if generator is not None and isinstance(section, dict):
         tree["model"] = {"kind": MODEL_KINDS.get(generator, generator), **section}
     return tree
+
+
+def migrate_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's section, as a configuration or a zoo has it, with the keys of earlier versions replaced.
+
+    The task ``trajectories`` became ``training_runs``; of families of tasks, ``held_out`` became ``unseen``.
+    """
+    task = dict(task)
+    if task.get("name") == "trajectories":
+        task["name"] = "training_runs"
+    if isinstance(task.get("held_out"), dict):
+        task = _renamed(task, "held_out", "unseen")
+    return task | {key: migrate_task(task[key]) for key in ("family",) if isinstance(task.get(key), dict)}
 
 
 def _renamed(section: dict[str, Any], old: str, new: str) -> dict[str, Any]:

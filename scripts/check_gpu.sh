@@ -89,7 +89,7 @@ check_ddp() {
   [ "$two" = 2 ] || leave_out "needs 2 GPUs"
   spread ddp 2
 }
-check_deepspeed_zero2() { spread deepspeed_zero2 "$([ "$device" = cpu ] && echo 1 || echo "$two")"; }
+check_deepspeed_zero2() { spread deepspeed_zero2 "$two"; }
 check_deepspeed_zero3() { spread deepspeed_zero3 "$two"; }
 check_fsdp2() { spread fsdp2 "$two"; }
 check_compiled() {

@@ -3,7 +3,7 @@
 from _common import Parser, run_command
 
 from rpg.config import Config
-from rpg.experiments.held_out_tasks import task_family
+from rpg.experiments.unseen_tasks import task_family
 from rpg.tasks.images.subsets import resplit
 
 

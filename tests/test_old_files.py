@@ -12,18 +12,11 @@ import torch
 from safetensors import safe_open
 
 from rpg.generation.generator import Generator
+from tests.machine import machine
 from tests.test_golden import summary
 from tokenization.zoo.zoo import Zoo
 
 OLD = Path(__file__).parent / "golden" / "old"
-
-
-def machine() -> str:
-    """What decides how sums are rounded."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return hashlib.sha256(f"{torch.__version__} {flags}".encode()).hexdigest()
 
 
 def content_digest(file: Path) -> str:

@@ -12,15 +12,15 @@ import gradio as gr
 import torch
 
 from rpg.app.digits import classes_of, reads_examples
-from rpg.app.loaded import MOST_NETWORKS, LoadedRun, Wish
-from rpg.app.sensors import sensors_task, settings_of, wish_for
+from rpg.app.loaded import MOST_NETWORKS, LoadedRun, PageRequest
+from rpg.app.sensors import condition_for, sensors_task, settings_of
 from rpg.generation.conditions import named_condition
 from rpg.generation.examples import read_examples
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import bits_of_classes
 from tokenization.errors import InputError
+from tokenization.zoo.condition import Setting
 from tokenization.zoo.metric import MetricScale
-from tokenization.zoo.settings import Setting
 
 WORDS, WORDS_SENSOR = "upside down, light on dark, a little too close", {"angle": 180.0, "scale": 1.08}
 """A sensor in words, and what the words mean."""
@@ -34,7 +34,7 @@ STARTS = 50
 
 @dataclass
 class Controls:
-    """Components, and what turns their values into a part of a wish (raising InputError)."""
+    """Components, and what turns their values into a part of a request (raising InputError)."""
 
     components: list[Any]
     read: Callable[..., dict[str, Any]]
@@ -98,7 +98,7 @@ def _sensor(run: LoadedRun) -> Controls:
         at = knob_values(run, values[-len(knobs) :])
         if kind == "examples" and values[1]:
             return {"condition": torch.cat([read_examples(file, run.condition, "picture") for file in values[1]])}
-        return {"condition": wish_for(run, at, *(values[:1] if kind == "text" else ["", int(values[0])]))}
+        return {"condition": condition_for(run, at, *(values[:1] if kind == "text" else ["", int(values[0])]))}
 
     return Controls([*parts, *knobs], read)
 
@@ -125,28 +125,28 @@ def _metric(scale: MetricScale) -> Controls:
         low, high = math.log10(scale.low), math.log10(scale.high)
         power = gr.Slider(low, high, value=(low + high) / 2, step=(high - low) / 200, elem_id="power", buttons=[],
                           label=f"{scale.name}, power of ten")  # fmt: skip
-        wished: Any = gr.Number(_power(power.value), label=f"Wished {scale.name}", elem_id="condition",
+        value: Any = gr.Number(_power(power.value), label=f"Requested {scale.name}", elem_id="condition",
                                 info=f"{about} Beyond that it is a guess.")  # fmt: skip
-        power.input(_power, power, wished, api_visibility="private")
+        power.input(_power, power, value, api_visibility="private")
     else:
-        wished = gr.Slider(scale.low, scale.high, value=(scale.low + scale.high) / 2, elem_id="condition", info=about,
-                           label=f"Wished {scale.name}")  # fmt: skip
+        value = gr.Slider(scale.low, scale.high, value=(scale.low + scale.high) / 2, elem_id="condition", info=about,
+                           label=f"Requested {scale.name}")  # fmt: skip
 
     def read(value: float | None) -> dict[str, Any]:
         if value is None or not math.isfinite(value):
-            raise InputError(f"the wished {scale.name} is no number; give one from {scale.low:.3g} to {scale.high:.3g}")
+            raise InputError(f"{scale.name} is no number; give one from {scale.low:.3g} to {scale.high:.3g}")
         return {"condition": [float(value)]}
 
-    return Controls([wished], read)
+    return Controls([value], read)
 
 
 def _power(exponent: float) -> float:
     return float(f"{10**exponent:.3g}")
 
 
-def start_controls(run: LoadedRun) -> Controls:
+def initial_controls(run: LoadedRun) -> Controls:
     """The checkpoint to go on from, of a generator that improves one: an original, or a file of the user's own."""
-    if not run.generator.takes_start:
+    if not run.generator.takes_initial:
         return Controls([], dict)
     chosen = list(run.originals.indices) if run.originals is not None else []
     chosen = chosen[:: max(1, len(chosen) // STARTS)][:STARTS]
@@ -159,10 +159,10 @@ def start_controls(run: LoadedRun) -> Controls:
 
     def read(name: str | None, upload: str | None) -> dict[str, Any]:
         if upload is not None:
-            return {"start": Path(upload)}
+            return {"initial": Path(upload)}
         if name not in names or zoo is None:
             raise InputError("this generator improves a checkpoint; upload one as a safetensors file")
-        return {"start": zoo.file(chosen[names.index(name)])}
+        return {"initial": zoo.file(chosen[names.index(name)])}
 
     return Controls([box, file], read)
 
@@ -186,7 +186,11 @@ def sampling_controls(run: LoadedRun) -> Controls:
             gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed", min_width=90),
         ]
     state = getattr(model, "state", None)
-    states = [] if state is None or state.of == "none" else ["stored", "gaussian", *(["prior"] if state.prior else [])]
+    states = (
+        []
+        if state is None or state.of == "none"
+        else ["stored", "density", "gaussian", *(["prior"] if state.prior else [])]
+    )
     with gr.Accordion("Sampling", open=False):
         if model.kind != "kernel_ridge":
             names.append("steps")
@@ -210,13 +214,13 @@ def sampling_controls(run: LoadedRun) -> Controls:
     return Controls(parts, read)
 
 
-def wish_of(parts: list[Controls], values: tuple[Any, ...]) -> Wish:
-    """The wish that the values of all controls make, one set after the other. Raises InputError if it is impossible."""
-    wish, rest = Wish(), list(values)
+def request_of(parts: list[Controls], values: tuple[Any, ...]) -> PageRequest:
+    """The request that the values of all controls make. Raises InputError if it is impossible."""
+    request, rest = PageRequest(), list(values)
     for each in parts:
         mine, rest = rest[: len(each.components)], rest[len(each.components) :]
-        wish = replace(wish, **each.read(*mine))
-    return wish
+        request = replace(request, **each.read(*mine))
+    return request
 
 
 def example_controls(run: LoadedRun, condition: Controls) -> tuple[Any, Callable[..., Any]] | None:

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rpg.app.loaded import LoadedRun, Made
-from rpg.evaluation.vectors import StateDict
+from rpg.app.loaded import LoadedRun, PageResult
 from rpg.labs.fields.task import FieldsTask
-from rpg.labs.training_runs.task import TrajectoriesTask
+from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.tasks.images.digits import DIGITS_SIZE, DigitsSubsetsTask, DigitsTask, standardise
 from rpg.tasks.images.images import logits_of
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
 FINE, BLOCK = 32, 4
@@ -43,7 +43,7 @@ class Answer:
 
 def reads_digits(run: LoadedRun) -> bool:
     """Whether the networks look at digits, so that one may be drawn for them."""
-    return isinstance(run.task, DigitsTask | DigitsSubsetsTask | TrajectoriesTask)
+    return isinstance(run.task, DigitsTask | DigitsSubsetsTask | TrainingRunsTask)
 
 
 def reads_examples(run: LoadedRun) -> bool:
@@ -116,7 +116,7 @@ def answer(run: LoadedRun, network: StateDict, counts: Tensor, condition: Sequen
     return Answer("yes" if place else "no", share)
 
 
-def answers(run: LoadedRun, made: Made, counts: Tensor) -> list[tuple[Answer, Answer | None, str]]:
+def answers(run: LoadedRun, made: PageResult, counts: Tensor) -> list[tuple[Answer, Answer | None, str]]:
     """What each generated network says, its nearest original, and that one's name."""
     found = []
     for index, network in enumerate(made.networks):
@@ -125,7 +125,7 @@ def answers(run: LoadedRun, made: Made, counts: Tensor) -> list[tuple[Answer, An
             place, name = made.nearest[index][0].index, made.nearest[index][0].name
             entry = run.originals.zoo.entries[place]
             beside = answer(run, run.originals.state_dict(place), counts, entry.condition)
-        found.append((answer(run, network, counts, made.wish.condition), beside, name))
+        found.append((answer(run, network, counts, made.request.condition), beside, name))
     return found
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.two_sample import error_iou
-from rpg.evaluation.vectors import StateDict
 from rpg.experiments.single import find_task, parts_of, zoo_span
 from rpg.generation.folders import SHIPPED_FOLDER
 from rpg.generation.generator import Generator
 from rpg.labs.fields.pictures import learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.tasks import build_task
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, ImageTask, ImageTaskFamily, Task, TaskFamily
+from rpg.tasks.base import AdapterScorer, Classifier, ImageTask, ImageTaskFamily, MetricsTask, Task, TaskFamily
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -89,7 +89,7 @@ class Originals:
 
     def nearest(self, networks: Sequence[StateDict], num: int = 3) -> list[list[Neighbour]]:
         """The originals nearest to each of N networks, by all values, each layer in units of its spread."""
-        distances = self.span.distances(self.span.place(networks)) / self.unit  # [N, n]
+        distances = self.span.distances(self.span.project(networks)) / self.unit  # [N, n]
         least = distances.topk(min(num, len(self)), largest=False)
         return [
             [Neighbour(self.indices[i], self.name(self.indices[i]), each) for i, each in zip(row, far, strict=True)]
@@ -133,12 +133,12 @@ MOST_NETWORKS = 16
 MOST_SCORED_VALUES = 1 << 23
 """Values of a network up to which it is scored while somebody waits."""
 
-CHEAP = ImageTask | TaskFamily | AdapterScorer | FigureTask
+CHEAP = ImageTask | TaskFamily | AdapterScorer | MetricsTask
 """Tasks whose data are in memory."""
 
 
 @dataclass(frozen=True)
-class Wish:
+class PageRequest:
     """What is asked for; fields as `Generator.generate` takes them."""
 
     num: int = 1
@@ -147,34 +147,34 @@ class Wish:
     state: str | None = None
     temperature: float | None = None
     condition: Any = None
-    start: Path | None = None
+    initial: Path | None = None
 
 
 @dataclass
-class Made:
-    """Networks that were made for a wish, and the folder that holds their files.
+class PageResult:
+    """Networks that were made for a request, and the folder that holds their files.
 
     Attributes:
         files: a safetensors file or a PEFT folder a network.
         wanted: the condition in words.
-        figures: by name, of each network; none where nothing scores them, or not while somebody waits.
+        metrics: by name, of each network; none where nothing scores them, or not while somebody waits.
         nearest: the originals nearest to each network; none without a zoo.
-        original_figures: of the nearest original of each network, at what it was trained for.
+        original_metrics: of the nearest original of each network, at what it was trained for.
         shared_errors: overlap (IoU) of each network's wrong answers with those of its nearest original, 0 … 1.
         seconds: it took to make a network.
-        distance: how far the wish is from what was learned, in one line; empty where that was never measured.
+        distance: how far the request is from what was learned, in one line; empty where that was never measured.
     """
 
-    wish: Wish
+    request: PageRequest
     folder: Path
     files: list[Path]
     networks: list[StateDict]
     wanted: str
     seconds: float
     distance: str = ""
-    figures: list[dict[str, float]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     nearest: list[list[Neighbour]] = field(default_factory=list)
-    original_figures: list[dict[str, float]] = field(default_factory=list)
+    original_metrics: list[dict[str, float]] = field(default_factory=list)
     shared_errors: list[float] = field(default_factory=list)
 
     def download(self) -> Path:
@@ -194,7 +194,7 @@ class LoadedRun:
         prompt_model: where the sentence encoder of a generator of texts is.
 
     Attributes:
-        missing: why there are no originals or no figures, one sentence each.
+        missing: why there are no originals or no metrics, one sentence each.
         is_large: whether networks are not scored because somebody waits.
 
     Raises:
@@ -232,7 +232,7 @@ class LoadedRun:
         if self.zoo is None or (self.config.task is None and self.zoo.task is None):
             return  # said before, or somebody's own checkpoints, which no task scores
         self.task = find_task(self.config, self.zoo)
-        if not isinstance(self.task, FigureTask | Classifier | AdapterScorer | TaskFamily):
+        if not isinstance(self.task, MetricsTask | Classifier | AdapterScorer | TaskFamily):
             return
         self.is_large = self.generator.layout.num_values > MOST_SCORED_VALUES or not isinstance(self.task, CHEAP)
         if not self.is_large:
@@ -243,25 +243,28 @@ class LoadedRun:
         if self.zoo is not None:
             self.originals = Originals(self.generator, self.zoo, self.task)
 
-    def make(self, wish: Wish, folder: Path, progress: Callable[[float, float], None] | None = None) -> Made:
+    def make(
+        self, request: PageRequest, folder: Path, progress: Callable[[float, float], None] | None = None
+    ) -> PageResult:
         """Generate networks into a new folder in ``folder``, score them and find the originals nearest to them.
 
         Raises:
-            InputError: the wish is impossible.
+            InputError: the request is impossible.
         """
-        if not 1 <= wish.num <= MOST_NETWORKS:
-            raise InputError(f"{wish.num} networks are asked for; this page makes 1 to {MOST_NETWORKS} at a time")
+        if not 1 <= request.num <= MOST_NETWORKS:
+            raise InputError(f"{request.num} networks are asked for; this page makes 1 to {MOST_NETWORKS} at a time")
         own = Path(tempfile.mkdtemp(prefix="networks-", dir=folder))
         try:
             started = time.perf_counter()
             files: Any = self.generator.generate(
-                wish.num, seed=wish.seed, steps=wish.steps, state=wish.state, temperature=wish.temperature,
-                condition=wish.condition, start=wish.start, output=own / "generated", progress=progress,
+                request.num, seed=request.seed, steps=request.steps, state=request.state,
+                temperature=request.temperature, condition=request.condition, initial=request.initial,
+                output=own / "generated", progress=progress,
             )  # fmt: skip
-            seconds = (time.perf_counter() - started) / wish.num
+            seconds = (time.perf_counter() - started) / request.num
             networks: list[StateDict] = [Checkpoint.open(file).state_dict() for file in files]
-            made = Made(wish, own, files, networks, told(self.condition, wish.condition), seconds)
-            if (far := self.generator.distance(wish.condition) if self.generator.known else None) is not None:
+            made = PageResult(request, own, files, networks, told(self.condition, request.condition), seconds)
+            if (far := self.generator.distance(request.condition) if self.generator.known else None) is not None:
                 made.distance = str(far)
             self._judge(made)
         except BaseException:
@@ -269,17 +272,17 @@ class LoadedRun:
             raise
         return made
 
-    def _judge(self, made: Made) -> None:
-        values = self._values(made.wish.condition)
+    def _judge(self, made: PageResult) -> None:
+        values = self._values(made.request.condition)
         if self.scorer is not None:
-            made.figures = [self.scorer(each, values, "a generated network") for each in made.networks]
+            made.metrics = [self.scorer(each, values, "a generated network") for each in made.networks]
         if self.originals is None:
             return
         made.nearest = self.originals.nearest(made.networks)
         originals = [self.originals.state_dict(each[0].index) for each in made.nearest]
         if self.scorer is not None and self.zoo is not None:
             conditions = [self.zoo.entries[each[0].index].condition for each in made.nearest]
-            made.original_figures = [
+            made.original_metrics = [
                 self.scorer(each, wanted, "an original") for each, wanted in zip(originals, conditions, strict=True)
             ]
             labels = self._labels(values)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.app.loaded import LoadedRun, Made
-from rpg.evaluation.vectors import StateDict
+from rpg.app.loaded import LoadedRun, PageResult
 from rpg.models.examples import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks.sensors.sensors import SensorsTask
 from rpg.tasks.sensors.simulator import seen_by
 from rpg.tasks.side_by_side import stack
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
-from tokenization.zoo.settings import Setting
+from tokenization.zoo.condition import Setting
 
 SHOWN = 10
 """Pictures that are shown: the first of each class."""
@@ -56,7 +56,7 @@ def settings_of(run: LoadedRun) -> tuple[Setting, ...]:
     return task.settings if task is not None else ()
 
 
-def wish_for(run: LoadedRun, values: list[float], words: str = "", num: int = 1) -> Any:
+def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int = 1) -> Any:
     """The condition that asks for a sensor: its settings, words, or so many unlabelled examples that it shows."""
     task, spec = sensors_task(run), run.condition
     if task is None or spec is None:
@@ -71,7 +71,7 @@ def wish_for(run: LoadedRun, values: list[float], words: str = "", num: int = 1)
     return example_rows(shown, None, len(task.class_names))
 
 
-def look(run: LoadedRun, values: list[float], made: Made | None) -> Panel:
+def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
     """What a sensor sees and what networks say of it.
 
     A generator that is asked by settings makes a network for them at once; others have those that were ``made``.

@@ -18,13 +18,13 @@ from rpg.app.controls import (
     Controls,
     condition_controls,
     example_controls,
+    initial_controls,
     knob_values,
+    request_of,
     sampling_controls,
-    start_controls,
-    wish_of,
 )
 from rpg.app.digits import answers, drawn, reads_digits
-from rpg.app.loaded import LoadedRun, Made, Wish
+from rpg.app.loaded import LoadedRun, PageRequest, PageResult
 from rpg.app.sensors import look, sensors_task, settings_of
 from rpg.app.show import show_answers, show_drawing, show_header, show_made, show_mistake, show_sensor
 from tokenization.errors import InputError
@@ -64,7 +64,7 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
             with gr.Column(scale=2, min_width=300):
                 condition = condition_controls(run)
                 examples = example_controls(run, condition)
-                parts = [condition, start_controls(run), sampling_controls(run)]
+                parts = [condition, initial_controls(run), sampling_controls(run)]
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
                 mistake = gr.HTML(elem_id="mistake")
                 download = gr.DownloadButton("Download", elem_id="download", interactive=False)
@@ -78,15 +78,15 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
                         said = gr.HTML(elem_id="answers")
         inputs = [component for each in parts for component in each.components]
 
-        def generate(old: Made | None, *values: Any) -> list[Any]:
-            found, line = _tried(lambda: _generate(run, folder, old, wish_of(parts, values)))
+        def generate(old: PageResult | None, *values: Any) -> list[Any]:
+            found, line = _tried(lambda: _generate(run, folder, old, request_of(parts, values)))
             return [*(found or [gr.skip()] * 3), line]
 
         def understand(paths: list[str]) -> list[Any]:
             found, line = _tried(lambda: [read(paths)])
             return [*(found or [gr.skip()]), line]
 
-        def ask(now: Made | None, event: gr.EventData) -> str:
+        def ask(now: PageResult | None, event: gr.EventData) -> str:
             found, line = _tried(lambda: [_answers(run, now, event)])
             return found[0] if found else line
 
@@ -107,7 +107,7 @@ def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls,
     """Show what the sensor sees, and what networks say, whenever it is turned or there are new networks."""
     knobs = condition.components[-len(settings_of(run)) :]
 
-    def turn(now: Made | None, *values: Any) -> list[Any]:
+    def turn(now: PageResult | None, *values: Any) -> list[Any]:
         found, line = _tried(lambda: [show_sensor(look(run, knob_values(run, values), now))])
         return [*(found or [gr.skip()]), line]
 
@@ -125,20 +125,20 @@ def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:
         return None, show_mistake((error.strerror or str(error)).lower())
 
 
-def _generate(run: LoadedRun, folder: Path, old: Made | None, wish: Wish) -> list[Any]:
-    made = run.make(wish, folder)
+def _generate(run: LoadedRun, folder: Path, old: PageResult | None, request: PageRequest) -> list[Any]:
+    made = run.make(request, folder)
     _forget(old)
     file = made.download()
     label = "Download the network" if file.suffix == ".safetensors" else f"Download {file.name}"
     return [made, show_made(run, made), gr.DownloadButton(label, value=str(file), interactive=True)]
 
 
-def _forget(made: Made | None) -> None:
+def _forget(made: PageResult | None) -> None:
     if made is not None:
         shutil.rmtree(made.folder, ignore_errors=True)
 
 
-def _answers(run: LoadedRun, made: Made | None, event: gr.EventData) -> str:
+def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> str:
     try:
         image = event.image
     except (AttributeError, TypeError):  # what came is no picture

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from rpg.app.digits import Answer
-from rpg.app.loaded import LoadedRun, Made, told
+from rpg.app.loaded import LoadedRun, PageResult, told
 from rpg.app.sensors import Panel
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
-from rpg.evaluation.vectors import StateDict
 from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.images.digits import DigitsSubsetsTask
+from tokenization.checkpoint.structure import StateDict
 
 FIELD_SIZE = 96
 """Height and width of a field's picture, whatever the grid it was fitted on."""
@@ -61,30 +61,30 @@ def show_mistake(line: str) -> str:
     return _render("mistake", line=" ".join(line.split()))
 
 
-def show_made(run: LoadedRun, made: Made | None) -> str:
-    """Networks with figures, nearest originals and pictures; before there are any, what will be here."""
+def show_made(run: LoadedRun, made: PageResult | None) -> str:
+    """Networks with metrics, nearest originals and pictures; before there are any, what will be here."""
     if made is None:
         return _render("nothing")
     rows = [
         {
             "number": index + 1,
-            "figure": _first(made.figures[index]) if made.figures else None,
-            "beside": _first(made.original_figures[index]) if made.original_figures else None,
+            "figure": _first(made.metrics[index]) if made.metrics else None,
+            "beside": _first(made.original_metrics[index]) if made.original_metrics else None,
             "nearest": made.nearest[index] if made.nearest else [],
             "shared": made.shared_errors[index] if made.shared_errors else None,
         }
         for index in range(len(made.networks))
     ]
-    name = next(iter(made.figures[0])) if made.figures else ""
-    mean = statistics.fmean(map(_first, made.figures)) if made.figures else None
+    name = next(iter(made.metrics[0])) if made.metrics else ""
+    mean = statistics.fmean(map(_first, made.metrics)) if made.metrics else None
     return _render(
         "made", made=made, rows=rows, name=name, percent=_is_share(name), mean=mean, wanted=made.wanted,
         heat=_heat(run, made), fields=_fields(run, made), large=run.is_large,
     )  # fmt: skip
 
 
-def _first(figures: dict[str, float]) -> float:
-    return next(iter(figures.values()))
+def _first(metrics: dict[str, float]) -> float:
+    return next(iter(metrics.values()))
 
 
 def _is_share(name: str) -> bool:
@@ -92,7 +92,7 @@ def _is_share(name: str) -> bool:
     return "accuracy" in name and not less_is_better([name])
 
 
-def _heat(run: LoadedRun, made: Made) -> tuple[list[str], str] | None:
+def _heat(run: LoadedRun, made: PageResult) -> tuple[list[str], str] | None:
     """Each network over its nearest original, as colours: what the rows are, and a PNG."""
     if run.originals is None or not run.originals.span.scales:
         return None
@@ -103,7 +103,7 @@ def _heat(run: LoadedRun, made: Made) -> tuple[list[str], str] | None:
     return labels, heat_png(run.originals.deviations(networks))
 
 
-def _fields(run: LoadedRun, made: Made) -> list[tuple[str, str, str]]:
+def _fields(run: LoadedRun, made: PageResult) -> list[tuple[str, str, str]]:
     """Of neural fields: what each shows and what its nearest original does, as PNGs, and that one's name."""
     if not isinstance(run.task, FieldsTask):
         return []
@@ -142,8 +142,10 @@ def show_drawing() -> str:
     return _render("draw")
 
 
-def show_answers(run: LoadedRun, made: Made, counts: Tensor, found: list[tuple[Answer, Answer | None, str]]) -> str:
+def show_answers(
+    run: LoadedRun, made: PageResult, counts: Tensor, found: list[tuple[Answer, Answer | None, str]]
+) -> str:
     """What networks say to a drawn digit ``[8, 8]``, originals beside them."""
     family = isinstance(run.task, DigitsSubsetsTask)
-    question = f"Is it one of: {told(run.condition, made.wish.condition)}?" if family else ""
+    question = f"Is it one of: {told(run.condition, made.request.condition)}?" if family else ""
     return _render("answers", picture=_png(1 - counts[None] / 16), question=question, found=found)

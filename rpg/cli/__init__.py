@@ -31,7 +31,7 @@ for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 app = typer.Typer(
-    help="Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work.",
+    help="Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work.",
     pretty_exceptions_enable=False,
 )
 
@@ -39,10 +39,12 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: sharing.Version = False,
-    quiet: Annotated[bool, o.flag("Say nothing but what went wrong; at any place.", "--quiet")] = False,
-    as_json: Annotated[bool, o.flag("Print one JSON object of paths and figures; at any place.", "--json")] = False,
+    quiet: Annotated[bool, o.flag("Print errors only; may stand anywhere.", "--quiet")] = False,
+    as_json: Annotated[
+        bool, o.flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")
+    ] = False,
 ) -> None:
-    """Generate neural-network weights: learn from a zoo of trained checkpoints, write new ones that work."""
+    """Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work."""
 
 
 @app.command()
@@ -61,7 +63,7 @@ def collect(
     base: o.AdapterBase = None,
     ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:
-    """Make a zoo: train checkpoints for a task, or adopt your own (safetensors stay where they are)."""
+    """Make a zoo: train checkpoints for a task, or import your own (safetensors files stay where they are)."""
     notices: list[str] = []
     if source:
         from tokenization.checkpoint.weights import Chosen
@@ -88,7 +90,7 @@ def collect(
         with progress_bar("collecting") as advance:
             made = collect_task(settings, progress=advance)
     else:
-        raise InputError("There is nothing to collect: give a CONFIG with a task, or --from FOLDER.")
+        raise InputError("Nothing to collect: give a CONFIG with a task, or --from FOLDER.")
     return {**_told(made), "notices": notices}
 
 
@@ -100,7 +102,7 @@ def _told(zoo: Any) -> dict[str, Any]:
 
 @app.command()
 def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> dict[str, Any]:
-    """Put the hidden units of all runs into one order (Git Re-Basin); every network computes what it did."""
+    """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
     from rpg.evaluation.alignment import align_zoo
     from rpg.tasks.registry import task_of
     from tokenization.zoo.zoo import Zoo
@@ -114,7 +116,7 @@ def inspect(
     path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None,
     key: o.Key = None, strip: o.Strip = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Show layers, tokens, padding, sizes and memory before anything is trained; propose a configuration for a zoo."""
+    """Show layers, tokens, padding, sizes and memory before training; propose a configuration for a zoo."""
     from rpg.planning.inspect import facts_of
     from rpg.planning.inspect import inspect as describe
     from rpg.planning.proposal import write_config as write
@@ -140,10 +142,10 @@ def plan(
     config: o.ConfigFile, overrides: o.Overrides = None, memory: o.Memory = None, network: o.TimmName = None,
     checkpoints: o.Checkpoints = None, condition_size: o.ConditionSize = None, processes: o.Processes = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Estimate parameters, FLOPs and peak memory of training and generation, by component; computes nothing."""
+    """Estimate parameters, FLOPs and peak memory of training and generation; trains nothing."""
     from rpg.planning.collection import collection_table, plan_collection
+    from rpg.planning.inspect import plan_tables
     from rpg.planning.plan import largest_network, make_plan, parse_memory
-    from rpg.planning.tables import plan_tables
     from rpg.planning.zoo_summary import find_zoo_summary
 
     settings = load(config, overrides)
@@ -171,7 +173,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch -m rpg train CONFIG …)."""
     from rpg.devices import device_of_run
-    from rpg.planning.guard import training_need
+    from rpg.planning.plan import training_need
 
     settings, comparison, place = load(config, overrides), None, device_of_run(device)
     guard(lambda: training_need(settings), ignore_memory)
@@ -211,18 +213,17 @@ def generate(
     sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
     overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write new checkpoints: safetensors that plain load_state_dict takes, or adapters as PEFT folders.
+    """Write new checkpoints: plain safetensors state dicts, or adapters as PEFT folders.
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
     from rpg.experiments.copies import copies_notice
-    from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
-    from rpg.generation.examples import read_examples
+    from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
     from rpg.generation.folders import shipped_folder, which_generator
     from rpg.generation.generator import Generator
     from rpg.generation.sampler import join_processes
-    from rpg.planning.guard import generation_need
+    from rpg.planning.plan import generation_need
 
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
@@ -239,7 +240,7 @@ def generate(
     with progress_bar(f"generating on {place}") as advance:
         paths = generator.generate(
             num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, start=start, sparsity=sparsity, output=output,
+            temperature=temperature, condition=vector, initial=start, sparsity=sparsity, output=output,
             overwrite=overwrite, progress=advance, partition=partition,
         )  # fmt: skip
     console.print(f"{len(paths)} network(s) in {output}")
@@ -259,7 +260,7 @@ def generate(
         told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
     if ensemble:
         told["ensemble"] = str(save_ensemble(draws, output))
-        console.print(f"all of them in {told['ensemble']}", soft_wrap=True)
+        console.print(f"all draws in one file: {told['ensemble']}", soft_wrap=True)
     return told
 
 
@@ -269,7 +270,7 @@ def export(
     condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
     prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write weights in the form that timm, transformers, PEFT or Lightning loads by itself, if they fit its network."""
+    """Write weights in the format of timm, transformers, PEFT or Lightning, after checking that they fit."""
     from rpg.generation.conditions import choose_condition
     from rpg.generation.export import export as write
 
@@ -278,7 +279,7 @@ def export(
         raise InputError(f"{source} is a checkpoint, which takes no condition; leave it out")
     with progress_bar("generating") as advance:
         path = write(
-            source, to, output, base=base, seed=seed, start=start, progress=advance,
+            source, to, output, base=base, seed=seed, initial=start, progress=advance,
             condition=lambda generator: choose_condition(generator, *asked), say=console.print,
         )  # fmt: skip
     console.print(f"{to}: {path}", soft_wrap=True)
@@ -322,12 +323,14 @@ app.registered_commands.sort(key=lambda each: [*_PANELS].index(each.callback.__n
 
 RESUMED = {
     "train": "continue with --resume",
-    "collect": "run it again, and it goes on where it stopped",
-    "sweep": "run it again, and it goes on where it stopped",
-    "generate": "the files that are there are whole",
-    **dict.fromkeys(("unseen", "lora", "fields", "metric", "demo", "run"), "what is collected stays; run it again"),
+    "collect": "run it again to continue where it stopped",
+    "sweep": "run it again to continue where it stopped",
+    "generate": "the files written so far are complete",
+    **dict.fromkeys(
+        ("unseen", "lora", "fields", "metric", "demo", "run"), "collected checkpoints are kept; run it again"
+    ),
 }
-"""What is left of a command that was interrupted, and how it goes on."""
+"""What an interrupted command leaves, and how to continue."""
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rpg.cli.reading import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
-TASKS = {"fields": "fields", "metric": "trajectories", "demo": "sensors"}
+TASKS = {"fields": "fields", "metric": "training_runs", "demo": "sensors"}
 """The task of commands that are for one alone."""
 
 
@@ -31,27 +31,27 @@ def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str,
 
 def unseen(
     config: o.OtherConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
-    trajectory: o.Trajectory = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo of 1,022 tasks, training, comparison with simple baselines.
+    """Networks for tasks nobody trained: zoo, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
-    from rpg.experiments.held_out_tasks import task_family
+    from rpg.experiments.unseen_tasks import task_family
 
     settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
     task_family(settings)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
-    return experiment(settings, "unseen", split=split, seeds=seeds, trajectory=trajectory, **how)
+    return experiment(settings, "unseen", split=split, seeds=seeds, path_condition=path_condition, **how)
 
 
 def lora(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
-    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, trajectory: o.Trajectory = None,
+    function: o.Function = None, lower: o.Lower = None, higher: o.Higher = None, path_condition: o.DenoisingPath = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """LoRA adapters: zoo, training, comparison with simple baselines, for unseen tasks where there are any.
+    """LoRA adapters: zoo, training, comparison with simple baselines on unseen tasks, if there are any.
 
     Conditions may be of any kind, or none; without a task or a function that scores, adapters are compared by distance.
     On several devices: accelerate launch -m rpg lora CONFIG
@@ -62,7 +62,7 @@ def lora(
     require_adapters(settings)
     judge = (function, lower or (), higher or ())
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
-    return experiment(settings, "lora", judge, split=split, trajectory=trajectory, **how)
+    return experiment(settings, "lora", judge, split=split, path_condition=path_condition, **how)
 
 
 def fields(
@@ -78,7 +78,7 @@ def metric(
     config: o.OtherConfig = None, overrides: o.Overrides = None, split: o.ScoredSplit = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks with a target loss: whole training runs, a generator that goes on from weights, optimizers beside it."""
+    """Networks with a target loss: training runs, a generator that continues from weights, optimizers beside it."""
     settings = load(config or o.default_config("gpt.yaml"), overrides)
     return experiment(settings, "metric", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
@@ -86,7 +86,7 @@ def metric(
 def render(
     files: o.Fields, size: o.Resolution = 64, output: o.PictureFolder = None, config: o.FieldsConfig = None
 ) -> dict[str, Any]:
-    """Draw neural fields as PNG files, and solid shapes as PLY meshes too, at any resolution."""
+    """Render neural fields as PNG files, and solid shapes also as PLY meshes, at any resolution."""
     from rpg.labs.fields.pictures import render_files
 
     written = list(render_files(files, size, output, load(config, None) if config else None))
@@ -99,27 +99,27 @@ def demo(
     overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tiny networks for sensors that nobody calibrated: zoo, training, generation from settings, comparison."""
+    """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
     settings = load(config or o.default_config("demo.yaml"), overrides)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "demo", split=split, seeds=seeds, **how)
 
 
 def run(
-    config: o.ConfigFile, overrides: o.Overrides = None, device: o.Device = "auto",
+    config: o.ConfigFile, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """All that a configuration describes, in a row: zoo, training, generation, scores beside originals and baselines.
+    """Run everything a configuration describes: zoo, training, generation, comparison with originals and baselines.
 
     Its task says which experiment that is: on networks, on unseen tasks, on fields, target losses or lottery tickets.
     """
     settings = load(config, overrides)
-    return experiment(settings, "run", device=device, ignore_memory=ignore_memory, full=full)
+    return experiment(settings, "run", seeds=seeds, device=device, ignore_memory=ignore_memory, full=full)
 
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
     from rpg.planning.collection import collection_need
-    from rpg.planning.guard import training_need
+    from rpg.planning.plan import training_need
 
     for need in (collection_need, training_need):
         guard(functools.partial(need, settings), ignore)
@@ -147,7 +147,7 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
 
 def experiment(
     settings: Any, command: str, judge: Any = (None, (), ()), *, device: str, ignore_memory: bool, full: bool,
-    split: str | None = None, seeds: int = 1, trajectory: str | None = None,
+    split: str | None = None, seeds: int = 1, path_condition: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run an experiment, or judge a split of one that was run before.
 
@@ -166,11 +166,14 @@ def experiment(
     if task != TASKS.get(command, task):
         raise InputError(f"task.name is {task}, but `rpg {command}` is for {TASKS[command]}; use `rpg run`")
     partition, place = join_processes(device)
-    words = [f"rpg {command}", *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": trajectory}.items() if v)]
+    words = [
+        f"rpg {command}",
+        *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": path_condition}.items() if v),
+    ]
     if split == "test":
         require_files(find_folder(settings.run))
     with locked(settings.run) if split is None else contextlib.nullcontext():
-        chosen = experiment_of(settings, Judge(*judge), trajectory=trajectory, command=" ".join(words))
+        chosen = experiment_of(settings, Judge(*judge), path_condition=path_condition, command=" ".join(words))
         if split is not None and settings.model.condition.kind != "none":
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:

@@ -50,13 +50,13 @@ def merge(
     strip: o.Strip = None,
     function: o.Function = None,
 ) -> dict[str, Any]:
-    """Merge checkpoints of one network into one, a tensor at a time; adapters into an adapter of their ranks' sum.
+    """Merge checkpoints of one network, one tensor at a time; adapters into one whose rank is the sum of theirs.
 
     Methods and options are mergekit's. The files, their digests and the settings stand in the metadata under rpg.merge.
     """
     from rpg.merging.adapters import merge_adapters
     from rpg.merging.files import merge_files
-    from rpg.merging.parts import Recipe
+    from rpg.merging.parts import Merge
     from tokenization.checkpoint.weights import AS_FOUND, Chosen
     from tokenization.lora.adapter import is_adapter
 
@@ -65,15 +65,15 @@ def merge(
         one, other = files[adapters.index(True)], files[adapters.index(False)]
         raise InputError(f"{one} is an adapter and {other} is none; merge networks with networks, adapters with those")
     chosen = Chosen(key, strip or "")
-    recipe = Recipe(method, _numbers(weights), normalize, density, t, seed)
+    how = Merge(method, _numbers(weights), normalize, density, t, seed)
     if all(adapters):
         if chosen != AS_FOUND:
             raise InputError("--key and --strip are for networks, and these are adapters; leave them out")
-        merge_adapters(files, recipe, output, base=base)
+        merge_adapters(files, how, output, base=base)
     else:
         with progress_bar("merging") as advance:
             begun = None if base is None else Path(base)
-            merge_files(files, recipe, output, base=begun, chosen=chosen, progress=advance)
+            merge_files(files, how, output, base=begun, chosen=chosen, progress=advance)
     console.print(f"{method} of {len(files)}: {output}", soft_wrap=True, highlight=False)
     if function is None:
         return {"path": str(output), "method": method}

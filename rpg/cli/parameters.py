@@ -1,4 +1,4 @@
-"""The arguments and options of the command line: types with their help texts and limits, and what is read by them."""
+"""Arguments and options of the command line: types with help texts and limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def option(text: str, *names: str, **limits: Any) -> Any:
 
 
 def flag(text: str, *names: str, **more: Any) -> Any:
-    """An option that is there or not, with its help text."""
+    """An option without a value, with its help text."""
     return option(text, *names, metavar="", **more)
 
 
@@ -27,144 +27,148 @@ def flag(text: str, *names: str, **more: Any) -> Any:
 ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
 OtherConfig = Annotated[
     Path | None,
-    argument("A configuration with a task; unseen, lora, fields and metric have one of their own.", "CONFIG"),
+    argument("A configuration with a task; unseen, lora, fields and metric have a default.", "CONFIG"),
 ]
 RunFolder = Annotated[
-    Path, argument("A run or generator folder, sensors (comes with rpg), or an id on the Hugging Face hub.", "RUN")
+    Path,
+    argument(
+        "A run or generator folder, `sensors` (included in the package), or an id on the Hugging Face hub.", "RUN"
+    ),
 ]
-AppFolder = Annotated[
-    Path, argument("As of generate (default: the generator of sensors that comes with rpg).", "[RUN]")
-]
+AppFolder = Annotated[Path, argument("As for generate (default: the package's own generator of sensors).", "[RUN]")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
     list[str] | None,
-    option("Change a field: --set train.steps=100. Can be given several times.", "--set", metavar="KEY=VALUE"),
+    option("Change a field, e.g. --set train.steps=100. Repeatable.", "--set", metavar="KEY=VALUE"),
 ]
-Seed = Annotated[int, option("Decides everything that is random.", min=0)]
+Seed = Annotated[int, option("Random seed.", min=0)]
 Condition = Annotated[str | None, option("Comma-separated values, e.g. 1,0,0,1 for a binary vector.")]
 Split = Literal["test", "validation"]
 ScoredSplit = Annotated[
     Split | None,
     option(
-        "Only score a run: on the test tasks, or on the validation tasks to make choices by (of a run in RUN/choices "
-        "where the configured one is trained on them)."
+        "Only score a run: on test tasks, or on validation tasks for making choices (if the configured run is trained "
+        "on these, a run in RUN/choices is scored)."
     ),
 ]
-RowSplit = Annotated[Split, option("Rows of every task's file.")]
+RowSplit = Annotated[Split, option("Rows of each task's file.")]
 
 # collect, of checkpoints of your own
-Source = Annotated[
-    list[str] | None, option("Your own checkpoints: folders, files or globs, as many as you like.", "--from")
-]
+Source = Annotated[list[str] | None, option("Your own checkpoints: any number of folders, files or globs.", "--from")]
 CollectedConfig = Annotated[
     list[str] | None,
-    argument("A configuration with a task; after --from, more checkpoints.", "[CONFIG | FILE…]"),
+    argument("A configuration with a task; after --from, more checkpoints.", "CONFIG | FILE"),
 ]
-Key = Annotated[str | None, option("Which set of weights to take where files hold several, e.g. generator.", "--key")]
-Strip = Annotated[str | None, option("Prefix to cut off all tensor names, e.g. net.", metavar="PREFIX")]
+Key = Annotated[
+    str | None, option("Which set of weights to read from files that hold several, e.g. generator.", "--key")
+]
+Strip = Annotated[str | None, option("Prefix to remove from all tensor names, e.g. net.", metavar="PREFIX")]
 SkipBad = Annotated[
     bool,
-    option("With --from: leave out checkpoints that cannot be read or do not belong, and list them.", "--skip-bad"),
+    flag("With --from: skip and list checkpoints that are unreadable or of another network.", "--skip-bad"),
 ]
 NewZoo = Annotated[Path | None, option("With --from: the zoo folder to make.")]
 Table = Annotated[
     Path | None,
-    option("With --from: CSV or JSONL with file, run, step, condition of each checkpoint.", "--table", "--conditions"),
+    option(
+        "With --from: CSV or JSONL with each checkpoint's file, run, step and condition.", "--table", "--conditions"
+    ),
 ]
 Pattern = Annotated[
-    str | None, option("With --from: regular expression on file names with groups run, step, condition.")
+    str | None, option("With --from: regular expression for file names with groups run, step, condition.")
 ]
 AdapterBase = Annotated[
-    str | None, option("With --from: the base of all adapters, whatever path each names.", "--base", metavar="NAME")
+    str | None,
+    option("With --from: the base model of all adapters, whatever path each names.", "--base", metavar="NAME"),
 ]
-FindRuns = Annotated[bool, flag("With --from: take run and step from common names.", "--find-runs/--no-find-runs")]
-Kind = Annotated[
-    str | None, option("With --from: binary, class, vector or text; found out from the values if left out.")
-]
+FindRuns = Annotated[bool, flag("With --from: read run and step from common file names.", "--find-runs/--no-find-runs")]
+Kind = Annotated[str | None, option("With --from: binary, class, vector or text (default: inferred from the values).")]
 
 # inspect and plan
-Inspected = Annotated[Path, argument("A zoo folder, a checkpoint of any kind, or a configuration.", "PATH")]
-Verify = Annotated[bool, flag("Read the whole zoo: digests, finite values, into tokens and back.", "--verify")]
-WriteConfig = Annotated[
-    Path | None, option("Of a zoo: write a configuration that suits it, ready for rpg train.", metavar="FILE")
+Inspected = Annotated[Path, argument("A zoo folder, a checkpoint or a configuration.", "PATH")]
+Verify = Annotated[
+    bool, flag("Read the whole zoo: check digests and finite values, encode and decode every token.", "--verify")
 ]
-Memory = Annotated[str | None, option("Of a GPU: 24GB or a100; shows the largest target network that fits.")]
-TimmName = Annotated[str | None, option("The target network, by timm's name; needs no zoo.")]
-Checkpoints = Annotated[int | None, option("In a zoo that is not there yet (default: 50).", min=1)]
-ConditionSize = Annotated[int | None, option("Values of a condition, if no zoo tells.", min=1)]
+WriteConfig = Annotated[
+    Path | None, option("For a zoo: write a proposed configuration, ready for rpg train.", metavar="FILE")
+]
+Memory = Annotated[str | None, option("Memory of a GPU, e.g. 24GB or a100: show the largest target network that fits.")]
+TimmName = Annotated[str | None, option("Target network by its name in timm; needs no zoo.")]
+Checkpoints = Annotated[int | None, option("Number of checkpoints, if there is no zoo yet (default: 50).", min=1)]
+ConditionSize = Annotated[int | None, option("Number of values in a condition, if there is no zoo yet.", min=1)]
 Processes = Annotated[int, option("Processes that share a training step.", min=1)]
 
 # train, sweep, unseen
-Resume = Annotated[bool, flag("Continue the run exactly where it was saved.", "--resume")]
-OverwriteNetworks = Annotated[bool, flag("Replace networks of another request that are there.", "--overwrite")]
-Overwrite = Annotated[bool, flag("Discard the run that is there.", "--overwrite")]
+Resume = Annotated[bool, flag("Continue the run exactly from its last save.", "--resume")]
+OverwriteNetworks = Annotated[bool, flag("Replace existing networks of another request.", "--overwrite")]
+Overwrite = Annotated[bool, flag("Replace the existing run.", "--overwrite")]
 Compare = Annotated[
-    bool, flag("Train kernel ridge, too, and say which is better on the validation split.", "--compare")
+    bool, flag("Also train kernel ridge and report which is better on the validation split.", "--compare")
 ]
 SweepFile = Annotated[Path, argument("A sweep file, e.g. configs/sweeps/noise.yaml.", "SWEEP")]
-Jobs = Annotated[int, option("Experiments at a time.", min=1)]
-Only = Annotated[list[str] | None, option("Run this entry alone. Can be given several times.", metavar="NAME")]
-NumSeeds = Annotated[int, option("Generators to train, by seed.", min=1)]
+Jobs = Annotated[int, option("Number of parallel experiments.", min=1)]
+Only = Annotated[list[str] | None, option("Run only this entry. Repeatable.", metavar="NAME")]
+NumSeeds = Annotated[int, option("Number of generators to train, one per seed.", min=1)]
 
 # generate, export, evaluate, score
-Num = Annotated[int, option("How many networks.", "--num", "-n", min=1)]
-NumScored = Annotated[int | None, option("Networks to generate (default: the configuration's).", "--num", "-n", min=1)]
+Num = Annotated[int, option("Number of networks.", "--num", "-n", min=1)]
+NumScored = Annotated[
+    int | None, option("Number of networks to generate (default: the configuration's).", "--num", "-n", min=1)
+]
 OutputFolder = Annotated[Path | None, option("Folder for the files (default: RUN/generated).")]
 Steps = Annotated[int | None, option("Sampling steps (default: the configuration's).", min=1)]
 Sampler = Annotated[str | None, option("euler, heun, ddpm, ddim or dpm-solver++.")]
 Classes = Annotated[str | None, option("The task's positive classes by name or number, e.g. 1,3,5 or cat,dog.")]
-Prompt = Annotated[str | None, option("The task in words: any text, or class names where the condition is binary.")]
+Prompt = Annotated[str | None, option("The task in words: any text, or class names if the condition is binary.")]
 PromptModel = Annotated[
     str | None,
     option(
-        "Language model or sentence encoder for --prompt: a name or a local path (of a generator that takes texts: "
-        "where its own encoder is)."
+        "Language model or sentence encoder for --prompt: a name or local path (for generators trained with texts: "
+        "where their encoder is)."
     ),
 ]
-Metric = Annotated[str | None, option("The wished value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
+Metric = Annotated[str | None, option("Target value of the zoo's metric, e.g. loss=0.1.", metavar="NAME=VALUE")]
 Setting = Annotated[
     list[str] | None,
     option(
-        "A setting of what the networks are for, e.g. angle=137 or inverted=true; others keep their defaults. Can be "
-        "given several times.",
+        "A setting of what the network is for, e.g. angle=137 or inverted=true; others keep their defaults. "
+        "Repeatable.",
         metavar="NAME=VALUE",
     ),
 ]
 Examples = Annotated[
     Path | None,
-    option(
-        "Examples of what to do: images in folders of classes (or unlabelled), npz with X and y, csv.", metavar="PATH"
-    ),
+    option("Examples of the task: images in class folders (or unlabelled), npz with X and y, or csv.", metavar="PATH"),
 ]
 ChooseBy = Annotated[
-    Path | None, option("Labelled examples, read as --examples: say which of the draws they favour.", metavar="PATH")
+    Path | None, option("Labelled examples, read like --examples, that rank the draws.", metavar="PATH")
 ]
-Ensemble = Annotated[bool, flag("Write all draws into one file as well, stacked.", "--ensemble")]
-Start = Annotated[Path | None, option("The checkpoint to go on from, of a generator that takes one.", "--from")]
-Guidance = Annotated[float | None, option("Classifier-free guidance; 1 is none.", min=0)]
-State = Annotated[str | None, option("stored, gaussian or prior: which permutation states to draw.")]
+Ensemble = Annotated[bool, flag("Also write all draws into one file, stacked.", "--ensemble")]
+Start = Annotated[Path | None, option("Checkpoint to continue from, for generators that take one.", "--from")]
+Guidance = Annotated[float | None, option("Scale of classifier-free guidance; 1 means none.", min=0)]
+State = Annotated[str | None, option("Permutation states: stored, density, gaussian or prior.")]
 Temperature = Annotated[
     float | None,
-    option("Spread of fresh states, or of kernel ridge's draws, in that of the zoo; 0: the mean.", min=0),
+    option("Spread of fresh states (or of kernel ridge's draws) relative to the zoo's; 0 is the mean.", min=0),
 ]
 Sparsity = Annotated[
-    float | None, option("Of pruned networks: share of zeros among their pruned weights (default: the zoo's).")
+    float | None, option("For pruned networks: share of zeros among prunable weights (default: the zoo's).")
 ]
-IgnoreMemory = Annotated[bool, flag("Begin even if more memory is needed than is free.", "--ignore-memory")]
-Device = Annotated[
-    str, option("auto (the best there is), cpu, cuda, cuda:1, mps, …; launched processes have their own.")
-]
-Host = Annotated[str, option("Address to serve at; 0.0.0.0 lets in everybody who reaches this machine.")]
+IgnoreMemory = Annotated[bool, flag("Start even if more memory is needed than is free.", "--ignore-memory")]
+Device = Annotated[str, option("auto (the best found), cpu, cuda, cuda:1, mps, …; launchers set it themselves.")]
+Host = Annotated[str, option("Address to serve at; 0.0.0.0 accepts connections from any host.")]
 Port = Annotated[int, option("Port to serve at.", min=1, max=65535)]
-Trajectory = Annotated[
+DenoisingPath = Annotated[
     str | None,
     option(
-        "Show in report.html how networks for this condition come out of noise: bits or classes, a class, numbers, or "
+        "Add to report.html how networks for this condition emerge from noise: bits or classes, a class, numbers, or "
         "a text.",
+        "--denoising-path",
+        "--trajectory",
         metavar="CONDITION",
     ),
 ]
-Exported = Annotated[str, argument("A checkpoint, or a run or generator folder to generate one with.", "SOURCE")]
+Exported = Annotated[str, argument("A checkpoint, or a run or generator folder that generates one.", "SOURCE")]
 Form = Annotated[str, option("timm, transformers, peft, lightning or torch (a pickle).", metavar="FORM")]
 Written = Annotated[
     Path | None,
@@ -184,10 +188,10 @@ Base = Annotated[
 Fields = Annotated[list[Path], argument("Fields: files of a zoo, or generated ones.", "FILE…")]
 Resolution = Annotated[int, option("Height and width of the images.", min=1)]
 FieldsConfig = Annotated[
-    Path | None, option("How the fields were made, for files that lie in no run or zoo of fields.", "--config")
+    Path | None, option("Configuration of the fields, for files outside a run or zoo of fields.", "--config")
 ]
 PictureFolder = Annotated[Path | None, option("Folder for the images (default: beside the files).")]
-Evaluated = Annotated[Path, argument("A run folder, or a zoo, which is scored without a generator.", "RUN")]
+Evaluated = Annotated[Path, argument("A run folder, or a zoo.", "RUN")]
 Scored = Annotated[
     list[Path],
     argument(
@@ -197,7 +201,7 @@ Scored = Annotated[
 Function = Annotated[
     str | None,
     option(
-        "Score with a function of your own: it takes a state dict (or a path) and returns a number or a dict of them.",
+        "Score with your own function, which takes a state dict (or a path) and returns a number or a dict of numbers.",
         "--score",
         metavar="MODULE:FUNCTION",
     ),
@@ -205,13 +209,11 @@ Function = Annotated[
 Lower = Annotated[
     list[str] | None,
     option(
-        "With --score: a figure of which less is better (names with loss or error say so themselves).", metavar="NAME"
+        "With --score: a metric for which lower is better (the default for names with loss or error).", metavar="NAME"
     ),
 ]
-Higher = Annotated[list[str] | None, option("With --score: a figure of which more is better.", metavar="NAME")]
-Full = Annotated[
-    bool, option("Print every baseline, metric and part of the report, not only the rows that matter.", "--full")
-]
+Higher = Annotated[list[str] | None, option("With --score: a metric for which higher is better.", metavar="NAME")]
+Full = Annotated[bool, flag("Print every baseline, metric and part of the report.", "--full")]
 ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
 
 

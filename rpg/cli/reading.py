@@ -53,12 +53,12 @@ def guard(find: Callable[[], Any], ignore: bool) -> None:
     """Stop, before anything begins, where more memory is needed than is free.
 
     Args:
-        find: what is needed, as `rpg.planning.guard` finds it.
+        find: what is needed, as `rpg.planning.plan` finds it.
         ignore: whether the user said to begin all the same; then nothing is found out.
     """
     if ignore:
         return
-    from rpg.planning.guard import require_memory
+    from rpg.planning.plan import require_memory
 
     try:
         with warnings.catch_warnings():
@@ -68,7 +68,7 @@ def guard(find: Callable[[], Any], ignore: bool) -> None:
         return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        console.print(f"the memory that this needs could not be planned ({reason}), so it begins without", markup=False)
+        console.print(f"the memory needed could not be estimated ({reason}); starting without the check", markup=False)
         return
     if need is not None:
         require_memory(need)

@@ -20,12 +20,12 @@ def evaluate(
     higher: o.Higher = None,
     overrides: o.Overrides = None,
     output: o.ResultFolder = None,
-    trajectory: o.Trajectory = None,
+    path_condition: o.DenoisingPath = None,
     device: o.Device = "auto",
     ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:
-    """Score generated networks beside originals and trivial baselines; of a zoo, those alone.
+    """Compare generated networks with originals and simple baselines; for a zoo, only originals and baselines.
 
     With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch -m rpg evaluate RUN
@@ -34,17 +34,17 @@ def evaluate(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
     from rpg.generation.sampler import join_processes
-    from rpg.planning.guard import evaluation_need
+    from rpg.planning.plan import evaluation_need
 
     partition, place = join_processes(device)
     judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()
     if is_zoo and num is not None:
         raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
-    if is_zoo and trajectory is not None:
-        raise InputError("--trajectory is for generators with conditions; a zoo generates nothing")
+    if is_zoo and path_condition is not None:
+        raise InputError("--denoising-path is for generators with conditions; a zoo generates nothing")
     if not is_zoo and function is None and (own := experiment_of_sensors(run)) is not None:
         given = {"--num": num, "--lower": lower, "--higher": higher, "--set": overrides, "--output": output}
-        if refused := [name for name, value in {**given, "--trajectory": trajectory}.items() if value]:
+        if refused := [name for name, value in {**given, "--denoising-path": path_condition}.items() if value]:
             raise InputError(
                 f"{refused[0]} is not for runs of sensors, which are judged in a way of their own; leave it out"
             )
@@ -62,7 +62,7 @@ def evaluate(
             report = evaluate_zoo(run, judge, config, output=output, workers=workers)
         else:
             report = evaluate_run(
-                run, judge, num=num, seed=seed, output=output, workers=workers, trajectory=trajectory,
+                run, judge, num=num, seed=seed, output=output, workers=workers, path_condition=path_condition,
                 changes=overrides or (),
             )  # fmt: skip
     folder = output or run
@@ -101,7 +101,7 @@ def score(
     strip: o.Strip = None,
     device: o.Device = "auto",
 ) -> dict[str, Any]:
-    """Score checkpoints of any kind, each by itself, with a task or a function of your own."""
+    """Score single checkpoints with a task or with your own function."""
     from rpg.evaluation.table import print_checkpoints
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints

@@ -17,10 +17,10 @@ def app(
     run: o.AppFolder = SHIPPED, host: o.Host = "127.0.0.1", port: o.Port = 7860, prompt_model: o.PromptModel = None,
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
 ) -> None:  # fmt: skip
-    """Try a generator in the browser: choose a condition, generate, compare, download, draw a digit for it."""
+    """Try a generator in the browser: choose a condition, generate, compare, download."""
     from rpg.devices import use_device
     from rpg.generation.folders import which_generator
-    from rpg.planning.guard import generation_need
+    from rpg.planning.plan import generation_need
 
     try:
         from rpg.app.loaded import LoadedRun

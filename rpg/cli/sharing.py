@@ -40,7 +40,7 @@ def push(
     ] = None,
     message: Annotated[str | None, o.option("What the commit says.")] = None,
 ) -> dict[str, Any]:
-    """Publish a generator or a zoo on the Hugging Face hub, all or nothing; log in first: hf auth login."""
+    """Publish a generator or a zoo on the Hugging Face hub in one commit; log in first with hf auth login."""
     is_zoo = (folder / "zoo.json").is_file()
     if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
         raise InputError(f"{folder} is {'a' if is_zoo else 'no'} zoo; leave out --type {kind}, or name another folder")
@@ -65,7 +65,7 @@ def pull(
     kind: Annotated[Literal["model", "dataset"], o.option("dataset for a zoo.", "--type")] = "model",
     revision: Annotated[str | None, o.option("A branch, tag or commit (default: the main branch).")] = None,
 ) -> dict[str, Any]:
-    """Fetch a generator or a zoo from the Hugging Face hub into a folder (rpg generate takes ids, too)."""
+    """Download a generator or a zoo from the Hugging Face hub into a folder (rpg generate also takes ids)."""
     if folder.exists():
         raise InputError(f"{folder} is there already; name a new folder")
     if kind == "dataset":
@@ -81,7 +81,7 @@ def pull(
 
 
 def doctor() -> dict[str, Any]:
-    """What is installed and what this machine can do: versions, devices, kernels, memory, disk, the hub."""
+    """Show versions, devices, optional packages, memory, disks and access to the hub."""
     from rpg.packages import unmet, versions
 
     found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}

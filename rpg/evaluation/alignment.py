@@ -14,8 +14,9 @@ from torch import Tensor
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.rebasin import permute
-from rpg.evaluation.vectors import StateDict, average
+from rpg.evaluation.vectors import average
 from rpg.tasks import Task
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.zoo.description import require_new_folder

@@ -22,8 +22,8 @@ from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.novelty import leading_directions
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
-from rpg.evaluation.vectors import StateDict
 from rpg.seeding import derive_seed, make_rng
+from tokenization.checkpoint.structure import StateDict
 
 LOW_RANK = 0.99
 """Share of the zoo's variance that the directions of the low-rank Gaussian hold."""
@@ -48,7 +48,7 @@ AFFORDABLE = ("run_average", "interpolation", "low_rank_gaussian", "low_rank_gau
 MANY_VALUES = 50_000_000
 
 Unit = Literal["layer", "coordinate", "sharpened"]
-Cook = Callable[[], StateDict]
+Maker = Callable[[], StateDict]
 """Makes a network when it is called, where that is no sum."""
 
 
@@ -242,7 +242,7 @@ def _strength(zoo: ZooSpan, family: Family, distance: float) -> float:
     |base + s·direction − checkpoint|² is a parabola in s for every pair, so that no network is made while searching.
     Independent noise is at right angles to the zoo, and in many values its length is its expectation.
     """
-    constant = zoo.distances(zoo.place_combinations(family.base)).square()  # [N, n]
+    constant = zoo.distances(zoo.project_combinations(family.base)).square()  # [N, n]
     if family.direction is not None:
         products = family.direction @ zoo.gram
         linear = (products * family.base).sum(1, keepdim=True) - products
@@ -286,5 +286,5 @@ def _is_collapsed(zoo: ZooSpan, made: list[Combination], distance: float) -> boo
     """Whether networks are bare averages beyond the distance that they should lie at."""
     if any(each.noise for each in made):
         return False
-    bases = zoo.place_combinations(torch.stack([each.weights for each in made]))
+    bases = zoo.project_combinations(torch.stack([each.weights for each in made]))
     return zoo.distances(bases).amin(1).median().item() > 1.01 * distance

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rpg.evaluation.combinations import Combination, Cook, is_large
+from rpg.evaluation.combinations import Combination, Maker, is_large
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.span import ZooSpan
@@ -52,7 +52,7 @@ class Conditions:
 
 def conditional_baselines(
     zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
-) -> dict[str, Sequence[Combination | Cook]]:
+) -> dict[str, Sequence[Combination | Maker]]:
     """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
 
     Merged are those with the largest shares in the regression; without conditions, some drawn at random.
@@ -67,7 +67,7 @@ def conditional_baselines(
     """
     count = len(zoo.checkpoints)
     wanted = CONDITIONAL if config.baselines is None else config.baselines
-    made: dict[str, Sequence[Combination | Cook]] = {}
+    made: dict[str, Sequence[Combination | Maker]] = {}
     shares: Tensor | None = None
     if conditions.seen is not None and conditions.asked is not None and count > 1:
         rows = torch.arange(num) % len(conditions.asked)
@@ -83,7 +83,7 @@ def conditional_baselines(
 
 def merged(
     zoo: ZooSpan, merges: Merges | None, config: EvaluateConfig, num: int, seed: int, shares: Tensor | None = None
-) -> dict[str, list[Cook]]:
+) -> dict[str, list[Maker]]:
     """Merged networks that are asked for or affordable, by method, of the networks with the largest ``shares``.
 
     Without shares ``[num, n]`` they are drawn at random.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ def ensemble_metrics(probabilities: Tensor, targets: Tensor) -> dict[str, Tensor
     }
 
 
-def sets_of_networks(probabilities: Tensor, targets: Tensor, sizes: Sequence[int], seed: int = 0) -> Networks:
+def sets_of_networks(
+    probabilities: Tensor, targets: Tensor, sizes: Sequence[int] = (1,), seed: int = 0, **more: Any
+) -> Networks:
     """A report's kind: the sets of all M networks task by task, and the first of them in sets of other ``sizes``.
 
     Args:
@@ -78,6 +81,7 @@ def sets_of_networks(probabilities: Tensor, targets: Tensor, sizes: Sequence[int
         targets: ``[T, B]``.
         sizes: of sets; those over M are left out.
         seed: of the bootstrap over tasks.
+        more: further fields of `Networks`.
     """
     num = probabilities.shape[1]
     joint: dict[str, dict[int, float]] = {}
@@ -87,4 +91,4 @@ def sets_of_networks(probabilities: Tensor, targets: Tensor, sizes: Sequence[int
             joint.setdefault(name, {})[size] = values.mean().item()
         ece = calibration_error(part.double().mean(1).flatten(0, 1), targets.flatten())
         joint.setdefault("ece", {})[size] = ece
-    return networks(ensemble_metrics(probabilities, targets), seed=seed, joint=joint)
+    return networks(ensemble_metrics(probabilities, targets), seed=seed, joint=joint, **more)

@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.metrics import accuracy
-from rpg.evaluation.samples import sample_figures
+from rpg.evaluation.samples import sample_metrics
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, LogitTask, SampleTask, Task, TaskFamily
+from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
 from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 
-Figures = dict[str, float]
-StateDict = Mapping[str, Tensor]
-
+Metrics = dict[str, float]
 SMALL = re.compile(r"(^|_)(loss|error|errors|perplexity|nll|bpc|mse|rmse|mae|wer|cer|fid|nna|mmd|frechet|regret)($|_)")
-"""Names of figures of which less is better, as whole words between underscores."""
+"""Names of metrics of which less is better, as whole words between underscores."""
 
 PATHS = re.compile(r"(^|_)(path|file|filename|folder)$")
 """Names of a parameter that takes a path."""
@@ -49,13 +48,13 @@ class Answer:
         probabilities: of the classes ``[B, classes]``, of classifiers that give logits.
     """
 
-    metrics: Figures
+    metrics: Metrics
     predictions: Tensor | None = None
     probabilities: Tensor | None = None
 
 
 class Scorer(Protocol):
-    """Gives a network its figures.
+    """Gives a network its metrics.
 
     Attributes:
         name: what reports call it.
@@ -65,8 +64,8 @@ class Scorer(Protocol):
     def name(self) -> str:
         """What reports call it."""
 
-    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
-        """The figures of a network that was made for ``condition``; ``where`` names it in errors."""
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
+        """The metrics of a network that was made for ``condition``; ``where`` names it in errors."""
 
 
 class OwnScorer:
@@ -95,18 +94,18 @@ class OwnScorer:
         self.takes_path = _is_path(parameters[0])
         self.takes_condition = any(each.name == "condition" for each in parameters[1:])
 
-    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
         """What the function says of a network. Raises InputError if it fails or returns no numbers."""
         if self.takes_path:
             with self._written(network) as path:
                 return self.of_file(path, where, condition)
         return self._call(dict(network), condition, where)
 
-    def of_file(self, path: Path, where: str, condition: Sequence[float] | None = None) -> Figures:
+    def of_file(self, path: Path, where: str, condition: Sequence[float] | None = None) -> Metrics:
         """What a function that takes a path says of a file. Raises InputError as a call does."""
         return self._call(path, condition, where)
 
-    def _call(self, network: Any, condition: Sequence[float] | None, where: str) -> Figures:
+    def _call(self, network: Any, condition: Sequence[float] | None, where: str) -> Metrics:
         more = {"condition": condition} if self.takes_condition else {}
         try:
             found = self.function(network, **more)
@@ -117,7 +116,7 @@ class OwnScorer:
             raise InputError(
                 f"--score {self.name} failed on {where}{place}: {type(error).__name__}: {error}"
             ) from error
-        return self._figures(found, where)
+        return self._metrics(found, where)
 
     @contextlib.contextmanager
     def _written(self, network: StateDict) -> Iterator[Path]:
@@ -133,17 +132,17 @@ class OwnScorer:
             write_side_files(path, self.adapter, {})
             yield path
 
-    def _figures(self, found: Any, where: str) -> Figures:
+    def _metrics(self, found: Any, where: str) -> Metrics:
         values = found if isinstance(found, Mapping) else {self.label: found}
         try:
-            figures = {str(name): float(value) for name, value in values.items()}
+            metrics = {str(name): float(value) for name, value in values.items()}
         except (TypeError, ValueError):
-            figures = {}
-        if not figures:
+            metrics = {}
+        if not metrics:
             raise InputError(
                 f"--score {self.name} returned {type(found).__name__} for {where}; return a number or a dict of numbers"
             )
-        return figures
+        return metrics
 
 
 class TaskScorer:
@@ -161,17 +160,17 @@ class TaskScorer:
     """
 
     def __init__(self, task: Task, split: str, names: Sequence[str] = ()) -> None:
-        if not isinstance(task, FigureTask | SampleTask | Classifier | AdapterScorer | TaskFamily):
+        if not isinstance(task, MetricsTask | SampleTask | Classifier | AdapterScorer | TaskFamily):
             raise InputError(f"{type(task).__name__} scores no single network; give a function of your own (--score)")
         self.task, self.split, self.names = task, split, names
         self.name = f"{type(task).__name__}, {split} data"
 
-    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
-        """Its figures. Raises InputError if the network does not fit the task."""
-        if isinstance(self.task, FigureTask):
-            return self.task.figures(network, self.split)
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
+        """Its metrics. Raises InputError if the network does not fit the task."""
+        if isinstance(self.task, MetricsTask):
+            return self.task.own_metrics(network, self.split)
         if isinstance(self.task, SampleTask):
-            return sample_figures(self.task, network, self.split)
+            return sample_metrics(self.task, network, self.split)
         if isinstance(self.task, Classifier):
             predictions = self.task.predict([network], self.split)
             return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}
@@ -204,7 +203,7 @@ def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[flo
     if isinstance(scorer, StoredScorer):
         return answer_of(scorer.scorer, scorer.compress(network), condition, where)
     task = getattr(scorer, "task", None)
-    if not isinstance(task, Classifier) or isinstance(task, FigureTask | SampleTask):
+    if not isinstance(task, Classifier) or isinstance(task, MetricsTask | SampleTask):
         return Answer(scorer(network, condition, where))
     split, probabilities = scorer.split, None  # type: ignore[attr-defined]
     if isinstance(task, LogitTask):
@@ -233,8 +232,8 @@ class StoredScorer:
         """The scorer's own."""
         return self.scorer.name
 
-    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Figures:
-        """The scorer's figures. Raises as it does."""
+    def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
+        """The scorer's metrics. Raises as it does."""
         return self.scorer(self.compress(network), condition, where)
 
 
@@ -244,18 +243,18 @@ def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
 
 
 def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: Collection[str] = ()) -> set[str]:
-    """The figures of which less is better.
+    """The metrics of which less is better.
 
     Args:
-        names: of all figures.
+        names: of all metrics.
         lower, higher: what the user says of some.
 
     Raises:
-        InputError: a name in ``lower`` or ``higher`` is that of no figure, or in both.
+        InputError: a name in ``lower`` or ``higher`` is that of no metric, or in both.
     """
     for each in (*lower, *higher):
         if each not in names:
-            raise InputError(f"there is no figure {each!r} to be judged by; the scores are {', '.join(names)}")
+            raise InputError(f"there is no metric {each!r} to be judged by; the scores are {', '.join(names)}")
         if each in lower and each in higher:
             raise InputError(f"--lower and --higher both name {each!r}; give one of them")
     return {each for each in names if each in lower or (SMALL.search(each.lower()) and each not in higher)}

@@ -11,7 +11,8 @@ from torch import Tensor
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.permutations import Group
 from rpg.evaluation.rebasin import Matcher
-from rpg.evaluation.vectors import StateDict, VectorSpace
+from rpg.evaluation.vectors import VectorSpace
+from tokenization.checkpoint.structure import StateDict
 
 ROWS = 16
 """Matched networks that are held at a time."""

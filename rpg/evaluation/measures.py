@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.combinations import Combination, Cook, combine, make_baselines
+from rpg.evaluation.combinations import Combination, Maker, combine, make_baselines
 from rpg.evaluation.conditions import Conditions, conditional_baselines
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
@@ -24,12 +24,12 @@ from rpg.evaluation.metrics import bootstrap_interval
 from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.novelty import distances
 from rpg.evaluation.report import Networks, Report, finite_values, networks
-from rpg.evaluation.span import Places, ZooSpan, measure_span
+from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
 from rpg.evaluation.two_sample import max_similarity, max_similarity_among, two_sample
-from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
 DIVERSITY_VALUES = 1 << 25
@@ -80,7 +80,7 @@ class _Seen:
     """What is kept of one network."""
 
     answer: Answer
-    places: Places
+    projections: Projections
     matched: Tensor | None = None  # [1, n]
     own: float | None = None  # distance to the checkpoint of its condition
     vector: Tensor | None = None  # normalised values
@@ -95,8 +95,8 @@ class _Kind:
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def places(self) -> Places:
-        return Places.join([each.places for each in self.seen])
+    def projections(self) -> Projections:
+        return Projections.join([each.projections for each in self.seen])
 
     def stacked(self, name: str) -> Tensor | None:
         """What all networks answer; None where one does not."""
@@ -179,12 +179,12 @@ class Evaluation:
 
     def _look_at_original(self, place: int, checkpoint: Checkpoint) -> _Seen:
         row = slice(place, place + 1)
-        places = Places(self.zoo.gram.diagonal()[row], self.zoo.gram[row])
+        places = Projections(self.zoo.gram.diagonal()[row], self.zoo.gram[row])
         return _Seen(self._answer("original", place, load(checkpoint)), places)
 
-    def _look(self, kind: str, place: int, network: StateDict, places: Places | None = None) -> _Seen:
+    def _look(self, kind: str, place: int, network: StateDict, places: Projections | None = None) -> _Seen:
         answer = self._answer(kind, place, network)
-        places = self.zoo.place([network]) if places is None else places
+        places = self.zoo.project([network]) if places is None else places
         matching, targets, matched = self.options.matching, self.conditions.targets, None
         if matching is not None:
             matched = matching.matched([network], self.zoo.distances(places).float())
@@ -215,23 +215,25 @@ class Evaluation:
         self.seconds = spent[0] / len(made.places) if len(made.places) else None
         self.kinds["generated"] = _Kind(found, self.conditions.wanted)
 
-    def _look_at_made(self, kind: str, place: int, made: Combination | Cook) -> _Seen:
+    def _look_at_made(self, kind: str, place: int, made: Combination | Maker) -> _Seen:
         if not isinstance(made, Combination):
             return self._look(kind, place, made())
         network = combine(self.zoo, made)
-        return self._look(kind, place, network, None if made.noise else self.zoo.place_combinations(made.weights[None]))
+        return self._look(
+            kind, place, network, None if made.noise else self.zoo.project_combinations(made.weights[None])
+        )
 
-    def _baselines(self, num: int) -> Mapping[str, Sequence[Combination | Cook]]:
+    def _baselines(self, num: int) -> Mapping[str, Sequence[Combination | Maker]]:
         """Each condition has an average of its own."""
         options, generated = self.options, self.kinds.get("generated")
         distance = None
         if generated is not None:
-            distance = self.zoo.distances(generated.places).amin(1).nanmedian().item()
+            distance = self.zoo.distances(generated.projections).amin(1).nanmedian().item()
         made, self.notes = make_baselines(self.zoo, self.config, num, distance, options.seed)
         if self.conditions.wanted:
             made["average"] = made["average"] * num
         given = self.zoo, self.conditions, options.merges, self.config, num, options.seed
-        every: dict[str, Sequence[Combination | Cook]] = {**conditional_baselines(*given), **made}
+        every: dict[str, Sequence[Combination | Maker]] = {**conditional_baselines(*given), **made}
         if options.train is not None:
             ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in made.items()}
             for name, batch in options.train(ready).items():
@@ -273,7 +275,7 @@ class Evaluation:
                 if set(seen.answer.metrics) != set(names):
                     raise InputError(
                         f"{self.scorer.name} gave {', '.join(seen.answer.metrics)} for network {place} of kind {kind}, "
-                        f"but {', '.join(names)} for the first original; return the same figures for every network"
+                        f"but {', '.join(names)} for the first original; return the same metrics for every network"
                     )
         less = less_is_better(names, self.options.lower, self.options.higher)
         return {name: "less" if name in less else "more" for name in names}
@@ -307,7 +309,9 @@ class Evaluation:
         """Distances to all originals ``[N, n]``, matched where hidden units are."""
         matched = [each.matched for each in kind.seen]
         known = [each for each in matched if each is not None]
-        return torch.cat(known).double() if known and len(known) == len(matched) else self.zoo.distances(kind.places)
+        return (
+            torch.cat(known).double() if known and len(known) == len(matched) else self.zoo.distances(kind.projections)
+        )
 
     def _networks(self, name: str, unit: float, good: tuple[str | None, float, float | None], axes: Any) -> Networks:
         kind, (first, sign, threshold), seed = self.kinds[name], good, self.options.seed
@@ -315,7 +319,7 @@ class Evaluation:
         far: dict[str, Any] = {}
         more: dict[str, Any] = {}
         if unit > 0:
-            plain = self.zoo.distances(kind.places)
+            plain = self.zoo.distances(kind.projections)
             every = {"nearest": self._far(kind), "plain": plain} if self.options.matching else {"nearest": plain}
             if name == "original":
                 every = {"nearest": plain.fill_diagonal_(float("inf"))}
@@ -332,7 +336,7 @@ class Evaluation:
                 more["novel"] = tuple(rows.mean(1).tolist())
                 more["novel_ci95"] = tuple(bootstrap_interval(row, seed) for row in rows)
         if axes is not None:
-            points = (kind.places.products @ axes).nan_to_num(0.0, 0.0, 0.0)
+            points = (kind.projections.products @ axes).nan_to_num(0.0, 0.0, 0.0)
             more["components"] = tuple((x, y) for x, y in points.tolist())
         wanted = [kind.conditions[i % len(kind.conditions)] for i in range(len(kind.seen))] if kind.conditions else []
         given = wanted if all(each is not None for each in wanted) else ()
@@ -346,7 +350,7 @@ class Evaluation:
         kind = self.kinds.get("generated")
         if kind is None or not unit > 0 or not kind.seen:
             return {}
-        places, vectors = kind.places, self.vectors_of("generated")
+        places, vectors = kind.projections, self.vectors_of("generated")
         ratios = {
             "mean_squared_deviation_ratio": places.squares.mean().item() / self.zoo.mean_square,
             "nearest_distance_ratio": self.zoo.distances(places).amin(1).median().item() / self.zoo.unit(),

@@ -14,8 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rpg.evaluation.permutations import Group
-
-StateDict = Mapping[str, Tensor]
+from tokenization.checkpoint.structure import StateDict
 
 
 def permute(state_dict: StateDict, groups: Sequence[Group], orders: Sequence[Tensor]) -> dict[str, Tensor]:

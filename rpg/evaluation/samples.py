@@ -50,8 +50,8 @@ ROWS, COLUMNS, GAP, SCALE = 6, 8, 4, 4
 """Of a picture of samples: images of a network, pixels between two networks, and pixels a pixel is enlarged to."""
 
 
-def sample_figures(task: SampleTask, network: Mapping[str, Tensor], split: str) -> dict[str, float]:
-    """Figures by name: ``one_nna`` first, 0.5 where samples cannot be told from as many held-out images.
+def sample_metrics(task: SampleTask, network: Mapping[str, Tensor], split: str) -> dict[str, float]:
+    """Metrics by name: ``one_nna`` first, 0.5 where samples cannot be told from as many held-out images.
 
     Args:
         task: draws, and has the images.

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rpg.evaluation.vectors import StateDict
 from rpg.section import Section
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 
 BLOCK = 1 << 16
 """Values of each checkpoint that are looked at together."""
@@ -45,7 +45,7 @@ class Span(Section):
 
 
 @dataclass(frozen=True)
-class Places:
+class Projections:
     """Where networks lie, seen from the zoo's mean, in normalised values.
 
     Attributes:
@@ -57,7 +57,7 @@ class Places:
     products: Tensor
 
     @classmethod
-    def join(cls, parts: Sequence[Places]) -> Places:
+    def join(cls, parts: Sequence[Projections]) -> Projections:
         """All of them, one after the other."""
         squares, products = ([getattr(each, name) for each in parts] for name in ("squares", "products"))
         return cls(torch.cat(squares), torch.cat(products))
@@ -151,17 +151,17 @@ class ZooSpan:
             for checkpoint in self.checkpoints:
                 checkpoint.release(name, first, first + BLOCK)
 
-    def place(self, networks: Iterable[StateDict]) -> Places:
+    def project(self, networks: Iterable[StateDict]) -> Projections:
         """Where networks lie; they are taken one at a time where they are large, small ones in groups."""
         size = max(1, GROUP_VALUES // max(1, self.num_values))
         remaining = iter(networks)
-        found = [self._place([])]
+        found = [self._project([])]
         while group := list(itertools.islice(remaining, size)):
-            found.append(self._place(group))
+            found.append(self._project(group))
             group.clear()  # the next one may need their memory
-        return Places.join(found)
+        return Projections.join(found)
 
-    def _place(self, networks: Sequence[StateDict]) -> Places:
+    def _project(self, networks: Sequence[StateDict]) -> Projections:
         squares = torch.zeros(len(networks), dtype=torch.float64)
         products = torch.zeros(len(networks), len(self.checkpoints), dtype=torch.float64)
         for name, scale in self.scales.items() if networks else ():
@@ -171,16 +171,16 @@ class ZooSpan:
                 deviations = torch.stack([flat[block].float() for flat in flats]) - mean
                 squares += deviations.double().square().sum(1) / scale**2
                 products += _products(deviations, values - mean) / scale**2
-        return Places(squares, products)
+        return Projections(squares, products)
 
-    def place_combinations(self, weights: Tensor) -> Places:
+    def project_combinations(self, weights: Tensor) -> Projections:
         """Where the networks mean + Σ weights · deviations lie, float64 ``[N, n]``: exact, and no value is read."""
         products = weights @ self.gram
-        return Places((products * weights).sum(1), products)
+        return Projections((products * weights).sum(1), products)
 
-    def distances(self, places: Places) -> Tensor:
+    def distances(self, projections: Projections) -> Tensor:
         """Distance of each network to each checkpoint, float64 ``[N, n]``."""
-        squares = places.squares[:, None] + self.gram.diagonal() - 2 * places.products
+        squares = projections.squares[:, None] + self.gram.diagonal() - 2 * projections.products
         return squares.clamp(min=0).sqrt()
 
     def distance(self, network: StateDict, checkpoint: Checkpoint) -> float:
@@ -213,7 +213,7 @@ class ZooSpan:
 
     def unit(self) -> float:
         """Median distance of a checkpoint to its nearest neighbour that is another network; 0 where there is none."""
-        among = self.distances(Places(self.gram.diagonal(), self.gram)).fill_diagonal_(float("inf"))
+        among = self.distances(Projections(self.gram.diagonal(), self.gram)).fill_diagonal_(float("inf"))
         among[among <= TWINS * self.mean_square**0.5] = float("inf")
         near = among.amin(1)
         return near[near.isfinite()].median().item() if bool(near.isfinite().any()) else 0.0
@@ -224,12 +224,14 @@ class ZooSpan:
         return self.gram.trace().item() / len(self.checkpoints)
 
 
-def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int], accuracy: float | None = None) -> Span | None:
+def measure_span(
+    zoo: ZooSpan, projections: Projections, asked: Sequence[int], accuracy: float | None = None
+) -> Span | None:
     """Whether networks are what they were asked to be, and spread as those are.
 
     Args:
         zoo: what they were learned from.
-        places: of the generated networks.
+        projections: of the generated networks.
         asked: the place in the zoo of the checkpoint that each was asked to be.
         accuracy: the networks' mean accuracy, to be reported.
 
@@ -240,9 +242,9 @@ def measure_span(zoo: ZooSpan, places: Places, asked: Sequence[int], accuracy: f
         return None
     rows = torch.arange(len(asked))
     squares = zoo.gram.diagonal()[list(asked)]
-    lengths = (places.squares * squares).sqrt()
-    cosines = places.products[rows, list(asked)] / lengths.clamp(min=1e-300)  # the mean itself points nowhere: 0
-    cosine, spread = cosines.mean().item(), (places.squares.sum() / squares.sum()).item()
+    lengths = (projections.squares * squares).sqrt()
+    cosines = projections.products[rows, list(asked)] / lengths.clamp(min=1e-300)  # the mean itself points nowhere: 0
+    cosine, spread = cosines.mean().item(), (projections.squares.sum() / squares.sum()).item()
     if not (math.isfinite(cosine) and math.isfinite(spread)):  # JSON has no NaN
         return None
     return Span(cosine=cosine, spread=spread, accuracy=accuracy, num=len(asked))

@@ -14,9 +14,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rpg.evaluation.vectors import StateDict
 from rpg.tasks.side_by_side import LARGE, Stacked, stack
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 
 PART_BYTES = 1 << 29
 """Networks of this many bytes in all, and one at least, are held at once."""

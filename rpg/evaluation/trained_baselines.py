@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rpg.evaluation.config import ControlConfig
 from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
-from rpg.evaluation.vectors import StateDict
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.collecting import warm_cosine
 from rpg.tasks.side_by_side import SideBySide, stack, unstack
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
 START_NAMES = tuple(name + AT_DISTANCE for name in ("noise", "coordinate_gaussian", "run_coordinate_gaussian"))

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
-
-StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

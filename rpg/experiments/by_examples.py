@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
+from rpg.experiments.calibration import error_by_distance
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.few_examples import FewExamples
 from rpg.experiments.single import existing
@@ -28,18 +30,21 @@ PER_CLASS = (1, 2, 5, 10, 20)
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test", **_: Any) -> Report:
+def evaluate_by_examples(
+    run: Path | str, *, seed: int = 0, split: str = "test", compare: bool = True, **_: Any
+) -> Report:
     """Score networks for unseen tasks by the number of examples a class, and everything simpler.
 
     Args:
         run: a run of ``model.condition.kind: examples`` without codes.
         seed: decides the examples and all that is random.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images.
+        compare: whether the rivals are trained and scored, too.
     """
     started = time.perf_counter()
+    generator = Generator.from_pretrained(run)
+    zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
     with single_threaded():
-        generator = Generator.from_pretrained(run)
-        zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
         sets = {
             name: ExampleSets(task, zoo_conditions(zoo, zoo.subset(name)), "test" if name == "unseen" else name, seed)
             for name in ("validation", "unseen")
@@ -49,37 +54,36 @@ def evaluate_by_examples(run: Path | str, *, seed: int = 0, split: str = "test",
         rivals = FewExamples(
             task, zoo_conditions(zoo, seen), stack([zoo.state_dict(i) for i in seen]), load_file(zoo.path / BASE), seed
         )
-        by_number: dict[int, dict[str, Any]] = {}
-        seconds = 0.0
+        kinds: dict[int, dict[str, Networks]] = {}
         for number in PER_CLASS:
             num = number * wanted.num_classes
-            found: dict[str, Any] = {}
+            found: dict[str, Networks] = {}
             begun = time.process_time()
             for name, labelled in (("generated", True), ("generated_unlabelled", False)):
-                found[name] = rivals.accuracy(wanted, asked(generator, wanted, num, labelled, seed))
+                found[name] = rivals.scored(wanted, asked(generator, wanted, num, labelled, seed))
             seconds = (time.process_time() - begun) / (2 * len(wanted.conditions))
-            for name, method in rivals.methods.items():
-                found[name] = rivals.accuracy(wanted, method[0](wanted, num, rivals.tuned(name, tuning, num)))
-            found["logistic_regression"] = rivals.logistic_regression(wanted, num)
-            by_number[number] = found
-        original = stack([zoo.state_dict(i) for i in zoo.subset("validation" if split == "validation" else "unseen")])
-        trained = rivals.accuracy(wanted, original)
-    kinds = {
-        number: {name: networks({"accuracy": values}, seed=seed) for name, values in of_number.items()}
-        for number, of_number in by_number.items()
-    }
-    for of_number in kinds.values():
-        of_number["original"] = networks({"accuracy": trained}, seed=seed)
+            for name, method in rivals.methods.items() if compare else ():
+                found[name] = rivals.scored(wanted, method[0](wanted, num, rivals.tuned(name, tuning, num)))
+            if compare:
+                found["logistic_regression"] = networks(
+                    {"accuracy": rivals.logistic_regression(wanted, num)}, seed=seed
+                )
+            kinds[number] = found
+        names = zoo.subset("validation" if split == "validation" else "unseen")
+        trained = rivals.scored(wanted, stack([zoo.state_dict(i) for i in names]))
+        wrong = 1 - torch.tensor(kinds[PER_CLASS[0]]["generated"].metrics["accuracy"])
+        calibration, extras = error_by_distance(generator, wanted.rows(PER_CLASS[0] * wanted.num_classes, True), wrong)
+    kinds = {number: {**found, "original": trained} for number, found in kinds.items()}
     report = Report(
-        experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more"},
+        experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more", "joint": "less"},
         kinds=kinds[PER_CLASS[0]],
         parts={f"{number} examples a class": found for number, found in kinds.items() if number != PER_CLASS[0]},
         references=("original", "generated_unlabelled"),
         asked={"examples a class": PER_CLASS[0]},
-        curves={"Accuracy by examples": _curve(kinds)},
+        curves={"Accuracy by examples": _curve(kinds), **calibration},
+        extras=extras,
         facts={
-            **generator.facts,
-            "processor seconds a network, scored": round(seconds, 4),
+            **generator.facts, "processor seconds a network, scored": round(seconds, 4),
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip

@@ -24,7 +24,7 @@ from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
-from rpg.training.loop import Progress, Watch, train
+from rpg.training.loop import TrainingProgress, WatchGenerator, train
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -69,8 +69,8 @@ def train_and_compare(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
+    progress: TrainingProgress | None = None,
+    watch: WatchGenerator | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Path, Comparison | None]:
     """Train the configured generator, and kernel ridge in ``<run>/kernel_ridge``; write ``<run>/compare.json``.

@@ -38,7 +38,7 @@ def copies_notice(generator: Generator, networks: Sequence[Path], state: str | N
     if len(trained) < 2 or len(trained) * generator.layout.num_values > MOST_VALUES:
         return None
     span = zoo_span(generator, zoo, trained)
-    places = span.place(Checkpoint.open(path).state_dict() for path in networks[:_LOOKED_AT])
+    places = span.project(Checkpoint.open(path).state_dict() for path in networks[:_LOOKED_AT])
     near, unit = span.distances(places).min(1), span.unit()
     if not unit or not bool((near.values < NEAR * unit).any()):
         return None

@@ -17,6 +17,7 @@ from torch import Tensor
 from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
+from rpg.experiments.calibration import error_by_distance
 from rpg.experiments.direct_generators import train_direct
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
@@ -42,25 +43,25 @@ TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3,
 
 IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
-DIRECT_STEPS = 2500
-"""Training steps of the rivals that make networks at once, at most; never more than the generator's own."""
-
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rivals: bool = True, **_: Any) -> Report:
+def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compare: bool = True, **_: Any) -> Report:
     """Score draws for unseen tasks, task by task, and everything that is compared with them.
 
     Args:
         run: a run of ``model.condition.kind: examples`` whose codes have a prior.
         seed: decides shown images, draws and rivals.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
-        rivals: whether the networks that have to be trained are compared, too.
+        compare: whether the networks that have to be trained are compared, too.
     """
     started = time.perf_counter()
     with single_threaded():
-        methods = Methods(Generator.from_pretrained(run), seed, rivals)
+        methods = Methods(Generator.from_pretrained(run), seed, compare)
         parts = {num: methods.kinds(split, num) for num in SHOWN}
         curves = methods.curves(split)
+        wrong = 1 - torch.tensor(parts[SHOWN[0]]["generated"].metrics["network_accuracy"])
+        rows = methods.sets(split).rows(SHOWN[0], False)
+        calibration, extras = error_by_distance(methods.generator, rows, wrong)
     report = Report(
         experiment="draws",
         judge="sensors",
@@ -70,7 +71,8 @@ def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", rival
         kinds=parts[SHOWN[0]],
         parts={f"{num} images": kinds for num, kinds in parts.items() if num != SHOWN[0]},
         asked={"images": SHOWN[0], "labelled": False},
-        curves=curves,
+        curves={**curves, **calibration},
+        extras=extras,
         notes=(
             "joint is -log of the mean over a set's networks of the probability of all right answers, an image: a set "
             "is good if it holds the right network. accuracy and nll are of the set's average answer.",
@@ -240,7 +242,7 @@ class Methods:
         def seen(num: int, rng: torch.Generator) -> Tensor:
             return self.known[torch.randint(len(self.known), (num,), generator=rng)]
 
-        steps = min(config.train.steps, DIRECT_STEPS)
+        steps = config.train.steps  # as long as the generator
         fresh = None if self.fresh else seen
         layout, task = self.generator.layout, self.task
         return train_direct(task, examples, layout, steps, draws=draws, noise=noise, seed=self.seed, draw_tasks=fresh)

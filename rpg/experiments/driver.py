@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from rpg.config import Config
-from rpg.evaluation.report import Report
+from rpg.evaluation.report import Networks, Report
+from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
-from rpg.experiments.held_out_tasks import evaluate_held_out, require_splits, task_family
 from rpg.experiments.single import collect
-from rpg.experiments.tasks_page import wished_task
-from rpg.experiments.trajectories import wished_trajectory
+from rpg.experiments.tasks_page import requested_task
+from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.language.config import LanguageConfig
@@ -27,13 +30,13 @@ from tokenization.zoo.locks import locks
 
 EXPERIMENTS = {
     "fields": "rpg.labs.fields.experiment:experiment",
-    "trajectories": "rpg.labs.training_runs.experiment:experiment",
+    "training_runs": "rpg.labs.training_runs.experiment:experiment",
     "tickets": "rpg.labs.tickets.experiment:experiment",
     "sensors": "rpg.experiments.sensors:experiment",
 }
 """Experiments of their own, by the task's name: functions of a configuration."""
 
-Progress = Mapping[str, Callable[..., None]]
+ProgressBars = Mapping[str, Callable[..., None]]
 
 
 def train_anew(config: Config, **options: Any) -> Path:
@@ -51,27 +54,29 @@ class Experiment:
             unless the split is ``validation``.
         train: takes a configuration, and ``progress`` and ``watch`` by name, as `rpg.training.loop.train` does.
         then: the command to run next; ``{run}`` stands for the run.
+        further: options of ``evaluate`` for the generators of further seeds.
     """
 
     name: str
     evaluate: Callable[..., Report]
     train: Callable[..., Any] = train_anew
     then: str = "rpg generate {run} --num 10"
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 def experiment_of(
-    config: Config, judge: Judge | None = None, *, trajectory: str | None = None, command: str = ""
+    config: Config, judge: Judge | None = None, *, path_condition: str | None = None, command: str = ""
 ) -> Experiment:
     """The experiment of a configuration: its task's own, else on unseen tasks where it has any, else on networks.
 
     Args:
         config: the configuration.
         judge: who scores; tasks are scored by their family, networks by a function where there is one.
-        trajectory: the condition whose networks the page shows on their way from noise.
+        path_condition: the condition whose networks the page shows on their way from noise.
         command: what is run, for the page.
 
     Raises:
-        InputError: before anything long begins: tasks of some split are missing, or there is no such trajectory.
+        InputError: before anything long begins: tasks of some split are missing, or there is no such path_condition.
     """
     if config.task is not None and config.task.name in EXPERIMENTS:
         found: Experiment = resolve_name(EXPERIMENTS[config.task.name])(config)
@@ -82,12 +87,12 @@ def experiment_of(
             raise InputError("--lower and --higher are for figures of your own; give --score, too")
         task = task_family(config)
         require_splits(task)
-        bits = wished_task(task, config, trajectory) if trajectory is not None else None
-        return Experiment("tasks", partial(evaluate_held_out, command=command, trajectory=bits))
-    if trajectory is not None and config.task is not None:
+        bits = requested_task(task, config, path_condition) if path_condition is not None else None
+        return Experiment("tasks", partial(evaluate_unseen, command=command, path_condition=bits))
+    if path_condition is not None and config.task is not None:
         task = build_task(config.task)
-        wished_trajectory(config, getattr(task, "condition", None), trajectory)
-    return Experiment("networks", partial(evaluate_run, judge=judge, trajectory=trajectory))
+        requested_condition(config, getattr(task, "condition", None), path_condition)
+    return Experiment("networks", partial(evaluate_run, judge=judge, path_condition=path_condition))
 
 
 def compares_tasks(config: Config) -> bool:
@@ -112,7 +117,7 @@ def require_adapters(config: Config) -> None:
 
 @locks(lambda config, *_, **__: config.run)
 def run_experiment(
-    config: Config, experiment: Experiment, *, progress: Progress | None = None, seeds: int = 1, **options: Any
+    config: Config, experiment: Experiment, *, progress: ProgressBars | None = None, seeds: int = 1, **options: Any
 ) -> Report:
     """Collect what the task lacks, train in place of the run that is there, and judge.
 
@@ -136,12 +141,42 @@ def run_experiment(
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
         experiment.train(each, progress=progress.get("train"), watch=progress.get("watch"))
-        reports.append(experiment.evaluate(run, seed=each.seed, **options))
+        further = experiment.further if number else {}
+        reports.append(experiment.evaluate(run, seed=each.seed, **{**options, **further}))
     facts: dict[str, Any] = {"collect_seconds": collected, "seconds": time.perf_counter() - started}
     if seeds > 1:
         facts["seeds"] = [{"seed": each.seed, "mean": each.mean("generated"), **each.facts} for each in reports]
-    report = reports[0].model_copy(update={"facts": {**reports[0].facts, **facts}})
+    extras = {"over_seeds": over_seeds(reports)} if seeds > 1 else {}
+    changes = {"facts": {**reports[0].facts, **facts}, "extras": {**reports[0].extras, **extras}}
+    report = reports[0].model_copy(update=changes)
     workers = options.get("workers")
     if workers is None or workers.is_first:
         report.save(config.run)
     return report
+
+
+def over_seeds(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean and 95 % interval (Student's t) over the reports of several seeds, by part, kind and metric.
+
+    The metrics of sets of networks are called ``<metric> of <networks>``. Kinds that not all reports have are left out.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    parts = [{"": each.kinds, **each.parts} for each in reports]
+    for part, kinds in parts[0].items():
+        for kind in kinds:
+            if not all(kind in each[part] for each in parts):
+                continue
+            values = [_means(each[part][kind]) for each in parts]
+            found.setdefault(part, {})[kind] = {name: _interval([each[name] for each in values]) for name in values[0]}
+    return found
+
+
+def _means(kind: Networks) -> dict[str, float]:
+    means = {name: each.mean for name, each in kind.summaries.items() if each is not None}
+    return means | {f"{name} of {size}": each for name, sizes in kind.joint.items() for size, each in sizes.items()}
+
+
+def _interval(values: list[float]) -> dict[str, Any]:
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return {"mean": mean, "ci95": [mean - half, mean + half], "values": values}

@@ -26,18 +26,18 @@ from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.samples import SCALE, draw_samples, save_image
-from rpg.evaluation.span import Places, ZooSpan, measure_span
+from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
 from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
-from rpg.evaluation.vectors import StateDict
 from rpg.evaluation.workers import Workers
+from rpg.experiments.denoising_paths import denoising_path_of, requested_condition
 from rpg.experiments.score_conditions import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
-from rpg.experiments.trajectories import trajectory_of, wished_trajectory
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
 from rpg.training.data import training_entries
+from tokenization.checkpoint.structure import StateDict
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
@@ -85,7 +85,7 @@ class Judge:
 def evaluate_run(
     run: Path | str, judge: Judge | Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
     output: Path | str | None = None, workers: Workers | None = None, split: str | None = None,
-    trajectory: str | None = None, changes: Sequence[str] = (),
+    path_condition: str | None = None, changes: Sequence[str] = (),
 ) -> Report:  # fmt: skip
     """Generate networks with the generator of a run and judge them beside originals and simple baselines.
 
@@ -98,7 +98,7 @@ def evaluate_run(
         judge: who scores: a function of a state dict or path, or its place; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
         seed, workers: decides everything random; the processes that share the work.
-        trajectory: the condition whose networks are shown on their way from noise.
+        path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
     Raises:
@@ -112,7 +112,7 @@ def evaluate_run(
     _keep_scores(Path(output or run), judge)
     require_for_choices(config, split if generator.condition is not None else "")
     scorer = judge.scorer(generator.adapter, config, zoo, split)
-    wish = wished_trajectory(config, generator.condition, trajectory) if trajectory is not None else None
+    asked_for = requested_condition(config, generator.condition, path_condition) if path_condition is not None else None
     trained, held_out = parts_of(zoo, config)
     conditions, requested = conditions_asked(generator, zoo, trained, held_out, num, split)
     runs = [zoo.entries[index].run for index in trained]
@@ -134,8 +134,11 @@ def evaluate_run(
         command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
         page = _page(run, generator, zoo, report, command)
         page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
-        if wish is not None or (generator.condition is None and task is not None):
-            page.condition, page.trajectory = trajectory or "", _trajectory(generator, scorer, span, wish, seed)
+        if asked_for is not None or (generator.condition is None and task is not None):
+            page.condition, page.denoising_path = (
+                path_condition or "",
+                _denoising_path(generator, scorer, span, asked_for, seed),
+            )
         write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
     return report
 
@@ -266,13 +269,13 @@ def _stored_span(
     made = generator.one_by_one(num, seed=seed, state="stored", partition=part)
     made = made if form is None else map(form.expand, made)
 
-    def look(place: int, network: StateDict) -> tuple[Places, float | None]:
+    def look(place: int, network: StateDict) -> tuple[Projections, float | None]:
         found = answer_of(scorer, network, None, f"network {place} of stored states").metrics.get("accuracy")
-        return zoo.place([network]), found
+        return zoo.project([network]), found
 
     places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
     accuracy = sum(right) / len(right) if None not in right else None
-    span = measure_span(zoo, Places.join(places), asked, accuracy)
+    span = measure_span(zoo, Projections.join(places), asked, accuracy)
     return None if span is None else span.model_dump()
 
 
@@ -308,24 +311,24 @@ def _merges(
     return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 
 
-def _trajectory(
-    generator: Generator, scorer: Scorer | None, span: ZooSpan, wish: Any, seed: int
+def _denoising_path(
+    generator: Generator, scorer: Scorer | None, span: ZooSpan, asked_for: Any, seed: int
 ) -> list[tuple[int, Tensor]]:
     """The first metric of networks for a condition on their way from noise, without metrics their distance."""
     names = generator.condition.names if generator.condition is not None else ()
-    asked = wish
-    if isinstance(wish, str):  # a text that the zoo has is known to the scorer by its place
-        asked = [float(names.index(wish))] if wish in names else None
+    asked = asked_for
+    if isinstance(asked_for, str):  # a text that the zoo has is known to the scorer by its place
+        asked = [float(names.index(asked_for))] if asked_for in names else None
     form = generator.layout.compressed
 
     def measure(networks: Sequence[StateDict]) -> Tensor:
         networks = networks if form is None else [form.expand(each) for each in networks]
         if scorer is None:
-            return span.distances(span.place(networks)).amin(1) / (span.unit() or 1.0)
+            return span.distances(span.project(networks)).amin(1) / (span.unit() or 1.0)
         every = [scorer(each, asked, f"network {place} on its way") for place, each in enumerate(networks)]
         return torch.tensor([next(iter(each.values())) for each in every])
 
-    return trajectory_of(generator, wish, seed, measure, wanted=wish is not None)
+    return denoising_path_of(generator, asked_for, seed, measure, wanted=asked_for is not None)
 
 
 def _heatmaps(span: ZooSpan, generated: Tensor | None) -> list[Heatmap]:

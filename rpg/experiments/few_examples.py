@@ -13,7 +13,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from rpg.evaluation.ensembles import ensemble_metrics
+from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
+from rpg.evaluation.report import Networks
 from rpg.experiments.example_sets import ExampleSets
 from rpg.seeding import make_rng
 from rpg.tasks.side_by_side import Stacked, repeat
@@ -55,6 +56,10 @@ class FewExamples:
             "reptile": (self._reptile, TUNING),
             "map_in_directions": (self._map, PENALTIES),
         }
+
+    def scored(self, sets: ExampleSets, networks: Stacked) -> Networks:
+        """A report's kind of a network for every task."""
+        return sets_of_networks(sets.probabilities(networks), sets.targets, seed=self.seed)
 
     def accuracy(self, sets: ExampleSets, networks: Stacked) -> Tensor:
         """Of a network for every task, ``[T]``."""

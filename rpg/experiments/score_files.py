@@ -1,4 +1,4 @@
-"""The figures of any checkpoints, each by itself: of a zoo, of files of any kind, of PEFT folders."""
+"""The metrics of any checkpoints, each by itself: of a zoo, of files of any kind, of PEFT folders."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
-from rpg.evaluation.judges import Figures, TaskScorer, load_scorer
+from rpg.evaluation.judges import Metrics, TaskScorer, load_scorer
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import find_task
 from rpg.tasks import build_task
-from rpg.tasks.base import AdapterScorer, Classifier, FigureTask, SampleTask
+from rpg.tasks.base import AdapterScorer, Classifier, MetricsTask, SampleTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
@@ -26,8 +26,8 @@ def score_checkpoints(
     split: str,
     workers: Workers | None = None,
     chosen: Chosen = AS_FOUND,
-) -> dict[str, dict[str, Figures]]:
-    """Figures of checkpoints, by name, then by task; the task is called "" where there is but one.
+) -> dict[str, dict[str, Metrics]]:
+    """Metrics of checkpoints, by name, then by task; the task is called "" where there is but one.
 
     Args:
         paths: zoos, of which every checkpoint is scored; checkpoints of any kind; PEFT folders.
@@ -47,7 +47,7 @@ def score_checkpoints(
     items = [each for path in paths for each in _checkpoints(path)]
     task_of = functools.cache(lambda source: _task(source, config))
 
-    def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Figures]:
+    def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Metrics]:
         name, file, source = item
         if own is not None:
             condition = None
@@ -74,7 +74,7 @@ def _task(source: Path | None, config: Config | None) -> Any:
         raise InputError(
             f"nothing says how to score {source}; give a CONFIG with a task, or a function of your own (--score)"
         )
-    if not isinstance(task, AdapterScorer | Classifier | FigureTask | SampleTask):
+    if not isinstance(task, AdapterScorer | Classifier | MetricsTask | SampleTask):
         raise InputError(
             f"the task {type(task).__name__} scores no single checkpoint; give a function of your own (--score)"
         )

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.regression import Regression, regression_grid, tune
-from rpg.evaluation.report import Curve, Report, networks
+from rpg.evaluation.report import Curve, Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.experiments.by_examples import evaluate_by_examples
 from rpg.experiments.calibration import error_by_distance
@@ -28,7 +30,7 @@ from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
-from rpg.tasks.sensors.informed import informed_accuracies, train_informed
+from rpg.tasks.sensors.informed import informed_probabilities, train_informed
 from rpg.tasks.sensors.sensors import BASE, SensorsTask
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from tokenization.zoo.locks import locks
@@ -36,6 +38,11 @@ from tokenization.zoo.zoo import Zoo
 
 LARGE = (128, 128)
 """Hidden widths of the network that takes settings as inputs and need not fit on a sensor."""
+
+ALONE = {"compare": False}
+"""Options of evaluating the generators of further seeds, whose rivals are the same."""
+
+NOTHING_TRAINED = EvaluateConfig(informed=0, fine_tuning=(), meta_learning=0)
 
 ANGLES = 24
 """Points of the curve over the angle."""
@@ -46,21 +53,23 @@ def experiment(config: Config) -> Experiment:
     if config.model.condition.kind != "examples":
         asked = "--setting angle=137 --setting inverted=true"
         asked = '--prompt "upside down"' if config.model.condition.kind == "text" else asked
-        return Experiment("sensors", evaluate_sensors, then=f"rpg generate {{run}} {asked} --output mine")
+        then = f"rpg generate {{run}} {asked} --output mine"
+        return Experiment("sensors", evaluate_sensors, then=then, further=ALONE)
     name, evaluate = (
         ("draws", evaluate_draws) if config.model.state.of != "none" else ("examples", evaluate_by_examples)
     )
-    return Experiment(name, evaluate, train_or_continue, "rpg generate {run} --examples FOLDER --num 16")
+    return Experiment(name, evaluate, train_or_continue, "rpg generate {run} --examples FOLDER --num 16", ALONE)
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
+def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, compare: bool = True, **_: Any) -> Report:
     """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
 
     Args:
         run: a run folder.
         split: images to score on; ``validation`` scores on validation sensors and writes nothing.
         seed: decides the generated networks.
+        compare: whether rivals that have to be trained for a while are compared, too.
 
     Raises:
         InputError: the run is not one of sensors.
@@ -69,6 +78,8 @@ def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, **_
     config, zoo = generator.config, Zoo.open(generator.config.zoo)
     task = task_of_sensors(config)
     with single_threaded():
+        if not compare:
+            generator.config = generator.config.model_copy(update={"evaluate": NOTHING_TRAINED})
         report = _compare(generator, task, zoo, "validation" if split == "validation" else "unseen", split, seed)
     if split != "validation":
         facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
@@ -118,28 +129,33 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         "generalist": repeat(base, len(settings)),
         "average": repeat({name: value.mean(0) for name, value in seen.items()}, len(settings)),
     }
-    scored = {name: task.accuracies(each, settings, split) for name, each in made.items()}
+    answers = {name: task.probabilities(each, settings, split) for name, each in made.items()}  # [T, B, K]
     notes = []
     if evaluate.informed:
         for name, widths in {"settings_as_inputs": (task.config.hidden,), "large_with_settings": LARGE}.items():
             network = train_informed(task, widths, evaluate.informed)
-            scored[name] = informed_accuracies(task, network, settings, split)
+            answers[name] = informed_probabilities(task, network, settings, split)
+        right = (answers[name].argmax(-1) == task.classes(split)).double().mean()
         notes.append(
-            f"One network of {network.num_values:,} values that takes the settings as inputs reaches "
-            f"{scored[name].mean():.1%}: generation is for targets that must be small, here "
+            f"One network of {network.num_values:,} values that takes the settings as inputs reaches {right:.1%}: "
+            f"generation is for targets that must be small, here "
             f"{sum(value[0].numel() for value in seen.values()):,} values."
         )
+    targets = task.classes(split).expand(len(settings), -1)
+    kinds = {
+        name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
+    }
     curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
     if evaluate.fine_tuning:
         curves["as_a_start"] = _starts(generator, task, zoo, made, settings, split, seed)
-    calibration, extras = error_by_distance(generator, requests, 1 - scored["generated"])
-    kinds = {name: networks({"accuracy": each}, conditions=settings, seed=seed) for name, each in scored.items()}
+    errors = 1 - torch.tensor(kinds["generated"].metrics["accuracy"])
+    calibration, extras = error_by_distance(generator, requests, errors)
     return Report(
         experiment="sensors",
         judge=f"{len(settings)} {sensors} sensors",
         split=split,
         seed=seed,
-        better={"accuracy": "more"},
+        better={"accuracy": "more", "joint": "less"},
         kinds=kinds,
         references=("original", "large_with_settings", "taught_wordings"),
         asked={**asked_by, "settings": {each.name: [each.low, each.high] for each in task.settings}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
+from rpg.tasks.collecting import Progress
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
 from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
-
-Progress = Callable[[int, int], None]
 
 ALIGNED = "-aligned"
 """Ends the names of zoos that `rpg align` writes."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.adapter_merges import PeftMerges
-from rpg.evaluation.held_out import held_out_baselines, random_other
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.task_networks import Parts, TaskNetworks, in_parts
+from rpg.evaluation.unseen_tasks import random_other, unseen_baselines
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import Partition
 from rpg.seeding import derive_seed
@@ -79,7 +79,7 @@ class Methods:
             "generated": parts_for(self.generator, bits, self.seed, partition=self.partition),
             "no_condition": parts_for(self.generator, others, self.seed, partition=self.partition),
             **(extra or {}),
-            **held_out_baselines(self.seen, mine.bits, self.regressions, own),
+            **unseen_baselines(self.seen, mine.bits, self.regressions, own),
             **self._merged(mine.bits),
         }
 
@@ -150,7 +150,7 @@ def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetwo
     """
     last = {zoo.entries[index].run: index for index in zoo.subset(split)}
     if not last:
-        raise InputError(f"{zoo.path} has no task of split {split!r}; change task.held_out")
+        raise InputError(f"{zoo.path} has no task of split {split!r}; change task.unseen")
     bits = torch.tensor([zoo.entries[index].condition for index in last.values()]).long()
     opened = zoo.checkpoint if layout is None else functools.partial(layout.checkpoint, zoo)
     return TaskNetworks(bits, [opened(index) for index in last.values()])

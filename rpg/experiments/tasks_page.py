@@ -10,8 +10,8 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.page.page import Heatmap, Page, PageTable
 from rpg.evaluation.report import Report, shown
+from rpg.experiments.denoising_paths import OPTION, denoising_path_of, requested_condition
 from rpg.experiments.evaluating import losses_of, provenance_of
-from rpg.experiments.trajectories import OPTION, trajectory_of, wished_trajectory
 from rpg.generation.generator import Generator
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import check_bits
@@ -29,7 +29,7 @@ def tasks_page(
     zoo: Zoo,
     task: TaskFamily,
     command: str,
-    trajectory: Sequence[float] | None = None,
+    path_condition: Sequence[float] | None = None,
 ) -> Page:
     """The page of ``rpg unseen`` and ``rpg lora``; a few networks are generated for it.
 
@@ -38,7 +38,7 @@ def tasks_page(
         report: what was found.
         generator, zoo, task: of the run.
         command: what wrote the scores, for the last table.
-        trajectory: the task whose networks are shown on their way from noise; the unseen one of median metric if None.
+        path_condition: the task whose denoising paths are shown; the unseen one of median metric when None.
     """
     names = zoo.condition.names if zoo.condition is not None else ()
     num = report.kinds["generated"].count
@@ -50,21 +50,21 @@ def tasks_page(
     if head := head_of(generator):
         page.heatmaps = _heatmaps(generator, zoo, head, report, names)
     page.tables = [worst_table(report, names)]
-    bits = torch.tensor(trajectory if trajectory is not None else _middle(report)).long()
-    kind = "the task" if trajectory is not None else "the unseen task"
+    bits = torch.tensor(path_condition if path_condition is not None else _middle(report)).long()
+    kind = "the task" if path_condition is not None else "the unseen task"
     page.condition = f"{kind} {task_name(bits.tolist(), names)}"
-    page.trajectory = trajectory_of(
+    page.denoising_path = denoising_path_of(
         generator, bits.float(), report.seed,
         lambda networks: task.accuracies(stack(networks), bits.expand(len(networks), -1)),
-        wanted=trajectory is not None,
+        wanted=path_condition is not None,
     )  # fmt: skip
     return page
 
 
-def wished_task(task: TaskFamily, config: Config, text: str) -> list[int]:
-    """The task that ``--trajectory`` names. Raises InputError if there is none such, or no way to show."""
+def requested_task(task: TaskFamily, config: Config, text: str) -> list[int]:
+    """The task that ``--denoising-path`` names. Raises InputError if there is none such, or no way to show."""
     bits = check_bits(
-        [float(bit) for bit in wished_trajectory(config, task.condition, text)], task.condition.size, OPTION
+        [float(bit) for bit in requested_condition(config, task.condition, text)], task.condition.size, OPTION
     )
     if isinstance(task, LanguageTask):
         task.places(bits[None])  # only of these there are rows

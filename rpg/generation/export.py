@@ -46,7 +46,7 @@ def export(
     base: Path | str | None = None,
     seed: int = 0,
     condition: Any = None,
-    start: Path | str | None = None,
+    initial: Path | str | None = None,
     progress: Callable[[float, float], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
@@ -70,7 +70,7 @@ def export(
             ``adapter_config.json`` (PEFT; not needed where ``source`` is a PEFT folder or a generator of adapters),
             timm's name of it or a folder as timm saves it, an original Lightning checkpoint, or ``MODULE:FUNCTION``
             that builds it (timm, Lightning, torch).
-        seed, condition, start, progress: of the generation, if ``source`` is a generator; the condition in any form
+        seed, condition, initial, progress: of the generation, if ``source`` is a generator; the condition in any form
             that it takes, or a function that makes one for it.
         say: receives a line where there was no network to compare with.
 
@@ -85,7 +85,7 @@ def export(
         raise InputError(f"--to {to!r} is no form of weights; choose one of {', '.join(FORMS)}")
     output = _beside(Path(source), to) if output is None else Path(output)
     _require_free(output, to)
-    with locked(output, beside=True), _checkpoint(source, output, seed, condition, start, progress) as checkpoint:
+    with locked(output, beside=True), _checkpoint(source, output, seed, condition, initial, progress) as checkpoint:
         if to in SUFFIXES:
             _write_file(to, checkpoint, output, None if base is None else str(base), say)
         else:
@@ -158,14 +158,14 @@ def _checkpoint(
     output: Path,
     seed: int,
     condition: Any,
-    start: Path | str | None,
+    initial: Path | str | None,
     progress: Callable[[float, float], None] | None,
 ) -> Iterator[Checkpoint]:
     """The weights to export, generated now if need be."""
     path = Path(source)
     if path.exists() and not _is_generator(path):
-        if start is not None or (condition is not None and not callable(condition)):
-            raise InputError(f"{path} is a checkpoint, which takes no condition and no start; leave them out")
+        if initial is not None or (condition is not None and not callable(condition)):
+            raise InputError(f"{path} is a checkpoint, which takes no condition and no initial weights; leave them out")
         if pickled_files(path):
             raise InputError(f"{path} is a pickle, the form that torch loads already; name a safetensors checkpoint")
         yield Checkpoint.open(path)
@@ -174,7 +174,7 @@ def _checkpoint(
     folder = temporary_name(output.with_name(f"{output.name}.generated"))
     try:
         wanted = condition(generator) if callable(condition) else condition
-        [made] = generator.generate(1, seed=seed, condition=wanted, start=start, output=folder, progress=progress)
+        [made] = generator.generate(1, seed=seed, condition=wanted, initial=initial, output=folder, progress=progress)
         yield Checkpoint.open(made)  # type: ignore[arg-type]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,12 +26,11 @@ from rpg.generation.folders import (
     require_files,
 )
 from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, condition_codes
-from rpg.generation.model_card import model_card
+from rpg.generation.model_card import model_card, push_generator
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
-from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_starts, requested_texts
+from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
 from rpg.generation.sampler import Partition, Tile
 from rpg.generation.samplers import SAMPLERS, Sampler
-from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError
@@ -40,9 +39,6 @@ from tokenization.layouts import Layout, load_layout, with_sparsity
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
-
-StateDict = dict[str, Tensor]
-
 
 Asked = str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, Any] | Tensor | None
 """A condition as a caller gives it."""
@@ -156,9 +152,9 @@ class Generator:
         return push_generator(self, repo, self.folder.parent if self.folder.name == "generator" else None, **options)
 
     @property
-    def takes_start(self) -> bool:
+    def takes_initial(self) -> bool:
         """Whether it improves checkpoints that it is given."""
-        return self.config.model.start is not None
+        return self.config.model.initial is not None
 
     def distance(self, condition: Asked) -> Distance | None:
         """How far a condition is from what was learned, and the error to expect there.
@@ -181,13 +177,13 @@ class Generator:
         condition: Asked = None,
         state: str | None = None,
         temperature: float | None = None,
-        start: Any = None,
+        initial: Any = None,
         sparsity: float | None = None,
         output: Path | str | None = None,
         overwrite: bool = True,
         progress: Callable[[float, float], None] | None = None,
         partition: Partition | None = None,
-    ) -> list[StateDict] | list[Path]:
+    ) -> list[dict[str, Tensor]] | list[Path]:
         """Generate networks.
 
         Args:
@@ -197,7 +193,8 @@ class Generator:
                 configuration.
             condition: one vector ``[C]`` for all networks or one each ``[num, C]``; of a generator that takes texts
                 also one text, or one each; of a metric its value as it is measured; settings also by name.
-            start: of a generator that takes one: a checkpoint's path or state dict to go on from, or a list of ``num``.
+            initial: of a generator that takes one: a checkpoint to go on from, its path or state dict; or a list of
+                ``num``.
             sparsity: of pruned networks: share of zeros among the pruned weights, 0 … 1; the zoo's when None.
             output: a folder; networks then stream into safetensors files (adapters: PEFT folders) there, and their
                 paths are returned.
@@ -211,7 +208,7 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, start, sparsity)
+        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, initial, sparsity)
         request = self.request(num, seed, options)
         partition = partition or Partition()
         tokens = self.sampler()
@@ -228,7 +225,7 @@ class Generator:
 
     def one_by_one(
         self, num: int, *, seed: int = 0, partition: Partition | None = None, **options: Any
-    ) -> Iterator[StateDict]:
+    ) -> Iterator[dict[str, Tensor]]:
         """The networks of ``generate``, each given away before the next is made: no more than a tile's are held.
 
         ``options`` are the fields of `rpg.generation.request.RequestOptions`. Of several processes each makes those of
@@ -252,9 +249,9 @@ class Generator:
         """
         return self.sampler().asked(num, seed)
 
-    def trajectories(
+    def denoising_paths(
         self, num: int = 5, *, seed: int = 0, points: int = 20, condition: Any = None
-    ) -> list[tuple[int, list[StateDict]]]:
+    ) -> list[tuple[int, list[dict[str, Tensor]]]]:
         """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
 
         Args:
@@ -303,7 +300,7 @@ class Generator:
             values=values,
             of_examples=self.condition is not None and self.condition.kind == "examples",
             distances=self._distances(conditions),
-            starts=requested_starts(options.start, num, self.layout, self.takes_start),
+            initial=requested_initial(options.initial, num, self.layout, self.takes_initial),
             texts=requested_texts(options.condition, num),
             temperature=settings.temperature,
             sparsity=options.sparsity,

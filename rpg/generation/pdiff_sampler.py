@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
-from rpg.generation.sampler import Partition, Tile, Watch, inference
+from rpg.generation.sampler import Partition, Tile, WatchTile, inference
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.sane import TokenAutoencoder
 from rpg.seeding import make_rng
@@ -63,7 +63,7 @@ class LatentSampler:
         return []
 
     def sample(
-        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``partition`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
         for tile in self.tiles(request.num, partition):
@@ -75,7 +75,7 @@ class LatentSampler:
         values = self.network.decode_standardised(latents)  # [GROUP, d]
         return unflatten_values(self.layout, values[: tile.num_networks])
 
-    def latents(self, request: Request, tile: Tile, watch: Watch | None = None) -> Tensor:
+    def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
         """Standardised latents of a tile, filled up with networks that nobody asked for, ``[GROUP, Z]``."""
         rng = make_rng(request.seed, "tile", tile.network, 0, device=self.device)
         noise = torch.randn(GROUP, self.network.config.latent_size, generator=rng, device=self.device)
@@ -119,7 +119,7 @@ class CodeSampler(LatentSampler):
         mask = self.layout.mask.to(self.device)  # [L, D]
         return self.network.decode(latents)[: tile.num_networks] * mask
 
-    def latents(self, request: Request, tile: Tile, watch: Watch | None = None) -> Tensor:
+    def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
         """Codes of a tile, filled up with networks that nobody asked for, ``[GROUP, L, Z]``."""
         rngs = [make_rng(request.seed, "codes", tile.network + i) for i in range(GROUP)]
         codes = self.network.draw(*random_numbers(self.network, rngs, request.temperature))

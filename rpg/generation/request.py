@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import parse_settings
+from tokenization.zoo.condition import ConditionSpec, parse_settings
 
+STATES: tuple[str, ...] = get_args(GenerateConfig.model_fields["state"].annotation)
 PROVENANCE = "rpg.provenance"
 """The key of a generated file's metadata that names the generator and the request."""
 
@@ -37,7 +37,7 @@ class RequestOptions:
     state: str | None = None
     temperature: float | None = None
     condition: Any = None  # in any form that ``Generator.generate`` takes
-    start: Any = None  # likewise
+    initial: Any = None  # likewise
     sparsity: float | None = None  # of pruned networks
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
@@ -66,7 +66,7 @@ class Request:
     texts: tuple[str, ...] | None = None  # what the conditions were made of
     values: Tensor | None = None  # [num, C] likewise: settings, or values of a metric
     of_examples: bool = False  # whether the conditions are examples, of which files name the digest
-    starts: Tensor | None = None  # [num, L, D] tokens to go on from
+    initial: Tensor | None = None  # [num, L, D] tokens to go on from
     sparsity: float | None = None  # share of zeros among pruned weights; None is the zoo's
     distances: tuple[Distance, ...] = ()  # of the conditions, from what was learned; empty where never measured
 
@@ -74,8 +74,8 @@ class Request:
         for name in ("num", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
-        if self.state not in ("stored", "gaussian", "prior"):
-            raise InputError(f"There is no permutation state {self.state!r}; choose stored, gaussian or prior.")
+        if self.state not in STATES:
+            raise InputError(f"There is no permutation state {self.state!r}; choose {', '.join(STATES)}.")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
@@ -107,8 +107,8 @@ class Request:
         if self.of_examples and self.conditions is not None:
             facts["condition"] = f"examples {digest_of(self.conditions[index])}"
         facts["start"] = None
-        if self.starts is not None:
-            facts["start"] = digest_of(self.starts[index])
+        if self.initial is not None:
+            facts["start"] = digest_of(self.initial[index])
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
         if self.distances:
@@ -197,27 +197,27 @@ def requested_examples(condition: Any, num: int, spec: ConditionSpec) -> Tensor:
     return values.flatten(1)
 
 
-def requested_starts(start: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
-    """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes no start.
+def requested_initial(initial: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
+    """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes none.
 
     Args:
-        start: a checkpoint's path or state dict, for all networks, or a list of ``num``.
+        initial: a checkpoint's path or state dict, for all networks, or a list of ``num``.
         num: networks.
         layout: encodes them.
-        wanted: whether the generator takes a start.
+        wanted: whether the generator takes initial weights.
 
     Raises:
         InputError: it is missing, of another structure, or the generator takes none.
     """
     if not wanted:
-        if start is not None:
-            raise InputError("this generator was trained without starts, so that it takes none; leave the start out")
+        if initial is not None:
+            raise InputError("this generator was trained without initial weights and takes none; leave them out")
         return None
-    if start is None:
-        raise InputError("this generator improves a checkpoint; give one with --from FILE (in Python: start=)")
-    starts = list(start) if isinstance(start, list | tuple) else [start]
+    if initial is None:
+        raise InputError("this generator improves a checkpoint; give one with --from FILE (in Python: initial=)")
+    starts = list(initial) if isinstance(initial, list | tuple) else [initial]
     if len(starts) not in (1, num):
-        raise InputError(f"there are {len(starts)} starts for {num} networks; give one, or one each")
+        raise InputError(f"there are {len(starts)} initial checkpoints for {num} networks; give one, or one each")
     tokens = [layout.encode(each if isinstance(each, Mapping) else Checkpoint.open(Path(each))) for each in starts]
     return torch.stack(tokens).expand(num, -1, -1)
 

@@ -14,7 +14,8 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
+from rpg.models.centre import CodeTable
+from rpg.models.code_density import CodeDensity
 from rpg.models.code_prior import even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
@@ -101,7 +104,7 @@ FEW = 4
 COMPANY = 4
 """Prototypes that are made at once at least: a backbone may round one alone otherwise, and they cost little."""
 
-Watch = Callable[[Tile, int, Callable[[], Tensor]], None]
+WatchTile = Callable[[Tile, int, Callable[[], Tensor]], None]
 """Told of a tile, the step just taken and how to get the rows ``[G, n, D]`` as they are then, noise included.
 
 The rows are a function because p-diff has to decode them: most of a thousand steps are not looked at.
@@ -202,7 +205,7 @@ class TokenSampler(TiledSampler):
         self.device = network.position_embedding.device
 
     def sample(
-        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``partition`` with its denoised rows ``[G, n, D]``; ``watch`` is told after every step."""
         inputs: _Inputs | None = None
@@ -240,17 +243,23 @@ class TokenSampler(TiledSampler):
         group = self.group(request, first, num)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
         vectors = self.state_vectors(request, group, conditions)
-        starts = None if request.starts is None else request.starts[group].to(self.device)
+        initial = None if request.initial is None else request.initial[group].to(self.device)
         tokens = torch.arange(self.layout.num_tokens, device=self.device)
-        known = self.network.known(vectors, conditions, tokens, starts)
+        known = self.network.known(vectors, conditions, tokens, initial)
         if conditions is None:
-            return _Inputs([self.network.prototypes(vectors, starts=starts)], known)
+            return _Inputs([self.network.prototypes(vectors, initial=initial)], known)
         kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
-        return _Inputs([self.network.prototypes(vectors, conditions, drop, starts) for drop in withheld], known)
+        return _Inputs([self.network.prototypes(vectors, conditions, drop, initial) for drop in withheld], known)
+
+    @cached_property
+    def density(self) -> CodeDensity:
+        """Of the table of states."""
+        table: Any = self.network.state
+        return CodeDensity.fit(table.weight.detach(), whitened=type(table) is CodeTable)
 
     def state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None = None) -> Tensor | None:
-        """Permutation states ``[G, S]``: of the table, of a Gaussian fitted to it, or of the prior over codes.
+        """Permutation states ``[G, S]``: of the table, of a density fitted to it, or of the prior over codes.
 
         One row if all share it.
         """
@@ -264,19 +273,23 @@ class TokenSampler(TiledSampler):
         rngs = [make_rng(request.seed, "state", network) for network in networks]
         if request.state == "prior":
             if self.network.prior is None:
-                raise InputError("This generator has no prior over codes; ask for states stored or gaussian.")
+                raise InputError("This generator has no prior over codes; ask for states stored, density or gaussian.")
             if self.network.prior.config.draws == "even":
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
             return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
+        if request.state == "density":
+            size = 1 + len(self.density.directions)
+            numbers = even_noise(derive_seed(request.seed, "state"), networks, size).to(self.device)
+            return self.density.draw(torch.special.ndtr(numbers[:, 0]), numbers[:, 1:], request.temperature)
         centred = table - table.mean(0)  # [K, S]
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
     def _sample_tile(
-        self, request: Request, tile: Tile, inputs: _Inputs, watch: Watch | None = None, num: int | None = None
+        self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None
     ) -> Tensor:
         """Denoise one tile, padded to its full shape or to ``num`` networks: ``[G, n, D]``."""
         group, width, token_ids = num or self.group_size(), self.layout.token_size, self.token_ids(tile)

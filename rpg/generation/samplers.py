@@ -15,7 +15,7 @@ from torch import Tensor
 from rpg.generation.config import GenerateConfig
 from rpg.generation.pdiff_sampler import CodeSampler, LatentSampler
 from rpg.generation.request import Request
-from rpg.generation.sampler import Partition, Tile, TiledSampler, TokenSampler, Watch, inference
+from rpg.generation.sampler import Partition, Tile, TiledSampler, TokenSampler, WatchTile, inference
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout
@@ -36,7 +36,7 @@ class PosteriorSampler(TiledSampler):
         self.device = network.spread.device
 
     def sample(
-        self, request: Request, watch: Watch | None = None, partition: Partition | None = None
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
     ) -> Iterator[tuple[Tile, Tensor]]:
         """Yield each tile of ``partition`` with its rows ``[G, n, k]``; ``watch`` is told once."""
         for tile in self.tiles(request.num, partition):

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.merging.methods import combination, merge_values
-from rpg.merging.parts import METADATA_KEY, Digests, Part, Recipe
-from tokenization.checkpoint.saving import save_checkpoint
+from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part, combination, merge_values
+from tokenization.checkpoint.tensor_file import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, write_text
 from tokenization.lora.adapter import (
@@ -42,23 +41,23 @@ VARIANTS = ("use_dora", "kasa_config", "use_bdlora", "arrow_config")
 """Fields of PEFT's configuration under which a sum of adapters is no adapter."""
 
 
-def merge_adapters(paths: Sequence[Path], recipe: Recipe, output: Path, *, base: str | None = None) -> Path:
+def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: str | None = None) -> Path:
     """Merge PEFT adapters into one that `PeftModel.from_pretrained` loads; written whole or not at all.
 
     Biases and modules that were saved whole replace the base's values, and are merged as those of networks are.
 
     Args:
         paths: PEFT folders; ranks and alphas may differ.
-        recipe: how.
+        merge: how.
         output: the folder; it must not be there yet.
         base: the base of all of them, whatever path each names.
 
     Raises:
         InputError: the method's result, or a sum of such adapters, is no adapter; they differ in what they adapt.
     """
-    weights, options = recipe.settled(len(paths))
-    if not recipe.is_combination:
-        what = f"--method {recipe.method} of adapters leaves updates of full rank, which no adapter holds"
+    weights, options = merge.settled(len(paths))
+    if not merge.is_combination:
+        what = f"--method {merge.method} of adapters leaves updates of full rank, which no adapter holds"
         raise InputError(f"{what}; use linear, or merge networks that the adapters were merged into")
     if output.exists():
         raise InputError(f"{output} is there already; name another folder with --output")
@@ -71,9 +70,9 @@ def merge_adapters(paths: Sequence[Path], recipe: Recipe, output: Path, *, base:
             found = f"{variant} set" if variant is not None else f"init_lora_weights {changes_base(config)!r}"
             what = f"{part.path} has {found}, and a sum of such adapters is none"
             raise InputError(f"{what}; merge networks that the adapters were merged into")
-    made, ranks = _merged(parts, configs, recipe, weights, options)
+    made, ranks = _merged(parts, configs, merge, weights, options)
     with contextlib.closing(Digests(parts)) as digests, atomic_folder(output) as folder:
-        metadata = {METADATA_KEY: digests.record(recipe, parts, weights, None, wait=True)}
+        metadata = {METADATA_KEY: digests.record(merge, parts, weights, None, wait=True)}
         save_checkpoint(folder / WEIGHTS_NAME, made, metadata, materialize_ties=True)
         write_text(folder / CONFIG_NAME, json.dumps(_config(configs[0], ranks, base), indent=2))
     return output
@@ -82,7 +81,7 @@ def merge_adapters(paths: Sequence[Path], recipe: Recipe, output: Path, *, base:
 def _merged(
     parts: Sequence[Part],
     configs: Sequence[Mapping[str, Any]],
-    recipe: Recipe,
+    merge: Merge,
     weights: Tensor,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -104,7 +103,7 @@ def _merged(
             ]
             scales = torch.tensor([scaling_of(module, config) for config in configs]).double()
             gram = scales * scales[:, None] * _gram(factors)
-            shares = scales * combination(recipe.method, gram, weights, options["normalize"])
+            shares = scales * combination(merge.method, gram, weights, options["normalize"])
             a = torch.cat([each for each, _ in factors], 1)
             b = torch.cat([share * each for share, (_, each) in zip(shares, factors, strict=True)], 2)
             shapes = [first.spec(each)[1] for each in (name, partner)]
@@ -116,7 +115,7 @@ def _merged(
                 made[bias] = torch.as_tensor(total).to(first.spec(bias)[0])
     for name in first.names:
         if name not in made:
-            made[name] = _replacing(name, parts, recipe, weights)
+            made[name] = _replacing(name, parts, merge, weights)
     return {name: made[name] for name in first.names}, ranks
 
 
@@ -148,17 +147,17 @@ def _gram(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.tensor(rows).double()
 
 
-def _replacing(name: str, parts: Sequence[Part], recipe: Recipe, weights: Tensor) -> Tensor:
+def _replacing(name: str, parts: Sequence[Part], merge: Merge, weights: Tensor) -> Tensor:
     """A tensor that replaces the base's."""
     dtype, shape = parts[0].spec(name)
     values = [part.tensor(name) for part in parts]
     if all(torch.equal(values[0], each) for each in values[1:]):
         return values[0]
-    if recipe.needs_base or not dtype.is_floating_point:
-        what = f"{parts[0].path}: tensor {name!r} replaces one of the base, which --method {recipe.method} would need"
+    if merge.needs_base or not dtype.is_floating_point:
+        what = f"{parts[0].path}: tensor {name!r} replaces one of the base, which --method {merge.method} would need"
         raise InputError(f"{what}; use linear, or merge networks that the adapters were merged into")
     stacked = torch.stack([each.double().flatten() for each in values])
-    return merge_values(recipe.method, stacked, None, weights).to(dtype).view(shape)
+    return merge_values(merge.method, stacked, None, weights).to(dtype).view(shape)
 
 
 def _config(first: Mapping[str, Any], ranks: Mapping[str, int], base: str | None) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rpg.merging.methods import merge_values
-from rpg.merging.parts import METADATA_KEY, Digests, Part, Recipe
+from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.safetensors import ORDER_KEY, TIES_KEY, tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, header_of
@@ -24,7 +23,7 @@ COUNTER = "num_batches_tracked"
 
 def merge_files(
     paths: Sequence[Path],
-    recipe: Recipe,
+    merge: Merge,
     output: Path,
     *,
     base: Path | None = None,
@@ -35,7 +34,7 @@ def merge_files(
 
     Args:
         paths: checkpoints of any kind that is read, of one structure.
-        recipe: how.
+        merge: how.
         output: the file, ``*.safetensors``; it must not be there yet.
         base: what all of them began with, of methods that merge deviations.
         chosen: which weights of each file, where it holds several, and the prefix to cut off their names.
@@ -45,10 +44,10 @@ def merge_files(
         InputError: names, shapes or dtypes differ; an integer tensor differs that is no known counter; values that are
             not finite; an option that the method does not have.
     """
-    weights, options = recipe.settled(len(paths))
-    if recipe.needs_base != (base is not None):
+    weights, options = merge.settled(len(paths))
+    if merge.needs_base != (base is not None):
         what = "merges deviations from what all networks began with; name it with --base FILE"
-        raise InputError(f"--method {recipe.method} {what if recipe.needs_base else 'has no use for --base'}")
+        raise InputError(f"--method {merge.method} {what if merge.needs_base else 'has no use for --base'}")
     if output.suffix != ".safetensors" or output.exists():
         what = "is there already" if output.exists() else "does not end in .safetensors"
         raise InputError(f"{output} {what}; name another file with --output")
@@ -62,29 +61,29 @@ def merge_files(
     specs = {name: first.spec(name) for name in first.names if name not in ties}
     strings = {"format": "pt", ORDER_KEY: json.dumps(first.names), **({TIES_KEY: json.dumps(ties)} if ties else {})}
     with contextlib.closing(Digests([*parts, *([begun] if begun is not None else [])])) as digests:
-        record = digests.record(recipe, parts, weights, begun, wait=False)
+        record = digests.record(merge, parts, weights, begun, wait=False)
         with TensorFile(output, specs, {**strings, METADATA_KEY: record}) as file:
             for done, name in enumerate(specs):
-                made = _merged(name, parts, begun, recipe, weights, options)
+                made = _merged(name, parts, begun, merge, weights, options)
                 file.write(name, 0, made)
                 for part in [*parts, *([begun] if begun is not None else [])]:
                     part.release(name)
                 if progress is not None:
                     progress(done + 1, len(specs))
-            record = digests.record(recipe, parts, weights, begun, wait=True)  # as long as the one without digests
+            record = digests.record(merge, parts, weights, begun, wait=True)  # as long as the one without digests
             file.write_bytes(header_of(specs, {**strings, METADATA_KEY: record})[0], 0)
     return output
 
 
 def _merged(
-    name: str, parts: Sequence[Part], base: Part | None, recipe: Recipe, weights: Tensor, options: dict[str, object]
+    name: str, parts: Sequence[Part], base: Part | None, merge: Merge, weights: Tensor, options: dict[str, object]
 ) -> Tensor:
     """One tensor of the merged network, in the stored dtype."""
     dtype, _ = parts[0].spec(name)
     if not dtype.is_floating_point or not parts[0].tensor(name).numel():
         return _agreed(name, parts)
     precision = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
-    if recipe.method == "linear":
+    if merge.method == "linear":
         made = torch.zeros(parts[0].tensor(name).numel(), dtype=precision)
         scaled = weights / weights.sum() if options["normalize"] else weights
         for part, weight in zip(parts, scaled.tolist(), strict=True):
@@ -93,7 +92,7 @@ def _merged(
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         values = torch.stack([part.tensor(name).reshape(-1).to(precision) for part in parts])
         begun = None if base is None else base.tensor(name).reshape(-1).to(precision)
-        made = merge_values(recipe.method, values, begun, weights, make_rng(recipe.seed, name), **options)  # type: ignore[arg-type]
+        made = merge_values(merge.method, values, begun, weights, make_rng(merge.seed, name), **options)  # type: ignore[arg-type]
         if name.endswith("running_var"):  # where signs are elected it may fall below 0
             made = made.clamp(min=float(values.min()))
     made = made.to(dtype)

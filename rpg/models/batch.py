@@ -25,7 +25,7 @@ class Batch:
     states: Tensor  # [G] long
     conditions: Tensor | None  # [G, C]
     dropped: Tensor | None  # [G] bool: the condition is withheld
-    starts: Tensor | None = None  # [G, L, D] tokens of the checkpoints to go on from
+    initial: Tensor | None = None  # [G, L, D] tokens of the checkpoints to go on from
     num_last: int = 0  # how many of the first examples have all their tokens at the last time
     codes: CodeBatch | None = None  # of the prior over codes
     tasks: Tensor | None = None  # [G, C] the zoo's own conditions, where networks see something else

@@ -124,7 +124,15 @@ class CodePrior(nn.Module):
         return self.output(hidden)
 
     def loss(self, codes: Tensor, noise: Tensor, time: Tensor, conditions: Tensor | None = None) -> Tensor:
-        """Mean squared error over a batch of codes ``[B, m]``, noise alike, logit-normal time ``[B]``."""
+        """Mean squared error over a batch of codes ``[B, m]``, noise alike, logit-normal time ``[B]``.
+
+        With it that of the codes which an encoder of examples tells, if it tells any.
+        """
+        error = self._diffusion_loss(codes, noise, time, conditions)
+        told = getattr(self.condition, "told", None)
+        return error if told is None else error + (told.float() - codes).square().mean()
+
+    def _diffusion_loss(self, codes: Tensor, noise: Tensor, time: Tensor, conditions: Tensor | None) -> Tensor:
         if self.spread is not None:
             codes = codes * self.spread
         if self.config.objective == "edm":

@@ -34,7 +34,7 @@ class ConditionConfig(Section):
     )  # fmt: skip
     features: int = Field(
         0, ge=0, description="of phrases: how many numbers networks see of the zoo's settings; descriptions are read "
-        "as these"
+        "as these. Of examples: as many, which the encoder is taught to tell from them, beside what it finds by itself"
     )  # fmt: skip
     name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
     scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
@@ -80,15 +80,22 @@ class ConditionEncoder(nn.Module):
         width: H.
         num_classes: of examples.
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
+            Of examples: the first F numbers of an embedding are what tasks are told by.
+
+    Attributes:
+        told: of examples with F: those numbers of the last batch, ``[B, F]``; None otherwise.
     """
+
+    told: Tensor | None
 
     def __init__(self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0) -> None:
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
-        self.reader = SetEncoder(size, 0, features) if features else None
-        size = features or size
+        self.features, self.told = features if kind == "examples" else 0, None
+        self.reader = SetEncoder(size, 0, features) if features and not self.features else None
+        size = size if self.reader is None else features
         if kind == "class":
             self.network = nn.Embedding(size, width)
         elif kind == "examples":
@@ -106,6 +113,7 @@ class ConditionEncoder(nn.Module):
             embedded = self.network(condition * 2 - 1)  # bits as ±1, [B, H]
         else:
             embedded = self.network(condition)  # [B, H]
+        self.told = embedded[:, : self.features] if self.features else None
         if dropped is not None:
             embedded = torch.where(dropped[:, None], self.null.to(embedded.dtype), embedded)
         return embedded
@@ -123,7 +131,7 @@ def regression_inputs(kind: str, conditions: Tensor, size: int) -> Tensor:
     return conditions.to(torch.float64) * 2 - 1 if kind == "binary" else conditions.to(torch.float64)
 
 
-class StartConfig(Section):
+class InitialConfig(Section):
     """Training pairs: a checkpoint, and one of the same run, no later, as its start."""
 
     first: float = Field(

@@ -47,17 +47,17 @@ class SetEncoder(nn.Module):
         self.size, self.num_classes, self.width = size, num_classes, width
         num_values = size - num_classes - 1
         inner = 2 * NUM_FEATURES
-        self.each = nn.Sequential(
-            nn.Linear(num_values, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, NUM_FEATURES)
-        )
+        self.each = nn.Sequential(nn.Linear(num_values, inner), nn.ReLU(), nn.Linear(inner, NUM_FEATURES))
         num_inputs = (num_classes + 2) * NUM_FEATURES + num_classes + 1
-        self.all = nn.Sequential(nn.Linear(num_inputs, 256), nn.SiLU(), nn.Linear(256, width))
+        self.all = nn.Sequential(nn.Linear(num_inputs, 256), nn.ReLU(), nn.Linear(256, width))
 
     def forward(self, sets: Tensor) -> Tensor:
         """Vectors ``[B, H]`` of sets ``[B, n · (P + K + 1)]``; rows whose last number is 0 are padding."""
         rows = sets.unflatten(-1, (-1, self.size))  # [B, n, P + K + 1]
         values, classes, there = rows.split([self.size - self.num_classes - 1, self.num_classes, 1], -1)
-        features = self.each(values)  # [B, n, F]
+        features = values.new_zeros(*values.shape[:2], NUM_FEATURES)  # [B, n, F]
+        known = there[..., 0] > 0
+        features[known] = self.each(values[known]).to(features)  # padding costs nothing
         sums = classes.transpose(1, 2).to(features) @ features  # [B, K, F]
         counts = classes.sum(1)  # [B, K]
         by_class = sums / counts.clamp(min=1)[..., None]  # zero where a class is missing

@@ -33,7 +33,7 @@ class KernelRidgeConfig(Section):
         return StateConfig(of="none")
 
     normalises_batches: ClassVar[bool] = False
-    start: ClassVar[None] = None
+    initial: ClassVar[None] = None
 
     @property
     def description(self) -> str:

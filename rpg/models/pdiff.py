@@ -62,7 +62,7 @@ class PDiffConfig(Section):
         """p-diff takes no condition."""
         return ConditionConfig()
 
-    start: ClassVar[None] = None
+    initial: ClassVar[None] = None
 
     @property
     def state(self) -> StateConfig:

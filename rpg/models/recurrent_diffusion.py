@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
-from rpg.models.batch import Batch, Loss
+from rpg.models.batch import Batch, CodeBatch, Loss
 from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre
 from rpg.models.code_prior import CodePrior
-from rpg.models.conditioning import ConditionConfig, ConditionEncoder, StartConfig, are_new
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.embeddings import position_embedding
 from rpg.models.kernel_regression import condition_groups
@@ -40,7 +40,7 @@ class RecurrentConfig(Section):
     )
     state: StateConfig = StateConfig()
     condition: ConditionConfig = ConditionConfig()
-    start: StartConfig | None = Field(
+    initial: InitialConfig | None = Field(
         None,
         description="a second condition: the checkpoint to go on from; what is generated is the difference from it",
     )
@@ -50,8 +50,8 @@ class RecurrentConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RecurrentConfig:
-        if self.start is not None and self.state.of != "none":
-            raise ValueError("start takes the place of permutation states; set state.of to none")
+        if self.initial is not None and self.state.of != "none":
+            raise ValueError("initial takes the place of permutation states; set state.of to none")
         if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
             raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
         if self.condition.inject == "prior" and self.state.prior is None:
@@ -124,8 +124,8 @@ class RecurrentDiffusion(nn.Module):
             if config.condition.inject == "both":
                 self.denoiser_condition = nn.Linear(width, d_prototype)
         self.centre: Centre | None = None
-        self.start = nn.Linear(token_size, width) if config.start is not None else None
-        if config.state.of == "code" or regress or config.start is not None:
+        self.initial = nn.Linear(token_size, width) if config.initial is not None else None
+        if config.state.of == "code" or regress or config.initial is not None:
             regressed = (config.condition.kind, condition_size) if regress and condition_size else None
             self.centre = Centre(self.num_tokens, token_size, regressed)
         self.prior: CodePrior | None = None
@@ -152,13 +152,13 @@ class RecurrentDiffusion(nn.Module):
             self.prior.spread.copy_(fitted.spread)
 
     @torch.no_grad()
-    def fit_start(self, differences: Tensor) -> None:
-        """Measure how large tokens' differences ``[n, L, D]`` from their starts are."""
+    def fit_initial(self, differences: Tensor) -> None:
+        """Measure how large tokens' differences ``[n, L, D]`` from their initial are."""
         assert self.centre is not None
         self.centre.fill(scale=differences.square().mean((0, 2)).sqrt())
 
     def known(
-        self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor, starts: Tensor | None = None
+        self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor, initial: Tensor | None = None
     ) -> Tensor | None:
         """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none.
 
@@ -168,7 +168,7 @@ class RecurrentDiffusion(nn.Module):
             return None
         codes = states if isinstance(self.state, CodeTable) else None
         known = self.centre(conditions, codes, token_ids)
-        return known if starts is None else known + starts[:, token_ids]
+        return known if initial is None else known + initial[:, token_ids]
 
     @property
     def num_states(self) -> int:
@@ -180,7 +180,7 @@ class RecurrentDiffusion(nn.Module):
         states: Tensor | None,
         conditions: Tensor | None = None,
         dropped: Tensor | None = None,
-        starts: Tensor | None = None,
+        initial: Tensor | None = None,
     ) -> Tensor:
         """Prototypes ``[G, L, H]`` of G (state, condition) pairs.
 
@@ -188,16 +188,16 @@ class RecurrentDiffusion(nn.Module):
             states: ``[G, S]`` state embeddings (not ids, so that fresh ones can be given), or None.
             conditions: ``[G, C]``, or None.
             dropped: ``[G]`` bool, where the condition is withheld.
-            starts: ``[G, L, D]``, the tokens to go on from, each seen at its own place; None of a model without.
+            initial: ``[G, L, D]``, the tokens to go on from, each seen at its own place; None of a model without.
         """
         num_groups = len(states) if states is not None else len(conditions) if conditions is not None else 1
         x = self.position_embedding[None].expand(num_groups, -1, -1)  # [G, L, H]
         if self.state_projection is not None:
             assert states is not None
             x = x + self.state_projection(states)[:, None]
-        if self.start is not None:
-            assert starts is not None
-            x = x + self.start(starts)
+        if self.initial is not None:
+            assert initial is not None
+            x = x + self.initial(initial)
         embedded = None
         if self.condition is not None:
             assert conditions is not None
@@ -274,10 +274,10 @@ class RecurrentDiffusion(nn.Module):
         """The masked, weighted mean squared error of the denoiser's prediction over the batch."""
         num_examples, num_sampled = batch.samples.shape[:2]
         states = self.state_vectors(batch.states, state_noise)
-        prototypes = self.prototypes(states, batch.conditions, batch.dropped, batch.starts)  # [G, L, H]
+        prototypes = self.prototypes(states, batch.conditions, batch.dropped, batch.initial)  # [G, L, H]
         prototypes = prototypes[:, batch.token_ids][batch.group].flatten(0, 1)  # [B·N, H]
         samples = batch.samples
-        known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids, batch.starts)
+        known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids, batch.initial)
         if self.centre is not None and known is not None:
             known = known.expand(len(batch.states), -1, -1)[batch.group]  # [G, N, D] → [B, N, D]
             samples = self.centre.remainder(samples, known, batch.token_ids) * batch.mask
@@ -297,9 +297,14 @@ class RecurrentDiffusion(nn.Module):
             made = made.view(batch.num_last, num_sampled, -1)
             if self.centre is not None and known is not None:
                 made = self.centre.complete(made, known[: batch.num_last], batch.token_ids)
-        if self.prior is not None and self.state is not None and batch.codes is not None:
-            codes, table = batch.codes, self.state
-            drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
-            vectors = table(codes.states) if drawn is None else drawn
-            mean = mean + self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)
+        if batch.codes is not None:
+            mean = mean + self.prior_loss(batch.codes)
         return Loss(mean, (per_token / batch.mask.sum(1).clamp(min=1)).detach(), made)
+
+    def prior_loss(self, codes: CodeBatch) -> Tensor:
+        """The loss of the prior over codes."""
+        assert self.prior is not None and self.state is not None
+        table = self.state
+        drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
+        vectors = table(codes.states) if drawn is None else drawn
+        return self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)

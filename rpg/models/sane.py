@@ -66,7 +66,7 @@ class SaneConfig(Section):
         None, description="refine the anchors by drawing and scoring; null: do not"
     )
 
-    start: ClassVar[None] = None
+    initial: ClassVar[None] = None
     normalises_batches: ClassVar[bool] = False  # the contrastive loss looks at the batch, but no statistics are kept
 
     @property

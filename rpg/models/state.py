@@ -24,7 +24,7 @@ class StateConfig(Section):
     width: int | None = Field(
         64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
     )
-    start: Literal["random", "constant"] = Field(
+    initial: Literal["random", "constant"] = Field(
         "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
     )
     noise: float = Field(
@@ -49,6 +49,6 @@ def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple
         codes = (CodeTable if config.of == "code" else TaskTable)(num_states, config.width or width)
         return codes, nn.Sequential(nn.Linear(codes.embedding_dim, width), nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)
-    if config.start == "constant":
+    if config.initial == "constant":
         nn.init.constant_(table.weight, 1 / table.embedding_dim)
     return table, nn.Linear(config.width, width) if config.width else nn.Identity()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.memory import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
+from rpg.planning.machine import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
 from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, fake_copy, fake_mode
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.spectral.fit import fitting_bytes
@@ -75,6 +75,10 @@ class Estimator(ABC):
 
     def waiting_bytes(self, num_processes: int) -> int:
         """Bytes of the rows that a process reads ahead; none unless the kind does so."""
+        return 0
+
+    def scratch_bytes(self, network: Any) -> int:
+        """Bytes that kernels take while they compute, which no tensor of a step holds."""
         return 0
 
     def averaged(self, network: Any) -> nn.Module:
@@ -160,7 +164,7 @@ class Estimator(ABC):
             gradients=gradients,
             optimizer=moments,
             ema=average,
-            activations=max(0, live.peak - gradients),
+            activations=max(0, live.peak - gradients) + self.scratch_bytes(network),
             batch=part.num_bytes,
             waiting=self.waiting_bytes(num_processes),
             cache=self.cache_bytes,

@@ -16,7 +16,7 @@ from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.models.sane import TokenAutoencoder
 from rpg.planning.estimator import Estimator, StepPart
-from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
+from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
 from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
 from tokenization.layouts import cached_bytes
 
@@ -65,7 +65,7 @@ class RecurrentEstimator(Estimator):
         num_sampled = self.rows_per_step // self.checkpoints_per_step
         # A condition of its own for every example is the most there can be.
         num_groups = (
-            num_examples if self.zoo.condition_size or self.model.start else min(num_examples, self.zoo.num_states)
+            num_examples if self.zoo.condition_size or self.model.initial else min(num_examples, self.zoo.num_states)
         )
         rows = (num_examples, num_sampled, self.zoo.layout.token_size)
         batch = Batch(
@@ -78,7 +78,7 @@ class RecurrentEstimator(Estimator):
             states=torch.zeros(num_groups, dtype=torch.long),
             conditions=self._conditions(num_groups),
             dropped=torch.zeros(num_groups, dtype=torch.bool) if self.zoo.condition_size else None,
-            starts=self._starts(num_groups),
+            initial=self._initial(num_groups),
         )
         noise = self._states(network, num_groups) if self.model.state.noise else None
         return StepPart(lambda: network(batch, noise), num_bytes(vars(batch).values()))
@@ -99,8 +99,8 @@ class RecurrentEstimator(Estimator):
         num_rows = group * layout.num_tokens if group > 1 else min(tile_tokens, layout.num_tokens)
         states, conditions = self._states(network, group), self._conditions(group)
         with LiveBytes() as live:
-            starts = self._starts(group)
-            prototypes = [network.prototypes(states, conditions, starts=starts) for _ in range(self._num_passes)]
+            initial = self._initial(group)
+            prototypes = [network.prototypes(states, conditions, initial=initial) for _ in range(self._num_passes)]
         kept = num_bytes(prototypes)
         backbone = max(0, live.peak - kept)
         with LiveBytes() as live:
@@ -117,7 +117,7 @@ class RecurrentEstimator(Estimator):
         layout, num_rows = self.zoo.layout, self.config.generate.tile_tokens
         with count_flops() as backbone:
             prototypes = network.prototypes(
-                self._states(network, 1), self._conditions(1), starts=self._starts(1)
+                self._states(network, 1), self._conditions(1), initial=self._initial(1)
             )  # [1, L, H]
         with count_flops() as centre:
             network.known(self._states(network, 1), self._conditions(1), torch.arange(layout.num_tokens))
@@ -140,9 +140,9 @@ class RecurrentEstimator(Estimator):
         """Permutation states ``[G, S]``; None without any."""
         return torch.empty(num_groups, network.state.embedding_dim) if network.state is not None else None
 
-    def _starts(self, num_groups: int) -> Tensor | None:
+    def _initial(self, num_groups: int) -> Tensor | None:
         """Tokens ``[G, L, D]`` to go on from; None without any."""
-        if self.model.start is None:
+        if self.model.initial is None:
             return None
         return torch.empty(num_groups, self.zoo.layout.num_tokens, self.zoo.layout.token_size)
 
@@ -182,6 +182,15 @@ class PDiffEstimator(WholeNetworksEstimator):
         num_examples, num_values = self.checkpoints_per_step, self.zoo.layout.num_coordinates
         inputs = [torch.empty(num_examples, size) for size in (num_values, num_values, network.config.latent_size)]
         return StepPart(lambda: (network(0, *inputs),), num_bytes(inputs))
+
+    def scratch_bytes(self, network: ParameterDiffusion) -> int:
+        """The largest convolution's input and output again, in blocks of 16 channels, as oneDNN computes on them."""
+        largest, values = 0, network.encoder.padded
+        for layer in network.encoder.convolutions:
+            after = values // network.config.stride
+            blocks = math.ceil(layer.in_channels / 16) * values + math.ceil(layer.out_channels / 16) * after
+            largest, values = max(largest, 16 * blocks), after
+        return self.checkpoints_per_step * largest * FLOAT_BYTES
 
     def averaged(self, network: ParameterDiffusion) -> nn.Module:
         """The autoencoder keeps its last weights."""

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rpg.config import Config, overridden
-from rpg.planning.guard import require_memory, training_need
+from rpg.planning.plan import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -153,17 +153,15 @@ def _state(
     """The permutation state and the condition, and how networks are asked for."""
     kind = zoo.condition.kind if zoo.condition is not None else "none"
     if kind == "none":
-        together = 1 < runs < count
-        width = min(runs - 1 if together else count - 1, 32 if together else 16)
-        like = "run" if together else "checkpoint"
-        reasons.append(f"No conditions: a code of {width} numbers says which {like} a network is like.")
-        reasons.append("generate.state: gaussian draws new codes" + (" between the runs." if together else "."))
+        width = min(count - 1, 64, max(16, runs + 6) if runs < count else 16)  # what parts the runs, and more
+        reasons.append(f"No conditions: a code of {width} numbers says which checkpoint a network is like.")
+        reasons.append("generate.state: density draws new codes near those of the checkpoints.")
         if runs == count:
             reasons.append(
                 "Between runs that were trained apart new networks may be as bad as averages, and generate.state: "
                 "stored gives copies of originals; compare them with rpg evaluate."
             )
-        return {"state": {"of": "code", "width": width}}, {"steps": 4, "state": "stored" if together else "gaussian"}
+        return {"state": {"of": "code", "width": width}}, {"steps": 4, "state": "density"}
     condition: dict[str, Any] = {"kind": kind}
     if kind == "text":
         condition["encoder"] = ENCODER

@@ -136,10 +136,10 @@ class TaskFamily(Task, Protocol):
         """The split of every task: ``train``, ``validation`` or ``unseen``."""
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> Mapping[str, Tensor]:
-        """Figures by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""
+        """Metrics by name ``[T]`` of T networks at their tasks ``[T, C]``; methods are compared by the first."""
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test") -> Tensor:
-        """The first figure of ``scores``, a share of right answers ``[T]``."""
+        """The first metric of ``scores``, a share of right answers ``[T]``."""
 
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
         """What training a task's network begins with, for the tasks ``[T, C]``, by the name it is reported under."""
@@ -183,15 +183,15 @@ class AdapterScorer(Protocol):
     """A task that scores one adapter on each of its tasks."""
 
     def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
-        """Figures by task and name of one adapter, under PEFT's names. Raises InputError if it does not fit."""
+        """Metrics by task and name of one adapter, under PEFT's names. Raises InputError if it does not fit."""
 
 
 @runtime_checkable
-class FigureTask(Task, Protocol):
-    """A single task whose networks are told apart by figures of their own: AP50, mIoU, a distance of samples."""
+class MetricsTask(Task, Protocol):
+    """A single task whose networks are told apart by metrics of their own: AP50, mIoU, a distance of samples."""
 
-    def figures(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
-        """Figures by name of one network, the one that counts first; names with loss or error are better if small.
+    def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
+        """Metrics by name of one network, the one that counts first; names with loss or error are better if small.
 
         Raises InputError if the network does not fit.
         """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg.seeding import permutation
-from rpg.tasks.images.config import HammingWeightSplit, HeldOut, RandomSplit
+from rpg.tasks.images.config import HammingWeightSplit, RandomSplit, UnseenSplit
 from tokenization.errors import InputError
 
 
@@ -22,24 +22,24 @@ def all_tasks(num_classes: int) -> Tensor:
     return (numbers[:, None] >> torch.arange(num_classes)) & 1
 
 
-def assign_splits(bits: Tensor, held_out: HeldOut, num_validation: int, seed: int) -> list[str]:
+def assign_splits(bits: Tensor, unseen_split: UnseenSplit, num_validation: int, seed: int) -> list[str]:
     """The split of every task: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
 
     Args:
         bits: ``[T, C]``.
-        held_out: which tasks are unseen.
+        unseen_split: which tasks are unseen.
         num_validation: how many of the others are for validation, at random.
         seed: decides the random draws.
 
     Raises:
-        InputError: the held-out part is impossible, or leaves nothing to train on.
+        InputError: the unseen part is impossible, or leaves nothing to train on.
     """
-    unseen = _unseen(bits, held_out, seed)
+    unseen = _unseen(bits, unseen_split, seed)
     splits = ["unseen" if flag else "train" for flag in unseen.tolist()]
     seen = [i for i, split in enumerate(splits) if split == "train"]
     if not len(seen) > num_validation:
         raise InputError(
-            f"task.held_out leaves {len(seen)} of {len(bits)} tasks, of which {num_validation} are for validation "
+            f"task.unseen leaves {len(seen)} of {len(bits)} tasks, of which {num_validation} are for validation "
             "and none to train on; withhold fewer"
         )
     for place in permutation(len(seen), seed, "validation tasks")[:num_validation].tolist():
@@ -47,22 +47,22 @@ def assign_splits(bits: Tensor, held_out: HeldOut, num_validation: int, seed: in
     return splits
 
 
-def _unseen(bits: Tensor, held_out: HeldOut, seed: int) -> Tensor:
+def _unseen(bits: Tensor, unseen_split: UnseenSplit, seed: int) -> Tensor:
     num_classes = bits.shape[1]
-    if isinstance(held_out, RandomSplit):
+    if isinstance(unseen_split, RandomSplit):
         unseen = torch.zeros(len(bits), dtype=torch.bool)
-        unseen[permutation(len(bits), seed, "unseen tasks")[: held_out.num]] = True
-    elif isinstance(held_out, HammingWeightSplit):
-        unseen = torch.isin(bits.sum(1), torch.tensor(held_out.weights))
+        unseen[permutation(len(bits), seed, "unseen tasks")[: unseen_split.num]] = True
+    elif isinstance(unseen_split, HammingWeightSplit):
+        unseen = torch.isin(bits.sum(1), torch.tensor(unseen_split.weights))
     else:
-        first, second = held_out.pair
+        first, second = unseen_split.pair
         if first == second or not (0 <= first < num_classes and 0 <= second < num_classes):
             raise InputError(
-                f"task.held_out.pair must be two different classes from 0 to {num_classes - 1}, not {held_out.pair}"
+                f"task.unseen.pair must be two different classes from 0 to {num_classes - 1}, not {unseen_split.pair}"
             )
         unseen = bits[:, first] == bits[:, second]
     if not unseen.any():
-        raise InputError("task.held_out withholds no task; choose it so that at least one is unseen")
+        raise InputError("task.unseen withholds no task; choose it so that at least one is unseen")
     return unseen
 
 

@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from rpg.migration import migrate_task
 from rpg.section import Section
 from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -85,7 +86,7 @@ def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
     Raises:
         InputError: the zoo records no task.
     """
-    recorded = zoo.require_task()
+    recorded = migrate_task(zoo.require_task())
     try:
         return kind.model_validate(recorded).model_dump(mode="json")
     except ValidationError:  # another task's, or a later version's

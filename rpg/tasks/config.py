@@ -19,7 +19,7 @@ from rpg.tasks.sensors.config import SensorsConfig
 
 LABS = (
     "rpg.labs.fields.config:FieldsConfig",
-    "rpg.labs.training_runs.config:TrajectoriesConfig",
+    "rpg.labs.training_runs.config:TrainingRunsConfig",
     "rpg.labs.tickets.config:TicketsConfig",
     "rpg.labs.vision.config:DetectionConfig",
     "rpg.labs.vision.config:SegmentationConfig",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
+from rpg.migration import migrate_task
 from rpg.section import Section, validated
 from rpg.tasks.base import Task
 from rpg.tasks.config import TaskConfig
@@ -17,7 +18,7 @@ TASKS = {
     "digits_subsets": "rpg.tasks.images.digits:DigitsSubsetsTask",
     "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
     "fields": "rpg.labs.fields.task:FieldsTask",
-    "trajectories": "rpg.labs.training_runs.task:TrajectoriesTask",
+    "training_runs": "rpg.labs.training_runs.task:TrainingRunsTask",
     "tickets": "rpg.labs.tickets.task:TicketsTask",
     "sensors": "rpg.tasks.sensors.sensors:SensorsTask",
     "language": "rpg.tasks.language.language:LanguageTask",
@@ -45,7 +46,7 @@ def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
     Raises:
         InputError: there is no such task, or a field is unknown or impossible.
     """
-    known: Any = config if isinstance(config, Section) else _parse(config)
+    known: Any = config if isinstance(config, Section) else _parse(migrate_task(config))
     return resolve_name(TASKS[known.name])(known)
 
 

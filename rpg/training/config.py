@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rpg.section import Section
 
@@ -23,6 +23,10 @@ class BehaviourConfig(Section):
         "zoo", description="the tasks of the batch, or fresh ones in every step, of a family that draws them"
     )
     networks: int = Field(32, ge=1, description="with fresh tasks: networks a step")
+    noise: float = Field(
+        0.0, ge=0, description="standard deviation of noise on images, of sensors: networks that bear it are found "
+        "between the tasks of a small zoo, too"
+    )  # fmt: skip
     fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 
 
@@ -43,6 +47,10 @@ class TrainConfig(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="checkpoints a step, over all processes")
     splits: tuple[str, ...] = Field(("train",), min_length=1, description="splits of the zoo that are trained on")
+    imitation: float = Field(
+        1.0, ge=0, description="weight of the weight-space loss; 0: networks are taught by what they do alone, and no "
+        "checkpoint is read"
+    )  # fmt: skip
     tokens: int | None = Field(None, ge=1, description="tokens sampled of each checkpoint a step; all when null")
     learning_rate: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -67,3 +75,9 @@ class TrainConfig(Section):
         description="where losses go beside metrics.jsonl; wandb: Weights & Biases, if wandb is installed",
     )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
+
+    @model_validator(mode="after")
+    def _something_teaches(self) -> TrainConfig:
+        if not self.imitation and (self.behaviour is None or not self.behaviour.weight or self.new_states is not None):
+            raise ValueError("imitation: 0 leaves nothing to learn from; give behaviour a weight, without new_states")
+        return self

@@ -21,7 +21,7 @@ from rpg.models.state import StateConfig
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.training.config import TrainConfig
 from rpg.training.examples import example_conditions
-from rpg.training.starts import StartPairs
+from rpg.training.initial import InitialPairs
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
@@ -46,7 +46,7 @@ class Rows:
     states: Tensor
     conditions: Tensor | None
     dropped: Tensor | None
-    starts: Tensor | None
+    initial: Tensor | None
     tasks: Tensor | None
     seeds: list[int]
     group_seeds: list[int]
@@ -85,7 +85,7 @@ class BatchSampler:
         self.states = state_ids(zoo, self.indices, model.state)
         self.conditions = training_conditions(zoo, self.indices, model.condition)
         self.tasks = zoo_conditions(zoo, self.indices) if zoo.condition is not None and zoo.condition.settings else None
-        self.starts = StartPairs(zoo, self.indices, model.start, seed) if model.start is not None else None
+        self.initial = InitialPairs(zoo, self.indices, model.initial, seed) if model.initial is not None else None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,7 +114,7 @@ class BatchSampler:
         samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
         keys = [
             (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i), start)
-            for i, (place, start) in enumerate(zip(chosen, self._starts(chosen, step, first), strict=True))
+            for i, (place, start) in enumerate(zip(chosen, self._initial(chosen, step, first), strict=True))
         ]
         distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         has_condition = self.conditions is not None
@@ -126,8 +126,8 @@ class BatchSampler:
             states=torch.tensor([key[0] for key in distinct]),
             conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
             dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
-            starts=None
-            if self.starts is None
+            initial=None
+            if self.initial is None
             else self.reader.read([self.indices[key[3]] for key in distinct], range(self.layout.num_tokens)),
             tasks=None if self.tasks is None else self.tasks[[chosen[keys.index(key)] for key in distinct]],
             seeds=seeds,
@@ -148,11 +148,11 @@ class BatchSampler:
         conditions = None if self.conditions is None else self.conditions[places].to(device)
         return CodeBatch(places.to(device), noise.to(device), time.to(device), conditions)
 
-    def _starts(self, chosen: Sequence[int], step: int, first: int) -> list[int]:
+    def _initial(self, chosen: Sequence[int], step: int, first: int) -> list[int]:
         """The place of each example's start; -1 where there are none."""
-        if self.starts is None:
+        if self.initial is None:
             return [-1] * len(chosen)
-        return [self.starts.draw(place, step, first + i) for i, place in enumerate(chosen)]
+        return [self.initial.draw(place, step, first + i) for i, place in enumerate(chosen)]
 
     def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
         if self.conditions is None:
@@ -167,9 +167,15 @@ class BatchSampler:
         rate = self.condition.dropout
         return rate > 0 and float(torch.rand((), generator=make_rng(self.seed, "drop", step, example))) < rate
 
-    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows]]]:
-        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes."""
+    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows] | list[None]]]:
+        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes.
+
+        Parts are None where no checkpoint is imitated.
+        """
         parts = range(self.settings.gradient_accumulation)
+        if not self.settings.imitation:
+            yield from ((step, [None] * len(parts)) for step in range(first_step, last_step))
+            return
 
         def read(step: int) -> list[Rows]:
             return [self.load(step, part) for part in parts]

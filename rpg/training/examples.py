@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rpg.generation.phrases import phrases_of
-from rpg.generation.text_encoder import TextTable, sentence_encoder
+from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder
 from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.examples import example_rows, row_size
@@ -89,10 +88,12 @@ class ExampleConditions:
         """
         assert batch.conditions is not None
         rng = make_rng(self.seed, "examples", step, number)
-        codes = batch.codes
-        if codes is not None and codes.conditions is not None:
-            codes = replace(codes, conditions=self.draw(codes.conditions, rng))
+        codes = None if batch.codes is None else self.shown(batch.codes, rng)
         return replace(batch, conditions=self.draw(batch.conditions, rng), codes=codes)
+
+    def shown(self, codes: CodeBatch, rng: torch.Generator) -> CodeBatch:
+        """The prior's batch as the networks see it."""
+        return codes if codes.conditions is None else replace(codes, conditions=self.draw(codes.conditions, rng))
 
     def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
         """Sets of training examples of the tasks ``[T, C]``, one of ``counts`` of each: ``[T, n · size]``."""

@@ -23,9 +23,9 @@ from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.zoo.locks import lock_scope
 
-Progress = Callable[[int, int, float], None]
+TrainingProgress = Callable[[int, int, float], None]
 
-Watch = Callable[[Generator], None]
+WatchGenerator = Callable[[Generator], None]
 """Looks at the generator while it is trained."""
 
 TRAINERS: dict[str, Callable[..., Any]] = {
@@ -49,8 +49,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     max_seconds: float | None = None,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
+    progress: TrainingProgress | None = None,
+    watch: WatchGenerator | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train a generator on the zoo of ``config`` and write it to ``<run>/generator``.
@@ -119,7 +119,7 @@ def train_to_the_end(config: Config, **options: Any) -> Path:
 class _Watching:
     """Shows the generator at every tenth of a run, as long as that takes no more than `WATCHED` of the time."""
 
-    def __init__(self, trainer: Any, watch: Watch | None) -> None:
+    def __init__(self, trainer: Any, watch: WatchGenerator | None) -> None:
         plain = isinstance(trainer, Trainer) and trainer.config.model.kind == "recurrent"
         small = plain and trainer.layout.num_values <= MOST_WATCHED and trainer.distributed.world_size == 1
         self.trainer, self.watch = trainer, watch if small else None

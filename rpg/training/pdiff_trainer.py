@@ -25,7 +25,7 @@ from tokenization.zoo.zoo import Zoo
 
 OF_STAGES = ("steps", "batch_size", "learning_rate", "weight_decay")
 """What each stage of ``model`` has for itself, in place of ``train``."""
-OF_RECURRENT = ("betas", "warmup_steps", "tokens", "optimizer", "behaviour", "new_states")
+OF_RECURRENT = ("betas", "warmup_steps", "tokens", "optimizer", "behaviour", "new_states", "imitation")
 """What only recurrent diffusion is trained with."""
 
 

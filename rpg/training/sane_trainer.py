@@ -15,7 +15,7 @@ from rpg.generation.pdiff_sampler import random_numbers, unflatten_values
 from rpg.models.sane import SaneConfig, TokenAutoencoder
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import Classifier, FigureTask
+from rpg.tasks.base import Classifier, MetricsTask
 from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
 from rpg.training.pdiff_trainer import VectorSampler, require_one_process
@@ -23,7 +23,7 @@ from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-OF_RECURRENT = ("tokens", "behaviour", "new_states")
+OF_RECURRENT = ("tokens", "behaviour", "new_states", "imitation")
 """What only recurrent diffusion is trained with."""
 
 
@@ -106,7 +106,7 @@ class SaneTrainer(Trainer):
         networks = [self.layout.decode(network.decode(each[None])[0] * self.layout.mask) for each in codes]
         if isinstance(task, Classifier):
             return (task.predict(networks, split) == task.labels(split)).float().mean(1)
-        if isinstance(task, FigureTask):
-            figures = [next(iter(task.figures(each, split).items())) for each in networks]
-            return torch.tensor([-value if "loss" in name or "error" in name else value for name, value in figures])
+        if isinstance(task, MetricsTask):
+            metrics = [next(iter(task.own_metrics(each, split).items())) for each in networks]
+            return torch.tensor([-value if "loss" in name or "error" in name else value for name, value in metrics])
         raise InputError("model.best and model.bootstrap need a task that scores single networks; leave them out")

@@ -41,13 +41,13 @@ from rpg.training.data import (
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import Descriptions, example_conditions, fresh_codes
+from rpg.training.initial import sample_differences
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
-from rpg.training.starts import sample_differences
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -61,8 +61,8 @@ def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout,
     indices = training_entries(zoo, config.train.splits)
     if isinstance(network.state, TaskTable):
         network.state.measure(task_numbers(zoo, indices, network.state.embedding_dim))
-    if config.model.start is not None:
-        network.fit_start(sample_differences(zoo, layout, indices, config.model.start, config.seed))
+    if config.model.initial is not None:
+        network.fit_initial(sample_differences(zoo, layout, indices, config.model.initial, config.seed))
     elif network.centre is not None:
         conditions = training_conditions(zoo, indices, config.model.condition)
         network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
@@ -74,6 +74,7 @@ class Trainer:
     def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
         self.started = time.monotonic()
         self.config = config
+        self._saved: frozenset[str] | None = None  # names of a state dict, which takes long to ask for in every step
         self.folder = RunFolder(config.run)
         self.zoo = zoo = Zoo.open(config.zoo)
         self.check(zoo)
@@ -167,8 +168,9 @@ class Trainer:
         Averaged weights need the statistics of the same steps, not the last step's.
         """
         yield from self.network.named_parameters()
-        saved = self.network.state_dict()
-        yield from ((name, buffer) for name, buffer in self.network.named_buffers() if name in saved)
+        if self._saved is None:
+            self._saved = frozenset(self.network.state_dict())
+        yield from ((name, buffer) for name, buffer in self.network.named_buffers() if name in self._saved)
 
     def _averaged_shards(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.averaged_tensors():
@@ -182,27 +184,43 @@ class Trainer:
         """The learning rate of ``step``."""
         return learning_rate(self.config.train, step)
 
-    def train_step(self, step: int, parts: list[Rows]) -> float:
+    def train_step(self, step: int, parts: Sequence[Rows | None]) -> float:
         """One optimizer step over the step's rows; returns the loss of this process."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.model.train()
         total = 0.0
         for part, rows in enumerate(parts):
-            num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
-            codes = self._codes(step, part)
-            batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
             with self.accelerator.accumulate(self.model):
-                shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
-                with self.accelerator.autocast():
-                    loss = self.model(shown, self._state_noise(rows))
-                mean = loss.mean + self.auxiliary(step, batch, loss) + self._reading_loss(step, part)
+                mean, bad_tokens = self._imitate(step, part, rows) if rows is not None else self._teach(step, part)
+                mean = mean + self._reading_loss(step, part)
                 value = mean.item()
-                self.check_finite(step, value, batch.token_ids[~torch.isfinite(loss.per_token)])
+                self.check_finite(step, value, bad_tokens)
                 self.backward_and_step(step, mean)
             total += value / len(parts)
         self.update_average()
         return total
+
+    def _imitate(self, step: int, part: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch of checkpoints, with what they do, and ids of tokens whose loss is not finite."""
+        num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
+        codes = self._codes(step, part)
+        batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
+        shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
+        with self.accelerator.autocast():
+            loss = self.model(shown, self._state_noise(rows))
+        mean = self.config.train.imitation * loss.mean + self.auxiliary(step, batch, loss)
+        return mean, batch.token_ids[~torch.isfinite(loss.per_token)]
+
+    def _teach(self, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of tasks that are drawn, by what their networks do alone, and the prior's."""
+        mean, codes = self.auxiliary.alone(step, part), self._codes(step, part)
+        if codes is not None:
+            if self.examples is not None:
+                codes = self.examples.shown(codes, make_rng(self.config.seed, "examples", step, part))
+            with self.accelerator.autocast():
+                mean = mean + self.network.prior_loss(codes)
+        return mean, torch.empty(0, dtype=torch.long)
 
     def _reading_loss(self, step: int, part: int) -> torch.Tensor | float:
         """How badly descriptions are read as settings, where they are the condition."""

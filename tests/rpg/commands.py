@@ -21,7 +21,7 @@ CONDITIONAL: dict[str, Any] = {
 }
 DIGITS = {"name": "digits", "network": "mlp-mini", "runs": 2, "train_steps": 20, "steps": 3}
 SUBSETS = {
-    "name": "digits_subsets", "tasks": 20, "held_out": {"kind": "random", "num": 5}, "validation": 4, "group": 7,
+    "name": "digits_subsets", "tasks": 20, "unseen": {"kind": "random", "num": 5}, "validation": 4, "group": 7,
     "base": {"steps": 30}, "finetune": {"stages": [{"steps": 6}], "batch_size": 32},
 }  # fmt: skip
 SYMBOLS = {

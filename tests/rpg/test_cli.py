@@ -21,6 +21,7 @@ from rpg import cli
 from rpg.generation.folders import FILES
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
+from tests.golden_record import plain_text, recorded
 from tests.rpg.conftest import Run, refused
 from tokenization.zoo.zoo import Zoo
 
@@ -45,6 +46,7 @@ def test_every_command_explains_itself(rpg: Run, command: str) -> None:
     code, out, err = rpg(command, "--help")
     assert code == 0 and err == ""
     assert f"rpg {command} [OPTIONS]" in out
+    assert plain_text(out) == recorded("help", command, plain_text(out))
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     assert len(lines[1]) > 20, "the line after the usage says what the command does"
 
@@ -62,8 +64,8 @@ def test_commands_load_what_they_need() -> None:
     """torch takes seconds, and each of these a second or more on top."""
     needed = {
         "collect --from": "tokenization.zoo.importing", "collect": "rpg.experiments.single",
-        "inspect": "rpg.planning.inspect, rpg.planning.proposal", "train": "rpg.training.loop, rpg.planning.guard",
-        "generate": "rpg.generation.generator, rpg.experiments.copies, rpg.generation.choosing",
+        "inspect": "rpg.planning.inspect, rpg.planning.proposal", "train": "rpg.training.loop, rpg.planning.plan",
+        "generate": "rpg.generation.generator, rpg.experiments.copies, rpg.generation.examples",
     }  # fmt: skip
     slow = ("accelerate", "diffusers", "jinja2", "matplotlib", "peft", "scipy", "sklearn", "sympy", "timm")
     slow += ("torchvision", "transformers", "triton")

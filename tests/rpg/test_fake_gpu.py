@@ -44,7 +44,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "ddpm": {"diffusion": {"kind": "ddpm", "num_steps": 20}},
     "velocity": {"diffusion": {"kind": "flow", "prediction": "velocity"}},
     "code": {"state": {"of": "code", "width": 2, "prior": {}}},
-    "start": {"state": {"of": "none"}, "start": {}},
+    "initial": {"state": {"of": "none"}, "initial": {}},
     **{position: {"position": position} for position in ("1d", "layer", "learned", "none")},
 }
 TRAINED_ONLY = ("ddpm", "code")
@@ -92,7 +92,7 @@ def test_recurrent_diffusion_trains_and_samples_on_one_device(tmp_path: Path, gp
     with gpu:
         moved(network)
         conditions = torch.zeros(B, C, device=GPU)
-        starts = torch.zeros(B, length, width, device=GPU) if network.start is not None else None
+        starts = torch.zeros(B, length, width, device=GPU) if network.initial is not None else None
         codes = None
         if network.prior is not None:
             drawn = torch.randn(B, network.prior.code_size, device=GPU), torch.rand(B, device=GPU)
@@ -102,7 +102,7 @@ def test_recurrent_diffusion_trains_and_samples_on_one_device(tmp_path: Path, gp
             samples=torch.randn(B, length, width, device=GPU), mask=torch.ones(length, width, device=GPU),
             token_ids=torch.arange(length, device=GPU), time=time, noise=torch.randn(B, length, width, device=GPU),
             group=torch.arange(B, device=GPU), states=torch.zeros(B, dtype=torch.long, device=GPU),
-            conditions=conditions, dropped=torch.zeros(B, dtype=torch.bool, device=GPU), starts=starts, num_last=2,
+            conditions=conditions, dropped=torch.zeros(B, dtype=torch.bool, device=GPU), initial=starts, num_last=2,
             codes=codes,
         )  # fmt: skip
         loss = network(batch)
@@ -113,7 +113,7 @@ def test_recurrent_diffusion_trains_and_samples_on_one_device(tmp_path: Path, gp
         start = None if starts is None else torch.zeros(2, length, width)
         asked = sampler.Request(
             num=2, seed=0, sampler=network.samplers[0], steps=2, eta=0.0, guidance_scale=2.0,
-            state="prior" if network.prior is not None else "stored", conditions=torch.zeros(2, C), starts=start,
+            state="prior" if network.prior is not None else "stored", conditions=torch.zeros(2, C), initial=start,
         )  # fmt: skip
         for _, rows in generator.sampler().sample(asked):
             assert rows.device.type == GPU and rows.shape[1:] == (length, width)

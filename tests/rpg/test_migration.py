@@ -2,6 +2,7 @@ import pytest
 
 from rpg.config import Config
 from rpg.migration import migrate
+from rpg.tasks import build_task
 from tokenization.errors import InputError
 
 
@@ -57,3 +58,15 @@ def test_files_and_overrides_of_earlier_versions_mix_with_todays(tmp_path):
     assert Config.load(new, ["generator=rpg"]) == Config.defaults()
     with pytest.raises(InputError, match=r"model.*'gan'.*recurrent"):
         Config.load(new, ["generator=gan"])
+
+
+def test_names_of_earlier_versions_are_read() -> None:
+    tree = {
+        "run": "r", "zoo": "z", "model": {"start": {"first": 0.25}, "state": {"of": "none", "start": "constant"}},
+        "task": {"name": "tickets", "family": {"name": "digits_subsets", "held_out": {"kind": "random", "num": 7}}},
+    }  # fmt: skip
+    config = Config.parse(tree, "test")
+    assert config.model.initial.first == 0.25 and config.model.state.initial == "constant"  # type: ignore[union-attr]
+    assert config.task.family.unseen.num == 7  # type: ignore[union-attr]
+    runs = build_task({"name": "trajectories", "runs": 24, "validation": 3, "unseen": 4})
+    assert type(runs).__name__ == "TrainingRunsTask"

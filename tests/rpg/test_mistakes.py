@@ -14,6 +14,7 @@ import torch
 from rpg import cli
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.golden_record import plain_text, recorded
 from tests.rpg.conftest import Run, refused
 from tokenization.zoo.zoo import Zoo
 
@@ -152,7 +153,7 @@ MISTAKES = {
     "rpg generate RUN --prompt cats": "--prompt",
     "rpg generate RUN --classes 1 --prompt cats": "--prompt",
     "rpg generate RUN --metric loss=0.1": "--metric",
-    "rpg generate RUN --from GOOD": "start",
+    "rpg generate RUN --from GOOD": "initial",
     "rpg generate CRUN --metric loss=0.1 --classes c1": "--metric",
     "rpg generate CRUN": "condition",
     "rpg generate CRUN --condition 1": "condition",
@@ -301,7 +302,9 @@ def files_of(folder: Path) -> list[str]:
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(rpg: Run, world: dict[str, Path], line: str) -> None:
     before = files_of(world["FOLDER"])
-    refused(rpg(*arguments_of(line, world)), MISTAKES[line])
+    result = rpg(*arguments_of(line, world))
+    refused(result, MISTAKES[line])
+    assert plain_text(result[2]) == recorded("errors", line, plain_text(result[2]))
     assert files_of(world["FOLDER"]) == before
 
 

@@ -87,7 +87,7 @@ def test_what_is_collected_trains_as_proposed_and_loads(
         network().load_state_dict(safetensors.torch.load_file(path))
     zoo, layers = Zoo.open("zoo"), [name for name in state() if "num_batches" not in name]
     span = ZooSpan([zoo.checkpoint(index) for index in range(5)], [name for name in layers if "running" not in name])
-    made = span.place(Checkpoint.open(path).state_dict() for path in sorted(Path("new").glob("*.safetensors")))
+    made = span.project(Checkpoint.open(path).state_dict() for path in sorted(Path("new").glob("*.safetensors")))
     assert bool((span.distances(made).amin(1) > 0.05 * span.unit()).all()) or "is a copy of" in out
 
 

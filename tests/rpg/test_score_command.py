@@ -61,7 +61,8 @@ def test_the_example_of_the_readme(rpg: Run, tmp_path: Path, monkeypatch: pytest
         code, out, err = rpg(*words, *more.get(words[0], []))
         assert (code, err) == (0, ""), line
     assert "run0_step39.safetensors" in out
-    of_zoo, of_run = (checked_report(path, "networks") for path in ("own-zoo", "runs/own-zoo"))
+    own = {"own-zoo": "score_of_zoo", "runs/own-zoo": "score_of_run"}
+    of_zoo, of_run = (checked_report(path, "networks", record) for path, record in own.items())
     assert of_zoo.kinds["original"] == of_run.kinds["original"] and of_zoo.kinds["generated"].count == 0
     assert of_run.mean("original") > 0.9 and of_run.mean("run_average") > 0.9  # type: ignore[operator]
     assert of_run.mean("average") < 0.7  # type: ignore[operator]
@@ -150,7 +151,7 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
         train={"steps": 2}, evaluate={"num_baseline": 3, "baselines": ["nearest_seen", "kernel_ridge"]},
     )  # fmt: skip
     train(config, say=lambda _: None)
-    code, out, err = rpg("evaluate", "run", "--num", 3, "--trajectory", "01")
+    code, out, err = rpg("evaluate", "run", "--num", 3, "--denoising-path", "01")
     assert (code, err) == (0, "") and re.search(r"to its( own|.*\n.* own)", out), err
     found = json.loads(Path("run/evaluation.json").read_text())
     assert list(found["kinds"]) == ["original", "generated", "nearest_seen", "kernel_ridge", "average"]
@@ -162,7 +163,7 @@ def test_networks_for_conditions_are_compared_with_the_originals_of_these(rpg: R
     )
     page = Path("run/report.html").read_text()
     assert "distance to its own original" in page and "Networks for 01 after each sampling step" in page
-    refused(rpg("evaluate", "run", "--trajectory", "0,1,1"), "--trajectory")
+    refused(rpg("evaluate", "run", "--denoising-path", "0,1,1"), "--denoising-path")
 
 
 def score_everything(folder: Path, output: Path) -> None:

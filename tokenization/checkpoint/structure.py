@@ -18,6 +18,9 @@ from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.errors import InputError
 from tokenization.files import file_digest
 
+StateDict = Mapping[str, Tensor]
+"""A network's tensors by name, as `load_state_dict` takes them."""
+
 _CHUNK_VALUES = 1 << 22
 
 _COUNTER = re.compile(

@@ -54,7 +54,7 @@ def training_loss(logged: tuple[Sequence[float], Sequence[float]]) -> Chart | No
     return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
 
 
-def trajectories(
+def denoising_paths(
     shown: Sequence[tuple[int, Sequence[float]]], name: str, caption: str, *, percent: bool = False
 ) -> Chart | None:
     """A figure of networks on their way from noise, one line a network.

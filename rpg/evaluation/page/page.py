@@ -15,12 +15,12 @@ from torch import Tensor
 
 from rpg.evaluation.page.charts import (
     Chart,
+    denoising_paths,
     histogram,
     lines,
     principal_components,
     scatter,
     training_loss,
-    trajectories,
 )
 from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, draw_lines, draw_points, save_series
 from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report, label_of
@@ -57,8 +57,8 @@ class Page:
         title: of the page.
         provenance: rows of the last table.
         losses: (optimizer steps, losses) of training.
-        trajectory: (sampling steps taken, first metric of each network then).
-        condition: of the trajectory, in words.
+        denoising_path: (sampling steps taken, first metric of each network then).
+        condition: of the denoising_path, in words.
         heatmaps: parameters.
         tables: further tables.
         pictures: PNG files to show, by title.
@@ -67,7 +67,7 @@ class Page:
     title: str
     provenance: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[Sequence[float], Sequence[float]] = ((), ())
-    trajectory: Sequence[tuple[int, Tensor]] = ()
+    denoising_path: Sequence[tuple[int, Tensor]] = ()
     condition: str = ""
     heatmaps: Sequence[Heatmap] = ()
     tables: Sequence[PageTable] = ()
@@ -110,7 +110,7 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
         "New and good": _novelty(report),
         "Distance to the nearest original": _distances(report),
         "Where the networks lie": _components(report),
-        "From noise to network": _trajectory(page, words),
+        "From noise to network": _denoising_path(page, words),
         "Training loss": training_loss(page.losses),
     }
     environment = Environment(
@@ -233,11 +233,11 @@ def _component_series(report: Report) -> list[Series]:
     ]
 
 
-def _trajectory(page: Page, words: str) -> Chart | None:
+def _denoising_path(page: Page, words: str) -> Chart | None:
     about = f" for {page.condition}" if page.condition else ""
     caption = f"Networks{about} after each sampling step, noise included."
-    shown = [(step, values.tolist()) for step, values in page.trajectory]
-    return trajectories(shown, words, caption, percent=bool(PERCENT.search(words.replace(" ", "_"))))
+    shown = [(step, values.tolist()) for step, values in page.denoising_path]
+    return denoising_paths(shown, words, caption, percent=bool(PERCENT.search(words.replace(" ", "_"))))
 
 
 def heat_png(values: Tensor) -> str:

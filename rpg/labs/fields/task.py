@@ -14,7 +14,7 @@ from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.data import FieldData, alter, load_data
 from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points
 from rpg.tasks.collecting import open_zoo, single_threaded
-from rpg.tasks.many import append_many
+from rpg.tasks.parallel import append_many
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.manifest import ZooEntry

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.conditions import nearest_rows
-from rpg.evaluation.held_out import random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
+from rpg.evaluation.unseen_tasks import random_other
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.task_methods import generate_for, networks_of

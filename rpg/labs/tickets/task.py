@@ -119,7 +119,7 @@ class TicketsTask:
         return self.family.collect_as(self, path, progress, limit)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
         self.start = load_file(folder / BASE)
         bits = self.family.bits()[runs]
         tickets = self.find(bits)

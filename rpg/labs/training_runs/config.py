@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from rpg.section import Section
 
 
-class TrajectoriesConfig(Section):
+class TrainingRunsConfig(Section):
     """Runs on the digits that are kept from their first weights to convergence."""
 
-    name: Literal["trajectories"] = "trajectories"
+    name: Literal["training_runs"] = "training_runs"
     seed: int = Field(0, ge=0, description="decides the first weights of every run")
     hidden: int = Field(16, ge=1, description="hidden units of the target network")
     runs: int = Field(1000, ge=1, description="training runs that a generator learns from")
@@ -28,7 +28,7 @@ class TrajectoriesConfig(Section):
     group: int = Field(50, ge=1, description="runs trained side by side")
 
     @model_validator(mode="after")
-    def _steps_ascend_from_0(self) -> TrajectoriesConfig:
+    def _steps_ascend_from_0(self) -> TrainingRunsConfig:
         if self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps are {list(self.steps)}; write different numbers, ascending from 0")
         return self

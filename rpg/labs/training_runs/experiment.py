@@ -1,4 +1,4 @@
-"""The experiment on networks of a wished loss: trajectories, training, comparison with optimizers, pictures.
+"""The experiment on networks with a target loss: training runs, a generator, comparison with optimizers, pictures.
 
 T networks, A asked losses, P values of a network.
 """
@@ -21,8 +21,8 @@ from rpg.evaluation.report import Curve, Report, networks
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.generation.generator import Generator
-from rpg.labs.training_runs.rivals import RATES, STEPS, Trajectories, repeated, trivial, tuned_training
-from rpg.labs.training_runs.task import TrajectoriesTask
+from rpg.labs.training_runs.rivals import RATES, STEPS, TrainingRuns, repeated, trivial, tuned_training
+from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
@@ -41,18 +41,18 @@ ROUNDS = 5
 
 def experiment(config: Config) -> Experiment:
     """What `rpg run` does with a configuration. Raises InputError if its generator takes no loss and start."""
-    trajectories_task(config)
+    training_runs_task(config)
     return Experiment("target_loss", evaluate_metric, then="rpg generate {run} --from START --metric loss=0.1")
 
 
-def trajectories_task(config: Config) -> TrajectoriesTask:
+def training_runs_task(config: Config) -> TrainingRunsTask:
     """The task of a configuration. Raises InputError if it is another, or the generator takes no loss and start."""
-    cure = "but this experiment is on whole runs; set task.name to trajectories"
-    task = require_task(config.task, TrajectoriesTask, cure)
-    if config.model.condition.name != "loss" or config.model.start is None:
+    cure = "but this experiment is on whole runs; set task.name to training_runs"
+    task = require_task(config.task, TrainingRunsTask, cure)
+    if config.model.condition.name != "loss" or config.model.initial is None:
         raise InputError(
             "this experiment asks for the loss of networks that go on from a start; set model.condition to "
-            "{kind: metric, name: loss} and model.start to {}"
+            "{kind: metric, name: loss} and model.initial to {}"
         )
     require_for_choices(config)  # the asked loss and the optimizers' rates are chosen
     return task
@@ -69,13 +69,13 @@ class Learned:
     """
 
     generator: Generator
-    task: TrajectoriesTask
+    task: TrainingRunsTask
     seed: int
 
     def step(self, starts: Stacked, asked: Tensor) -> Stacked:
         """Networks from starts and losses ``[T]``, one generated step."""
         made = self.generator.generate(
-            len(asked), seed=self.seed, start=unstack(starts), condition=asked[:, None].double()
+            len(asked), seed=self.seed, initial=unstack(starts), condition=asked[:, None].double()
         )
         return stack(made)  # type: ignore[arg-type]
 
@@ -98,11 +98,11 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     """
     run = Path(run)
     generator = Generator.from_pretrained(run)
-    task, zoo, scale = trajectories_task(generator.config), Zoo.open(generator.config.zoo), generator.metric
+    task, zoo, scale = training_runs_task(generator.config), Zoo.open(generator.config.zoo), generator.metric
     assert scale is not None
     learned, choosing = Learned(generator, task, seed), split == "validation"
     tested = "validation" if choosing else "test"
-    trained, held_out = Trajectories.of(zoo, "train"), Trajectories.of(zoo, "validation" if choosing else "unseen")
+    trained, held_out = TrainingRuns.of(zoo, "train"), TrainingRuns.of(zoo, "validation" if choosing else "unseen")
     levels = torch.from_numpy(np.geomspace(scale.low, scale.high, NUM_ASKED)).float()
     num = len(held_out.vectors)
     starts = held_out.space.unflatten(held_out.vectors[:, 0])
@@ -154,7 +154,7 @@ def _curves(
 
 def _choose_level(learned: Learned, zoo: Zoo, levels: Tensor) -> float:
     """The asked loss whose networks are the best on validation images, from the first weights of validation runs."""
-    runs = Trajectories.of(zoo, "validation")
+    runs = TrainingRuns.of(zoo, "validation")
     starts = runs.space.unflatten(runs.vectors[:, 0])
     made = learned.step(repeated(starts, len(levels)), levels.repeat_interleave(len(runs.vectors)))
     losses = learned.task.metrics(made, "validation")["loss"].view(len(levels), -1).mean(1)
@@ -165,7 +165,7 @@ def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, level: float, tested:
     """One generated step beside so many of Adam and of gradient descent, all tuned on validation runs and images."""
     made = learned.step(starts, torch.full((len(starts["bias"]),), level))
     report: dict[str, Any] = {"asked": level, "generated": _means(learned.scores(made, tested))}
-    runs = Trajectories.of(zoo, "validation")
+    runs = TrainingRuns.of(zoo, "validation")
     choosing = runs.space.unflatten(runs.vectors[:, 0])
     for optimizer in RATES:
         found = tuned_training(learned.task, optimizer, choosing, starts)

@@ -1,4 +1,4 @@
-"""What generated networks of a wished loss are compared with: copies, averages, regression, and training itself.
+"""What generated networks with a target loss are compared with: copies, averages, regression, and training itself.
 
 T networks, P values of a network, A asked losses.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.vectors import FlatSpace
-from rpg.labs.training_runs.task import TrajectoriesTask
+from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng
 from rpg.tasks.side_by_side import Stacked, join_stacked, stack
@@ -32,7 +32,7 @@ MOST_REGRESSED = 1500
 
 
 @dataclass(frozen=True)
-class Trajectories:
+class TrainingRuns:
     """The checkpoints of some runs.
 
     Attributes:
@@ -46,7 +46,7 @@ class Trajectories:
     space: FlatSpace
 
     @classmethod
-    def of(cls, zoo: Zoo, split: str) -> Trajectories:
+    def of(cls, zoo: Zoo, split: str) -> TrainingRuns:
         """Those of a split's runs."""
         runs: dict[int, list[int]] = {}
         for index in sorted(zoo.subset(split), key=lambda each: zoo.entries[each].step):
@@ -62,7 +62,7 @@ class Trajectories:
         return self.vectors[torch.arange(len(places)), places]
 
 
-def trivial(trained: Trajectories, starts: Tensor, asked: Tensor, scale: MetricScale) -> dict[str, Tensor]:
+def trivial(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: MetricScale) -> dict[str, Tensor]:
     """Networks that need no generator, for starts ``[T, P]`` and asked losses ``[T]``; ``[T, P]`` each.
 
     ``average``: of all runs at that loss; ``copy``: the training checkpoint whose loss is nearest; ``kernel_ridge``:
@@ -77,7 +77,7 @@ def trivial(trained: Trajectories, starts: Tensor, asked: Tensor, scale: MetricS
     return {"average": average, "copy": copy, "kernel_ridge": _regressed(trained, starts, asked, scale)}
 
 
-def _regressed(trained: Trajectories, starts: Tensor, asked: Tensor, scale: MetricScale) -> Tensor:
+def _regressed(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: MetricScale) -> Tensor:
     firsts = trained.vectors[:, 0]
     mean, spread = firsts.mean(0), (firsts - firsts.mean(0)).square().sum(1).mean().sqrt()
 
@@ -94,7 +94,7 @@ def _regressed(trained: Trajectories, starts: Tensor, asked: Tensor, scale: Metr
 
 
 def tuned_training(
-    task: TrajectoriesTask, optimizer: str, choosing: Stacked, starts: Stacked, steps: Sequence[int] = STEPS
+    task: TrainingRunsTask, optimizer: str, choosing: Stacked, starts: Stacked, steps: Sequence[int] = STEPS
 ) -> dict[int, tuple[float, Stacked]]:
     """Training at its best: after every number of steps, networks at the rate that was best on validation images.
 

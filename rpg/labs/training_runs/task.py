@@ -1,4 +1,4 @@
-"""The task ``trajectories``: many runs on the digits, each from its first weights to convergence, at many stages.
+"""The task ``training_runs``: many runs on the digits, each from its first weights to convergence, at many stages.
 
 The target network keeps all values of a hidden unit in one row. Hidden units have no order: whoever reads the rows can
 treat them alike, and a row holds what decides how its unit is trained. All runs see all training images in every step,
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.labs.training_runs.config import TrajectoriesConfig
+from rpg.labs.training_runs.config import TrainingRunsConfig
 from rpg.seeding import make_rng
 from rpg.tasks.collecting import open_zoo, single_threaded
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.many import append_many
+from rpg.tasks.parallel import append_many
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
@@ -72,14 +72,14 @@ def logits_of(weights: Stacked, pixels: Tensor) -> Tensor:
     return hidden.mT @ outgoing + weights["bias"][:, None]
 
 
-class TrajectoriesTask:
-    """Collects whole trajectories and scores networks. An entry's ``step`` counts optimizer steps, from 0 on.
+class TrainingRunsTask:
+    """Collects whole training runs and scores networks. An entry's ``step`` counts optimizer steps, from 0 on.
 
     Args:
         config: the network, the runs and how they are trained.
     """
 
-    def __init__(self, config: TrajectoriesConfig) -> None:
+    def __init__(self, config: TrainingRunsConfig) -> None:
         self.config = config
         self.data = load_splits()
 

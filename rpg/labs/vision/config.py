@@ -31,7 +31,7 @@ class StepwiseConfig(Section):
         0.0, ge=0, lt=1, description="decay of the moving average of the weights that checkpoints are; 0: the weights"
     )
     hold_out: int = Field(
-        0, ge=0, description="every so-many-th checkpoint is of split held_out, which no generator learns from; 0: none"
+        0, ge=0, description="every n-th checkpoint is of split held_out, which no generator learns from; 0: none"
     )
     batch_size: int = Field(32, ge=1)
     threads: int = Field(1, ge=1, description="threads of training steps and scores on a CPU; bits depend on it")

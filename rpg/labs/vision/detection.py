@@ -238,7 +238,7 @@ class DetectionTask(StepwiseTask):
         return torch.stack(list(losses.values())).sum()
 
     @torch.inference_mode()
-    def figures(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
+    def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
         """AP50 and AP of one network, in 0 … 1.
 
         Raises:

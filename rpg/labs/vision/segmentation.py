@@ -160,7 +160,7 @@ class SegmentationTask(StepwiseTask):
         return total / (classes != IGNORED).sum().clamp(min=1)
 
     @torch.inference_mode()
-    def figures(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
+    def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
         """Mean intersection over union of the classes that are there or answered, and the share of right pixels.
 
         Both over all pixels of the split, at the maps' own resolution.

@@ -53,7 +53,7 @@ class CollectionConfig(Section):
     hold_out: int = Field(
         0,
         ge=0,
-        description="every so-many-th checkpoint of a run is of split held_out: no generator learns from it, and "
+        description="every n-th checkpoint of a run is of split held_out: no generator learns from it, and "
         "generated networks are compared with it; 0 holds none out",
     )
     train_steps: int = Field(800, ge=1, description="optimizer steps to convergence before the first checkpoint")
@@ -118,7 +118,7 @@ class ClassPairSplit(Section):
     pair: tuple[int, int] = Field((3, 8), description="two classes, counted from 0")
 
 
-HeldOut = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(discriminator="kind")]
+UnseenSplit = Annotated[RandomSplit | HammingWeightSplit | ClassPairSplit, Field(discriminator="kind")]
 
 
 class Stage(Section):
@@ -157,7 +157,7 @@ class SubsetsConfig(Section):
 
     seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
     tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
-    held_out: HeldOut = Field(RandomSplit(), description="which tasks nobody trains a generator on")
+    unseen: UnseenSplit = Field(RandomSplit(), description="which tasks nobody trains a generator on")
     validation: int = Field(100, ge=0, description="seen tasks kept for choices")
     finetune: FinetuneConfig = FinetuneConfig()
     fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")

@@ -152,7 +152,7 @@ class DigitsSubsetsTask(SubsetTask):
     """Collects and scores networks for groups of digits.
 
     Args:
-        config: the network, the held-out tasks and the recipe.
+        config: the network, the unseen tasks and the recipe.
     """
 
     config: DigitsSubsetsConfig

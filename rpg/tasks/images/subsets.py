@@ -24,7 +24,7 @@ from rpg.tasks.class_splits import all_tasks, assign_splits
 from rpg.tasks.collecting import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
 from rpg.tasks.images.finetuning import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.many import collect_many
+from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -111,7 +111,7 @@ class SubsetTask:
 
     def splits(self) -> list[str]:
         """The split of every task: ``train``, ``validation`` or ``unseen``."""
-        return assign_splits(self.bits(), self.config.held_out, self.config.validation, self.config.seed)
+        return assign_splits(self.bits(), self.config.unseen, self.config.validation, self.config.seed)
 
     def targets(self, conditions: Tensor, split: str = "test") -> Tensor:
         """Right answers 0 or 1 of each task on a split's images: ``[T, C]`` → int64 ``[T, B]``."""
@@ -167,7 +167,7 @@ class SubsetTask:
         return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Fine-tune the networks of one part from the base in ``folder``; see :class:`rpg.tasks.many.Trainable`."""
+        """Fine-tune the networks of one part from the base in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
         bits, base = self.bits(), load_file(folder / BASE)
         parts = []
         for copy, group in itertools.groupby(runs, lambda run: run // len(bits)):
@@ -199,7 +199,7 @@ class SubsetTask:
         return (answers == self.targets(bits.cpu(), split)).double().mean(1)
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
-        """Figures by name, ``[T]``: the accuracy alone."""
+        """Metrics by name, ``[T]``: the accuracy alone."""
         return {"accuracy": self.accuracies(weights, bits, split)}
 
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
@@ -267,12 +267,12 @@ def load_base(zoo: Zoo) -> dict[str, Tensor]:
 
 @locks(lambda source, path, task: path)
 def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
-    """Make a zoo of the same networks with other held-out tasks, without training; files are linked, not copied.
+    """Make a zoo of the same networks with other unseen tasks, without training; files are linked, not copied.
 
     Args:
-        source: a complete zoo of the same family, equal but for ``held_out`` and ``validation``.
+        source: a complete zoo of the same family, equal but for ``unseen`` and ``validation``.
         path: the zoo to make.
-        task: the family with the wanted held-out tasks.
+        task: the family with the wanted unseen tasks.
 
     Raises:
         InputError: the source is of another family or recipe, or there is a zoo already.
@@ -280,7 +280,7 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     old = Zoo.open(source)
     known = recorded_task(old, type(task.config)), task.config.model_dump(mode="json")
     recorded, wanted = map(without_arithmetic, known)
-    for key in sorted((recorded.keys() | wanted.keys()) - {"held_out", "validation"}):
+    for key in sorted((recorded.keys() | wanted.keys()) - {"unseen", "validation"}):
         if recorded.get(key) != wanted.get(key):
             raise InputError(
                 f"{old.path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but the "

@@ -188,7 +188,7 @@ def adapter_state(adapted: nn.Module) -> dict[str, Tensor]:
 
 
 AdapterScores = dict[str, Tensor]
-"""Figures by name, float64 ``[T]``: ``symbol_accuracy`` and ``exact_match`` (0 … 1), ``perplexity`` (1 …)."""
+"""Metrics by name, float64 ``[T]``: ``symbol_accuracy`` and ``exact_match`` (0 … 1), ``perplexity`` (1 …)."""
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from rpg.tasks.language.adapter_training import train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows
 from rpg.tasks.language.symbols import make_symbols
-from rpg.tasks.many import collect_many
+from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -177,7 +177,7 @@ class LanguageTask:
         return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the adapters of one part; see :class:`rpg.tasks.many.Trainable`."""
+        """Train the adapters of one part; see :class:`rpg.tasks.parallel.Trainable`."""
         checkpoints = self.train(tasks)
         scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
         metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}
@@ -247,7 +247,7 @@ class LanguageTask:
         return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], SCORED_ROWS)
 
     def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
-        """One adapter, under PEFT's names, on every task: figures by task's name.
+        """One adapter, under PEFT's names, on every task: metrics by task's name.
 
         Raises:
             InputError: a tensor of this task's adapters is missing or of another shape.
@@ -260,11 +260,11 @@ class LanguageTask:
                     f"tensor {name!r} {fault}, but this task's have shape {list(like.shape)}; check task.adapter"
                 )
         weights = {name: value[None] for name, value in adapter.items()}
-        figures = {}
+        metrics = {}
         for place, task in enumerate(self.tasks):
             scores = self._scores(weights, [place], split)
-            figures[task.path.stem] = {name: value.item() for name, value in scores.items()}
-        return figures
+            metrics[task.path.stem] = {name: value.item() for name, value in scores.items()}
+        return metrics
 
     def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test") -> Tensor:
         """Symbol accuracy of T adapters at their tasks ``[T, C]``, float64 ``[T]``."""

@@ -58,7 +58,6 @@ def train_informed(task: SensorsTask, widths: Sequence[int], steps: int) -> Info
     return network.eval().requires_grad_(False)
 
 
-def informed_accuracies(task: SensorsTask, network: InformedNetwork, settings: Tensor, split: str) -> Tensor:
-    """Share of right answers ``[T]`` at each of the sensors ``[T, C]``."""
-    logits = network(task.see(task.images(split), settings), task.condition.inputs(settings))
-    return (logits.argmax(-1) == task.classes(split)).double().mean(1)
+def informed_probabilities(task: SensorsTask, network: InformedNetwork, settings: Tensor, split: str) -> Tensor:
+    """Class probabilities ``[T, B, K]`` on a split's images at each of the sensors ``[T, C]``."""
+    return network(task.see(task.images(split), settings), task.condition.inputs(settings)).softmax(-1)

@@ -20,9 +20,10 @@ from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, LossTask, Task
 from rpg.tasks.side_by_side import SideBySide
 from rpg.training.config import BehaviourConfig, NewStatesConfig, TrainConfig
+from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import example_conditions
-from rpg.training.losses.behaviour import BehaviourLoss, FreshTasksLoss
+from rpg.training.losses.behaviour import BehaviourLoss, DrawnTasksLoss
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.metric import MetricScale
@@ -98,7 +99,7 @@ NEAR = 0.2
 """Errors on the scale from -1 to 1 up to which they count by their square; beyond, by their size."""
 
 
-class WishedLoss:
+class TargetLoss:
     """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
 
     Args:
@@ -118,7 +119,7 @@ class WishedLoss:
         if not isinstance(task, LossTask):
             raise InputError(
                 f"train.behaviour with a metric needs a task that knows the loss of networks, "
-                f"not {type(task).__name__}; choose one, e.g. trajectories"
+                f"not {type(task).__name__}; choose one, e.g. training_runs"
             )
         if condition.name != "loss":
             raise InputError(
@@ -174,7 +175,7 @@ class AuxiliaryLosses:
         metric: MetricScale | None = None,
     ) -> None:
         self.settings, self.seed, self.distributed = settings, seed, distributed
-        self.behaviour: BehaviourLoss | WishedLoss | None = None
+        self.behaviour: BehaviourLoss | TargetLoss | None = None
         self.new_states: NewStatesLoss | None = None
         if settings.behaviour is not None and settings.behaviour.weight:
             if settings.tokens is not None and settings.tokens < layout.num_tokens:
@@ -184,17 +185,21 @@ class AuxiliaryLosses:
             if condition.kind == "none":
                 raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
             if metric is not None:
-                self.behaviour = WishedLoss(find_task(), layout, settings.behaviour, condition, metric)
-            elif settings.behaviour.tasks == "fresh":
+                self.behaviour = TargetLoss(find_task(), layout, settings.behaviour, condition, metric)
+            elif settings.behaviour.tasks == "fresh" or not settings.imitation:
                 if distributed.world_size > 1 or distributed.spread != "none":
-                    raise InputError(
-                        "train.behaviour.tasks: fresh works in a single process without DeepSpeed or FSDP; start one."
+                    what = (
+                        "train.imitation: 0 works" if not settings.imitation else "train.behaviour.tasks: fresh works"
                     )
-                self.behaviour = FreshTasksLoss(
-                    network, find_task(), layout, settings.behaviour, zoo, example_conditions(zoo, condition, seed)
-                )
+                    raise InputError(f"{what} in a single process without DeepSpeed or FSDP; start one.")
+                fresh = settings.behaviour.tasks == "fresh"
+                known = None if fresh else zoo_conditions(zoo, training_entries(zoo, settings.splits))
+                examples = example_conditions(zoo, condition, seed)
+                self.behaviour = DrawnTasksLoss(network, find_task(), layout, settings.behaviour, zoo, examples, known)
             else:
                 self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
+        if condition.kind == "examples" and condition.features and not isinstance(self.behaviour, DrawnTasksLoss):
+            raise InputError("model.condition.features of examples needs train.behaviour and train.imitation: 0")
         if settings.new_states is not None:
             if distributed.world_size > 1 or distributed.spread != "none":
                 raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
@@ -204,12 +209,17 @@ class AuxiliaryLosses:
         """The losses of a step of this process, given its batch and what the denoiser made of it."""
         return self._behaviour_of(step, batch, loss) + self._new_states_of(step)
 
+    def alone(self, step: int, part: int = 0) -> torch.Tensor:
+        """The behaviour loss of tasks that part ``part`` of a step draws, which needs no batch."""
+        assert isinstance(self.behaviour, DrawnTasksLoss)
+        with self.distributed.accelerator.autocast():
+            return self.behaviour.draw(make_rng(self.seed, "fresh tasks", step, *([part] if part else [])))
+
     def _behaviour_of(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         if self.behaviour is None:
             return 0.0
-        if isinstance(self.behaviour, FreshTasksLoss):
-            with self.distributed.accelerator.autocast():
-                return self.behaviour.draw(make_rng(self.seed, "fresh tasks", step))
+        if isinstance(self.behaviour, DrawnTasksLoss):
+            return self.alone(step)
         assert loss.samples is not None and batch.conditions is not None
         rows = batch.group[: batch.num_last]
         dropped = None if batch.dropped is None else batch.dropped[rows]

@@ -10,6 +10,7 @@ E examples, L tokens, D token width, C condition values, B images, K classes.
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -48,6 +49,8 @@ class BehaviourLoss:
             )
         if config.target == "original" and not isinstance(task, ImageTaskFamily):
             raise InputError("train.behaviour.target: original needs a family of image tasks; set it to labels")
+        if config.noise and "noise" not in inspect.signature(task.behaviour_losses).parameters:
+            raise InputError(f"{type(task).__name__} has no noise on images; set train.behaviour.noise to 0")
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target == "base" else None
         self.seconds = 0.0
@@ -74,7 +77,7 @@ class BehaviourLoss:
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
-        more: dict[str, Any] = {"teacher": self.teacher}
+        more: dict[str, Any] = {"teacher": self.teacher} | ({"noise": self.config.noise} if self.config.noise else {})
         if self.config.target == "original":
             assert originals is not None
             more = {"originals": self.layout.decode_batch(originals, constants=True)}
@@ -97,13 +100,15 @@ class BehaviourLoss:
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
-class FreshTasksLoss(BehaviourLoss):
-    """The same of tasks that are drawn afresh in every step, from the family that the zoo's come from.
+class DrawnTasksLoss(BehaviourLoss):
+    """The same of tasks that are drawn in every step, in place of the batch's: from the family that the zoo's come
+    from, or from the zoo's own.
 
     Args:
         network: the generator's networks.
         task, layout, config, zoo: as of `BehaviourLoss`.
         examples: shows examples of tasks, where they are the condition.
+        known: the zoo's tasks ``[K, C]`` to draw from; None: fresh ones.
 
     Raises:
         InputError: as `BehaviourLoss`, or the task cannot draw others.
@@ -111,30 +116,45 @@ class FreshTasksLoss(BehaviourLoss):
 
     def __init__(
         self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo,
-        examples: ExampleConditions | None = None,
+        examples: ExampleConditions | None = None, known: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(task, layout, config, zoo)
         has_codes = network.state is None or isinstance(network.state, TaskTable)
-        if not isinstance(task, TaskSimulator) or zoo.condition is None or not has_codes:
+        if (known is None and not isinstance(task, TaskSimulator)) or zoo.condition is None or not has_codes:
             raise InputError(
-                "train.behaviour.tasks: fresh needs a family that draws tasks, such as sensors, and model.state.of: "
-                "none or task; set it to zoo"
+                "train.behaviour.tasks: fresh needs a family that draws tasks, as sensors, and, like imitation: 0, "
+                "model.state.of: none or task; set train.behaviour.tasks to zoo and train.imitation to 1"
             )
+        told, wanted = network.config.condition.features, zoo.condition.num_inputs
+        if told not in (0, wanted):
+            raise InputError(f"model.condition.features is {told}, but tasks have {wanted} numbers; set it to that")
         self.network, self.simulator, self.spec, self.examples = network, task, zoo.condition, examples
-        self.mask = layout.mask.float()
+        self.known, self.mask = known, layout.mask.float()
+
+    def draw_tasks(self, num: int, rng: torch.Generator) -> Tensor:
+        """Tasks ``[num, C]``."""
+        if self.known is None:
+            return self.simulator.draw_tasks(num, rng)  # type: ignore[attr-defined]
+        return self.known[torch.randint(len(self.known), (num,), generator=rng)]
 
     def draw(self, rng: torch.Generator) -> Tensor:
-        """The weighted mean loss of as many fresh tasks as are configured; ``rng`` (on the CPU) draws everything."""
-        tasks = self.simulator.draw_tasks(self.config.networks, rng)
+        """The weighted mean loss of as many tasks as are configured; ``rng`` (on the CPU) draws everything.
+
+        With it the error of what an encoder of examples tells of tasks, if it tells anything.
+        """
+        tasks = self.draw_tasks(self.config.networks, rng)
         noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
         tasks, noise, mask = (each.to(self.network.position_embedding.device) for each in (tasks, noise, self.mask))
         inputs, states = self.spec.inputs(tasks), None
         if isinstance(self.network.state, TaskTable):
             codes = self.network.state.codes(inputs)
             states = codes + self.network.config.state.noise * torch.randn(codes.shape, generator=rng).to(codes)
-        conditions = inputs if self.examples is None else self.examples.draw(tasks, rng)
+        conditions: Tensor | None = inputs
+        if self.examples is not None:  # where the prior alone sees them, none are drawn
+            conditions = None if self.network.condition is None else self.examples.draw(tasks, rng)
         tokens = self.network.one_step(noise, mask, states, conditions)
-        return self(tokens, tasks, None, rng)
+        loss, told = self(tokens, tasks, None, rng), getattr(self.network.condition, "told", None)
+        return loss if told is None else loss + self.config.weight * (told.float() - inputs).square().mean()
 
 
 def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:

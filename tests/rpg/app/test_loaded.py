@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rpg.app.controls import condition_controls, sampling_controls, start_controls, wish_of
+from rpg.app.controls import condition_controls, initial_controls, request_of, sampling_controls
 from rpg.app.digits import PREFIX, classes_of, counted, drawn, read_image
-from rpg.app.loaded import LoadedRun, Wish
+from rpg.app.loaded import LoadedRun, PageRequest
 from rpg.app.show import show_header, show_made, show_mistake
 from rpg.config import Config
 from rpg.experiments.single import collect
@@ -48,7 +48,7 @@ def loaded(folder: Path, **sections: object) -> LoadedRun:
 
 def controls(run: LoadedRun) -> list[Any]:
     with gr.Blocks(analytics_enabled=False):
-        return [condition_controls(run), start_controls(run), sampling_controls(run)]
+        return [condition_controls(run), initial_controls(run), sampling_controls(run)]
 
 
 def defaults(parts: list[Any]) -> list[Any]:
@@ -61,7 +61,7 @@ def defaults(parts: list[Any]) -> list[Any]:
 def test_networks_are_what_generate_makes_and_originals_are_their_own_nearest(tmp_path: Path) -> None:
     make_zoo(tmp_path / "zoo")
     run = loaded(tmp_path)
-    made = run.make(Wish(num=2, seed=5, state="gaussian", temperature=0.5), tmp_path)
+    made = run.make(PageRequest(num=2, seed=5, state="gaussian", temperature=0.5), tmp_path)
     expected = Generator.from_pretrained(tmp_path / "run").generate(2, seed=5, state="gaussian", temperature=0.5)
     for file, wanted in zip(made.files, expected, strict=True):
         assert all(torch.equal(value, wanted[name]) for name, value in load_file(file).items())  # type: ignore[index]
@@ -80,13 +80,13 @@ def test_a_generator_whose_zoo_is_gone_is_shown_without_originals(tmp_path: Path
     run = LoadedRun(tmp_path / "run")
     assert run.originals is None and "elsewhere" not in run.missing[0] and "does not exist" in run.missing[0]
     assert run.missing[0] in show_header(run)
-    assert "nearest originals" not in show_made(run, run.make(Wish(), tmp_path))
+    assert "nearest originals" not in show_made(run, run.make(PageRequest(), tmp_path))
 
 
 def test_adapters_are_taken_along_as_a_zip_of_peft_folders(tmp_path: Path) -> None:
     adapters = adapters_at(tmp_path, "llama")
     collect_from(adapters, tmp_path / "zoo")
-    made = loaded(tmp_path).make(Wish(seed=1), tmp_path)
+    made = loaded(tmp_path).make(PageRequest(seed=1), tmp_path)
     with zipfile.ZipFile(made.download()) as archive:
         archive.extractall(tmp_path / "taken")
     folder = tmp_path / "taken" / "network-00000"
@@ -117,14 +117,18 @@ def test_a_condition_of_any_kind_is_chosen(
         zoo.append({"w": torch.randn(24), "b": torch.randn(3)}, run=index, step=0, condition=numbers)
     run = loaded(tmp_path, model={"state": {"of": "none"}, "condition": {"kind": spec.kind}})
     parts = controls(run)
-    wish = wish_of(parts, (values, *defaults(parts)[1:]))
-    assert wish.condition == condition and (wish.num, wish.seed, wish.steps) == (4, 0, 3)
-    made = run.make(wish, tmp_path)
+    request = request_of(parts, (values, *defaults(parts)[1:]))
+    assert request.condition == condition and (request.num, request.seed, request.steps) == (4, 0, 3)
+    made = run.make(request, tmp_path)
     expected = Generator.from_pretrained(tmp_path / "run").generate(4, condition=condition)
     assert all(torch.equal(made.networks[3][name], expected[3][name]) for name in ("w", "b"))  # type: ignore[index]
     with pytest.raises(InputError):
-        wish = wish_of(parts, ("1,2,3", *defaults(parts)[1:])) if spec.kind == "vector" else Wish(condition=[9.0])
-        run.make(wish, tmp_path)
+        request = (
+            request_of(parts, ("1,2,3", *defaults(parts)[1:]))
+            if spec.kind == "vector"
+            else PageRequest(condition=[9.0])
+        )
+        run.make(request, tmp_path)
     assert not list(tmp_path.glob("networks-*/generated/*.tmp")) and len(list(tmp_path.glob("networks-*"))) == 1
 
 
@@ -147,15 +151,15 @@ def test_a_metric_and_a_start(metric_run: LoadedRun, tmp_path: Path) -> None:
     run, parts = metric_run, controls(metric_run)
     assert run.zoo is not None and run.originals is not None
     first, own = run.originals.indices[0], tmp_path / "mine.safetensors"
-    wish = wish_of(parts, (0.5, run.originals.name(first), None, *defaults(parts)[3:]))
-    assert wish.condition == [0.5] and wish.start == run.zoo.file(first)
-    made = run.make(wish, tmp_path)
+    request = request_of(parts, (0.5, run.originals.name(first), None, *defaults(parts)[3:]))
+    assert request.condition == [0.5] and request.initial == run.zoo.file(first)
+    made = run.make(request, tmp_path)
     network, split = build_task(run.config.task).build(), run.config.evaluate.split
     network.load_state_dict(made.networks[0])
     right = network(run.task.images(split)).argmax(1) == run.task.labels(split)  # type: ignore[union-attr]
-    assert made.figures[0]["accuracy"] == pytest.approx(right.double().mean().item())
+    assert made.metrics[0]["accuracy"] == pytest.approx(right.double().mean().item())
     save_file(run.zoo.state_dict(first), own)
-    uploaded = run.make(wish_of(parts, (0.5, None, str(own), *defaults(parts)[3:])), tmp_path)
+    uploaded = run.make(request_of(parts, (0.5, None, str(own), *defaults(parts)[3:])), tmp_path)
     assert torch.equal(made.networks[0]["units"], uploaded.networks[0]["units"])
 
 
@@ -170,7 +174,7 @@ def test_an_uploaded_start_is_refused_in_one_sentence(metric_run: LoadedRun, dam
     else:
         save_file({"units": torch.zeros(2, 2)}, file)
     with pytest.raises(InputError) as caught:
-        metric_run.make(wish_of(parts, (0.5, None, str(file), *defaults(parts)[3:])), tmp_path)
+        metric_run.make(request_of(parts, (0.5, None, str(file), *defaults(parts)[3:])), tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("networks-*"))
 
 

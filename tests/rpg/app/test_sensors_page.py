@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from rpg.app.controls import condition_controls, knob_values
-from rpg.app.loaded import LoadedRun, Wish
-from rpg.app.sensors import look, settings_of, wish_for
+from rpg.app.loaded import LoadedRun, PageRequest
+from rpg.app.sensors import condition_for, look, settings_of
 from rpg.app.serve import served
 from tests.processes import free_port
 from tests.rpg.app.test_browser import (
@@ -43,9 +43,9 @@ def test_a_network_for_the_sensor_stays_level_where_the_fixed_one_falls_off(ship
 
 def test_draws_are_a_fan_of_votes(example_runs: Path, tmp_path: Path) -> None:
     run = LoadedRun(example_runs / "draws")
-    condition = wish_for(run, TURNED, num=3)
+    condition = condition_for(run, TURNED, num=3)
     assert condition.shape == (3, 64 + 10 + 1) and not condition[:, 64:74].any()  # no class is told
-    made = run.make(Wish(num=5, condition=condition), tmp_path)
+    made = run.make(PageRequest(num=5, condition=condition), tmp_path)
     assert made.wanted == "3 examples" and "what was learned" in made.distance
     panel = look(run, TURNED, made)
     assert panel.votes.sum(1).tolist() == [5] * 10 and list(panel.accuracies) == ["5 networks together"]

@@ -149,11 +149,11 @@ def test_baselines_lie_at_the_distance_that_is_asked_for(tmp_path, name: str, by
     span = ZooSpan([zoo.checkpoint(i) for i in range(8)], ["w", "v"], runs, by)
     distance = 3 * span.gram.diagonal().max().item() ** 0.5
     made = [combine(span, each) for each in combinations(span, name, 9, 0, distance)]
-    assert span.distances(span.place(made)).amin(1).median().item() == pytest.approx(distance, rel=0.03)
+    assert span.distances(span.project(made)).amin(1).median().item() == pytest.approx(distance, rel=0.03)
 
 
 def test_baselines_that_cannot_lie_so_near_are_averages_and_said_so(span: ZooSpan) -> None:
-    near = 0.2 * span.distances(span.place_combinations(torch.zeros(1, 6, dtype=torch.float64))).min().item()
+    near = 0.2 * span.distances(span.project_combinations(torch.zeros(1, 6, dtype=torch.float64))).min().item()
     made, (note,) = make_baselines(span, EvaluateConfig(), 3, near, 0)
     assert all(each.weights.abs().max() == 0 for each in made["covariance_gaussian" + AT_DISTANCE])
     for name in ("coordinate_gaussian", "covariance_gaussian", "run_sharpened_gaussian"):

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from rpg.evaluation import span as span_module
 from rpg.evaluation.conditions import Conditions, nearest_rows
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.judges import OwnScorer, TaskScorer
@@ -19,6 +20,7 @@ from rpg.evaluation.workers import Workers
 from rpg.generation.sampler import Partition
 from rpg.tasks import DigitsConfig, build_task
 from tests.conftest import make_zoo
+from tests.golden_record import check_report
 from tests.rpg.evaluation.test_span import slow_vectors, span_of
 from tokenization.errors import InputError
 
@@ -51,6 +53,12 @@ def test_originals_baselines_and_generated_networks_are_judged(zoo):
     assert {"average", "interpolation", "noise_0.05", "covariance_gaussian", "average_of_6"} <= report.kinds.keys()
     assert report.facts["seconds_per_network"] >= 0 and report.unit is not None and not report.matched
     assert report.extras["spread"]["diversity_ratio"] == pytest.approx(0, abs=1e-4)  # two of them are alike
+
+
+@pytest.mark.parametrize("held_values", [1 << 26, 0], ids=["plain_zoo", "streamed"])
+def test_reports_of_small_and_of_streamed_zoos(zoo, monkeypatch, held_values, request):
+    monkeypatch.setattr(span_module, "HELD_VALUES", held_values)
+    check_report(request.node.callspec.id, judged(zoo, made(zoo.state_dict(i) for i in (0, 2, 3))))
 
 
 def test_distances_are_those_of_the_values_to_the_nearest_other_original(zoo):
@@ -96,7 +104,7 @@ def test_metrics_that_are_not_finite_are_null_and_count_as_bad(zoo):
 
 def test_the_same_metrics_for_every_network(zoo):
     names = iter("abcdefghijkl" * 9)
-    with pytest.raises(InputError, match="same figures"):
+    with pytest.raises(InputError, match="same metrics"):
         judged(zoo, score=lambda network: {next(names): 1.0})
 
 

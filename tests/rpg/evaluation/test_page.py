@@ -105,9 +105,9 @@ def test_what_is_shown_is_what_was_found(run):
     assert Generator.from_pretrained(run).digest in text
 
 
-def test_trajectories_end_at_what_is_generated(run):
+def test_denoising_paths_end_at_what_is_generated(run):
     generator = Generator.from_pretrained(run)
-    shown = generator.trajectories(3, seed=5, points=2)
+    shown = generator.denoising_paths(3, seed=5, points=2)
     assert [step for step, _ in shown] == [2, 3]
     for last, network in zip(shown[-1][1], generator.generate(3, seed=5), strict=True):
         assert all((last[name] == network[name]).all() for name in network)

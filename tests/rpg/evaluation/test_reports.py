@@ -93,7 +93,7 @@ def test_a_report_ends_in_a_dozen_lines_and_the_rest_is_there_when_asked_for(tmp
 def test_the_page_shows_everything_and_escapes_what_users_wrote(tmp_path: Path):
     found = report(curves={"vote": Curve(x=(1.0, 2.0), lines={"generated": (0.1, 0.2)}, across="M", up="accuracy")})
     page = Page(
-        "<script>alert(1)</script>", {"zoo <b>": "a & b"}, trajectory=[(1, torch.zeros(2)), (2, torch.ones(2))],
+        "<script>alert(1)</script>", {"zoo <b>": "a & b"}, denoising_path=[(1, torch.zeros(2)), (2, torch.ones(2))],
         heatmaps=[Heatmap(['"><b>', "original"], torch.zeros(2, 3), "colours")],
     )  # fmt: skip
     for name in ("first", "second"):

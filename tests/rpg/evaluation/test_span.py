@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpg.evaluation import span as span_module
-from rpg.evaluation.span import Places, ZooSpan, measure_span
+from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.experiments.single import zoo_span
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
@@ -52,7 +52,7 @@ def test_places_are_those_of_vectors_in_memory(zoo, monkeypatch, block, group):
     slow_zoo, slow = slow_vectors(zoo, networks)
     span = span_of(zoo)
     torch.testing.assert_close(span.gram, slow_zoo @ slow_zoo.T, rtol=1e-5, atol=1e-4)
-    places = span.place(iter(networks))
+    places = span.project(iter(networks))
     torch.testing.assert_close(places.squares, slow.square().sum(1), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(places.products, slow @ slow_zoo.T, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(span.distances(places), torch.cdist(slow, slow_zoo), rtol=1e-4, atol=1e-3)
@@ -64,9 +64,9 @@ def test_places_are_those_of_vectors_in_memory(zoo, monkeypatch, block, group):
 
 def test_the_zoo_itself_is_what_it_was_asked_to_be(zoo):
     span = span_of(zoo)
-    measured = measure_span(span, span.place(zoo.state_dict(i) for i in range(len(zoo))), range(len(zoo)))
+    measured = measure_span(span, span.project(zoo.state_dict(i) for i in range(len(zoo))), range(len(zoo)))
     assert measured.cosine == pytest.approx(1) and measured.spread == pytest.approx(1) and measured.num == len(zoo)
-    half = Places(span.gram.diagonal() / 4, span.gram / 2)
+    half = Projections(span.gram.diagonal() / 4, span.gram / 2)
     assert measure_span(span, half, range(len(zoo))).cosine == pytest.approx(1)
     assert measure_span(span, half, range(len(zoo))).spread == pytest.approx(0.25)
 
@@ -74,21 +74,21 @@ def test_the_zoo_itself_is_what_it_was_asked_to_be(zoo):
 def test_the_mean_points_nowhere_and_a_zoo_without_spread_has_no_span(tmp_path):
     zoo = make_zoo(tmp_path / "zoo")
     span = span_of(zoo)
-    mean = span.place_combinations(torch.zeros(2, len(zoo), dtype=torch.float64))
+    mean = span.project_combinations(torch.zeros(2, len(zoo), dtype=torch.float64))
     assert measure_span(span, mean, [0, 1]).model_dump() == {"cosine": 0.0, "spread": 0.0, "accuracy": None, "num": 2}
     assert measure_span(span, mean, []) is None
     alike = Zoo.create(tmp_path / "alike")
     for step in range(2):
         alike.append(zoo.state_dict(0), run=0, step=step)
     lone = span_of(alike)
-    assert measure_span(lone, lone.place([zoo.state_dict(1)]), [0]) is None
+    assert measure_span(lone, lone.project([zoo.state_dict(1)]), [0]) is None
 
 
 def test_a_network_with_nan_has_no_span(zoo):
     broken = zoo.state_dict(0)
     broken["0.weight"][0] = torch.nan
     span = span_of(zoo)
-    assert measure_span(span, span.place([broken]), [0]) is None
+    assert measure_span(span, span.project([broken]), [0]) is None
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(generator: Generator, num: int = 12):
     zoo = Zoo.open(generator.config.zoo)
     span = zoo_span(generator, zoo, training_entries(zoo, generator.config.train.splits))
-    return measure_span(span, span.place(generator.generate(num, seed=3)), generator.asked(num, seed=3))
+    return measure_span(span, span.project(generator.generate(num, seed=3)), generator.asked(num, seed=3))
 
 
 def test_networks_are_the_checkpoints_that_they_were_asked_to_be_unless_the_state_is_ignored(folder):

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.experiments import comparison
 from rpg.experiments.comparison import Comparison, compare, train_and_compare
 from rpg.generation.generator import Generator
-from rpg.tasks import DigitsConfig, build_task, many
+from rpg.tasks import DigitsConfig, build_task, parallel
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from tests.conftest import make_zoo, small_config
@@ -26,12 +26,12 @@ def subsets(tmp_path_factory):
     """Twenty tasks of digits, of which four are for validation and five unseen."""
     folder = tmp_path_factory.mktemp("subsets")
     task = {
-        "name": "digits_subsets", "held_out": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
+        "name": "digits_subsets", "unseen": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
         "base": {"steps": 60}, "finetune": {"stages": [{"steps": 10}], "batch_size": 32},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(many, "num_cores", lambda: 1)
+        patch.setattr(parallel, "num_cores", lambda: 1)
         zoo = build_task(task).collect(folder / "zoo")
         yield folder, task, zoo
 

@@ -48,15 +48,16 @@ def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(draws, "TUNING", ((2, 1e-3),))
     run = example_runs / "draws"
     report = draws.evaluate_draws(run)
-    assert checked_report(run, "draws") == report and (run / "report.html").is_file()
+    assert checked_report(run, "draws", "draws") == report and (run / "report.html").is_file()
     wanted = {"generated", "single", "implicit", "retrieved_zoo", "retrieved_simulated", "prior", "original"}
     wanted |= {"generated_by_10_labelled", "single_by_10_labelled"}
+    assert "error_by_distance" in report.curves
     for kinds in (report.kinds, report.parts["3 images"]):
         assert set(kinds) == wanted
         assert list(kinds["generated"].joint["joint"]) == [1, 4, 16, 64] and list(kinds["single"].joint["joint"]) == [1]
         assert all(math.isfinite(value) for each in kinds.values() for value in each.metrics["joint"])
     assert len(json.loads((run / "evaluation.json").read_text())["curves"]["Sampling steps"]["lines"]["generated"]) == 2
-    assert draws.evaluate_draws(run, split="validation", rivals=False).kinds["generated"].count == 2
+    assert draws.evaluate_draws(run, split="validation", compare=False).kinds["generated"].count == 2
 
 
 def test_networks_by_examples_beside_what_a_user_would_do(example_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,9 @@ def test_networks_by_examples_beside_what_a_user_would_do(example_runs: Path, mo
         "generated", "generated_unlabelled", "best_specialist", "generalist_finetuned", "reptile", "map_in_directions",
         "logistic_regression", "original",
     }  # fmt: skip
-    assert checked_report(example_runs / "examples", "examples") == report
+    assert checked_report(example_runs / "examples", "examples", "examples") == report
     assert report.curves["Accuracy by examples"].x == (1, 2)
     assert list(report.parts) == ["2 examples a class"]
+    generated = report.kinds["generated"]
+    assert generated.joint["joint"][1] == pytest.approx(generated.joint["nll"][1])  # of one network they are the same
+    assert report.extras["error_by_distance"]["beyond"] + len(report.curves["error_by_distance"].x) <= 3

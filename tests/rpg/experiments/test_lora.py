@@ -13,12 +13,12 @@ from rpg.config import Config
 from rpg.evaluation.adapter_merges import METHODS as MERGED
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
+from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
 from rpg.generation.generator import Generator
-from rpg.tasks import many
+from rpg.tasks import parallel
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.side_by_side import stack
@@ -59,14 +59,14 @@ def experiment(tmp_path_factory):
         "generate": {"steps": 1},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(many, "num_cores", lambda: 1)
+        patch.setattr(parallel, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         yield config, run_experiment(config, experiment_of(config, command="rpg lora"))
 
 
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
-    assert checked_report(config.run, "tasks") == report and list(report.better) == [
+    assert checked_report(config.run, "tasks", "lora") == report and list(report.better) == [
         "symbol_accuracy",
         "exact_match",
         "perplexity",
@@ -122,11 +122,11 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
     )
     before = (Path(config.run) / "evaluation.json").read_text()
     with pytest.raises(InputError, match="no choice can be made"):
-        evaluate_held_out(config.run, split="validation")
+        evaluate_unseen(config.run, split="validation")
     chosen = for_choices(config)
     train_or_continue(chosen)
     asked.clear()
-    report = evaluate_held_out(chosen.run, split="validation")
+    report = evaluate_unseen(chosen.run, split="validation")
     zoo = Zoo.open(config.zoo)
     unseen = {zoo.entries[index].run for index in zoo.subset("unseen")}
     assert {split for split, _ in asked} == {"validation"}

@@ -55,7 +55,7 @@ def written(folder: Path, kind: str, conditions: dict[str, object], split: bool)
 def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> None:
     kind: dict[str, object] = {"kind": "text", "encoder": encoder_at(folder / "encoder")}
     config = written(folder, "text", kind, split=True)
-    code, out, err = rpg("lora", config, "--device", "cpu", "--trajectory", NAMES[4])
+    code, out, err = rpg("lora", config, "--device", "cpu", "--denoising-path", NAMES[4])
     assert code == 0, err
     assert "report:" in out
     found = json.loads((folder / "run-text" / "evaluation.json").read_text())

@@ -13,12 +13,12 @@ from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs import rivals as metric_rivals
-from rpg.labs.training_runs.experiment import asked_and_got, direction, evaluate_metric, trajectories_task
-from rpg.labs.training_runs.rivals import Trajectories
-from rpg.models.conditioning import StartConfig
+from rpg.labs.training_runs.experiment import asked_and_got, direction, evaluate_metric, training_runs_task
+from rpg.labs.training_runs.rivals import TrainingRuns
+from rpg.models.conditioning import InitialConfig
 from rpg.tasks.side_by_side import stack
+from rpg.training.initial import InitialPairs
 from rpg.training.loop import train
-from rpg.training.starts import StartPairs
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_experiment_reports_methods_optimizers_and_rounds(run: Path) -> None:
-    report = checked_report(run, "target_loss")
+    report = checked_report(run, "target_loss", "target_loss")
     assert report.mean("copy") > 0.99 and report.kinds["original"].extras["direction"]["own_run"] > 0.999
     assert {"generated", "average", "kernel_ridge"} <= report.kinds.keys()
     assert set(report.extras["one_step"]["adam"]) == {str(each) for each in metric_rivals.STEPS}
@@ -58,18 +58,18 @@ def test_the_experiment_reports_methods_optimizers_and_rounds(run: Path) -> None
 
 def test_a_generated_step_from_held_out_first_weights_lowers_the_loss(run: Path) -> None:
     generator = Generator.from_pretrained(run)
-    task, zoo = trajectories_task(generator.config), Zoo.open(generator.config.zoo)
-    held_out = Trajectories.of(zoo, "unseen")
+    task, zoo = training_runs_task(generator.config), Zoo.open(generator.config.zoo)
+    held_out = TrainingRuns.of(zoo, "unseen")
     starts = held_out.space.unflatten(held_out.vectors[:, 0])
     state_dicts = [{name: value[row] for name, value in starts.items()} for row in range(4)]
-    made = stack(generator.generate(4, start=state_dicts, condition=[0.2]))
+    made = stack(generator.generate(4, initial=state_dicts, condition=[0.2]))
     assert bool((task.losses(made, "train") < task.losses(starts, "train")).all())
 
 
 def test_starts_are_of_the_same_run_and_no_later(run: Path) -> None:
     zoo = Zoo.open(Config.load(run / "config.yaml").zoo)
     indices = zoo.subset("train")
-    pairs = StartPairs(zoo, indices, StartConfig(first=0.3), seed=0)
+    pairs = InitialPairs(zoo, indices, InitialConfig(first=0.3), seed=0)
     drawn = [(place, pairs.draw(place, number)) for place in range(len(indices)) for number in range(20)]
     entries = [(zoo.entries[indices[place]], zoo.entries[indices[start]]) for place, start in drawn]
     assert all(late.run == early.run and early.step <= late.step for late, early in entries)
@@ -95,15 +95,15 @@ def test_from_the_command_line(run: Path, rpg: Run, tmp_path: Path) -> None:
     refused(rpg(*options), "condition")
     refused(rpg("generate", run, "--metric", "loss=0.5"), "--from")
     refused(rpg("generate", run, "--metric", "loss=0.5", "--from", run / "none.safetensors"), "none.safetensors")
-    refused(rpg("metric", "configs/digits.yaml"), "trajectories")
+    refused(rpg("metric", "configs/digits.yaml"), "training_runs")
 
 
 def test_a_metric_works_without_a_start(run: Path, tmp_path: Path) -> None:
-    config = Config.load(run / "config.yaml", ["model.start=null", f"run={tmp_path / 'run'}", "train.steps=3"])
+    config = Config.load(run / "config.yaml", ["model.initial=null", f"run={tmp_path / 'run'}", "train.steps=3"])
     generator = Generator.from_pretrained(train(config))
     assert len(generator.generate(2, condition=[0.5])) == 2
-    with pytest.raises(InputError, match="without starts"):
-        generator.generate(1, condition=[0.5], start={})
+    with pytest.raises(InputError, match="without initial weights"):
+        generator.generate(1, condition=[0.5], initial={})
     accuracy = ["model.condition.name=accuracy", "model.condition.scale=linear"]
     config = Config.load(run / "config.yaml", [*accuracy, f"run={tmp_path / 'other'}"])
     with pytest.raises(InputError, match="train.behaviour"):

@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
-    report = checked_report(run, "sensors")
+    report = checked_report(run, "sensors", "sensors")
     assert {"generated", "original", "kernel_ridge", "nearest_seen", "generalist", "average"} < report.kinds.keys()
     assert {"settings_as_inputs", "large_with_settings"} < report.kinds.keys()
     assert all(len(each.metrics["accuracy"]) == 3 for each in report.kinds.values())
@@ -53,6 +53,11 @@ def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
     assert figures["beyond"] + len(report.curves["error_by_distance"].x) == 3
     seen = generator.distance(small_task().sensors()[0][0])
     assert seen is not None and seen.distance == 0 and seen.known_to == figures["known_to"]
+    accuracy = report.extras["over_seeds"][""]["generated"]["accuracy"]
+    first, second = accuracy["values"]
+    assert accuracy["mean"] == pytest.approx((first + second) / 2) and first == pytest.approx(report.mean("generated"))
+    assert accuracy["ci95"][1] - accuracy["mean"] == pytest.approx(12.706 * abs(first - second) / 2, rel=1e-3)
+    assert "settings_as_inputs" not in report.extras["over_seeds"][""]  # trained once
     assert [each["seed"] for each in report.facts["seeds"]] == [0, 1] and (run / "seed-1" / "generator").is_dir()
     assert "must be small, here 610 values" in report.notes[0]
     assert (run / "report.html").is_file() and (run / "accuracy_by_angle.png").is_file()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.tasks import many
+from rpg.tasks import parallel
 
 MARGIN = 0.05
 """How much better generated networks must be than the nearest seen task's, in shares of right answers."""
 
 
 def run(tree, folder, monkeypatch, width):
-    monkeypatch.setattr(many, "num_cores", lambda: 1)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
     common = {
         "run": str(folder / "run"), "zoo": str(folder / "zoo"), "generate": {"steps": 1},
         "evaluate": {"linear_head": False},
@@ -28,7 +28,7 @@ def run(tree, folder, monkeypatch, width):
 
 def test_networks_for_unseen_tasks_beat_the_nearest_seen_network(tmp_path, monkeypatch):
     task = {
-        "name": "digits_subsets", "tasks": 60, "held_out": {"kind": "random", "num": 12}, "validation": 6, "group": 60,
+        "name": "digits_subsets", "tasks": 60, "unseen": {"kind": "random", "num": 12}, "validation": 6, "group": 60,
         "base": {"steps": 300, "batch_size": 128}, "finetune": {"stages": [{"steps": 20}], "batch_size": 64},
     }  # fmt: skip
     behaviour = {"weight": 1000.0, "images": 64, "target": "base", "share": 1.0}

@@ -10,8 +10,8 @@ import torch
 
 from rpg.evaluation.report import Report
 from rpg.evaluation.workers import Workers
-from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
-from rpg.experiments.tasks_page import head_of, task_name, wished_task, worst_table
+from rpg.experiments.tasks_page import head_of, requested_task, task_name, worst_table
+from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 from tests.processes import in_two_processes
@@ -50,7 +50,7 @@ def test_two_processes_find_the_figures_of_one(unseen, lora, tmp_path: Path) -> 
     def score() -> None:
         partition, _ = join_processes("cpu")
         for run in runs:
-            evaluate_held_out(run, workers=Workers(partition))
+            evaluate_unseen(run, workers=Workers(partition))
 
     in_two_processes(score)
     for run, (config, _) in zip(runs, (unseen, lora), strict=True):
@@ -81,35 +81,35 @@ def test_the_head_is_the_last_matrix(unseen, lora) -> None:
     assert head_of(Generator.from_pretrained(lora[0].run))
 
 
-def test_trajectories_end_at_the_networks_of_the_condition(unseen) -> None:
+def test_denoising_paths_end_at_the_networks_of_the_condition(unseen) -> None:
     config, _ = unseen
     generator = Generator.from_pretrained(config.run)
     bits = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
     made = generator.generate(2, seed=3, condition=bits)
-    step, last = generator.trajectories(2, seed=3, condition=bits)[-1]
+    step, last = generator.denoising_paths(2, seed=3, condition=bits)[-1]
     assert step == config.generate.steps
     assert all(torch.equal(a[name], b[name]) for a, b in zip(made, last, strict=True) for name in a)
     with pytest.raises(InputError, match="condition"):
-        generator.trajectories(2)
+        generator.denoising_paths(2)
 
 
-def test_the_user_names_the_condition_whose_trajectory_is_shown(unseen, tmp_path: Path) -> None:
+def test_the_user_names_the_condition_whose_denoising_path_is_shown(unseen, tmp_path: Path) -> None:
     config, _ = unseen
     generate = config.generate.model_copy(update={"steps": 3})
     config = config.model_copy(update={"run": str(tmp_path / "run"), "generate": generate})
     shutil.copytree(unseen[0].run, config.run)
     config.save(tmp_path / "run" / "generator" / "config.yaml")
     names, task = Zoo.open(config.zoo).condition.names, task_family(config)
-    bits = wished_task(task, config, f"{names[3]},{names[7]}")
-    assert bits == wished_task(task, config, "0001000100") == wished_task(task, config, "0,0,0,1,0,0,0,1,0,0")
-    evaluate_held_out(config.run, trajectory=bits)
+    bits = requested_task(task, config, f"{names[3]},{names[7]}")
+    assert bits == requested_task(task, config, "0001000100") == requested_task(task, config, "0,0,0,1,0,0,0,1,0,0")
+    evaluate_unseen(config.run, path_condition=bits)
     text = (tmp_path / "run" / "report.html").read_text()
     assert f"for the task {names[3]}, {names[7]} after each" in text and "for the unseen task" not in text
     for wrong in ("3,12", "1111111111", "no class"):
-        with pytest.raises(InputError, match="--trajectory"):
-            wished_task(task, config, wrong)
+        with pytest.raises(InputError, match="--denoising-path"):
+            requested_task(task, config, wrong)
     with pytest.raises(InputError, match=r"generate\.steps"):
-        wished_task(task, unseen[0], "0001000100")
+        requested_task(task, unseen[0], "0001000100")
 
 
 def test_the_command_writes_the_page(lora, rpg: Run) -> None:

@@ -13,13 +13,13 @@ from rpg.experiments import driver
 from rpg.experiments.sweep_table import row_of
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
-from rpg.tasks import many
+from rpg.tasks import parallel
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
 
 SMALL = (
-    "task.family.tasks=24", "task.family.held_out.num=5", "task.family.validation=3", "task.family.group=24",
+    "task.family.tasks=24", "task.family.unseen.num=5", "task.family.validation=3", "task.family.group=24",
     "task.family.finetune.stages=[{steps: 25, learning_rate: 0.01}]", "task.rounds=3", "task.kept=0.5",
     "task.sparsity=0.9", "train.steps=3", "model.backbone.d_model=16",
 )  # fmt: skip
@@ -27,7 +27,7 @@ SMALL = (
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(many, "num_cores", lambda: 1)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
     changes = (*SMALL, f"run={tmp_path / 'run'}", f"zoo={tmp_path / 'zoo'}")
     return [word for each in changes for word in ("--set", each)]
 
@@ -36,7 +36,7 @@ def test_one_command_leaves_every_kind_of_mask_and_a_picture(rpg: Run, settings:
     code, out, err = rpg("run", "configs/tickets.yaml", *settings)
     assert code == 0, err
     assert "masks of 90% zeros" in out and "Generated networks have accuracy" in out
-    report = checked_report(tmp_path / "run", "tickets")
+    report = checked_report(tmp_path / "run", "tickets", "tickets")
     assert set(report.kinds) == {
         "original", "generated", "no_condition", "kernel_ridge", "nearest_seen", "average", "random", "shuffled",
         "start_magnitude", "one_shot",

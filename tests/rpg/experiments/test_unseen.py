@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import held_out, linear_head, task_networks
+from rpg.evaluation import linear_head, task_networks, unseen_tasks
 from rpg.evaluation.conditions import nearest_rows
-from rpg.evaluation.held_out import base_summed
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import measure_diversity
 from rpg.evaluation.regression import regression_grid
+from rpg.evaluation.unseen_tasks import base_summed
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.held_out_tasks import evaluate_held_out, task_family
 from rpg.experiments.single import for_choices, scoring_task, train_or_continue
 from rpg.experiments.task_methods import generate_for, networks_of
+from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
-from rpg.tasks import many
+from rpg.tasks import parallel
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits import DigitsSubsetsTask
@@ -42,7 +42,7 @@ def experiment(tmp_path_factory):
         "run": str(folder / "run"),
         "zoo": str(folder / "zoo"),
         "task": {
-            "name": "digits_subsets", "held_out": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
+            "name": "digits_subsets", "unseen": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
             "base": {"steps": 60}, "finetune": {"stages": [{"steps": 10}], "batch_size": 32},
         },
         "model": {
@@ -58,7 +58,7 @@ def experiment(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(many, "num_cores", lambda: 1)
+        patch.setattr(parallel, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         report = run_experiment(config, experiment_of(config, command="rpg unseen"), seeds=2)
         yield config, report
@@ -67,7 +67,7 @@ def experiment(tmp_path_factory):
 def test_the_report_has_what_was_promised(experiment):
     config, report = experiment
     folder = Path(config.run)
-    assert checked_report(folder, "tasks") == report and report.first == "accuracy"
+    assert checked_report(folder, "tasks", "unseen") == report and report.first == "accuracy"
     for kinds, num in ((report.kinds, 5), (report.parts["seen"], 5)):
         assert set(kinds) == METHODS
         for each in kinds.values():
@@ -112,7 +112,7 @@ def choices(experiment):
 def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(experiment, choices, rpg, tmp_path):
     config, _ = experiment
     with pytest.raises(InputError, match="no choice can be made") as caught:
-        evaluate_held_out(config.run, split="validation")
+        evaluate_unseen(config.run, split="validation")
     cure = re.findall(r"--set '?([^ ']+)", str(caught.value))
     config.save(tmp_path / "config.yaml")
     assert Config.load(tmp_path / "config.yaml", cure) == choices == for_choices(choices)
@@ -129,7 +129,7 @@ def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experim
     monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
     path = Path(config.run) / "evaluation.json"
     before = path.read_text()
-    report = evaluate_held_out(choices.run, split="validation")
+    report = evaluate_unseen(choices.run, split="validation")
     validation = networks_of(Zoo.open(config.zoo), "validation").bits.tolist()
     assert [list(map(int, bits)) for bits in report.kinds["generated"].conditions] == validation
     assert asked == {"validation"} and path.read_text() == before
@@ -147,7 +147,7 @@ def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_train
 def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeypatch):
     config, report = experiment
     monkeypatch.setattr(task_networks, "PART_BYTES", 1)
-    again = evaluate_held_out(config.run)
+    again = evaluate_unseen(config.run)
     for ours, theirs in ((report.kinds, again.kinds), (report.parts["seen"], again.parts["seen"])):
         for name, each in ours.items():
             assert theirs[name].metrics["accuracy"] == pytest.approx(each.metrics["accuracy"], abs=0.003), name
@@ -163,7 +163,7 @@ def test_as_many_seen_tasks_as_unseen_ones_are_scored_evenly_chosen(experiment, 
     assert kept.count == report.kinds["original"].count == 5 and len(every) == 15
     assert [every.index(each) for each in kept.conditions] == [0, 4, 7, 10, 14]
     monkeypatch.setattr(task_networks, "LARGE", 1)
-    large = evaluate_held_out(config.run).parts["seen"]["original"]
+    large = evaluate_unseen(config.run).parts["seen"]["original"]
     assert large.conditions == kept.conditions
     assert large.metrics["accuracy"] == pytest.approx(kept.metrics["accuracy"], abs=0.003)
 
@@ -181,7 +181,7 @@ def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment
     monkeypatch.setattr(linear_head, "fit_linear_head", lambda *given: learned.append(given[2].tolist()) or fit(*given))
     if large:
         monkeypatch.setattr(task_networks, "LARGE", 1)
-    report = evaluate_held_out(config.run)
+    report = evaluate_unseen(config.run)
     train, validation = (networks_of(zoo, split).bits.tolist() for split in ("train", "validation"))
     assert learned == [train, [*train, *validation]]
     assert report.mean("linear_head") > 0.5
@@ -194,16 +194,16 @@ def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkey
     monkeypatch.setattr(task_networks, "LARGE", 1)
     tried = []
     monkeypatch.setattr(
-        held_out, "tune", lambda regressions, score: (tried.append(regressions), (regressions[0], 0.0))[1]
+        unseen_tasks, "tune", lambda regressions, score: (tried.append(regressions), (regressions[0], 0.0))[1]
     )
-    held_out.choose_regressions(task, train, validation)
+    unseen_tasks.choose_regressions(task, train, validation)
     vectors, wanted = train.weights(), validation.weights()
     space = FlatSpace(vectors)
     errors = {
         each: (each.predict(train.bits, space.flatten(vectors), validation.bits) - space.flatten(wanted)).norm().item()
         for each in regression_grid()["kernel_ridge"]
     }
-    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: held_out.NUM_TRIED])
+    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: unseen_tasks.NUM_TRIED])
 
 
 def test_nearest_other_and_summed_probabilities():
@@ -234,7 +234,7 @@ def test_equal_draws_have_no_diversity(experiment):
 
 def test_another_split_of_the_same_networks(experiment, tmp_path):
     config, _ = experiment
-    other = config.task.model_copy(update={"held_out": ClassPairSplit(pair=(1, 2)), "validation": 2})
+    other = config.task.model_copy(update={"unseen": ClassPairSplit(pair=(1, 2)), "validation": 2})
     task = DigitsSubsetsTask(type(other).model_validate(other.model_dump()))
     zoo = resplit(config.zoo, tmp_path / "zoo", task)
     assert all((entry.condition[1] == entry.condition[2]) == (entry.split == "unseen") for entry in zoo.entries)

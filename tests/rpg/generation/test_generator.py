@@ -40,7 +40,7 @@ def test_files_load_into_the_network_with_plain_torch(run, tmp_path):
     assert facts["generator"] == Generator.from_pretrained(run).digest
 
 
-@pytest.mark.parametrize("state", ["stored", "gaussian"])
+@pytest.mark.parametrize("state", ["stored", "density", "gaussian"])
 def test_a_seed_decides_the_bytes(run, tmp_path, state):
     generator = Generator.from_pretrained(run)
     many = generator.generate(7, seed=4, condition=CONDITION, state=state)

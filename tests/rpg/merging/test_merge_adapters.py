@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 
 from rpg.merging.adapters import merge_adapters
-from rpg.merging.methods import merge_values
-from rpg.merging.parts import METADATA_KEY, Recipe
+from rpg.merging.parts import METADATA_KEY, Merge, merge_values
 from tests.tokenization.lora.test_collected import EVERYWHERE, EXPERTS, Net, merged, save
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -42,9 +41,9 @@ def changes(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_adapter_makes_the_merged_network(tmp_path: Path, kind: str, method: str) -> None:
     folders = [save(tmp_path / str(number), number, **options) for number, options in enumerate(KINDS[kind])]
-    recipe = Recipe(method, [1.0, 2.0] if method == "linear" else None, t=0.25 if method == "slerp" else None)
-    found = changes(merge_adapters(folders, recipe, tmp_path / "out"))
-    weights, options = recipe.settled(2)
+    merge = Merge(method, [1.0, 2.0] if method == "linear" else None, t=0.25 if method == "slerp" else None)
+    found = changes(merge_adapters(folders, merge, tmp_path / "out"))
+    weights, options = merge.settled(2)
     own = [changes(folder) for folder in folders]
     assert any(value.abs().max() > 1e-3 for value in found.values())
     for name, value in found.items():
@@ -58,7 +57,7 @@ def test_a_merged_adapter_makes_the_merged_network(tmp_path: Path, kind: str, me
 def test_layers_that_peft_does_not_merge_compute_the_sum(tmp_path: Path) -> None:
     """Grouped convolutions and embeddings: outputs are linear in the update."""
     folders = [save(tmp_path / str(number), number, **EVERYWHERE, r=4 + 2 * number) for number in range(2)]
-    out = merge_adapters(folders, Recipe("linear", [1.0, -0.5], normalize=False), tmp_path / "out")
+    out = merge_adapters(folders, Merge("linear", [1.0, -0.5], normalize=False), tmp_path / "out")
     one, other, both = (PeftModel.from_pretrained(Net(), each)(X).double() for each in (*folders, out))
     plain = Net()(X).double()
     torch.testing.assert_close(both - plain, (one - plain) - 0.5 * (other - plain), atol=1e-5, rtol=1e-5)
@@ -66,7 +65,7 @@ def test_layers_that_peft_does_not_merge_compute_the_sum(tmp_path: Path) -> None
 
 def test_model_stock_of_adapters_begins_at_the_base(tmp_path: Path) -> None:
     folders = [save(tmp_path / str(number), number) for number in range(3)]
-    found = changes(merge_adapters(folders, Recipe("model_stock"), tmp_path / "out"))
+    found = changes(merge_adapters(folders, Merge("model_stock"), tmp_path / "out"))
     own = [changes(folder) for folder in folders]
     for name, value in found.items():
         values = torch.stack([each[name].flatten() for each in own])
@@ -77,8 +76,8 @@ def test_model_stock_of_adapters_begins_at_the_base(tmp_path: Path) -> None:
 def test_the_folder_says_what_it_is_made_of(tmp_path: Path) -> None:
     folders = [save(tmp_path / str(number), number, base_model_name_or_path=f"b{number}") for number in range(2)]
     with pytest.raises(InputError, match="'b1', but 'b0' .*--base NAME"):
-        merge_adapters(folders, Recipe("linear"), tmp_path / "out")
-    out = merge_adapters(folders, Recipe("linear"), tmp_path / "out", base="mine")
+        merge_adapters(folders, Merge("linear"), tmp_path / "out")
+    out = merge_adapters(folders, Merge("linear"), tmp_path / "out", base="mine")
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("mine", 8, 8)
     record = json.loads(Checkpoint.open(out).metadata[METADATA_KEY])
@@ -86,19 +85,19 @@ def test_the_folder_says_what_it_is_made_of(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "ties": ({}, Recipe("ties"), "full rank, which no adapter holds"),
-    "dare_linear": ({}, Recipe("dare_linear"), "full rank"),
-    "dora": ({"use_dora": True}, Recipe("linear"), "use_dora set, and a sum of such adapters is none"),
-    "pissa": ({"init_lora_weights": "pissa"}, Recipe("linear"), "init_lora_weights 'pissa'"),
-    "stock": ({"modules_to_save": ["conv"]}, Recipe("model_stock"), "replaces one of the base"),
-    "modules": ({"target_modules": ["q"]}, Recipe("linear"), "is missing"),
+    "ties": ({}, Merge("ties"), "full rank, which no adapter holds"),
+    "dare_linear": ({}, Merge("dare_linear"), "full rank"),
+    "dora": ({"use_dora": True}, Merge("linear"), "use_dora set, and a sum of such adapters is none"),
+    "pissa": ({"init_lora_weights": "pissa"}, Merge("linear"), "init_lora_weights 'pissa'"),
+    "stock": ({"modules_to_save": ["conv"]}, Merge("model_stock"), "replaces one of the base"),
+    "modules": ({"target_modules": ["q"]}, Merge("linear"), "is missing"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_wrong_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    options, recipe, message = REFUSED[name]
+    options, merge, message = REFUSED[name]
     folders = [save(tmp_path / "0", 0, **({} if name == "modules" else options)), save(tmp_path / "1", 1, **options)]
     with pytest.raises(InputError, match=message) as error:
-        merge_adapters(folders, recipe, tmp_path / "out")
+        merge_adapters(folders, merge, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rpg.merging.files import merge_files
-from rpg.merging.methods import METHODS, NEED_BASE, merge_values
-from rpg.merging.parts import METADATA_KEY, Recipe
+from rpg.merging.parts import METADATA_KEY, METHODS, NEED_BASE, Merge, merge_values
 from rpg.seeding import make_rng
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -50,11 +49,11 @@ def files(tmp_path: Path) -> list[Path]:
 def test_files_merge_to_what_their_tensors_do(files: list[Path], tmp_path: Path, method: str) -> None:
     parts = files[:2] if method == "slerp" else files[:3]
     weights = None if method in ("slerp", "model_stock") else [0.5, 0.25, 0.5]
-    recipe = Recipe(method, weights, t=0.25 if method == "slerp" else None, seed=3)
+    merge = Merge(method, weights, t=0.25 if method == "slerp" else None, seed=3)
     base = files[3] if method in NEED_BASE else None
-    found = Checkpoint.open(merge_files(parts, recipe, tmp_path / "out.safetensors", base=base))
+    found = Checkpoint.open(merge_files(parts, merge, tmp_path / "out.safetensors", base=base))
     networks, begun = [network(seed) for seed in range(len(parts))], network(3)
-    shares, options = recipe.settled(len(parts))
+    shares, options = merge.settled(len(parts))
     made = found.state_dict()
     assert list(made) == list(begun) and made["tied"] is made["head.weight"]
     for name in ("head.weight", "scale", "half"):
@@ -68,12 +67,12 @@ def test_files_merge_to_what_their_tensors_do(files: list[Path], tmp_path: Path,
         assert (made[name].dtype, made[name].shape) == (begun[name].dtype, begun[name].shape)
     assert made["norm.num_batches_tracked"] == 10 * (len(parts) - 1) and made["norm.running_var"].min() >= 0
     assert torch.equal(made["mask"], begun["mask"]) and torch.equal(made["ids"], torch.arange(3))
-    again = merge_files(parts, recipe, tmp_path / "again.safetensors", base=base)
+    again = merge_files(parts, merge, tmp_path / "again.safetensors", base=base)
     assert again.read_bytes() == found.path.read_bytes()
 
 
 def test_the_file_says_what_it_is_made_of(files: list[Path], tmp_path: Path) -> None:
-    made = merge_files(files[:3], Recipe("ties", [1, 2, 3], density=0.5), tmp_path / "out.safetensors", base=files[3])
+    made = merge_files(files[:3], Merge("ties", [1, 2, 3], density=0.5), tmp_path / "out.safetensors", base=files[3])
     with safe_open(made, framework="pt") as opened:
         record = json.loads(opened.metadata()[METADATA_KEY])
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
@@ -89,7 +88,7 @@ def test_the_file_says_what_it_is_made_of(files: list[Path], tmp_path: Path) -> 
 
 
 def test_equal_files_merge_to_the_same_bytes_of_values(files: list[Path], tmp_path: Path) -> None:
-    made = Checkpoint.open(merge_files([files[1]] * 3, Recipe("linear"), tmp_path / "out.safetensors")).state_dict()
+    made = Checkpoint.open(merge_files([files[1]] * 3, Merge("linear"), tmp_path / "out.safetensors")).state_dict()
     assert all(torch.equal(value, made[name]) for name, value in network(1).items())
 
 
@@ -98,7 +97,7 @@ def test_ties_of_one_file_alone_are_stored(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.safetensors", network(0))
     save_checkpoint(tmp_path / "b.safetensors", apart)
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    found = Checkpoint.open(merge_files(paths, Recipe("linear"), tmp_path / "out.safetensors")).state_dict()
+    found = Checkpoint.open(merge_files(paths, Merge("linear"), tmp_path / "out.safetensors")).state_dict()
     torch.testing.assert_close(found["tied"], found["head.weight"] + 0.5)
 
 
@@ -117,7 +116,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(files: list[Path], tmp_
     save_checkpoint(tmp_path / "other.safetensors", {**network(1), **change})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match=message) as error:
-        merge_files([files[0], tmp_path / "other.safetensors"], Recipe("linear"), tmp_path / "out.safetensors")
+        merge_files([files[0], tmp_path / "other.safetensors"], Merge("linear"), tmp_path / "out.safetensors")
     assert "\n" not in str(error.value) and sorted(tmp_path.iterdir()) == before
 
 

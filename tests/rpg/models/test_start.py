@@ -8,7 +8,7 @@ from tokenization.errors import InputError
 L, D = 5, 6
 POSITIONS = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]])
 MODEL = {
-    "position": "layer", "state": {"of": "none"}, "start": {}, "condition": {"kind": "metric", "name": "loss"},
+    "position": "layer", "state": {"of": "none"}, "initial": {}, "condition": {"kind": "metric", "name": "loss"},
     "backbone": {"kind": "transformer", "d_model": 16, "num_layers": 2, "num_heads": 2, "causal": False},
     "denoiser": {"kind": "mlp", "width": 16, "hidden": 16, "depth": 1},
 }  # fmt: skip
@@ -22,17 +22,17 @@ def build(**changes) -> RecurrentDiffusion:
 def test_hidden_units_that_change_places_in_the_start_change_places_in_the_prototypes():
     network, starts, loss = build(), torch.randn(2, L, D), torch.tensor([[0.3], [-0.8]])
     order = torch.tensor([2, 0, 3, 1, 4])  # of the first layer's tokens
-    there = network.prototypes(None, loss, starts=starts)
-    torch.testing.assert_close(network.prototypes(None, loss, starts=starts[:, order]), there[:, order])
+    there = network.prototypes(None, loss, initial=starts)
+    torch.testing.assert_close(network.prototypes(None, loss, initial=starts[:, order]), there[:, order])
     causal = build(backbone={**MODEL["backbone"], "causal": True})
-    moved = causal.prototypes(None, loss, starts=starts[:, order])
-    assert not torch.allclose(moved, causal.prototypes(None, loss, starts=starts)[:, order], atol=1e-3)
+    moved = causal.prototypes(None, loss, initial=starts[:, order])
+    assert not torch.allclose(moved, causal.prototypes(None, loss, initial=starts)[:, order], atol=1e-3)
 
 
 def test_what_is_known_of_tokens_is_the_start_and_the_rest_has_the_size_of_differences():
     network, starts = build(), torch.randn(3, L, D)
     differences = torch.randn(200, L, D) * torch.tensor([1.0, 2, 3, 4, 5])[:, None]
-    network.fit_start(differences)
+    network.fit_initial(differences)
     tokens = torch.arange(L)
     known = network.known(None, torch.zeros(3, 1), tokens, starts)
     torch.testing.assert_close(known, starts)

@@ -13,10 +13,10 @@ from torch import nn
 from rpg.config import Config
 from rpg.models import build_network
 from rpg.planning.estimator import parameters_by_component
-from rpg.planning.memory import checkpoint_bytes, held_bytes
+from rpg.planning.inspect import plan_tables
+from rpg.planning.machine import checkpoint_bytes, held_bytes
 from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.planning.plan import build_estimator, make_plan
-from rpg.planning.tables import plan_tables
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.training.data import BatchSampler, to_batch
 from tests.conftest import make_zoo, small_config
@@ -156,7 +156,9 @@ def test_finding_directions_is_bounded_by_a_block_of_tokens_and_no_gpu_holds_it(
     config = small_config(tmp_path, tokens={"rank": 3})
     memory = build_estimator(config, ZooSummary.of(zoo, config)).training_memory()
     assert memory.fitting == fitting_bytes(6, (12, 3, 16)) and memory.total >= memory.fitting
-    assert memory.on_device + memory.waiting + memory.cache + memory.fitting == sum(memory.components().values())
+    assert memory.on_device + memory.waiting + memory.cache + memory.fitting + memory.libraries == sum(
+        memory.components().values()
+    )
 
 
 def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
@@ -167,6 +169,8 @@ def test_pdiff_is_estimated_too(tmp_path: Path) -> None:
     network = build_network(config.model, TokenLayout.fit(zoo, config.tokens))
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters())
     assert 0 < memory.ema < memory.gradients and memory.cache == 6 * 107 * 4
+    # 107 values are 128 of 1 and 64 of 8 channels in the first convolution, in blocks of 16 both; 50 checkpoints
+    assert build_estimator(config, summary).scratch_bytes(network) == 50 * 16 * (128 + 64) * 4
     assert build_estimator(config, summary).generation_memory().total > memory.weights
 
 

@@ -123,7 +123,7 @@ def test_a_timm_network_needs_no_zoo(tmp_path):
     assert by_task.layout.num_values == 3_695_520 and by_task.num_states == 50
     plan = make_plan(config, by_task)
     assert sum(plan.parameters.values()) * 4 == plan.training.gradients
-    host = plan.training.waiting + plan.training.cache + plan.training.fitting
+    host = plan.training.waiting + plan.training.cache + plan.training.fitting + plan.training.libraries
     assert plan.training.on_device == sum(plan.training.components().values()) - host
     halves = make_plan(config, by_task, num_processes=2).training
     assert halves.batch < plan.training.batch and halves.optimizer == plan.training.optimizer

@@ -9,7 +9,7 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning import guard
+from rpg.planning import plan
 from rpg.planning.proposal import propose, write_config
 from rpg.training.loop import train
 from tests.conftest import make_zoo
@@ -47,7 +47,7 @@ def test_from_names_to_networks_without_a_line_of_yaml(rpg: Run, tmp_path: Path)
     assert rpg("train", config, "--set", run, "--set", "train.steps=3")[0] == 0
     assert rpg("generate", tmp_path / "run", "-n", "2", "--output", tmp_path / "new")[0] == 0
     assert len(list((tmp_path / "new").glob("*.safetensors"))) == 2
-    assert Config.load(config).model.state.width == 1  # two runs differ in one direction
+    assert Config.load(config).model.state.width == 5  # directions in which six checkpoints differ
 
 
 def test_conditions_are_heeded(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_conditions_are_heeded(tmp_path: Path) -> None:
     assert len(trained(several, tmp_path / "class-run").generate(1, seed=0, condition=torch.tensor([[1.0]]))) == 1
 
 
-@pytest.mark.parametrize(("num", "runs", "state"), [(4, 4, "gaussian"), (4, 1, "gaussian"), (6, 2, "stored")])
+@pytest.mark.parametrize(("num", "runs", "state"), [(4, 4, "density"), (4, 1, "density"), (6, 2, "density")])
 def test_without_conditions_networks_are_new(tmp_path: Path, num: int, runs: int, state: str) -> None:
     """A stored code of a single checkpoint gives that checkpoint; one of a run that has several does not."""
     assert propose(make_zoo(tmp_path / "zoo", num=num, num_runs=runs)).config.generate.state == state
@@ -85,17 +85,17 @@ def test_large_networks_have_spectral_tokens_and_fit_the_memory(
         torch.manual_seed(step)
         zoo.append({"weight": torch.randn(800, 800)}, run=0, step=step)
     config = propose(zoo).config
-    assert config.tokens.rank == "auto" and config.generate.state == "gaussian"
+    assert config.tokens.rank == "auto" and config.generate.state == "density"
     assert set(trained(zoo, tmp_path).generate(1, seed=0)[0]) == {"weight"}
-    need = guard.Need("training", 0, 0, "")
+    need = plan.Need("training", 0, 0, "")
     monkeypatch.setattr(
         "rpg.planning.proposal.training_need",
-        lambda config: guard.Need(need.what, config.train.batch_size, 0, "lower train.batch_size"),
+        lambda config: plan.Need(need.what, config.train.batch_size, 0, "lower train.batch_size"),
     )
-    monkeypatch.setattr(guard, "free_memory", lambda: 3)
+    monkeypatch.setattr(plan, "free_memory", lambda: 3)
     proposal = propose(zoo)
     assert proposal.config.train.batch_size == 2 and "train.batch_size 2" in proposal.text()
-    monkeypatch.setattr(guard, "free_memory", lambda: 0)
+    monkeypatch.setattr(plan, "free_memory", lambda: 0)
     with pytest.raises(InputError, match="needs"):
         propose(zoo)
 

@@ -37,7 +37,7 @@ UNET = {"kind": "unet1d", "channels": [1, 4, 6, 4, 1]}
     [
         {"state": {"of": "run"}},
         {"state": {"of": "checkpoint", "noise": 0.3}},
-        {"state": {"of": "checkpoint", "width": None, "start": "constant", "noise": 0.3}, "denoiser": UNET},
+        {"state": {"of": "checkpoint", "width": None, "initial": "constant", "noise": 0.3}, "denoiser": UNET},
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, zoo, model):

@@ -48,7 +48,7 @@ def config_of(root, **changes):
             stages=(Stage(steps=2, only=("head.*",)), Stage(steps=3, learning_rate=1e-4)),
             batch_size=4, loss="focal", checkpoints=2, tail=0.5,
         ),
-        held_out={"kind": "random", "num": 2}, **changes,
+        unseen={"kind": "random", "num": 2}, **changes,
     )  # fmt: skip
 
 

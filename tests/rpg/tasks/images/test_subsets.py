@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from rpg.config import Config
 from rpg.experiments.single import scoring_task
-from rpg.tasks import build_task, many
+from rpg.tasks import build_task, parallel
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
 from rpg.tasks.images.digits import DigitsSubsetsTask, load_splits
@@ -21,7 +21,7 @@ CONFIG = DigitsSubsetsConfig(
     base=BaseConfig(steps=30),
     finetune=FinetuneConfig(stages=(Stage(steps=4),), batch_size=16, checkpoints=2),
     group=6,
-    held_out={"kind": "random", "num": 5},
+    unseen={"kind": "random", "num": 5},
     validation=4,
 )
 NUM_TASKS = 20
@@ -105,7 +105,7 @@ def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
     path = tmp_path / "zoo"
     task.collect(path, processes=1, limit=1)  # base and first part
     monkeypatch.setattr("accelerate.PartialState", lambda: Place(1))
-    many.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
+    parallel.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
     made = [file.name for file in (path / "parts").iterdir()]
     assert made == ["part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second; the first is listed
     monkeypatch.undo()

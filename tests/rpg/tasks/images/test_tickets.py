@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
-from rpg.tasks import many, task_of
+from rpg.tasks import parallel, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.images.subsets import BASE
 from tokenization.errors import InputError
@@ -17,7 +17,7 @@ from tokenization.errors import InputError
 CONFIG = TicketsConfig.model_validate({
     "rounds": 3, "kept": 0.5, "sparsity": 0.875,
     "family": {
-        "network": "mlp-mini", "tasks": 9, "held_out": {"kind": "random", "num": 2}, "validation": 2, "group": 5,
+        "network": "mlp-mini", "tasks": 9, "unseen": {"kind": "random", "num": 2}, "validation": 2, "group": 5,
         "base": {"steps": 4},
         "finetune": {"stages": [{"steps": 15}], "batch_size": 64, "augment": False},
     },
@@ -32,7 +32,7 @@ def task():
 @pytest.fixture(scope="module")
 def zoo(task, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(many, "num_cores", lambda: 1)
+        patch.setattr(parallel, "num_cores", lambda: 1)
         return task.collect(tmp_path_factory.mktemp("tickets") / "zoo")
 
 

@@ -10,17 +10,16 @@ from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.sensors.config import SensorsConfig
-from rpg.tasks.sensors.sensors import SensorsTask
+from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
 from rpg.tasks.side_by_side import repeat, stack
 from rpg.training.config import BehaviourConfig
 from rpg.training.loop import train
-from rpg.training.losses.behaviour import FreshTasksLoss
+from rpg.training.losses.behaviour import DrawnTasksLoss
 from rpg.training.trainer import build_network
 from tokenization.errors import InputError
 from tokenization.layouts import fit_layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import Setting, parse_settings, settings_features
+from tokenization.zoo.condition import ConditionSpec, Setting, parse_settings, settings_features
 from tokenization.zoo.zoo import Zoo
 
 SETTINGS = declared_settings(SensorsConfig())
@@ -155,7 +154,9 @@ def test_every_sensor_is_taught_by_images_of_its_own() -> None:
     losses = task.behaviour_losses(network, alike, 16, torch.Generator().manual_seed(0))
     images, classes = task.draw_for_each(2, 16, torch.Generator().manual_seed(0))
     assert losses[0] != losses[1]
-    assert losses.tolist() == pytest.approx(task.losses(network, task.see(images, alike), classes).tolist(), rel=1e-5)
+    seen = task.see(images, alike)
+    assert torch.allclose(TinyMLP.side_by_side(network, seen), task.side(network, seen), atol=1e-5)
+    assert losses.tolist() == pytest.approx(task.losses(network, seen, classes).tolist(), rel=1e-5)
 
 
 def test_a_folder_of_the_users_own(tmp_path: Path) -> None:
@@ -211,7 +212,8 @@ class Planted:
         return torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def test_fresh_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn", ["fresh", "zoo"])
+def test_drawn_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path, drawn: str) -> None:
     """The zoo's weights are noise; the right ones for every angle are known, and learned from what networks do."""
     task = Planted()
     zoo = Zoo.create(tmp_path / "zoo", condition=ConditionSpec.of_settings(task.settings))
@@ -226,14 +228,19 @@ def test_fresh_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path) -> Non
     layout = fit_layout(zoo, config.tokens)
     network = build_network(config, layout, zoo)
     assert isinstance(network, RecurrentDiffusion)
-    loss = FreshTasksLoss(network, task, layout, BehaviourConfig(tasks="fresh", images=16), zoo)
+    known = None if drawn == "fresh" else torch.tensor([entry.condition for entry in zoo.entries])
+    loss = DrawnTasksLoss(network, task, layout, BehaviourConfig(images=16), zoo, known=known)
+    with pytest.raises(InputError, match="Planted has no noise on images; set train.behaviour.noise to 0"):
+        DrawnTasksLoss(network, task, layout, BehaviourConfig(noise=0.1), zoo)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for step in range(400):
         optimizer.zero_grad()
         loss.draw(torch.Generator().manual_seed(step)).backward()
         optimizer.step()
     generator = Generator(config, layout, network, zoo.condition)
-    angles = torch.tensor([[10.0], [100.0], [200.0], [300.0]])
+    angles = (
+        torch.tensor([[10.0], [100.0], [200.0], [300.0]]) if drawn == "fresh" else loss.draw_tasks(4, torch.Generator())
+    )
     made = torch.cat([each["weight"] for each in generator.generate(4, condition=angles, steps=1)])
     assert torch.allclose(made, task.right(angles), atol=0.15)
 
@@ -246,9 +253,14 @@ def test_a_generator_of_settings_is_asked_by_name_and_says_so(tmp_path: Path) ->
                       "backbone": {"kind": "lstm", "d_model": 16, "num_layers": 1},
                       "denoiser": {"kind": "mlp", "width": 16, "hidden": 16, "depth": 1}},
             "train": {"steps": 2, "batch_size": 4, "behaviour": {"images": 8}}}  # fmt: skip
-    for tasks in ("zoo", "fresh"):
-        tree["train"]["behaviour"] = {"images": 8, "tasks": tasks, "networks": 3}
+    for tasks, imitation in (("zoo", 1.0), ("fresh", 1.0), ("zoo", 0.0), ("fresh", 0.0)):
+        tree["train"] |= {
+            "behaviour": {"images": 8, "tasks": tasks, "networks": 3, "noise": 0.1},
+            "imitation": imitation,
+        }
         train(Config.parse(tree, "test"), overwrite=True)
+    with pytest.raises(InputError, match="imitation: 0 leaves nothing to learn from; give behaviour a weight"):
+        Config.parse(tree | {"train": {"imitation": 0}}, "test")
     generator = Generator.from_pretrained(tmp_path / "run")
     assert generator.condition == task.condition
     by_name = generator.generate(1, condition={"angle": 137, "inverted": True})

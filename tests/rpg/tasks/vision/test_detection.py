@@ -157,11 +157,11 @@ def test_a_whole_vit_det_is_collected_loads_plainly_and_is_scored(tmp_path):
         "backbone.body.blocks.0.attn.qkv.weight", "backbone.scales.0.0.0.weight",
         "roi_heads.box_predictor.bbox_pred.bias"
     }  # fmt: skip
-    figures = task.figures(zoo.state_dict(2), "validation")
+    figures = task.own_metrics(zoo.state_dict(2), "validation")
     assert list(figures) == ["AP50", "AP"] and all(0 <= value <= 1 for value in figures.values())
-    assert task.figures(zoo.state_dict(2), "validation") == figures
+    assert task.own_metrics(zoo.state_dict(2), "validation") == figures
     broken = {name: value * float("nan") for name, value in zoo.state_dict(0).items()}
-    assert task.figures(broken, "validation") == {"AP50": 0.0, "AP": 0.0}
+    assert task.own_metrics(broken, "validation") == {"AP50": 0.0, "AP": 0.0}
 
 
 def test_a_part_is_fine_tuned_and_scored_in_the_base_network_whose_statistics_stay(tmp_path):
@@ -172,7 +172,7 @@ def test_a_part_is_fine_tuned_and_scored_in_the_base_network_whose_statistics_st
         f"roi_heads.box_predictor.{a}.{b}" for a in ("cls_score", "bbox_pred") for b in ("weight", "bias")
     }
     whole = {**base, **part}
-    rows = [task.figures(each) for each in (part, whole)]
+    rows = [task.own_metrics(each) for each in (part, whole)]
     assert rows[0] == rows[1]
     network = task.base_network()
     before = {name: value.clone() for name, value in network.named_buffers()}
@@ -180,7 +180,7 @@ def test_a_part_is_fine_tuned_and_scored_in_the_base_network_whose_statistics_st
     task.loss(network, next(task.batches_after(0)), 0).backward()
     assert before and all(torch.equal(value, before[name]) for name, value in network.named_buffers())
     with pytest.raises(InputError, match="has no tensor"):
-        task.figures({"x": torch.zeros(1)})
+        task.own_metrics({"x": torch.zeros(1)})
 
 
 def test_each_image_is_judged_by_its_own_detections_however_many_are_looked_at_together(tmp_path):
@@ -192,7 +192,7 @@ def test_each_image_is_judged_by_its_own_detections_however_many_are_looked_at_t
     task = build_task(config_of(tmp_path, batch_size=4))
     known = {image.sum().item(): target for image, target in (task.dataset("test")[i] for i in range(6))}
     task.network_with = lambda tensors: Oracle()
-    assert task.figures({}) == pytest.approx({"AP50": 1.0, "AP": 1.0})
+    assert task.own_metrics({}) == pytest.approx({"AP50": 1.0, "AP": 1.0})
 
 
 def test_canvases_and_a_coco_folder_of_them_are_the_same_data(coco, tmp_path):

@@ -62,7 +62,7 @@ def test_the_zoo_holds_whole_networks_that_plain_pytorch_loads(whole):
 
 def test_figures_are_those_of_the_confusion_matrix(whole):
     task, zoo, _ = whole
-    figures = task.figures(zoo.state_dict(3), "validation")
+    figures = task.own_metrics(zoo.state_dict(3), "validation")
     network = task.build().eval()
     network.load_state_dict(zoo.state_dict(3))
     confusion = torch.zeros(11, 11)
@@ -77,7 +77,7 @@ def test_figures_are_those_of_the_confusion_matrix(whole):
     assert figures["pixel_accuracy"] == pytest.approx((both.sum() / confusion.sum()).item(), abs=1e-6)
     broken = {name: torch.full_like(value, torch.nan) for name, value in zoo.state_dict(3).items()}
     background = sum((task.dataset("validation")[index][1] == 0).float().mean().item() for index in range(8)) / 8
-    assert task.figures(broken, "validation")["pixel_accuracy"] == pytest.approx(background)
+    assert task.own_metrics(broken, "validation")["pixel_accuracy"] == pytest.approx(background)
 
 
 def test_a_part_is_scored_inside_the_base(tmp_path, whole):
@@ -86,9 +86,9 @@ def test_a_part_is_scored_inside_the_base(tmp_path, whole):
     names = part.chosen(part.build())
     assert len(names) == 4 and set(zoo.state_dict(1)) == set(names)
     complete = {**read_state_dict(whole[2] / "base.safetensors"), **zoo.state_dict(1)}
-    assert part.figures(zoo.state_dict(1)) == whole[0].figures(complete)
+    assert part.own_metrics(zoo.state_dict(1)) == whole[0].own_metrics(complete)
     with pytest.raises(InputError, match=r"no tensor .*norm|no tensor 'up"):
-        part.figures({})
+        part.own_metrics({})
     with pytest.raises(InputError, match="matches no parameter"):
         task_of(tmp_path, finetune=("head.bias", "hood.*")).collect(tmp_path / "other")
 
@@ -145,7 +145,7 @@ def test_archives_in_their_own_layouts_are_trained_and_scored_on(archives, tmp_p
     sizes = {split: len(task.dataset(split)) for split in ("train", "validation", "test")}
     assert sizes == {"train": 32, "validation": 8, "test": 16}
     zoo = task.collect(tmp_path / "zoo")
-    figures = task.figures(zoo.state_dict(1))
+    figures = task.own_metrics(zoo.state_dict(1))
     assert list(figures) == ["miou", "pixel_accuracy"] and all(0 <= value <= 1 for value in figures.values())
     image, classes = task.dataset("test")[3]
     assert image.shape == (3, 32, 32) and classes.shape == (48, 64)  # maps to score on keep their size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rpg.models.conditioning import StartConfig
+from rpg.models.conditioning import InitialConfig
 from rpg.seeding import make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
@@ -16,28 +16,28 @@ MOST_PAIRS = 2048
 """Pairs by which the size of differences is measured."""
 
 
-class StartPairs:
+class InitialPairs:
     """Draws a start for a training checkpoint.
 
     Args:
         zoo: the checkpoints; their ``run`` and ``step`` say what is earlier.
         indices: those that are trained on.
-        config: how starts are drawn.
+        config: how initial weights are drawn.
         seed: decides every draw.
 
     Raises:
         InputError: no run has two checkpoints.
     """
 
-    def __init__(self, zoo: Zoo, indices: Sequence[int], config: StartConfig, seed: int) -> None:
+    def __init__(self, zoo: Zoo, indices: Sequence[int], config: InitialConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         runs: dict[int, list[int]] = {}
         for place in sorted(range(len(indices)), key=lambda each: zoo.entries[indices[each]].step):
             runs.setdefault(zoo.entries[indices[place]].run, []).append(place)
         if all(len(places) == 1 for places in runs.values()):
             raise InputError(
-                f"{zoo.path} has one checkpoint of every run, but model.start needs an earlier and a later one of a "
-                "run; collect whole trajectories"
+                f"{zoo.path} has one checkpoint of every run, but model.initial needs an earlier and a later one of a "
+                "run; collect whole training runs"
             )
         self.earlier = {place: run[: number + 1] for run in runs.values() for number, place in enumerate(run)}
 
@@ -49,10 +49,10 @@ class StartPairs:
 
 
 def sample_differences(
-    zoo: Zoo, layout: Layout, indices: Sequence[int], config: StartConfig, seed: int
+    zoo: Zoo, layout: Layout, indices: Sequence[int], config: InitialConfig, seed: int
 ) -> torch.Tensor:
     """Differences ``[n, L, D]`` of the tokens of some training checkpoints from their starts."""
-    pairs, reader = StartPairs(zoo, indices, config, seed), token_reader(zoo, layout)
+    pairs, reader = InitialPairs(zoo, indices, config, seed), token_reader(zoo, layout)
     stride = max(1, len(indices) // MOST_PAIRS)
     places = range(0, len(indices), stride)
     starts = [pairs.draw(place, -1, place) for place in places]

@@ -2,16 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rpg.labs.training_runs.config import TrajectoriesConfig
-from rpg.labs.training_runs.task import TrajectoriesTask
+from rpg.labs.training_runs.config import TrainingRunsConfig
+from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.section import validated
 from rpg.tasks.side_by_side import unstack
 from tokenization.errors import InputError
 
 
-def build(**changes) -> TrajectoriesTask:
+def build(**changes) -> TrainingRunsTask:
     fields = {"runs": 3, "validation": 1, "unseen": 2, "steps": (0, 1, 4), "hidden": 4, "group": 4, **changes}
-    return TrajectoriesTask(TrajectoriesConfig(**fields))
+    return TrainingRunsTask(TrainingRunsConfig(**fields))
 
 
 def test_runs_side_by_side_are_plain_gradient_descent():
@@ -53,4 +53,4 @@ def test_a_zoo_has_every_stage_of_every_run_with_its_metrics(tmp_path):
 
 def test_steps_ascend_from_0():
     with pytest.raises(InputError, match="ascending from 0"):
-        validated(TrajectoriesConfig, {"steps": [1, 5]}, "test")
+        validated(TrainingRunsConfig, {"steps": [1, 5]}, "test")

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.vectors import StateDict
 from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 
@@ -19,10 +19,10 @@ NETWORKS_SHOWN, POINTS = 5, 20
 HELD_VALUES = 1 << 26
 """Values up to which the networks on their way from noise are held together; of larger ones fewer are shown, if any."""
 
-OPTION = "--trajectory"
+OPTION = "--denoising-path"
 
 
-def trajectory_of(
+def denoising_path_of(
     generator: Generator, condition: Any, seed: int, measure: Callable[[Sequence[StateDict]], Tensor], *, wanted: bool
 ) -> list[tuple[int, Tensor]]:
     """(Sampling steps taken, a figure ``[networks]`` then) of some networks for one condition.
@@ -39,12 +39,12 @@ def trajectory_of(
         if not wanted:
             return []
         num, points = 1, max(2, min(points, HELD_VALUES * POINTS // NETWORKS_SHOWN // size))
-    shown = generator.trajectories(num, seed=seed, points=points, condition=condition)
+    shown = generator.denoising_paths(num, seed=seed, points=points, condition=condition)
     return [(step, measure(networks)) for step, networks in shown]
 
 
-def wished_trajectory(config: Config, spec: ConditionSpec | None, text: str) -> list[float] | str:
-    """The condition that ``--trajectory`` names, checked before anything long begins.
+def requested_condition(config: Config, spec: ConditionSpec | None, text: str) -> list[float] | str:
+    """The condition that ``--denoising-path`` names, checked before anything long begins.
 
     Raises:
         InputError: it is none of the generator's, or there is no way to show.

@@ -30,7 +30,7 @@ NUM_TRIED = 3
 """Regressions of a kind that are tried as networks, where networks are large."""
 
 METHODS = ("original", "generated", "kernel_ridge")
-"""Those of which more than figures is kept."""
+"""Those of which more than metrics is kept."""
 
 
 def choose_regressions(
@@ -81,7 +81,7 @@ def _nearest_in_weights(
     return [regressions[index] for index in sorted(order[:NUM_TRIED])]
 
 
-def held_out_baselines(
+def unseen_baselines(
     seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
 ) -> dict[str, Parts]:
     """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
@@ -108,17 +108,17 @@ class MethodScores:
     """What remains of one method's networks once they are dropped.
 
     Attributes:
-        figures: by name, ``[T]`` each; the first is what methods are compared by.
+        metrics: by name, ``[T]`` each; the first is what methods are compared by.
         probabilities: ``[T, images, 2]``, if they were asked for.
     """
 
-    figures: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
     probabilities: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
         """``[T]``."""
-        return next(iter(self.figures.values()))
+        return next(iter(self.metrics.values()))
 
 
 def score_method(
@@ -133,21 +133,21 @@ def score_method(
         split: images or rows.
         keep: probabilities of image tasks.
     """
-    figures: list[Mapping[str, Tensor]] = []
+    metrics: list[Mapping[str, Tensor]] = []
     probabilities = []
     done = 0
     for part in networks:
         rows = bits[done : done + len(next(iter(part.values())))]
         done += len(rows)
         if not isinstance(task, ImageTaskFamily):
-            figures.append(task.scores(part, rows, split))
+            metrics.append(task.scores(part, rows, split))
             continue
         found = task.probabilities(part, split)
         right = found.argmax(-1) == task.targets(rows, split)
-        figures.append({"accuracy": right.double().mean(1)})
+        metrics.append({"accuracy": right.double().mean(1)})
         if keep:
             probabilities.append(found)
-    joined = {name: torch.cat([each[name] for each in figures]) for name in figures[0]}
+    joined = {name: torch.cat([each[name] for each in metrics]) for name in metrics[0]}
     return MethodScores(joined, torch.cat(probabilities) if probabilities else None)
 
 
@@ -158,24 +158,24 @@ class SplitScores:
     Attributes:
         bits: the tasks ``[T, C]``.
         hamming_to_seen: distance to the nearest seen task ``[T]``.
-        figures: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
-            method's figures is what methods are compared by.
+        metrics: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
+            method's metrics is what methods are compared by.
         probabilities: of ``METHODS``, of image tasks, ``[T, images, 2]``.
     """
 
     bits: Tensor
     hamming_to_seen: Tensor
-    figures: dict[str, Mapping[str, Tensor]]
+    metrics: dict[str, Mapping[str, Tensor]]
     probabilities: dict[str, Tensor]
 
     def first(self, method: str) -> Tensor:
-        """The first figure of a method, ``[T]``."""
-        return next(iter(self.figures[method].values()))
+        """The first metric of a method, ``[T]``."""
+        return next(iter(self.metrics[method].values()))
 
     def kinds(self, seed: int) -> dict[str, Networks]:
         """Every method as a kind of networks; ``generated_better`` is the share of tasks on which it is beaten."""
         found, own = {}, self.first("generated")
-        for method, metrics in self.figures.items():
+        for method, metrics in self.metrics.items():
             better = {"generated_better": (own > self.first(method)).double().mean().item()}
             found[method] = networks(
                 metrics, distances={"hamming": self.hamming_to_seen}, conditions=self.bits, seed=seed,
@@ -209,21 +209,21 @@ def score_split(
     named = steps("scoring tasks", list(networks), after=0)
     scores = {name: score_method(task, networks[name], own, split, name in METHODS) for name in named}
     found = workers.collect(rows, [_row(scores, number) for number in range(len(rows))], len(bits))
-    figures: dict[str, Mapping[str, Tensor]] = {}
+    metrics: dict[str, Mapping[str, Tensor]] = {}
     kept: dict[str, Tensor] = {}
     for name, (first, held) in found[0].items():
         every = [row[name][0] for row in found]
-        figures[name] = {each: torch.stack([figure[each] for figure in every]) for each in first}
+        metrics[name] = {each: torch.stack([metric[each] for metric in every]) for each in first}
         if held is not None:
             kept[name] = torch.stack([row[name][1] for row in found])
-    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], figures, kept)
+    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], metrics, kept)
 
 
 def _row(scores: Mapping[str, MethodScores], number: int) -> dict[str, tuple[dict[str, Tensor], Any]]:
-    """Of one task by method the figures, and what is kept of its network."""
+    """Of one task by method the metrics, and what is kept of its network."""
     return {
         name: (
-            {figure: values[number].clone() for figure, values in each.figures.items()},
+            {metric: values[number].clone() for metric, values in each.metrics.items()},
             None if each.probabilities is None else each.probabilities[number].clone(),
         )
         for name, each in scores.items()

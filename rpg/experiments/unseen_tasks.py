@@ -14,19 +14,19 @@ from typing import Any
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.held_out import (
-    SplitScores,
-    base_summed,
-    choose_regressions,
-    score_split,
-    worst_tasks,
-)
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.linear_head import LinearHead, LinearHeadTraining, tune_linear_head
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.evaluation.unseen_tasks import (
+    SplitScores,
+    base_summed,
+    choose_regressions,
+    score_split,
+    worst_tasks,
+)
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.task_methods import Methods, as_many, networks_of, parts_for, untrained
@@ -43,9 +43,9 @@ NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_held_out(
+def evaluate_unseen(
     run: Path | str, *, seed: int = 0, split: str = "test", workers: Workers | None = None, command: str = "",
-    trajectory: Sequence[float] | None = None,
+    path_condition: Sequence[float] | None = None,
 ) -> Report:  # fmt: skip
     """Generate a network for every task and compare with simple baselines.
 
@@ -60,8 +60,7 @@ def evaluate_held_out(
             writes nothing.
         workers: the processes that share the tasks; this one alone when None.
         command: what is run, for the page.
-        trajectory: the task whose networks the page shows on their way from noise; the unseen one of median metric when
-            None.
+        path_condition: the task whose denoising paths the page shows; the unseen one of median metric when None.
 
     Raises:
         InputError: the run is not one of a family of binary tasks, or has learned what choices are to be made by.
@@ -98,15 +97,14 @@ def evaluate_held_out(
             extras["diversity"] = spread.model_dump(mode="json")
         report = _report(generator, zoo, task, scored, split, seed, extras)
     if not choosing and workers.is_first:
-        write_report(run, report, tasks_page(run, report, generator, zoo, task, command, trajectory))
+        write_report(run, report, tasks_page(run, report, generator, zoo, task, command, path_condition))
     return report
 
 
 def require_splits(task: TaskFamily) -> None:
     """Raise InputError, before anything is trained, where the comparison would have no task of some split."""
     splits = task.splits()
-    unseen = "task.held_out" if isinstance(task, ImageTaskFamily) else "task.unseen"
-    for split, field in (("unseen", unseen), ("validation", "task.validation")):
+    for split, field in (("unseen", "task.unseen"), ("validation", "task.validation")):
         if split not in splits:
             raise InputError(f"no task has the split {split!r}, which the comparison needs; set {field}")
 
@@ -171,7 +169,7 @@ def _report(
         probabilities = task.base_probabilities(zoo, split)
         for scores in scored.values():
             summed = base_summed(task, probabilities, scores.bits, split)
-            scores.figures["base_summed"] = {"accuracy": summed}
+            scores.metrics["base_summed"] = {"accuracy": summed}
         generated = scored["unseen"].probabilities["generated"]
         extras["worst"] = worst_tasks(task, generated, scored["unseen"].bits, split)
     for name, scores in scored.items():
@@ -183,7 +181,7 @@ def _report(
         for name, each in (per_task.methods if per_task else {}).items():
             found = {"error_iou": each.error_iou, "one_nna": each.nearest_neighbour_accuracy, "coverage": each.coverage}
             kinds["unseen"][name].extras.update({key: value for key, value in found.items() if value is not None})
-    names = list(scored["unseen"].figures["generated"])
+    names = list(scored["unseen"].metrics["generated"])
     less = less_is_better(names)
     means = {name: scored["unseen"].first(name).mean().item() for name in ("generated", "original")}
     facts = {"training_seconds": generator.facts.get("training seconds"), **generator.facts}
