@@ -227,15 +227,14 @@ class TokenSampler(TiledSampler):
         return stored_states(seed, range(num), self.network.num_states)
 
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
-        made, rows = max(num, COMPANY), tile.network
-        asked = (
-            None
-            if request.conditions is None
-            else request.conditions[self.group(request, rows, made)].numpy().tobytes()
-        )
+        made = max(num, COMPANY)
+        asked = request.conditions
+        if asked is not None:
+            asked = asked[self.group(request, tile.network, made)].numpy().tobytes()
         key = made, asked, request.guidance_scale == 1, torch.get_num_threads()
-        if self._last is None or self._last[0] != key or self.network.num_states > 1 or request.starts is not None:
-            self._last = key, self._inputs(request, rows, made)
+        own = self.network.num_states > 1 or request.initial is not None  # not of the condition alone
+        if own or self._last is None or self._last[0] != key:
+            self._last = key, self._inputs(request, tile.network, made)
         return self._sample_tile(request, tile, self._last[1], num=num)
 
     def _inputs(self, request: Request, first: int, num: int | None = None) -> _Inputs:
