@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rpg.evaluation.report import Report
-from rpg.generation.sharing import scores_of
+from rpg.generation.model_card import scores_of
 from tests.golden_record import check_report
 from tests.test_formats import documented
 

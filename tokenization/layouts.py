@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.compressed.writer import CompressedWriter
+from tokenization.compressed.form import CompressedWriter
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions

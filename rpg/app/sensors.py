@@ -19,7 +19,7 @@ from rpg.tasks.sensors.simulator import seen_by
 from rpg.tasks.side_by_side import stack
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
-from tokenization.zoo.settings import Setting
+from tokenization.zoo.condition import Setting
 
 SHOWN = 10
 """Pictures that are shown: the first of each class."""

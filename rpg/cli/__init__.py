@@ -144,8 +144,8 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """Estimate parameters, FLOPs and peak memory of training and generation; trains nothing."""
     from rpg.planning.collection import collection_table, plan_collection
+    from rpg.planning.inspect import plan_tables
     from rpg.planning.plan import largest_network, make_plan, parse_memory
-    from rpg.planning.tables import plan_tables
     from rpg.planning.zoo_summary import find_zoo_summary
 
     settings = load(config, overrides)
@@ -173,7 +173,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a generator on a zoo (also: accelerate launch -m rpg train CONFIG …)."""
     from rpg.devices import device_of_run
-    from rpg.planning.guard import training_need
+    from rpg.planning.plan import training_need
 
     settings, comparison, place = load(config, overrides), None, device_of_run(device)
     guard(lambda: training_need(settings), ignore_memory)
@@ -218,13 +218,12 @@ def generate(
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
     from rpg.experiments.copies import copies_notice
-    from rpg.generation.choosing import example_task, favoured, load_draws, save_ensemble
     from rpg.generation.conditions import choose_condition
-    from rpg.generation.examples import read_examples
+    from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
     from rpg.generation.folders import shipped_folder, which_generator
     from rpg.generation.generator import Generator
     from rpg.generation.sampler import join_processes
-    from rpg.planning.guard import generation_need
+    from rpg.planning.plan import generation_need
 
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)

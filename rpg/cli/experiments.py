@@ -119,7 +119,7 @@ def run(
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
     from rpg.planning.collection import collection_need
-    from rpg.planning.guard import training_need
+    from rpg.planning.plan import training_need
 
     for need in (collection_need, training_need):
         guard(functools.partial(need, settings), ignore)

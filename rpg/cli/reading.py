@@ -53,12 +53,12 @@ def guard(find: Callable[[], Any], ignore: bool) -> None:
     """Stop, before anything begins, where more memory is needed than is free.
 
     Args:
-        find: what is needed, as `rpg.planning.guard` finds it.
+        find: what is needed, as `rpg.planning.plan` finds it.
         ignore: whether the user said to begin all the same; then nothing is found out.
     """
     if ignore:
         return
-    from rpg.planning.guard import require_memory
+    from rpg.planning.plan import require_memory
 
     try:
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def evaluate(
     from rpg.evaluation.workers import Workers
     from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
     from rpg.generation.sampler import join_processes
-    from rpg.planning.guard import evaluation_need
+    from rpg.planning.plan import evaluation_need
 
     partition, place = join_processes(device)
     judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()

@@ -20,7 +20,7 @@ def app(
     """Try a generator in the browser: choose a condition, generate, compare, download."""
     from rpg.devices import use_device
     from rpg.generation.folders import which_generator
-    from rpg.planning.guard import generation_need
+    from rpg.planning.plan import generation_need
 
     try:
         from rpg.app.loaded import LoadedRun

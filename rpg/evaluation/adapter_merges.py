@@ -19,8 +19,7 @@ from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
 from tokenization.layout.canonical import NO_PRODUCT
-from tokenization.lora.adapter import module_of, partner_of, scaling_of
-from tokenization.lora.low_rank import balanced_factors
+from tokenization.lora.adapter import balanced_factors, module_of, partner_of, scaling_of
 
 METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
 """``peft_`` and PEFT's ``combination_type``."""

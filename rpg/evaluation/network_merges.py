@@ -1,4 +1,4 @@
-"""Merges of whole networks (`rpg.merging.methods`): what a user would try on a few checkpoints before any generator.
+"""Merges of whole networks (`rpg.merging.parts`): what a user would try on a few checkpoints before any generator.
 
 m merged networks, n of a zoo, V values of a tensor.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rpg.merging.methods import METHODS, merge_values
+from rpg.merging.parts import METHODS, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict

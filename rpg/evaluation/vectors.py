@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.saving import find_ties
 from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
 
 

@@ -16,8 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from rpg.generation.choosing import class_probabilities, example_task
-from rpg.generation.examples import examples_of
+from rpg.generation.examples import class_probabilities, example_task, examples_of
 from rpg.generation.generator import Generator
 from rpg.tasks.side_by_side import stack
 from tokenization.checkpoint.checkpoint import save_checkpoint

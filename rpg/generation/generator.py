@@ -26,12 +26,11 @@ from rpg.generation.folders import (
     require_files,
 )
 from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, condition_codes
-from rpg.generation.model_card import model_card
+from rpg.generation.model_card import model_card, push_generator
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
 from rpg.generation.sampler import Partition, Tile
 from rpg.generation.samplers import SAMPLERS, Sampler
-from rpg.generation.sharing import push_generator
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network
 from tokenization.errors import InputError

@@ -19,8 +19,7 @@ from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import parse_settings
+from tokenization.zoo.condition import ConditionSpec, parse_settings
 
 STATES: tuple[str, ...] = get_args(GenerateConfig.model_fields["state"].annotation)
 PROVENANCE = "rpg.provenance"

@@ -16,7 +16,7 @@ from rpg.packages import without_bars
 from rpg.tasks.user_code import load_callable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import read_json, tensor_at
-from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
 

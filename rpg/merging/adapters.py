@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.merging.methods import combination, merge_values
-from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part
-from tokenization.checkpoint.saving import save_checkpoint
+from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part, combination, merge_values
+from tokenization.checkpoint.tensor_file import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, write_text
 from tokenization.lora.adapter import (

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rpg.merging.methods import merge_values
-from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part
+from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.safetensors import ORDER_KEY, TIES_KEY, tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, header_of

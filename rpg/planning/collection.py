@@ -10,10 +10,9 @@ import psutil
 from rich.table import Table
 
 from rpg.config import Config
-from rpg.planning.guard import Need, free_memory
-from rpg.planning.memory import num_bytes
-from rpg.planning.plan import CUDA_BYTES
-from rpg.planning.tables import facts_table, format_bytes
+from rpg.planning.inspect import facts_table, format_bytes
+from rpg.planning.machine import num_bytes
+from rpg.planning.plan import CUDA_BYTES, Need, free_memory
 from rpg.planning.target import Target, find_target
 from rpg.tasks import parallel
 from rpg.tasks.class_splits import all_tasks

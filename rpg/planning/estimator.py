@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.memory import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
+from rpg.planning.machine import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
 from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, fake_copy, fake_mode
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.spectral.fit import fitting_bytes

@@ -16,7 +16,7 @@ from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.models.sane import TokenAutoencoder
 from rpg.planning.estimator import Estimator, StepPart
-from rpg.planning.memory import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
+from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
 from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
 from tokenization.layouts import cached_bytes
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rpg.config import Config, overridden
-from rpg.planning.guard import require_memory, training_need
+from rpg.planning.plan import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
 from tokenization.files import write_text

@@ -17,7 +17,7 @@ from rpg.migration import migrate_task
 from rpg.section import Section
 from rpg.seeding import derive_seed
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from tokenization.checkpoint.saving import find_ties
+from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo

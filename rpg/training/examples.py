@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rpg.generation.phrases import phrases_of
-from rpg.generation.text_encoder import TextTable, sentence_encoder
+from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder
 from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.examples import example_rows, row_size

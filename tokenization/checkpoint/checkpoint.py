@@ -27,8 +27,7 @@ from tokenization.checkpoint.safetensors import (
     tensor_at,
     ties_of,
 )
-from tokenization.checkpoint.saving import find_ties, save_checkpoint
-from tokenization.checkpoint.tensor_file import TensorSpec
+from tokenization.checkpoint.tensor_file import TensorSpec, find_ties, save_checkpoint
 from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
 from tokenization.files import drop_pages

@@ -22,8 +22,7 @@ from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
-from tokenization.lora.adapter import CONFIG_NAME, partner_of, read_adapter_config
-from tokenization.lora.low_rank import align_factors, balanced_factors
+from tokenization.lora.adapter import CONFIG_NAME, align_factors, balanced_factors, partner_of, read_adapter_config
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.form import MARK, Form
 from tokenization.zoo.zoo import Zoo

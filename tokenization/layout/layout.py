@@ -22,7 +22,7 @@ from tokenization.files import empty_huge
 from tokenization.layout import serialization
 from tokenization.layout.canonical import Canonical, find_pairs
 from tokenization.layout.constants import copied_constants
-from tokenization.layout.description import LayoutDescription
+from tokenization.layout.description import LayerGroup, LayoutDescription, group_layers
 from tokenization.layout.normalization import Statistics
 from tokenization.layout.placement import (
     BLOCK_VALUES,
@@ -35,7 +35,6 @@ from tokenization.layout.placement import (
 )
 from tokenization.layout.rows import read_rows
 from tokenization.layout.statistics import fitted_statistics
-from tokenization.layout.summary import LayerGroup, group_layers
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Layer", "TokenLayout", "TokenOptions"]

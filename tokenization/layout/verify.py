@@ -15,7 +15,7 @@ from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.normalization import VARIANCE_OFFSET, LayerStatistics
 from tokenization.layout.placement import Layer, as_reals
-from tokenization.lora.low_rank import product_distance
+from tokenization.lora.adapter import product_distance
 from tokenization.zoo.zoo import Zoo
 
 SMALLEST_STEP = 2.0**-46

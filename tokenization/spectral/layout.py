@@ -13,10 +13,10 @@ from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
 from tokenization.compressed.form import Compressed
 from tokenization.files import empty_huge
 from tokenization.layout.canonical import Canonical
+from tokenization.layout.description import LayerGroup
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import Layer, TokenOptions
 from tokenization.layout.rows import values_of
-from tokenization.layout.summary import LayerGroup
 from tokenization.spectral.basis import DIRECTIONS, NUMBERS, Basis, basis_specs
 from tokenization.spectral.fit import BASIS_DTYPES, FittedBasis, fit_basis
 from tokenization.zoo.zoo import Zoo

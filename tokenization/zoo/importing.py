@@ -19,8 +19,7 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
 from tokenization.zoo.names import recognise
-from tokenization.zoo.reading import Reading, Row, Source
-from tokenization.zoo.sources import find_checkpoints, folder_of
+from tokenization.zoo.reading import Reading, Row, Source, find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from rpg.tasks.images.config import Pruning, Quantisation
 from tokenization.checkpoint.masks import cut_mask, share_out
-from tokenization.compressed.packing import by_channel, quantised
-from tokenization.compressed.parts import Kind, new_part
+from tokenization.compressed.parts import Kind, by_channel, new_part, quantised
 
 MASKS: dict[str, Kind] = {"csr": "csr", "stored": "mask", "implied": "zeros"}
 """How a pruned weight is stored, by the configuration's name for it."""

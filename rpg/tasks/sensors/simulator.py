@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.tasks.sensors.config import SensorsConfig
-from tokenization.zoo.settings import Setting, SettingKind
+from tokenization.zoo.condition import Setting, SettingKind
 
 DECIMALS = {"angle": 1}
 """To how many decimals settings are drawn, if not to three."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenization.zoo.settings import Setting
+from tokenization.zoo.condition import Setting
 
 Wordings = tuple[tuple[str, ...], tuple[str, ...]]
 """Those that are taught, and those that are held out."""

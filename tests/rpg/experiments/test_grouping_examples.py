@@ -16,7 +16,8 @@ from tokenization.errors import InputError
 
 SMALL = {
     "name": "digits_subsets", "network": "mlp-mini", "tasks": 12, "validation": 2,
-    "unseen": {"kind": "random", "num": 3}, "base": {"steps": 20}, "finetune": {"stages": [{"steps": 2, "learning_rate": 1e-3}], "batch_size": 16},
+    "unseen": {"kind": "random", "num": 3}, "base": {"steps": 20},
+    "finetune": {"stages": [{"steps": 2, "learning_rate": 1e-3}], "batch_size": 16},
 }  # fmt: skip
 
 

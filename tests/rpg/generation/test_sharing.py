@@ -17,7 +17,7 @@ from torch import Tensor
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.generation.folders import FILES
 from rpg.generation.generator import Generator
-from rpg.generation.sharing import scores_of
+from rpg.generation.model_card import scores_of
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
 from tests.hub_server import HubServer

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from rpg.config import Config
 from rpg.experiments.sensors import evaluate_sensors
 from rpg.generation.generator import Generator
-from rpg.generation.phrases import phrases_of, spelled
-from rpg.generation.text_encoder import static_encoder
+from rpg.generation.text_encoder import phrases_of, spelled, static_encoder
 from rpg.models.conditioning import ConditionEncoder
 from rpg.tasks import build_task
 from rpg.tasks.sensors.config import SensorsConfig

@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 
 from rpg.merging.adapters import merge_adapters
-from rpg.merging.methods import merge_values
-from rpg.merging.parts import METADATA_KEY, Merge
+from rpg.merging.parts import METADATA_KEY, Merge, merge_values
 from tests.tokenization.lora.test_collected import EVERYWHERE, EXPERTS, Net, merged, save
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError

@@ -12,10 +12,18 @@ from torch import nn
 
 from rpg.cli import reading
 from rpg.config import Config
-from rpg.planning import collection, guard, machine, target
+from rpg.planning import collection, machine, plan, target
 from rpg.planning.collection import collection_need, plan_collection
-from rpg.planning.guard import GIB, Need, evaluation_need, free_memory, generation_need, require_memory, training_need
-from rpg.planning.plan import make_plan
+from rpg.planning.plan import (
+    GIB,
+    Need,
+    evaluation_need,
+    free_memory,
+    generation_need,
+    make_plan,
+    require_memory,
+    training_need,
+)
 from rpg.planning.target import Target, find_target
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.tasks import parallel
@@ -30,11 +38,11 @@ RECIPE: dict[str, Any] = {"batch_size": 100, "checkpoints": 5}
 
 @pytest.fixture
 def one_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(plan, "free_memory", lambda: 1 << 20)
 
 
 def test_too_much_is_one_sentence_with_both_figures_and_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "free_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(plan, "free_memory", lambda: 16 * GIB)
     need = Need("training", 31 * GIB, 0, "lower train.batch_size")
     with pytest.raises(
         InputError, match=r"training needs 31 GiB, 16 GiB of memory are free; lower train.batch_size, .*--ignore-memory"
@@ -49,9 +57,9 @@ def test_too_much_is_one_sentence_with_both_figures_and_the_cure(monkeypatch: py
 
 
 def test_a_gpu_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "free_memory", lambda: GIB)
-    monkeypatch.setattr(guard, "free_on_device", lambda: 8 * GIB)
-    monkeypatch.setattr(guard, "chosen_device", lambda: torch.device("cuda:1"))
+    monkeypatch.setattr(plan, "free_memory", lambda: GIB)
+    monkeypatch.setattr(plan, "free_on_device", lambda: 8 * GIB)
+    monkeypatch.setattr(plan, "chosen_device", lambda: torch.device("cuda:1"))
     require_memory(Need("generating", 0, 7 * GIB, "wait"))
     with pytest.raises(InputError, match="needs 9 GiB, 8 GiB of cuda:1 are free"):
         require_memory(Need("generating", 0, 9 * GIB, "wait"))
@@ -89,10 +97,10 @@ def test_training_needs_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.M
     config = small_config(tmp_path)
     summary = ZooSummary.of(Zoo.open(zoo.path), config)
     assert training_need(config) is None  # clearly small
-    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(plan, "free_memory", lambda: 1 << 20)
     need = training_need(config)
     assert need is not None and need.host == make_plan(config, summary).training.total
-    assert need.host < guard.rough_training_bytes(guard.build_estimator(config, summary))
+    assert need.host < plan.rough_training_bytes(plan.build_estimator(config, summary))
     assert training_need(config.model_copy(update={"zoo": str(tmp_path / "none")})) is None
 
 
@@ -108,11 +116,11 @@ def test_small_generators_are_not_planned(tmp_path: Path, monkeypatch: pytest.Mo
     make_zoo(tmp_path / "zoo", condition_size=2)
     config = small_config(tmp_path, train={"steps": 2}, model={"condition": {"kind": "binary"}})
     train(config, say=lambda _: None)
-    monkeypatch.setattr(guard, "free_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(plan, "free_memory", lambda: 16 * GIB)
     assert generation_need(config.run) is None
-    monkeypatch.setattr(guard, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(plan, "free_memory", lambda: 1 << 20)
     need = generation_need(config.run)
-    assert need is not None and 0 < need.host < guard.rough_generation_bytes(Path(config.run) / "generator")
+    assert need is not None and 0 < need.host < plan.rough_generation_bytes(Path(config.run) / "generator")
     evaluating = evaluation_need(config.run)
     assert evaluating is not None and 0 < evaluating.host < 1 << 30  # one network after the other
 

@@ -9,7 +9,7 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning import guard
+from rpg.planning import plan
 from rpg.planning.proposal import propose, write_config
 from rpg.training.loop import train
 from tests.conftest import make_zoo
@@ -87,15 +87,15 @@ def test_large_networks_have_spectral_tokens_and_fit_the_memory(
     config = propose(zoo).config
     assert config.tokens.rank == "auto" and config.generate.state == "density"
     assert set(trained(zoo, tmp_path).generate(1, seed=0)[0]) == {"weight"}
-    need = guard.Need("training", 0, 0, "")
+    need = plan.Need("training", 0, 0, "")
     monkeypatch.setattr(
         "rpg.planning.proposal.training_need",
-        lambda config: guard.Need(need.what, config.train.batch_size, 0, "lower train.batch_size"),
+        lambda config: plan.Need(need.what, config.train.batch_size, 0, "lower train.batch_size"),
     )
-    monkeypatch.setattr(guard, "free_memory", lambda: 3)
+    monkeypatch.setattr(plan, "free_memory", lambda: 3)
     proposal = propose(zoo)
     assert proposal.config.train.batch_size == 2 and "train.batch_size 2" in proposal.text()
-    monkeypatch.setattr(guard, "free_memory", lambda: 0)
+    monkeypatch.setattr(plan, "free_memory", lambda: 0)
     with pytest.raises(InputError, match="needs"):
         propose(zoo)
 

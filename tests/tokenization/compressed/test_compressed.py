@@ -15,8 +15,7 @@ from torch.nn.utils import prune
 
 from tokenization.checkpoint.masks import cut_mask, share_out
 from tokenization.compressed.form import Compressed, dense
-from tokenization.compressed.packing import quantised
-from tokenization.compressed.parts import Kind, new_part
+from tokenization.compressed.parts import Kind, new_part, quantised
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions

@@ -15,8 +15,7 @@ from tokenization.layout.canonical import find_pairs
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
 from tokenization.layout.verify import verify_round_trip
-from tokenization.lora.adapter import CONFIG_NAME
-from tokenization.lora.low_rank import product_distance
+from tokenization.lora.adapter import CONFIG_NAME, product_distance
 from tokenization.zoo.zoo import Zoo
 
 A, B, MAGNITUDE = ("q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenization.lora.low_rank import align_factors, balanced_factors, product_distance
+from tokenization.lora.adapter import align_factors, balanced_factors, product_distance
 
 
 def pair(rank: int = 4, size_in: int = 9, size_out: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:

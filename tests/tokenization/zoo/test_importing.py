@@ -14,7 +14,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.importing import collect_from
-from tokenization.zoo.sources import find_checkpoints
+from tokenization.zoo.reading import find_checkpoints
 from tokenization.zoo.zoo import Zoo
 
 

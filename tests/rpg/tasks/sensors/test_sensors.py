@@ -22,8 +22,7 @@ from rpg.training.trainer import build_network
 from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError
 from tokenization.layouts import fit_layout
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.settings import Setting, parse_settings, settings_features
+from tokenization.zoo.condition import ConditionSpec, Setting, parse_settings, settings_features
 from tokenization.zoo.zoo import Zoo
 
 SETTINGS = declared_settings(SensorsConfig())
