@@ -295,7 +295,7 @@ def test_a_condition_may_be_made_for_the_generator(tmp_path: Path) -> None:
     expected = Generator.from_pretrained(folder).generate(1, seed=5, condition=[1.0, 1.0])[0]
     stored = torch.load(output, weights_only=True)
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
-    with pytest.raises(InputError, match="takes no condition and no start"):
+    with pytest.raises(InputError, match="takes no condition and no initial weights"):
         export(tmp_path / "zoo" / "checkpoints" / "000000.safetensors", "torch", tmp_path / "x.pth", condition=[1.0])
 
 
