@@ -68,7 +68,7 @@ def pull(
 ) -> dict[str, Any]:
     """Download a generator or a zoo from the Hugging Face hub into a folder (rpg generate also takes ids)."""
     if folder.exists():
-        raise InputError(f"{folder} is there already; name a new folder")
+        raise InputError(f"{folder} already exists; name a new folder")
     if kind == "dataset":
         from tokenization.zoo.zoo import Zoo
 

@@ -183,7 +183,7 @@ def parse_memory(text: str) -> int:
         return GPUS[plain] * GIB
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g|mb|mib|m)?", plain)
     if match is None:
-        raise InputError(f"--memory {text!r} is no size; write one such as 24GB, or a GPU of {', '.join(GPUS)}")
+        raise InputError(f"--memory {text!r} is not a size; write one such as 24GB, or a GPU of {', '.join(GPUS)}")
     unit = {"gb": 10**9, "g": GIB, "gib": GIB, "mb": 10**6, "m": 1 << 20, "mib": 1 << 20, None: GIB}[match[2]]
     return round(float(match[1]) * unit)
 
