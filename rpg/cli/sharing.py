@@ -44,7 +44,8 @@ def push(
     """Publish a generator or a zoo on the Hugging Face hub in one commit; log in first with hf auth login."""
     is_zoo = (folder / "zoo.json").is_file()
     if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
-        raise InputError(f"{folder} is {'a' if is_zoo else 'not a'} zoo; leave out --type {kind}, or name another folder")
+        other = f"{folder} is {'a' if is_zoo else 'not a'} zoo"
+        raise InputError(f"{other}; leave out --type {kind}, or name another folder")
     how = {"private": private or None, "branch": branch, "message": message}
     if is_zoo:
         from tokenization.zoo.zoo import Zoo
