@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from rpg.config import Config
-from rpg.devices import chosen_device
+from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
 from rpg.planning.estimator import Estimator
 from rpg.planning.estimators import KernelRidgeEstimator, PDiffEstimator, RecurrentEstimator, SaneEstimator
@@ -22,7 +22,6 @@ from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, 
 from rpg.planning.peak import GenerationFlops
 from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
-from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics, load_layout

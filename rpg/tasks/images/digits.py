@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.precision import in_bf16
+from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import Progress, open_zoo, use_threads
 from rpg.tasks.images.collection import collect_runs
