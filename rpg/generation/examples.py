@@ -190,7 +190,7 @@ def favoured(task: ExampleTask, networks: Stacked, rows: Tensor) -> tuple[list[i
     Raises:
         InputError: an example has no class.
     """
-    num_classes = len(task.class_names)
+    num_classes = len(task.example_classes)
     values, known = rows[:, : -num_classes - 1], rows[:, -num_classes - 1 : -1]
     if not known.any(-1).all():
         raise InputError("--choose-by has examples without a class; put them into folders named after classes")
