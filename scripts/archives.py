@@ -11,7 +11,7 @@ from _common import Parser, run_command
 from PIL import Image
 from torch import Tensor
 
-from rpg.labs.vision.canvases import NUM_CLASSES, Canvas, make_canvases
+from rpg.labs.vision.detection_data import NUM_CLASSES, Canvas, make_canvases
 
 IGNORED = 255
 """What VOC calls the pixels along the edges of objects."""

@@ -19,6 +19,7 @@ from tests.machine import machine
 
 FOLDER = Path(__file__).parent / "golden"
 NUMBER = re.compile(r"\d[\d,.]*(e[+-]?\d+)?")
+SPACES = re.compile(r"\s+")
 PLACE = re.compile(r"(/tmp|/dev/shm)/[^\s'\"`;,:)]*/")
 
 
@@ -33,8 +34,9 @@ def recorded(file: str, name: str, found: Any) -> Any:
 
 
 def plain_text(text: str) -> list[str]:
-    """Lines of output, with neither temporary folders nor spaces at their ends."""
-    return [PLACE.sub("…/", line).rstrip() for line in text.splitlines()]
+    """Lines of output that say something, without temporary folders and the widths of columns."""
+    lines = [SPACES.sub(" ", PLACE.sub("…/", line)).strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 def keys_of(value: Any, depth: int = 2) -> Any:

@@ -136,7 +136,7 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         path: names it in errors.
 
     Raises:
-        InputError: a line is no JSON object; names the line.
+        InputError: a line is not a JSON object; names the line.
     """
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -145,7 +145,7 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             parsed = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is no complete JSON ({error}); write one JSON object a line") from error
+            raise InputError(f"{where} is not complete JSON ({error}); write one JSON object a line") from error
         if not isinstance(parsed, dict):
             raise InputError(f"{where} is of type {type(parsed).__name__}; write one JSON object a line")
         yield where, parsed

@@ -59,7 +59,7 @@ def with_sparsity(layout: Layout, sparsity: float | None) -> Layout:
     """The layout, that stores pruned weights of another share of zeros; None for the zoo's own.
 
     Raises:
-        InputError: nothing is pruned, or it is no share.
+        InputError: nothing is pruned, or it is not a share.
     """
     if sparsity is None:
         return layout

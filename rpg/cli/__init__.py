@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rpg.cli import experiments, merging, scoring, serving, sharing
+from rpg.cli import experiments, merging, scoring, sharing
 from rpg.cli import parameters as o
-from rpg.cli.reading import guard, load, training_bar
+from rpg.cli.scoring import guard, load, training_bar
 from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
@@ -103,7 +103,7 @@ def _told(zoo: Any) -> dict[str, Any]:
 @app.command()
 def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> dict[str, Any]:
     """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
-    from rpg.evaluation.alignment import align_zoo
+    from rpg.evaluation.matching import align_zoo
     from rpg.tasks.registry import task_of
     from tokenization.zoo.zoo import Zoo
 
@@ -301,7 +301,7 @@ for command in (
     sharing.push,
     sharing.pull,
     sharing.doctor,
-    serving.app,
+    sharing.app,
 ):
     app.command()(command)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rpg.cli import parameters as o
-from rpg.cli.reading import guard, load, training_bar
+from rpg.cli.scoring import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 

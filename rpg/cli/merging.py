@@ -90,4 +90,4 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--weights {text} is no list of numbers; write them with commas, e.g. 0.7,0.3") from error
+        raise InputError(f"--weights {text} is not a list of numbers; write them with commas, e.g. 0.7,0.3") from error

@@ -1,4 +1,4 @@
-"""The commands that share generators and zoos, and the one that looks at the machine."""
+"""Commands that share: push, pull, and the pages that are served."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 import rpg
 from rpg.cli import parameters as o
+from rpg.cli.scoring import guard
 from rpg.console import console
 from tokenization.errors import InputError
 
@@ -43,7 +44,8 @@ def push(
     """Publish a generator or a zoo on the Hugging Face hub in one commit; log in first with hf auth login."""
     is_zoo = (folder / "zoo.json").is_file()
     if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
-        raise InputError(f"{folder} is {'a' if is_zoo else 'no'} zoo; leave out --type {kind}, or name another folder")
+        other = f"{folder} is {'a' if is_zoo else 'not a'} zoo"
+        raise InputError(f"{other}; leave out --type {kind}, or name another folder")
     how = {"private": private or None, "branch": branch, "message": message}
     if is_zoo:
         from tokenization.zoo.zoo import Zoo
@@ -67,7 +69,7 @@ def pull(
 ) -> dict[str, Any]:
     """Download a generator or a zoo from the Hugging Face hub into a folder (rpg generate also takes ids)."""
     if folder.exists():
-        raise InputError(f"{folder} is there already; name a new folder")
+        raise InputError(f"{folder} already exists; name a new folder")
     if kind == "dataset":
         from tokenization.zoo.zoo import Zoo
 
@@ -111,3 +113,32 @@ def _say(*lines: str) -> None:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+SHIPPED = Path("sensors")
+"""The generator that comes with rpg."""
+
+
+def app(
+    run: o.AppFolder = SHIPPED, host: o.Host = "127.0.0.1", port: o.Port = 7860, prompt_model: o.PromptModel = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+) -> None:  # fmt: skip
+    """Try a generator in the browser: choose a condition, generate, compare, download."""
+    from rpg.devices import use_device
+    from rpg.generation.folders import which_generator
+    from rpg.planning.plan import generation_need
+
+    try:
+        from rpg.app.loaded import LoadedRun
+        from rpg.app.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        from rpg.packages import install_command
+
+        cure = f"run {install_command('gradio')}"
+        raise InputError(f"the page needs Gradio, which is not installed; {cure}") from None
+    place = use_device(device)
+    guard(lambda: generation_need(run), ignore_memory)
+    console.print(which_generator(run) or f"reading {run}", highlight=False, soft_wrap=True)
+    serve(LoadedRun(run, place, prompt_model), host, port, lambda line: console.print(line, highlight=False))

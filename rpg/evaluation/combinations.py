@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.config import EvaluateConfig
-from rpg.evaluation.novelty import leading_directions
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.two_sample import leading_directions
 from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.structure import StateDict
 

@@ -1,4 +1,4 @@
-"""Measures and judges of generated data in function space: of what fields show, not of their weights.
+"""How alike sets of samples, fields and drawn images are: 1-NNA, coverage, precision and recall, Fréchet distance.
 
 Every datum is one vector, the values of a field on a grid. Reference data were learned from by nobody. M data of a set,
 N reference data, F values of one.
@@ -6,7 +6,7 @@ N reference data, F values of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from rpg.evaluation.novelty import distances
-from rpg.evaluation.two_sample import coverage, minimum_matching_distance, nearest_neighbour_accuracy
+from rpg.evaluation.two_sample import coverage, distances, evenly, minimum_matching_distance, nearest_neighbour_accuracy
 from rpg.models.kernel_regression import square_root
 from rpg.seeding import make_rng
+from rpg.tasks.base import SampleTask
+from tokenization.errors import InputError
+from tokenization.files import atomic_file
 
 NEIGHBOURS = 3
 """k of precision and recall, as in arXiv 1904.06991."""
@@ -199,3 +201,62 @@ def _drawings() -> tuple[Tensor, Tensor]:
 def _turned(images: Tensor, rng: torch.Generator) -> Tensor:
     matrix = torch.eye(2, 3).expand(len(images), 2, 3) + 0.15 * torch.randn(len(images), 2, 3, generator=rng)
     return F.grid_sample(images, F.affine_grid(matrix, list(images.shape), align_corners=False), align_corners=False)
+
+
+LINE, PAPER = 1, 0.6
+"""Pixels between images, and their shade."""
+
+
+def save_image(image: Tensor, path: Path | str, scale: int = 1) -> None:
+    """Write ``[C, H, W]`` in 0 … 1, grey or RGB, as a PNG; every pixel becomes ``scale``² of them."""
+    values = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0)
+    with atomic_file(path) as temporary:
+        Image.fromarray(values.squeeze(-1).numpy()).save(temporary, format="PNG")
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Images ``[M, C, S, S]`` row by row in one ``[C, H, W]``, ink dark on light where they are grey."""
+    num, channels, size = images.shape[:3]
+    shown = 1 - images if channels == 1 else images
+    rows, cell = -(-num // columns), size + LINE
+    sheet = torch.full((channels, rows * cell + LINE, columns * cell + LINE), PAPER)
+    for place, image in enumerate(shown):
+        top, left = place // columns * cell + LINE, place % columns * cell + LINE
+        sheet[:, top : top + size, left : left + size] = image
+    return sheet
+
+
+def beside(sheets: Sequence[Tensor], gap: int) -> Tensor:
+    """Sheets of one height side by side."""
+    channels, height = sheets[0].shape[:2]
+    parts = [part for sheet in sheets for part in (torch.ones(channels, height, gap), sheet)][1:]
+    return torch.cat(parts, 2)
+
+
+ROWS, COLUMNS, GAP, SCALE = 6, 8, 4, 4
+"""Of a picture of samples: images of a network, pixels between two networks, and pixels a pixel is enlarged to."""
+
+
+def sample_metrics(task: SampleTask, network: Mapping[str, Tensor], split: str) -> dict[str, float]:
+    """Metrics by name: ``one_nna`` first, 0.5 where samples cannot be told from as many held-out images.
+
+    Args:
+        task: draws, and has the images.
+        network: the one that draws.
+        split: whose images it is held against; ``train`` is what it learned from.
+
+    Raises:
+        InputError: the network does not fit, or the split has fewer images than the task draws.
+    """
+    drawn, held_out, training = task.samples(network), task.images(split), task.images("train")
+    if len(held_out) < len(drawn):
+        raise InputError(f"split {split} has {len(held_out)} images, fewer than task.samples {len(drawn)}; lower that")
+    features = letter_features(drawn.shape[-1], drawn.shape[1])
+    own, others, known = (shown_by(each) for each in (drawn, evenly(held_out, len(drawn)), training))
+    return measure_samples([own], others, known, features)
+
+
+def draw_samples(task: SampleTask, networks: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """What networks draw from the same noise, side by side: ``[C, H, W]``. Raises InputError if one does not fit."""
+    return beside([grid(task.samples(each, ROWS * COLUMNS), COLUMNS) for each in networks], GAP)

@@ -22,11 +22,10 @@ from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.metrics import bootstrap_interval
 from rpg.evaluation.network_merges import Merges
-from rpg.evaluation.novelty import distances
 from rpg.evaluation.report import Networks, Report, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.task_networks import load
-from rpg.evaluation.two_sample import max_similarity, max_similarity_among, two_sample
+from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict

@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rpg.evaluation.metrics import Summary, summarize
-from rpg.evaluation.novelty import distances
 from rpg.evaluation.task_networks import Parts
-from rpg.evaluation.two_sample import coverage, error_iou, function_vectors, nearest_neighbour_accuracy
+from rpg.evaluation.two_sample import coverage, distances, error_iou, function_vectors, nearest_neighbour_accuracy
 from rpg.evaluation.workers import Workers
 from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily

@@ -17,6 +17,7 @@ from rpg.config import Config
 from rpg.evaluation.report import Networks, Report
 from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
+from rpg.experiments.grouping_examples import evaluate_groupings
 from rpg.experiments.single import collect
 from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
@@ -81,6 +82,8 @@ def experiment_of(
     if config.task is not None and config.task.name in EXPERIMENTS:
         found: Experiment = resolve_name(EXPERIMENTS[config.task.name])(config)
         return found
+    if config.model.condition.kind == "examples":
+        return Experiment("groupings", evaluate_groupings, then="rpg generate {run} --examples FOLDER --num 1")
     function = judge.reference if judge is not None else None
     if function is None and compares_tasks(config):
         if judge is not None and (judge.lower or judge.higher):

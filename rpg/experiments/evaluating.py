@@ -15,23 +15,22 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.adapter_merges import PeftMerges
 from rpg.evaluation.conditions import Conditions
+from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options
-from rpg.evaluation.network_merges import Merges, NetworkMerges
-from rpg.evaluation.novelty import distances
+from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
-from rpg.evaluation.samples import SCALE, draw_samples, save_image
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
+from rpg.evaluation.starts import START_NAMES, finetuned_baselines
 from rpg.evaluation.task_networks import load
-from rpg.evaluation.trained_baselines import START_NAMES, finetuned_baselines
+from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
 from rpg.experiments.denoising_paths import denoising_path_of, requested_condition
-from rpg.experiments.score_conditions import conditions_asked
+from rpg.experiments.score_files import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed

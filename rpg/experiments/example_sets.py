@@ -58,7 +58,7 @@ class ExampleSets:
     @property
     def num_classes(self) -> int:
         """K."""
-        return len(self.task.class_names)
+        return len(self.task.example_classes)
 
     @cached_property
     def targets(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from rpg.console import FiguresTable
-from rpg.evaluation.page.drawing import COLORS, GENERATED, ORIGINAL, Axis, draw_figure, save_png
+from rpg.evaluation.page.charts import COLORS, GENERATED, ORIGINAL, Axis, draw_figure, save_png
 from rpg.evaluation.report import FILE, Report, label_of, nearest_of, shown
 from rpg.generation.generator import Generator
 from tokenization.errors import InputError

@@ -122,5 +122,5 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
             batch = {0: torch.export.Dim("batch")}
             torch.onnx.export(self.module(index), (example,), path, dynamic_shapes=(batch,), dynamo=True)
         else:
-            raise InputError(f"{path} has an unknown ending; write .safetensors or .onnx")
+            raise InputError(f"{path} has an unknown suffix; write .safetensors or .onnx")
         return path

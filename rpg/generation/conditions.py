@@ -68,7 +68,7 @@ def named_condition(spec: ConditionSpec | None, text: str, where: str) -> list[f
     if not fits or spec.kind == "binary" or (spec.kind == "class" and values[0] not in range(spec.size)):
         known = f" ({', '.join(spec.names)})" if spec.names else ""
         raise InputError(
-            f"{where} {text!r} is no condition of this generator; give a {spec.kind} of {spec.size}{known}"
+            f"{where} {text!r} is not a condition of this generator; give a {spec.kind} of {spec.size}{known}"
         )
     return values
 
@@ -96,7 +96,7 @@ def choose_condition(
         settings: ``NAME=VALUE`` each.
 
     Raises:
-        InputError: more than one is given, or what is given is no condition of this generator.
+        InputError: more than one is given, or what is given is not a condition of this generator.
     """
     asked = {
         "condition": condition, "classes": classes, "prompt": prompt, "metric": metric, "examples": examples,
@@ -177,7 +177,7 @@ def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None
         model: name or local path of a causal language model or a sentence encoder, for transformers.
 
     Raises:
-        InputError: the prompt selects no class or every class, is no list and there is no model, or the model cannot
+        InputError: the prompt selects no class or every class, is not a list and there is no model, or the model cannot
             be loaded.
     """
     words = [word for word in re.split(r"[\s,;+&]+|\band\b|\bor\b", prompt) if word]
@@ -188,8 +188,8 @@ def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None
         return bits_of_classes(words, classes, "--prompt")
     if model is None:
         raise InputError(
-            f"--prompt {prompt!r} is no list of {', '.join(classes)}; write one, or name a language model or sentence "
-            "encoder with --prompt-model"
+            f"--prompt {prompt!r} is not a list of {', '.join(classes)}; write one, or name a language model or "
+            "sentence encoder with --prompt-model"
         )
     scores = _scores(prompt, classes, model)  # [C], positive means yes
     return check_bits((scores > 0).long(), len(classes), f"--prompt {prompt!r}")

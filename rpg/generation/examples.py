@@ -61,7 +61,7 @@ def read_examples(path: Path | str, spec: ConditionSpec | None, option: str = "-
         return _from_arrays(path, spec, where)
     if path.suffix == ".csv":
         return _from_table(path, spec, where)
-    raise InputError(f"{where} is of no known form; give a folder of images, an npz or a csv file")
+    raise InputError(f"{where} has an unknown format; give a folder of images, an npz or a csv file")
 
 
 def examples_of(values: object, classes: Sequence[object] | None, spec: ConditionSpec, where: str) -> Tensor:
@@ -125,7 +125,7 @@ def _image(path: Path, spec: ConditionSpec) -> np.ndarray:
         with Image.open(path) as image:
             small = image.convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.BOX)
     except (OSError, UnidentifiedImageError):
-        raise InputError(f"{path} is no image that can be read; remove it or save it again") from None
+        raise InputError(f"{path} is not an image that can be read; remove it or save it again") from None
     pixels = np.asarray(small, dtype=np.float32) / 255
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -190,7 +190,7 @@ def favoured(task: ExampleTask, networks: Stacked, rows: Tensor) -> tuple[list[i
     Raises:
         InputError: an example has no class.
     """
-    num_classes = len(task.class_names)
+    num_classes = len(task.example_classes)
     values, known = rows[:, : -num_classes - 1], rows[:, -num_classes - 1 : -1]
     if not known.any(-1).all():
         raise InputError("--choose-by has examples without a class; put them into folders named after classes")

@@ -82,7 +82,7 @@ def export(
             does not fit the weights, or the disk refuses; nothing is left behind then.
     """
     if to not in FORMS:
-        raise InputError(f"--to {to!r} is no form of weights; choose one of {', '.join(FORMS)}")
+        raise InputError(f"--to {to!r} is not a format of weights; choose one of {', '.join(FORMS)}")
     output = _beside(Path(source), to) if output is None else Path(output)
     _require_free(output, to)
     with locked(output, beside=True), _checkpoint(source, output, seed, condition, initial, progress) as checkpoint:
@@ -144,7 +144,7 @@ def _beside(source: Path, to: str) -> Path:
     if _is_generator(source):
         return source / f"exported-{to}{SUFFIXES.get(to, '')}"
     if not source.exists():
-        raise InputError(f"{source} is no file or folder of this machine; say with --output where to write")
+        raise InputError(f"{source} is not a file or folder of this machine; say with --output where to write")
     return source.with_name(f"{source.name.removesuffix('.safetensors')}-{to}{SUFFIXES.get(to, '')}")
 
 
@@ -205,13 +205,13 @@ def _save_pickle(checkpoint: Checkpoint, path: Path, prefix: str = "", more: Map
 def _require_free(output: Path, to: str) -> None:
     suffix = SUFFIXES.get(to, "")
     if suffix and output.suffix != suffix:
-        raise InputError(f"--output {output} has the wrong ending; --to {to} writes a file that ends with {suffix}")
+        raise InputError(f"--output {output} has the wrong suffix; --to {to} writes a file that ends with {suffix}")
     if output.is_dir() and not suffix and not any(output.iterdir()):
         return
     if output.exists():
-        raise InputError(f"--output {output} is there already; choose a new path")
+        raise InputError(f"--output {output} already exists; choose a new path")
     if not output.parent.is_dir():
-        raise InputError(f"--output {output} lies in {output.parent}, which is no folder; make it first")
+        raise InputError(f"--output {output} lies in {output.parent}, which is not a folder; create it first")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"--output {output} lies in a folder that may not be written; choose another")
 

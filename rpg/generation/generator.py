@@ -118,7 +118,7 @@ class Generator:
         return loaded
 
     def save_pretrained(self, path: Path | str) -> Path:
-        """Write the generator folder; one that is there already is replaced whole."""
+        """Write the generator folder; an existing one is replaced whole."""
         target = Path(path)
         with atomic_folder(target) as temporary:
             self.config.save(temporary / "config.yaml")

@@ -75,7 +75,7 @@ class Request:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
         if self.state not in STATES:
-            raise InputError(f"There is no permutation state {self.state!r}; choose {', '.join(STATES)}.")
+            raise InputError(f"Unknown permutation state {self.state!r}; choose {', '.join(STATES)}.")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"The temperature is {self.temperature}; give a number of at least 0 (0 is the mean).")
         if not 0 <= self.guidance_scale < math.inf:
@@ -140,9 +140,7 @@ def requested_conditions(
     """
     if spec is None:
         if condition is not None:
-            raise InputError(
-                "this generator was trained without conditions, so that it takes none; leave the condition out"
-            )
+            raise InputError("this generator was trained without conditions, and takes none; leave the condition out")
         return None
     if spec.kind == "examples":
         return requested_examples(condition, num, spec)
@@ -173,7 +171,9 @@ def requested_conditions(
     if spec.kind == "binary" and not ((values == 0) | (values == 1)).all():
         raise InputError("the condition has values other than 0 and 1; give a binary vector")
     if spec.kind == "class" and not ((values == values.round()) & (values >= 0) & (values < spec.size)).all():
-        raise InputError(f"the condition is no class of the generator; give a whole number from 0 to {spec.size - 1}")
+        raise InputError(
+            f"the condition is not a class of the generator; give a whole number from 0 to {spec.size - 1}"
+        )
     return values
 
 

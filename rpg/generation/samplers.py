@@ -48,7 +48,7 @@ class PosteriorSampler(TiledSampler):
             yield tile, rows
 
     def asked(self, num: int, seed: int) -> list[int]:
-        """None: a draw of the posterior is no checkpoint's."""
+        """None: a draw of the posterior is not a checkpoint's."""
         return []
 
     def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:

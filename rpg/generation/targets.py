@@ -133,7 +133,9 @@ def timm_target(base: str, found: Mapping[str, tuple[int, ...]]) -> Target:
         return Target.of(build(**more), f"timm's {name}")
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--base {base} is no network that timm builds ({reason}); see timm.list_models()") from error
+        raise InputError(
+            f"--base {base} is not a network that timm builds ({reason}); see timm.list_models()"
+        ) from error
 
 
 def peft_target(folder: Path) -> Target | None:
@@ -188,7 +190,7 @@ def lightning_target(base: str) -> tuple[Target, dict[str, Any]]:
         content = torch.load(base, map_location="cpu", weights_only=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     except Exception as error:  # foreign bytes may fail in any way
-        what = f"--base {base} is no Lightning checkpoint of plain values ({type(error).__name__})"
+        what = f"--base {base} is not a Lightning checkpoint of plain values ({type(error).__name__})"
         raise InputError(f"{what}; name one of the originals, or MODULE:CLASS of the LightningModule") from error
     kept = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name")
     return Target(base, shapes), {name: content[name] for name in kept if name in content}

@@ -38,7 +38,7 @@ from tokenization.lora.adapter import (
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 VARIANTS = ("use_dora", "kasa_config", "use_bdlora", "arrow_config")
-"""Fields of PEFT's configuration under which a sum of adapters is no adapter."""
+"""Fields of PEFT's configuration under which a sum of adapters is not an adapter."""
 
 
 def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: str | None = None) -> Path:
@@ -53,14 +53,14 @@ def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: s
         base: the base of all of them, whatever path each names.
 
     Raises:
-        InputError: the method's result, or a sum of such adapters, is no adapter; they differ in what they adapt.
+        InputError: the method's result, or a sum of such adapters, is not an adapter; they differ in what they adapt.
     """
     weights, options = merge.settled(len(paths))
     if not merge.is_combination:
         what = f"--method {merge.method} of adapters leaves updates of full rank, which no adapter holds"
         raise InputError(f"{what}; use linear, or merge networks that the adapters were merged into")
     if output.exists():
-        raise InputError(f"{output} is there already; name another folder with --output")
+        raise InputError(f"{output} already exists; name another folder with --output")
     parts, configs = [Part.open(path) for path in paths], [read_adapter_config(path) for path in paths]
     for part, config in zip(parts, configs, strict=True):
         check_adapter_tensors({name: part.spec(name)[1] for name in part.names}, config, part.path)

@@ -41,7 +41,7 @@ def merge_files(
         progress: called with (merged, total) tensors.
 
     Raises:
-        InputError: names, shapes or dtypes differ; an integer tensor differs that is no known counter; values that are
+        InputError: names, shapes or dtypes differ; an integer tensor differs that is not a known counter; values are
             not finite; an option that the method does not have.
     """
     weights, options = merge.settled(len(paths))
@@ -49,7 +49,7 @@ def merge_files(
         what = "merges deviations from what all networks began with; name it with --base FILE"
         raise InputError(f"--method {merge.method} {what if merge.needs_base else 'has no use for --base'}")
     if output.suffix != ".safetensors" or output.exists():
-        what = "is there already" if output.exists() else "does not end in .safetensors"
+        what = "already exists" if output.exists() else "does not end in .safetensors"
         raise InputError(f"{output} {what}; name another file with --output")
     parts = [Part.open(path, chosen) for path in paths]
     first, begun = parts[0], None if base is None else Part.open(base, chosen)

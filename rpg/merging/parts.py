@@ -176,9 +176,9 @@ class Merge:
             if given is not None and self.method not in methods:
                 raise InputError(f"{name} is for {', '.join(methods)}; leave it out of --method {self.method}")
         if self.density is not None and not 0 < self.density <= 1:
-            raise InputError(f"--density {self.density} is no share of the values; give more than 0, and 1 at most")
+            raise InputError(f"--density {self.density} is not a share of the values; give more than 0, and 1 at most")
         if self.t is not None and not 0 <= self.t <= 1:
-            raise InputError(f"--t {self.t} is no place between two networks; give 0 (the first) to 1 (the second)")
+            raise InputError(f"--t {self.t} is not a place between two networks; give 0 (the first) to 1 (the second)")
         weights = torch.full((num,), 1 / num).double()
         if self.weights is not None:
             weights = torch.tensor(list(self.weights)).double()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.denoiser.time import TimeEmbedding
+from rpg.models.denoiser.base import TimeEmbedding
 from rpg.models.state import StateConfig
 from rpg.section import Section
 

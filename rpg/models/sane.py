@@ -25,8 +25,7 @@ from torch.nn import functional as F
 from rpg.models.backbone import build_backbone
 from rpg.models.backbone.transformer import TransformerConfig
 from rpg.models.centre import FittedBuffers
-from rpg.models.conditioning import ConditionConfig
-from rpg.models.embeddings import position_embedding
+from rpg.models.conditioning import ConditionConfig, position_embedding
 from rpg.models.state import StateConfig
 from rpg.section import Section
 

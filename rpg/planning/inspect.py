@@ -144,7 +144,7 @@ def inspect(
 
 
 def facts_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The same in few figures, for a machine; of a checkpoint that is no zoo only where it is."""
+    """The same in few figures, for a machine; of a checkpoint that is not a zoo only where it is."""
     path = Path(path)
     file = _config_file(path)
     config = Config.load(file, list(overrides)) if file else Config.defaults(list(overrides))

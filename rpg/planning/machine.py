@@ -18,9 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from rpg.devices import FASTER, bf16_ratio
 from rpg.models.backbone.lstm import has_bf16_lstm
 from rpg.packages import install_command
-from rpg.precision import FASTER, bf16_ratio
 from tokenization.layouts import Layout
 
 CGROUPS = Path("/sys/fs/cgroup")

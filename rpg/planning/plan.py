@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from rpg.config import Config
-from rpg.devices import chosen_device
+from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
 from rpg.planning.estimator import Estimator
 from rpg.planning.estimators import KernelRidgeEstimator, PDiffEstimator, RecurrentEstimator, SaneEstimator
@@ -22,7 +22,6 @@ from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, 
 from rpg.planning.peak import GenerationFlops
 from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
-from rpg.precision import mixed_precision
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics, load_layout
@@ -184,7 +183,7 @@ def parse_memory(text: str) -> int:
         return GPUS[plain] * GIB
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(gb|gib|g|mb|mib|m)?", plain)
     if match is None:
-        raise InputError(f"--memory {text!r} is no size; write one such as 24GB, or a GPU of {', '.join(GPUS)}")
+        raise InputError(f"--memory {text!r} is not a size; write one such as 24GB, or a GPU of {', '.join(GPUS)}")
     unit = {"gb": 10**9, "g": GIB, "gib": GIB, "mb": 10**6, "m": 1 << 20, "mib": 1 << 20, None: GIB}[match[2]]
     return round(float(match[1]) * unit)
 

@@ -116,12 +116,12 @@ def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Propos
     """Write the configuration that is proposed for a zoo, with ``overrides`` as `Config.load` takes them.
 
     Raises:
-        InputError: it is no zoo, the file is there, or an override is of no field.
+        InputError: it is not a zoo, the file is there, or an override is of no field.
     """
     if not (zoo / "zoo.json").is_file():
         raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
     if path.exists():
-        raise InputError(f"{path} is there already; name another file with --write-config, or remove it")
+        raise InputError(f"{path} already exists; name another file with --write-config, or remove it")
     proposal = propose(Zoo.open(zoo))
     proposal = replace(proposal, tree=overridden(proposal.tree, overrides))
     Config.parse(proposal.tree, "--set")

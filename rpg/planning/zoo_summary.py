@@ -69,8 +69,7 @@ def find_zoo_summary(
     size = 0 if kind == "none" else 1 if kind == "metric" else condition_size or known_size or 0
     if kind != "none" and not size:
         raise InputError(
-            f"Without a zoo nothing tells how large the condition ({kind}, model.condition.kind) is; "
-            "give --condition-size."
+            f"Without a zoo the size of the condition ({kind}, model.condition.kind) is unknown; give --condition-size."
         )
     states = count if config.model.state.of in ("checkpoint", "code", "task") else 1
     return ZooSummary(layout_without_statistics(checkpoint, config.tokens, count), count, states, size)

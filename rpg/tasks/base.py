@@ -81,8 +81,8 @@ class ExampleTask(Task, Protocol):
     """Tasks of conditions, each of which can show what its networks are to do."""
 
     @property
-    def class_names(self) -> Sequence[str]:
-        """What the classes are called."""
+    def example_classes(self) -> Sequence[str]:
+        """What the classes of examples are called."""
 
     @property
     def example_shape(self) -> tuple[int, ...]:

@@ -61,10 +61,8 @@ class ExampleConditions:
                 f"model.condition.kind: examples needs a task that shows examples, which {type(task).__name__} does "
                 "not; choose sensors"
             )
-        if config.classes != len(task.class_names):
-            raise InputError(
-                f"model.condition.classes is {config.classes}, but the task has {len(task.class_names)}; set it to that"
-            )
+        if config.classes != (num := len(task.example_classes)):
+            raise InputError(f"model.condition.classes is {config.classes}, but the task has {num}; set it to that")
         self.task, self.config, self.seed = task, config, seed
 
     @property
@@ -76,7 +74,7 @@ class ExampleConditions:
     def spec(self) -> ConditionSpec:
         """What a generator's conditions are."""
         size = row_size(math.prod(self.task.example_shape), self.config.classes)
-        return ConditionSpec("examples", size, tuple(self.task.class_names))
+        return ConditionSpec("examples", size, tuple(self.task.example_classes))
 
     def __call__(self, batch: Batch, step: int, number: int) -> Batch:
         """The batch as the networks see it: its conditions ``[G, C]`` become sets ``[G, n · size]``.

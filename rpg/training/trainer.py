@@ -33,6 +33,7 @@ from rpg.training.data import (
     check_zoo,
     condition_size,
     metric_scale,
+    sample_differences,
     state_ids,
     task_numbers,
     to_batch,
@@ -41,7 +42,6 @@ from rpg.training.data import (
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import Descriptions, example_conditions, fresh_codes
-from rpg.training.initial import sample_differences
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time

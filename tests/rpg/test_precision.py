@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg import precision
+from rpg import devices
 from rpg.config import Config
-from rpg.precision import bf16_ratio, in_bf16, mixed_precision
+from rpg.devices import bf16_ratio, in_bf16, mixed_precision
 from rpg.tasks.collecting import open_zoo
 from tokenization.errors import InputError
 
@@ -21,11 +21,11 @@ def test_auto_takes_what_the_device_is_faster_at(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str, slow: bool, fast: bool
 ) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    precision._say_slower.cache_clear()
-    monkeypatch.setattr(precision, "bf16_ratio", lambda device: 0.3)
+    devices._say_slower.cache_clear()
+    monkeypatch.setattr(devices, "bf16_ratio", lambda device: 0.3)
     assert in_bf16(asked, CPU) == fast and mixed_precision(asked) == ("bf16" if fast else "no")
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(precision, "bf16_ratio", lambda device: 61.0)
+    monkeypatch.setattr(devices, "bf16_ratio", lambda device: 61.0)
     assert [in_bf16(asked, CPU) for _ in range(3)] == [slow] * 3
     said = capsys.readouterr().out
     assert said.count("61 times as long") == said.count("\n") == said.count("precision to auto") == (asked == "bf16")

@@ -102,8 +102,8 @@ def test_watching_changes_nothing_and_keeps_to_its_time(tmp_path: Path, monkeypa
 
 
 def test_validation_accuracy_of_a_generator(tmp_path: Path) -> None:
+    from rpg.experiments.comparison import Validation
     from rpg.experiments.single import collect
-    from rpg.experiments.validation import Validation
     from rpg.generation.generator import Generator
     from tokenization.errors import InputError
     from tokenization.zoo.zoo import Zoo

@@ -348,7 +348,7 @@ def test_the_record_of_save_model_is_read(tmp_path: Path) -> None:
     assert sorted(zoo.checkpoint(0).order) == ["b", "embed", "head"] and len(zoo.structure.ties) == 1
     state = zoo.state_dict(1)
     assert state["head"] is state["embed"]
-    # Whatever else metadata say is no tie.
+    # Whatever else metadata say is not a tie.
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors", {"w": "w", "note": "a tensor, w"})
     assert Checkpoint.open(tmp_path / "x.safetensors").ties == {}
 
@@ -386,7 +386,7 @@ def test_later_files_must_keep_the_ties(tmp_path: Path) -> None:
     zoo.append(tied(5, "copies"), run=0, step=5)
     assert (added := zoo.state_dict(3))["head"] is added["embed"]
     bad = {**tied(6, "copies"), "head": torch.randn(5, 3)}
-    with pytest.raises(InputError, match="tensor 'head' is no copy of 'embed'"):
+    with pytest.raises(InputError, match="tensor 'head' is not a copy of 'embed'"):
         zoo.append(bad, run=0, step=6)
     zoo.verify()
 

@@ -213,7 +213,7 @@ def ties_of(header: Header, path: Path) -> dict[str, str]:
         return {a: n for a, n in missing.items() if "format" not in metadata or _leaf(a) == _leaf(n)}
     ties = _json_metadata(header, TIES_KEY, path, {})
     if not isinstance(ties, dict):
-        raise InputError(f"{path}: metadata {TIES_KEY} is no JSON object; {_REWRITE}")
+        raise InputError(f"{path}: metadata {TIES_KEY} is not a JSON object; {_REWRITE}")
     for alias, name in ties.items():
         if alias in header.tensors or name not in header.tensors:
             what = f"metadata {TIES_KEY} ties it to {name!r}, but a tie is of another key to a stored tensor"
@@ -232,7 +232,7 @@ def order_of(header: Header, ties: dict[str, str], path: Path) -> tuple[list[str
     if recorded is None:
         return sorted(names, key=natural_key), False
     if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
-        raise InputError(f"{path}: metadata {ORDER_KEY} is no JSON list of names; {_REWRITE}")
+        raise InputError(f"{path}: metadata {ORDER_KEY} is not a JSON list of names; {_REWRITE}")
     unseen = set(names)
     for name in recorded:
         if name not in unseen:
@@ -250,7 +250,7 @@ def tensor_at(path: Path | str, name: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises InputError when it cannot be read or is no JSON."""
+    """Parse a JSON file. Raises InputError when it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -263,7 +263,7 @@ def _json_metadata(header: Header, key: str, path: Path, default: Any) -> Any:
     try:
         return json.loads(header.metadata[key])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: metadata {key} is no JSON ({error}); {_REWRITE}") from error
+        raise InputError(f"{path}: metadata {key} is not JSON ({error}); {_REWRITE}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def plain_names(names: Sequence[str], path: Path, chosen: Chosen, shapes: Mappin
         for name, text in new.items():
             if not text.startswith(prefix) or text == prefix:
                 what = f"{tensor_at(path, name)} does not begin with {prefix!r}"
-                raise InputError(f"{what}, which --strip should cut off every name; leave --strip out or mend it")
+                raise InputError(f"{what}, which --strip should cut off every name; leave --strip out or fix it")
         new = {name: text.removeprefix(prefix) for name, text in new.items()}
         notes.append(f"{prefix} cut off every name")
     if len(set(new.values())) < len(new):

@@ -89,7 +89,7 @@ class Compressed(Form):
         return Compressed(parts, self.order)
 
     def with_sparsity(self, sparsity: float | None) -> Compressed:
-        """The same, that stores masks of another share. Raises InputError if nothing is pruned or it is no share."""
+        """The same, that stores masks of another share. Raises InputError if nothing is pruned or it is not a share."""
         if sparsity is None:
             return self
         if not any(part.pruned for part in self.parts):
@@ -152,7 +152,7 @@ class Compressed(Form):
         """A state dict, as it is stored, in this form.
 
         Raises:
-            InputError: a tensor is missing, or is no mask, no scale, or of other indices.
+            InputError: a tensor is missing, or is not a mask, no scale, or of other indices.
         """
         missing = [name for part in self.parts for name in part.stored if name not in network]
         if missing:

@@ -160,7 +160,7 @@ class Part:
         else:
             values, mask = found[0], found[-1] != 0
             if self.kind == "mask" and not bool((found[1] == mask).all()):
-                raise InputError(f"{where}: {self.name}_mask has values other than 0 and 1, so that it is no mask")
+                raise InputError(f"{where}: {self.name}_mask has values other than 0 and 1, so that it is not a mask")
         return torch.where(mask, values, torch.zeros((), dtype=values.dtype)), mask.float() * 2 - 1
 
     def restore(self, first: Tensor, second: Tensor, alive: int | None = None) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def load(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; name the folder of a generator")
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is no layout: its format is not {FORMAT!r}; name the folder of a generator")
+        raise InputError(f"{path} is not a layout: its format is not {FORMAT!r}; name the folder of a generator")
     if content.get("version") != (COMPRESSED_VERSION if "compressed" in content else VERSION):
         what = f"{path} has version {content.get('version')!r}, and this rpg reads version {VERSION}"
         raise InputError(f"{what}; use the rpg that wrote it, or train again")

@@ -107,7 +107,7 @@ def _num_constants(checkpoint: Checkpoint, layout: TokenLayout, network: Mapping
     """How many values outside the tokens are those of a checkpoint; what is known to be another's does not count.
 
     Raises:
-        InputError: one differs, a key is missing, or a tied one is no copy.
+        InputError: one differs, a key is missing, or a tied one is not a copy.
     """
     num_same = 0
     for name in checkpoint.order:

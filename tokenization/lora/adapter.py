@@ -58,7 +58,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no {CONFIG_NAME} beside the adapter's weights; save the adapter again")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object; put the configuration of a PEFT adapter there")
+        raise InputError(f"{path} is not a JSON object; put the configuration of a PEFT adapter there")
     if config.get("peft_type") != "LORA":
         what = f"{path}: peft_type is {config.get('peft_type')!r}"
         raise InputError(f"{what}, and no other adapters than 'LORA' are supported (DoRA is LORA); give such ones")

@@ -48,7 +48,7 @@ class CollectedAdapters:
     def factors(
         self, path: Path, config: Mapping[str, Any] | None, shapes: Shapes, tensor: Callable[[str], Tensor]
     ) -> dict[str, float]:
-        """What tensors of the next adapter are to be multiplied by; none of one that is as the first, or is no adapter.
+        """Factors of the next adapter's tensors; empty if it is like the first or not an adapter.
 
         Args:
             path: the file or folder.

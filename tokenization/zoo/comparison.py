@@ -75,7 +75,7 @@ class Comparison:
         (self._expected or self.structure).require(found, where, twins)
         for alias, name in (self._expected.ties if self._expected is not None else {}).items():
             if twins[alias] != twins[name]:
-                what = f"{tensor_at(where, alias)} is no copy of {name!r}, to which it is tied in the zoo"
+                what = f"{tensor_at(where, alias)} is not a copy of {name!r}, to which it is tied in the zoo"
                 raise InputError(f"{what}; leave this checkpoint out, or collect all of them into a new zoo")
         pairs: dict[tuple[str, str], str] = {}
         self._groups = {name: pairs.setdefault((group, twins[name]), name) for name, group in self._groups.items()}

@@ -60,7 +60,7 @@ def parse_settings(settings: Sequence[Setting], given: Mapping[str, Any]) -> lis
     """The values of all settings, defaults where none is given; texts are read as numbers, true or false.
 
     Raises:
-        InputError: there is no such setting, or a value is no number or lies outside the range.
+        InputError: there is no such setting, or a value is not a number or lies outside the range.
     """
     known = {each.name: each for each in settings}
     values = {each.name: each.default for each in settings}

@@ -32,7 +32,7 @@ class Description:
         """Read ``zoo.json``. Raises InputError that names the field at fault."""
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            what = f"has format {content.get('format')!r}" if isinstance(content, dict) else "is no JSON object"
+            what = f"has format {content.get('format')!r}" if isinstance(content, dict) else "is not a JSON object"
             raise InputError(f"{path} {what}, not format {FORMAT}; collect the zoo again with this version of rpg")
         task, runs = content.get("task"), content.get("runs", [])
         condition, structure = content.get("condition"), content.get("structure")
@@ -80,5 +80,5 @@ def require_new_folder(path: Path, among: Sequence[Path] = ()) -> None:
     manifest = path / "manifest.jsonl"
     unfinished = names == {manifest.name} and manifest.stat().st_size == 0  # killed while a zoo was being made
     if names and not unfinished and not any(file.resolve().is_relative_to(path.resolve()) for file in among):
-        what = f"{path} is no zoo, and not empty (it has {min(names)})"
+        what = f"{path} is not a zoo, and not empty (it has {min(names)})"
         raise InputError(f"{what}; choose a new folder, or the one that holds the checkpoints")

@@ -168,7 +168,7 @@ def _explained(
         if isinstance(error, errors.RepositoryNotFoundError):
             return f"{where} has no such {kind}, or it is private; check the id, or log in with `hf auth login`"
         if isinstance(error, errors.HFValidationError):
-            return "it is no id of a repository; write name/repository"
+            return "it is not an id of a repository; write name/repository"
         if status is not None:
             return f"{where} answered {status} ({str(error).strip().splitlines()[-1]}); try again later"
         root: BaseException = error  # of a broken connection, several deep
@@ -245,11 +245,9 @@ class SharedZoo:
 
         snapshot = pull(repo, "dataset", FETCHED, **options)
         if not (snapshot / "zoo.json").is_file():
-            raise InputError(f"dataset {repo} is no zoo: it has no zoo.json; make one with `rpg push ZOO {repo}`")
+            raise InputError(f"dataset {repo} is not a zoo: it has no zoo.json; make one with `rpg push ZOO {repo}`")
         if any(entry.external for entry in read_manifest(snapshot / "manifest.jsonl")):
-            raise InputError(
-                f"dataset {repo}: its manifest.jsonl names files outside the zoo; ask its owner to mend it"
-            )
+            raise InputError(f"dataset {repo}: its manifest.jsonl names files outside the zoo; ask its owner to fix it")
         if path is None:
             target = Path(cached_assets_path("rpg", f"zoos--{repo}", snapshot.name))
             if (target / "zoo.json").is_file():

@@ -128,7 +128,7 @@ def lock_scope(path: Path | str, *, beside: bool = False) -> Iterator[None]:
 def locks(
     find: Callable[..., Path | str | None], *, beside: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a function run with the lock of what ``find`` reads off its arguments, as `locked` does; None is no lock."""
+    """Run a function under the lock of the path that ``find`` reads from its arguments; None: no lock."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

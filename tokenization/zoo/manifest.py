@@ -124,7 +124,7 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
             parsed = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise InputError(f"{where} is no complete JSON ({error}); mend or drop it") from error
+                raise InputError(f"{where} is not complete JSON ({error}); fix or drop it") from error
             if not repair:
                 cure = "collect again, which drops it and continues"
                 raise InputError(f"{where} is a line cut in half; {cure}") from error

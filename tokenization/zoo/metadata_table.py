@@ -53,12 +53,12 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 where = f"{path}: line {reader.line_num}"
                 if None in row or None in row.values():
                     count = len(reader.fieldnames or ())
-                    raise InputError(f"{where} has another number of fields than the {count} of line 1; mend the line")
+                    raise InputError(f"{where} has another number of fields than the {count} of line 1; fix the line")
                 if delimiter == ";":
                     row = {key: _decimal(key, value) for key, value in row.items()}
                 rows.append((where, {key: value for key, value in row.items() if value != ""}))
         except csv.Error as error:
-            raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the line") from error
+            raise InputError(f"{path}: line {reader.line_num} is not CSV ({error}); fix the line") from error
     elif path.suffix in (".jsonl", ".json"):
         for where, parsed in json_lines(text, path):
             rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
@@ -81,12 +81,12 @@ def read_name(pattern: str, name: str) -> dict[str, Any]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"pattern: {pattern!r} is no regular expression ({error}); mend it") from error
+        raise InputError(f"pattern: {pattern!r} is not a regular expression ({error}); fix it") from error
     if not compiled.groupindex:
         raise InputError(f"pattern: {pattern!r} has no named groups; name them, such as (?P<run>[0-9]+)")
     match = compiled.search(name)
     if match is None:
-        raise InputError(f"{name} does not match the pattern {pattern!r}; mend the pattern")
+        raise InputError(f"{name} does not match the pattern {pattern!r}; fix the pattern")
     return {key: text for key, text in match.groupdict().items() if text is not None}
 
 

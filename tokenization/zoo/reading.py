@@ -198,7 +198,7 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
 
     Args:
         source: an existing path, or a glob.
-        zoo_path: a zoo whose own files are no sources: those it converted, and all if it lies in the source.
+        zoo_path: a zoo whose own files are not sources: those it converted, and all if it lies in the source.
         ignored: takes a line on each file of a folder that is left out and may have been meant.
 
     Raises:

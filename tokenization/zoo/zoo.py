@@ -97,7 +97,7 @@ class Zoo(SharedZoo):
         """
         path = Path(path)
         if not (path / "zoo.json").is_file():
-            what = "is no zoo: it has no zoo.json" if path.is_dir() else "does not exist"
+            what = "is not a zoo: it has no zoo.json" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}; make a zoo with `rpg collect`")
         content = Description.read(path / "zoo.json")
         zoo = cls(path, task=content.task, condition=content.condition, runs=content.runs)

@@ -14,15 +14,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from rpg.evaluation.page.charts import (
+    AVERAGE,
+    GENERATED,
+    ORIGINAL,
+    Axis,
     Chart,
+    Series,
     denoising_paths,
+    draw_lines,
+    draw_points,
     histogram,
     lines,
     principal_components,
+    save_series,
     scatter,
     training_loss,
 )
-from rpg.evaluation.page.drawing import AVERAGE, GENERATED, ORIGINAL, Axis, Series, draw_lines, draw_points, save_series
 from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report, label_of
 from rpg.evaluation.table import cells_of, novelty_cells
 from tokenization.files import make_folder, write_text

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.field_measures import DISTANCES, shown_by
-from rpg.evaluation.samples import beside, grid, save_image
+from rpg.evaluation.field_measures import DISTANCES, beside, grid, save_image, shown_by
 from rpg.generation.generator import Generator
 from rpg.generation.outputs import MemorySink
 from rpg.generation.sampler import Tile

@@ -20,7 +20,7 @@ from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.evaluation.unseen_tasks import random_other
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
-from rpg.experiments.task_methods import generate_for, networks_of
+from rpg.experiments.unseen_tasks import generate_for, networks_of
 from rpg.generation.generator import Generator
 from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
 from rpg.models.conditioning import regression_inputs

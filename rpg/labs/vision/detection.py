@@ -24,8 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
-from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
-from rpg.labs.vision.stepwise import StepwiseTask
+from rpg.labs.vision.stepwise import StepwiseTask, batches_to_score, batches_to_train
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
 from tokenization.errors import InputError

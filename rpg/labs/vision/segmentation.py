@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rpg.labs.vision.config import SegmentationConfig
-from rpg.labs.vision.image_batches import batches_to_score, batches_to_train
 from rpg.labs.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
-from rpg.labs.vision.stepwise import StepwiseTask
+from rpg.labs.vision.stepwise import StepwiseTask, batches_to_score, batches_to_train
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
 from tokenization.errors import InputError

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rpg.labs.vision.canvases import make_canvases
 from rpg.labs.vision.config import SegmentationConfig
+from rpg.labs.vision.detection_data import make_canvases
 from rpg.seeding import permutation
 from tokenization.errors import InputError
 

@@ -17,8 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser.base import Denoiser
-from rpg.models.denoiser.time import TimeEmbedding
+from rpg.models.denoiser.base import Denoiser, TimeEmbedding
 from rpg.section import Section
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rpg.models.denoiser.base import Denoiser
-from rpg.models.denoiser.time import TimeEmbedding
+from rpg.models.denoiser.base import Denoiser, TimeEmbedding
 from rpg.section import Section
 
 EPSILON = 1e-5

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from rpg.precision import in_bf16
+from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import DTYPES, Progress, chosen_parameters, convert_floats, single_threaded, use_threads
 from rpg.tasks.images.compression import Compression

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.precision import in_bf16
+from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import Progress, open_zoo, use_threads
 from rpg.tasks.images.collection import collect_runs
@@ -19,8 +19,11 @@ from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConf
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
 from rpg.tasks.images.subsets import SubsetTask
+from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
+MOST = 16
+"""The brightest pixel of scikit-learn's digits."""
 NUM_VALIDATION = 250
 NUM_TEST = 500
 SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
@@ -186,6 +189,34 @@ class DigitsSubsetsTask(SubsetTask):
         images = self.pool if augmented else self.images("train")
         rows = torch.randint(len(images), (num,), generator=rng)
         return images[rows], classes[rows % len(classes)]
+
+    @property
+    def example_classes(self) -> tuple[str, ...]:
+        """The two sides of a grouping."""
+        return ("negative", "positive")
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of an image, ``(1, S, S)``."""
+        return tuple(self.images("train").shape[1:])
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
+        """Random images of a split on the sides ``[T, n]`` of the groupings ``[T, C]``, in 0 … 1: ``[T, n, S·S]``."""
+        sides = self.targets(conditions, split)  # [T, B]
+        order, positive = sides.argsort(dim=1, stable=True), sides.sum(1, keepdim=True)  # the negative side comes first
+        negative = sides.shape[1] - positive
+        counts, first = torch.where(classes > 0, positive, negative), torch.where(classes > 0, negative, 0)
+        if not bool(counts.all()):
+            raise InputError(f"a side of a grouping has no {split} image to show; take another split")
+        place = first + (torch.rand(classes.shape, generator=rng) * counts).long()
+        splits = load_splits(self.config.image_size)
+        images = splits.images[split].flatten(1)[order.gather(1, place)]  # [T, n, S·S]
+        return ((images * splits.std + splits.mean) / MOST).clamp(0, 1)
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """Examples ``[…, S·S]`` in 0 … 1, standardised as networks take them: ``[…, 1, S, S]``."""
+        splits = load_splits(self.config.image_size)
+        return ((MOST * examples - splits.mean) / splits.std).unflatten(-1, self.example_shape)
 
     def train_base(self) -> dict[str, Tensor]:
         """Train the shared base network on the ten digits."""

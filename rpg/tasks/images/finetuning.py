@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.precision import in_bf16
+from rpg.devices import in_bf16
 from rpg.tasks.collecting import warm_cosine
 from rpg.tasks.images.config import FinetuneConfig, Stage
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat

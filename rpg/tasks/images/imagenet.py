@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rpg.precision import in_bf16
+from rpg.devices import in_bf16
 from rpg.seeding import derive_seed
 from rpg.tasks.collecting import Progress, SavedTraining, open_zoo
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig

@@ -28,8 +28,7 @@ from rpg.tasks.language.adapter_bank import (
 )
 from rpg.tasks.language.adapter_training import train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
-from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, read_rows, stack_rows
-from rpg.tasks.language.symbols import make_symbols
+from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, stack_rows
 from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint

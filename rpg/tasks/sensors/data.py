@@ -10,7 +10,7 @@ from torch import Tensor
 from rpg.seeding import permutation
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask
 from rpg.tasks.images.config import Cifar10SubsetsConfig
-from rpg.tasks.images.digits import load_splits
+from rpg.tasks.images.digits import MOST, load_splits
 from rpg.tasks.images.images import IMAGES, ImageSplits, class_files, read_images
 from rpg.tasks.sensors.config import SensorsConfig
 from tokenization.errors import InputError
@@ -35,7 +35,7 @@ def load_images(config: SensorsConfig) -> tuple[ImageSplits, tuple[str, ...]]:
 
 def _digits(config: SensorsConfig) -> tuple[ImageSplits, tuple[str, ...]]:
     splits = load_splits(config.image_size, NUM_VALIDATION)
-    images = {name: ((each * splits.std + splits.mean) / 16).clamp(0, 1) for name, each in splits.images.items()}
+    images = {name: ((each * splits.std + splits.mean) / MOST).clamp(0, 1) for name, each in splits.images.items()}
     return _splits(images, splits.labels, 10), tuple(map(str, range(10)))
 
 

@@ -141,6 +141,11 @@ class SensorsTask:
     # --- examples ------------------------------------------------------------------------------------------------
 
     @property
+    def example_classes(self) -> tuple[str, ...]:
+        """Those of the images."""
+        return self.class_names
+
+    @property
     def example_shape(self) -> tuple[int, ...]:
         """Of an image, ``(C, S, S)``."""
         return self._data[0].image_shape

@@ -12,8 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpg.evaluation.adapter_merges import DENSITY, METHODS, PeftMerges
-from rpg.evaluation.network_merges import NUM_MERGED, draw_shares
+from rpg.evaluation.network_merges import DENSITY, METHODS, NUM_MERGED, PeftMerges, draw_shares
 from tests.rpg.merging.test_merge_adapters import changes
 from tests.tokenization.lora.test_collected import Net, save
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation.alignment import align_zoo
 from rpg.evaluation.config import ControlConfig
+from rpg.evaluation.matching import align_zoo, permute
 from rpg.evaluation.permutations import symmetries
-from rpg.evaluation.rebasin import permute
-from rpg.evaluation.trained_baselines import finetune, finetuned_baselines
+from rpg.evaluation.starts import finetune, finetuned_baselines
 from rpg.experiments.single import collect
 from rpg.tasks import DigitsConfig, build_task, task_of
 from tests.rpg.evaluation.test_matching import random_orders

@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rpg.evaluation.linear_head import LEARNING_RATES, LinearHead, LinearHeadTraining, fit_linear_head, tune_linear_head
+from rpg.evaluation.task_networks import (
+    LEARNING_RATES,
+    LinearHead,
+    LinearHeadTraining,
+    fit_linear_head,
+    tune_linear_head,
+)
 from rpg.seeding import derive_seed
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.side_by_side import SideBySide

@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from rpg.evaluation.matching import Distances
+from rpg.evaluation.matching import Distances, Matcher, assignment, permute
 from rpg.evaluation.permutations import Group, permutation_groups
-from rpg.evaluation.rebasin import Matcher, assignment, permute
 from rpg.tasks import DigitsConfig, build_task
 from rpg.tasks.images.networks import build_network
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from rpg.evaluation import novelty
-from rpg.evaluation.novelty import distances, gram
+from rpg.evaluation import two_sample
+from rpg.evaluation.two_sample import distances, gram
 
 
 def test_small_distances_between_large_vectors_are_exact():
@@ -18,8 +18,8 @@ def test_distances_of_large_networks_are_those_of_small_ones(monkeypatch):
     zoo = 100 + torch.randn(7, 5000, generator=rng)
     others = torch.cat([zoo[:2], zoo[:3] + 1e-3 * torch.randn(3, 5000, generator=rng)])
     expected = distances(others, zoo)
-    monkeypatch.setattr(novelty, "LARGE", 1000)
-    monkeypatch.setattr(novelty, "CHUNK", 700)
+    monkeypatch.setattr(two_sample, "LARGE", 1000)
+    monkeypatch.setattr(two_sample, "CHUNK", 700)
     found = distances(others, zoo)
     torch.testing.assert_close(found, expected)
     assert found[0, 0] == found[1, 1] == 0

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.evaluation.novelty import distances
 from rpg.evaluation.two_sample import (
     coverage,
+    distances,
     minimum_matching_distance,
     nearest_neighbour_accuracy,
     two_sample,

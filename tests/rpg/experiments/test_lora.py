@@ -10,13 +10,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.evaluation.adapter_merges import METHODS as MERGED
+from rpg.evaluation.network_merges import METHODS as MERGED
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
-from rpg.experiments.task_methods import generate_for, networks_of
-from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
+from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.generator import Generator
 from rpg.tasks import parallel
 from rpg.tasks.language.config import AdapterConfig

@@ -17,7 +17,7 @@ from rpg.labs.training_runs.experiment import asked_and_got, direction, evaluate
 from rpg.labs.training_runs.rivals import TrainingRuns
 from rpg.models.conditioning import InitialConfig
 from rpg.tasks.side_by_side import stack
-from rpg.training.initial import InitialPairs
+from rpg.training.data import InitialPairs
 from rpg.training.loop import train
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import linear_head, task_networks, unseen_tasks
+from rpg.evaluation import task_networks, unseen_tasks
 from rpg.evaluation.conditions import nearest_rows
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import measure_diversity
@@ -15,8 +15,7 @@ from rpg.evaluation.unseen_tasks import base_summed
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.single import for_choices, scoring_task, train_or_continue
-from rpg.experiments.task_methods import generate_for, networks_of
-from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
+from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks import parallel
@@ -176,9 +175,11 @@ def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment
     generator = Generator.from_pretrained(config.run)
     generator.config = generator.config.model_copy(update={"evaluate": with_head})
     monkeypatch.setattr(Generator, "from_pretrained", lambda *args, **kwargs: generator)
-    monkeypatch.setattr(linear_head, "LEARNING_RATES", (1e-2,))
-    fit = linear_head.fit_linear_head
-    monkeypatch.setattr(linear_head, "fit_linear_head", lambda *given: learned.append(given[2].tolist()) or fit(*given))
+    monkeypatch.setattr(task_networks, "LEARNING_RATES", (1e-2,))
+    fit = task_networks.fit_linear_head
+    monkeypatch.setattr(
+        task_networks, "fit_linear_head", lambda *given: learned.append(given[2].tolist()) or fit(*given)
+    )
     if large:
         monkeypatch.setattr(task_networks, "LARGE", 1)
     report = evaluate_unseen(config.run)

@@ -223,7 +223,7 @@ def test_timm_weights_are_compared_with_the_network_that_is_named(timm_file: Pat
     assert not said
     with pytest.raises(InputError, match="is missing, and timm's resnet18 has one of shape"):
         export(timm_file, "timm", tmp_path / "b.safetensors", base="resnet18")
-    with pytest.raises(InputError, match="--base resnot18 is no network that timm builds"):
+    with pytest.raises(InputError, match="--base resnot18 is not a network that timm builds"):
         export(timm_file, "timm", tmp_path / "b.safetensors", base="resnot18")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -295,7 +295,7 @@ def test_a_condition_may_be_made_for_the_generator(tmp_path: Path) -> None:
     expected = Generator.from_pretrained(folder).generate(1, seed=5, condition=[1.0, 1.0])[0]
     stored = torch.load(output, weights_only=True)
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
-    with pytest.raises(InputError, match="takes no condition and no start"):
+    with pytest.raises(InputError, match="takes no condition and no initial weights"):
         export(tmp_path / "zoo" / "checkpoints" / "000000.safetensors", "torch", tmp_path / "x.pth", condition=[1.0])
 
 
@@ -320,9 +320,9 @@ def test_a_generator_and_a_seed_give_what_generate_gives(tmp_path: Path) -> None
         ("onnx", "net", "one of timm, transformers, peft, lightning, torch"),
         ("timm", "net.pth", "ends with .safetensors"),
         ("torch", "net.safetensors", "ends with .pth"),
-        ("timm", "none/net.safetensors", "which is no folder"),
-        ("timm", "there.safetensors", "is there already"),
-        ("peft", "full", "is there already"),
+        ("timm", "none/net.safetensors", "which is not a folder"),
+        ("timm", "there.safetensors", "already exists"),
+        ("peft", "full", "already exists"),
     ],
 )
 def test_mistakes_leave_nothing_behind(timm_file: Path, tmp_path: Path, to: str, name: str, expected: str) -> None:

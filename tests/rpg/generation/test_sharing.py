@@ -170,10 +170,10 @@ def test_the_command_line_pushes_pulls_and_generates(
     assert Generator.from_pretrained("mine/gen").generate(1, condition=[1, 0])
     code, out, err = rpg("generate", "me/gen", "--num", "2", "--condition", "1,0")
     assert code == 0 and len(list(Path("generated").glob("*.safetensors"))) == 2
-    refused(rpg("pull", "me/gen", "mine/gen"), "is there already")
+    refused(rpg("pull", "me/gen", "mine/gen"), "already exists")
     refused(rpg("pull", "me/zoo", "other"), "has no such model")
     refused(rpg("push", run.parent / "zoo", "me/zoo", "--type", "model"), "is a zoo")
-    refused(rpg("push", run, "me/gen", "--type", "dataset"), "is no zoo")
+    refused(rpg("push", run, "me/gen", "--type", "dataset"), "is not a zoo")
     refused(rpg("push", tmp_path / "nothing", "me/gen"), "there is no folder")
     refused(rpg("push", run, "not an id"), "write name/repository")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.models.embeddings import sinusoid_1d, sinusoid_2d
+from rpg.models.conditioning import sinusoid_1d, sinusoid_2d
 
 
 def test_origin_is_zero_sines_and_unit_cosines():

@@ -10,7 +10,7 @@ from torch import multiprocessing, nn
 from torch.nn import functional as F
 
 from rpg.models.denoiser import UNet1dConfig
-from rpg.models.denoiser.time import time_sinusoid
+from rpg.models.denoiser.base import time_sinusoid
 from rpg.models.denoiser.unet1d import BatchNorm, UNet1d
 
 D, H, E = 12, 20, 16

@@ -140,7 +140,7 @@ def test_broken_safetensors(tmp_path: Path, case: str) -> None:
     fails(lambda: Zoo.open(zoo).verify(), zoo, "000001.safetensors")
 
 
-# State dicts that are no checkpoint of the zoo
+# State dicts that are not checkpoints of the zoo
 
 
 def replaced(**tensors: Tensor) -> dict[str, Tensor]:
@@ -382,7 +382,7 @@ ZOOS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda zoo: (zoo / "manifest.jsonl").unlink(), "manifest.jsonl is unreadable"),
     "empty zoo": (edited("manifest.jsonl", lambda text: ""), "an empty zoo"),
     "zoo.json cut": (edited("zoo.json", lambda text: text[:50]), "zoo.json cannot be read as JSON"),
-    "zoo.json a list": (edited("zoo.json", lambda text: "[]"), "zoo.json is no JSON object"),
+    "zoo.json a list": (edited("zoo.json", lambda text: "[]"), "zoo.json is not a JSON object"),
     "another format": (
         edited("zoo.json", lambda text: text.replace('"format": 1', '"format": 9')),
         "zoo.json has format 9",
@@ -401,7 +401,7 @@ ZOOS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last line cut in half": (edited("manifest.jsonl", lambda text: text[:-30]), "line 2 is a line cut in half"),
     "first line cut in half": (
         edited("manifest.jsonl", lambda text: text[:30] + "\n" + text.splitlines()[1] + "\n"),
-        "line 1 is no complete JSON",
+        "line 1 is not complete JSON",
     ),
     "two lines run together": (edited("manifest.jsonl", lambda text: text.replace("\n", "", 1)), "line 1"),
     "duplicate line": (edited("manifest.jsonl", lambda text: text + text.splitlines()[1] + "\n"), "line 3"),
@@ -543,7 +543,7 @@ SOURCES: dict[str, tuple[dict[str, Any], str]] = {
         "line 2: condition is 'cow', which the zoo does not know; write one of cat",
     ),
     "no condition of the kind": ({"condition": "class"}, "condition is missing"),
-    "JSONL cut": ({"jsonl": '{"file": "a.safetensors"}\n{"file": "b.s'}, "line 2 is no complete JSON"),
+    "JSONL cut": ({"jsonl": '{"file": "a.safetensors"}\n{"file": "b.s'}, "line 2 is not complete JSON"),
     "JSONL no object": ({"jsonl": "3\n"}, "line 1 is of type int"),
 }
 

@@ -316,7 +316,7 @@ def _edit(change):
     [
         (lambda folder: (folder / "layout.json").unlink(), "layout.json does not exist"),
         (lambda folder: (folder / "layout.json").write_text("{"), "layout.json cannot be read as JSON"),
-        (lambda folder: (folder / "layout.json").write_text("[]"), "layout.json is no layout"),
+        (lambda folder: (folder / "layout.json").write_text("[]"), "layout.json is not a layout"),
         (_edit(lambda content: content.update(version=2)), "layout.json has version 2, and this rpg reads version 1"),
         (_edit(lambda content: content.pop("tensors")), "malformed entry"),
         (_edit(lambda content: content["options"].update(sise=3)), "malformed entry"),

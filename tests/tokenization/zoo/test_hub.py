@@ -113,7 +113,7 @@ def test_what_the_hub_holds_is_not_trusted(hub: HubServer, tmp_path: Path) -> No
     zoo = make_zoo(tmp_path / "zoo", num=1)
     files: dict[str, Path | bytes] = {"README.md": b"---\ntags: [rpg]\n---\n"}
     publish(files, "me/empty", "dataset", ())
-    with pytest.raises(InputError, match=r"is no zoo: it has no zoo\.json"):
+    with pytest.raises(InputError, match=r"is not a zoo: it has no zoo\.json"):
         Zoo.from_hub("me/empty")
     line = {**json.loads(zoo.entries[0].to_line()), "file": "/etc/passwd", "external": True}
     files |= {"zoo.json": zoo.path / "zoo.json", "manifest.jsonl": json.dumps(line).encode() + b"\n"}

@@ -304,7 +304,7 @@ def test_a_zoo_is_not_made_among_other_files(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "notes.txt").write_text("mine")
     save_checkpoint(source / "a.safetensors", {"w": torch.ones(2)})
-    with pytest.raises(InputError, match=r"other is no zoo, and not empty \(it has notes.txt\)"):
+    with pytest.raises(InputError, match=r"other is not a zoo, and not empty \(it has notes.txt\)"):
         collect_from(source, other)
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
     assert len(collect_from(source, source)) == 1  # beside the checkpoints themselves

@@ -214,7 +214,7 @@ def test_checkpoint_files_of_a_zoo_are_plain_checkpoints(tmp_path: Path) -> None
 
 def test_a_folder_full_of_other_files_becomes_no_zoo(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match=r"is no zoo, and not empty \(it has thesis.tex\); choose a new folder"):
+    with pytest.raises(InputError, match=r"is not a zoo, and not empty \(it has thesis.tex\); choose a new folder"):
         Zoo.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

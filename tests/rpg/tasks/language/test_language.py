@@ -15,8 +15,7 @@ from rpg.experiments.single import scoring_task
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig, RowsConfig, SymbolsConfig
 from rpg.tasks.language.language import LanguageTask
-from rpg.tasks.language.rows import IGNORED, find_tasks, read_rows
-from rpg.tasks.language.symbols import make_tokenizer, write_tasks
+from rpg.tasks.language.rows import IGNORED, find_tasks, make_tokenizer, read_rows, write_tasks
 from tests.conftest import small_config
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rpg.diffusion.objectives import FlowConfig
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
@@ -17,6 +19,7 @@ from rpg.training.config import BehaviourConfig
 from rpg.training.loop import train
 from rpg.training.losses.behaviour import DrawnTasksLoss
 from rpg.training.trainer import build_network
+from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError
 from tokenization.layouts import fit_layout
 from tokenization.zoo.condition import ConditionSpec, Setting, parse_settings, settings_features
@@ -174,13 +177,7 @@ def test_a_folder_of_the_users_own(tmp_path: Path) -> None:
         small_task(data=str(tmp_path / "few")).images()
 
 
-def test_a_timm_network_may_be_the_target() -> None:
-    arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
-    task = small_task(network="vit_tiny_patch16_224", network_arguments=arguments)
-    losses = task.behaviour_losses(
-        repeat(task.build().state_dict(), 2), task.sensors()[0][:2], 4, torch.Generator().manual_seed(0)
-    )
-    assert losses.shape == (2,) and losses.isfinite().all()
+def test_a_network_that_timm_lacks_is_one_line() -> None:
     with pytest.raises(InputError, match="timm cannot make task.network nothing"):
         small_task(network="nothing").build()
 
@@ -270,3 +267,33 @@ def test_a_generator_of_settings_is_asked_by_name_and_says_so(tmp_path: Path) ->
     assert '"condition": [137.5, 1.0, 0.0, 0.0, 0.0]' in request.provenance("", (), 1)["rpg.provenance"]
     with pytest.raises(InputError, match="setting scale is 1.3; give 0.8 to 1.2"):
         generator.generate(1, condition=[137, 1.3, 0, 0, 1])
+
+
+VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize("layout", ["imagenet", "cifar10"])
+def test_a_timm_network_is_trained_for_sensors_on_images_in_the_usual_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """FOLDER/train/CLASS and FOLDER/val/CLASS, and the batches of CIFAR-10, each with a few small images."""
+    if layout == "imagenet":
+        for number in range(30):
+            folder = tmp_path / ("val" if number < 6 else "train") / f"n0000000{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (11, 9), (8 * number, 0, 0)).save(folder / f"{number}.JPEG")
+        options, num_classes, num_test = {"data": str(tmp_path)}, 2, 6
+    else:
+        write_cifar10(tmp_path, lambda where, what, value: monkeypatch.setattr(where, what, value))
+        few = partial(Cifar10SubsetsConfig, num_validation=2)
+        monkeypatch.setattr("rpg.tasks.sensors.data.Cifar10SubsetsConfig", few)
+        options, num_classes, num_test = {"data": "cifar10", "root": str(tmp_path)}, 10, 4
+    task = small_task(**options, image_size=8, network="vit_tiny_patch16_224", network_arguments=VIT)
+    zoo = task.collect(tmp_path / "zoo", processes=1)
+    networks = repeat(zoo.state_dict(0), 2)
+    seen = task.probabilities(networks, task.sensors()[0][:2])
+    assert seen.shape == (2, num_test, num_classes) and torch.allclose(seen.sum(-1), torch.ones(2, num_test))
+    shown = task.examples(task.sensors()[0][:2], torch.tensor([[0, 1], [1, 0]]), torch.Generator().manual_seed(0))
+    assert task.inputs(shown).shape == (2, 2, 3, 8, 8)
+    losses = task.behaviour_losses(networks, task.sensors()[0][:2], 4, torch.Generator().manual_seed(0), noise=0.1)
+    assert losses.shape == (2,) and losses.isfinite().all()

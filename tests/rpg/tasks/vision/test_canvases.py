@@ -1,7 +1,7 @@
 import torch
 from torchvision.ops import box_iou, masks_to_boxes
 
-from rpg.labs.vision.canvases import make_canvases
+from rpg.labs.vision.detection_data import make_canvases
 
 
 def test_boxes_are_the_bounds_of_masks_that_never_overlap():

@@ -14,10 +14,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.labs.vision.canvases import make_canvases
 from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection import SimplePyramid, average_precision, build_detector
-from rpg.labs.vision.detection_data import open_split
+from rpg.labs.vision.detection_data import make_canvases, open_split
 from rpg.tasks import build_task
 from tests.conftest import small_config
 from tests.reports import checked_report

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.evaluation import samples as sampled
+from rpg.evaluation import field_measures as sampled
 from rpg.evaluation.judges import TaskScorer, less_is_better
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.single import collect
