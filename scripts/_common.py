@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,11 +101,25 @@ def run_rpg(*arguments: object) -> dict[str, float]:
     return timed([sys.executable, "-m", "rpg", *map(str, arguments)])
 
 
-def timed(command: list[str], folder: Path | None = None) -> dict[str, Any]:
-    """Run a command, in a folder: seconds by the clock and of the processor, and peak resident memory."""
+def timed(command: list[str], folder: Path | None = None, limit: float | None = None) -> dict[str, Any]:
+    """Run a command, in a folder: seconds by the clock and of the processor, and peak resident memory.
+
+    It and the processes that it started are ended after ``limit`` seconds. Raises SystemExit if it fails.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
-    _, status, usage = os.wait4(process.pid, 0)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder, start_new_session=True)
+    stop = threading.Timer(limit or threading.TIMEOUT_MAX, os.killpg, (process.pid, signal.SIGKILL))
+    stop.daemon = True
+    stop.start()
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # a session of its own is not reached by Ctrl-C
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        stop.cancel()
+    if status == signal.SIGKILL and limit:
+        sys.exit(f"{' '.join(command)} was ended after {limit:g} s")
     if status:
         sys.exit(f"{' '.join(command)} failed")
     return {

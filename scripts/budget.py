@@ -1,8 +1,8 @@
-"""Time the commands of README's table, and say what grew: `python scripts/budget.py [--only unseen] [--most 300]`.
+"""Time the commands of README's table, and say what grew: `python scripts/budget.py [--only unseen] [--limit 900]`.
 
 Each command runs in an empty folder. Its processor seconds, peak memory and mean figures go into scripts/budget.json.
 What takes 30 % more than that file says, on a processor of the same name, or has figures that differ by more than a
-hundredth is said, and the exit code is then 1.
+hundredth is said, and the exit code is then 1; so is a command that fails or does not end within the limit.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def main() -> dict[str, Any]:
     parser = Parser(__doc__)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="commands that have one of these words")
     parser.add_argument("--most", type=float, metavar="SECONDS", help="commands that took no longer last time")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end a command that takes longer by the clock")
     parser.add_argument("--keep", action="store_true", help="leave scripts/budget.json as it is")
     arguments = parser.parse_args()
     known = json.loads(FILE.read_text()) if FILE.is_file() else {}
@@ -86,10 +87,16 @@ def main() -> dict[str, Any]:
         before = known.get(line, {})
         if arguments.only and not any(word in line for word in arguments.only):
             continue
-        if arguments.most is not None and before.get("processor_seconds", 0) > arguments.most:
+        if arguments.most is not None and before.get("processor_seconds", float("inf")) > arguments.most:
             continue
         with work_folder(None) as folder:
-            now = timed([sys.executable, "-m", "rpg", *words[1:]], folder) | {"figures": figures(folder)}
+            try:
+                now = timed([sys.executable, "-m", "rpg", *words[1:]], folder, arguments.limit)
+            except SystemExit as error:
+                print(f"{line}: {error}", flush=True)
+                grown += 1
+                continue
+            now["figures"] = figures(folder)
         now |= {"processor": processor(), "commit": git.stdout.strip(), "date": f"{datetime.date.today()}"}
         found = changes(before, now)
         grown += bool(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -51,6 +52,25 @@ def test_the_budget_is_of_readmes_commands_and_says_what_grew(here: None) -> Non
     assert budget.changes(before, slower | {"processor": "b"}) == []
     other = before | {"peak_gib": 3.0, "figures": {"run: generated": 0.88}}
     assert budget.changes(before, other) == ["peak gib 2.0 → 3.0", "run: generated 0.9 → 0.88"]
+
+
+def test_what_fails_or_takes_too_long_is_said_and_the_rest_goes_on(here: None, monkeypatch, capsys) -> None:
+    import _common
+    import budget
+
+    waiting = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(SystemExit, match=r"was ended after 0\.2 s"):
+        _common.timed(waiting, limit=0.2)
+    assert _common.timed([sys.executable, "-c", "pass"], limit=60)["processor_seconds"] < 60
+    commands = {"rpg nothing": ["rpg", "nothing"], "rpg --version": ["rpg", "--version"]}
+    monkeypatch.setattr(budget, "commands", lambda: commands)
+    monkeypatch.setattr(budget, "FILE", Path("budget.json"))
+    monkeypatch.setattr(sys, "argv", ["budget", "--limit", "300"])
+    assert budget.main() == {"exit_code": 1} and list(json.loads(Path("budget.json").read_text())) == ["rpg --version"]
+    assert "rpg nothing: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["budget", "--most", "300", "--keep"])  # what was never timed is not quick
+    assert budget.main() == {"exit_code": 0}
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["rpg --version"]
 
 
 PDIFF = "configs/sweeps/pdiff.yaml"
