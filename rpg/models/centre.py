@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from rpg.models.conditioning import are_new, regression_inputs
@@ -210,8 +211,8 @@ def fit_centre(
         groups: ``[n]`` long, where networks will be asked for conditions that nobody trained: checkpoints of one number
             have one condition.
     """
-    num, num_tokens, token_size = tokens.shape
-    values = tokens.flatten(1).to(torch.float64)  # [n, T·k]
+    num, _, token_size = tokens.shape
+    values = rearrange(tokens, "n l d -> n (l d)").to(torch.float64)
     weights = weight.to(torch.float64).repeat_interleave(token_size)
     regression, dual = None, None
     if centre.condition is not None and conditions is not None:
@@ -220,25 +221,25 @@ def fit_centre(
         # New conditions are left out with all their checkpoints.
         by_condition = are_new(centre.condition[0])
         regression = KernelRidge.fit(inputs, scaled @ scaled.T, by_condition)
-        dual = (regression.inverse @ values).float().view(num, num_tokens, token_size)
+        dual = rearrange((regression.inverse @ values).float(), "n (l d) -> n l d", d=token_size)
         left_out = regression.left_out() @ values
         if by_condition:
             first = torch.tensor([int((regression.groups == each).nonzero()[0]) for each in regression.groups.unique()])
-            without = (values - left_out)[first].float().view(len(first), num_tokens, token_size)
+            without = rearrange((values - left_out)[first].float(), "n (l d) -> n l d", d=token_size)
             centre.fill(seen=inputs[first], without=without)
         values = left_out
-    left_out = values.view(num, num_tokens, token_size)
+    left_out = rearrange(values, "n (l d) -> n l d", d=token_size)
     code_size = min(code_size, num - 1)
     differing = values if groups is None else _within(values, groups)
     weighted = differing * weights
     codes = _whitened(weighted, code_size)  # [n, m or 0]
     reach = (codes.T @ weighted).norm(dim=1)  # [m]
     code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
-    rest = (values - codes @ code_map).view(num, num_tokens, token_size)
+    rest = rearrange(values - codes @ code_map, "n (l d) -> n l d", d=token_size)
     spread = rest.square().mean((0, 2)).sqrt()
     # Where nothing remains but rounding, the denoiser must not blow it up to unit size, nor add anything of its own.
     scale = torch.where(spread > SMALLEST_REMAINDER, spread, 0.0)
-    centre.fill(code_map=code_map.view(code_size, num_tokens, token_size), scale=scale)
+    centre.fill(code_map=rearrange(code_map, "m (l d) -> m l d", d=token_size), scale=scale)
     if regression is not None and dual is not None:
         centre.fill(conditions=regression.conditions, length=torch.tensor(regression.length), dual=dual)
     spread = (reach / reach.square().mean().sqrt()).float() if code_size else reach.float()

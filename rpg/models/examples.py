@@ -8,6 +8,7 @@ B sets, n examples of a set, P values of an example, K classes, F features, H wi
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 NUM_FEATURES = 64
@@ -53,12 +54,12 @@ class SetEncoder(nn.Module):
 
     def forward(self, sets: Tensor) -> Tensor:
         """Vectors ``[B, H]`` of sets ``[B, n · (P + K + 1)]``; rows whose last number is 0 are padding."""
-        rows = sets.unflatten(-1, (-1, self.size))  # [B, n, P + K + 1]
+        rows = rearrange(sets, "b (n row) -> b n row", row=self.size)
         values, classes, there = rows.split([self.size - self.num_classes - 1, self.num_classes, 1], -1)
         features = values.new_zeros(*values.shape[:2], NUM_FEATURES)  # [B, n, F]
         known = there[..., 0] > 0
         features[known] = self.each(values[known]).to(features)  # padding costs nothing
-        sums = classes.transpose(1, 2).to(features) @ features  # [B, K, F]
+        sums = classes.mT.to(features) @ features  # [B, K, F]
         counts = classes.sum(1)  # [B, K]
         by_class = sums / counts.clamp(min=1)[..., None]  # zero where a class is missing
         total = there.sum(1).clamp(min=1)  # [B, 1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from rpg.models.centre import FittedBuffers
@@ -87,7 +88,7 @@ class KernelRidgeGenerator(FittedBuffers):
             weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
         """
         num = len(tokens)
-        values = tokens.flatten(1).to(torch.float64)  # [n, T·k]
+        values = rearrange(tokens, "n l d -> n (l d)").to(torch.float64)
         root = torch.eye(num, dtype=torch.float64)
         error = 1.0
         if conditions is not None:
@@ -99,10 +100,10 @@ class KernelRidgeGenerator(FittedBuffers):
                 length=torch.tensor(regression.length),
                 penalty=torch.tensor(regression.penalty),
                 inverse=regression.inverse,
-                dual=(regression.inverse @ values).view(tokens.shape),
+                dual=rearrange(regression.inverse @ values, "n (l d) -> n l d", d=tokens.shape[-1]),
             )
             root, error = regression.root(), regression.error
-        self.fill(spread=(root @ values / num**0.5).view(tokens.shape))
+        self.fill(spread=rearrange(root @ values / num**0.5, "n (l d) -> n l d", d=tokens.shape[-1]))
         return error
 
     @property

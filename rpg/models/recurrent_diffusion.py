@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from einops import rearrange, reduce
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -290,13 +291,13 @@ class RecurrentDiffusion(nn.Module):
         prediction = self._predict_rows(noisy, self.objective.network_time(time), prototypes, mask)  # [B·N, D]
         error = (prediction - self.objective.target(x0, noise, time)).square() * mask
         per_row = error.sum(1) * self.objective.weight(time)  # [B·N]
-        per_token = per_row.view(num_examples, num_sampled).mean(0)  # [N]
+        per_token = reduce(per_row, "(b n) -> n", "mean", n=num_sampled)
         mean = per_token.sum() / batch.mask.sum().clamp(min=1)
         made = None
         if batch.num_last:
             rows = batch.num_last * num_sampled
             made = self.objective.to_sample(noisy[:rows], prediction[:rows], time[:rows])
-            made = made.view(batch.num_last, num_sampled, -1)
+            made = rearrange(made, "(b n) d -> b n d", n=num_sampled)
             if self.centre is not None and known is not None:
                 made = self.centre.complete(made, known[: batch.num_last], batch.token_ids)
         if batch.codes is not None:

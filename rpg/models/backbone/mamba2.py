@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,25 +40,25 @@ def chunked_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_s
     Returns:
         ``[B, L, A, P]`` in fp32 (autocast's precision where both terms are products under autocast).
     """
-    length, num_heads, head_width = x.shape[1:]
+    length, num_heads = x.shape[1:3]
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
     if padding:
         # A padded token has dt = 0: it neither decays the state nor adds to it.
         x, dt, b, c = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, b, c))
-    x, dt, b, c = (t.unflatten(1, (num_chunks, chunk_size)) for t in (x, dt, b, c))  # [B, K, Q, …]
+    x, dt, b, c = (rearrange(t, "b (k q) ... -> b k q ...", q=chunk_size) for t in (x, dt, b, c))
     log_decay = (dt * a).cumsum(dim=2)  # [B, K, Q, A]: since the start of the chunk
 
     y = _within_chunks(x * dt[..., None], log_decay, b, c)  # [B, K, Q, A, P]
     if num_chunks > 1:
         to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt  # [B, K, Q, A]
         inputs = (x * to_end[..., None]).flatten(3)  # [B, K, Q, A·P]
-        added = (b.transpose(2, 3) @ inputs).unflatten(3, (num_heads, head_width))  # [B, K, S, A, P]
+        added = rearrange(b.mT @ inputs, "b k s (a p) -> b k s a p", a=num_heads)
         states = _before_chunks(added, log_decay[:, :, -1].exp())  # [B, K, S, A, P]
-        carried = (c @ states.flatten(3)).unflatten(3, (num_heads, head_width))  # [B, K, Q, A, P]
+        carried = rearrange(c @ states.flatten(3), "b k q (a p) -> b k q a p", a=num_heads)
         y = torch.addcmul(y, carried, log_decay.exp()[..., None])  # [B, K, Q, A, P]
-    return y.flatten(1, 2)[:, :length]  # [B, L, A, P]
+    return rearrange(y, "b k q a p -> b (k q) a p")[:, :length]
 
 
 def _within_chunks(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -65,13 +66,13 @@ def _within_chunks(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor
 
     Takes ``[B, K, Q, A, P]`` (times dt), ``[B, K, Q, A]`` and twice ``[B, K, Q, S]``; returns ``[B, K, Q, A, P]``.
     """
-    scores = c @ b.transpose(2, 3)  # [B, K, Q, Q]
-    log_decay = log_decay.transpose(2, 3)  # [B, K, A, Q]
+    scores = c @ b.mT  # [B, K, Q, Q]
+    log_decay = rearrange(log_decay, "b k q a -> b k a q")
     size = log_decay.shape[-1]
     future = torch.full((size, size), -torch.inf, device=x.device).triu(1)  # [Q, Q]
     decay = (log_decay[..., :, None] - log_decay[..., None, :]).add_(future).exp_()  # [B, K, A, Q, Q]
-    y = (scores[:, :, None] * decay) @ x.transpose(2, 3)  # [B, K, A, Q, P]
-    return y.transpose(2, 3)  # [B, K, Q, A, P]
+    y = (scores[:, :, None] * decay) @ rearrange(x, "b k q a p -> b k a q p")
+    return rearrange(y, "b k a q p -> b k q a p")
 
 
 def _before_chunks(added: Tensor, decay: Tensor) -> Tensor:
@@ -193,10 +194,10 @@ class Mamba2(nn.Module):
         if kernel is not None:
             return self._forward_fused(kernel, zxbcdt, a)
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_xbc, self.num_heads], dim=-1)
-        xbc = self.conv1d(xbc.transpose(1, 2))[..., : x.shape[1]]  # [B, I + 2S, L]
-        xbc = F.silu(xbc).transpose(1, 2).float()  # [B, L, I + 2S]
+        xbc = self.conv1d(rearrange(xbc, "b l i -> b i l"))[..., : x.shape[1]]
+        xbc = rearrange(F.silu(xbc), "b i l -> b l i").float()  # [B, L, I + 2S]
         inner, b, c = xbc.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        inner = inner.unflatten(-1, (self.num_heads, self.headdim))  # [B, L, A, P]
+        inner = rearrange(inner, "b l (a p) -> b l a p", p=self.headdim)
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, L, A]
         y = chunked_scan(inner, dt, a, b, c, self.chunk_size)  # [B, L, A, P]
         y = torch.addcmul(y, inner, self.D[:, None]).flatten(2)  # [B, L, I]

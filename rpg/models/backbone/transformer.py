@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,9 +49,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, L, H]`` to ``[B, L, H]``."""
         qkv = self.qkv(self.attention_norm(x))  # [B, L, 3H]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, A, L, K] each
+        q, k, v = rearrange(qkv, "b l (three a k) -> three b a l k", three=3, a=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, A, L, K]
-        x = x + self.attention_out(y.transpose(1, 2).flatten(2))  # [B, L, H]
+        x = x + self.attention_out(rearrange(y, "b a l k -> b l (a k)"))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))  # [B, L, H]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,9 +49,9 @@ class JointBlock(Block):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Map ``[N, W]`` to ``[N, W]``; the modulations are ``[N, W]`` too, ``scale`` around one."""
-        y = (shift + F.layer_norm(x, x.shape[-1:]) * scale).view(-1, self.num_tokens, x.shape[-1])  # [G, L, W]
-        q, k, v = self.qkv(y).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [G, A, L, W/A]
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [G, L, W]
+        y = rearrange(shift + F.layer_norm(x, x.shape[-1:]) * scale, "(g l) w -> g l w", l=self.num_tokens)
+        q, k, v = rearrange(self.qkv(y), "g l (three a k) -> three g a l k", three=3, a=self.num_heads)
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "g a l k -> g l (a k)")
         return super().forward(x + gate * self.attention_out(y).flatten(0, 1), shift, scale, gate)
 
 
