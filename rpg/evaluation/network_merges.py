@@ -179,7 +179,7 @@ class PeftMerges:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """`PEFT_METHODS`; none of a single adapter, nor where updates are more than ``B A`` (grouped convolutions are)."""
+        """`PEFT_METHODS`; none for a single adapter or updates beyond ``B A`` (grouped convolutions are)."""
         several = len(self.adapters) > 1 and bool(self.pairs) and not self.is_grouped
         return PEFT_METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
 
