@@ -113,7 +113,8 @@ class _NotebookBar:
     """A `Progress` in a notebook: one output that is replaced, twice a second at most. rich's own needs widgets."""
 
     def __init__(self) -> None:
-        self.title, self.shown, self.output = "", 0.0, None
+        self.title, self.shown = "", 0.0
+        self.output: Any = None
 
     def start(self) -> None:
         """It appears with its first report."""

@@ -27,7 +27,7 @@ OPTIONAL = {
     "torchmetrics",
     "wordllama",
 }
-OPTIONAL |= {"trimesh", "wandb"}
+OPTIONAL |= {"IPython", "trimesh", "wandb"}
 SLOW = {
     "accelerate",
     "diffusers",

@@ -227,10 +227,9 @@ class TokenSampler(TiledSampler):
         return stored_states(seed, range(num), self.network.num_states)
 
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
-        made = max(num, COMPANY)
-        asked = request.conditions
-        if asked is not None:
-            asked = asked[self.group(request, tile.network, made)].numpy().tobytes()
+        made, asked = max(num, COMPANY), b""
+        if request.conditions is not None:
+            asked = request.conditions[self.group(request, tile.network, made)].numpy().tobytes()
         key = made, asked, request.guidance_scale == 1, torch.get_num_threads()
         own = self.network.num_states > 1 or request.initial is not None  # not of the condition alone
         if own or self._last is None or self._last[0] != key:
