@@ -140,7 +140,7 @@ def _of_run(runs: Sequence[int], row: int) -> list[int]:
     return members if len(members) > 1 else list(range(len(runs)))
 
 
-METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
+PEFT_METHODS = ("peft_linear", "peft_svd", "peft_ties", "peft_dare_linear", "peft_dare_ties")
 """``peft_`` and PEFT's ``combination_type``."""
 
 DENSITY = 0.2
@@ -179,9 +179,9 @@ class PeftMerges:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """`METHODS`; none of a single adapter, nor where updates are more than ``B A`` (grouped convolutions are)."""
+        """`PEFT_METHODS`; none for a single adapter or updates beyond ``B A`` (grouped convolutions are)."""
         several = len(self.adapters) > 1 and bool(self.pairs) and not self.is_grouped
-        return METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
+        return PEFT_METHODS if several and not any(self.config.get(field) for field in NO_PRODUCT) else ()
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
         """Equal shares ``[num, n]`` of a few random adapters."""

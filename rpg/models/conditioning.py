@@ -36,6 +36,10 @@ class ConditionConfig(Section):
         0, ge=0, description="of phrases: how many numbers networks see of the zoo's settings; descriptions are read "
         "as these. Of examples: as many, which the encoder is taught to tell from them, beside what it finds by itself"
     )  # fmt: skip
+    read: bool = Field(
+        False, description="of examples with features: networks see these alone, and are taught by the true ones; from "
+        "few tasks that errs less"
+    )  # fmt: skip
     name: str | None = Field(None, description="of a metric: its name in the manifest, e.g. loss")
     scale: Literal["log", "linear"] = Field("log", description="of a metric: which of its differences count the same")
     counts: tuple[int, ...] = Field(
@@ -60,6 +64,8 @@ class ConditionConfig(Section):
     def _fields_fit_the_kind(self) -> ConditionConfig:
         if self.phrases and (self.kind != "text" or not self.features):
             raise ValueError("phrases needs kind: text and features")
+        if self.read and (self.kind != "examples" or not self.features):
+            raise ValueError("read needs kind: examples and features")
         if self.withhold and self.kind != "binary":
             raise ValueError("withhold needs kind: binary")
         if (self.kind == "metric") != (self.name is not None):
@@ -81,6 +87,7 @@ class ConditionEncoder(nn.Module):
         num_classes: of examples.
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
             Of examples: the first F numbers of an embedding are what tasks are told by.
+        read: read examples as a text is, too.
 
     Attributes:
         told: of examples with F: those numbers of the last batch, ``[B, F]``; None otherwise.
@@ -88,17 +95,19 @@ class ConditionEncoder(nn.Module):
 
     told: Tensor | None
 
-    def __init__(self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0) -> None:
+    def __init__(
+        self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0, read: bool = False
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
-        self.features, self.told = features if kind == "examples" else 0, None
-        self.reader = SetEncoder(size, 0, features) if features and not self.features else None
+        self.features, self.told = features if kind == "examples" and not read else 0, None
+        self.reader = SetEncoder(size, num_classes, features) if features and not self.features else None
         size = size if self.reader is None else features
         if kind == "class":
             self.network = nn.Embedding(size, width)
-        elif kind == "examples":
+        elif kind == "examples" and not read:
             self.network = SetEncoder(size, num_classes, width)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))

@@ -48,9 +48,14 @@ class SetEncoder(nn.Module):
         self.size, self.num_classes, self.width = size, num_classes, width
         num_values = size - num_classes - 1
         inner = 2 * NUM_FEATURES
-        self.each = nn.Sequential(nn.Linear(num_values, inner), nn.ReLU(), nn.Linear(inner, NUM_FEATURES))
+        # Phrases (without classes) need a deeper network than images, and one without corners: docs/log.md.
+        activation = nn.ReLU if num_classes else nn.SiLU
+        middle = [] if num_classes else [nn.Linear(inner, inner), activation()]
+        self.each = nn.Sequential(
+            nn.Linear(num_values, inner), activation(), *middle, nn.Linear(inner, NUM_FEATURES)
+        )  # fmt: skip
         num_inputs = (num_classes + 2) * NUM_FEATURES + num_classes + 1
-        self.all = nn.Sequential(nn.Linear(num_inputs, 256), nn.ReLU(), nn.Linear(256, width))
+        self.all = nn.Sequential(nn.Linear(num_inputs, 256), activation(), nn.Linear(256, width))
 
     def forward(self, sets: Tensor) -> Tensor:
         """Vectors ``[B, H]`` of sets ``[B, n · (P + K + 1)]``; rows whose last number is 0 are padding."""

@@ -117,8 +117,11 @@ class RecurrentDiffusion(nn.Module):
         self.denoiser_condition: nn.Module | None = None
         encoder: Callable[[int], ConditionEncoder] | None = None
         if config.condition.kind != "none":
-            kind, classes, features = config.condition.kind, config.condition.classes, config.condition.features
-            encoder = partial(ConditionEncoder, kind, condition_size, num_classes=classes, features=features)
+            asked = config.condition
+            encoder = partial(
+                ConditionEncoder, asked.kind, condition_size, num_classes=asked.classes, features=asked.features,
+                read=asked.read,
+            )  # fmt: skip
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +187,7 @@ class PDiffEstimator(WholeNetworksEstimator):
     def scratch_bytes(self, network: ParameterDiffusion) -> int:
         """The largest convolution's input and output again, in blocks of 16 channels, as oneDNN computes on them."""
         largest, values = 0, network.encoder.padded
-        for layer in network.encoder.convolutions:
+        for layer in cast("list[nn.Conv1d]", list(network.encoder.convolutions)):
             after = values // network.config.stride
             blocks = math.ceil(layer.in_channels / 16) * values + math.ceil(layer.out_channels / 16) * after
             largest, values = max(largest, 16 * blocks), after

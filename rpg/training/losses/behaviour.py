@@ -149,11 +149,15 @@ class DrawnTasksLoss(BehaviourLoss):
         if isinstance(self.network.state, TaskTable):
             codes = self.network.state.codes(inputs)
             states = codes + self.network.config.state.noise * torch.randn(codes.shape, generator=rng).to(codes)
+        encoder, told = self.network.condition, None
         conditions: Tensor | None = inputs
         if self.examples is not None:  # where the prior alone sees them, none are drawn
-            conditions = None if self.network.condition is None else self.examples.draw(tasks, rng)
+            conditions = None if encoder is None else self.examples.draw(tasks, rng)
+        if encoder is not None and self.network.config.condition.read:
+            told, conditions = encoder.reader(conditions), inputs
         tokens = self.network.one_step(noise, mask, states, conditions)
-        loss, told = self(tokens, tasks, None, rng), getattr(self.network.condition, "told", None)
+        loss = self(tokens, tasks, None, rng)
+        told = getattr(encoder, "told", None) if told is None else told
         return loss if told is None else loss + self.config.weight * (told.float() - inputs).square().mean()
 
 

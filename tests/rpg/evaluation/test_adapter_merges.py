@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpg.evaluation.network_merges import DENSITY, METHODS, NUM_MERGED, PeftMerges, draw_shares
+from rpg.evaluation.network_merges import DENSITY, NUM_MERGED, PEFT_METHODS, PeftMerges, draw_shares
 from tests.rpg.merging.test_merge_adapters import changes
 from tests.tokenization.lora.test_collected import Net, save
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -49,7 +49,7 @@ def opened(folders: list[Path]) -> PeftMerges:
     return PeftMerges((folders[0] / "adapter_config.json").read_text(), checkpoints)
 
 
-@pytest.mark.parametrize("method", [each for each in METHODS if "dare" not in each])
+@pytest.mark.parametrize("method", [each for each in PEFT_METHODS if "dare" not in each])
 def test_a_merged_adapter_is_the_one_that_peft_makes_of_the_whole_model(adapters, method: str) -> None:
     model, folders = adapters
     weights = [0.4, 0.3, 0.2, 0.1]

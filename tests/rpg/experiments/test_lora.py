@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.evaluation.network_merges import METHODS as MERGED
+from rpg.evaluation.network_merges import PEFT_METHODS as MERGED
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.score_files import score_checkpoints

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpg.evaluation.network_merges import METHODS
+from rpg.evaluation.network_merges import PEFT_METHODS
 from tests.rpg.conftest import Run, refused
 from tests.rpg.generation.test_texts import TEXTS, encoder_at
 from tokenization.zoo.zoo import Zoo
@@ -46,7 +46,7 @@ def written(folder: Path, kind: str, conditions: dict[str, object], split: bool)
         },
         "train": {"steps": 2, "batch_size": 4, "warmup_steps": 0, "precision": "fp32"},
         "generate": {"steps": 2},
-        "evaluate": {"num": 2, "num_baseline": 2, "baselines": ["nearest_seen", "kernel_ridge", *METHODS]},
+        "evaluate": {"num": 2, "num_baseline": 2, "baselines": ["nearest_seen", "kernel_ridge", *PEFT_METHODS]},
     }  # fmt: skip
     (folder / f"{kind}.yaml").write_text(yaml.safe_dump(config))
     return folder / f"{kind}.yaml"
@@ -60,7 +60,7 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     assert "report:" in out
     found = json.loads((folder / "run-text" / "evaluation.json").read_text())
     assert list(found["kinds"]) == [
-        "original", "generated", "held_out", "nearest_seen", "kernel_ridge", *METHODS, "average",
+        "original", "generated", "held_out", "nearest_seen", "kernel_ridge", *PEFT_METHODS, "average",
     ]  # fmt: skip
     assert list(found["better"]) == ["symbol_accuracy", "exact_match", "perplexity"]
     assert found["better"]["perplexity"] == "less"
@@ -89,7 +89,7 @@ def test_classes_and_nothing_that_scores(kind: str, folder: Path, rpg: Run) -> N
     assert rpg("lora", config, "--device", "cpu")[0] == 0
     found = json.loads((folder / f"run-{kind}" / "evaluation.json").read_text())
     conditional = kind == "class"
-    assert ("kernel_ridge" in found["kinds"]) == conditional and set(METHODS) <= found["kinds"].keys()
+    assert ("kernel_ridge" in found["kinds"]) == conditional and set(PEFT_METHODS) <= found["kinds"].keys()
     assert bool(found["kinds"]["generated"]["distances"].get("own")) == conditional
     adopted = yaml.safe_load(config.read_text()) | {"task": None, "zoo": str(folder / f"adopted-{kind}")}
     adopted["run"] = str(folder / f"run-adopted-{kind}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from rpg.models.conditioning import ConditionEncoder
 from rpg.models.examples import SetEncoder, example_rows, row_size
 
 NUM_VALUES, NUM_CLASSES = 6, 3
@@ -45,3 +46,14 @@ def test_sets_without_any_class_and_of_one_example_have_finite_vectors_and_gradi
     vectors.square().sum().backward()
     assert torch.isfinite(vectors).all()
     assert all(torch.isfinite(each.grad).all() for each in encode.parameters())
+
+
+def test_examples_are_told_or_read_as_settings():
+    """What is told lies within the embedding; what is read is all that the embedding is made of."""
+    torch.manual_seed(0)
+    rows = example_rows(torch.rand(3, 5, 4), torch.randint(2, (3, 5)), 2).flatten(1)
+    telling = ConditionEncoder("examples", row_size(4, 2), 8, num_classes=2, features=3)
+    assert torch.equal(telling(rows)[:, :3], telling.told)
+    reading = ConditionEncoder("examples", row_size(4, 2), 8, num_classes=2, features=3, read=True)
+    read = reading.reader(rows)
+    assert read.shape == (3, 3) and torch.equal(reading(rows), reading(read)) and reading.told is None

@@ -16,6 +16,7 @@ from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
 from rpg.tasks.side_by_side import repeat, stack
 from rpg.training.config import BehaviourConfig
+from rpg.training.examples import example_conditions
 from rpg.training.loop import train
 from rpg.training.losses.behaviour import DrawnTasksLoss
 from rpg.training.trainer import build_network
@@ -240,6 +241,38 @@ def test_drawn_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path, drawn:
     )
     made = torch.cat([each["weight"] for each in generator.generate(4, condition=angles, steps=1)])
     assert torch.allclose(made, task.right(angles), atol=0.15)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_encoders_of_examples_are_taught_the_settings(tmp_path: Path, read: bool) -> None:
+    task = small_task()
+    task.collect(tmp_path / "zoo", processes=1)
+    zoo = Zoo.open(tmp_path / "zoo")
+    condition = {"kind": "examples", "counts": [10], "classes": 10, "features": 10, "read": read}
+    tree = {"run": str(tmp_path / "run"), "zoo": str(zoo.path), "tokens": {"size": 610, "flatten": "flat"},
+            "model": {"state": {"of": "none"}, "backbone": {"kind": "none", "d_model": 16}, "condition": condition,
+                      "denoiser": {"kind": "decoder", "width": 16},
+                      "diffusion": {"kind": "flow", "prediction": "sample"}},
+            "train": {"imitation": 0, "behaviour": {"networks": 16}}}  # fmt: skip
+    config = Config.parse(tree, "test")
+    layout = fit_layout(zoo, config.tokens)
+    network = build_network(config, layout, zoo)
+    examples = example_conditions(zoo, config.model.condition)
+    loss = DrawnTasksLoss(network, task, layout, config.train.behaviour, zoo, examples)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss.draw(torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+    tasks = task.draw_tasks(64, torch.Generator().manual_seed(99))
+    rows = examples.draw(tasks, torch.Generator().manual_seed(98))
+    told = network.condition.reader(rows) if read else network.condition(rows)[:, :10]
+    wanted = task.condition.inputs(tasks)
+    assert (told - wanted)[:, 7].square().mean() < 0.3  # the sign of the contrast, of variance 1
+    with pytest.raises(InputError, match="model.condition.features is 9, but tasks have 10 numbers"):
+        condition["features"] = 9
+        other = build_network(Config.parse(tree, "test"), layout, zoo)
+        DrawnTasksLoss(other, task, layout, config.train.behaviour, zoo, examples)
 
 
 def test_a_generator_of_settings_is_asked_by_name_and_says_so(tmp_path: Path) -> None:
