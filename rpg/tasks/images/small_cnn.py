@@ -59,7 +59,7 @@ class _ReluPool(torch.autograd.Function):
         return largest
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         left_above, left_below, above, largest = ctx.saved_tensors
         gradient = gradient * (largest > 0)
         upper = gradient * above
