@@ -1,4 +1,4 @@
-"""One seed decides everything: independent random streams derived from it by name."""
+"""Independent random streams, derived by name from one seed."""
 
 from __future__ import annotations
 

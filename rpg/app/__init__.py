@@ -1,4 +1,4 @@
-"""A page in the browser for one trained generator: ask for networks, look at them, try them, take them along."""
+"""A page in the browser for one trained generator: generate networks, inspect them, try them, download them."""
 
 import os
 

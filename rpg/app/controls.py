@@ -1,4 +1,4 @@
-"""The controls of a page that say what to generate: one set for each kind of condition, one for how to sample."""
+"""The page's controls: one set for each kind of condition, one for sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A digit that somebody draws, as scikit-learn's digits were made; and what networks say to it.
+"""A digit drawn by the user, preprocessed like scikit-learn's digits, and the networks' predictions for it.
 
 Those came from forms whose digits were cut out, scaled to 32×32 black-and-white pixels and counted in blocks of 4×4
 (Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998): 8×8 numbers from 0 to 16.

@@ -1,4 +1,4 @@
-"""One trained generator with what is known about it, and the networks that are made by it. Knows no page."""
+"""A loaded generator with its zoo and scorer, and the networks it makes; independent of the page."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class PageResult:
     shared_errors: list[float] = field(default_factory=list)
 
     def download(self) -> Path:
-        """The one file to take along: the network's own, or a zip of several, or of PEFT folders."""
+        """The one file to download: the network's own, or a zip of several, or of PEFT folders."""
         if len(self.files) == 1 and self.files[0].is_file():
             return self.files[0]
         path = self.folder / "networks"

@@ -1,4 +1,4 @@
-"""Serving the page, on this machine alone unless its user says otherwise."""
+"""Serves the page, to this machine only by default."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
 
     Args:
         run: what it is about.
-        folder: where it writes; whoever serves the page removes it.
+        folder: where it writes; the caller removes it.
     """
     with gr.Blocks(
         title=f"rpg: {Path(run.name).name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)

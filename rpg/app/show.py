@@ -1,4 +1,4 @@
-"""What the page shows, as HTML from templates that escape whatever they are given."""
+"""The page's HTML, from templates that escape their inputs."""
 
 from __future__ import annotations
 

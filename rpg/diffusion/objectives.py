@@ -73,7 +73,7 @@ class Objective:
         raise NotImplementedError
 
     def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What the denoiser shall predict for x_t, ``[N, D]``."""
+        """The denoiser's target for x_t, ``[N, D]``."""
         raise NotImplementedError
 
     def weight(self, time: Tensor) -> Tensor:

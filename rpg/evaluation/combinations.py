@@ -2,8 +2,8 @@
 
 A combination is the zoo's mean, plus a weighted sum of the checkpoints' deviations from it, plus noise. What lies in
 the zoo's span needs no basis, as a principal direction is a weighted sum of checkpoints, too; networks of any size are
-made from memory-mapped checkpoints. Noise that is small enough is as good as one likes: the kinds ``…_at_distance`` lie
-as far from the zoo as the generated networks.
+made from memory-mapped checkpoints. Small enough noise reaches any accuracy, so the kinds ``…_at_distance`` lie as far
+from the zoo as the generated networks.
 
 arXiv 2506.07998 finds that weight generators do not outperform noise and averages at making networks both new and good;
 a generator is worth its compute only if it beats them. n checkpoints, N networks.

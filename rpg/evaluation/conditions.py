@@ -1,4 +1,4 @@
-"""What networks are made for, and the baselines that look at it: nearest, regression, and merges.
+"""Conditions of an evaluation, and the baselines that depend on them: nearest, regression and merges.
 
 n checkpoints of a zoo, W wanted networks, C numbers of a condition.
 """

@@ -58,7 +58,7 @@ class EvaluateConfig(Section):
     """Scoring of generated networks."""
 
     num: int = Field(50, ge=1, description="networks to generate and score")
-    num_baseline: int = Field(50, ge=2, description="networks to make for each trivial baseline")
+    num_baseline: int = Field(50, ge=2, description="networks to make for each simple baseline")
     noise: tuple[float, ...] = Field((0.01, 0.05, 0.15), description="relative σ of the noise-added baseline")
     split: str = Field("test", description="images to score on; choose between recipes on validation")
     taus: tuple[float, ...] = Field(

@@ -1,7 +1,7 @@
 """How alike sets of samples, fields and drawn images are: 1-NNA, coverage, precision and recall, Fréchet distance.
 
-Every datum is one vector, the values of a field on a grid. Reference data were learned from by nobody. M data of a set,
-N reference data, F values of one.
+Every datum is one vector, the values of a field on a grid. Reference data are held out of all training. M data of a
+set, N reference data, F values of one.
 """
 
 from __future__ import annotations

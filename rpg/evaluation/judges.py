@@ -1,4 +1,4 @@
-"""Who judges a network: a function of the user's, or a task.
+"""Scorers of networks: a task, or a user's function.
 
 A metric is a number with a name; of several the first one counts. More is better, unless the name speaks of what should
 be small (`SMALL`) or the user says otherwise.

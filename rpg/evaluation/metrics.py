@@ -1,4 +1,4 @@
-"""Accuracy of each network, and summaries of any figure over many networks."""
+"""Accuracy of each network, and summaries of any metric over many networks."""
 
 from __future__ import annotations
 

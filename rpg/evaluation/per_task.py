@@ -1,4 +1,4 @@
-"""Several networks for one task, beside several originals of that task: do they differ as much, and in the same way?
+"""Several networks for one task beside several originals of it: do they differ as much, and in the same way?
 
 T tasks, R networks or draws of each, C classes, B images.
 """

@@ -1,4 +1,4 @@
-"""Which hidden units of a network may change places without changing what it computes.
+"""Which hidden units of a network can be permuted without changing what it computes.
 
 The network is exported to its graph of ATen operations; a value's channels are followed from the layer that makes them
 to those that read them. Where an operation mixes or reorders channels in a way that is not known here, they are left

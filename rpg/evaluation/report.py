@@ -1,4 +1,4 @@
-"""What an evaluation found: one shape for every command, written to ``evaluation.json``.
+"""The report of an evaluation: one schema for every command, written to ``evaluation.json``.
 
 A report has *kinds* of networks (``original``, ``generated`` and each baseline) with the metrics of every network. The
 first metric of ``better`` is the one that networks are compared by. `networks` makes a kind from what was measured.

@@ -1,4 +1,4 @@
-"""How a network lies among the checkpoints of a zoo, one tensor at a time: for networks too large to be held together.
+"""Where networks lie relative to a zoo's checkpoints, computed one tensor at a time so that size does not matter.
 
 Values count in units of their layer's root mean square deviation from the zoo's mean. Everything asked of a network
 follows from its deviation's square and its inner products with the checkpoints' deviations, so that no more than the

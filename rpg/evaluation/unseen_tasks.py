@@ -1,4 +1,4 @@
-"""Generated networks for tasks nobody trained, beside everything that is trivial.
+"""Scores of generated networks for unseen tasks, beside simple baselines.
 
 It works on bits, stacked weights and a family of tasks that scores them; it knows no generator.
 T tasks, C classes, P values.

@@ -1,4 +1,4 @@
-"""Work on many networks, shared among the processes that were launched together, and how far it is."""
+"""Work on many networks, divided among launched processes, and its progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = Callable[..., None]
 class Workers:
     """Each of ``size`` processes computes some of the networks, and all of them receive what was found.
 
-    Whoever computes a network finds the same of it, so that figures do not depend on the number of processes.
+    Every process finds the same for a network, so results do not depend on the number of processes.
 
     Args:
         partition: which process this is; all of them make the same calls in the same order.

@@ -1,4 +1,4 @@
-"""Networks asked for by a few examples, labelled or not, beside what a user would do with these examples."""
+"""Networks generated from a few examples, labelled or not, beside what a user would do with them."""
 
 from __future__ import annotations
 

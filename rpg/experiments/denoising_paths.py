@@ -1,4 +1,4 @@
-"""Networks on their way from noise, for a condition that the user chose."""
+"""Denoising paths: networks at several sampling steps, for a condition of the user's choice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def denoising_path_of(
     Args:
         generator: makes them.
         condition: as ``Generator.generate`` takes it.
-        seed: decides everything.
+        seed: random seed.
         measure: gives networks their figure.
         wanted: show large networks, too: a single one, at no more steps than fit into the memory of the others.
     """
@@ -47,7 +47,7 @@ def requested_condition(config: Config, spec: ConditionSpec | None, text: str) -
     """The condition that ``--denoising-path`` names, checked before anything long begins.
 
     Raises:
-        InputError: it is none of the generator's, or there is no way to show.
+        InputError: the generator has no such condition, or makes networks in a single step.
     """
     condition = named_condition(spec, text, OPTION)
     if config.model.kind in ("kernel_ridge", "sane") or config.generate.steps < 2:

@@ -1,4 +1,4 @@
-"""Rivals of diffusion that make networks from examples at once: one that answers best, or draws by a noise input.
+"""Baselines that map examples to networks directly: one best answer, or draws by a noise input.
 
 The single network is trained on its answers' cross-entropy; the implicit generator on the joint score of several draws
 (`rpg.evaluation.ensembles.joint_score`), the very measure that draws are compared by.
@@ -73,7 +73,7 @@ def train_direct(
         steps: of training.
         draws: M.
         noise: N.
-        seed: decides everything.
+        seed: random seed.
         draw_tasks: gives the tasks ``[T, C]`` of a step; fresh ones when None.
     """
     rng = make_rng(seed, "direct", draws)

@@ -103,7 +103,7 @@ class Methods:
 
     Args:
         generator: draws networks given examples.
-        seed: decides everything.
+        seed: random seed.
         rivals: whether to train the single network and the implicit generator.
     """
 

@@ -96,7 +96,7 @@ def evaluate_run(
         run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
-        seed, workers: decides everything random; the processes that share the work.
+        seed, workers: random seed; the processes that share the work.
         path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 

@@ -1,4 +1,4 @@
-"""What networks are asked for by examples: the same tasks, examples and scores for every method that is compared.
+"""Example sets: the same tasks, examples and scores for every method that is compared.
 
 T tasks, n examples, M networks of a task, B scored images, K classes, P values of an example.
 """

@@ -1,4 +1,4 @@
-"""A posterior without any training: known tasks, by how likely the shown images are among theirs.
+"""Retrieval: a posterior over known tasks, by the likelihood of the shown images, without any training.
 
 The likelihood is a kernel density of each task's images. T requests, n images of each, S known tasks, P values.
 """

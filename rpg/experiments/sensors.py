@@ -1,4 +1,4 @@
-"""The experiment on sensors: collect, train, generate for sensors nobody saw, compare, report.
+"""The experiment on sensors: collect, train, generate for unseen sensors, compare, report.
 
 T sensors, C settings, F features, S seen sensors.
 """

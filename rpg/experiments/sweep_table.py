@@ -1,4 +1,4 @@
-"""The tables of a sweep: one row an experiment, as JSON and as Markdown; and how like the originals networks are.
+"""The tables of a sweep: one row per experiment, as JSON and Markdown, and the similarity to the originals.
 
 Similarity is a network's greatest IoU of wrong answers with any (other) original (arXiv 2402.13144, equation 7).
 """

@@ -1,4 +1,4 @@
-"""What the page of unseen tasks shows beside the report: the worst tasks, classifiers, networks on their way."""
+"""What the page of unseen tasks shows beside the report: the worst tasks, classifiers, denoising paths."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tasks_page(
 
 
 def requested_task(task: TaskFamily, config: Config, text: str) -> list[int]:
-    """The task that ``--denoising-path`` names. Raises InputError if there is none such, or no way to show."""
+    """The task that ``--denoising-path`` names. Raises InputError if there is no such task, or no path to show."""
     bits = check_bits(
         [float(bit) for bit in requested_condition(config, task.condition, text)], task.condition.size, OPTION
     )

@@ -1,4 +1,4 @@
-"""Networks for tasks that nobody trained: generated, compared with baselines, reported.
+"""Networks for unseen tasks: generated, compared with baselines, reported.
 
 It serves any family of binary tasks: networks for groups of image classes, and adapters of a language model.
 """
@@ -58,7 +58,7 @@ class Methods:
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
         task: knows what a task's training began with, from which networks are merged as deviations.
-        seed: decides everything random.
+        seed: random seed.
         partition: which tasks this process makes networks for.
     """
 

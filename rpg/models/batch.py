@@ -1,4 +1,4 @@
-"""What goes into a training step of recurrent diffusion, and what comes out.
+"""Inputs and outputs of a training step of recurrent diffusion.
 
 B examples, G distinct (state, condition, start) groups, L tokens of a checkpoint, N sampled tokens, D token width, S
 permutation-state width, C condition values.

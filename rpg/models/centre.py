@@ -20,7 +20,7 @@ from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 
 SMALLEST_REMAINDER = 1e-5
-"""Where no more than this remains of a token, it is rounding: the denoiser shall not blow it up to unit size."""
+"""Where no more than this remains of a token, it is rounding error, not to be scaled up to unit size."""
 
 
 class FittedBuffers(nn.Module):
@@ -155,7 +155,7 @@ class Centre(FittedBuffers):
     def _without(self, inputs: Tensor, regressed: Tensor, token_ids: Tensor) -> Tensor:
         """The prediction for each condition from the checkpoints of all others, where that is known.
 
-        Training sees what generation will see: how far the regression is off for a condition that nobody trained.
+        Training sees what generation will see: the error of the regression for an unseen condition.
         """
         if not len(self.seen):
             return regressed
@@ -208,7 +208,7 @@ def fit_centre(
         conditions: ``[n, C]`` as they come from the zoo, or None.
         code_size: m; cut to n - 1; 0 for no codes.
         weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
-        groups: ``[n]`` long, where networks will be asked for conditions that nobody trained: checkpoints of one number
+        groups: ``[n]`` long, where networks will be requested for unseen conditions: checkpoints of one number
             have one condition.
     """
     num, _, token_size = tokens.shape

@@ -1,4 +1,4 @@
-"""A diffusion over codes of whole checkpoints: what replaces the Gaussian of fresh permutation states.
+"""A diffusion prior over codes of whole checkpoints, in place of a Gaussian.
 
 Flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv 2206.00364), on vectors
 ``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a code, the tokens that

@@ -1,4 +1,4 @@
-"""Conditions: as one vector of the model's width.
+"""Conditions, encoded as one vector of the model's width.
 
 B examples, C condition values, H model width.
 """
@@ -129,7 +129,7 @@ class ConditionEncoder(nn.Module):
 
 
 def are_new(kind: str) -> bool:
-    """Whether networks are asked for conditions of a kind that nobody trained; of classes for those that were."""
+    """Whether networks are requested for unseen conditions, as with bits or vectors; classes are those of the zoo."""
     return kind != "class"
 
 

@@ -60,7 +60,7 @@ class KernelRidge:
         Args:
             conditions: ``[n, C]``, of two checkpoints or more.
             gram: ``[n, n]``, ``Y Yᵀ`` of the outputs less their mean.
-            by_condition: leave all checkpoints of a condition out at once, for conditions that nobody trained: one that
+            by_condition: leave all checkpoints of a condition out at once, for unseen conditions: one that
                 was seen with several checkpoints would otherwise be predicted by the others.
         """
         x, gram = conditions.to(torch.float64), gram.to(torch.float64)

@@ -1,4 +1,4 @@
-"""The generator that regression is: the posterior of a Gaussian process over a zoo's tokens, given the condition.
+"""Kernel ridge as a generator: the posterior of a Gaussian process over a zoo's tokens, given the condition.
 
 It needs no gradient: it is fitted in seconds at any size, and a diffusion that is no better has learned nothing. A
 network's tokens are the posterior mean, or that and a draw of the posterior, one for all tokens together. Without a

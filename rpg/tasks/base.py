@@ -199,7 +199,7 @@ class MetricsTask(Task, Protocol):
 
 @runtime_checkable
 class SampleTask(Task, Protocol):
-    """A single task whose networks draw data, judged by how these lie among data that nobody learned from."""
+    """A single task whose networks draw data, scored by comparing these with held-out data."""
 
     def samples(self, network: Mapping[str, Tensor], num: int | None = None) -> Tensor:
         """``num`` images that a network draws from fixed noise, ``[num, channels, S, S]`` in 0 … 1.

@@ -1,4 +1,4 @@
-"""What all ways of collecting a zoo share: threads, a zoo to complete, schedules, and training that outlives a kill."""
+"""Shared by all tasks that collect zoos: threads, incomplete zoos, schedules, and training that survives a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks by name. A task's module is imported when the first task of its kind is built, and no sooner."""
+"""The tasks by name. A task's module is imported when its first task is built."""
 
 from __future__ import annotations
 

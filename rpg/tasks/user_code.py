@@ -1,4 +1,4 @@
-"""Functions and classes of the user's, by their place."""
+"""Users' functions and classes, loaded by module or file."""
 
 from __future__ import annotations
 

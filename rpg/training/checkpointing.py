@@ -1,4 +1,4 @@
-"""What a resume needs, whole and by name, so that any number of processes can go on with it, however they shard it."""
+"""Resumable checkpoints: whole tensors by name, so that any number of processes can resume, however they shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run computes: which process of how many, how its networks are spread, and what processes tell one another."""
+"""Processes of a run: rank and world size, how networks are sharded, and communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trained generator is known to do: errors for validation tasks by their distance from what was learned."""
+"""Measures a trained generator's errors on validation tasks by their distance from the training tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run ends with: the generator of its networks and what it has to know of their zoo."""
+"""The result of a training run: a generator and what it needs to know of the zoo."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def denoising_paths(
     """A figure of networks on their way from noise, one line a network.
 
     Args:
-        shown: (sampling steps taken, the figure of each network then); one step is no way, and gives None.
+        shown: (sampling steps taken, each network's metric then); None for a path of a single step.
         name: of the figure.
         caption: below the chart.
         percent: whether it is a share.

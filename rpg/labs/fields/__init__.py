@@ -1,1 +1,1 @@
-"""Neural fields: one small network for every image, whose weights are the datum."""
+"""Lab: neural fields, one small network per image, whose weights are the datum."""

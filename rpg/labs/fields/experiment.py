@@ -171,7 +171,7 @@ def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
 def _samples(
     run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, reference: Reference, seed: int
 ) -> dict[str, list[Tensor]]:
-    """The sets of every kind, what the fields show ``[N, F]``: generated, trained baselines that are there, trivial."""
+    """What the fields of every kind show ``[N, F]``: generated, trained baselines (where they exist), simple ones."""
     size, wanted = task.data.size, reference.wanted
 
     def drawn(source: Generator, number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The experiment on lottery tickets: find them, learn to generate them, train from the start under every kind of mask.
+"""The experiment on lottery tickets: find them, learn to generate them, train under every kind of mask.
 
 T tasks, S tasks that were learned from, P weights that may be pruned.
 """
@@ -48,7 +48,7 @@ def tickets_task(config: Config) -> TicketsTask:
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
-    """Train the start under generated masks, tickets and what is trivial, for tasks nobody searched a ticket for.
+    """Train the start under generated masks, tickets and simple baselines, for unseen tasks.
 
     Args:
         run: a run folder.
@@ -67,7 +67,7 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
     made: dict[str, Tensor] = {"original": flatten(like)}
     made["generated"] = flatten(generate_for(generator, bits, seed))
     made["no_condition"] = flatten(generate_for(generator, random_other(bits, seen.bits, seed), seed))
-    made |= trivial(flatten(seen.weights()), seen.bits, bits)
+    made |= simple_baselines(flatten(seen.weights()), seen.bits, bits)
     made |= {name: flatten(each) for name, each in task.untrained(zoo, bits).items()}
     images = "validation" if choosing else "test"
 
@@ -94,7 +94,7 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
     return report
 
 
-def trivial(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, Tensor]:
+def simple_baselines(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, Tensor]:
     """Scores that need no generator, made of the tickets ``[S, P]`` of ``seen`` tasks, for ``bits``: ``[T, P]`` each.
 
     ``nearest_seen``: the ticket of the nearest task; ``average``: of all; ``kernel_ridge``: regression on the bits.

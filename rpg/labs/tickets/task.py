@@ -1,4 +1,4 @@
-"""The task ``tickets``: which weights of one start live, for every two-way grouping of the digits.
+"""The task ``tickets``: masks over one network's initial weights, one for every two-way grouping of the digits.
 
 A *ticket* (arXiv 1803.03635) is a mask under which the start is trained as well as the whole network would be. It is
 found by training and pruning in turns, each time from the start again, which is rewound to what a few common steps made

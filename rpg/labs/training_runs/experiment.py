@@ -21,7 +21,7 @@ from rpg.evaluation.report import Curve, Report, networks
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.generation.generator import Generator
-from rpg.labs.training_runs.rivals import RATES, STEPS, TrainingRuns, repeated, trivial, tuned_training
+from rpg.labs.training_runs.rivals import RATES, STEPS, TrainingRuns, repeated, simple_baselines, tuned_training
 from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
@@ -87,7 +87,7 @@ class Learned:
 @single_threaded()
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
-    """Ask for losses from held-out first weights, and compare with what is trivial and with training.
+    """Ask for losses from held-out first weights, and compare with simple baselines and with training.
 
     The networks that training made of the same first weights are the report's originals.
 
@@ -109,7 +109,10 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     asked = levels.repeat_interleave(num)
     made = {"generated": learned.step(repeated(starts, len(levels)), asked)}
     begun = held_out.vectors[:, 0].repeat(len(levels), 1)
-    made |= {name: held_out.space.unflatten(vectors) for name, vectors in trivial(trained, begun, asked, scale).items()}
+    made |= {
+        name: held_out.space.unflatten(vectors)
+        for name, vectors in simple_baselines(trained, begun, asked, scale).items()
+    }
     own = torch.cat([held_out.nearest(float(level)) for level in levels])
     made["original"] = held_out.space.unflatten(own)
     kinds, lines = {}, {}

@@ -62,7 +62,7 @@ class TrainingRuns:
         return self.vectors[torch.arange(len(places)), places]
 
 
-def trivial(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: MetricScale) -> dict[str, Tensor]:
+def simple_baselines(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: MetricScale) -> dict[str, Tensor]:
     """Networks that need no generator, for starts ``[T, P]`` and asked losses ``[T]``; ``[T, P]`` each.
 
     ``average``: of all runs at that loss; ``copy``: the training checkpoint whose loss is nearest; ``kernel_ridge``:

@@ -1,1 +1,1 @@
-"""Dense targets: networks that say where things are in an image."""
+"""Lab: detection, segmentation and a diffusion U-Net as target networks."""

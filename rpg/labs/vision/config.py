@@ -1,4 +1,4 @@
-"""Configuration of networks that see, collected step by step. Nothing here computes."""
+"""Configuration of vision tasks. Nothing here computes."""
 
 from __future__ import annotations
 

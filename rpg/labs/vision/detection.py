@@ -1,4 +1,4 @@
-"""The task ``detection``: networks that say where things are, whole or in part, judged by average precision."""
+"""The task ``detection``: object detectors, whole or in part, scored by average precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and what is on them: digits on canvases, and folders in COCO's format. K things on an image."""
+"""Detection data: digits on canvases, and folders in COCO's format. K objects per image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_canvases(
         split: whose digits are placed: train, validation or test. No digit is in two splits.
         num: canvases. Each has random numbers of its own, so that fewer are the first of more.
         size: S.
-        seed: decides everything, together with the split.
+        seed: random seed; each split draws its own.
         most: digits on a canvas at most; one that finds no free place is left out, never the first.
         sides: smallest and largest height, and so width, of a digit's square, at most S.
 

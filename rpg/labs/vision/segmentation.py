@@ -1,4 +1,4 @@
-"""The task ``segmentation``: a network that tells the class of each pixel, whole or in part, judged by mean IoU.
+"""The task ``segmentation``: segmentation networks, whole or in part, scored by mean IoU.
 
 B images, S height and width that images are brought to, C classes.
 """

@@ -1,4 +1,4 @@
-"""Images and maps of classes: digits on canvases, and ADE20K and Pascal VOC in the layouts of their own archives."""
+"""Segmentation data: digits on canvases, ADE20K, and Pascal VOC, each in its archive's layout."""
 
 from __future__ import annotations
 

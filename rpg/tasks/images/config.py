@@ -157,7 +157,7 @@ class SubsetsConfig(Section):
 
     seed: int = Field(0, ge=0, description="decides splits of tasks, initial weights and the order of images")
     tasks: int | None = Field(None, ge=4, description="so many of the family's tasks, drawn at random; all when null")
-    unseen: UnseenSplit = Field(RandomSplit(), description="which tasks nobody trains a generator on")
+    unseen: UnseenSplit = Field(RandomSplit(), description="tasks that no generator is trained on")
     validation: int = Field(100, ge=0, description="seen tasks kept for choices")
     finetune: FinetuneConfig = FinetuneConfig()
     fresh_head: bool = Field(False, description="start every task's head at random, not at the base's mean rows")
@@ -281,7 +281,7 @@ class ImageNetConfig(Section):
     seed: int = Field(0, ge=0)
     epochs: float = Field(1.0, gt=0, description="epochs of fine-tuning")
     checkpoints: int = Field(50, ge=1, description="saved at even distances in them, the last step among them")
-    learning_rate: float = Field(1e-5, gt=0, description="constant, as the checkpoints shall be alike")
+    learning_rate: float = Field(1e-5, gt=0, description="constant, so that checkpoints stay comparable")
     weight_decay: float = Field(0.05, ge=0)
     batch_size: int = Field(128, ge=1)
     precision: Arithmetic = Field("fp32", description="arithmetic; checkpoints are fp32 in any case")

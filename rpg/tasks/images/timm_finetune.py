@@ -1,4 +1,4 @@
-"""The task ``finetune``: a network of timm's or yours on your data; its last norm layers are fine-tuned and saved.
+"""The task ``finetune``: a timm network or your own on your data; its last norm layers are fine-tuned and saved.
 
 p-diff's default (arXiv 2402.13144, section 3.1): train the whole network, or take a pretrained one, then fine-tune the
 last two normalisation layers and keep their parameters after each step. The zoo holds the fine-tuned parameters alone;

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.experiments import driver
 from rpg.experiments.sweep_table import row_of
 from rpg.labs.tickets import experiment as tickets
-from rpg.labs.tickets.experiment import compare, evaluate_tickets, tickets_task, trivial
+from rpg.labs.tickets.experiment import compare, evaluate_tickets, simple_baselines, tickets_task
 from rpg.tasks import parallel
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
@@ -80,7 +80,7 @@ def test_trivial_scores_follow_the_bits() -> None:
     seen = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     tickets = torch.cat([seen.float(), 1 - seen.float()], 1)  # linear in the bits
     asked = torch.tensor([[1, 0, 1]])
-    made = trivial(tickets, seen, asked)
+    made = simple_baselines(tickets, seen, asked)
     assert torch.equal(made["average"][0], tickets.mean(0))
     assert torch.equal(made["nearest_seen"][0], tickets[0])
     own = torch.tensor([1.0, 0, 1, 0, 1, 0])
