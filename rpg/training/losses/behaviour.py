@@ -153,7 +153,7 @@ class DrawnTasksLoss(BehaviourLoss):
         conditions: Tensor | None = inputs
         if self.examples is not None:  # where the prior alone sees them, none are drawn
             conditions = None if encoder is None else self.examples.draw(tasks, rng)
-        if encoder is not None and self.network.config.condition.read:
+        if encoder is not None and self.network.config.condition.read and encoder.reader is not None:
             told, conditions = encoder.reader(conditions), inputs
         tokens = self.network.one_step(noise, mask, states, conditions)
         loss = self(tokens, tasks, None, rng)
