@@ -45,8 +45,8 @@ def test_arrays_and_tables_mean_the_same(tmp_path):
         ("a.csv", "a,b,c,d\n1,2,3,x\n", "write numbers"),
         ("a.csv", "a,b,c,d\n1,2,3\n", "other lengths"),
         ("a.csv", "a,b,c,d,class\n1,2,3,4,dog\n", "knows cat, 7"),
-        ("a.txt", "", "no known form"),
-        ("a.png", "no image", "no image that can be read"),
+        ("a.txt", "", "unknown format"),
+        ("a.png", "no image", "not an image that can be read"),
         ("a.npz", "no archive", "save it again"),
     ],
 )
