@@ -70,7 +70,7 @@ def test_solid_shapes_are_generated_measured_and_drawn(tmp_path, monkeypatch):
         [
             f"run={tmp_path / 'run'}", f"zoo={tmp_path / 'zoo'}", "task.num_shapes=96", "task.image_size=8",
             "task.hidden=16", "model.state.width=12", "model.state.prior.width=32", "model.state.prior.depth=1",
-            "model.state.prior.steps=8", "train.steps=20", "train.log_every=10", "task.unseen=0.2",
+            "model.state.prior.steps=8", "train.steps=20", "train.log_every=10", "task.held_out=0.2",
         ],
     )  # fmt: skip
     collect(config)

@@ -42,7 +42,7 @@ def test_from_names_to_networks_without_a_line_of_yaml(rpg: Run, tmp_path: Path)
     code, out, _ = rpg("inspect", zoo, "--write-config", config)
     assert code == 0 and f"rpg train {config}" in out
     code, _, err = rpg("inspect", zoo, "--write-config", config)
-    assert code == 2 and "there already" in err
+    assert code == 2 and "already exists" in err
     run = f"run={tmp_path / 'run'}"
     assert rpg("train", config, "--set", run, "--set", "train.steps=3")[0] == 0
     assert rpg("generate", tmp_path / "run", "-n", "2", "--output", tmp_path / "new")[0] == 0
