@@ -50,7 +50,7 @@ def test_structured_splits_hold_out_exactly_their_structure():
     ],
 )
 def test_impossible_splits_are_one_line(held_out, num_validation):
-    with pytest.raises(InputError, match="held_out"):
+    with pytest.raises(InputError, match="task.unseen"):
         assign_splits(all_tasks(10), held_out, num_validation, seed=0)
 
 
