@@ -229,11 +229,10 @@ class TokenSampler(TiledSampler):
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
         made, asked = max(num, COMPANY), b""
         own = self.network.num_states > 1 or request.initial is not None  # not of the condition alone
-        if request.conditions is not None:
-            own = own or type(request.conditions) is not Tensor  # subclasses may hold no values
-            asked = b"" if own else request.conditions[self.group(request, tile.network, made)].numpy().tobytes()
+        if type(request.conditions) is Tensor:  # subclasses may hold no values
+            asked = request.conditions[self.group(request, tile.network, made)].numpy().tobytes()
         key = made, asked, request.guidance_scale == 1, torch.get_num_threads()
-        if own or self._last is None or self._last[0] != key:
+        if own or self._last is None or self._last[0] != key or type(request.conditions) not in (Tensor, type(None)):
             self._last = key, self._inputs(request, tile.network, made)
         return self._sample_tile(request, tile, self._last[1], num=num)
 
