@@ -227,12 +227,12 @@ class TokenSampler(TiledSampler):
         return stored_states(seed, range(num), self.network.num_states)
 
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
-        made, asked = max(num, COMPANY), b""
-        own = self.network.num_states > 1 or request.initial is not None  # not of the condition alone
-        if type(request.conditions) is Tensor:  # subclasses may hold no values
-            asked = request.conditions[self.group(request, tile.network, made)].numpy().tobytes()
-        key = made, asked, request.guidance_scale == 1, torch.get_num_threads()
-        if own or self._last is None or self._last[0] != key or type(request.conditions) not in (Tensor, type(None)):
+        made, given = max(num, COMPANY), request.conditions
+        key: object = None  # of inputs that the condition alone decides; subclasses of tensors may hold no values
+        if type(given) in (Tensor, type(None)) and self.network.num_states <= 1 and request.initial is None:
+            asked = b"" if given is None else given[self.group(request, tile.network, made)].numpy().tobytes()
+            key = made, asked, request.guidance_scale == 1, torch.get_num_threads()
+        if key is None or self._last is None or self._last[0] != key:
             self._last = key, self._inputs(request, tile.network, made)
         return self._sample_tile(request, tile, self._last[1], num=num)
 
