@@ -14,6 +14,7 @@ from torch import Tensor
 from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Networks, Report
+from rpg.experiments.by_examples import asked
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
@@ -51,8 +52,7 @@ def evaluate_groupings(run: Path | str, *, seed: int = 0, split: str = "test", *
         original = kind(task.probabilities(stack([zoo.state_dict(row) for row in rows]), split))
         kinds = {}
         for num in SHOWN:
-            asked = sets.rows(num, True)
-            made = stack(generator.generate(len(asked), seed=seed, condition=asked))  # type: ignore[arg-type]
+            made = asked(generator, sets, num, True, seed)
             kinds[num] = {
                 "generated": kind(task.probabilities(made, split)),
                 "base_posterior": kind(_base_answers(task, zoo, sets, num)),
