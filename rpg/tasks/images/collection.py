@@ -1,8 +1,4 @@
-"""Collecting a zoo the way RPG and p-diff do: train to convergence, then save after every fine-tuning step.
-
-p-diff (arXiv 2402.13144, section 3.1 and appendix A.1) and RPG (arXiv 2501.11587) both train a network to
-convergence, fine-tune it further with a larger learning rate, and keep the checkpoint of every step.
-"""
+"""A run of small classifiers on images in memory: trained to convergence, then fine-tuned at a larger learning rate."""
 
 from __future__ import annotations
 
@@ -15,65 +11,10 @@ from torch.func import functional_call
 
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import DTYPES, Progress, chosen_parameters, convert_floats, single_threaded, use_threads
+from rpg.tasks.collecting import chosen_parameters, use_threads
 from rpg.tasks.images.compression import Compression
 from rpg.tasks.images.config import CollectionConfig
-from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
-from tokenization.zoo.zoo import Zoo
-
-
-@single_threaded()
-def collect_runs(
-    zoo: Zoo,
-    build: Callable[[], nn.Module],
-    splits: ImageSplits,
-    config: CollectionConfig,
-    *,
-    progress: Progress | None = None,
-    limit: int | None = None,
-    compression: Compression | None = None,
-) -> None:
-    """Append every checkpoint that ``zoo`` still lacks.
-
-    A run is decided by ``config.seed`` and its number alone. One that a kill cut short is therefore trained again
-    from its start, and only the checkpoints that are missing are appended.
-
-    Args:
-        zoo: where checkpoints go; entries hold ``run``, ``step`` (1 … ``config.steps``), split and
-            ``validation_accuracy``.
-        build: makes the untrained network from torch's global random state.
-        splits: images; ``train`` is trained on and ``validation`` measured.
-        config: the recipe.
-        progress: called after every optimizer step.
-        limit: stop once the zoo holds this many checkpoints.
-    """
-    saved = {(entry.run, entry.step) for entry in zoo.entries}
-    run_length = config.train_steps + config.steps + (compression.steps if compression else 0)
-    total = config.runs * run_length
-
-    for run in range(config.runs):
-        missing = {step for step in range(1, config.steps + 1) if (run, step) not in saved}
-        if not missing:
-            continue
-        if limit is not None and len(zoo) >= limit:
-            return
-
-        def tick(done: int, before: int = run * run_length) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
-        for step, network in train_run(build, splits, config, run, tick, compression):
-            if step in missing:
-                stored = convert_floats(network.state_dict(), DTYPES[config.dtype])
-                stored = compression.store(stored) if compression else stored
-                with use_threads(config.threads):
-                    accuracy = accuracy_of(network, stored, splits, "validation")
-                split = "held_out" if config.hold_out and step % config.hold_out == 0 else "train"
-                zoo.append(stored, run=run, step=step, split=split, metrics={"validation_accuracy": accuracy})
-            if limit is not None and len(zoo) >= limit:
-                return
-    if progress is not None:  # runs that were complete have not ticked
-        progress(total, total)
+from rpg.tasks.images.images import ImageSplits, augment
 
 
 def train_run(

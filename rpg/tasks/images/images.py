@@ -116,14 +116,6 @@ def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Ten
         )
 
 
-def accuracy_of(network: nn.Module, state_dict: Mapping[str, Tensor], splits: ImageSplits, split: str) -> float:
-    """Share of right answers of ``network`` with the values of ``state_dict``, in 0 … 1; its own mode is restored."""
-    training = network.training
-    correct = predict_images(network, [state_dict], splits.images[split])[0] == splits.labels[split]
-    network.train(training)
-    return correct.double().mean().item()
-
-
 def augment(
     images: Tensor, generator: torch.Generator, *, shift: float = 0.8, angle: float = 12.0, scale: float = 0.12,
     fill: float = 0.0,
