@@ -1,11 +1,11 @@
-"""Conditions of an evaluation, and the baselines that depend on them: nearest, regression and merges.
+"""Conditions of an evaluation, and the baselines that depend on them: nearest, average, regression and merges.
 
-n checkpoints of a zoo, W wanted networks, C numbers of a condition.
+n checkpoints of a zoo, W wanted networks, C numbers of a condition, T tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from rpg.evaluation.combinations import Combination, Maker, is_large
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
+from rpg.evaluation.regression import Regression
 from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.task_networks import Parts, TaskNetworks
 from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -105,7 +107,7 @@ def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool
     Kernel and penalty are chosen by the leave-one-out error, in the normalised values of distances.
     """
     regression = KernelRidge.fit(seen, zoo.gram, by_condition=not by_class)
-    return regression.kernel(asked) @ regression.inverse
+    return regression.shares(asked)
 
 
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
@@ -114,3 +116,31 @@ def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
     if own:
         distance[distance == 0] = float("inf")
     return distance.argmin(1)
+
+
+def unseen_baselines(
+    seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
+) -> dict[str, Parts]:
+    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
+
+    Args:
+        seen: all seen tasks.
+        bits: the tasks to make networks for.
+        regressions: by the name they are reported under; fitted on ``seen`` here.
+        own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
+    """
+    num = len(seen.bits)
+    (average,) = seen.mixed(torch.full((1, num), 1 / num, dtype=torch.float64))
+    made: dict[str, Parts] = {
+        "nearest_seen": seen.parts(nearest_rows(seen.bits, bits, own)),
+        "average": [{name: value.expand(len(bits), *value.shape[1:]) for name, value in average.items()}],
+    }
+    for name, each in regressions.items():
+        made[name] = seen.mixed(each.mixture(seen.bits, bits))
+    return made
+
+
+def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
+    """For each task the bits of a random seen task: what a generator is asked that is not told the task."""
+    rng = make_rng(seed, "no condition")
+    return seen[torch.randint(len(seen), (len(bits),), generator=rng)]
