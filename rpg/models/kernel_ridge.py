@@ -9,7 +9,7 @@ Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
@@ -20,6 +20,7 @@ from rpg.models.conditioning import ConditionConfig, are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.models.state import StateConfig
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class KernelRidgeConfig(Section):
@@ -61,6 +62,11 @@ class KernelRidgeGenerator(FittedBuffers):
     spread: Tensor
 
     samplers = ("posterior",)
+
+    @classmethod
+    def of_layout(cls, config: KernelRidgeConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        return cls(config, layout.num_tokens, layout.token_size, condition_size)
 
     def __init__(self, config: KernelRidgeConfig, num_tokens: int, token_size: int, condition_size: int = 0) -> None:
         super().__init__()

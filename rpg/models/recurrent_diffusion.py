@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange, reduce
@@ -27,6 +27,7 @@ from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.kernel_regression import condition_groups
 from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class RecurrentConfig(Section):
@@ -85,6 +86,13 @@ class RecurrentDiffusion(nn.Module):
     """
 
     position_embedding: Tensor
+
+    @classmethod
+    def of_layout(cls, config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
+        positions, regress = layout.positions.to(torch.get_default_device()), layout.options.centre == "condition"
+        return cls(config, positions, layout.token_size, num_states, condition_size, regress)
 
     def __init__(
         self,
