@@ -51,13 +51,7 @@ class Neighbour:
 
 
 class Originals:
-    """What a generator learned from, placed once. Raises InputError if there is nothing, or it is broken.
-
-    Args:
-        generator: its layout says how checkpoints are compared.
-        zoo: the checkpoints.
-        task: of fields, altered copies are left out.
-    """
+    """What a generator learned from, placed once. Raises InputError if there is nothing, or it is broken."""
 
     def __init__(self, generator: Generator, zoo: Zoo, task: Task | None) -> None:
         config = generator.config

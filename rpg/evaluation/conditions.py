@@ -58,14 +58,6 @@ def conditional_baselines(
     """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
 
     Merged are those with the largest shares in the regression; without conditions, some drawn at random.
-
-    Args:
-        zoo: the checkpoints that a generator learned from, or would.
-        conditions: what is wanted.
-        merges: merges the zoo's networks.
-        config: which baselines.
-        num: networks of a kind.
-        seed: decides draws.
     """
     count = len(zoo.checkpoints)
     wanted = CONDITIONAL if config.baselines is None else config.baselines

@@ -217,12 +217,7 @@ def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[flo
 
 @dataclass(frozen=True)
 class StoredScorer:
-    """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes.
-
-    Args:
-        scorer: of stored networks.
-        compress: from the form of tokens to the stored one.
-    """
+    """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes."""
 
     scorer: Scorer
     compress: Callable[[StateDict], StateDict]
@@ -244,10 +239,6 @@ def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
 
 def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: Collection[str] = ()) -> set[str]:
     """The metrics of which less is better.
-
-    Args:
-        names: of all metrics.
-        lower, higher: what the user says of some.
 
     Raises:
         InputError: a name in ``lower`` or ``higher`` is that of no metric, or in both.

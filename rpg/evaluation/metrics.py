@@ -33,12 +33,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def summarize(values: Tensor | Iterable[float], seed: int = 0) -> Summary:
-    """Summarise one figure of each network.
-
-    Args:
-        values: [num], at least one.
-        seed: decides the bootstrap resamples.
-    """
+    """Summarise one figure of each network."""
     values = torch.as_tensor(values if isinstance(values, Tensor) else list(values), dtype=torch.float64)
     assert values.ndim == 1 and len(values), "nothing to summarise"
     return Summary(

@@ -133,9 +133,6 @@ def train_and_compare(
     Kernel ridge has the same zoo, tokens and condition. Given a condition its networks are the regression's mean
     (``generate.temperature: 0``), which is what is as accurate as it can be; without one they are draws.
 
-    Args:
-        config, resume, overwrite, progress, watch, say: as of `rpg.training.loop.train`.
-
     Returns:
         The configured generator's folder and the comparison; None if the run was stopped before its end.
 

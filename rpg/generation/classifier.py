@@ -24,13 +24,7 @@ from tokenization.errors import InputError
 
 
 class AsTaken(nn.Module):
-    """A generated network with what its task does to examples first: it takes them as the classifier does.
-
-    Args:
-        network: the target network.
-        shape: of one example.
-        offset: what is taken off every value.
-    """
+    """A generated network with what its task does to examples first: it takes them as the classifier does."""
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], offset: Tensor) -> None:
         super().__init__()

@@ -37,13 +37,7 @@ def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
 
 
 class LatentSampler:
-    """Samples latents and decodes them, in tiles of whole networks.
-
-    Args:
-        network: the networks, in evaluation mode.
-        layout: of the checkpoints.
-        settings: in which precision.
-    """
+    """Samples latents and decodes them, in tiles of whole networks."""
 
     def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
@@ -103,13 +97,7 @@ class LatentSampler:
 
 
 class PosteriorSampler(TiledSampler):
-    """Computes tokens tile by tile; ``temperature`` scales the draw, 0 gives the mean.
-
-    Args:
-        network: the fitted regression.
-        layout: of the checkpoints.
-        settings: how many tokens are computed together.
-    """
+    """Computes tokens tile by tile; ``temperature`` scales the draw, 0 gives the mean."""
 
     def __init__(self, network: KernelRidgeGenerator, layout: Layout, settings: GenerateConfig) -> None:
         super().__init__(layout, settings.tile_tokens)

@@ -288,11 +288,7 @@ class Part:
 
 
 class Digests:
-    """SHA-256 of all parts' files, taken beside the work.
-
-    Args:
-        parts: the networks.
-    """
+    """SHA-256 of all parts' files, taken beside the work."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._pool = ThreadPoolExecutor(1)

@@ -36,10 +36,6 @@ VERSION = 1
 class Compressed(Form):
     """Brings checkpoints of one structure into the form of tokens, and state dicts back into the zoo's.
 
-    Args:
-        parts: the compressed weights.
-        order: every stored key of a checkpoint, in order.
-
     Attributes:
         sparsity: share of zeros among the pruned weights of what is stored again; the zoo's when None.
     """

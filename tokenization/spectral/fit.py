@@ -51,12 +51,6 @@ class FittedBasis:
 def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: TokenOptions) -> FittedBasis:
     """The leading directions of a zoo, from its cache or found now, block by block of tokens.
 
-    Args:
-        layout: cuts the checkpoints.
-        zoo: the checkpoints.
-        indices: entries to look at.
-        options: rank, share, kind and dtype.
-
     Raises:
         InputError: a single checkpoint, which varies in no direction.
     """

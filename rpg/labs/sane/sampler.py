@@ -22,13 +22,7 @@ from tokenization.layouts import Layout
 
 
 class CodeSampler(LatentSampler):
-    """Draws codes and decodes them, in tiles of whole networks; ``temperature`` scales the kernels.
-
-    Args:
-        network: the networks with their anchors, in evaluation mode.
-        layout: of the checkpoints.
-        settings: in which precision.
-    """
+    """Draws codes and decodes them, in tiles of whole networks; ``temperature`` scales the kernels."""
 
     network: TokenAutoencoder  # type: ignore[assignment]
 

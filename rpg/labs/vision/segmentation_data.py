@@ -54,11 +54,6 @@ class MappedImages(Dataset[Sample]):
 
     Images are brought to S×S. In training they and their maps are cut out and mirrored at random; maps to score on have
     the size they have on the disk.
-
-    Args:
-        samples: an image's file and its map's.
-        config: the data set and S.
-        training: whether they are trained on.
     """
 
     def __init__(self, samples: list[tuple[Path, Path]], config: SegmentationConfig, training: bool) -> None:

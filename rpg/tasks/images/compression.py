@@ -23,9 +23,6 @@ class Compression:
     1707.04780). Weights are quantised to symmetric codes, one scale a channel, and the gradient passes the rounding as
     it is.
 
-    Args:
-        config: what to do, and in how many steps.
-
     Attributes:
         trunk: the dense network that every run begins with, once there is one.
     """

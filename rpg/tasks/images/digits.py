@@ -76,11 +76,7 @@ def standardise(images: Tensor, image_size: int = DIGITS_SIZE) -> Tensor:
 
 
 class DigitsTask(StepwiseTask):
-    """Collects zoos of digit classifiers and scores state dicts on the digits.
-
-    Args:
-        config: the network and how it is trained.
-    """
+    """Collects zoos of digit classifiers and scores state dicts on the digits."""
 
     config: DigitsConfig
     unrecorded = ()
@@ -161,11 +157,7 @@ POOL_COPIES = 40
 
 
 class DigitsSubsetsTask(SubsetTask):
-    """Collects and scores networks for groups of digits.
-
-    Args:
-        config: the network, the unseen tasks and the recipe.
-    """
+    """Collects and scores networks for groups of digits."""
 
     config: DigitsSubsetsConfig
     class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -74,11 +74,6 @@ def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor
 def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor, where: str) -> Tensor:
     """Logits ``[n, classes]`` of one state dict.
 
-    Args:
-        network, images: as `predict_images` takes them.
-        state_dict: the weights; pruned and quantised ones are made dense.
-        where: what to call them in errors.
-
     Raises:
         InputError: it does not fit the network; names the tensor.
     """
