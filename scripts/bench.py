@@ -16,7 +16,7 @@ from _common import Figures, Parser, run_command, work_folder
 
 from rpg.cli.parameters import default_config
 from rpg.config import Config
-from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.report import accuracy
 from rpg.experiments.single import collect, scoring_task
 from rpg.generation.generator import Generator
 from rpg.training.loop import train

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,12 @@ from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.regression import Regression
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.generation.generator import Generator
+from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.zoo.zoo import Zoo
 
 Condition = Sequence[float] | None
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
@@ -50,6 +54,43 @@ class Conditions:
     asked: Tensor | None = None
     own: bool = False
     by_class: bool = False
+
+
+def conditions_asked(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
+) -> tuple[Conditions, Any]:
+    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
+    if generator.condition is None:
+        return Conditions(), None
+    places = _asked_entries(zoo, held_out, split) or trained
+    chosen = _spread(places, num)
+    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
+    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
+        return Conditions(own, others), None
+    text = zoo.condition.kind == "text"
+    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
+    if generator.texts is not None:
+        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
+    else:
+        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
+    conditions = Conditions(
+        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=not are_new(zoo.condition.kind),
+    )  # fmt: skip
+    return conditions, known[len(own) :] if text else wanted
+
+
+def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
+    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
+    if split == "validation":  # choices look at no unseen task
+        return [index for index in held_out if zoo.entries[index].split == "validation"]
+    return [index for index in held_out if zoo.entries[index].split in ("unseen", "test")] or held_out
+
+
+def _spread(places: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
+    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
+    return [chosen[i % len(chosen)] for i in range(num)]
 
 
 def conditional_baselines(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.field_measures import sample_metrics
-from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from rpg.evaluation.metrics import Summary, summarize
 from rpg.packages import install_command
 from rpg.section import Section
 from tokenization.errors import InputError
@@ -51,6 +51,49 @@ SENSORS = {"original": "trained for the sensor", "nearest_seen": "nearest", "gen
 """What kinds are called in reports on sensors, where other reports need more general words."""
 
 Values = tuple[float | None, ...]
+
+
+NUM_RESAMPLES = 2000
+
+
+class Summary(Section):
+    """What is reported of one figure over several networks.
+
+    ``ci95`` is the 95 % percentile bootstrap interval of the mean: it says how well the mean over *networks* is
+    known, not over images. With one network it has no width.
+    """
+
+    mean: float
+    max: float
+    min: float
+    std: float = Field(description="over the networks, with the n − 1 denominator; 0 for one network")
+    ci95: tuple[float, float]
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers of each network: predictions [num, images], labels [images] → float64 [num], 0 … 1."""
+    return (predictions == labels).double().mean(1)
+
+
+def summarize(values: Tensor | Iterable[float], seed: int = 0) -> Summary:
+    """Summarise one figure of each network."""
+    values = torch.as_tensor(values if isinstance(values, Tensor) else list(values), dtype=torch.float64)
+    assert values.ndim == 1 and len(values), "nothing to summarise"
+    return Summary(
+        mean=values.mean().item(),
+        max=values.max().item(),
+        min=values.min().item(),
+        std=values.std().item() if len(values) > 1 else 0.0,
+        ci95=bootstrap_interval(values, seed),
+    )
+
+
+def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of ``values``, float64 [num]; ``seed`` decides the resamples."""
+    num = len(values)
+    rows = torch.randint(num, (NUM_RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(values[rows].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 class Networks(Section):

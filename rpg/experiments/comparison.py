@@ -19,8 +19,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.judges import TaskScorer
-from rpg.evaluation.metrics import Summary, summarize
-from rpg.evaluation.report import shown
+from rpg.evaluation.report import Summary, shown, summarize
 from rpg.experiments.single import find_task, require_for_choices
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig

@@ -112,7 +112,7 @@ class Generator:
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
-        loaded.known = KnownRange.load(folder / KNOWN_FILE)
+        loaded.known = KnownRange.load(folder / KNOWN_FILE) if (folder / KNOWN_FILE).is_file() else None
         loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
         return loaded
 

@@ -15,10 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rpg.models.centre import FittedBuffers
+from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge
-from rpg.models.state import StateConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.centre import StateConfig
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.base import TimeEmbedding
-from rpg.models.state import StateConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
 

@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
 from rpg.models.batch import Batch, CodeBatch, Loss
-from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre
+from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.kernel_regression import condition_groups
-from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
 from tokenization.layouts import Layout
 

@@ -26,8 +26,7 @@ from tokenization.checkpoint.tensor_file import TensorFile, save_checkpoint
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
 from tokenization.files import temporary_name
-from tokenization.zoo.cache import cached_tensors
-from tokenization.zoo.form import MARK, Form
+from tokenization.zoo.cache import MARK, Form, cached_tensors
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 from rpg.models.backbone import build_backbone
 from rpg.models.backbone.transformer import TransformerConfig
-from rpg.models.centre import FittedBuffers
+from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, position_embedding
-from rpg.models.state import StateConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import DTYPES, convert_floats, use_threads
-from rpg.tasks.images.collection import train_run
-from rpg.tasks.images.compression import Compression
+from rpg.tasks.images.collection import Compression, train_run
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
 from rpg.tasks.images.networks import build_network

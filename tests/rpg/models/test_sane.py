@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from rpg.config import Config
-from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.report import accuracy
 from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
 from rpg.generation.samplers import GROUP
