@@ -136,7 +136,7 @@ def _forget(made: PageResult | None) -> None:
 def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> str:
     try:
         image = event.image
-    except (AttributeError, TypeError):  # what came is no picture
+    except (AttributeError, TypeError):  # what came is not a picture
         image = None
     counts = drawn(image)
     if made is None:

@@ -31,7 +31,7 @@ def unseen(
     path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo, training, comparison with simple baselines.
+    """Networks for unseen tasks: zoo, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """

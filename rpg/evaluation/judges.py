@@ -146,9 +146,9 @@ class OwnScorer:
 
 
 class TaskScorer:
-    """A task on one split of its data: of a family of tasks that which a network was made for.
+    """Scores networks by a task, on one split of its data; in a family, by the task that the network was made for.
 
-    Of an adapter that was made for none of them in particular, the mean over all.
+    An adapter that was made for no particular task gets the mean over all of them.
 
     Args:
         task: predicts, or scores networks of a family.
@@ -197,7 +197,7 @@ class TaskScorer:
 
 
 def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[float] | None, where: str) -> Answer:
-    """What a scorer finds of a network; of a single classifier also what it predicts. Raises as the scorer does."""
+    """A network's metrics and, for a single classifier, its predictions. Raises as the scorer does."""
     if scorer is None:
         return Answer({})
     if isinstance(scorer, StoredScorer):

@@ -96,7 +96,7 @@ class _Kind:
         return Projections.join([each.projections for each in self.seen])
 
     def stacked(self, name: str) -> Tensor | None:
-        """What all networks answer; None where one does not."""
+        """The answers of all networks, stacked; None if one has none."""
         found = [getattr(each.answer, name) for each in self.seen]
         return None if not found or any(each is None for each in found) else torch.stack(found)
 
@@ -105,7 +105,7 @@ class Evaluation:
     """Looks at networks of all kinds; `report` says what was found.
 
     Args:
-        scorer: judges; None where nothing does, and networks are told apart by their weights alone.
+        scorer: computes metrics; None to compare networks by their weights alone.
         zoo: the checkpoints that a generator learned from, or would.
         config: baselines and distances.
         conditions: what networks are made for.

@@ -115,7 +115,7 @@ class Networks(Section):
         {},
         description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks",
     )
-    extras: dict[str, Any] = Field({}, description="figures of the kind as a whole, for example one_nna")
+    extras: dict[str, Any] = Field({}, description="metrics of the kind as a whole, for example one_nna")
 
 
 class Curve(Section):
@@ -168,7 +168,7 @@ class Report(Section):
         return SENSORS.get(kind, label_of(kind)) if self.experiment in OF_SENSORS else label_of(kind)
 
     def mean(self, kind: str, metric: str | None = None) -> float | None:
-        """Mean of a metric, the first when None, over a kind; None where it is not known."""
+        """Mean of a metric (default: the first) over a kind; None if unknown."""
         found = self.kinds.get(kind)
         summary = found and found.summaries.get(metric or self.first)
         return summary.mean if summary else None
@@ -279,12 +279,12 @@ def plain(values: Any) -> Any:
 
 
 def finite_values(values: Tensor | Iterable[float | None]) -> Values:
-    """Numbers as JSON may hold them: None where they are not finite."""
+    """Numbers for JSON: None for what is not finite."""
     return tuple(None if each is None or not math.isfinite(each) else float(each) for each in plain(values))
 
 
 def nearest_of(kind: Networks, name: str = "nearest") -> float | None:
-    """Median distance of a kind's networks; None where it is not known."""
+    """Median distance of a kind's networks; None if unknown."""
     known = [each for each in kind.distances.get(name, ()) if each is not None]
     return float(np.median(known)) if known else None
 

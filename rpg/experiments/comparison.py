@@ -1,7 +1,7 @@
 """Choosing a generator on validation data while it is trained, and several kinds of model side by side.
 
-A user wants the best networks, whoever writes them, and a diffusion that is no better than a regression has learned
-nothing. The test split and unseen tasks are never looked at.
+A diffusion that is no better than a regression has learned nothing. The test split and unseen tasks are never looked
+at.
 
 T tasks, C condition values, N networks.
 """

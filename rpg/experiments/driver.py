@@ -80,7 +80,7 @@ def experiment_of(
     function = judge.reference if judge is not None else None
     if function is None and compares_tasks(config):
         if judge is not None and (judge.lower or judge.higher):
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+            raise InputError("--lower and --higher need --score")
         task = task_family(config)
         require_splits(task)
         bits = requested_task(task, config, path_condition) if path_condition is not None else None

@@ -59,13 +59,13 @@ class Judge:
     higher: Collection[str] = ()
 
     def scorer(self, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:
-        """What gives metrics; None where neither user nor configuration nor zoo says how."""
+        """What computes metrics; None if neither the user nor the configuration nor the zoo says how."""
         if callable(self.reference):
             return OwnScorer(self.reference, getattr(self.reference, "__name__", "score"), adapter)
         if self.reference is not None:
             return load_scorer(self.reference, adapter)
         if self.lower or self.higher:
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+            raise InputError("--lower and --higher need --score")
         if config.task is None and zoo.task is None:
             return None
         names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()

@@ -75,7 +75,7 @@ class Methods:
     def networks(
         self, originals: TaskNetworks, own: bool, extra: Mapping[str, Parts] | None = None
     ) -> dict[str, Parts]:
-        """Every method's networks for the tasks of ``originals`` that are this process's; nothing where there are none.
+        """Every method's networks for this process's share of the tasks of ``originals``; empty without a share.
 
         Args:
             originals: trained for the tasks.
@@ -120,7 +120,7 @@ class Methods:
 
 
 def untrained(task: TaskFamily, zoo: Zoo, bits: Tensor, part_size: int) -> dict[str, Parts]:
-    """What the training of each task ``[T, C]`` began with, by the name it is reported under."""
+    """The initial weights of training for each task ``[T, C]``, by the name that reports give them."""
     parts = bits.split(part_size)
 
     def made(name: str) -> Parts:
@@ -273,12 +273,12 @@ def diversity(
 
 
 def task_family(config: Config) -> Any:
-    """The family of binary tasks of a configuration. Raises InputError if it is none."""
+    """The configuration's family of binary tasks. Raises InputError for any other task."""
     task = build_task(config.task) if config.task is not None else None
     if not isinstance(task, TaskFamily):
         found = "none" if config.task is None else config.task.name
         raise InputError(
-            f"task.name is {found}, which is no family of binary tasks; see configs/digits_unseen.yaml and "
+            f"task.name is {found}, which is not a family of binary tasks; see configs/digits_unseen.yaml and "
             "configs/lora/tiny.yaml"
         )
     if task.condition.kind != "binary":
@@ -293,7 +293,7 @@ def _report(
     generator: Generator, zoo: Zoo, task: TaskFamily, scored: Mapping[str, SplitScores], split: str, seed: int,
     extras: dict[str, Any],
 ) -> Report:  # fmt: skip
-    """What every family reports, and of image tasks the summed base network, the worst tasks and several networks."""
+    """The report of a family; for image tasks also the summed base network, worst tasks and diversity."""
     kinds = {}
     if isinstance(task, ImageTaskFamily):
         probabilities = task.base_probabilities(zoo, split)

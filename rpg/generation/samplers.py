@@ -72,7 +72,7 @@ class LatentSampler:
         return unflatten_values(self.layout, values[: tile.num_networks])
 
     def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
-        """Standardised latents of a tile, filled up with networks that nobody asked for, ``[GROUP, Z]``."""
+        """Standardised latents of a tile, padded with networks that are discarded, ``[GROUP, Z]``."""
         rng = make_rng(request.seed, "tile", tile.network, 0, device=self.device)
         noise = torch.randn(GROUP, self.network.config.latent_size, generator=rng, device=self.device)
         if self.network.config.variational:

@@ -170,7 +170,7 @@ class RecurrentDiffusion(nn.Module):
     def known(
         self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor, initial: Tensor | None = None
     ) -> Tensor | None:
-        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none.
+        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None without one.
 
         Starts ``[G, L, D]`` are a part of it: what they have to change by is left to the denoiser.
         """

@@ -163,7 +163,7 @@ class SavedTraining:
         save_checkpoint(self.path, tensors, {STEP: str(step)})
 
     def load(self) -> int:
-        """Take up the saved state and return its step; 0 where there is none.
+        """Restore the saved state and return its step; 0 without one.
 
         Raises:
             InputError: the file is broken.

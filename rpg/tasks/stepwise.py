@@ -182,7 +182,7 @@ class FinetunedTask(StepwiseTask):
         return network.state_dict() if self.is_whole else self.chosen(network)
 
     def train_run(self, zoo: Zoo, run: int, tick: Tick) -> Iterator[Kept]:
-        """Train the base network if there is none yet, and fine-tune it; checkpoints may be moving averages."""
+        """Train the base network unless its file exists, and fine-tune it; checkpoints may be moving averages."""
         network, steps, average = self.base_network(tick), self.steps(), getattr(self.config, "average", 0.0)
         names = set(self.part(network))
         for name, parameter in network.named_parameters():
@@ -241,7 +241,7 @@ class FinetunedTask(StepwiseTask):
         return train_step(optimizer, partial(self.loss, network, batch, step), rate, self.config.seed, step)
 
     def base(self) -> StateDict:
-        """The base network's tensors. Raises InputError if there is none, or it is another network's."""
+        """The base network's tensors. Raises InputError if the file is missing or is another network's."""
         path = Path(self.config.base)
         if not path.is_file():
             raise InputError(f"task.base {path} is not there; collect the zoo, which writes it, or name the right file")

@@ -197,7 +197,7 @@ def save_checkpoint(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} has the ending {path.suffix!r}; name a file that ends in '.safetensors'")
+        raise InputError(f"{path} has the suffix {path.suffix!r}; name a file that ends in '.safetensors'")
     tensors = check_tensors(state_dict, path)
     for name, tensor in tensors.items():
         if name == "__metadata__" or tensor.dtype not in CODES:

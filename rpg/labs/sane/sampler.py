@@ -35,7 +35,7 @@ class CodeSampler(LatentSampler):
         return self.network.decode(latents)[: tile.num_networks] * mask
 
     def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
-        """Codes of a tile, filled up with networks that nobody asked for, ``[GROUP, L, Z]``."""
+        """Codes of a tile, padded with networks that are discarded, ``[GROUP, L, Z]``."""
         rngs = [make_rng(request.seed, "codes", tile.network + i) for i in range(GROUP)]
         codes = self.network.draw(*random_numbers(self.network, rngs, request.temperature))
         if watch is not None:

@@ -1,6 +1,6 @@
 """The task ``training_runs``: many runs on the digits, each from its first weights to convergence, at many stages.
 
-The target network keeps all values of a hidden unit in one row. Hidden units have no order: whoever reads the rows can
+The target network keeps all values of a hidden unit in one row. Hidden units have no order: a reader of the rows can
 treat them alike, and a row holds what decides how its unit is trained. All runs see all training images in every step,
 so that a run is a function of its first weights.
 

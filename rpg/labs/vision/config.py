@@ -78,7 +78,7 @@ class DetectionConfig(VisionConfig):
     )
     pretrained: bool = Field(
         False,
-        description="start from ImageNet weights of the backbone, fetched where task.base is no file; its batch norms "
+        description="start from ImageNet weights of the backbone, fetched if task.base does not exist; its batch norms "
         "are then frozen, as torchvision does",
     )
     data: Annotated[CanvasesData | CocoData, Field(discriminator="kind")] = CanvasesData()

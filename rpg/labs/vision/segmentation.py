@@ -91,7 +91,9 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
     known = models.list_models(module=models.segmentation)
     if name not in known:
         ours = ["unet-mini", *(f"segformer-{each}" for each in SEGFORMERS)]
-        raise InputError(f"task.network {name!r} is no segmentation network; choose one of {', '.join(ours + known)}")
+        raise InputError(
+            f"task.network {name!r} is not a segmentation network; choose one of {', '.join(ours + known)}"
+        )
     return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
 
 

@@ -17,7 +17,7 @@ from rpg.seeding import permutation
 from tokenization.errors import InputError
 
 IGNORED = 255
-"""The class of pixels that count neither in training nor in figures."""
+"""The class of pixels that are ignored in training and in metrics."""
 
 NUM_CLASSES = {"canvases": 11, "ade20k": 150, "voc": 21}
 

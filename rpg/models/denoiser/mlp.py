@@ -5,7 +5,7 @@ the diffusion head of arXiv 2406.11838 and the adaLN-Zero modulation of arXiv 22
 modulation is a *sum* of a part of the prototype and a part of the time. The former is then computed once per
 token, the latter once per sampling step.
 
-`Decoder` is no diffusion: an MLP of the prototype alone, the deterministic control and the cheapest kind. Where a
+`Decoder` is not a diffusion: an MLP of the prototype alone, the deterministic control and the cheapest kind. Where a
 condition leaves one right network, there is nothing to draw; noise then only has to be unlearned.
 Shape letters: N sampled tokens, D token width, H model width; W denoiser width, M all modulations of a token.
 """

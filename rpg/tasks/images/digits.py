@@ -26,7 +26,7 @@ MOST = 16
 """The brightest pixel of scikit-learn's digits."""
 NUM_VALIDATION = 250
 NUM_TEST = 500
-SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
+SPLIT_SEED = 0  # part of the task's definition: metrics of different zoos are comparable
 
 
 @cache

@@ -61,7 +61,7 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
         workers: processes that decode.
 
     Returns:
-        None where the preparation or the labels are not known, or the disk has no room: images are then read anew.
+        None if the preparation or the labels are unknown, or the disk is full: images are then decoded each time.
 
     Raises:
         InputError: an image cannot be read; names it.

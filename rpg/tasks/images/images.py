@@ -148,18 +148,20 @@ def augment(
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
+def class_files(root: Path, kind: str, suffixes: set[str]) -> tuple[list[Path], list[int], list[str]]:
     """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
 
     Raises:
-        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
+        InputError: the folder holds no such file; ``kind`` names the ``suffixes`` in the message.
     """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
+    files = [
+        (f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in suffixes
+    ]
     if not files:
         raise InputError(
             f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
-            f"({', '.join(sorted(endings))})"
+            f"({', '.join(sorted(suffixes))})"
         )
     return [file for file, _ in files], [label for _, label in files], classes
 

@@ -14,7 +14,7 @@ from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.unseen_tasks import base_summed
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.single import for_choices, scoring_task, train_or_continue
+from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
@@ -274,9 +274,3 @@ def test_classes_become_the_vector(experiment, capsys):
 def test_other_tasks_are_refused():
     with pytest.raises(InputError, match="family of binary tasks"):
         task_family(Config.load("configs/digits.yaml"))
-
-
-def test_a_family_is_not_scored_as_a_single_task(experiment):
-    config, _ = experiment
-    with pytest.raises(InputError, match="rpg unseen"):
-        scoring_task(config, Zoo.open(config.zoo))
