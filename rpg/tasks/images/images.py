@@ -77,7 +77,9 @@ def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tens
     Raises:
         InputError: it does not fit the network; names the tensor.
     """
-    expected, state_dict = network.eval().state_dict(), dense(state_dict)
+    expected = network.eval().state_dict()
+    if state_dict.keys() != expected.keys():  # pruned or quantised weights have tensors of their own
+        state_dict = dense(state_dict)
     check_structure(state_dict, expected, where)
     weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
     with torch.no_grad():
