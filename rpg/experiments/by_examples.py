@@ -1,4 +1,4 @@
-"""Networks generated from a few examples, labelled or not, beside what a user would do with them."""
+"""Networks generated from a few examples, labelled or not, compared with other uses of the same examples."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec | None, rng:
 
 
 class ExampleConditions:
-    """Puts examples in the place of what zoos say of their tasks.
+    """Replaces the zoo's conditions by examples of the tasks.
 
     Args:
         task: shows them.

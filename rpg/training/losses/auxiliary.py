@@ -1,4 +1,4 @@
-"""Losses beside the denoiser's own: generated networks are run, and what they answer is scored.
+"""Losses beside the denoiser's own: generated networks are run and their outputs scored.
 
 A part of every batch is put at the last time, so that what is scored is what one sampling step generates. E examples or
 networks, L tokens, D token width, K states, S state width.

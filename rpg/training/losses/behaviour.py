@@ -1,4 +1,4 @@
-"""Behaviour loss: the predicted weights are run, and what they answer on seen tasks' training images is scored.
+"""Behaviour loss: the predicted weights are run on training images of seen tasks, and their outputs scored.
 
 A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
 sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
@@ -28,7 +28,7 @@ from tokenization.zoo.zoo import Zoo
 
 
 class BehaviourLoss:
-    """Scores predicted tokens by what the decoded networks do.
+    """Scores predicted tokens by the outputs of the decoded networks.
 
     Args:
         task: runs the networks.
@@ -96,7 +96,7 @@ class BehaviourLoss:
         self.seconds += time.perf_counter() - self._backward_started
 
     def fraction_of(self, seconds: float) -> str:
-        """What it cost, forward and backward, as a fraction of a run's seconds."""
+        """The time it took, forward and backward, as a fraction of a run's seconds."""
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
