@@ -1,8 +1,8 @@
 """New codes of whole checkpoints: from a diffusion prior, or in closed form from a kernel density of the zoo's.
 
-The prior is flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv 2206.00364), on vectors
-``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a code, the tokens that
-are made from it belong to one network.
+The prior is flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv
+2206.00364), on vectors ``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a
+code, the tokens that are made from it belong to one network.
 
 Letters: B codes, m code values, W width; of the density n checkpoints, S values of a state, r directions.
 """

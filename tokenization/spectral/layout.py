@@ -1,4 +1,4 @@
-"""A layout whose tokens are coefficients along the zoo's directions, ``[T, k]`` in place of ``[L, D]``; its reader and writer."""
+"""A layout whose tokens are coefficients along the zoo's directions, ``[T, k]`` with reader and writer."""
 
 from __future__ import annotations
 
