@@ -13,9 +13,6 @@ from rpg.cli.scoring import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
-TASKS = {"fields": "fields", "metric": "training_runs", "demo": "sensors"}
-"""The task of commands that are for one alone."""
-
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
     """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
@@ -34,7 +31,7 @@ def unseen(
     path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo, training, comparison with simple baselines.
+    """Networks for unseen tasks: zoo, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
@@ -160,12 +157,14 @@ def experiment(
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.folders import find_folder, require_files
     from rpg.generation.sampler import join_processes
+    from rpg.tasks.config import TASKS
     from rpg.training.run_folder import saved_config
     from tokenization.zoo.locks import locked
 
     task = settings.task.name if settings.task is not None else "none"
-    if task != TASKS.get(command, task):
-        raise InputError(f"task.name is {task}, but `rpg {command}` is for {TASKS[command]}; use `rpg run`")
+    wanted = next((name for name, each in TASKS.items() if each.command == command), task)
+    if task != wanted:
+        raise InputError(f"task.name is {task}, but `rpg {command}` is for {wanted}; use `rpg run`")
     partition, place = join_processes(device)
     words = [
         f"rpg {command}",
