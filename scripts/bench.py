@@ -14,11 +14,11 @@ from typing import Any
 
 from _common import Figures, Parser, run_command, work_folder
 
-from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.evaluation.report import accuracy
 from rpg.experiments.single import collect, find_task
 from rpg.generation.generator import Generator
+from rpg.section import default_config
 from rpg.training.loop import train
 
 

@@ -37,7 +37,7 @@ def unseen(
     """
     from rpg.experiments.unseen_tasks import task_family
 
-    settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
+    settings = load(config, overrides, "digits_unseen.yaml")
     task_family(settings)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "unseen", split=split, seeds=seeds, path_condition=path_condition, **how)
@@ -55,7 +55,7 @@ def lora(
     """
     from rpg.experiments.driver import require_adapters
 
-    settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
+    settings = load(config, overrides, "lora/tiny.yaml")
     require_adapters(settings)
     judge = (function, lower or (), higher or ())
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
@@ -67,7 +67,7 @@ def fields(
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
-    settings = load(config or o.default_config("fields.yaml"), overrides)
+    settings = load(config, overrides, "fields.yaml")
     return experiment(settings, "fields", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
@@ -76,7 +76,7 @@ def metric(
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Networks with a target loss: training runs, a generator that continues from weights, optimizers beside it."""
-    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    settings = load(config, overrides, "gpt.yaml")
     return experiment(settings, "metric", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
@@ -97,7 +97,7 @@ def demo(
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
-    settings = load(config or o.default_config("demo.yaml"), overrides)
+    settings = load(config, overrides, "demo.yaml")
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "demo", split=split, seeds=seeds, **how)
 

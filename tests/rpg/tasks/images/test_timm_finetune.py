@@ -91,6 +91,7 @@ def test_predictions_are_those_of_the_base_network_with_the_tensors_in_it(folder
     assert (predictions == labels).double().mean() > 0.7
 
 
+@pytest.mark.slow
 def test_pdiff_generates_them(folder, zoo):
     stage = {"steps": 5, "learning_rate": 1e-3, "batch_size": 5}
     tree = {
