@@ -149,9 +149,9 @@ class Descriptions(ExampleConditions):
         """The features ``[T, F]`` of the tasks ``[T, C]``, which a description is read as."""
         return self.settings.inputs(tasks)
 
-    def describe(self, tasks: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
-        """The tasks ``[T, C]`` in words."""
-        return self.task.describe(tasks.cpu(), rng, held_out)  # type: ignore[attr-defined]
+    def describe(self, tasks: Tensor, rng: torch.Generator, split: str = "train") -> list[str]:
+        """The tasks ``[T, C]`` in words of a split."""
+        return self.task.describe(tasks.cpu(), rng, split)  # type: ignore[attr-defined]
 
     def reading_loss(self, reader: nn.Module, step: int, fresh: bool) -> Tensor:
         """Mean squared error of the features that are read in taught wordings of fresh tasks, or of the zoo's.
