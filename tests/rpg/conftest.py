@@ -82,7 +82,7 @@ def words_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
     places = (f"zoo={folder / 'zoo'}", f"run={folder / 'run'}")
     config = Config.load(f"{CONFIGS}/sensors_words.yaml", [*SMALL_SENSORS, *places, "evaluate.informed=0",
-                         "evaluate.fine_tuning=[]"])  # fmt: skip
+                         "evaluate.fine_tuning=[]", "train.networks=null"])  # fmt: skip
     build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
     train(config, say=lambda _: None)
     return folder / "run"
@@ -94,7 +94,7 @@ def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     for name in ("examples", "examples_zoo", "draws"):
         places = (f"zoo={folder / 'zoo'}", f"run={folder / name}")
-        config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places])
+        config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places, "train.networks=null"])
         build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
         train(config, say=lambda _: None)
     return folder
