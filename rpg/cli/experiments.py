@@ -160,6 +160,7 @@ def experiment(
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.folders import find_folder, require_files
     from rpg.generation.sampler import join_processes
+    from rpg.training.run_folder import saved_config
     from tokenization.zoo.locks import locked
 
     task = settings.task.name if settings.task is not None else "none"
@@ -168,7 +169,7 @@ def experiment(
     partition, place = join_processes(device)
     words = [
         f"rpg {command}",
-        *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": path_condition}.items() if v),
+        *(f"{n} {v}" for n, v in {"--split": split, "--denoising-path": path_condition}.items() if v),
     ]
     if split == "test":
         require_files(find_folder(settings.run))
@@ -178,6 +179,9 @@ def experiment(
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:
             _guard_memory(settings, ignore_memory)
+            if saved_config(settings.run) is not None:
+                said = f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
         with (
             progress_bar("collecting") as collecting,
             training_bar(f"training on {place}") as training,

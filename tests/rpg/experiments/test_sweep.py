@@ -38,6 +38,7 @@ def sweep(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, sweep):
     said: list[str] = []
     table = run_sweep(sweep, jobs=2, say=said.append)
