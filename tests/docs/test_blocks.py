@@ -24,7 +24,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("rpg.cli.parameters.default_config", lambda name: tmp_path / "configs" / name)
+    monkeypatch.setattr("rpg.section.default_config", lambda name: tmp_path / "configs" / name)
     before = set(sys.modules)
     sandbox = Sandbox(tmp_path, SMALL)
     if page.stem in PREPARED:
