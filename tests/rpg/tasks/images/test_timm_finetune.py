@@ -115,6 +115,7 @@ def test_training_of_the_base_that_was_killed_goes_on_to_the_same_bits(folder, t
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_pdiff_generates_them(folder, zoo):
     stage = {"steps": 5, "learning_rate": 1e-3, "batch_size": 5}
     tree = {
