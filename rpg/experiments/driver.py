@@ -136,6 +136,9 @@ def run_experiment(
     for number in range(seeds):
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
+        if number and config.train.networks is not None:  # each seed's of the other run
+            networks = str(Path(config.train.networks) / f"seed-{each.seed}")
+            each = each.model_copy(update={"train": config.train.model_copy(update={"networks": networks})})
         experiment.train(each, progress=progress.get("train"), watch=progress.get("watch"))
         further = experiment.further if number else {}
         reports.append(experiment.evaluate(run, seed=each.seed, **{**options, **further}))

@@ -99,10 +99,10 @@ class ExampleTask(Task, Protocol):
 class DescribedTask(Task, Protocol):
     """Tasks with conditions that can be described in words."""
 
-    def describe(self, conditions: Tensor, rng: Generator, held_out: bool = False) -> list[str]:
+    def describe(self, conditions: Tensor, rng: Generator, split: str = "train") -> list[str]:
         """A description of each of T tasks ``[T, C]``, phrases between commas, in any of many wordings.
 
-        Those of ``held_out`` are never taught.
+        Those of ``validation`` and ``test`` are never taught.
         """
 
 

@@ -41,7 +41,7 @@ from rpg.training.data import (
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import Descriptions, example_conditions, fresh_codes
+from rpg.training.examples import Descriptions, example_conditions, fresh_codes, take_networks
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
@@ -87,6 +87,8 @@ class Trainer:
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.fit_closed_form()
+        if config.train.networks is not None:
+            take_networks(self.network, self.layout, config.train.networks)
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
         self.earlier_seconds = 0.0 if saved is None else seconds_of(saved)
