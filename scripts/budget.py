@@ -1,6 +1,7 @@
 """Time the commands of README's table, and say what grew: `python scripts/budget.py [--only unseen] [--limit 900]`.
 
-Each command runs in an empty folder. Its processor seconds, peak memory and mean figures go into scripts/budget.json.
+Each command runs in an empty folder, its processes on one thread each, so that processor seconds do not depend on how
+many cores wait. Its processor seconds, peak memory and mean figures go into scripts/budget.json.
 What takes 30 % more than that file says, on a processor of the same name, or has figures that differ by more than a
 hundredth is said, and the exit code is then 1; so is a command that fails or does not end within the limit.
 """
@@ -82,6 +83,7 @@ def main() -> dict[str, Any]:
     arguments = parser.parse_args()
     known = json.loads(FILE.read_text()) if FILE.is_file() else {}
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
     grown = 0
     for line, words in commands().items():
         before = known.get(line, {})
