@@ -58,17 +58,18 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 # One core checks types while the other begins with the tests: the files that take longest first, each on one worker, so
-# that what a file prepares is made once. Notebooks run in CI: make notebooks.
+# that what a file prepares is made once (groups of xdist 3.8 do nothing with pytest 9.2). Notebooks run in CI: make notebooks.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target lint pytest
 
 pytest: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 notebooks: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m notebook
 
-# Large real networks: minutes, and gigabytes of memory.
+# Whole journeys (pages of the documentation, launches, a hundred kills, sweeps) and large real networks: half an hour, and
+# gigabytes of memory. Before a release, and after a change to what they walk through.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 

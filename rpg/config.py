@@ -15,7 +15,7 @@ from rpg.evaluation.config import EvaluateConfig
 from rpg.generation.config import GenerateConfig
 from rpg.migration import migrate, with_model_kind
 from rpg.models import ModelConfig, RecurrentConfig
-from rpg.section import Section, read_mapping, validated
+from rpg.section import Section, default_config, exists, read_mapping, validated
 from rpg.tasks.config import TaskConfig
 from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
@@ -48,12 +48,16 @@ class Config(Section):
         """Read a YAML file; ``overrides`` are ``section.field=value`` with YAML values.
 
         A file may name another as ``extends: other.yaml`` (relative to itself) and say only what differs. Of several,
-        ``extends: [first.yaml, second.yaml]``, later ones win.
+        ``extends: [first.yaml, second.yaml]``, later ones win. A ``configs/…`` that is not there is the package's own.
 
         Raises:
             InputError: the file is missing or not YAML, a key is unknown, or a value is impossible.
         """
-        tree = with_model_kind(_read_tree(Path(path)))
+        path = Path(path)
+        if path.parts[:1] == ("configs",) and not exists(path):
+            own = default_config(str(Path(*path.parts[1:])))
+            path = own if exists(own) else path
+        tree = with_model_kind(_read_tree(path))
         for override in overrides or []:
             _apply(tree, override)
         return cls.parse(tree, str(path))

@@ -58,6 +58,13 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
     return tree
 
 
+def default_config(name: str) -> Path:
+    """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return (inside if inside.is_dir() else package.parent / "configs") / name
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or variant."""
     return path.is_file() or find_variant(path) is not None

@@ -14,11 +14,11 @@ from typing import Any
 
 from _common import Figures, Parser, run_command, work_folder
 
-from rpg.cli.parameters import default_config
 from rpg.config import Config
-from rpg.evaluation.metrics import accuracy
-from rpg.experiments.single import collect, scoring_task
+from rpg.evaluation.report import accuracy
+from rpg.experiments.single import collect, find_task
 from rpg.generation.generator import Generator
+from rpg.section import default_config
 from rpg.training.loop import train
 
 
@@ -47,7 +47,7 @@ def measure(
     overrides = [f"zoo={options.zoo}", f"run={folder / name}", "train.save_every=1000000"]
     config = Config.load(default_config(name), overrides)
     zoo = collect(config)
-    task = scoring_task(config, zoo)
+    task: Any = find_task(config, zoo)
     step_seconds = seconds_per_step(name, overrides)
     steps = max(1, int(options.seconds / step_seconds))
     config = Config.load(default_config(name), [*overrides, f"train.steps={steps}"])

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from _common import GIB, Figures, Parser, alone, make_zoo, measured, run_command, work_folder
 
-from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
@@ -30,6 +29,7 @@ from rpg.models.denoiser import build_denoiser
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
+from rpg.section import default_config
 from rpg.seeding import make_rng
 from rpg.training.trainer import Trainer, build_network, fit_closed_form
 from tokenization.layouts import fit_layout

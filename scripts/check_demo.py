@@ -16,12 +16,8 @@ DIVERSITY, AHEAD = 0.1, 5.0
 
 def faults(scores: dict[str, Any], points: float) -> list[str]:
     """What is wrong with the networks of an ``evaluation.json``."""
-    if "kinds" in scores:
-        mean = {name: each["summaries"]["accuracy"]["mean"] for name, each in scores["kinds"].items() if each["count"]}
-        spread = scores["extras"].get("spread")
-    else:
-        kinds = {name: scores[name] for name in ("original", "generated")} | (scores.get("baselines") or {})
-        mean, spread = {name: each["accuracy"]["mean"] for name, each in kinds.items()}, scores.get("spread")
+    mean = {name: each["summaries"]["accuracy"]["mean"] for name, each in scores["kinds"].items() if each["count"]}
+    spread = scores["extras"].get("spread")
     generated = mean.pop("generated")
     if scores.get("experiment") == "sensors":
         name, best = max(

@@ -12,12 +12,12 @@ from _common import Figures, Parser, alone, make_zoo, run_command, work_folder
 from rich.console import Console
 from rich.table import Table
 
-from rpg.cli.parameters import default_config
 from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.planning.peak import peak_resident_bytes
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
+from rpg.section import default_config
 from rpg.training.loop import train
 from tokenization.zoo.zoo import Zoo
 

@@ -22,12 +22,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one worker (`--dist loadgroup`), so that its fixtures are made once; but pages one by one."""
+    """Begin with the files that take longest."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
-    for item in items:
-        name = item.name if item.path.stem == "test_blocks" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def small_network() -> nn.Module:

@@ -99,7 +99,7 @@ def test_an_installed_package_works_far_from_the_checkout(away: Command) -> None
     assert network == "vit_base_patch16_224"
     assert "site-packages" in file and str(ROOT) not in said
     assert away("rpg", "--version") == away("python", "-m", "rpg", "--version") == f"rpg {rpg.__version__}\n"
-    assert "Networks for tasks nobody trained" in away("rpg", "unseen", "--help")
+    assert "Networks for unseen tasks" in away("rpg", "unseen", "--help")
     found = json.loads(away("rpg", "doctor", "--json"))
     assert found["unmet"] == []
     assert found["versions"]["torch"].startswith(os.environ.get("PACKAGE_TORCH", ""))

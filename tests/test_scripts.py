@@ -14,7 +14,6 @@ MISTAKES = [
     ("resplit", ["one"]),
     ("resplit", ["missing.yaml", "zoo"]),
     ("bench", ["--seconds", "long"]),
-    ("bench_adapters", ["--num", "few"]),
     ("gpu_checks", ["unknown"]),
     ("bench_scale", ["--networks", "unknown"]),
     ("bench_tokenization", ["--normalization", "unknown"]),

@@ -183,10 +183,6 @@ def remove_abandoned(folder: Path, pattern: str = "*") -> None:
     """Delete the temporary files and folders in ``folder`` that a process of this machine was filling when killed.
 
     Those of processes that run, and of other machines, stay: they may be at work in the same folder.
-
-    Args:
-        folder: where to look.
-        pattern: what they were to be called.
     """
     owner = re.compile(rf"\.{re.escape(platform.node())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     for path in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):

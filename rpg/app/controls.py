@@ -134,7 +134,7 @@ def _metric(scale: MetricScale) -> Controls:
 
     def read(value: float | None) -> dict[str, Any]:
         if value is None or not math.isfinite(value):
-            raise InputError(f"{scale.name} is no number; give one from {scale.low:.3g} to {scale.high:.3g}")
+            raise InputError(f"{scale.name} is not a number; give one from {scale.low:.3g} to {scale.high:.3g}")
         return {"condition": [float(value)]}
 
     return Controls([value], read)

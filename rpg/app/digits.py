@@ -54,7 +54,7 @@ def reads_examples(run: LoadedRun) -> bool:
 
 
 def drawn(url: Any) -> Tensor:
-    """The digit on a canvas, from its data URL: counts ``[8, 8]``. Raises InputError if it is none, or empty."""
+    """The digit on a canvas, from its data URL: counts ``[8, 8]``. Raises InputError if it is no image or empty."""
     if not isinstance(url, str) or not url.startswith(PREFIX) or len(url) > MOST_CHARACTERS:
         raise InputError("what was drawn did not arrive as a picture; draw it again")
     try:
@@ -81,7 +81,7 @@ def _grey(source: Any, name: str) -> Tensor:
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whatever Pillow says of broken files
-        raise InputError(f"{name} is no picture that can be read; give a PNG or JPEG file of one digit") from None
+        raise InputError(f"{name} is not a picture that can be read; give a PNG or JPEG file of one digit") from None
     border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     return 1 - grey if border.median() > 0.5 else grey
 
@@ -133,7 +133,7 @@ def classes_of(run: LoadedRun, files: Sequence[Path]) -> list[int]:
     """The digits that images show: by the base network of a family, of fields by the most similar digit in the zoo.
 
     Raises:
-        InputError: a file is no image of a digit, or the zoo has no base network.
+        InputError: a file is not an image of a digit, or the zoo has no base network.
     """
     if not files:
         raise InputError("there is no example; give one picture of a digit at least")

@@ -51,13 +51,7 @@ class Neighbour:
 
 
 class Originals:
-    """What a generator learned from, placed once. Raises InputError if there is nothing, or it is broken.
-
-    Args:
-        generator: its layout says how checkpoints are compared.
-        zoo: the checkpoints.
-        task: of fields, altered copies are left out.
-    """
+    """What a generator learned from, placed once. Raises InputError if there is nothing, or it is broken."""
 
     def __init__(self, generator: Generator, zoo: Zoo, task: Task | None) -> None:
         config = generator.config
@@ -110,7 +104,7 @@ class Originals:
 
 
 def told(spec: ConditionSpec | None, condition: Sequence[float] | str | None) -> str:
-    """A condition in words; nothing where there is none."""
+    """A condition in words; empty without one."""
     if condition is None or isinstance(condition, str):
         return condition or ""
     if isinstance(condition, Tensor):
@@ -292,7 +286,7 @@ class LoadedRun:
                 made.shared_errors = error_iou(first, second, labels).diagonal().tolist()
 
     def _values(self, condition: Any) -> Sequence[float] | None:
-        """A condition as the zoo's entries have it; None of a text that it does not have."""
+        """A condition in the zoo's form; None for a text that the zoo does not contain."""
         if isinstance(condition, Tensor):
             return None
         if not isinstance(condition, str):

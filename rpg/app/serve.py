@@ -49,12 +49,7 @@ def theme() -> Any:
 
 
 def build_page(run: LoadedRun, folder: Path) -> Any:
-    """The page of a run, as Gradio's blocks.
-
-    Args:
-        run: what it is about.
-        folder: where it writes; the caller removes it.
-    """
+    """The page of a run, as Gradio's blocks."""
     with gr.Blocks(
         title=f"rpg: {Path(run.name).name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)
     ) as page:
@@ -141,7 +136,7 @@ def _forget(made: PageResult | None) -> None:
 def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> str:
     try:
         image = event.image
-    except (AttributeError, TypeError):  # what came is no picture
+    except (AttributeError, TypeError):  # what came is not a picture
         image = None
     counts = drawn(image)
     if made is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+import rpg
 from rpg.cli import experiments, merging, scoring, sharing
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard, load, training_bar
@@ -30,6 +31,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
+
+def say_version(asked: bool) -> None:
+    """Print the version and end, if that was asked."""
+    if asked:
+        print(f"rpg {rpg.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, o.flag("Print the version.", "--version", callback=say_version, is_eager=True)]
+
 app = typer.Typer(
     help="Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work.",
     pretty_exceptions_enable=False,
@@ -38,7 +49,7 @@ app = typer.Typer(
 
 @app.callback()
 def options(
-    version: sharing.Version = False,
+    version: Version = False,
     quiet: Annotated[bool, o.flag("Print errors only; may stand anywhere.", "--quiet")] = False,
     as_json: Annotated[
         bool, o.flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")

@@ -13,9 +13,6 @@ from rpg.cli.scoring import guard, load, training_bar
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
-TASKS = {"fields": "fields", "metric": "training_runs", "demo": "sensors"}
-"""The task of commands that are for one alone."""
-
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
     """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
@@ -34,13 +31,13 @@ def unseen(
     path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
     full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Networks for tasks nobody trained: zoo, training, comparison with simple baselines.
+    """Networks for unseen tasks: zoo, training, comparison with simple baselines.
 
     On several devices: accelerate launch -m rpg unseen CONFIG
     """
     from rpg.experiments.unseen_tasks import task_family
 
-    settings = load(config or o.default_config("digits_unseen.yaml"), overrides)
+    settings = load(config, overrides, "digits_unseen.yaml")
     task_family(settings)
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "unseen", split=split, seeds=seeds, path_condition=path_condition, **how)
@@ -58,7 +55,7 @@ def lora(
     """
     from rpg.experiments.driver import require_adapters
 
-    settings = load(config or o.default_config("lora/tiny.yaml"), overrides)
+    settings = load(config, overrides, "lora/tiny.yaml")
     require_adapters(settings)
     judge = (function, lower or (), higher or ())
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
@@ -70,7 +67,7 @@ def fields(
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Neural fields of images or shapes: zoo, training, comparison in function space, pictures."""
-    settings = load(config or o.default_config("fields.yaml"), overrides)
+    settings = load(config, overrides, "fields.yaml")
     return experiment(settings, "fields", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
@@ -79,7 +76,7 @@ def metric(
     device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Networks with a target loss: training runs, a generator that continues from weights, optimizers beside it."""
-    settings = load(config or o.default_config("gpt.yaml"), overrides)
+    settings = load(config, overrides, "gpt.yaml")
     return experiment(settings, "metric", split=split, device=device, ignore_memory=ignore_memory, full=full)
 
 
@@ -100,7 +97,7 @@ def demo(
     ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
-    settings = load(config or o.default_config("demo.yaml"), overrides)
+    settings = load(config, overrides, "demo.yaml")
     how: Any = {"device": device, "ignore_memory": ignore_memory, "full": full}
     return experiment(settings, "demo", split=split, seeds=seeds, **how)
 
@@ -160,15 +157,18 @@ def experiment(
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.folders import find_folder, require_files
     from rpg.generation.sampler import join_processes
+    from rpg.tasks.config import TASKS
+    from rpg.training.run_folder import saved_config
     from tokenization.zoo.locks import locked
 
     task = settings.task.name if settings.task is not None else "none"
-    if task != TASKS.get(command, task):
-        raise InputError(f"task.name is {task}, but `rpg {command}` is for {TASKS[command]}; use `rpg run`")
+    wanted = next((name for name, each in TASKS.items() if each.command == command), task)
+    if task != wanted:
+        raise InputError(f"task.name is {task}, but `rpg {command}` is for {wanted}; use `rpg run`")
     partition, place = join_processes(device)
     words = [
         f"rpg {command}",
-        *(f"{n} {v}" for n, v in {"--split": split, "--trajectory": path_condition}.items() if v),
+        *(f"{n} {v}" for n, v in {"--split": split, "--denoising-path": path_condition}.items() if v),
     ]
     if split == "test":
         require_files(find_folder(settings.run))
@@ -178,6 +178,9 @@ def experiment(
             settings = _to_score(settings, split, place, ignore_memory)
         if split is None:
             _guard_memory(settings, ignore_memory)
+            if saved_config(settings.run) is not None:
+                said = f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
         with (
             progress_bar("collecting") as collecting,
             training_bar(f"training on {place}") as training,

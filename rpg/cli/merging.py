@@ -63,7 +63,9 @@ def merge(
     adapters = [is_adapter(file) for file in files]
     if any(adapters) and not all(adapters):
         one, other = files[adapters.index(True)], files[adapters.index(False)]
-        raise InputError(f"{one} is an adapter and {other} is none; merge networks with networks, adapters with those")
+        raise InputError(
+            f"{one} is an adapter and {other} is not; merge networks with networks, or adapters with adapters"
+        )
     chosen = Chosen(key, strip or "")
     how = Merge(method, _numbers(weights), normalize, density, t, seed)
     if all(adapters):

@@ -215,10 +215,3 @@ Lower = Annotated[
 Higher = Annotated[list[str] | None, option("With --score: a metric for which higher is better.", metavar="NAME")]
 Full = Annotated[bool, flag("Print every baseline, metric and part of the report.", "--full")]
 ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
-
-
-def default_config(name: str) -> Path:
-    """A configuration that comes with the package: beside it in a checkout, inside it when installed."""
-    package = Path(__file__).parent.parent
-    inside = package / "configs"
-    return (inside if inside.is_dir() else package.parent / "configs") / name

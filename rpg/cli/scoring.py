@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rpg.cli import parameters as o
-from rpg.cli.parameters import default_config
 from rpg.console import console, progress_bar
 from tokenization.errors import InputError
 
@@ -17,15 +16,12 @@ NUM_WATCHED = 4
 """Networks that are scored now and then while a generator is trained."""
 
 
-def load(path: Path, overrides: list[str] | None) -> Any:
-    """Read a configuration file with its overrides; where there is no such file, ``configs/…`` is the package's own."""
+def load(path: Path | None, overrides: list[str] | None, default: str = "") -> Any:
+    """Read a configuration file with its overrides; the package's own ``default`` where none is named."""
     from rpg.config import Config
-    from rpg.section import exists
+    from rpg.section import default_config
 
-    if path.parts[:1] == ("configs",) and not exists(path):
-        own = default_config(str(Path(*path.parts[1:])))
-        path = own if exists(own) else path
-    return Config.load(path, overrides)
+    return Config.load(path or default_config(default), overrides)
 
 
 @contextlib.contextmanager

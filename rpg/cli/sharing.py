@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
 import rpg
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard
@@ -19,14 +17,6 @@ Kind = Annotated[
 ]
 
 
-def say_version(asked: bool) -> None:
-    """Print the version and end, if that was asked."""
-    if asked:
-        print(f"rpg {rpg.__version__}")
-        raise typer.Exit
-
-
-Version = Annotated[bool, o.flag("Print the version.", "--version", callback=say_version, is_eager=True)]
 Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
 Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
 

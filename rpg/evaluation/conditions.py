@@ -1,13 +1,14 @@
-"""Conditions of an evaluation, and the baselines that depend on them: nearest, regression and merges.
+"""Conditions of an evaluation, and the baselines that depend on them: nearest, average, regression and merges.
 
-n checkpoints of a zoo, W wanted networks, C numbers of a condition.
+n checkpoints of a zoo, W wanted networks, C numbers of a condition, T tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,15 @@ from torch import Tensor
 from rpg.evaluation.combinations import Combination, Maker, is_large
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
+from rpg.evaluation.regression import Regression
 from rpg.evaluation.span import ZooSpan
+from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.generation.generator import Generator
+from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.zoo.zoo import Zoo
 
 Condition = Sequence[float] | None
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
@@ -50,20 +56,49 @@ class Conditions:
     by_class: bool = False
 
 
+def conditions_asked(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
+) -> tuple[Conditions, Any]:
+    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
+    if generator.condition is None:
+        return Conditions(), None
+    places = _asked_entries(zoo, held_out, split) or trained
+    chosen = _spread(places, num)
+    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
+    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
+        return Conditions(own, others), None
+    text = zoo.condition.kind == "text"
+    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
+    if generator.texts is not None:
+        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
+    else:
+        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
+    conditions = Conditions(
+        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=not are_new(zoo.condition.kind),
+    )  # fmt: skip
+    return conditions, known[len(own) :] if text else wanted
+
+
+def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
+    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
+    if split == "validation":  # choices look at no unseen task
+        return [index for index in held_out if zoo.entries[index].split == "validation"]
+    return [index for index in held_out if zoo.entries[index].split in ("unseen", "test")] or held_out
+
+
+def _spread(places: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
+    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
 def conditional_baselines(
     zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
 ) -> dict[str, Sequence[Combination | Maker]]:
     """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
 
     Merged are those with the largest shares in the regression; without conditions, some drawn at random.
-
-    Args:
-        zoo: the checkpoints that a generator learned from, or would.
-        conditions: what is wanted.
-        merges: merges the zoo's networks.
-        config: which baselines.
-        num: networks of a kind.
-        seed: decides draws.
     """
     count = len(zoo.checkpoints)
     wanted = CONDITIONAL if config.baselines is None else config.baselines
@@ -105,7 +140,7 @@ def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool
     Kernel and penalty are chosen by the leave-one-out error, in the normalised values of distances.
     """
     regression = KernelRidge.fit(seen, zoo.gram, by_condition=not by_class)
-    return regression.kernel(asked) @ regression.inverse
+    return regression.shares(asked)
 
 
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
@@ -114,3 +149,31 @@ def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
     if own:
         distance[distance == 0] = float("inf")
     return distance.argmin(1)
+
+
+def unseen_baselines(
+    seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
+) -> dict[str, Parts]:
+    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
+
+    Args:
+        seen: all seen tasks.
+        bits: the tasks to make networks for.
+        regressions: by the name they are reported under; fitted on ``seen`` here.
+        own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
+    """
+    num = len(seen.bits)
+    (average,) = seen.mixed(torch.full((1, num), 1 / num, dtype=torch.float64))
+    made: dict[str, Parts] = {
+        "nearest_seen": seen.parts(nearest_rows(seen.bits, bits, own)),
+        "average": [{name: value.expand(len(bits), *value.shape[1:]) for name, value in average.items()}],
+    }
+    for name, each in regressions.items():
+        made[name] = seen.mixed(each.mixture(seen.bits, bits))
+    return made
+
+
+def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
+    """For each task the bits of a random seen task: what a generator is asked that is not told the task."""
+    rng = make_rng(seed, "no condition")
+    return seen[torch.randint(len(seen), (len(bits),), generator=rng)]

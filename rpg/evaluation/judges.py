@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rpg.evaluation.field_measures import sample_metrics
-from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
@@ -146,9 +146,9 @@ class OwnScorer:
 
 
 class TaskScorer:
-    """A task on one split of its data: of a family of tasks that which a network was made for.
+    """Scores networks by a task, on one split of its data; in a family, by the task that the network was made for.
 
-    Of an adapter that was made for none of them in particular, the mean over all.
+    An adapter that was made for no particular task gets the mean over all of them.
 
     Args:
         task: predicts, or scores networks of a family.
@@ -197,7 +197,7 @@ class TaskScorer:
 
 
 def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[float] | None, where: str) -> Answer:
-    """What a scorer finds of a network; of a single classifier also what it predicts. Raises as the scorer does."""
+    """A network's metrics and, for a single classifier, its predictions. Raises as the scorer does."""
     if scorer is None:
         return Answer({})
     if isinstance(scorer, StoredScorer):
@@ -217,12 +217,7 @@ def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[flo
 
 @dataclass(frozen=True)
 class StoredScorer:
-    """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes.
-
-    Args:
-        scorer: of stored networks.
-        compress: from the form of tokens to the stored one.
-    """
+    """Scores networks in the form of their tokens as they are stored: baselines, too, have masks and codes."""
 
     scorer: Scorer
     compress: Callable[[StateDict], StateDict]
@@ -244,10 +239,6 @@ def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
 
 def less_is_better(names: Collection[str], lower: Collection[str] = (), higher: Collection[str] = ()) -> set[str]:
     """The metrics of which less is better.
-
-    Args:
-        names: of all metrics.
-        lower, higher: what the user says of some.
 
     Raises:
         InputError: a name in ``lower`` or ``higher`` is that of no metric, or in both.

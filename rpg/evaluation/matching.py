@@ -185,11 +185,6 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
 def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
     """Write a zoo whose runs share one order of hidden units, all of it or none; every network computes what it did.
 
-    Args:
-        zoo: whose runs are aligned.
-        task: builds its network.
-        target: the folder to write.
-
     Raises:
         InputError: there is something at ``target``, or nothing is known of the network's symmetries.
     """

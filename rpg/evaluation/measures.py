@@ -20,11 +20,9 @@ from rpg.evaluation.conditions import Conditions, conditional_baselines
 from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.metrics import bootstrap_interval
 from rpg.evaluation.network_merges import Merges
-from rpg.evaluation.report import Networks, Report, finite_values, networks
+from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
-from rpg.evaluation.task_networks import load
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -98,7 +96,7 @@ class _Kind:
         return Projections.join([each.projections for each in self.seen])
 
     def stacked(self, name: str) -> Tensor | None:
-        """What all networks answer; None where one does not."""
+        """The answers of all networks, stacked; None if one has none."""
         found = [getattr(each.answer, name) for each in self.seen]
         return None if not found or any(each is None for each in found) else torch.stack(found)
 
@@ -107,7 +105,7 @@ class Evaluation:
     """Looks at networks of all kinds; `report` says what was found.
 
     Args:
-        scorer: judges; None where nothing does, and networks are told apart by their weights alone.
+        scorer: computes metrics; None to compare networks by their weights alone.
         zoo: the checkpoints that a generator learned from, or would.
         config: baselines and distances.
         conditions: what networks are made for.
@@ -150,7 +148,7 @@ class Evaluation:
         known = self.workers.map(self._look_at_original, zoo.checkpoints)
         self.kinds["original"] = _Kind(known, self.conditions.originals)
         if held_out:
-            found = self.workers.map(lambda place, each: self._look("held_out", place, load(each)), held_out)
+            found = self.workers.map(lambda place, each: self._look("held_out", place, each.load()), held_out)
             self.kinds["held_out"] = _Kind(found, self.conditions.held_out)
         if generated is not None:
             self._look_at_generated(generated)
@@ -179,7 +177,7 @@ class Evaluation:
     def _look_at_original(self, place: int, checkpoint: Checkpoint) -> _Seen:
         row = slice(place, place + 1)
         places = Projections(self.zoo.gram.diagonal()[row], self.zoo.gram[row])
-        return _Seen(self._answer("original", place, load(checkpoint)), places)
+        return _Seen(self._answer("original", place, checkpoint.load()), places)
 
     def _look(self, kind: str, place: int, network: StateDict, places: Projections | None = None) -> _Seen:
         answer = self._answer(kind, place, network)

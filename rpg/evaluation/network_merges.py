@@ -154,7 +154,7 @@ class PeftMerges:
 
     PEFT merges pairs alone: it leaves DoRA's magnitudes at the norms of the base, new biases at 0, and multiplies what
     it made of rsLoRA adapters by a further √rank. Here merged pairs have the scaling that PEFT means them to have, and
-    whatever is no pair is a weighted mean, which is right for biases; of DoRA's magnitudes it is an approximation.
+    whatever is not a pair is a weighted mean, which is right for biases; of DoRA's magnitudes it is an approximation.
 
     Args:
         config: text of PEFT's ``adapter_config.json``.

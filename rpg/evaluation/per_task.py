@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rpg.evaluation.ensembles import sets_of_networks
-from rpg.evaluation.metrics import Summary, summarize
+from rpg.evaluation.report import Summary, summarize
 from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.two_sample import coverage, distances, error_iou, function_vectors, nearest_neighbour_accuracy
 from rpg.evaluation.workers import Workers

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from rpg.evaluation.metrics import Summary, summarize
 from rpg.packages import install_command
 from rpg.section import Section
 from tokenization.errors import InputError
@@ -53,6 +53,49 @@ SENSORS = {"original": "trained for the sensor", "nearest_seen": "nearest", "gen
 Values = tuple[float | None, ...]
 
 
+NUM_RESAMPLES = 2000
+
+
+class Summary(Section):
+    """What is reported of one figure over several networks.
+
+    ``ci95`` is the 95 % percentile bootstrap interval of the mean: it says how well the mean over *networks* is
+    known, not over images. With one network it has no width.
+    """
+
+    mean: float
+    max: float
+    min: float
+    std: float = Field(description="over the networks, with the n − 1 denominator; 0 for one network")
+    ci95: tuple[float, float]
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers of each network: predictions [num, images], labels [images] → float64 [num], 0 … 1."""
+    return (predictions == labels).double().mean(1)
+
+
+def summarize(values: Tensor | Iterable[float], seed: int = 0) -> Summary:
+    """Summarise one figure of each network."""
+    values = torch.as_tensor(values if isinstance(values, Tensor) else list(values), dtype=torch.float64)
+    assert values.ndim == 1 and len(values), "nothing to summarise"
+    return Summary(
+        mean=values.mean().item(),
+        max=values.max().item(),
+        min=values.min().item(),
+        std=values.std().item() if len(values) > 1 else 0.0,
+        ci95=bootstrap_interval(values, seed),
+    )
+
+
+def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of ``values``, float64 [num]; ``seed`` decides the resamples."""
+    num = len(values)
+    rows = torch.randint(num, (NUM_RESAMPLES, num), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(values[rows].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 class Networks(Section):
     """One kind of networks. Values that are not finite are null."""
 
@@ -72,7 +115,7 @@ class Networks(Section):
         {},
         description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks",
     )
-    extras: dict[str, Any] = Field({}, description="figures of the kind as a whole, for example one_nna")
+    extras: dict[str, Any] = Field({}, description="metrics of the kind as a whole, for example one_nna")
 
 
 class Curve(Section):
@@ -125,7 +168,7 @@ class Report(Section):
         return SENSORS.get(kind, label_of(kind)) if self.experiment in OF_SENSORS else label_of(kind)
 
     def mean(self, kind: str, metric: str | None = None) -> float | None:
-        """Mean of a metric, the first when None, over a kind; None where it is not known."""
+        """Mean of a metric (default: the first) over a kind; None if unknown."""
         found = self.kinds.get(kind)
         summary = found and found.summaries.get(metric or self.first)
         return summary.mean if summary else None
@@ -236,12 +279,12 @@ def plain(values: Any) -> Any:
 
 
 def finite_values(values: Tensor | Iterable[float | None]) -> Values:
-    """Numbers as JSON may hold them: None where they are not finite."""
+    """Numbers for JSON: None for what is not finite."""
     return tuple(None if each is None or not math.isfinite(each) else float(each) for each in plain(values))
 
 
 def nearest_of(kind: Networks, name: str = "nearest") -> float | None:
-    """Median distance of a kind's networks; None where it is not known."""
+    """Median distance of a kind's networks; None if unknown."""
     known = [each for each in kind.distances.get(name, ()) if each is not None]
     return float(np.median(known)) if known else None
 

@@ -86,7 +86,7 @@ class TaskNetworks:
             yield self._all if rows is None else {name: value[rows] for name, value in self._all.items()}
             return
         chosen = range(len(self.checkpoints)) if rows is None else rows.tolist()
-        yield from in_parts(load(self.checkpoints[row]) for row in chosen)
+        yield from in_parts(self.checkpoints[row].load() for row in chosen)
 
     def mixed(self, mixture: Tensor) -> Iterator[Stacked]:
         """Networks that are weighted sums of these: shares ``[T', T]`` → T' networks; small ones in float64."""
@@ -138,14 +138,6 @@ def in_parts(networks: Iterable[StateDict]) -> Iterator[Stacked]:
     for first in source:
         size = sum(value.nbytes for value in first.values())
         yield stack([first, *islice(source, max(0, PART_BYTES // max(1, size) - 1))])
-
-
-def load(checkpoint: Checkpoint) -> StateDict:
-    """A checkpoint in memory, and no page of its file any longer."""
-    state_dict = checkpoint.state_dict()
-    for name in checkpoint.tensors:
-        checkpoint.release(name)
-    return state_dict
 
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -42,15 +42,6 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     return result.sqrt().float()
 
 
-def gram(vectors: Tensor) -> Tensor:
-    """Inner products of every pair, [A, values] → float64 [A, A], without a float64 copy of all values."""
-    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for part in vectors.split(CHUNK, 1):
-        part = part.double()
-        total += part @ part.T
-    return total
-
-
 def leading_directions(gram: Tensor, fraction: float) -> Tensor:
     """The principal directions that hold ``fraction`` of a zoo's variance, the greatest first.
 

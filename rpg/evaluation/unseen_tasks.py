@@ -6,101 +6,24 @@ T tasks, C classes, P values.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.conditions import nearest_rows
-from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Networks, networks
-from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.workers import Workers
-from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from tokenization.checkpoint.progress import steps
 
 NUM_WORST = 5
 
-NUM_TRIED = 3
-"""Regressions of a kind that are tried as networks, where networks are large."""
-
 METHODS = ("original", "generated", "kernel_ridge")
 """Those of which more than metrics is kept."""
-
-
-def choose_regressions(
-    task: TaskFamily, train: TaskNetworks, validation: TaskNetworks, workers: Workers | None = None
-) -> dict[str, tuple[Regression, float]]:
-    """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
-
-    Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images; of large
-    networks, where every candidate takes long, only those are tried whose weights come nearest. Candidates are shared
-    among ``workers``.
-    """
-    workers = workers or Workers()
-    grid = regression_grid()
-    if train.is_large:
-        known, crossed = train.products(train), validation.products(train)  # each reads every network, once for all
-        shares = functools.partial(Regression.mixture, seen=train.bits, bits=validation.bits)
-        grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
-
-    def score(regression: Regression) -> float:
-        mixture = regression.mixture(train.bits, validation.bits)
-        return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
-
-    every = [each for regressions in grid.values() for each in regressions]
-    places = workers.places(len(every))
-    tuned = workers.collect(places, [score(every[i]) for i in steps("tuning regressions", places)], len(every))
-    found = dict(zip(every, tuned, strict=True))
-    chosen = {name: tune(regressions, found.__getitem__) for name, regressions in grid.items()}
-    chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
-    return chosen
-
-
-def _nearest_in_weights(
-    regressions: list[Regression], mixture: Callable[[Regression], Tensor], known: Tensor, crossed: Tensor
-) -> list[Regression]:
-    """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights.
-
-    Args:
-        regressions: one kind.
-        mixture: the shares ``[V, S]`` of the S training networks in the V predictions.
-        known: inner products of the training networks, ``[S, S]``.
-        crossed: those of the validation tasks' own networks with them, ``[V, S]``.
-    """
-    errors = []
-    for each in regressions:
-        shares = mixture(each)  # |prediction - own|² less |own|², which is the same for all
-        errors.append(((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item())
-    order = sorted(range(len(regressions)), key=errors.__getitem__)
-    return [regressions[index] for index in sorted(order[:NUM_TRIED])]
-
-
-def unseen_baselines(
-    seen: TaskNetworks, bits: Tensor, regressions: Mapping[str, Regression], own: bool
-) -> dict[str, Parts]:
-    """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
-
-    Args:
-        seen: all seen tasks.
-        bits: the tasks to make networks for.
-        regressions: by the name they are reported under; fitted on ``seen`` here.
-        own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
-    """
-    num = len(seen.bits)
-    (average,) = seen.mixed(torch.full((1, num), 1 / num, dtype=torch.float64))
-    made: dict[str, Parts] = {
-        "nearest_seen": seen.parts(nearest_rows(seen.bits, bits, own)),
-        "average": [{name: value.expand(len(bits), *value.shape[1:]) for name, value in average.items()}],
-    }
-    for name, each in regressions.items():
-        made[name] = seen.mixed(each.mixture(seen.bits, bits))
-    return made
 
 
 @dataclass(frozen=True)
@@ -234,12 +157,6 @@ def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, spli
     """Accuracy ``[T]`` of the shared base network whose class probabilities are summed over each side of a task."""
     positive = bits.to(probabilities.dtype) @ probabilities.T  # [T, images]
     return ((positive > 0.5) == task.targets(bits, split).bool()).double().mean(1)
-
-
-def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
-    """For each task the bits of a random seen task: what a generator is asked that is not told the task."""
-    rng = make_rng(seed, "no condition")
-    return seen[torch.randint(len(seen), (len(bits),), generator=rng)]
 
 
 def worst_tasks(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -58,23 +58,6 @@ class Workers:
             found.append(compute(place, next(remaining)))  # nothing holds an item while the next one is made
             self._tell(1)
         return self.collect(places, found, num)
-
-    def watch(self, own: Iterable[T]) -> Iterator[T]:
-        """The items of this process; each counts as done when the next one, or the end, is asked for."""
-        remaining, began = iter(own), False
-
-        def advance() -> Iterator[T]:
-            nonlocal began
-            while True:
-                if began:
-                    self._tell(1)
-                began = True
-                try:
-                    yield next(remaining)
-                except StopIteration:
-                    return
-
-        return advance()
 
     def collect(self, places: Sequence[int], own: Sequence[R], num: int) -> list[R]:
         """What all processes found for ``num`` items, given what this one found for those at ``places``."""

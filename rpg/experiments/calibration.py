@@ -19,10 +19,10 @@ GROUPS = 5
 
 
 def error_by_distance(generator: Generator, conditions: Any, errors: Tensor) -> tuple[dict[str, Curve], dict[str, Any]]:
-    """Of the requests ``conditions`` with the measured errors ``[T]``: a curve, and figures; none where unknown.
+    """A curve and statistics of the measured errors ``[T]`` of requests, by distance; empty if distances are unknown.
 
-    The figures are ``known_to``, how many requests lie ``beyond``, and the mean ``expected`` and ``measured`` error of
-    the others.
+    The statistics: ``known_to``, the number of requests ``beyond`` it, and the mean ``expected`` and ``measured`` error
+    of the others.
     """
     options = RequestOptions(condition=conditions)
     found = generator.request(len(errors), options=options).distances

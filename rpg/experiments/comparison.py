@@ -1,7 +1,7 @@
 """Choosing a generator on validation data while it is trained, and several kinds of model side by side.
 
-A user wants the best networks, whoever writes them, and a diffusion that is no better than a regression has learned
-nothing. The test split and unseen tasks are never looked at.
+A diffusion that is no better than a regression has learned nothing. The test split and unseen tasks are never looked
+at.
 
 T tasks, C condition values, N networks.
 """
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.judges import TaskScorer
-from rpg.evaluation.metrics import Summary, summarize
-from rpg.evaluation.report import shown
+from rpg.evaluation.report import Summary, shown, summarize
 from rpg.experiments.single import find_task, require_for_choices
 from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
@@ -132,9 +131,6 @@ def train_and_compare(
 
     Kernel ridge has the same zoo, tokens and condition. Given a condition its networks are the regression's mean
     (``generate.temperature: 0``), which is what is as accurate as it can be; without one they are draws.
-
-    Args:
-        config, resume, overwrite, progress, watch, say: as of `rpg.training.loop.train`.
 
     Returns:
         The configured generator's folder and the comparison; None if the run was stopped before its end.

@@ -23,19 +23,12 @@ from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
+from rpg.tasks.config import TASKS
 from rpg.tasks.language.config import LanguageConfig
 from rpg.training.loop import train_to_the_end
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
-
-EXPERIMENTS = {
-    "fields": "rpg.labs.fields.experiment:experiment",
-    "training_runs": "rpg.labs.training_runs.experiment:experiment",
-    "tickets": "rpg.labs.tickets.experiment:experiment",
-    "sensors": "rpg.experiments.sensors:experiment",
-}
-"""Experiments of their own, by the task's name: functions of a configuration."""
 
 ProgressBars = Mapping[str, Callable[..., None]]
 
@@ -79,15 +72,15 @@ def experiment_of(
     Raises:
         InputError: before anything long begins: tasks of some split are missing, or there is no such path_condition.
     """
-    if config.task is not None and config.task.name in EXPERIMENTS:
-        found: Experiment = resolve_name(EXPERIMENTS[config.task.name])(config)
+    if config.task is not None and (own := TASKS[config.task.name].experiment):
+        found: Experiment = resolve_name(own)(config)
         return found
     if config.model.condition.kind == "examples":
         return Experiment("groupings", evaluate_groupings, then="rpg generate {run} --examples FOLDER --num 1")
     function = judge.reference if judge is not None else None
     if function is None and compares_tasks(config):
         if judge is not None and (judge.lower or judge.higher):
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+            raise InputError("--lower and --higher need --score")
         task = task_family(config)
         require_splits(task)
         bits = requested_task(task, config, path_condition) if path_condition is not None else None

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.conditions import Conditions
+from rpg.evaluation.conditions import Conditions, conditions_asked
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
@@ -26,11 +26,9 @@ from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES, finetuned_baselines
-from rpg.evaluation.task_networks import load
 from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
 from rpg.experiments.denoising_paths import denoising_path_of, requested_condition
-from rpg.experiments.score_files import conditions_asked
 from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
@@ -61,13 +59,13 @@ class Judge:
     higher: Collection[str] = ()
 
     def scorer(self, adapter: str | None, config: Config, zoo: Zoo, split: str) -> Scorer | None:
-        """What gives metrics; None where neither user nor configuration nor zoo says how."""
+        """What computes metrics; None if neither the user nor the configuration nor the zoo says how."""
         if callable(self.reference):
             return OwnScorer(self.reference, getattr(self.reference, "__name__", "score"), adapter)
         if self.reference is not None:
             return load_scorer(self.reference, adapter)
         if self.lower or self.higher:
-            raise InputError("--lower and --higher are for figures of your own; give --score, too")
+            raise InputError("--lower and --higher need --score")
         if config.task is None and zoo.task is None:
             return None
         names = zoo.condition.names if zoo.condition is not None and zoo.condition.kind in ("class", "text") else ()
@@ -244,7 +242,7 @@ def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Di
     """Matches hidden units of small networks that a single classifier judges."""
     if task is None or not span.held:
         return None
-    return Distances([load(each) for each in span.checkpoints], runs, symmetries(task))
+    return Distances([each.load() for each in span.checkpoints], runs, symmetries(task))
 
 
 def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:

@@ -16,7 +16,7 @@ from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
-from rpg.tasks.base import Classifier, ImageTaskFamily, TaskFamily
+from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.collecting import Progress
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
@@ -33,7 +33,7 @@ KEPT_FOR_CHOICES = ("validation", "altered_validation")
 
 
 def _filled(config: Config) -> Path | None:
-    """The zoo that a collection may write; None for one that may only be read, as one that is whole may be."""
+    """The zoo to lock for writing; None without a task, and for a read-only zoo, which is fine once it is complete."""
     zoo = Path(config.zoo)
     read_only = (zoo / "zoo.json").is_file() and not os.access(zoo, os.W_OK)
     return None if config.task is None or read_only else zoo
@@ -49,8 +49,8 @@ def collect(config: Config | Path | str, *, progress: Progress | None = None) ->
         progress: called with what is done and the total; a notebook shows a bar where it is None.
 
     Raises:
-        InputError: the configuration has no task, the zoo there is another task's, or it is called aligned, which none
-            is that was just collected.
+        InputError: the configuration has no task, the zoo there is another task's, or its name is that of an aligned
+            zoo, which cannot be collected.
     """
     config = config if isinstance(config, Config) else Config.load(config)
     with bar_in_notebook("collecting", progress) as progress:
@@ -100,7 +100,7 @@ def for_choices(config: Config) -> Config:
 
 
 def require_for_choices(config: Config, split: str = "validation") -> None:
-    """See to it that a run may be scored on a split. Raises InputError if it is for choices, and was learned from."""
+    """Raise InputError if a run is to be scored on the validation split and was trained on it."""
     if split != "validation":
         return
     chosen = for_choices(config)
@@ -137,21 +137,8 @@ def zoo_span(
     return ZooSpan(checkpoints, names, runs, "spread" if matched else "deviation")
 
 
-def scoring_task(config: Config, zoo: Zoo) -> Classifier:
-    """The task that scores checkpoints, of `find_task`.
-
-    Raises:
-        InputError: there is none, or it is a family of tasks, whose networks answer different questions.
-    """
-    task = find_task(config, zoo)
-    if not isinstance(task, Classifier):
-        command = "rpg unseen" if isinstance(task, ImageTaskFamily) else "rpg lora"
-        raise InputError(f"{type(task).__name__} is a family of tasks, not a single one; score it with `{command}`")
-    return task
-
-
 def find_task(config: Config, zoo: Zoo) -> Task:
-    """The configuration's own task, else the one recorded in the zoo. Raises InputError if there is none."""
+    """The configuration's own task, else the one recorded in the zoo. Raises InputError without either."""
     if config.task is None and zoo.task is None:
         raise InputError(
             f"neither the configuration nor {zoo.path} has a task that scores checkpoints; name one, or give a "

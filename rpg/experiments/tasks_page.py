@@ -43,7 +43,7 @@ def tasks_page(
     names = zoo.condition.names if zoo.condition is not None else ()
     num = report.kinds["generated"].count
     page = Page(
-        f"Networks for tasks nobody trained: {run.name}",
+        f"Networks for unseen tasks: {run.name}",
         provenance_of(generator, zoo, num, report.seed, None, command),
         losses_of(run / "metrics.jsonl"),
     )

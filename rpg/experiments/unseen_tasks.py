@@ -16,22 +16,15 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.evaluation.conditions import random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task, scores_of_sets
-from rpg.evaluation.regression import Regression
+from rpg.evaluation.regression import Regression, choose_regressions
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
-from rpg.evaluation.unseen_tasks import (
-    SplitScores,
-    base_summed,
-    choose_regressions,
-    random_other,
-    score_split,
-    unseen_baselines,
-    worst_tasks,
-)
+from rpg.evaluation.unseen_tasks import SplitScores, base_summed, score_split, worst_tasks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
@@ -82,7 +75,7 @@ class Methods:
     def networks(
         self, originals: TaskNetworks, own: bool, extra: Mapping[str, Parts] | None = None
     ) -> dict[str, Parts]:
-        """Every method's networks for the tasks of ``originals`` that are this process's; nothing where there are none.
+        """Every method's networks for this process's share of the tasks of ``originals``; empty without a share.
 
         Args:
             originals: trained for the tasks.
@@ -127,7 +120,7 @@ class Methods:
 
 
 def untrained(task: TaskFamily, zoo: Zoo, bits: Tensor, part_size: int) -> dict[str, Parts]:
-    """What the training of each task ``[T, C]`` began with, by the name it is reported under."""
+    """The initial weights of training for each task ``[T, C]``, by the name that reports give them."""
     parts = bits.split(part_size)
 
     def made(name: str) -> Parts:
@@ -280,12 +273,12 @@ def diversity(
 
 
 def task_family(config: Config) -> Any:
-    """The family of binary tasks of a configuration. Raises InputError if it is none."""
+    """The configuration's family of binary tasks. Raises InputError for any other task."""
     task = build_task(config.task) if config.task is not None else None
     if not isinstance(task, TaskFamily):
         found = "none" if config.task is None else config.task.name
         raise InputError(
-            f"task.name is {found}, which is no family of binary tasks; see configs/digits_unseen.yaml and "
+            f"task.name is {found}, which is not a family of binary tasks; see configs/digits_unseen.yaml and "
             "configs/lora/tiny.yaml"
         )
     if task.condition.kind != "binary":
@@ -300,7 +293,7 @@ def _report(
     generator: Generator, zoo: Zoo, task: TaskFamily, scored: Mapping[str, SplitScores], split: str, seed: int,
     extras: dict[str, Any],
 ) -> Report:  # fmt: skip
-    """What every family reports, and of image tasks the summed base network, the worst tasks and several networks."""
+    """The report of a family; for image tasks also the summed base network, worst tasks and diversity."""
     kinds = {}
     if isinstance(task, ImageTaskFamily):
         probabilities = task.base_probabilities(zoo, split)

@@ -24,13 +24,7 @@ from tokenization.errors import InputError
 
 
 class AsTaken(nn.Module):
-    """A generated network with what its task does to examples first: it takes them as the classifier does.
-
-    Args:
-        network: the target network.
-        shape: of one example.
-        offset: what is taken off every value.
-    """
+    """A generated network with what its task does to examples first: it takes them as the classifier does."""
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], offset: Tensor) -> None:
         super().__init__()
@@ -109,10 +103,10 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         return AsTaken(network, self.task_.example_shape, offset).eval()
 
     def export(self, path: Path | str, index: int = 0) -> Path:
-        """Write network ``index``: its weights as safetensors, or all of ``module()`` as ONNX, by the file's ending.
+        """Write network ``index``: its weights as safetensors, or all of ``module()`` as ONNX, by the file's suffix.
 
         Raises:
-            InputError: the file has another ending, or the package ``onnx`` is missing.
+            InputError: the file has another suffix, or the package ``onnx`` is missing.
         """
         path = Path(path)
         if path.suffix == ".safetensors":

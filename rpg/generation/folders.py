@@ -185,10 +185,6 @@ CARD_NAME = "README.md"
 def adapter_config_of(folder: Path, layout: Layout) -> str | None:
     """PEFT's configuration in ``folder`` as it is written there, if ``layout`` cuts adapters; else None.
 
-    Args:
-        folder: a generator or a zoo.
-        layout: names and shapes of the adapter's tensors.
-
     Raises:
         InputError: the configuration is broken, or of another adapter than the layout's.
     """

@@ -30,9 +30,8 @@ from rpg.generation.model_card import model_card, push_generator
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
 from rpg.generation.sampler import Partition, Tile
-from rpg.generation.samplers import SAMPLERS, Sampler
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
-from rpg.models import Network, build_network
+from rpg.models import Network, build_network, part_of
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, load_layout, with_sparsity
@@ -83,7 +82,7 @@ class Generator:
             self.texts = text_table(Zoo.open(config.zoo), config.model.condition.encoder)
         self.known: KnownRange | None = None
         self.digest, self.folder = "", Path()
-        self._sampler: tuple[Any, Sampler] | None = None
+        self._sampler: tuple[Any, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str | None = None, **hub: Any) -> Generator:
@@ -113,7 +112,7 @@ class Generator:
             raise InputError(f"{weights} does not fit its config.yaml ({found}); copy the folder again.") from None
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
-        loaded.known = KnownRange.load(folder / KNOWN_FILE)
+        loaded.known = KnownRange.load(folder / KNOWN_FILE) if (folder / KNOWN_FILE).is_file() else None
         loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
         return loaded
 
@@ -314,11 +313,12 @@ class Generator:
         found = [] if codes is None else self.known.of(codes)
         return tuple(found[place] for place in places.tolist()) if found else ()
 
-    def sampler(self) -> Sampler:
-        """What turns requests into tiles of tokens."""
+    def sampler(self) -> Any:
+        """What turns requests into tiles of tokens, as `rpg.generation.sampler.TokenSampler` does."""
         kept = (self.config.generate, next(self.network.buffers()).device)
         if self._sampler is None or self._sampler[0] != kept:
-            self._sampler = kept, SAMPLERS[self.config.model.kind](self.network, self.layout, self.config.generate)
+            made = part_of(self.config.model, "sampler")
+            self._sampler = kept, made(self.network, self.layout, self.config.generate)
         return self._sampler[1]
 
     def _sink(

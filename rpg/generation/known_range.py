@@ -96,10 +96,8 @@ class KnownRange:
         save_file({name: value.contiguous() for name, value in vars(self).items() if name != "unit"}, path)
 
     @classmethod
-    def load(cls, path: Path) -> KnownRange | None:
-        """Read what ``save`` wrote; None where there is no file. Raises InputError if it is damaged."""
-        if not path.is_file():
-            return None
+    def load(cls, path: Path) -> KnownRange:
+        """Read what ``save`` wrote. Raises InputError if it is damaged."""
         try:
             return cls(**load_file(path))
         except (OSError, SafetensorError, TypeError) as error:

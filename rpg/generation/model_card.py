@@ -42,7 +42,7 @@ def model_card(generator: Any, published: Published | None = None) -> str:
 
     Args:
         generator: a :class:`rpg.generation.generator.Generator`.
-        published: where it lies and how it was scored; None of a folder.
+        published: its repository and scores; None for a local folder.
     """
     layout, condition, shown = generator.layout, generator.condition, published or Published()
     rows = "\n".join(f"| {name} | {value} |" for name, value in generator.facts.items())

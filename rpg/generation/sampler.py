@@ -112,12 +112,7 @@ The rows are a function because p-diff has to decode them: most of a thousand st
 
 
 class TiledSampler:
-    """How generation is cut into tiles, for every model that makes tokens from positions.
-
-    Args:
-        layout: of the checkpoints.
-        tile_tokens: tokens computed together.
-    """
+    """How generation is cut into tiles, for every model that makes tokens from positions."""
 
     def __init__(self, layout: Layout, tile_tokens: int) -> None:
         self.layout, self.tile_tokens = layout, tile_tokens

@@ -1,34 +1,103 @@
-"""What samples from each kind of model, and the sampler of kernel ridge: the posterior mean, and a draw around it.
+"""Samplers of whole networks: p-diff's latents through its decoder, and kernel ridge's mean with a draw around it.
 
-G networks of a tile, n checkpoints that were seen, T tokens, k values of a token.
+G networks of a tile, L tokens of a checkpoint, D token width, d values of a flattened checkpoint, Z latent width, n
+checkpoints that were seen, k values of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpg.generation.config import GenerateConfig
-from rpg.generation.pdiff_sampler import CodeSampler, LatentSampler
 from rpg.generation.request import Request
-from rpg.generation.sampler import Partition, Tile, TiledSampler, TokenSampler, WatchTile, inference
+from rpg.generation.sampler import Partition, Tile, TiledSampler, WatchTile, inference
 from rpg.models.kernel_ridge import KernelRidgeGenerator
+from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout
 
+GROUP = 16
+"""Networks computed together; part of what decides the bytes."""
+
+
+def flatten_tokens(layout: Layout, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
+    return tokens.flatten(-2)[..., layout.mask.flatten()]
+
+
+def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
+    """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
+    tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
+    tokens[..., layout.mask.flatten().to(values.device)] = values
+    return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
+
+
+class LatentSampler:
+    """Samples latents and decodes them, in tiles of whole networks."""
+
+    def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
+        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
+        self.device = network.latent_mean.device
+
+    def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
+        """The tiles of ``num`` networks; each process takes whole ones."""
+        partition = partition or Partition()
+        for first in range(0, num, GROUP):
+            if partition.takes(first // GROUP):
+                yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
+
+    def shared(self, num: int, partition: Partition) -> range:
+        """The networks that several processes compute together: none."""
+        return range(0)
+
+    def asked(self, num: int, seed: int) -> list[int]:
+        """No network is asked to be a checkpoint: there are no states."""
+        return []
+
+    def sample(
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``partition`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
+        for tile in self.tiles(request.num, partition):
+            with inference(self.device, self.bf16):
+                rows = self._rows(tile, self.latents(request, tile, watch))
+            yield tile, rows
+
+    def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
+        values = self.network.decode_standardised(latents)  # [GROUP, d]
+        return unflatten_values(self.layout, values[: tile.num_networks])
+
+    def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
+        """Standardised latents of a tile, padded with networks that are discarded, ``[GROUP, Z]``."""
+        rng = make_rng(request.seed, "tile", tile.network, 0, device=self.device)
+        noise = torch.randn(GROUP, self.network.config.latent_size, generator=rng, device=self.device)
+        if self.network.config.variational:
+            return noise
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            return self.network.denoiser(x, time.expand(len(x))).float()
+
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                watch(tile, step, lambda: self._rows(tile, x))
+
+        return self.network.objective.sample(
+            predict,
+            noise,
+            sampler=request.sampler,
+            num_steps=request.steps,
+            generator=rng,
+            eta=request.eta,
+            callback=tell,
+        )
+
 
 class PosteriorSampler(TiledSampler):
-    """Computes tokens tile by tile; ``temperature`` scales the draw, 0 gives the mean.
-
-    Args:
-        network: the fitted regression.
-        layout: of the checkpoints.
-        settings: how many tokens are computed together.
-    """
+    """Computes tokens tile by tile; ``temperature`` scales the draw, 0 gives the mean."""
 
     def __init__(self, network: KernelRidgeGenerator, layout: Layout, settings: GenerateConfig) -> None:
         super().__init__(layout, settings.tile_tokens)
@@ -61,13 +130,3 @@ class PosteriorSampler(TiledSampler):
         ids = self.token_ids(tile)
         rows = self.network.tokens(kernel, request.temperature * size[:, None] * draws, ids.to(self.device))
         return rows * self.layout.mask_rows(ids).to(self.device)
-
-
-Sampler = TokenSampler | LatentSampler | PosteriorSampler
-SAMPLERS: dict[str, Callable[[Any, Layout, GenerateConfig], Sampler]] = {
-    "recurrent": TokenSampler,
-    "pdiff": LatentSampler,
-    "kernel_ridge": PosteriorSampler,
-    "sane": CodeSampler,
-}
-"""Samplers by ``model.kind``."""

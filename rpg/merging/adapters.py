@@ -68,7 +68,7 @@ def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: s
         variant = next((field for field in VARIANTS if config.get(field)), None)
         if variant is not None or changes_base(config):
             found = f"{variant} set" if variant is not None else f"init_lora_weights {changes_base(config)!r}"
-            what = f"{part.path} has {found}, and a sum of such adapters is none"
+            what = f"{part.path} has {found}, and a sum of such adapters is not an adapter"
             raise InputError(f"{what}; merge networks that the adapters were merged into")
     made, ranks = _merged(parts, configs, merge, weights, options)
     with contextlib.closing(Digests(parts)) as digests, atomic_folder(output) as folder:

@@ -162,7 +162,7 @@ class Merge:
             InputError: an option that the method does not have, or a value out of bounds.
         """
         if self.method not in METHODS:
-            raise InputError(f"--method {self.method} is none of {', '.join(METHODS)}")
+            raise InputError(f"--method {self.method} is unknown; choose one of {', '.join(METHODS)}")
         if num < 2:
             raise InputError(f"a merge takes two networks or more, and there is {num}; name another")
         if self.method == "slerp" and num != 2:
@@ -288,11 +288,7 @@ class Part:
 
 
 class Digests:
-    """SHA-256 of all parts' files, taken beside the work.
-
-    Args:
-        parts: the networks.
-    """
+    """SHA-256 of all parts' files, taken beside the work."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._pool = ThreadPoolExecutor(1)

@@ -1,61 +1,74 @@
-"""Generators' networks, one kind of model each; a kind is a class of configuration and a class of networks."""
+"""The table of kinds of models: their configurations, networks, trainers and samplers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from functools import reduce
+from operator import or_
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
-import torch
 from pydantic import Field
 
 from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
-from rpg.models.sane import SaneConfig, TokenAutoencoder
 from tokenization.layouts import Layout
 
-ModelConfig = Annotated[RecurrentConfig | PDiffConfig | KernelRidgeConfig | SaneConfig, Field(discriminator="kind")]
-Network = RecurrentDiffusion | ParameterDiffusion | KernelRidgeGenerator | TokenAutoencoder
-
-__all__ = [
-    "KernelRidgeConfig",
-    "ModelConfig",
-    "Network",
-    "PDiffConfig",
-    "RecurrentConfig",
-    "SaneConfig",
-    "build_network",
-]
+__all__ = ["KINDS", "KernelRidgeConfig", "ModelConfig", "Network", "PDiffConfig", "RecurrentConfig", "build_network"]
 
 
-def _recurrent(config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> RecurrentDiffusion:
-    # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
-    positions = layout.positions.to(torch.get_default_device())
-    regress = layout.options.centre == "condition"
-    return RecurrentDiffusion(config, positions, layout.token_size, num_states, condition_size, regress)
+class Kind(NamedTuple):
+    """Where the parts of a kind are, as ``module:name``; each is imported when it is needed.
+
+    Attributes:
+        config: the class of its configuration, whose literal ``kind`` names it.
+        network: the class of its networks, which `of_layout` makes.
+        trainer, sampler, estimator: what trains them, samples from them, and tells what both take.
+    """
+
+    config: str
+    network: str
+    trainer: str
+    sampler: str
+    estimator: str
 
 
-def _pdiff(config: PDiffConfig, layout: Layout, num_states: int, condition_size: int) -> ParameterDiffusion:
-    return ParameterDiffusion(config, layout.num_coordinates)
+MODELS, SANE = "rpg.models", "rpg.labs.sane"
+
+KINDS = {
+    "recurrent": Kind(
+        f"{MODELS}.recurrent_diffusion:RecurrentConfig", f"{MODELS}.recurrent_diffusion:RecurrentDiffusion",
+        "rpg.training.trainer:Trainer", "rpg.generation.sampler:TokenSampler",
+        "rpg.planning.estimators:RecurrentEstimator",
+    ),
+    "pdiff": Kind(
+        f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.pdiff_trainer:PDiffTrainer",
+        "rpg.generation.samplers:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
+    ),
+    "kernel_ridge": Kind(
+        f"{MODELS}.kernel_ridge:KernelRidgeConfig", f"{MODELS}.kernel_ridge:KernelRidgeGenerator",
+        "rpg.training.closed_form:ClosedFormTrainer", "rpg.generation.samplers:PosteriorSampler",
+        "rpg.planning.estimators:KernelRidgeEstimator",
+    ),
+    "sane": Kind(
+        f"{SANE}.model:SaneConfig", f"{SANE}.model:TokenAutoencoder", f"{SANE}.trainer:SaneTrainer",
+        f"{SANE}.sampler:CodeSampler", f"{SANE}.sampler:SaneEstimator",
+    ),
+}  # fmt: skip
+"""Every ``model.kind``: a new one is entered here and nowhere else."""
+
+if TYPE_CHECKING:
+    ModelConfig: TypeAlias = RecurrentConfig | PDiffConfig | KernelRidgeConfig
+else:
+    ModelConfig = Annotated[
+        reduce(or_, (resolve_name(each.config) for each in KINDS.values())), Field(discriminator="kind")
+    ]
+Network: TypeAlias = RecurrentDiffusion | ParameterDiffusion | KernelRidgeGenerator
 
 
-def _kernel_ridge(
-    config: KernelRidgeConfig, layout: Layout, num_states: int, condition_size: int
-) -> KernelRidgeGenerator:
-    return KernelRidgeGenerator(config, layout.num_tokens, layout.token_size, condition_size)
-
-
-def _sane(config: SaneConfig, layout: Layout, num_states: int, condition_size: int) -> TokenAutoencoder:
-    return TokenAutoencoder(config, layout.positions.to(torch.get_default_device()), layout.token_size)
-
-
-NETWORKS: dict[str, Callable[[Any, Layout, int, int], Network]] = {
-    "recurrent": _recurrent,
-    "pdiff": _pdiff,
-    "kernel_ridge": _kernel_ridge,
-    "sane": _sane,
-}
-"""What builds the networks of each kind of model."""
+def part_of(config: ModelConfig, part: str) -> Any:
+    """A part of a configuration's kind: ``network``, ``trainer``, ``sampler`` or ``estimator``."""
+    return resolve_name(getattr(KINDS[config.kind], part))
 
 
 def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, condition_size: int = 0) -> Network:
@@ -67,4 +80,5 @@ def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, cond
         num_states: permutation states.
         condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
-    return NETWORKS[config.kind](config, layout, num_states, condition_size)
+    made: Network = part_of(config, "network").of_layout(config, layout, num_states, condition_size)
+    return made

@@ -3,7 +3,8 @@
 Tokens are the sum of three parts: their regression on the condition (`rpg.models.kernel_regression`), a linear function
 of the checkpoint's *code*, and a remainder of unit root mean square in every token, which the denoiser makes. A code is
 the checkpoint's whitened leading principal components, of what the condition leaves; it is one for all tokens, so that
-tokens which are denoised one by one belong to one network.
+tokens which are denoised one by one belong to one network. Codes are one kind of permutation state; learned embeddings
+of runs or checkpoints are the others.
 
 Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition values, m code values.
 """
@@ -11,13 +12,17 @@ Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
+from rpg.section import Section
 
 SMALLEST_REMAINDER = 1e-5
 """Where no more than this remains of a token, it is rounding error, not to be scaled up to unit size."""
@@ -273,3 +278,49 @@ def _whitened(values: Tensor, size: int) -> Tensor:
 
 def _leading_eigenvectors(values: Tensor, size: int) -> Tensor:
     return torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]
+
+
+class StateConfig(Section):
+    """The permutation state: which training run, or which checkpoint, the weights came from."""
+
+    of: Literal["none", "run", "checkpoint", "code", "task"] = Field(
+        "run",
+        description="what has a learned embedding of its own; code: no embedding, but the whole checkpoint's whitened "
+        "leading principal components, which tokens are a linear function of, and diffusion makes the rest; task: what "
+        "the zoo says of its task, for a prior that is given something else, such as examples",
+    )
+    width: int | None = Field(
+        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
+    )
+    initial: Literal["random", "constant"] = Field(
+        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
+    )
+    noise: float = Field(
+        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
+    )
+    linear: bool = Field(False, description="of code or task: networks see a linear map of it, not an MLP")
+    prior: CodePriorConfig | None = Field(
+        None, description="of code or task: a diffusion over them, given the condition, for generate.state: prior"
+    )
+
+    @model_validator(mode="after")
+    def _only_codes_have_a_prior(self) -> StateConfig:
+        if self.prior is not None and self.of not in ("code", "task"):
+            raise ValueError("prior needs of: code or task")
+        if self.linear and self.of not in ("code", "task"):
+            raise ValueError("linear needs of: code or task")
+        if self.of in ("code", "task") and self.width is None:
+            raise ValueError(f"of: {self.of} needs a width, how many numbers it has")
+        return self
+
+
+def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:
+    """The table of states, and what maps them to the width of the backbone."""
+    if config.of in ("code", "task"):
+        codes = (CodeTable if config.of == "code" else TaskTable)(num_states, config.width or width)
+        first = nn.Linear(codes.embedding_dim, width)
+        return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
+    table = nn.Embedding(num_states, config.width or width)
+    if config.initial == "constant":
+        nn.init.constant_(table.weight, 1 / table.embedding_dim)
+    return table, nn.Linear(config.width, width) if config.width else nn.Identity()

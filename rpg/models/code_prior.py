@@ -42,7 +42,7 @@ class CodePriorConfig(Section):
     churn: float = Field(
         0.0,
         ge=0,
-        description="of EDM: fresh noise while sampling (its S_churn), which mends what earlier steps got wrong",
+        description="of EDM: fresh noise while sampling (its S_churn), which corrects errors of earlier steps",
     )
 
     @model_validator(mode="after")

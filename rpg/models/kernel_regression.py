@@ -86,6 +86,10 @@ class KernelRidge:
         """Of conditions ``[m, C]`` with those seen, ``[m, n]``; its product with ``A Y`` is the prediction."""
         return rbf(conditions.to(torch.float64), self.conditions, self.length)
 
+    def shares(self, conditions: Tensor) -> Tensor:
+        """Weights of the outputs in the predictions for conditions ``[m, C]``, ``[m, n]``."""
+        return self.kernel(conditions) @ self.inverse
+
     def left_out(self) -> Tensor:
         """``[n, n]``: its product with the outputs ``[n, M]`` is these less their prediction without their group."""
         return _left_out(self.inverse, self.groups)

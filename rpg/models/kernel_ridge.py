@@ -9,17 +9,17 @@ Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from rpg.models.centre import FittedBuffers
+from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge
-from rpg.models.state import StateConfig
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class KernelRidgeConfig(Section):
@@ -61,6 +61,11 @@ class KernelRidgeGenerator(FittedBuffers):
     spread: Tensor
 
     samplers = ("posterior",)
+
+    @classmethod
+    def of_layout(cls, config: KernelRidgeConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        return cls(config, layout.num_tokens, layout.token_size, condition_size)
 
     def __init__(self, config: KernelRidgeConfig, num_tokens: int, token_size: int, condition_size: int = 0) -> None:
         super().__init__()

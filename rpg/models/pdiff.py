@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.centre import StateConfig
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.base import TimeEmbedding
-from rpg.models.state import StateConfig
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class StageConfig(Section):
@@ -191,6 +192,11 @@ class ParameterDiffusion(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
+
+    @classmethod
+    def of_layout(cls, config: PDiffConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        return cls(config, layout.num_coordinates)
 
     def __init__(self, config: PDiffConfig, num_values: int) -> None:
         super().__init__()

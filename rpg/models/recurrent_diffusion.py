@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from einops import rearrange, reduce
@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
 from rpg.models.batch import Batch, CodeBatch, Loss
-from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre
+from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
 from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.kernel_regression import condition_groups
-from rpg.models.state import StateConfig, permutation_state
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class RecurrentConfig(Section):
@@ -85,6 +85,13 @@ class RecurrentDiffusion(nn.Module):
     """
 
     position_embedding: Tensor
+
+    @classmethod
+    def of_layout(cls, config: RecurrentConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        # Under `torch.device("meta")` the positions have to be there too: their embedding can take gigabytes.
+        positions, regress = layout.positions.to(torch.get_default_device()), layout.options.centre == "condition"
+        return cls(config, positions, layout.token_size, num_states, condition_size, regress)
 
     def __init__(
         self,
@@ -163,7 +170,7 @@ class RecurrentDiffusion(nn.Module):
     def known(
         self, states: Tensor | None, conditions: Tensor | None, token_ids: Tensor, initial: Tensor | None = None
     ) -> Tensor | None:
-        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None if there is none.
+        """The closed-form part of tokens ``[N]``, ``[G or 1, N, D]``, for states ``[G, S]``; None without one.
 
         Starts ``[G, L, D]`` are a part of it: what they have to change by is left to the denoiser.
         """

@@ -38,10 +38,6 @@ class Estimator(ABC):
     """The needs of one kind of model, each kind a class of its own.
 
     A kind that is not fitted by gradient steps overrides `training_flops` and `training_memory` instead of `step_part`.
-
-    Args:
-        config: the experiment.
-        zoo: what it learns from.
     """
 
     def __init__(self, config: Config, zoo: ZooSummary) -> None:

@@ -1,4 +1,4 @@
-"""The estimators: what recurrent diffusion, p-diff, hyper-representations and kernel ridge take."""
+"""The estimators: what recurrent diffusion, p-diff and kernel ridge take."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rpg.diffusion.objectives import build_objective
-from rpg.generation.pdiff_sampler import GROUP
 from rpg.generation.sampler import low_precision_copy
+from rpg.generation.samplers import GROUP
 from rpg.models.batch import Batch
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.models.sane import TokenAutoencoder
 from rpg.planning.estimator import Estimator, StepPart
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
 from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
@@ -217,44 +216,6 @@ class PDiffEstimator(WholeNetworksEstimator):
         once, each = (counter.get_total_flops() // GROUP for counter in (decoder, step))
         directions = directions_flops(self.zoo.layout)
         return GenerationFlops(0, once, each, 0, directions, once + steps * each + directions)
-
-
-class SaneEstimator(WholeNetworksEstimator):
-    """The needs of SANE: a step takes two views of whole checkpoints."""
-
-    @property
-    def checkpoints_per_step(self) -> int:
-        """B."""
-        return self.config.train.batch_size
-
-    def meta_network(self) -> TokenAutoencoder:
-        """Without storage; with as many anchors as there are checkpoints."""
-        network = super().meta_network()
-        network.fill(anchors=network.anchors.new_empty(self.zoo.num_checkpoints, *network.anchors.shape[1:]))
-        return network
-
-    def step_part(self, network: TokenAutoencoder, num_processes: int) -> StepPart:
-        """A whole step: tokens ``[B, L, D]``, their mask and the noise of two views."""
-        layout = self.zoo.layout
-        shape = (layout.num_tokens, layout.token_size)
-        inputs = [torch.empty(self.checkpoints_per_step, *shape), torch.ones(shape)]
-        inputs.append(torch.empty(2, self.checkpoints_per_step, *shape))
-        return StepPart(lambda: (network(*inputs),), num_bytes(inputs))
-
-    def sampling_memory(self, network: TokenAutoencoder, weights: int, loading: int) -> GenerationMemory:
-        """A tile of whole networks is decoded."""
-        with LiveBytes() as live:
-            rows = network.decode(torch.empty(GROUP, *network.anchors.shape[1:]))  # [GROUP, L, D]
-            del rows
-        drawn = 3 * GROUP * network.anchors[0].numel() * FLOAT_BYTES
-        return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + drawn, loading=loading)
-
-    def sampling_flops(self, network: TokenAutoencoder, steps: int) -> GenerationFlops:
-        """Of the decoder, once a network."""
-        with count_flops() as decoder:
-            network.decode(torch.empty(1, *network.anchors.shape[1:]))
-        once, directions = decoder.get_total_flops(), directions_flops(self.zoo.layout)
-        return GenerationFlops(0, 0, 0, once, directions, once + directions)
 
 
 class KernelRidgeEstimator(WholeNetworksEstimator):

@@ -16,8 +16,8 @@ import torch
 from rpg.config import Config
 from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
+from rpg.models import part_of
 from rpg.planning.estimator import Estimator
-from rpg.planning.estimators import KernelRidgeEstimator, PDiffEstimator, RecurrentEstimator, SaneEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, free_memory
 from rpg.planning.peak import GenerationFlops
 from rpg.planning.target import find_target
@@ -40,14 +40,6 @@ CUDA_BYTES = GIB
 
 OPTIMIZER_BYTES = 150 << 20
 """What of Python's modules PyTorch loads when it makes its first optimizer (torch 2.15)."""
-
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "recurrent": RecurrentEstimator,
-    "pdiff": PDiffEstimator,
-    "kernel_ridge": KernelRidgeEstimator,
-    "sane": SaneEstimator,
-}
-"""What estimates the needs of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,8 @@ class Largest:
 
 def build_estimator(config: Config, zoo: ZooSummary) -> Estimator:
     """What estimates the needs of the configuration's kind of model."""
-    return ESTIMATORS[config.model.kind](config, zoo)
+    found: Estimator = part_of(config.model, "estimator")(config, zoo)
+    return found
 
 
 def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Plan:

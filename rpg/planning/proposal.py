@@ -119,7 +119,7 @@ def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Propos
         InputError: it is not a zoo, the file is there, or an override is of no field.
     """
     if not (zoo / "zoo.json").is_file():
-        raise InputError(f"--write-config proposes a configuration for a zoo, and {zoo} is none; collect one first")
+        raise InputError(f"--write-config needs a zoo, and {zoo} is not one; collect one first")
     if path.exists():
         raise InputError(f"{path} already exists; name another file with --write-config, or remove it")
     proposal = propose(Zoo.open(zoo))

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a task: one protocol for all, and named ones for what only some can do.
+"""What the rest of the package asks of a task: one protocol for all tasks, and one for each further ability.
 
 T networks or tasks, C condition values, B images.
 """
@@ -30,7 +30,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class Classifier(Task, Protocol):
-    """A single task: every network is to answer the same questions."""
+    """A single task: all networks classify the same images."""
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Predicted classes of each network, int64 ``[T, B]``."""
@@ -41,7 +41,7 @@ class Classifier(Task, Protocol):
 
 @runtime_checkable
 class LogitTask(Protocol):
-    """A task that says more of a network than its answers."""
+    """A task that returns logits, not only predicted classes."""
 
     def logits(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Iterator[Tensor]:
         """The logits ``[B, classes]`` of one network after another; none is kept."""
@@ -65,7 +65,7 @@ class BehaviourTask(Task, Protocol):
     """A task that scores many networks at once, differentiably."""
 
     def teacher(self, zoo: Zoo) -> Teacher:
-        """The base network that all networks of the zoo started from. Raises InputError if there is none."""
+        """The base network that all networks of the zoo started from. Raises InputError if the zoo has none."""
 
     def behaviour_losses(
         self, weights: Stacked, conditions: Tensor, num_images: int, rng: Generator, teacher: Teacher | None = None
@@ -78,7 +78,7 @@ class BehaviourTask(Task, Protocol):
 
 @runtime_checkable
 class ExampleTask(Task, Protocol):
-    """Tasks of conditions, each of which can show what its networks are to do."""
+    """Tasks with conditions that can be shown by labelled examples."""
 
     @property
     def example_classes(self) -> Sequence[str]:
@@ -97,7 +97,7 @@ class ExampleTask(Task, Protocol):
 
 @runtime_checkable
 class DescribedTask(Task, Protocol):
-    """Tasks of conditions, each of which can be told in words."""
+    """Tasks with conditions that can be described in words."""
 
     def describe(self, conditions: Tensor, rng: Generator, held_out: bool = False) -> list[str]:
         """A description of each of T tasks ``[T, C]``, phrases between commas, in any of many wordings.
@@ -108,7 +108,7 @@ class DescribedTask(Task, Protocol):
 
 @runtime_checkable
 class TaskSimulator(BehaviourTask, Protocol):
-    """A family that draws new tasks at any time, and knows the right answers for them."""
+    """A family that can draw new tasks and knows their correct answers."""
 
     def draw_tasks(self, num: int, rng: Generator) -> Tensor:
         """Conditions of new tasks as the zoo has them, ``[num, C]``."""
@@ -116,7 +116,7 @@ class TaskSimulator(BehaviourTask, Protocol):
 
 @runtime_checkable
 class LossTask(Task, Protocol):
-    """A task that tells the loss of many networks at once, differentiably."""
+    """A task with a differentiable loss of many networks at once."""
 
     def losses(
         self, weights: Stacked, split: str, num_images: int | None = None, rng: Generator | None = None
@@ -126,7 +126,7 @@ class LossTask(Task, Protocol):
 
 @runtime_checkable
 class TaskFamily(Task, Protocol):
-    """Many tasks, each with a condition; a generator is asked for networks of tasks that it never saw."""
+    """Many tasks, each with a condition; a generator is tested on tasks that it was not trained on."""
 
     @property
     def condition(self) -> ConditionSpec:
@@ -142,7 +142,7 @@ class TaskFamily(Task, Protocol):
         """The first metric of ``scores``, a share of right answers ``[T]``."""
 
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
-        """What training a task's network begins with, for the tasks ``[T, C]``, by the name it is reported under."""
+        """The initial weights of training for the tasks ``[T, C]``, by the name that reports give them."""
 
 
 @runtime_checkable
@@ -188,7 +188,7 @@ class AdapterScorer(Protocol):
 
 @runtime_checkable
 class MetricsTask(Task, Protocol):
-    """A single task whose networks are told apart by metrics of their own: AP50, mIoU, a distance of samples."""
+    """A single task with metrics of its own: AP50, mIoU, a distance of samples."""
 
     def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
         """Metrics by name of one network, the one that counts first; names with loss or error are better if small.

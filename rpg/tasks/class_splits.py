@@ -96,7 +96,7 @@ def bits_of_classes(names: Sequence[str], classes: Sequence[str], where: str = "
         key = name.strip().lower()
         if key not in known:
             raise InputError(
-                f"{where} names {name.strip()!r}, which is no class here; choose among {', '.join(classes)}"
+                f"{where} names {name.strip()!r}, which is not a class here; choose among {', '.join(classes)}"
             )
         bits[known[key]] = 1
     return check_bits(bits, len(classes), where)

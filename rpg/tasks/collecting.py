@@ -126,14 +126,18 @@ def chosen_parameters(network: nn.Module, patterns: Collection[str]) -> dict[str
     return {name: each for name, each in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def train_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], rate: float, seed: int, step: int) -> None:
-    """One optimizer step; ``seed`` and ``step`` decide what networks with dropout draw."""
+def train_step(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], rate: float, seed: int, step: int
+) -> Tensor:
+    """One optimizer step, and its loss; ``seed`` and ``step`` decide what networks with dropout draw."""
     torch.manual_seed(derive_seed(seed, "training step", step))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    loss().backward()
+    found = loss()
+    found.backward()
     optimizer.step()
+    return found.detach()
 
 
 NETWORK, OPTIMIZER, STEP = "network/", "optimizer/", "rpg.step"
@@ -159,7 +163,7 @@ class SavedTraining:
         save_checkpoint(self.path, tensors, {STEP: str(step)})
 
     def load(self) -> int:
-        """Take up the saved state and return its step; 0 where there is none.
+        """Restore the saved state and return its step; 0 without one.
 
         Raises:
             InputError: the file is broken.

@@ -1,4 +1,4 @@
-"""The tasks by name. A task's module is imported when its first task is built."""
+"""Tasks made from their configurations."""
 
 from __future__ import annotations
 
@@ -9,27 +9,9 @@ from typing import Any, TypeVar
 from rpg.migration import migrate_task
 from rpg.section import Section, validated
 from rpg.tasks.base import Task
-from rpg.tasks.config import TaskConfig
+from rpg.tasks.config import TASKS, TaskConfig
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
-
-TASKS = {
-    "digits": "rpg.tasks.images.digits:DigitsTask",
-    "digits_subsets": "rpg.tasks.images.digits:DigitsSubsetsTask",
-    "cifar10_subsets": "rpg.tasks.images.cifar10:Cifar10SubsetsTask",
-    "fields": "rpg.labs.fields.task:FieldsTask",
-    "training_runs": "rpg.labs.training_runs.task:TrainingRunsTask",
-    "tickets": "rpg.labs.tickets.task:TicketsTask",
-    "sensors": "rpg.tasks.sensors.sensors:SensorsTask",
-    "language": "rpg.tasks.language.language:LanguageTask",
-    "finetune": "rpg.tasks.images.timm_finetune:TimmFinetuneTask",
-    "imagenet": "rpg.tasks.images.imagenet:ImageNetTask",
-    "detection": "rpg.labs.vision.detection:DetectionTask",
-    "segmentation": "rpg.labs.vision.segmentation:SegmentationTask",
-    "diffusion_unet": "rpg.labs.vision.diffusion_unet:DiffusionUnetTask",
-}
-"""Module and class of the task that each ``name`` of a configuration stands for."""
-
 
 KindOfTask = TypeVar("KindOfTask")
 
@@ -47,7 +29,7 @@ def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
         InputError: there is no such task, or a field is unknown or impossible.
     """
     known: Any = config if isinstance(config, Section) else _parse(migrate_task(config))
-    return resolve_name(TASKS[known.name])(known)
+    return resolve_name(TASKS[known.name].task)(known)
 
 
 def _parse(values: Mapping[str, Any]) -> Any:

@@ -18,10 +18,6 @@ def load_callable(reference: str, option: str) -> Callable[..., Any]:
 
     Modules are looked for in the working directory first.
 
-    Args:
-        reference: the place.
-        option: where the user wrote it, for errors.
-
     Raises:
         InputError: there is no such module or function, or importing it failed.
     """

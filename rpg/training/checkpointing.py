@@ -22,12 +22,7 @@ def is_spread(tensor: Any) -> bool:
 
 
 class Shards:
-    """PyTorch's own ways: one process and DDP hold whole tensors, FSDP2 holds DTensors cut along their first dimension.
-
-    Args:
-        network: the networks, after whatever spreads them has been applied.
-        optimizer: theirs, unwrapped.
-    """
+    """PyTorch's own ways: one process and DDP hold whole tensors, FSDP2 DTensors cut along their first dimension."""
 
     def __init__(self, network: nn.Module, optimizer: Any) -> None:
         self.parameters = dict(network.named_parameters())

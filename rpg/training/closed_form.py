@@ -10,9 +10,8 @@ from typing import Any
 from rpg.config import Config
 from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
 from rpg.training.distributed import DistributedContext
-from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder
-from rpg.training.trainer import build_network
+from rpg.training.trainer import build_network, trained_generator
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 

@@ -30,7 +30,7 @@ NUM_READ, PHRASE_NOISE = 32, 0.8
 
 
 def example_conditions(zoo: Zoo, condition: ConditionConfig, seed: int = 0) -> ExampleConditions | None:
-    """Shows examples of the task that collected ``zoo``, or describes it; None where conditions are of another kind."""
+    """Turns conditions into examples or descriptions of the zoo's task; None for other kinds of conditions."""
     if condition.phrases:
         return Descriptions(zoo, task_of(zoo), condition, seed)
     return ExampleConditions(task_of(zoo), condition, seed) if condition.kind == "examples" else None

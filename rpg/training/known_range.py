@@ -27,7 +27,7 @@ NUM_SETS = 5
 def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     """Generate for validation tasks and score on validation images.
 
-    None where conditions have no distances, there are no validation tasks, or the generator has learned from them.
+    None if conditions have no distances, or there are no validation tasks that were kept out of training.
     """
     config, spec = generator.config, generator.condition
     held_out = zoo.subset("validation") if "validation" not in config.train.splits else []

@@ -16,9 +16,7 @@ from safetensors import SafetensorError
 from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.generation.generator import Generator
-from rpg.training.closed_form import ClosedFormTrainer
-from rpg.training.pdiff_trainer import PDiffTrainer
-from rpg.training.sane_trainer import SaneTrainer
+from rpg.models import part_of
 from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.zoo.locks import lock_scope
@@ -27,14 +25,6 @@ TrainingProgress = Callable[[int, int, float], None]
 
 WatchGenerator = Callable[[Generator], None]
 """Looks at the generator while it is trained."""
-
-TRAINERS: dict[str, Callable[..., Any]] = {
-    "recurrent": Trainer,
-    "pdiff": PDiffTrainer,
-    "kernel_ridge": ClosedFormTrainer,
-    "sane": SaneTrainer,
-}
-"""What trains each kind of model."""
 
 WATCHED, FIRST_WATCHED = 0.03, 20.0
 """Part of the time that watching may take, and seconds of training before the first time."""
@@ -79,7 +69,7 @@ def train(
         stop_signal() as stop_requested, _disk_errors(config.run), lock_scope(config.run),
         bar_in_notebook("training", progress) as progress,
     ):  # fmt: skip
-        trainer = TRAINERS[config.model.kind](config, resume=resume, overwrite=overwrite, say=say)
+        trainer = part_of(config.model, "trainer")(config, resume=resume, overwrite=overwrite, say=say)
         watching = _Watching(trainer, watch)
         for step, parts in trainer.sampler.prefetch(trainer.step, trainer.num_steps):
             loss = trainer.train_step(step, parts)

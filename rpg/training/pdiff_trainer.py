@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rpg.generation.pdiff_sampler import flatten_tokens
+from rpg.generation.samplers import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.collecting import cosine_decay

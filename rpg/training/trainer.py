@@ -46,7 +46,6 @@ from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
-from rpg.training.outcome import trained_generator
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
@@ -365,3 +364,12 @@ def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
+
+
+def trained_generator(config: Config, layout: Layout, network: Network, zoo: Zoo, facts: dict[str, Any]) -> Generator:
+    """The generator of trained networks; ``facts`` of the training are for its model card."""
+    scale = metric_scale(zoo, training_entries(zoo, config.train.splits), config.model.condition)
+    examples = example_conditions(zoo, config.model.condition)
+    condition = examples.spec if examples is not None else zoo.condition if scale is None else scale.condition
+    texts = examples.table if isinstance(examples, Descriptions) else None
+    return Generator(config, layout, network, condition, facts, texts=texts, metric=scale)

@@ -79,7 +79,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "segmentation.yaml": {**STEPWISE, "task": {**STEPS, "canvases": 16}},
     "detection.yaml": {**STEPWISE, "task": {**STEPS, "data": {"train": 16, "scored": 4}}},
     "unet.yaml": {**STEPWISE, "task": {**STEPS, "samples": 8, "sample_steps": 2}},
-    "sweeps/position.yaml": {"set": ["train.steps=8"], "entries": [{"name": "2d", "set": ["model.position=2d"]}]},
+    "sweeps/position.yaml": {
+        "set": ["train.steps=8", "evaluate.num=2", "evaluate.num_baseline=1"],
+        "entries": [{"name": "2d", "set": ["model.position=2d"]}],
+    },
 }
 """Changes to configurations that pages name, so that each takes a second."""
 

@@ -12,15 +12,19 @@ from tests.docs.small import PREPARED, SMALL
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if blocks_of(page)]
 SHELLS = ("sh", "bash")
+QUICK = ("README", "start", "own-checkpoints", "sensors", "examples", "faq", "recipes", "formats", "design")
+"""Pages whose blocks run in every ``make test``; the tests of what the others describe run their commands."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if page.stem in QUICK else pytest.mark.slow, id=page.stem) for page in PAGES]
+)
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("rpg.cli.parameters.default_config", lambda name: tmp_path / "configs" / name)
+    monkeypatch.setattr("rpg.section.default_config", lambda name: tmp_path / "configs" / name)
     before = set(sys.modules)
     sandbox = Sandbox(tmp_path, SMALL)
     if page.stem in PREPARED:
@@ -36,9 +40,9 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_blocks_that_are_not_run_name_what_is_there(page: Path) -> None:
+def test_commands_name_what_is_there(page: Path) -> None:
     for block in blocks_of(page):
-        if block.not_run is not None and block.language in SHELLS:
+        if block.language in SHELLS:
             for command in block.commands():
                 if any(f" {word} " in f" {command} " for word in ("rpg", "accelerate", "torchrun", "srun")):
                     parse(command)

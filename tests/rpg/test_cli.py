@@ -213,6 +213,15 @@ def test_train_generate_export(rpg: Run, experiment: Path, tmp_path: Path) -> No
     refused(rpg("export", files[0], "--to", "onnx", "--output", tmp_path / "o"), "--to", "'onnx'")
 
 
+def test_a_run_that_is_trained_anew_is_named(rpg: Run, prepared: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(prepared, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    few = ("--set", "evaluate.num=2", "--set", "evaluate.num_baseline=2")
+    code, out, err = rpg("run", "digits.yaml", *few)
+    assert code == 0, err
+    assert "run exists and is trained anew; `rpg evaluate run` only scores it\n" in out
+
+
 def test_the_temperature_of_fresh_states(rpg: Run, experiment: Path, tmp_path: Path) -> None:
     states = ("--set", "train.steps=1", "--set", "model.state.of=checkpoint", "--set", "generate.state=gaussian")
     assert rpg("train", experiment, *states)[0] == 0

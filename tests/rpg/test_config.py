@@ -85,6 +85,15 @@ def test_a_broken_override_is_named():
         Config.load("configs/none.yaml")
 
 
+def test_the_packages_own_configurations_are_found_from_anywhere(tmp_path, monkeypatch):
+    own = Config.load("configs/digits_demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert Config.load("configs/digits_demo.yaml") == own
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits_demo.yaml").write_text("run: mine\n")
+    assert Config.load("configs/digits_demo.yaml").run == "mine"  # a file that is there comes first
+
+
 def test_the_papers_configurations_share_its_recipe():
     """Each is configs/paper/base.yaml but for what the paper itself varies."""
     own = {"tokens": {"size"}, "train": {"steps", "batch_size", "tokens", "learning_rate", "warmup_steps", "optimizer"}}

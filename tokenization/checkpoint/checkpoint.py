@@ -150,6 +150,13 @@ class Checkpoint:
         stored = {name: self.tensor(name) for name in self.tensors}
         return {name: stored[self.ties.get(name, name)] for name in self.order}
 
+    def load(self) -> dict[str, Tensor]:
+        """`state_dict`, and no page of the file in this process any longer."""
+        state_dict = self.state_dict()
+        for name in self.tensors:
+            self.release(name)
+        return state_dict
+
     def release(self, name: str, first: int = 0, last: int | None = None) -> None:
         """Drop the pages of values ``[first, last)`` of a tensor from this process; reading maps them again.
 

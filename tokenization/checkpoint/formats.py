@@ -1,4 +1,4 @@
-"""What a file is, told by its content and not by its ending; formats of other programs are named with a cure."""
+"""What a file is, told by its content, not by its suffix; formats of other programs are named with a cure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kind_of(path: Path) -> Kind:
     """What a file is.
 
     Returns:
-        ``unknown`` where neither content nor ending tell, or the file cannot be opened.
+        ``unknown`` if neither content nor suffix tell, or the file cannot be opened.
 
     Raises:
         InputError: it is of a format that is not read, which is named with a cure.
@@ -96,7 +96,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def _foreign(path: Path, head: bytes, end: bytes) -> tuple[str, str] | None:
-    """What a file of another program is, and what to do about it; None of one that may be read."""
+    """What a file of another program is, and what to do about it; None for a file that can be read."""
     if not head:
         return "is empty", "copy or save it again"
     for magic, what, cure in _MAGIC:

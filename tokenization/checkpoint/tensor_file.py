@@ -32,10 +32,6 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> t
 
     The library's own writer puts the metadata in random order; here the same input gives the same bytes.
 
-    Args:
-        specs: dtype and shape by name.
-        metadata: strings for the header.
-
     Returns:
         The bytes that the file begins with (length and header), the offset of every tensor in the file and the size
         of the file, in bytes. Wider dtypes come first, so that every tensor is aligned; within a dtype the order is
@@ -201,7 +197,7 @@ def save_checkpoint(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} has the ending {path.suffix!r}; name a file that ends in '.safetensors'")
+        raise InputError(f"{path} has the suffix {path.suffix!r}; name a file that ends in '.safetensors'")
     tensors = check_tensors(state_dict, path)
     for name, tensor in tensors.items():
         if name == "__metadata__" or tensor.dtype not in CODES:

@@ -156,7 +156,7 @@ def common_prefix(names: Iterable[str]) -> str:
 
 
 def check_tensors(state_dict: Mapping[str, Any], path: Path | str) -> dict[str, Tensor]:
-    """The entries of a state dict as plain dense tensors. Raises InputError that names the first which is none."""
+    """The entries of a state dict as plain dense tensors. Raises InputError that names the first other one."""
     if not state_dict:
         raise InputError(f"{path} has no tensor; give a state dict")
     tensors: dict[str, Tensor] = {}

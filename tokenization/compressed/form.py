@@ -26,8 +26,7 @@ from tokenization.checkpoint.tensor_file import TensorFile, save_checkpoint
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
 from tokenization.files import temporary_name
-from tokenization.zoo.cache import cached_tensors
-from tokenization.zoo.form import MARK, Form
+from tokenization.zoo.cache import MARK, Form, cached_tensors
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1
@@ -35,10 +34,6 @@ VERSION = 1
 
 class Compressed(Form):
     """Brings checkpoints of one structure into the form of tokens, and state dicts back into the zoo's.
-
-    Args:
-        parts: the compressed weights.
-        order: every stored key of a checkpoint, in order.
 
     Attributes:
         sparsity: share of zeros among the pruned weights of what is stored again; the zoo's when None.

@@ -23,8 +23,7 @@ from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
 from tokenization.lora.adapter import CONFIG_NAME, align_factors, balanced_factors, partner_of, read_adapter_config
-from tokenization.zoo.cache import cached_tensors
-from tokenization.zoo.form import MARK, Form
+from tokenization.zoo.cache import MARK, Form, cached_tensors
 from tokenization.zoo.zoo import Zoo
 
 VERSION = 1

@@ -31,13 +31,6 @@ def copied_constants(
 
     Every generated network has those of one checkpoint. Counters are not among them.
 
-    Args:
-        zoo: whose cache keeps what is found.
-        indices: its entries.
-        checkpoints: those entries as they are cut into tokens.
-        layers: the tokenised tensors.
-        options: say what is left out.
-
     Raises:
         InputError: a tensor differs that the options do not leave out; names it and two files.
     """

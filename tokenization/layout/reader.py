@@ -24,11 +24,6 @@ class TokenReader:
     A zoo whose tokens fit into the cache is encoded once, checkpoint by checkpoint as they are asked for. Of a larger
     one only the rows asked for are read, straight from the memory-mapped checkpoints; resident memory stays bounded.
     Thread-safe, fork-safe and picklable (a pickled copy opens the zoo again).
-
-    Args:
-        zoo: the checkpoints.
-        layout: their layout, fitted.
-        cache_bytes: the most memory that encoded checkpoints may take.
     """
 
     def __init__(self, zoo: Zoo, layout: TokenLayout, cache_bytes: int = CACHE_BYTES) -> None:

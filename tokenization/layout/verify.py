@@ -48,11 +48,6 @@ def verify_round_trip(
 
     Holds one checkpoint's tokens and values in memory.
 
-    Args:
-        zoo: the checkpoints.
-        layout: fitted to them.
-        progress: called with (checked, total) checkpoints.
-
     Raises:
         InputError: names the file and the tensor that does not come back as closely as `TokenLayout` promises, or the
             pair whose product changes.

@@ -50,12 +50,6 @@ class CollectedAdapters:
     ) -> dict[str, float]:
         """Factors of the next adapter's tensors; empty if it is like the first or not an adapter.
 
-        Args:
-            path: the file or folder.
-            config: its PEFT configuration, if it has one.
-            shapes: shape by name of all its tensors.
-            tensor: reads one of them.
-
         Raises:
             InputError: it is not whole, or cannot mean the same as the others.
         """

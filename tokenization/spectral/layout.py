@@ -17,8 +17,7 @@ from tokenization.layout.description import LayerGroup
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import Layer, TokenOptions
 from tokenization.layout.rows import values_of
-from tokenization.spectral.basis import DIRECTIONS, NUMBERS, Basis, basis_specs
-from tokenization.spectral.fit import BASIS_DTYPES, FittedBasis, fit_basis
+from tokenization.spectral.fit import BASIS_DTYPES, DIRECTIONS, NUMBERS, Basis, FittedBasis, basis_specs, fit_basis
 from tokenization.zoo.zoo import Zoo
 
 BASIS_FILE = "basis.safetensors"

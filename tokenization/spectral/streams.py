@@ -53,11 +53,6 @@ class SpectralReader:
 class SpectralWriter:
     """`CheckpointWriter` for coefficients: they become tokens block by block on their way to the file.
 
-    Args:
-        path: the file.
-        layout: a fitted layout.
-        metadata: strings for the header.
-
     Raises:
         InputError: the disk is full or refuses; nothing is left behind.
     """

@@ -63,7 +63,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         for where, parsed in json_lines(text, path):
             rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
     else:
-        raise InputError(f"{path} has the ending {path.suffix!r}; give a table in .csv, .tsv or .jsonl")
+        raise InputError(f"{path} has the suffix {path.suffix!r}; give a table in .csv, .tsv or .jsonl")
     if not rows:
         raise InputError(f"{path} has no rows; write one per checkpoint")
     for where, row in rows:
@@ -76,7 +76,7 @@ def read_name(pattern: str, name: str) -> dict[str, Any]:
     """What the named groups of a regular expression find in a file's name.
 
     Raises:
-        InputError: the expression is none or has no named groups, or does not match.
+        InputError: the expression is invalid, has no named groups, or does not match.
     """
     try:
         compiled = re.compile(pattern)

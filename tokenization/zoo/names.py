@@ -112,7 +112,7 @@ def _without_steps(paths: Sequence[Path], texts: Sequence[str], runs: Sequence[s
 
 
 def _versions(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names without Lightning's ``-v1``, by which a later run keeps off an earlier one's file; and these endings."""
+    """Names without Lightning's ``-v1``, by which a later run keeps off an earlier one's file; and these suffixes."""
     found = [re.search(r"-v\d+$", text) for text in texts]
     versions = [
         match[0] if match and text[: match.start()] in texts else "" for match, text in zip(found, texts, strict=True)
@@ -133,7 +133,7 @@ def _rank(path: Path, text: str, paths: Sequence[Path]) -> int | None:
 
 
 def _plain(path: Path) -> str:
-    """The path without the endings of checkpoints."""
+    """The path without the suffixes of checkpoints."""
     text = path.as_posix()
     while ending := next((each for each in (".index.json", ".safetensors", *SUFFIXES) if text.endswith(each)), ""):
         text = text.removesuffix(ending)  # .pth.tar has two

@@ -90,7 +90,7 @@ class Zoo(SharedZoo):
 
         Args:
             path: the folder.
-            repair: mend what a killed collection left: an unfinished last line or description, temporary files.
+            repair: clean up after a killed collection: an unfinished last line or description, temporary files.
 
         Raises:
             InputError: there is no zoo, its files are malformed, or an entry's file is missing or out of bounds.
@@ -296,7 +296,7 @@ class Zoo(SharedZoo):
         return checkpoint.arranged(ties, self.structure.not_finite)
 
     def _compared(self) -> Comparison | None:
-        """What the zoo's first checkpoint says of further ones; None of an empty zoo."""
+        """What the zoo's first checkpoint requires of further ones; None for an empty zoo."""
         if self._comparison is None and self.entries:
             self._comparison = Comparison(self.structure)
             self._comparison.add_checkpoint(Checkpoint.open(self.file(0)), str(self.file(0)))

@@ -27,7 +27,7 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
 
-    A run that is no recurrent diffusion has none.
+    A run that is not a recurrent diffusion has none.
     """
     if config.model.kind != "recurrent":
         return {}

@@ -51,7 +51,7 @@ class FieldData:
 
 
 def load_data(config: FieldsConfig) -> FieldData:
-    """The data of a configuration. Raises InputError for a folder without classes, or with a file that is no datum."""
+    """The data of a configuration. Raises InputError for a folder without classes or a file without a datum."""
     if config.data == "digits":
         return _digits()
     return _shapes(config) if config.data == "shapes" else _folder(config)
@@ -85,8 +85,8 @@ def _truncated(distances: Tensor, config: FieldsConfig) -> Tensor:
 
 
 def _folder(config: FieldsConfig) -> FieldData:
-    kind, endings = {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
-    paths, labels, classes = class_files(Path(config.data), kind, endings)
+    kind, suffixes = {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
+    paths, labels, classes = class_files(Path(config.data), kind, suffixes)
     values = read_images(paths, config.image_size) if config.dimensions == 2 else _meshes(paths, config)
     return FieldData(values, torch.tensor(labels), _split(len(paths), config), tuple(classes))
 

@@ -41,7 +41,7 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_SETS = 5
-"""Sets of generated fields, and of every baseline's, whose figures are averaged."""
+"""Sets of fields, generated and of each baseline, over which metrics are averaged."""
 
 JUDGE_COPIES = 2
 """Altered copies of every datum that the judge of classes learns from."""

@@ -112,7 +112,7 @@ def render_files(files: Sequence[Path], size: int, output: Path | None, config: 
         config: says how the fields were made, for files that lie in no run or zoo.
 
     Raises:
-        InputError: a file is no field, or nothing says how it was made; a shape is empty.
+        InputError: a file is not a field, or nothing says how it was made; a shape is empty.
     """
     written = []
     for file in files:

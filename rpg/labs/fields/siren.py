@@ -29,12 +29,7 @@ MOST_HIDDEN_VALUES = 1 << 24
 
 
 class Siren(nn.Module):
-    """A field: points ``[P, d]`` in -1 … 1 (row, column, …) → values ``[P, C]``.
-
-    Args:
-        config: sizes and frequencies.
-        channels: C.
-    """
+    """A field: points ``[P, d]`` in -1 … 1 (row, column, …) → values ``[P, C]``."""
 
     def __init__(self, config: FieldsConfig, channels: int) -> None:
         super().__init__()

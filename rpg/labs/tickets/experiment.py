@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import nearest_rows
+from rpg.evaluation.conditions import nearest_rows, random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
-from rpg.evaluation.unseen_tasks import random_other
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.unseen_tasks import generate_for, networks_of
@@ -102,10 +101,8 @@ def simple_baselines(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, T
     mean = tickets.mean(0)
     known, asked = (regression_inputs("binary", each, each.shape[1]) for each in (seen, bits))
     rest = (tickets - mean).double()
-    regression = KernelRidge.fit(known, rest @ rest.T)
-    regressed = regression.kernel(asked) @ (regression.inverse @ rest)
     return {
-        "kernel_ridge": mean + regressed.float(),
+        "kernel_ridge": mean + (KernelRidge.fit(known, rest @ rest.T).shares(asked) @ rest).float(),
         "nearest_seen": tickets[nearest_rows(seen, bits, own=False)],
         "average": mean.expand(len(bits), -1),
     }

@@ -2,8 +2,8 @@
 
 A *ticket* (arXiv 1803.03635) is a mask under which the start is trained as well as the whole network would be. It is
 found by training and pruning in turns, each time from the start again, which is rewound to what a few common steps made
-of the first weights (arXiv 1912.05671). A checkpoint is no network: it holds the order in which weights were pruned, so
-that it is cut at any share of zeros. T tasks, C classes, B images, P weights that may be pruned.
+of the first weights (arXiv 1912.05671). A checkpoint is not a network: it holds the order in which weights were pruned,
+so that it is cut at any share of zeros. T tasks, C classes, B images, P weights that may be pruned.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class TicketsTask:
 
     @single_threaded()
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
-        """Masks of the tasks ``[T, C]`` that are no tickets, as scores.
+        """Masks of the tasks ``[T, C]`` that are not tickets, as scores.
 
         ``random``; ``shuffled``: the task's own ticket, shuffled within every layer; ``start_magnitude``: the size of
         the rewound weights; ``one_shot``: their size after training the whole network, which is pruned once.

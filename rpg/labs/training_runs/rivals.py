@@ -89,8 +89,7 @@ def _regressed(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: Metr
     run, step = chosen // (num_steps - 1), chosen % (num_steps - 1) + 1
     changes = (trained.vectors[run, step] - firsts[run]).double()
     regression = KernelRidge.fit(inputs(firsts[run], trained.losses[run, step]), changes @ changes.T)
-    made = regression.kernel(inputs(starts, asked)) @ (regression.inverse @ changes)
-    return starts + made.float()
+    return starts + (regression.shares(inputs(starts, asked)) @ changes).float()
 
 
 def tuned_training(

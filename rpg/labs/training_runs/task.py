@@ -1,6 +1,6 @@
 """The task ``training_runs``: many runs on the digits, each from its first weights to convergence, at many stages.
 
-The target network keeps all values of a hidden unit in one row. Hidden units have no order: whoever reads the rows can
+The target network keeps all values of a hidden unit in one row. Hidden units have no order: a reader of the rows can
 treat them alike, and a row holds what decides how its unit is trained. All runs see all training images in every step,
 so that a run is a function of its first weights.
 
@@ -73,11 +73,7 @@ def logits_of(weights: Stacked, pixels: Tensor) -> Tensor:
 
 
 class TrainingRunsTask:
-    """Collects whole training runs and scores networks. An entry's ``step`` counts optimizer steps, from 0 on.
-
-    Args:
-        config: the network, the runs and how they are trained.
-    """
+    """Collects whole training runs and scores networks. An entry's ``step`` counts optimizer steps, from 0 on."""
 
     def __init__(self, config: TrainingRunsConfig) -> None:
         self.config = config
@@ -106,11 +102,6 @@ class TrainingRunsTask:
         self, path: Path | str, *, progress: Callable[[int, int], None] | None = None, limit: int | None = None
     ) -> Zoo:
         """Train the runs that the zoo at ``path`` lacks, in groups, each listed whole or not at all.
-
-        Args:
-            path: folder of the zoo.
-            progress: called with (runs trained, runs in all).
-            limit: train at least this many runs only.
 
         Raises:
             InputError: the zoo there was collected with another configuration.

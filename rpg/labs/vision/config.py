@@ -7,35 +7,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rpg.section import Section
-from rpg.tasks.images.config import DIGITS_SIZE
+from rpg.tasks.images.config import DIGITS_SIZE, FinetunedConfig
 
 
-class StepwiseConfig(Section):
+class VisionConfig(FinetunedConfig):
     """How the base network is trained, and what its fine-tuning keeps."""
 
-    base: str = Field(
-        "runs/base.safetensors",
-        description="where the network before fine-tuning is kept; put a state dict of yours there to start from it",
-    )
-    seed: int = Field(0, ge=0, description="decides the initial weights, the order of the data and all noise")
     train_steps: int = Field(1000, ge=1, description="steps to the base network, where there is no file of it")
-    learning_rate: float = Field(3e-3, gt=0, description="its peak on the way to the base network; a cosine to 0")
-    weight_decay: float = Field(1e-4, ge=0)
-    steps: int = Field(48, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
     finetune_learning_rate: float = Field(5e-4, gt=0, description="constant learning rate of the fine-tuning steps")
-    finetune: tuple[str, ...] = Field(
-        ("*",), description="patterns of what is fine-tuned and saved; empty: the last norm layers"
-    )
-    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
-    average: float = Field(
-        0.0, ge=0, lt=1, description="decay of the moving average of the weights that checkpoints are; 0: the weights"
-    )
-    hold_out: int = Field(
-        0, ge=0, description="every n-th checkpoint is of split held_out, which no generator learns from; 0: none"
-    )
-    batch_size: int = Field(32, ge=1)
     threads: int = Field(1, ge=1, description="threads of training steps and scores on a CPU; bits depend on it")
-    device: str = Field("auto", description="cpu, cuda, …")
 
 
 class CanvasesData(Section):
@@ -76,7 +56,7 @@ DetectionNetwork = Literal[
 ]  # fmt: skip
 
 
-class DetectionConfig(StepwiseConfig):
+class DetectionConfig(VisionConfig):
     """A network that says where things are, and the images it is trained on."""
 
     name: Literal["detection"] = "detection"
@@ -98,14 +78,14 @@ class DetectionConfig(StepwiseConfig):
     )
     pretrained: bool = Field(
         False,
-        description="start from ImageNet weights of the backbone, fetched where task.base is no file; its batch norms "
+        description="start from ImageNet weights of the backbone, fetched if task.base does not exist; its batch norms "
         "are then frozen, as torchvision does",
     )
     data: Annotated[CanvasesData | CocoData, Field(discriminator="kind")] = CanvasesData()
     workers: int = Field(0, ge=0, description="processes that read images")
 
 
-class SegmentationConfig(StepwiseConfig):
+class SegmentationConfig(VisionConfig):
     """A network that tells the class of each pixel, and the images it is trained on."""
 
     name: Literal["segmentation"] = "segmentation"
@@ -128,7 +108,7 @@ class SegmentationConfig(StepwiseConfig):
     workers: int = Field(0, ge=0, description="processes that read images")
 
 
-class DiffusionUnetConfig(StepwiseConfig):
+class DiffusionUnetConfig(VisionConfig):
     """A diffusion model of the digits, and how its samples are drawn and judged."""
 
     name: Literal["diffusion_unet"] = "diffusion_unet"

@@ -24,9 +24,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
-from rpg.labs.vision.stepwise import StepwiseTask, batches_to_score, batches_to_train
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
+from rpg.tasks.images.loading import batches_to_score, batches_to_train
+from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
 
 ASPECTS = (0.5, 1.0, 2.0)
@@ -201,12 +202,13 @@ MOST_DETECTIONS = 100
 """Of an image, the ones with the highest scores, that count: COCO's own limit."""
 
 
-class DetectionTask(StepwiseTask):
+class DetectionTask(FinetunedTask):
     """Collects zoos of detectors and scores state dicts by AP50 and AP."""
+
+    config: DetectionConfig
 
     def __init__(self, config: DetectionConfig) -> None:
         super().__init__(config)
-        self.config = config
         self._opened: dict[str, DetectionSet] = {}
 
     def make_network(self) -> nn.Module:

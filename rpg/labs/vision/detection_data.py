@@ -106,7 +106,7 @@ Sample = tuple[Tensor, dict[str, Tensor]]
 """An image, float32 ``[3, H, W]`` in 0 … 1, and its ``boxes`` float32 ``[K, 4]`` (x₁, y₁, x₂, y₂ in pixels) and
 ``labels`` int64 ``[K]``, which are ids of categories; 0 is the background."""
 
-SMALLEST = 1.0  # pixels: narrower boxes, of which COCO has a few, are no target
+SMALLEST = 1.0  # pixels: narrower boxes, of which COCO has a few, are not target
 
 
 class ImageEntry(TypedDict):

@@ -15,24 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rpg.labs.vision.config import DiffusionUnetConfig
-from rpg.labs.vision.stepwise import StepwiseTask
 from rpg.seeding import make_rng
 from rpg.tasks.collecting import use_threads
 from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.images.digits import load_splits
+from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
 
 SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 
 
-class DiffusionUnetTask(StepwiseTask):
+class DiffusionUnetTask(FinetunedTask):
     """Collects zoos of diffusion models and draws from state dicts."""
 
     unrecorded = ("device", "samples", "sample_steps")
-
-    def __init__(self, config: DiffusionUnetConfig) -> None:
-        super().__init__(config)
-        self.config = config
+    config: DiffusionUnetConfig
 
     def make_network(self) -> Any:
         """The untrained U-Net. Raises InputError if its channels cannot be grouped."""

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from rpg.labs.vision.config import SegmentationConfig
 from rpg.labs.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
-from rpg.labs.vision.stepwise import StepwiseTask, batches_to_score, batches_to_train
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
+from rpg.tasks.images.loading import batches_to_score, batches_to_train
+from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
 
 SEGFORMERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
@@ -90,7 +91,9 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
     known = models.list_models(module=models.segmentation)
     if name not in known:
         ours = ["unet-mini", *(f"segformer-{each}" for each in SEGFORMERS)]
-        raise InputError(f"task.network {name!r} is no segmentation network; choose one of {', '.join(ours + known)}")
+        raise InputError(
+            f"task.network {name!r} is not a segmentation network; choose one of {', '.join(ours + known)}"
+        )
     return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
 
 
@@ -111,17 +114,16 @@ Batch = tuple[Tensor, list[Tensor]]
 """Images ``[B, 3, S, S]`` and a map of classes ``[H, W]`` of each."""
 
 
-class SegmentationTask(StepwiseTask):
+class SegmentationTask(FinetunedTask):
     """Collects zoos of segmentation networks and scores state dicts by mean IoU."""
 
-    unrecorded = ("device", "workers")
+    config: SegmentationConfig
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
         if importlib.util.find_spec("torchmetrics") is None:
             cure = f"run {install_command('torchmetrics')}"
             raise InputError(f"the task segmentation needs torchmetrics, which is not installed; {cure}")
-        self.config = config
         self.num_classes = NUM_CLASSES[config.dataset]
         self._opened: dict[str, Dataset[Any]] = {}
 

@@ -17,7 +17,7 @@ from rpg.seeding import permutation
 from tokenization.errors import InputError
 
 IGNORED = 255
-"""The class of pixels that count neither in training nor in figures."""
+"""The class of pixels that are ignored in training and in metrics."""
 
 NUM_CLASSES = {"canvases": 11, "ade20k": 150, "voc": 21}
 
@@ -54,11 +54,6 @@ class MappedImages(Dataset[Sample]):
 
     Images are brought to S×S. In training they and their maps are cut out and mirrored at random; maps to score on have
     the size they have on the disk.
-
-    Args:
-        samples: an image's file and its map's.
-        config: the data set and S.
-        training: whether they are trained on.
     """
 
     def __init__(self, samples: list[tuple[Path, Path]], config: SegmentationConfig, training: bool) -> None:

@@ -30,9 +30,6 @@ CROP_PADDING = 4
 class Cifar10SubsetsTask(SubsetTask):
     """Collects and scores ViTs for groups of CIFAR-10 classes; on a GPU if there is one.
 
-    Args:
-        config: images, network and recipe.
-
     Raises:
         InputError: there is no CIFAR-10 under ``config.root``.
     """

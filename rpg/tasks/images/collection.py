@@ -1,79 +1,24 @@
-"""Collecting a zoo the way RPG and p-diff do: train to convergence, then save after every fine-tuning step.
+"""A run of small classifiers on images in memory: trained to convergence, then fine-tuned at a larger learning rate.
 
-p-diff (arXiv 2402.13144, section 3.1 and appendix A.1) and RPG (arXiv 2501.11587) both train a network to
-convergence, fine-tune it further with a larger learning rate, and keep the checkpoint of every step.
+Fine-tuning may prune or quantise: it is then under masks or rounding, and what is stored is compressed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import DTYPES, Progress, chosen_parameters, convert_floats, single_threaded, use_threads
-from rpg.tasks.images.compression import Compression
-from rpg.tasks.images.config import CollectionConfig
-from rpg.tasks.images.images import ImageSplits, accuracy_of, augment
-from tokenization.zoo.zoo import Zoo
-
-
-@single_threaded()
-def collect_runs(
-    zoo: Zoo,
-    build: Callable[[], nn.Module],
-    splits: ImageSplits,
-    config: CollectionConfig,
-    *,
-    progress: Progress | None = None,
-    limit: int | None = None,
-    compression: Compression | None = None,
-) -> None:
-    """Append every checkpoint that ``zoo`` still lacks.
-
-    A run is decided by ``config.seed`` and its number alone. One that a kill cut short is therefore trained again
-    from its start, and only the checkpoints that are missing are appended.
-
-    Args:
-        zoo: where checkpoints go; entries hold ``run``, ``step`` (1 … ``config.steps``), split and
-            ``validation_accuracy``.
-        build: makes the untrained network from torch's global random state.
-        splits: images; ``train`` is trained on and ``validation`` measured.
-        config: the recipe.
-        progress: called after every optimizer step.
-        limit: stop once the zoo holds this many checkpoints.
-    """
-    saved = {(entry.run, entry.step) for entry in zoo.entries}
-    run_length = config.train_steps + config.steps + (compression.steps if compression else 0)
-    total = config.runs * run_length
-
-    for run in range(config.runs):
-        missing = {step for step in range(1, config.steps + 1) if (run, step) not in saved}
-        if not missing:
-            continue
-        if limit is not None and len(zoo) >= limit:
-            return
-
-        def tick(done: int, before: int = run * run_length) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
-        for step, network in train_run(build, splits, config, run, tick, compression):
-            if step in missing:
-                stored = convert_floats(network.state_dict(), DTYPES[config.dtype])
-                stored = compression.store(stored) if compression else stored
-                with use_threads(config.threads):
-                    accuracy = accuracy_of(network, stored, splits, "validation")
-                split = "held_out" if config.hold_out and step % config.hold_out == 0 else "train"
-                zoo.append(stored, run=run, step=step, split=split, metrics={"validation_accuracy": accuracy})
-            if limit is not None and len(zoo) >= limit:
-                return
-    if progress is not None:  # runs that were complete have not ticked
-        progress(total, total)
+from rpg.tasks.collecting import chosen_parameters, use_threads
+from rpg.tasks.images.config import CollectionConfig, Pruning, Quantisation
+from rpg.tasks.images.images import ImageSplits, augment
+from tokenization.checkpoint.masks import cut_mask, share_out
+from tokenization.compressed.parts import Kind, by_channel, new_part, quantised
 
 
 def train_run(
@@ -166,3 +111,70 @@ def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Pa
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.0
     return list(chosen.values())
+
+
+MASKS: dict[str, Kind] = {"csr": "csr", "stored": "mask", "implied": "zeros"}
+"""How a pruned weight is stored, by the configuration's name for it."""
+
+
+class Compression:
+    """Prunes or quantises the weights of a network, those of two or more dimensions.
+
+    Pruned weights go by magnitude, to a share that rises cubically (Zhu and Gupta, arXiv 1710.01878), and may come
+    back, as the gradient reaches them too (dynamic network surgery, Guo et al., arXiv 1608.04493): the mask goes on
+    changing while checkpoints are saved. Small layers keep more (Erdős–Rényi densities, Mocanu et al., arXiv
+    1707.04780). Weights are quantised to symmetric codes, one scale a channel, and the gradient passes the rounding as
+    it is.
+
+    Attributes:
+        trunk: the dense network that every run begins with, once there is one.
+    """
+
+    def __init__(self, config: Pruning | Quantisation) -> None:
+        self.config = config
+        self.trunk: dict[str, Tensor] = {}
+
+    @property
+    def steps(self) -> int:
+        """Training steps before the first checkpoint."""
+        return self.config.steps
+
+    def weights(self, network: nn.Module, progress: float) -> dict[str, Tensor]:
+        """What the network computes with in a step, differentiable in its parameters.
+
+        Args:
+            network: holds the dense weights that are trained.
+            progress: of the steps that compress, 0 … 1; 1 is the whole compression.
+        """
+        named = {name: each for name, each in network.named_parameters() if each.ndim > 1}
+        effective = self._effective({name: each.detach() for name, each in named.items()}, progress)
+        return {name: each + (effective[name] - each.detach()) for name, each in named.items()}
+
+    def _effective(self, weights: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+        if isinstance(self.config, Pruning):
+            masks = self._masks(weights, self.config.sparsity * (1 - (1 - progress) ** 3))
+            return {name: weight * masks[name] for name, weight in weights.items()}
+        pairs = {name: quantised(weight, self.config.bits) for name, weight in weights.items()}
+        return {name: codes * by_channel(scale, codes) for name, (codes, scale) in pairs.items()}
+
+    def store(self, network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of dense weights, compressed: what the checkpoint holds."""
+        weights = {name: each for name, each in network.items() if each.ndim > 1}
+        if isinstance(self.config, Pruning):
+            kind, masks = MASKS[self.config.masks], self._masks(weights, self.config.sparsity)
+            made = {n: new_part(kind, n, w, int(masks[n].sum())).masked(w, masks[n]) for n, w in weights.items()}
+        else:
+            kind, bits = ("int8" if self.config.bits == 8 else "int4"), self.config.bits
+            codes = {name: quantised(weight, bits) for name, weight in weights.items()}
+            made = {n: new_part(kind, n, w).restore(codes[n][0], codes[n][1].log()) for n, w in weights.items()}
+        return {n: t for name, each in network.items() for n, t in made.get(name, {name: each}).items()}
+
+    def _masks(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """The largest weights of each layer, so many that ``sparsity`` of them all are zero."""
+        sizes = [each.numel() for each in weights.values()]
+        total = sum(sizes) - round(sparsity * sum(sizes))
+        counts = share_out(total, [float(sum(each.shape)) for each in weights.values()], sizes)
+        return {
+            name: cut_mask(each.abs(), 1 - count / each.numel())
+            for (name, each), count in zip(weights.items(), counts, strict=True)
+        }

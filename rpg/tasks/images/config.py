@@ -236,7 +236,38 @@ class Cifar10SubsetsConfig(SubsetsConfig):
 DatasetName = Literal["folder", "cifar10", "cifar100", "stl10", "flowers102", "pets", "food101"]
 
 
-class TimmFinetuneConfig(Section):
+class StepwiseConfig(Section):
+    """Fields that the zoos of one network's fine-tuning steps share."""
+
+    seed: int = Field(0, ge=0, description="decides the initial weights, the order of the data and all noise")
+    weight_decay: float = Field(1e-4, ge=0)
+    hold_out: int = Field(
+        0, ge=0, description="every n-th checkpoint is of split held_out, which no generator learns from; 0: none"
+    )
+    batch_size: int = Field(32, ge=1)
+    device: str = Field("auto", description="cpu, cuda, …")
+
+
+class FinetunedConfig(StepwiseConfig):
+    """How the base network is trained, and what its fine-tuning keeps."""
+
+    base: str = Field(
+        "runs/base.safetensors",
+        description="where the network before fine-tuning is kept; put a state dict of yours there to start from it",
+    )
+    learning_rate: float = Field(3e-3, gt=0, description="its peak on the way to the base network; a cosine to 0")
+    steps: int = Field(48, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
+    finetune_learning_rate: float = Field(5e-4, gt=0, description="learning rate of the fine-tuning steps")
+    finetune: tuple[str, ...] = Field(
+        ("*",), description="patterns of what is fine-tuned and saved; empty: the last norm layers"
+    )
+    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of the weights that checkpoints are; 0: the weights"
+    )
+
+
+class TimmFinetuneConfig(FinetunedConfig):
     """A network, a data set, and how one is fitted to the other."""
 
     name: Literal["finetune"] = "finetune"
@@ -254,21 +285,17 @@ class TimmFinetuneConfig(Section):
     data: str = Field("data", description="folder of the data set; it is never downloaded")
     dataset: DatasetName = Field("folder", description="folder: DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg")
     image_size: int = Field(224, ge=1)
-    base: str = Field("runs/base.safetensors", description="where the network before fine-tuning is kept")
-    seed: int = Field(0, ge=0)
     train_epochs: int = Field(10, ge=0, description="epochs of the whole network; 0 to keep the pretrained one")
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(5e-4, ge=0)
     steps: int = Field(300, ge=1, description="fine-tuning steps; one checkpoint is saved after each")
-    finetune_learning_rate: float = Field(3e-2, gt=0)
+    finetune_learning_rate: float = Field(3e-2, gt=0, description="its peak; a cosine to 0")
     finetune: tuple[str, ...] = Field((), description="patterns of what is fine-tuned; empty: the last norm layers")
-    num_norms: int = Field(2, ge=1, description="how many of the last norm layers")
     batch_size: int = Field(128, ge=1)
     workers: int = Field(0, ge=0, description="processes that read images")
-    device: str = Field("auto", description="cpu, cuda, …")
 
 
-class ImageNetConfig(Section):
+class ImageNetConfig(StepwiseConfig):
     """A timm network, a folder of images, and the epochs in which its checkpoints are saved."""
 
     name: Literal["imagenet"] = "imagenet"
@@ -278,7 +305,6 @@ class ImageNetConfig(Section):
     data: str = Field("data/imagenet", description="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     num_classes: int = Field(1000, ge=2, description="classes of the data; the network's head has as many logits")
     image_size: int = Field(224, ge=1)
-    seed: int = Field(0, ge=0)
     epochs: float = Field(1.0, gt=0, description="epochs of fine-tuning")
     checkpoints: int = Field(50, ge=1, description="saved at even distances in them, the last step among them")
     learning_rate: float = Field(1e-5, gt=0, description="constant, so that checkpoints stay comparable")
@@ -286,4 +312,3 @@ class ImageNetConfig(Section):
     batch_size: int = Field(128, ge=1)
     precision: Arithmetic = Field("fp32", description="arithmetic; checkpoints are fp32 in any case")
     workers: int = Field(0, ge=0, description="processes that read images")
-    device: str = Field("auto", description="cpu, cuda, …")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, open_zoo, use_threads
-from rpg.tasks.images.collection import collect_runs
-from rpg.tasks.images.compression import Compression
+from rpg.tasks.collecting import DTYPES, convert_floats, use_threads
+from rpg.tasks.images.collection import Compression, train_run
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
 from rpg.tasks.images.subsets import SubsetTask
+from rpg.tasks.stepwise import Kept, StepwiseTask, Tick
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -26,7 +26,7 @@ MOST = 16
 """The brightest pixel of scikit-learn's digits."""
 NUM_VALIDATION = 250
 NUM_TEST = 500
-SPLIT_SEED = 0  # part of the task's definition: figures of different zoos are comparable
+SPLIT_SEED = 0  # part of the task's definition: metrics of different zoos are comparable
 
 
 @cache
@@ -74,16 +74,16 @@ def standardise(images: Tensor, image_size: int = DIGITS_SIZE) -> Tensor:
     return (_enlarged(images, image_size) - splits.mean) / splits.std
 
 
-class DigitsTask:
-    """Collects zoos of digit classifiers and scores state dicts on the digits.
+class DigitsTask(StepwiseTask):
+    """Collects zoos of digit classifiers and scores state dicts on the digits."""
 
-    Args:
-        config: the network and how it is trained.
-    """
+    config: DigitsConfig
+    unrecorded = ()
 
     def __init__(self, config: DigitsConfig) -> None:
-        self.config = config
+        self.config, self.runs, self.threads = config, config.runs, config.threads
         self.splits = load_splits(config.image_size)
+        self.compression = Compression(config.compress) if config.compress is not None else None
 
     def build(self) -> nn.Module:
         """The untrained target network: images [B, 1, S, S] → logits [B, 10].
@@ -95,21 +95,25 @@ class DigitsTask:
             self.config.network, in_channels=channels, image_size=height, num_classes=self.splits.num_classes
         )
 
-    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
-        """Train the runs and save their checkpoints; a zoo that is partly there is completed.
+    @property
+    def first_steps(self) -> int:
+        """Steps to convergence, and of compression."""
+        return self.config.train_steps + (self.compression.steps if self.compression is not None else 0)
 
-        Args:
-            path: folder of the zoo.
-            progress: called with (done, total) optimizer steps.
-            limit: stop once the zoo holds this many checkpoints.
+    def train_run(self, zoo: Zoo, run: int, tick: Tick) -> Iterator[Kept]:
+        """See `rpg.tasks.images.collection.train_run`."""
+        for step, network in train_run(self.build, self.splits, self.config, run, tick, self.compression):
+            yield step, network.state_dict(), None
 
-        Raises:
-            InputError: the zoo there was collected with another configuration.
-        """
-        zoo = open_zoo(path, self.config)
-        compression = Compression(self.config.compress) if self.config.compress is not None else None
-        collect_runs(zoo, self.build, self.splits, self.config, progress=progress, limit=limit, compression=compression)
-        return zoo
+    def stored(self, tensors: Mapping[str, Tensor]) -> StateDict:
+        """The checkpoint that is written: in its dtype, and compressed."""
+        stored = convert_floats(tensors, DTYPES[self.config.dtype])
+        return self.compression.store(stored) if self.compression is not None else stored
+
+    def metrics(self, stored: StateDict, loss: Tensor | None) -> dict[str, float]:
+        """The accuracy on validation images."""
+        right = self.predict([stored], "validation")[0] == self.labels("validation")
+        return {"validation_accuracy": right.double().mean().item()}
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Predicted classes, int64 [num, images].
@@ -152,11 +156,7 @@ POOL_COPIES = 40
 
 
 class DigitsSubsetsTask(SubsetTask):
-    """Collects and scores networks for groups of digits.
-
-    Args:
-        config: the network, the unseen tasks and the recipe.
-    """
+    """Collects and scores networks for groups of digits."""
 
     config: DigitsSubsetsConfig
     class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,127 +23,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from rpg.console import progress_bar
-from rpg.seeding import derive_seed
-from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
+from rpg.tasks.images.loading import CheckedSamples, unreadable
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, remove_abandoned
-
-
-def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
-    """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
-
-    Args:
-        network: its name; without weights of timm's, those of ImageNet stand.
-        image_size: height and width in pixels, in place of the network's own.
-        training: cut out and mirror at random. Colours stay as they are.
-
-    Returns:
-        A function of an RGB image that gives float32 ``[3, image_size, image_size]``.
-    """
-    import timm  # imported here: slow
-
-    known = None if ":" in network else timm.get_pretrained_cfg(network)
-    prepared = timm.data.resolve_data_config({"img_size": image_size}, pretrained_cfg=known.to_dict() if known else {})
-    return timm.data.create_transform(**prepared, is_training=training, color_jitter=0.0)
-
-
-def require_image_size(
-    network: torch.nn.Module, task: TimmFinetuneConfig | ImageNetConfig, num_classes: int | None = None
-) -> None:
-    """See to it that the network takes images of the task's size, ``[1, 3, image_size, image_size]``.
-
-    Raises:
-        InputError: it does not, or gives anything but ``num_classes`` logits.
-    """
-    size, training = task.image_size, network.training
-    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
-    try:
-        with torch.inference_mode():
-            logits = network.eval()(image)
-    except (RuntimeError, AssertionError) as error:  # timm's own words, or those of an operation
-        known: Any = getattr(network, "default_cfg", None)
-        cure = f"its own is {known['input_size'][-1]}" if known else "set it to what the network takes"
-        raise InputError(
-            f"task.image_size is {size}, which {task.network} does not take "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); {cure}"
-        ) from None
-    finally:
-        network.train(training)
-    shape = tuple(getattr(logits, "shape", ()))
-    if num_classes is not None and shape != (1, num_classes):
-        raise InputError(
-            f"task.network {task.network} gives {shape or type(logits).__name__} for one image, not {num_classes} "
-            "logits, one for each class of task.data; set its argument in task.network_arguments"
-        )
-
-
-class LaterBatches(torch.utils.data.BatchSampler):
-    """The batches of an order but for the first ``skip``."""
-
-    def __init__(self, order: torch.utils.data.Sampler[int], size: int, skip: int) -> None:
-        super().__init__(order, size, drop_last=False)
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(super().__iter__(), self.skip, None)
-
-
-class AddressedImages(torch.utils.data.Dataset[Any]):
-    """A data set whose images are altered by random numbers of their own, in whatever order and process they are read.
-
-    timm draws crops from Python's generator and mirrors by torch's; both are left as they were.
-
-    Args:
-        dataset: the images; ``dataset[index]`` may draw.
-        seed: decides the draws, with ``parts``.
-        parts: what else names them, as the number of the epoch.
-    """
-
-    def __init__(self, dataset: Any, seed: int, *parts: int | str) -> None:
-        self.dataset, self.seed, self.parts = dataset, seed, parts
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        seed, before = derive_seed(self.seed, "alterations", *self.parts, index), random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            try:
-                return self.dataset[index]
-            finally:
-                random.setstate(before)
-
-
-class CheckedImages(torch.utils.data.Dataset[Any]):
-    """A data set in which an image that cannot be read is what is wrong with it, in words: these cross processes."""
-
-    def __init__(self, dataset: Any, images: Any) -> None:
-        self.dataset, self.images = dataset, images
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
-            return str(unreadable(self.images, index, error))
-
-
-def batch_of(samples: list[Any]) -> Any:
-    """A batch of samples, or what is wrong with the first of them that cannot be read."""
-    wrong = [sample for sample in samples if isinstance(sample, str)]
-    return wrong[0] if wrong else torch.utils.data.default_collate(samples)
-
-
-def unreadable(dataset: Any, index: int, error: Exception) -> InputError:
-    """What to raise for an image of a data set of torchvision that cannot be read."""
-    samples = getattr(dataset, "samples", None)
-    name = samples[index][0] if samples is not None else f"image {index} of {type(dataset).__name__}"
-    return InputError(f"{name} cannot be read ({str(error).splitlines()[0]}); replace it or take it out")
-
 
 FOLDER = ".rpg-cache"
 VERSION = 1
@@ -181,7 +61,7 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
         workers: processes that decode.
 
     Returns:
-        None where the preparation or the labels are not known, or the disk has no room: images are then read anew.
+        None if the preparation or the labels are unknown, or the disk is full: images are then decoded each time.
 
     Raises:
         InputError: an image cannot be read; names it.
@@ -211,7 +91,7 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
 
 
 class _Pixels(torch.utils.data.Dataset[Any]):
-    """The decoded bytes of each image, or what is wrong with it in words, which crosses processes as it is."""
+    """The decoded bytes of each image."""
 
     def __init__(self, dataset: Any, shape: tuple[int, ...]) -> None:
         self.dataset, self.shape = dataset, shape
@@ -220,16 +100,13 @@ class _Pixels(torch.utils.data.Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        try:
-            pixels = _pixels(self.dataset[index][0])
-        except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
-            return str(unreadable(self.dataset, index, error))
+        pixels = _pixels(self.dataset[index][0])
         return pixels if pixels.shape == self.shape else f"image {index} has the shape {pixels.shape}, not {self.shape}"
 
 
 def _write(path: Path, dataset: Any, shape: tuple[int, ...], workers: int) -> None:
     loader: Iterable[list[Any]] = torch.utils.data.DataLoader(
-        _Pixels(dataset, shape[1:]), 64, num_workers=workers, collate_fn=list
+        CheckedSamples(_Pixels(dataset, shape[1:]), dataset), 64, num_workers=workers, collate_fn=list
     )
     done, started = 0, time.perf_counter()
     with atomic_file(path) as temporary, progress_bar("decoding images") as advance, temporary.open("wb") as file:

@@ -74,15 +74,12 @@ def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor
 def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor, where: str) -> Tensor:
     """Logits ``[n, classes]`` of one state dict.
 
-    Args:
-        network, images: as `predict_images` takes them.
-        state_dict: the weights; pruned and quantised ones are made dense.
-        where: what to call them in errors.
-
     Raises:
         InputError: it does not fit the network; names the tensor.
     """
-    expected, state_dict = network.eval().state_dict(), dense(state_dict)
+    expected = network.eval().state_dict()
+    if state_dict.keys() != expected.keys():  # pruned or quantised weights have tensors of their own
+        state_dict = dense(state_dict)
     check_structure(state_dict, expected, where)
     weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
     with torch.no_grad():
@@ -114,14 +111,6 @@ def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise InputError(
             f"{where} has a tensor {extra[0]!r}, which the task's network lacks; give networks of its structure"
         )
-
-
-def accuracy_of(network: nn.Module, state_dict: Mapping[str, Tensor], splits: ImageSplits, split: str) -> float:
-    """Share of right answers of ``network`` with the values of ``state_dict``, in 0 … 1; its own mode is restored."""
-    training = network.training
-    correct = predict_images(network, [state_dict], splits.images[split])[0] == splits.labels[split]
-    network.train(training)
-    return correct.double().mean().item()
 
 
 def augment(
@@ -161,18 +150,20 @@ def augment(
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def class_files(root: Path, kind: str, endings: set[str]) -> tuple[list[Path], list[int], list[str]]:
+def class_files(root: Path, kind: str, suffixes: set[str]) -> tuple[list[Path], list[int], list[str]]:
     """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
 
     Raises:
-        InputError: there is no file of the ``kind``, which says in words what ``endings`` mean.
+        InputError: the folder holds no such file; ``kind`` names the ``suffixes`` in the message.
     """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in endings]
+    files = [
+        (f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in suffixes
+    ]
     if not files:
         raise InputError(
             f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
-            f"({', '.join(sorted(endings))})"
+            f"({', '.join(sorted(suffixes))})"
         )
     return [file for file, _ in files], [label for _, label in files], classes
 

@@ -36,11 +36,7 @@ BASE = "base.safetensors"
 
 
 class SubsetTask:
-    """What is common to the families; a subclass brings images and networks.
-
-    Args:
-        config: the family.
-    """
+    """What is common to the families; a subclass brings images and networks."""
 
     class_names: ClassVar[tuple[str, ...]]
 

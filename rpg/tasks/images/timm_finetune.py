@@ -1,89 +1,46 @@
-"""The task ``finetune``: a timm network or your own on your data; its last norm layers are fine-tuned and saved.
+"""Tasks of timm's networks, or your own, on a folder of images or a data set of torchvision.
 
-p-diff's default (arXiv 2402.13144, section 3.1): train the whole network, or take a pretrained one, then fine-tune the
-last two normalisation layers and keep their parameters after each step. The zoo holds the fine-tuned parameters alone;
-everything else is in one base checkpoint.
+``finetune``, p-diff's default (arXiv 2402.13144, section 3.1): train the whole network, or take a pretrained one, then
+fine-tune the last two normalisation layers and keep their parameters after each step.
+
+``imagenet``, the paper's zoos (arXiv 2501.11587): take a converged network, fine-tune all of it for one more epoch and
+keep 50 checkpoints of that epoch. Nothing is downloaded but timm's weights.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import default_collate
 
-from rpg.devices import task_device
-from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, SavedTraining, chosen_parameters, cosine_decay, open_zoo, train_step
-from rpg.tasks.images.config import TimmFinetuneConfig
-from rpg.tasks.images.image_cache import (
-    AddressedImages,
-    CachedImages,
-    CheckedImages,
-    LaterBatches,
-    batch_of,
-    cached_images,
-    image_transform,
-    require_image_size,
-)
+from rpg.devices import in_bf16
+from rpg.tasks.collecting import Progress, cosine_decay
+from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
+from rpg.tasks.images.image_cache import CachedImages, cached_images
+from rpg.tasks.images.images import answers, check_structure
+from rpg.tasks.images.loading import batches_to_score, batches_to_train, steps_an_epoch
 from rpg.tasks.images.networks import own_network
-from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
+from rpg.tasks.stepwise import FinetunedTask
+from tokenization.checkpoint.checkpoint import read_state_dict
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
-def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:
-    """Names of the parameters of the last ``num`` normalisation layers, in the order in which they are registered."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-    norms = [
-        name for name, module in network.named_modules() if isinstance(module, kinds) and module.weight is not None
-    ]
-    return tuple(f"{name}.{kind}" for name in norms[-num:] for kind in ("weight", "bias"))
+class TimmTask(FinetunedTask):
+    """Images, networks and scores of both tasks."""
 
+    config: TimmFinetuneConfig | ImageNetConfig
 
-class TimmFinetuneTask:
-    """Collects zoos of fine-tuned parameters and scores them inside the base network."""
-
-    def __init__(self, config: TimmFinetuneConfig) -> None:
-        self.config = config
-        self.device = task_device(config.device)
+    def __init__(self, config: TimmFinetuneConfig | ImageNetConfig) -> None:
+        super().__init__(config)
         self._datasets: dict[str, Any] = {}
         self._caches: dict[str, CachedImages | None] = {}
-
-    def build(self) -> nn.Module:
-        """The target network with as many logits as the data set has classes, with timm's weights if so configured.
-
-        Raises:
-            InputError: there is no such network, its weights cannot be had, or it does not take its arguments.
-        """
-        return self._build(self.config.pretrained)
-
-    def _build(self, pretrained: bool) -> nn.Module:
-        import timm
-
-        classes, own = len(self.classes), ":" in self.config.network
-        if not own and not timm.is_model(self.config.network):
-            raise InputError(
-                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models(), or write "
-                "package.module:name of your own"
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.config.seed, "initialisation"))
-            if own:
-                return own_network(self.config.network, self.config.network_arguments)
-            try:
-                return timm.create_model(self.config.network, pretrained=pretrained, num_classes=classes)
-            except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
-                raise InputError(
-                    f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
-                ) from None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -102,7 +59,7 @@ class TimmFinetuneTask:
                 opened = self.open_split(split)
             except (RuntimeError, FileNotFoundError) as error:
                 raise InputError(
-                    f"task.data {self.config.data} does not hold the data set {self.config.dataset} "
+                    f"task.data {self.config.data} does not hold the data set {self._dataset_name} "
                     f"({str(error).splitlines()[0]}); name the folder that does"
                 ) from None
             self._datasets[split] = opened
@@ -118,10 +75,10 @@ class TimmFinetuneTask:
         """Images and labels of ``train`` or ``test``, as torchvision reads them and timm prepares them."""
         from torchvision import datasets, transforms
 
-        train, root = split == "train", self.config.data
+        train, root, name = split == "train", self.config.data, self._dataset_name
         prepare = image_transform(self.config.network, self.config.image_size, training=train)
         transform = transforms.Compose([to_rgb, prepare])
-        match self.config.dataset:
+        match name:
             case "folder":
                 return datasets.ImageFolder(Path(root) / ("train" if train else "val"), transform)
             case "cifar10":
@@ -137,140 +94,79 @@ class TimmFinetuneTask:
             case "food101":
                 return datasets.Food101(root, split, transform)
 
-    def batches(self, split: str, *parts: int | str, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the task's device; seed and ``parts`` decide order and alterations of ``train``.
+    @property
+    def _dataset_name(self) -> str:
+        return getattr(self.config, "dataset", "folder")
 
-        The first ``skip`` batches of ``train`` are left out, and their images not read.
-        Images that are scored are decoded once and for all (`rpg.tasks.images.image_cache`).
-        """
-        train, dataset = split == "train", self.dataset(split)
-        if not train and (cached := self._cached(split)) is not None:
+    def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images and labels of a split, on the task's device, decoded once and for all (`image_cache`)."""
+        dataset = self.dataset(split)
+        if split not in self._caches:
+            self._caches[split] = cached_images(
+                dataset, Path(self.config.data), known_labels(dataset), self.config.workers
+            )
+        if (cached := self._caches[split]) is not None:
             yield from cached.batches(self.config.batch_size, self.device)
-            return
-        rng = make_rng(self.config.seed, "batches", *parts) if train else None
-        order = RandomSampler(dataset, generator=rng) if train else SequentialSampler(dataset)
-        read = AddressedImages(dataset, self.config.seed, *parts) if train else dataset
-        loader: Any = DataLoader(
-            CheckedImages(read, dataset),
-            batch_sampler=LaterBatches(order, self.config.batch_size, skip),
-            num_workers=self.config.workers,
-            collate_fn=batch_of,
-            generator=rng,
-        )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise InputError(batch)
-            images, labels = batch
-            yield images.to(self.device), labels.to(self.device)
+        else:
+            yield from map(self._placed_batch, batches_to_score(dataset, self.config))
 
     def batches_after(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of all epochs but the first ``done`` ones, without end."""
-        first, skip = divmod(done, math.ceil(len(self.dataset("train")) / self.config.batch_size))
-        yield from self.batches("train", first, skip=skip)
-        for epoch in itertools.count(first + 1):
-            yield from self.batches("train", epoch)
+        yield from map(self._placed_batch, batches_to_train(self.dataset("train"), self.config, done))
 
-    def _cached(self, split: str) -> CachedImages | None:
-        if split not in self._caches:
-            dataset, root = self.dataset(split), Path(self.config.data)
-            self._caches[split] = cached_images(dataset, root, known_labels(dataset), self.config.workers)
-        return self._caches[split]
+    def _placed_batch(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
+        images, labels = default_collate(samples)
+        return images.to(self.device), labels.to(self.device)
 
-    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
-        """Train the base network if there is none yet, fine-tune it, save the fine-tuned parameters of each step.
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_an_epoch(self.dataset("train"), self.config)
 
-        Raises:
-            InputError: the data set is not there, or the zoo at ``path`` is another one.
-        """
-        self.dataset("train")
-        zoo = open_zoo(path, self.config)
-        saved = {entry.step for entry in zoo.entries}
-        if saved >= set(range(1, self.config.steps + 1)):
-            return zoo
-        network = self._base_network()
-        parameters = self.part(network)
-        network.requires_grad_(False)
-        torch.nn.ParameterList(parameters.values()).requires_grad_(True)
-        network.eval()  # what is not fine-tuned stays, running statistics included
-        optimizer = self._optimizer(parameters.values())
-        for step in self._train_steps(network, optimizer, self.config.steps, self.config.finetune_learning_rate):
-            if step not in saved:
-                zoo.append({n: p.detach().cpu().clone() for n, p in parameters.items()}, run=0, step=step)
-            if progress is not None:
-                progress(step, self.config.steps)
-            if limit is not None and len(zoo) >= limit:
-                break
-        return zoo
+    def loss(self, network: nn.Module, batch: tuple[Tensor, Tensor], step: int) -> Tensor:
+        """Cross entropy of images and labels."""
+        return F.cross_entropy(network(batch[0]), batch[1])
 
-    def part(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are fine-tuned, which a checkpoint holds. Raises InputError if a pattern matches none."""
-        return chosen_parameters(network, self.config.finetune or last_norms(network, self.config.num_norms))
+    def check_name(self) -> None:
+        """Raise InputError unless timm knows the network."""
+        import timm
 
-    def _base_network(self) -> nn.Module:
-        """The whole network before fine-tuning: read from ``base``, or trained and written there.
-
-        Training that a kill cut short goes on from the end of its last epoch, to the same bits.
-        """
-        path, epochs = Path(self.config.base), self.config.train_epochs
-        network = self._build(self.config.pretrained and not path.is_file()).to(self.device)
-        require_image_size(network, self.config, len(self.classes))
-        if path.is_file():
-            network.load_state_dict(read_state_dict(path))
-            return network
-        if epochs:
-            optimizer = self._optimizer(network.parameters())
-            training = SavedTraining(path.with_suffix(".training.safetensors"), network, optimizer)
-            per_epoch = math.ceil(len(self.dataset("train")) / self.config.batch_size)
-            network.train()
-            steps = self._train_steps(
-                network, optimizer, epochs * per_epoch, self.config.learning_rate, training.load()
+        if not timm.is_model(self.config.network):
+            own = ", or write package.module:name of your own" if isinstance(self, TimmFinetuneTask) else ""
+            raise InputError(
+                f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models(){own}"
             )
-            for step in steps:
-                if step % per_epoch == 0 and step < epochs * per_epoch:
-                    training.save(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, {name: value.cpu() for name, value in network.state_dict().items()})
-        if epochs:
-            training.remove()
+
+    def timm_network(self, num_classes: int, pretrained: bool, cure: str) -> nn.Module:
+        """timm's network, from torch's global random state. Raises InputError, with the cure, without weights."""
+        import timm
+
+        self.check_name()
+        try:
+            return timm.create_model(self.config.network, pretrained=pretrained, num_classes=num_classes)
+        except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
+            raise InputError(f"the hub gave no weights for task.pretrained ({type(error).__name__}); {cure}") from None
+
+    def placed(self) -> nn.Module:
+        """The network where the task computes. Raises InputError if it does not take the images."""
+        network = super().placed()
+        require_image_size(network, self.config, len(self.classes))
         return network
 
-    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=1.0, weight_decay=self.config.weight_decay)
-
-    def _train_steps(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float, done: int = 0
-    ) -> Iterator[int]:
-        """The optimizer steps after ``done``, with a cosine to 0; yield the number of each after it."""
-        for step, (images, labels) in zip(range(done, num_steps), self.batches_after(done), strict=False):
-            rate = learning_rate * cosine_decay(step, num_steps)
-            train_step(optimizer, partial(_loss, network, images, labels), rate, self.config.seed, step)
-            yield step + 1
-
-    @torch.inference_mode()
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
-        """Predicted classes of the base network with each state dict's tensors in it, int64 [num, images].
+        """Predicted classes of each network, int64 [num, images]; 0 where a logit is not finite.
 
         Raises:
-            InputError: there is no base checkpoint, or a tensor does not fit.
+            InputError: a state dict does not fit the network; names the tensor. Or there is no base checkpoint.
         """
-        network = self._build(pretrained=False).to(self.device).eval()
-        require_image_size(network, self.config, len(self.classes))
-        network.load_state_dict(read_state_dict(Path(self.config.base)))
-        base, networks = network.state_dict(), []
-        for state_dict in state_dicts:
-            for name, value in state_dict.items():
-                if name not in base or base[name].shape != value.shape:
-                    raise InputError(
-                        f"tensor {name!r} of shape {tuple(value.shape)} is not one of the target network; "
-                        "score networks of this task"
-                    )
-            networks.append({name: value.to(self.device) for name, value in state_dict.items()})
-        answers: list[list[Tensor]] = [[] for _ in networks]
-        for images, _ in self.batches(split):
-            for rows, weights in zip(answers, networks, strict=True):
-                logits = torch.func.functional_call(network, weights, (images,))  # the rest is the base's
-                rows.append(logits.argmax(1).where(logits.isfinite().all(1), 0).cpu())
-        return torch.stack([torch.cat(rows) for rows in answers]) if answers else torch.empty(0, 0, dtype=torch.long)
+        found = []
+        if not self.is_whole:
+            self.base()  # its absence is said before anything is built
+        with torch.inference_mode():
+            for index, state_dict in enumerate(state_dicts):
+                network = self.network_with(state_dict, f"network {index}")
+                found.append(torch.cat([answers(network(images)).cpu() for images, _ in self.batches(split)]))
+        return torch.stack(found) if found else torch.empty(0, 0, dtype=torch.long)
 
     def labels(self, split: str = "test") -> Tensor:
         """Right classes, int64 [images]."""
@@ -278,8 +174,152 @@ class TimmFinetuneTask:
         return known if known is not None else torch.cat([labels.cpu() for _, labels in self.batches(split)])
 
 
-def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(network(images), labels)
+class TimmFinetuneTask(TimmTask):
+    """Collects zoos of fine-tuned parameters and scores them inside the base network."""
+
+    config: TimmFinetuneConfig
+
+    def make_network(self) -> nn.Module:
+        """The network with as many logits as the data set has classes, with timm's weights if so configured.
+
+        Raises:
+            InputError: there is no such network, its weights cannot be had, or it does not take its arguments.
+        """
+        if ":" in self.config.network:
+            return own_network(self.config.network, self.config.network_arguments)
+        pretrained = self.config.pretrained and not Path(self.config.base).is_file()
+        return self.timm_network(len(self.classes), pretrained, "set it to false")
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of the whole network."""
+        return self.config.train_epochs * self.steps_an_epoch
+
+    @property
+    def save_every(self) -> int:
+        """An epoch."""
+        return self.steps_an_epoch
+
+    def rate(self, step: int) -> float:
+        """A cosine to 0."""
+        return self.config.finetune_learning_rate * cosine_decay(step, self.config.steps)
+
+
+class ImageNetTask(TimmTask):
+    """Collects zoos of whole networks with their training loss, and scores them."""
+
+    config: ImageNetConfig
+    resumed = True
+    is_whole = True
+    first_steps = 0
+
+    def make_network(self) -> nn.Module:
+        """The network, untrained. Raises InputError if timm does not know it."""
+        return self.timm_network(self.config.num_classes, False, "")
+
+    def base_network(self, tick: Callable[[int], None] = lambda done: None) -> nn.Module:
+        """The network that fine-tuning begins with.
+
+        Raises:
+            InputError: its weights cannot be had, or do not fit.
+        """
+        network, config = self.placed(), self.config
+        if config.weights is not None:
+            state_dict: StateDict = read_state_dict(Path(config.weights))
+        elif config.pretrained:
+            cure = "name a file as task.weights, or set task.pretrained to false"
+            state_dict = self.timm_network(config.num_classes, True, cure).state_dict()
+        else:
+            return network
+        check_structure(state_dict, network.state_dict(), f"task.weights: {config.weights or config.network}")
+        network.load_state_dict(state_dict)
+        return network
+
+    def chosen(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters."""
+        return dict(network.named_parameters())
+
+    def rate(self, step: int) -> float:
+        """Constant, so that checkpoints stay comparable."""
+        return self.config.learning_rate
+
+    def steps(self) -> list[int]:
+        """Steps at even distances, the last one among them.
+
+        Raises:
+            InputError: there are fewer steps than checkpoints.
+        """
+        total, count = round(self.config.epochs * self.steps_an_epoch), self.config.checkpoints
+        if total < count:
+            raise InputError(
+                f"task.checkpoints is {count}, but training takes only {total} steps; raise task.epochs or lower it"
+            )
+        return [round((index + 1) * total / count) for index in range(count)]
+
+    def loss(self, network: nn.Module, batch: tuple[Tensor, Tensor], step: int) -> Tensor:
+        """Cross entropy, in the configured precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16(self.config.precision, self.device)):
+            return super().loss(network, batch, step)
+
+    def metrics(self, stored: StateDict, loss: Tensor | None) -> dict[str, float]:
+        """The training loss."""
+        return {"training_loss": loss.item()} if loss is not None else {}
+
+    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
+        """As every stepwise task; the network and the classes of the images are looked at before there is a folder."""
+        self.check_name()
+        if (found := len(self.classes)) != self.config.num_classes:
+            raise InputError(
+                f"task.data {self.config.data} has {found} classes, but task.num_classes is {self.config.num_classes}; "
+                f"set it to {found}"
+            )
+        return super().collect(path, progress=progress, limit=limit)
+
+
+def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
+    """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
+
+    Args:
+        network: its name; without weights of timm's, those of ImageNet stand.
+        image_size: height and width in pixels, in place of the network's own.
+        training: cut out and mirror at random. Colours stay as they are.
+
+    Returns:
+        A function of an RGB image that gives float32 ``[3, image_size, image_size]``.
+    """
+    import timm  # imported here: slow
+
+    known = None if ":" in network else timm.get_pretrained_cfg(network)
+    prepared = timm.data.resolve_data_config({"img_size": image_size}, pretrained_cfg=known.to_dict() if known else {})
+    return timm.data.create_transform(**prepared, is_training=training, color_jitter=0.0)
+
+
+def require_image_size(network: nn.Module, task: Any, num_classes: int) -> None:
+    """See to it that the network takes images of the task's size, ``[1, 3, image_size, image_size]``.
+
+    Raises:
+        InputError: it does not, or gives anything but ``num_classes`` logits.
+    """
+    size, training = task.image_size, network.training
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    try:
+        with torch.inference_mode():
+            logits = network.eval()(image)
+    except (RuntimeError, AssertionError) as error:  # timm's own words, or those of an operation
+        known: Any = getattr(network, "default_cfg", None)
+        cure = f"its own is {known['input_size'][-1]}" if known else "set it to what the network takes"
+        raise InputError(
+            f"task.image_size is {size}, which {task.network} does not take "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); {cure}"
+        ) from None
+    finally:
+        network.train(training)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, num_classes):
+        raise InputError(
+            f"task.network {task.network} gives {shape or type(logits).__name__} for one image, not {num_classes} "
+            "logits, one for each class of task.data; set its argument in task.network_arguments"
+        )
 
 
 def known_labels(dataset: Any) -> Tensor | None:

@@ -45,9 +45,6 @@ SCORED_ROWS = 2048
 class LanguageTask:
     """Trains and scores adapters.
 
-    Args:
-        config: the tasks.
-
     Raises:
         InputError: the files, the table or the base are not there or not right.
     """

@@ -185,7 +185,7 @@ def pictures_set_the_switches_and_others_are_refused_in_a_line(page: Page, run: 
     (page.folder / "broken.png").write_bytes(b"no picture")
     page.upload(page.folder / "broken.png")
     line = page.until(".mistake", "broken.png")
-    assert line.strip() == "broken.png is no picture that can be read; give a PNG or JPEG file of one digit"
+    assert line.strip() == "broken.png is not a picture that can be read; give a PNG or JPEG file of one digit"
     assert page.switches() == ["three", "seven"]
     image = Image.new("L", (64, 64), "white")
     ImageDraw.Draw(image).line([(64 * x, 64 * y) for x, y in SEVEN], fill=0, width=7, joint="curve")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.evaluation.metrics import accuracy, summarize
+from rpg.evaluation.report import accuracy, summarize
 
 
 def test_accuracy_by_hand():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.tasks import parallel
+
+pytestmark = pytest.mark.slow
 
 MARGIN = 0.05
 """How much better generated networks must be than the nearest seen task's, in shares of right answers."""

@@ -38,6 +38,7 @@ def sweep(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, sweep):
     said: list[str] = []
     table = run_sweep(sweep, jobs=2, say=said.append)
@@ -85,6 +86,7 @@ def test_what_a_sweep_cannot_score_is_refused_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "out").exists() and not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_checkpoints_without_a_task_compares_their_weights(tmp_path, zoo):
     few = {"num": 2, "num_baseline": 2, "baselines": ["interpolation"]}
     small_config(tmp_path, zoo=str(zoo.path), evaluate=few).save(tmp_path / "base.yaml")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import task_networks, unseen_tasks
+from rpg.evaluation import regression, task_networks
 from rpg.evaluation.conditions import nearest_rows
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import measure_diversity
@@ -14,7 +14,7 @@ from rpg.evaluation.regression import regression_grid
 from rpg.evaluation.unseen_tasks import base_summed
 from rpg.evaluation.vectors import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.single import for_choices, scoring_task, train_or_continue
+from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
@@ -194,17 +194,17 @@ def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkey
     train, validation = networks_of(zoo, "train"), networks_of(zoo, "validation")
     monkeypatch.setattr(task_networks, "LARGE", 1)
     tried = []
-    monkeypatch.setattr(
-        unseen_tasks, "tune", lambda regressions, score: (tried.append(regressions), (regressions[0], 0.0))[1]
-    )
-    unseen_tasks.choose_regressions(task, train, validation)
+    monkeypatch.setattr(regression, "tune", lambda given, score: (tried.append(given), (given[0], 0.0))[1])
+    regression.choose_regressions(task, train, validation)
     vectors, wanted = train.weights(), validation.weights()
     space = FlatSpace(vectors)
     errors = {
-        each: (each.predict(train.bits, space.flatten(vectors), validation.bits) - space.flatten(wanted)).norm().item()
+        each: (each.mixture(train.bits, validation.bits) @ space.flatten(vectors).double() - space.flatten(wanted))
+        .norm()
+        .item()
         for each in regression_grid()["kernel_ridge"]
     }
-    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: unseen_tasks.NUM_TRIED])
+    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: regression.NUM_TRIED])
 
 
 def test_nearest_other_and_summed_probabilities():
@@ -274,9 +274,3 @@ def test_classes_become_the_vector(experiment, capsys):
 def test_other_tasks_are_refused():
     with pytest.raises(InputError, match="family of binary tasks"):
         task_family(Config.load("configs/digits.yaml"))
-
-
-def test_a_family_is_not_scored_as_a_single_task(experiment):
-    config, _ = experiment
-    with pytest.raises(InputError, match="rpg unseen"):
-        scoring_task(config, Zoo.open(config.zoo))

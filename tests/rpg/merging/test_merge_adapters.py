@@ -87,7 +87,7 @@ def test_the_folder_says_what_it_is_made_of(tmp_path: Path) -> None:
 REFUSED = {
     "ties": ({}, Merge("ties"), "full rank, which no adapter holds"),
     "dare_linear": ({}, Merge("dare_linear"), "full rank"),
-    "dora": ({"use_dora": True}, Merge("linear"), "use_dora set, and a sum of such adapters is none"),
+    "dora": ({"use_dora": True}, Merge("linear"), "use_dora set, and a sum of such adapters is not an adapter"),
     "pissa": ({"init_lora_weights": "pissa"}, Merge("linear"), "init_lora_weights 'pissa'"),
     "stock": ({"modules_to_save": ["conv"]}, Merge("model_stock"), "replaces one of the base"),
     "modules": ({"target_modules": ["q"]}, Merge("linear"), "is missing"),

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.generation.pdiff_sampler import GROUP, flatten_tokens, unflatten_values
+from rpg.generation.samplers import GROUP, flatten_tokens, unflatten_values
 from rpg.models.pdiff import ConvDecoder, ConvEncoder, LatentDenoiser, ParameterDiffusion, PDiffConfig
 from rpg.training.config import TrainConfig
 from rpg.training.loop import train

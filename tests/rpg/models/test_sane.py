@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from rpg.config import Config
-from rpg.evaluation.metrics import accuracy
+from rpg.evaluation.report import accuracy
 from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
-from rpg.generation.pdiff_sampler import GROUP
-from rpg.models.sane import SaneConfig, TokenAutoencoder, nt_xent
+from rpg.generation.samplers import GROUP
+from rpg.labs.sane.model import SaneConfig, TokenAutoencoder, nt_xent
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.tasks import build_task

@@ -103,7 +103,7 @@ def test_large_networks_have_spectral_tokens_and_fit_the_memory(
 def test_what_no_configuration_suits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one checkpoint"):
         propose(make_zoo(tmp_path / "one", num=1, num_runs=1))
-    with pytest.raises(InputError, match="is none"):
+    with pytest.raises(InputError, match="is not one"):
         write_config(tmp_path, tmp_path / "c.yaml")
 
 

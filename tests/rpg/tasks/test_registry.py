@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from rpg.tasks import DigitsConfig, TaskConfig, build_task
-from rpg.tasks.registry import TASKS
+from rpg.tasks.config import TASKS
 from tokenization.errors import InputError
 
 
@@ -31,5 +31,9 @@ def test_a_configuration_imports_no_task():
     """Reading a configuration, or a generator, must not cost the import of what trains networks."""
     code = "import sys, rpg.config; print([m for m in sys.modules if m.startswith('rpg.tasks.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for module in (*TASKS.values(), "rpg.tasks.images.collection", "rpg.tasks.language.adapter_bank"):
+    for module in (
+        *(each.task for each in TASKS.values()),
+        "rpg.tasks.images.collection",
+        "rpg.tasks.language.adapter_bank",
+    ):
         assert repr(module.partition(":")[0]) not in found

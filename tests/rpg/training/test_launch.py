@@ -118,7 +118,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SLOW = {"deepspeed_zero2": pytest.mark.slow}  # ZeRO-3 spreads the same states, and the weights in addition
+SLOW = {way: pytest.mark.slow for way in WAYS if way != "ddp"}
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=SLOW.get(way, ())) for way in WAYS])
@@ -152,6 +152,7 @@ def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
         assert_close(config.run, reference / one)
 
 
+@pytest.mark.slow
 def test_the_launched_command_is_the_same_code(tmp_path, zoo):
     config = small_config(tmp_path, run=str(tmp_path / "launched"))
     config.save(tmp_path / "config.yaml")

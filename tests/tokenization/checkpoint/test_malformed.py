@@ -509,7 +509,7 @@ SOURCES: dict[str, tuple[dict[str, Any], str]] = {
     "pattern does not match": ({"pattern": "(?P<run>z+)"}, "a.safetensors does not match"),
     "pattern step no number": ({"pattern": r"(?P<step>\w)\.safetensors"}, "step is 'a'; write a finite number"),
     "no table": ({"table": "nowhere.csv"}, "nowhere.csv is an unreadable table"),
-    "table of another ending": ({"table": "t.txt"}, "the ending '.txt'"),
+    "table of another ending": ({"table": "t.txt"}, "the suffix '.txt'"),
     "empty table": ({"csv": "file,run\n"}, "t.csv has no rows"),
     "table without files": ({"csv": "name\na.safetensors\n"}, "line 2 has no file"),
     "table with a missing file": ({"csv": "file\nz.safetensors\n"}, "line 2: file 'z.safetensors'"),
@@ -653,7 +653,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     fails(lambda: save_checkpoint(tmp_path / "a.safetensors", good()), zoo, "a.safetensors could not be written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "zoo"]
     fails(lambda: save_checkpoint(tmp_path / "no" / "a.safetensors", good()), zoo, "could not be written")
-    fails(lambda: save_checkpoint(tmp_path / "a.pth", good()), zoo, "the ending '.pth'")
+    fails(lambda: save_checkpoint(tmp_path / "a.pth", good()), zoo, "the suffix '.pth'")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

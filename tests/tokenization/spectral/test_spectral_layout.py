@@ -17,7 +17,7 @@ from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
 from tokenization.layouts import checkpoint_writer, fit_layout, layout_without_statistics, load_layout, token_reader
-from tokenization.spectral.basis import DIRECTIONS
+from tokenization.spectral.fit import DIRECTIONS
 from tokenization.spectral.layout import SpectralLayout
 from tokenization.zoo.zoo import Zoo
 

@@ -47,8 +47,7 @@ def task_of(folder: Path, name: str = "imagenet", **changes):
         if name == "imagenet"
         else TimmFinetuneConfig(**common)
     )
-    task = build_task(made)
-    return getattr(task, "_tuning", task)
+    return build_task(made)
 
 
 def values(task) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +119,7 @@ def test_preparations_that_are_not_known_are_left_alone(folder: Path) -> None:
 
 
 def test_training_images_are_read_as_before(folder: Path) -> None:
-    list(task_of(folder).batches("train", 0))
+    next(task_of(folder).batches_after(0))
     assert not (folder / FOLDER).exists()
 
 
@@ -136,7 +135,7 @@ def test_predictions_go_through_it(folder: Path) -> None:
     )
     task = build_task(config)
     network = task.build().eval()
-    images = torch.stack([task._tuning.dataset("test")[index][0] for index in range(5)])
+    images = torch.stack([task.dataset("test")[index][0] for index in range(5)])
     with torch.no_grad():
         expected = torch.cat([network(part).argmax(1) for part in images.split(2)])
     assert torch.equal(task.predict([network.state_dict()])[0], expected)

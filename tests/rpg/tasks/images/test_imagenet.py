@@ -12,7 +12,7 @@ from PIL import Image
 
 from rpg.tasks import ImageNetConfig, build_task, task_of
 from rpg.tasks.collecting import SavedTraining
-from rpg.tasks.images.imagenet import TRAINING
+from rpg.tasks.stepwise import TRAINING
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -77,7 +77,7 @@ def test_a_killed_collection_goes_on_from_its_last_checkpoint_to_the_same_bits(
         task.collect(tmp_path / "zoo")
     assert (tmp_path / "zoo" / TRAINING).is_file()
     read = []
-    dataset = task._tuning.dataset("train")
+    dataset = task.dataset("train")
     load = dataset.loader
     monkeypatch.setattr(dataset, "loader", lambda path: read.append(path) or load(path))
     again = task.collect(tmp_path / "zoo")
@@ -94,7 +94,7 @@ def test_a_wrong_image_size_is_one_line(folder, tmp_path):
         task.collect(tmp_path / "zoo")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="task.image_size is 100"):
-        task.predict([])
+        task.predict([{}])
 
 
 def test_classes_must_be_the_same_in_both_folders(folder, tmp_path):
@@ -112,7 +112,7 @@ def test_predictions_are_those_of_the_network_and_its_training_shows(folder, zoo
     predictions = task.predict([state_dict, {name: torch.nan * v for name, v in state_dict.items()}])
     network = task.build().eval()
     network.load_state_dict(state_dict)
-    images = torch.stack([image for image, _ in task._tuning.dataset("test")])
+    images = torch.stack([image for image, _ in task.dataset("test")])
     with torch.no_grad():
         assert torch.equal(predictions[0], network(images).argmax(1))
     assert not predictions[1].any() and images.shape == (12, 3, 32, 32)
@@ -123,7 +123,7 @@ def test_predictions_are_those_of_the_network_and_its_training_shows(folder, zoo
 def test_fine_tuning_starts_from_a_file(folder, tmp_path):
     network = build_task(config_of(folder, seed=5)).build()
     save_checkpoint(tmp_path / "start.safetensors", network.state_dict())
-    started = build_task(config_of(folder, weights=str(tmp_path / "start.safetensors"))).start()
+    started = build_task(config_of(folder, weights=str(tmp_path / "start.safetensors"))).base_network()
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in started.state_dict().items())
 
 

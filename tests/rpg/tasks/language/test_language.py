@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.experiments.single import scoring_task
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig, RowsConfig, SymbolsConfig
 from rpg.tasks.language.language import LanguageTask
@@ -242,7 +241,6 @@ ROW = '{"prompt": "ab=", "completion": "ab"}\n'
         (lambda folder: LanguageTask(config_in(folder, adapter={"dropout": 0.1})), "task.group: 1"),
         (lambda folder: LanguageTask(config_in(folder, base=str(folder / "tasks"), symbols=None)).base, r"task\.base"),
         (lambda folder: LanguageTask(config_in(folder, unseen=6)).tasks, "task.unseen"),
-        (lambda folder: scoring_task(Config(task=config_in(folder)), Zoo(folder)), "rpg lora"),
         (lambda folder: LanguageTask(config_in(folder, symbols={**SYMBOLS, "length": 4})).tasks, "symbols.json"),
         (lambda folder: build_task({"name": "language", "base": "x"}), "task.data"),
     ],

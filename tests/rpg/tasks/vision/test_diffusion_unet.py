@@ -60,7 +60,7 @@ def test_the_pipeline_of_diffusers_draws_from_a_checkpoint(trained):
 
 
 def test_a_zoo_serves_whatever_is_drawn_from_it(trained, tmp_path):
-    base = trained[0].settings.base
+    base = trained[0].config.base
     assert len(task_of(tmp_path, base=base).collect(tmp_path / "zoo", limit=1)) == 1
     assert len(task_of(tmp_path, base=base, samples=8, sample_steps=2).collect(tmp_path / "zoo")) == 2
     with pytest.raises(InputError, match=r"task\.average"):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.labs.vision import stepwise
 from rpg.labs.vision.segmentation import build_segmenter, logits_of
 from rpg.labs.vision.segmentation_data import IGNORED, open_split
-from rpg.tasks import build_task
+from rpg.tasks import build_task, stepwise
 from rpg.tasks.collecting import SavedTraining
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.errors import InputError

@@ -4,7 +4,7 @@ tokens, and new networks from kernel density estimates of the training checkpoin
 One transformer maps tokens, with their positions, to one short code a token, another maps codes back. It is trained to
 reconstruct tokens, and by a contrastive loss (NT-Xent) that tells checkpoints apart by their codes' mean. New codes are
 draws of Gaussian kernels around the codes of *anchors*: the training checkpoints, or the best of them, or what
-bootstrapping made of those (`rpg.training.sane_trainer`).
+bootstrapping made of those (`rpg.labs.sane.trainer`).
 
 Left out: windows of the sequence and their halos (a network's tokens are taken together, so that memory bounds it),
 permutation of hidden units as augmentation (`rpg align` brings runs into one order beforehand; views differ by noise),
@@ -15,7 +15,7 @@ B examples, L tokens of a checkpoint, D token width, H model width, Z code width
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from rpg.models.backbone import build_backbone
 from rpg.models.backbone.transformer import TransformerConfig
-from rpg.models.centre import FittedBuffers
+from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, position_embedding
-from rpg.models.state import StateConfig
 from rpg.section import Section
+from tokenization.layouts import Layout
 
 
 class BootstrapConfig(Section):
@@ -97,6 +97,11 @@ class TokenAutoencoder(FittedBuffers):
     anchors: Tensor  # [K, L, Z]; filled once the networks are trained
 
     samplers = ("kernel_density",)
+
+    @classmethod
+    def of_layout(cls, config: SaneConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
+        """Networks of a layout's sizes."""
+        return cls(config, layout.positions.to(torch.get_default_device()), layout.token_size)
 
     def __init__(self, config: SaneConfig, positions: Tensor, token_size: int) -> None:
         super().__init__()

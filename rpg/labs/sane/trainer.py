@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rpg.generation.pdiff_sampler import random_numbers, unflatten_values
-from rpg.models.sane import SaneConfig, TokenAutoencoder
+from rpg.generation.samplers import unflatten_values
+from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
+from rpg.labs.sane.sampler import random_numbers
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import Classifier, MetricsTask

@@ -1,0 +1,1 @@
+"""Lab: hyper-representations (`model.kind: sane`)."""
