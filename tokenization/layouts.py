@@ -13,8 +13,7 @@ from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
 from tokenization.layout.reader import TokenReader
 from tokenization.layout.writer import CheckpointWriter
-from tokenization.spectral.layout import SpectralLayout
-from tokenization.spectral.streams import SpectralReader, SpectralWriter
+from tokenization.spectral.layout import SpectralLayout, SpectralReader, SpectralWriter
 from tokenization.zoo.zoo import Zoo
 
 Layout = TokenLayout | SpectralLayout

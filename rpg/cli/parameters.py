@@ -138,7 +138,11 @@ Setting = Annotated[
 ]
 Examples = Annotated[
     Path | None,
-    option("Examples of the task: images in class folders (or unlabelled), npz with X and y, or csv.", metavar="PATH"),
+    option(
+        "Examples of the task: images in class folders (or unlabelled), npz with X and y, csv; for adapters rows as "
+        "jsonl.",
+        metavar="PATH",
+    ),
 ]
 ChooseBy = Annotated[
     Path | None, option("Labelled examples, read like --examples, that rank the draws.", metavar="PATH")

@@ -33,7 +33,7 @@ CONDITIONAL = ("nearest_seen", "kernel_ridge")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What networks are made for, where they are made for something; empty otherwise.
+    """The conditions that networks are made for; empty without conditions.
 
     Attributes:
         originals: of each checkpoint.
@@ -59,7 +59,7 @@ class Conditions:
 def conditions_asked(
     generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
 ) -> tuple[Conditions, Any]:
-    """What networks are made for, and the same as the generator is asked for it; nothing of one without conditions."""
+    """The conditions to generate for, and the same as `Generator.generate` takes them; empty without conditions."""
     if generator.condition is None:
         return Conditions(), None
     places = _asked_entries(zoo, held_out, split) or trained
@@ -174,6 +174,6 @@ def unseen_baselines(
 
 
 def random_other(bits: Tensor, seen: Tensor, seed: int) -> Tensor:
-    """For each task the bits of a random seen task: what a generator is asked that is not told the task."""
+    """For each task the bits of a random seen task: the request of the control without the right condition."""
     rng = make_rng(seed, "no condition")
     return seen[torch.randint(len(seen), (len(bits),), generator=rng)]

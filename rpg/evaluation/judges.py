@@ -40,7 +40,7 @@ PATHS = re.compile(r"(^|_)(path|file|filename|folder)$")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge finds of a network.
+    """A judge's result for one network.
 
     Attributes:
         metrics: by name.
@@ -62,7 +62,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
 
     def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
         """The metrics of a network that was made for ``condition``; ``where`` names it in errors."""
@@ -95,14 +95,14 @@ class OwnScorer:
         self.takes_condition = any(each.name == "condition" for each in parameters[1:])
 
     def __call__(self, network: StateDict, condition: Sequence[float] | None, where: str) -> Metrics:
-        """What the function says of a network. Raises InputError if it fails or returns no numbers."""
+        """The function's metrics of a network. Raises InputError if it fails or returns no numbers."""
         if self.takes_path:
             with self._written(network) as path:
                 return self.of_file(path, where, condition)
         return self._call(dict(network), condition, where)
 
     def of_file(self, path: Path, where: str, condition: Sequence[float] | None = None) -> Metrics:
-        """What a function that takes a path says of a file. Raises InputError as a call does."""
+        """The metrics of a file, from a function that takes a path. Raises InputError as a call does."""
         return self._call(path, condition, where)
 
     def _call(self, network: Any, condition: Sequence[float] | None, where: str) -> Metrics:

@@ -74,7 +74,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is kept of one network."""
+    """The measurements of one network."""
 
     answer: Answer
     projections: Projections
@@ -85,7 +85,7 @@ class _Seen:
 
 @dataclass
 class _Kind:
-    """What is kept of a kind of networks."""
+    """The measurements of a kind of networks."""
 
     seen: list[_Seen]
     conditions: Sequence[Any] = ()
@@ -102,7 +102,7 @@ class _Kind:
 
 
 class Evaluation:
-    """Looks at networks of all kinds; `report` says what was found.
+    """Measures networks of all kinds and reports them.
 
     Args:
         scorer: computes metrics; None to compare networks by their weights alone.
@@ -263,7 +263,7 @@ class Evaluation:
         )  # fmt: skip
 
     def _directions(self) -> dict[str, Any]:
-        """Of every metric whether more or less is better, in the order of the metrics."""
+        """Whether more or less is better, for each metric in order."""
         if self.scorer is None:
             return {}
         names = list(self.kinds["original"].seen[0].answer.metrics)
@@ -278,7 +278,7 @@ class Evaluation:
         return {name: "less" if name in less else "more" for name in names}
 
     def _compare(self) -> None:
-        """What classifiers answer, beside the originals' answers and those of held-out originals."""
+        """Compare the answers of classifiers with those of originals and held-out originals."""
         answers = {name: each.stacked("predictions") for name, each in self.kinds.items()}
         originals, task = answers["original"], getattr(self.scorer, "task", None)
         if originals is None or task is None:
@@ -343,7 +343,7 @@ class Evaluation:
         )  # fmt: skip
 
     def _spread(self, unit: float) -> dict[str, Any]:
-        """Generated networks against the zoo's own spread (1 means alike), and beside those they were asked to be."""
+        """The spread of generated networks, relative to the zoo's and to that of the requested checkpoints."""
         kind = self.kinds.get("generated")
         if kind is None or not unit > 0 or not kind.seen:
             return {}

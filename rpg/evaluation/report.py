@@ -57,7 +57,7 @@ NUM_RESAMPLES = 2000
 
 
 class Summary(Section):
-    """What is reported of one figure over several networks.
+    """Statistics of one metric over several networks.
 
     ``ci95`` is the 95 % percentile bootstrap interval of the mean: it says how well the mean over *networks* is
     known, not over images. With one network it has no width.
@@ -76,7 +76,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def summarize(values: Tensor | Iterable[float], seed: int = 0) -> Summary:
-    """Summarise one figure of each network."""
+    """Summarise one metric over networks."""
     values = torch.as_tensor(values if isinstance(values, Tensor) else list(values), dtype=torch.float64)
     assert values.ndim == 1 and len(values), "nothing to summarise"
     return Summary(
@@ -160,11 +160,11 @@ class Report(Section):
 
     @property
     def sign(self) -> int:
-        """1 where more of the first metric is better, -1 where less is."""
+        """1 if more of the first metric is better, else -1."""
         return -1 if self.better.get(self.first) == "less" else 1
 
     def label(self, kind: str) -> str:
-        """What tables and pictures of this report call a kind."""
+        """A kind's label in this report's tables and pictures."""
         return SENSORS.get(kind, label_of(kind)) if self.experiment in OF_SENSORS else label_of(kind)
 
     def mean(self, kind: str, metric: str | None = None) -> float | None:
@@ -180,7 +180,7 @@ class Report(Section):
         return dict(sorted(means.items(), key=lambda each: -self.sign * each[1]))
 
     def best_of_families(self) -> list[str]:
-        """The best baseline of each family, the best first; by novelty alone where nothing is scored."""
+        """The best baseline of each family, the best first; by novelty alone without metrics."""
         found: dict[str, str] = {}
         for name in self.rivals() or [each for each in self.kinds if each not in (*self.references, "generated")]:
             found.setdefault(family_of(name), name)
@@ -298,12 +298,12 @@ def family_of(name: str) -> str:
 
 
 def label_of(kind: str) -> str:
-    """What tables and pictures call a kind of networks; a star marks the generated networks' distance."""
+    """A kind's label in tables and pictures; a star marks kinds at the generated networks' distance."""
     return kind.removesuffix(AT_DISTANCE).replace("_", " ") + (" *" if kind.endswith(AT_DISTANCE) else "")
 
 
 def shown(value: float | None, metric: str = "") -> str:
-    """A value as it is shown: accuracies in per cent, other numbers with four digits."""
+    """A value as text: accuracies in per cent, other numbers with four digits."""
     if value is None:
         return ""
     return f"{100 * value:.1f} %" if PERCENT.search(metric) else f"{value:.4g}"

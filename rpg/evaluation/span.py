@@ -227,7 +227,7 @@ class ZooSpan:
 def measure_span(
     zoo: ZooSpan, projections: Projections, asked: Sequence[int], accuracy: float | None = None
 ) -> Span | None:
-    """Whether networks are what they were asked to be, and spread as those are.
+    """How near networks are to the checkpoints that they were asked to be, and whether they spread as much.
 
     Args:
         zoo: what they were learned from.

@@ -1,4 +1,4 @@
-"""Networks as initial weights: how soon fine-tuning gets where, from generated weights, baselines and meta-learning.
+"""Networks as initial weights: accuracy by fine-tuning steps, from generated weights, baselines and meta-learning.
 
 T tasks, B images, N steps.
 """

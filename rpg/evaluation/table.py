@@ -1,4 +1,4 @@
-"""A report in the terminal: the rows that matter and the verdict, or everything."""
+"""A report in the terminal: the main rows and the verdict, or everything."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _print_rest(report: Report, console: Console) -> None:
 
 
 def title_of(report: Report) -> str:
-    """What the table is of."""
+    """The table's title."""
     first = report.first.replace("_", " ")
     return f"{first} ({report.better[report.first]} is better), {report.judge}" if first else report.judge
 

@@ -28,7 +28,7 @@ METHODS = ("original", "generated", "kernel_ridge")
 
 @dataclass(frozen=True)
 class MethodScores:
-    """What remains of one method's networks once they are dropped.
+    """The scores of one method's networks.
 
     Attributes:
         metrics: by name, ``[T]`` each; the first is what methods are compared by.
@@ -143,7 +143,7 @@ def score_split(
 
 
 def _row(scores: Mapping[str, MethodScores], number: int) -> dict[str, tuple[dict[str, Tensor], Any]]:
-    """Of one task by method the metrics, and what is kept of its network."""
+    """One task's metrics and kept probabilities, by method."""
     return {
         name: (
             {metric: values[number].clone() for metric, values in each.metrics.items()},

@@ -69,7 +69,7 @@ class Workers:
         return [found[place] for place in range(num)]
 
     def finish(self) -> None:
-        """All is done, though there were fewer networks than expected."""
+        """Report that all is done, also if there were fewer networks than expected."""
         if self.report is not None and self.is_first and 0 < self.done < self.total:
             self.report(self.total, self.total, note="")
 

@@ -1,4 +1,4 @@
-"""Whether the errors that a generator expects by distance from what it learned are those that are measured.
+"""Calibration of a generator's expected error by distance from its training conditions.
 
 T requests.
 """

@@ -36,7 +36,7 @@ from tokenization.zoo.zoo import Zoo
 
 
 class Validation:
-    """Scores some networks of every generator that it is shown; the test split and unseen tasks are never looked at.
+    """Scores some networks of a generator on validation data; never on the test split or unseen tasks.
 
     Args:
         config: of the generators.
@@ -206,7 +206,7 @@ def compare(
 
 
 def validation_of(config: Config, zoo: Zoo) -> Validation:
-    """What generators are compared by: a network for each validation task, or ``evaluate.num`` on validation images.
+    """The validation that compares generators: a network for each validation task, or ``evaluate.num`` networks.
 
     Raises:
         InputError: there is no task that scores, no validation split, or it is trained on.

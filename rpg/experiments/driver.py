@@ -34,7 +34,7 @@ ProgressBars = Mapping[str, Callable[..., None]]
 
 
 def train_anew(config: Config, **options: Any) -> Path:
-    """Train in place of the run that is there."""
+    """Train, and replace an existing run."""
     return train_to_the_end(config, overwrite=True, **options)
 
 
@@ -61,7 +61,7 @@ class Experiment:
 def experiment_of(
     config: Config, judge: Judge | None = None, *, path_condition: str | None = None, command: str = ""
 ) -> Experiment:
-    """The experiment of a configuration: its task's own, else on unseen tasks where it has any, else on networks.
+    """The experiment of a configuration: its task's own, else on unseen tasks if it has any, else on networks.
 
     Args:
         config: the configuration.
@@ -101,7 +101,7 @@ def compares_tasks(config: Config) -> bool:
 
 
 def require_adapters(config: Config) -> None:
-    """Raise InputError where there are neither adapters nor a task that trains any."""
+    """Raise InputError if there are neither adapters nor a task that trains them."""
     if config.task is None and not (Path(config.zoo) / CONFIG_NAME).is_file():
         raise InputError(
             f"{config.zoo} holds no adapters, and the configuration has no task that trains any; adopt yours with "
@@ -115,7 +115,7 @@ def require_adapters(config: Config) -> None:
 def run_experiment(
     config: Config, experiment: Experiment, *, progress: ProgressBars | None = None, seeds: int = 1, **options: Any
 ) -> Report:
-    """Collect what the task lacks, train in place of the run that is there, and judge.
+    """Complete the zoo, train (an existing run is replaced), and evaluate.
 
     Args:
         config: the experiment; without a task its zoo has to be there.
@@ -136,6 +136,9 @@ def run_experiment(
     for number in range(seeds):
         run = config.run if number == 0 else str(Path(config.run) / f"seed-{config.seed + number}")
         each = config.model_copy(update={"seed": config.seed + number, "run": run})
+        if number and config.train.networks is not None:  # each seed's of the other run
+            networks = str(Path(config.train.networks) / f"seed-{each.seed}")
+            each = each.model_copy(update={"train": config.train.model_copy(update={"networks": networks})})
         experiment.train(each, progress=progress.get("train"), watch=progress.get("watch"))
         further = experiment.further if number else {}
         reports.append(experiment.evaluate(run, seed=each.seed, **{**options, **further}))

@@ -217,7 +217,7 @@ def _changed(config: Config, changes: Sequence[str]) -> Config:
 
 
 def _keep_scores(folder: Path, judge: Judge) -> None:
-    """Raise InputError where the scores of a function would be replaced by those of a task, or by none."""
+    """Raise InputError if the scores of a user's function would be replaced by others."""
     if judge.reference is not None or not (folder / FILE).is_file():
         return
     try:
@@ -246,7 +246,7 @@ def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Di
 
 
 def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:
-    """Trains baselines on images, where the configuration asks for such a control."""
+    """Trains baselines on images, if the configuration asks for this control."""
     control = config.evaluate.control
     if control is None:
         return None
@@ -261,7 +261,7 @@ def _control(config: Config, task: Classifier | None, seed: int) -> Callable[...
 def _stored_span(
     generator: Generator, scorer: Scorer | None, zoo: ZooSpan, asked: Sequence[int], seed: int, workers: Workers
 ) -> dict[str, Any] | None:
-    """Of networks with stored states, made for this alone where others are evaluated."""
+    """The span of networks with stored states, which are made here for this measurement alone."""
     part, num, form = workers.partition, len(asked), generator.layout.compressed
     made = generator.one_by_one(num, seed=seed, state="stored", partition=part)
     made = made if form is None else map(form.expand, made)
@@ -279,7 +279,7 @@ def _stored_span(
 def _drawn(
     scorer: Scorer | None, generator: Generator, zoo: Zoo, trained: Sequence[int], requested: Any, seed: int
 ) -> Tensor | None:
-    """What the first and last original and two generated networks draw; None of networks that do not."""
+    """Samples of the first and last original and of two generated networks; None for networks that draw none."""
     if not isinstance(scorer, TaskScorer) or not isinstance(scorer.task, SampleTask):
         return None
     originals = [generator.layout.checkpoint(zoo, index).state_dict() for index in (trained[0], trained[-1])]
@@ -290,7 +290,7 @@ def _drawn(
 def _in_form(
     scorer: Scorer | None, form: Compressed | None, networks: Iterable[StateDict] = ()
 ) -> tuple[Scorer | None, Iterator[StateDict]]:
-    """Networks in the form of their tokens where they are stored otherwise, and the scorer of such."""
+    """Networks and scorer in the form of tokens, for networks that are stored in another form."""
     if form is None:
         return scorer, iter(networks)
     return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
@@ -299,7 +299,7 @@ def _in_form(
 def _merges(
     adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
 ) -> Merges:
-    """Merges the zoo's networks; its adapters as they were saved, into the form that the layout gives them."""
+    """Merges the zoo's networks, or its adapters as they were saved; the results have the layout's form."""
     form = layout.compressed if layout is not None else form
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     if adapter is None:
@@ -311,7 +311,7 @@ def _merges(
 def _denoising_path(
     generator: Generator, scorer: Scorer | None, span: ZooSpan, asked_for: Any, seed: int
 ) -> list[tuple[int, Tensor]]:
-    """The first metric of networks for a condition on their way from noise, without metrics their distance."""
+    """The first metric of networks along their denoising path; without metrics, their distance."""
     names = generator.condition.names if generator.condition is not None else ()
     asked = asked_for
     if isinstance(asked_for, str):  # a text that the zoo has is known to the scorer by its place
@@ -378,5 +378,5 @@ def provenance_of(
 
 
 def software() -> str:
-    """Versions of what computed."""
+    """Versions of the software."""
     return f"rpg {installed(DISTRIBUTION)}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -5,7 +5,7 @@ T tasks, n examples, M networks of a task, B scored images, K classes, P values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,14 +45,16 @@ class ExampleSets:
         values, classes = self.shown(num)
         return example_rows(values, classes if labelled else None, self.num_classes)
 
-    def shown(self, num: int) -> tuple[Tensor, Tensor]:
-        """Values ``[T, num, P]`` in 0 … 1 and classes ``[T, num]`` of the examples."""
+    def shown(self, num: int, show: Callable[..., Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Values ``[T, num, P]``, or what ``show`` says of them as the task's ``examples`` does, and classes
+        ``[T, num]`` of the examples."""
         rng, total = make_rng(self.seed, "shown classes"), len(self.conditions)
         any_class = torch.randint(self.num_classes, (total, num), generator=rng)
         in_turn = (torch.arange(num) % self.num_classes).expand(total, -1)
         classes = any_class if num < self.num_classes else in_turn
         rng = make_rng(self.seed, "shown", num >= self.num_classes)
-        parts = [self.task.examples(self.conditions, each[:, None], rng, SHOWN[self.split]) for each in classes.T]
+        show = show or self.task.examples
+        parts = [show(self.conditions, each[:, None], rng, SHOWN[self.split]) for each in classes.T]
         return torch.cat(parts, 1), classes
 
     @property

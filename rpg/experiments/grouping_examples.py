@@ -1,10 +1,12 @@
-"""Groupings of classes asked for by a few labelled images, beside what the shared base network says of the grouping.
+"""Groupings of classes asked for by a few labelled images, or of symbols by a few rows of text, beside what the shared
+base network says of the grouping.
 
 T tasks, n examples, S groupings of the family, C classes, B scored images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,27 @@ from torch import Tensor
 
 from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
-from rpg.evaluation.report import Networks, Report
+from rpg.evaluation.report import Networks, Report, networks
 from rpg.experiments.by_examples import asked
+from rpg.experiments.example_sets import SHOWN as SHOWN_OF
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
-from rpg.tasks.side_by_side import stack
+from rpg.tasks.language.config import LanguageConfig
+from rpg.tasks.language.rows import IGNORED, MARKER, Rows
+from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import zoo_conditions
+from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
-SHOWN = (5, 10, 20, 50)
-"""Examples of a grouping; the two sides take turns."""
+SHOWN, ROWS_SHOWN = (5, 10, 20, 50), (1, 2, 5, 10)
+"""Examples of a grouping, whose two sides take turns; rows of an adapter's task."""
+
+METRICS = ("symbol_accuracy", "exact_match")
+"""Of adapters."""
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
@@ -43,32 +52,84 @@ def evaluate_groupings(run: Path | str, *, seed: int = 0, split: str = "test", *
     zoo = Zoo.open(generator.config.zoo)
     rows = zoo.subset("validation" if split == "validation" else "unseen")
     sets = ExampleSets(task, zoo_conditions(zoo, rows), split, seed)
-    targets = task.targets(sets.conditions, split)  # [T, B]
-
-    def kind(probabilities: Tensor) -> Networks:
-        return sets_of_networks(probabilities[:, None], targets, seed=seed)
+    of_rows = isinstance(task.config, LanguageConfig)
+    shown = ROWS_SHOWN if of_rows else SHOWN
+    scored, posterior = (_by_rows if of_rows else _by_images)(task, zoo, sets)
 
     with single_threaded():
-        original = kind(task.probabilities(stack([zoo.state_dict(row) for row in rows]), split))
-        kinds = {}
-        for num in SHOWN:
-            made = asked(generator, sets, num, True, seed)
-            kinds[num] = {
-                "generated": kind(task.probabilities(made, split)),
-                "base_posterior": kind(_base_answers(task, zoo, sets, num)),
+        original = scored(stack([zoo.state_dict(row) for row in rows]))
+        kinds = {
+            num: {
+                "generated": scored(asked(generator, sets, num, not of_rows, seed)),
+                "base_posterior": posterior(num),
                 "original": original,
             }
+            for num in shown
+        }
+    better = dict.fromkeys(METRICS, "more") if of_rows else {"accuracy": "more", "joint": "less"}
     report = Report(
         experiment="groupings", judge=f"{len(rows)} groupings", split=split, seed=seed,
-        better={"accuracy": "more", "joint": "less"}, kinds=kinds[SHOWN[0]],
-        parts={f"{num} examples": found for num, found in kinds.items() if num != SHOWN[0]},
-        asked={"examples": SHOWN[0]}, facts=generator.facts,
+        better=better, kinds=kinds[shown[0]],
+        parts={f"{num} examples": found for num, found in kinds.items() if num != shown[0]},
+        asked={"examples": shown[0]}, facts=generator.facts,
         notes=("base posterior: no network is generated; the base network's class probabilities are summed by how "
                "likely each grouping of the family is, given the examples.",),
     )  # fmt: skip
     if split == "test":
         write_report(run, report, Page("Groupings asked for by examples"))
     return report
+
+
+Judges = tuple[Callable[[Stacked], Networks], Callable[[int], Networks]]
+"""Of generated networks, and of what the base's posterior answers by so many examples."""
+
+
+def _by_images(task: Any, zoo: Zoo, sets: ExampleSets) -> Judges:
+    targets = task.targets(sets.conditions, sets.split)  # [T, B]
+
+    def kind(probabilities: Tensor) -> Networks:
+        return sets_of_networks(probabilities[:, None], targets, seed=sets.seed)
+
+    return (
+        lambda made: kind(task.probabilities(made, sets.split)),
+        lambda num: kind(_base_answers(task, zoo, sets, num)),
+    )
+
+
+def _by_rows(task: Any, zoo: Zoo, sets: ExampleSets) -> Judges:
+    """Of adapters for strings of symbols, some of which become a marker.
+
+    Raises:
+        InputError: the tasks are others.
+    """
+    if task.config.symbols is None:
+        raise InputError("the base's posterior is known for tasks of symbols alone; set task.symbols")
+    marker, *symbols = task.tokenizer.convert_tokens_to_ids([MARKER, *task.condition.names])
+    groupings, places = task.conditions().double(), task.places(sets.conditions)
+
+    def answered(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """The base's probabilities of symbols ``[B, K, C]``, what follows ``[B, K]``, and where that is scored."""
+        probabilities, targets = (each.cpu() for each in task.shown.expected(rows))
+        return probabilities[..., symbols].double(), targets, (targets != IGNORED) & (targets != rows.end)
+
+    def posterior(num: int) -> Networks:
+        numbers, right, exact = sets.shown(num, task.example_numbers)[0], [], []
+        for place, chosen in zip(places, numbers, strict=True):
+            rows = task.rows(place)
+            seen, targets, there = answered(rows[SHOWN_OF[sets.split]][chosen])
+            bits = bit_posterior(seen[there][None], (targets == marker)[there][None].long(), groupings)[0]  # [C]
+            seen, targets, there = answered(rows[sets.split])
+            scores = torch.cat([(seen @ bits)[..., None], seen * (1 - bits)], -1)  # [B, K, 1 + C]
+            same = torch.tensor([marker, *symbols])[scores.argmax(-1)] == targets
+            right.append(same[there].double().mean())
+            exact.append((same | ~there).all(1).double().mean())
+        return networks(dict(zip(METRICS, map(torch.stack, (right, exact)), strict=True)), seed=sets.seed)
+
+    def scored(made: Stacked) -> Networks:
+        found = task.scores(made, sets.conditions, sets.split)
+        return networks({name: found[name] for name in METRICS}, seed=sets.seed)
+
+    return scored, posterior
 
 
 def _base_answers(task: Any, zoo: Zoo, sets: ExampleSets, num: int) -> Tensor:

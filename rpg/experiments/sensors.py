@@ -97,17 +97,17 @@ def sensors_of(zoo: Zoo, split: str) -> Tensor:
     return torch.tensor([zoo.entries[index].condition for index in zoo.subset(split)])
 
 
-def _generated(generator: Generator, settings: Tensor, seed: int, taught: bool = False) -> Stacked:
-    asked = requests_of(generator, settings, seed, taught)
+def _generated(generator: Generator, settings: Tensor, seed: int, wordings: str) -> Stacked:
+    asked = requests_of(generator, settings, seed, wordings)
     return stack(generator.generate(len(settings), condition=asked, seed=seed))  # type: ignore[arg-type]
 
 
-def requests_of(generator: Generator, settings: Tensor, seed: int, taught: bool = False) -> Tensor | list[str]:
-    """What a generator is asked for sensors ``[T, C]``: their settings, or words in wordings that nobody taught it."""
+def requests_of(generator: Generator, settings: Tensor, seed: int, wordings: str) -> Tensor | list[str]:
+    """What a generator is asked for sensors ``[T, C]``: their settings, or words in the wordings of a split."""
     if not generator.config.model.condition.phrases:
         return settings
     rng = make_rng(seed, "wordings")
-    return task_of_sensors(generator.config).describe(settings, rng, held_out=not taught)
+    return task_of_sensors(generator.config).describe(settings, rng, wordings)
 
 
 def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, split: str, seed: int) -> Report:
@@ -115,11 +115,11 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
     seen, base = stack([zoo.state_dict(index) for index in zoo.subset("train")]), load_file(zoo.path / BASE)
     regression, ridge = tuned_regression(task, zoo, seen)
     started = time.perf_counter()
-    made = {"generated": _generated(generator, settings, seed)}
+    made = {"generated": _generated(generator, settings, seed, split)}
     seconds = (time.perf_counter() - started) / len(settings)
     asked_by: dict[str, Any] = {"by": "settings"}
-    if isinstance(requests := requests_of(generator, settings, seed), list):
-        made["taught_wordings"] = _generated(generator, settings, seed, taught=True)
+    if isinstance(requests := requests_of(generator, settings, seed, split), list):
+        made["taught_wordings"] = _generated(generator, settings, seed, "train")
         asked_by = {"by": "words", "words": requests[:5]}
     known, asked = (task.condition.inputs(sensors_of(zoo, each)) for each in ("train", sensors))
     made |= {
@@ -207,7 +207,7 @@ def _by_angle(
     settings[:, place] = torch.linspace(setting.low, setting.high, ANGLES + 1)
     upright = task.train_specialists(base, torch.tensor([[each.default for each in task.settings]]))
     made = {
-        "generated": _generated(generator, settings, seed),
+        "generated": _generated(generator, settings, seed, split),
         "trained_upright": {name: value.expand(len(settings), *value.shape[1:]) for name, value in upright.items()},
         "generalist": repeat(base, len(settings)),
         "kernel_ridge": ridge(settings),

@@ -83,7 +83,7 @@ def _collect(config: Config, *, progress: Progress | None) -> Zoo:
 
 
 def for_choices(config: Config) -> Config:
-    """The run to make choices by: this one, or where it learns from the validation split one that does not.
+    """The run to make choices by: this one, or ``<run>/choices`` if this one learns from the validation split.
 
     That other run is ``<run>/choices``, trained on the remaining splits.
 
@@ -112,13 +112,13 @@ def require_for_choices(config: Config, split: str = "validation") -> None:
 
 
 def train_or_continue(config: Config, **options: Any) -> Path:
-    """`train_to_the_end`; a run of this very configuration goes on where it stopped, another one is replaced."""
+    """`train_to_the_end`: resumes a run of the same configuration and replaces any other."""
     same = saved_config(config.run) == config
     return train_to_the_end(config, resume=same, overwrite=not same, **options)
 
 
 def existing(run: Path | str) -> Path | None:
-    """A run folder that is there; of one on the hub, or that is named by mistake, there is nothing to lock."""
+    """A run folder that exists; None (nothing to lock) for a hub id or a wrong name."""
     return Path(run) if Path(run).is_dir() else None
 
 

@@ -177,7 +177,7 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
 
 
 def _check(experiment: Experiment) -> None:
-    """Raise InputError, before anything is trained, where choices would be made by what was learned from."""
+    """Raise InputError, before anything is trained, if choices would be made on training data."""
     config = experiment.config
     if config.evaluate.split == "validation" and config.model.condition.kind != "none":
         require_for_choices(config)

@@ -29,7 +29,7 @@ METRICS = ("original_best", "original_mean", "average", "best", "mean", "worst")
 
 
 def row_of(name: str, overrides: Sequence[str], folder: Path, failure: str | None = None) -> dict[str, Any]:
-    """What the table says of an experiment with its run folder."""
+    """The table's row of an experiment."""
     row: dict[str, Any] = {"name": name, "set": list(overrides)}
     if failure is not None or not (folder / FILE).is_file():
         return {**row, "failure": failure or "not run"}
@@ -77,7 +77,7 @@ def _training_seconds(folder: Path) -> float | None:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, without columns that none has."""
+    """The rows as Markdown, without empty columns."""
     columns = [each for each in _COLUMNS if any(row.get(each) is not None for row in rows)]
     lines = ["| run | " + " | ".join(_COLUMNS[each] for each in columns) + " | overrides |"]
     lines.append("| --- |" + " ---: |" * len(columns) + " --- |")

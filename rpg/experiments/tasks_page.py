@@ -1,4 +1,4 @@
-"""What the page of unseen tasks shows beside the report: the worst tasks, classifiers, denoising paths."""
+"""The page of unseen tasks beside its report: worst tasks, classifiers, denoising paths."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def task_name(bits: Sequence[float], names: Sequence[str]) -> str:
 
 
 def worst_table(report: Report, names: Sequence[str]) -> PageTable:
-    """The unseen tasks at which generated networks do worst, with the originals' metric beside theirs."""
+    """The unseen tasks with the worst generated networks, with the originals' metric beside theirs."""
     first, kinds = report.first, report.kinds
     generated, originals = (kinds[name].metrics[first] for name in ("generated", "original"))
     known = {tuple(each["bits"]): each["accuracy_of_class"] for each in report.extras.get("worst", [])}

@@ -232,7 +232,7 @@ def evaluate_unseen(
 
 
 def require_splits(task: TaskFamily) -> None:
-    """Raise InputError, before anything is trained, where the comparison would have no task of some split."""
+    """Raise InputError, before anything is trained, if a split that the comparison needs has no task."""
     splits = task.splits()
     for split in ("unseen", "validation"):
         if split not in splits:
@@ -247,7 +247,7 @@ def _linear_head(
     config: Config, zoo: Zoo, task: TaskFamily, networks: Mapping[str, TaskNetworks],
     seen: Tensor, workers: Workers,
 ) -> tuple[LinearHead | None, dict[str, float]]:  # fmt: skip
-    """The linear head of all ``seen`` tasks, and how it was tuned; none where the generator saw no images."""
+    """The linear head of all ``seen`` tasks, and how it was tuned; none if the generator saw no images."""
     settings = config.train.behaviour
     if not isinstance(task, ImageTaskFamily) or settings is None or not config.evaluate.linear_head:
         return None, {}

@@ -77,6 +77,8 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
         generator = Generator.from_pretrained(self.run)
         if generator.condition is None or generator.condition.kind != "examples":
             raise InputError(f"{self.run} takes no examples; train with model.condition.kind: examples")
+        if len(generator.condition.names) < 2:
+            raise InputError(f"{self.run} takes examples without classes; use `rpg generate {self.run} --examples`")
         rows = examples_of(values, list(classes), generator.condition, "X")
         self.networks_ = stack(generator.generate(self.num, seed=self.seed, condition=rows))  # type: ignore[arg-type]
         self.task_ = example_task(generator.config.task)

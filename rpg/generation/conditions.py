@@ -107,7 +107,7 @@ def choose_condition(
         raise InputError(f"--{given[1]} was given together with --{given[0]}; give one of them")
     spec = generator.condition
     if examples is not None:
-        return read_examples(examples, spec)
+        return read_examples(examples, spec, task=generator.config.task)
     if metric is not None:
         return _metric_condition(metric, generator.metric)
     if settings:

@@ -9,6 +9,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from rpg.models.examples import example_rows
 from rpg.tasks import build_task
 from rpg.tasks.base import ExampleTask
-from rpg.tasks.config import TaskConfig
+from rpg.tasks.config import LanguageConfig, TaskConfig
 from rpg.tasks.side_by_side import SideBySide, Stacked, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -30,7 +31,9 @@ LABELS = ("class", "label", "y", "target")
 """What the column of classes may be called in a CSV file."""
 
 
-def read_examples(path: Path | str, spec: ConditionSpec | None, option: str = "--examples") -> Tensor:
+def read_examples(
+    path: Path | str, spec: ConditionSpec | None, option: str = "--examples", task: TaskConfig | None = None
+) -> Tensor:
     """Examples as a generator takes them, ``[n, size]``.
 
     ==================  ================================================================================
@@ -39,6 +42,7 @@ def read_examples(path: Path | str, spec: ConditionSpec | None, option: str = "-
     a folder            images, in folders named after their classes or directly (their classes unknown)
     ``.npz``            arrays ``X`` ``[n, …]`` and, if classes are known, ``y`` ``[n]``
     ``.csv``            a header, then one example a line; a column ``class`` or ``label`` is optional
+    ``.jsonl``          rows with the texts ``prompt`` and ``completion``, of a ``task`` that understands them
     an image            one example, its class unknown
     ==================  ================================================================================
 
@@ -61,6 +65,9 @@ def read_examples(path: Path | str, spec: ConditionSpec | None, option: str = "-
         return _from_arrays(path, spec, where)
     if path.suffix == ".csv":
         return _from_table(path, spec, where)
+    if path.suffix == ".jsonl" and isinstance(task, LanguageConfig):
+        language: Any = build_task(task)
+        return examples_of(language.read_examples(path), None, spec, where)
     raise InputError(f"{where} has an unknown format; give a folder of images, an npz or a csv file")
 
 

@@ -24,8 +24,7 @@ from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
-from rpg.models.code_density import CodeDensity
-from rpg.models.code_prior import even_noise
+from rpg.models.code_prior import CodeDensity, even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.errors import InputError

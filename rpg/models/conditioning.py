@@ -36,6 +36,9 @@ class ConditionConfig(Section):
         0, ge=0, description="of phrases: how many numbers networks see of the zoo's settings; descriptions are read "
         "as these. Of examples: as many, which the encoder is taught to tell from them, beside what it finds by itself"
     )  # fmt: skip
+    depth: int = Field(
+        1, ge=1, description="of examples and phrases: hidden layers after what is known of single ones is pooled"
+    )  # fmt: skip
     read: bool = Field(
         False, description="of examples with features: networks see these alone, and are taught by the true ones; from "
         "few tasks that errs less"
@@ -88,6 +91,7 @@ class ConditionEncoder(nn.Module):
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
             Of examples: the first F numbers of an embedding are what tasks are told by.
         read: read examples as a text is, too.
+        depth: of a `SetEncoder`.
 
     Attributes:
         told: of examples with F: those numbers of the last batch, ``[B, F]``; None otherwise.
@@ -96,19 +100,22 @@ class ConditionEncoder(nn.Module):
     told: Tensor | None
 
     def __init__(
-        self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0, read: bool = False
-    ) -> None:
+        self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0, read: bool = False,
+        depth: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.kind = kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
         self.features, self.told = features if kind == "examples" and not read else 0, None
-        self.reader = SetEncoder(size, num_classes, features) if features and not self.features else None
+        self.reader: SetEncoder | None = None
+        if features and not self.features:
+            self.reader = SetEncoder(size, num_classes, features, depth)
         size = size if self.reader is None else features
         if kind == "class":
             self.network = nn.Embedding(size, width)
         elif kind == "examples" and not read:
-            self.network = SetEncoder(size, num_classes, width)
+            self.network = SetEncoder(size, num_classes, width, depth)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 

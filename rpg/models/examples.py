@@ -7,12 +7,14 @@ B sets, n examples of a set, P values of an example, K classes, F features, H wi
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-NUM_FEATURES = 64
-"""F."""
+NUM_FEATURES, WIDTH = 64, 256
+"""F, and of the layers after pooling."""
 
 
 def row_size(num_values: int, num_classes: int) -> int:
@@ -41,9 +43,10 @@ class SetEncoder(nn.Module):
         size: P + K + 1.
         num_classes: K.
         width: H.
+        depth: hidden layers after what is known of single ones is pooled.
     """
 
-    def __init__(self, size: int, num_classes: int, width: int) -> None:
+    def __init__(self, size: int, num_classes: int, width: int, depth: int = 1) -> None:
         super().__init__()
         self.size, self.num_classes, self.width = size, num_classes, width
         num_values = size - num_classes - 1
@@ -55,7 +58,9 @@ class SetEncoder(nn.Module):
             nn.Linear(num_values, inner), activation(), *middle, nn.Linear(inner, NUM_FEATURES)
         )  # fmt: skip
         num_inputs = (num_classes + 2) * NUM_FEATURES + num_classes + 1
-        self.all = nn.Sequential(nn.Linear(num_inputs, 256), activation(), nn.Linear(256, width))
+        sizes = [num_inputs, *[WIDTH] * depth]
+        layers = [each for pair in itertools.pairwise(sizes) for each in (nn.Linear(*pair), activation())]
+        self.all = nn.Sequential(*layers, nn.Linear(sizes[-1], width))
 
     def forward(self, sets: Tensor) -> Tensor:
         """Vectors ``[B, H]`` of sets ``[B, n · (P + K + 1)]``; rows whose last number is 0 are padding."""

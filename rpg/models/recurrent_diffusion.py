@@ -127,7 +127,7 @@ class RecurrentDiffusion(nn.Module):
             asked = config.condition
             encoder = partial(
                 ConditionEncoder, asked.kind, condition_size, num_classes=asked.classes, features=asked.features,
-                read=asked.read,
+                read=asked.read, depth=asked.depth,
             )  # fmt: skip
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)

@@ -1,4 +1,4 @@
-"""Tasks: what trains the checkpoints of a zoo and scores state dicts. They know nothing of generators."""
+"""Tasks train the checkpoints of a zoo and score state dicts. They know nothing of generators."""
 
 from rpg.tasks.base import Task
 from rpg.tasks.config import (

@@ -99,10 +99,10 @@ class ExampleTask(Task, Protocol):
 class DescribedTask(Task, Protocol):
     """Tasks with conditions that can be described in words."""
 
-    def describe(self, conditions: Tensor, rng: Generator, held_out: bool = False) -> list[str]:
+    def describe(self, conditions: Tensor, rng: Generator, split: str = "train") -> list[str]:
         """A description of each of T tasks ``[T, C]``, phrases between commas, in any of many wordings.
 
-        Those of ``held_out`` are never taught.
+        Those of ``validation`` and ``test`` are never taught.
         """
 
 
@@ -199,7 +199,7 @@ class MetricsTask(Task, Protocol):
 
 @runtime_checkable
 class SampleTask(Task, Protocol):
-    """A single task whose networks draw data, scored by comparing these with held-out data."""
+    """A single task whose networks draw samples, which are compared with held-out data."""
 
     def samples(self, network: Mapping[str, Tensor], num: int | None = None) -> Tensor:
         """``num`` images that a network draws from fixed noise, ``[num, channels, S, S]`` in 0 … 1.
@@ -213,7 +213,7 @@ class SampleTask(Task, Protocol):
 
 @runtime_checkable
 class PartTask(Task, Protocol):
-    """A task whose checkpoints may be a part of the network alone."""
+    """A task whose checkpoints may hold only a part of the network."""
 
     def part(self, network: nn.Module) -> Mapping[str, Tensor]:
         """What a checkpoint holds of ``network``, by its names. Raises InputError if there is no such part."""

@@ -81,7 +81,7 @@ def without_arithmetic(task: Any) -> Any:
 
 
 def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
-    """The task of a zoo as plain values, with the defaults of fields that an earlier version did not record.
+    """The zoo's recorded task as plain values; fields that an earlier version lacked have their defaults.
 
     Raises:
         InputError: the zoo records no task.

@@ -60,7 +60,7 @@ def collect_many(
     limit: int | None = None,
     write: Write = write_file,
 ) -> None:
-    """Train what the zoo lacks and list it.
+    """Train the tasks that the zoo lacks and list their networks.
 
     Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
 
@@ -146,7 +146,7 @@ def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Pat
 def _list_parts(
     zoo: Zoo, parts: list[list[int]], folder: Path, bits: Tensor, splits: Sequence[str], write: Write
 ) -> None:
-    """List the parts that are there up to the first that is not; what is listed takes no second room on the disk."""
+    """List the finished parts up to the first unfinished one; their files are then deleted."""
     listed = {entry.run for entry in zoo.entries}
     for number, tasks in enumerate(parts):
         wanted = [task for task in tasks if task not in listed]

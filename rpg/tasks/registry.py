@@ -17,7 +17,7 @@ KindOfTask = TypeVar("KindOfTask")
 
 
 class _Tree(Section):
-    """Where a task stands in a configuration, so that errors name its fields as the user does."""
+    """The place of a task in a configuration, so that errors name fields as the user writes them."""
 
     task: TaskConfig
 
@@ -48,7 +48,7 @@ def task_of(zoo: Zoo, config: TaskConfig | None = None) -> Task:
 
 
 def require_task(config: TaskConfig | None, kind: type[KindOfTask], cure: str) -> KindOfTask:
-    """The task of a configuration, of a kind that there has to be. Raises InputError, with the cure, if it is not."""
+    """The task of a configuration, which must be of a kind. Raises InputError, with the cure, otherwise."""
     task = build_task(config) if config is not None else None
     if not isinstance(task, kind):
         raise InputError(f"task.name is {config.name if config is not None else 'none'}, {cure}")

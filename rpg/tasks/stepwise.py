@@ -62,7 +62,7 @@ class StepwiseTask(ABC):
 
     @abstractmethod
     def train_run(self, zoo: Zoo, run: int, tick: Tick) -> Iterator[Kept]:
-        """Train a run; what it is after each fine-tuning step. ``zoo`` has room for what lets it go on after a kill."""
+        """Train a run and yield each fine-tuning step; what a resume needs is kept in the folder of ``zoo``."""
 
     @property
     @abstractmethod
@@ -155,7 +155,7 @@ class FinetunedTask(StepwiseTask):
 
     @property
     def save_every(self) -> int:
-        """Steps to the base network after which a kill loses nothing."""
+        """Steps to the base network between two saves."""
         return SAVE_EVERY
 
     def build(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training of what needs no steps: kernel ridge is fitted to the zoo in closed form."""
+"""Training without steps: kernel ridge is fitted to the zoo in closed form."""
 
 from __future__ import annotations
 

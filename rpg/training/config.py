@@ -52,6 +52,10 @@ class TrainConfig(Section):
         1.0, ge=0, description="weight of the weight-space loss; 0: networks are taught by what they do alone, and no "
         "checkpoint is read"
     )  # fmt: skip
+    networks: str | None = Field(
+        None, description="run whose networks are taken and stay as they are: only what reads examples or words as "
+        "settings is trained (model.condition.read, or phrases)"
+    )  # fmt: skip
     tokens: int | None = Field(None, ge=1, description="tokens sampled of each checkpoint a step; all when null")
     learning_rate: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -81,4 +85,6 @@ class TrainConfig(Section):
     def _something_teaches(self) -> TrainConfig:
         if not self.imitation and (self.behaviour is None or not self.behaviour.weight or self.new_states is not None):
             raise ValueError("imitation: 0 leaves nothing to learn from; give behaviour a weight, without new_states")
+        if self.networks is not None and self.imitation:
+            raise ValueError("networks of another run learn nothing more; set imitation to 0")
         return self

@@ -247,7 +247,7 @@ def check_split(batch_size: int, world_size: int, accumulation: int) -> None:
 
 
 def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
-    """See to it that the zoo has checkpoints and conditions of the kind ``wanted``. Raises InputError if not."""
+    """Raise InputError unless the zoo has checkpoints and conditions of the kind ``wanted``."""
     if not training_entries(zoo, splits):
         raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
     if wanted in ("none", "metric", "examples"):  # looked for where they are read
@@ -279,12 +279,12 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
 
 
 def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
-    """The conditions of checkpoints as the zoo has them, ``[K, C]``."""
+    """The conditions of checkpoints in the zoo's form, ``[K, C]``."""
     return torch.tensor([zoo.entries[index].condition for index in indices])
 
 
 def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
-    """What networks see of checkpoints' tasks, ``[K, width]``. Raises InputError if it is not ``width`` wide."""
+    """The task features of checkpoints, ``[K, width]``. Raises InputError if they are not ``width`` wide."""
     if zoo.condition is None or zoo.condition.kind not in ("vector", "binary"):
         raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {zoo.path} has not")
     numbers = zoo.condition.inputs(zoo_conditions(zoo, indices))

@@ -11,21 +11,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder
 from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.examples import example_rows, row_size
+from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import DescribedTask, ExampleTask, TaskSimulator
 from tokenization.errors import InputError
+from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 NUM_DESCRIPTIONS = 300
 """Descriptions of training tasks, at least, whose phrases a generator keeps."""
 
-NUM_READ, PHRASE_NOISE = 32, 0.8
+NUM_READ, PHRASE_NOISE = 128, 0.8
 """Descriptions that are read in a training step; noise on their phrases' vectors, of unit mean square."""
 
 
@@ -43,8 +46,36 @@ def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec | None, rng:
     return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)
 
 
+READER = "condition.reader."
+
+
+def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None:
+    """Take another run's networks but for what reads requests as settings, which alone is left to be trained.
+
+    Raises:
+        InputError: nothing reads requests, or the run's networks or zoo are others.
+    """
+    if getattr(network.condition, "reader", None) is None:
+        raise InputError(
+            "train.networks needs requests that are read as settings; set model.condition.read: true, or phrases"
+        )
+    other = Generator.from_pretrained(run)
+    taken, own = ({name: value for name, value in each.state_dict().items() if not name.startswith(READER)}
+                  for each in (other.network, network))  # fmt: skip
+    means = [each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout)]
+    same = {name: value.shape for name, value in taken.items()} == {name: value.shape for name, value in own.items()}
+    if not same or not all(torch.equal(value, means[1].get(name)) for name, value in means[0].items()):
+        raise InputError(
+            f"train.networks {run} has other networks, or learned from another zoo; give it the same zoo, tokens, "
+            "backbone and denoiser"
+        )
+    network.load_state_dict(taken, strict=False)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(READER))
+
+
 class ExampleConditions:
-    """Puts examples in the place of what zoos say of their tasks.
+    """Replaces the zoo's conditions by examples of the tasks.
 
     Args:
         task: shows them.
@@ -149,9 +180,9 @@ class Descriptions(ExampleConditions):
         """The features ``[T, F]`` of the tasks ``[T, C]``, which a description is read as."""
         return self.settings.inputs(tasks)
 
-    def describe(self, tasks: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
-        """The tasks ``[T, C]`` in words."""
-        return self.task.describe(tasks.cpu(), rng, held_out)  # type: ignore[attr-defined]
+    def describe(self, tasks: Tensor, rng: torch.Generator, split: str = "train") -> list[str]:
+        """The tasks ``[T, C]`` in words of a split."""
+        return self.task.describe(tasks.cpu(), rng, split)  # type: ignore[attr-defined]
 
     def reading_loss(self, reader: nn.Module, step: int, fresh: bool) -> Tensor:
         """Mean squared error of the features that are read in taught wordings of fresh tasks, or of the zoo's.

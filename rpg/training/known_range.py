@@ -48,7 +48,7 @@ def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     else:
         tasks = tasks.repeat(NUM_SETS, 1) if len(tasks) < NUM_FRESH else tasks
         if isinstance(examples, Descriptions):
-            texts = examples.describe(tasks, rng, held_out=True)
+            texts = examples.describe(tasks, rng, "validation")
             shown, asked = (examples.table.conditions_of(each) for each in (spec.names, texts))
             requests = texts
         else:

@@ -91,7 +91,7 @@ def train(
 
 
 def train_to_the_end(config: Config, **options: Any) -> Path:
-    """As `train`, of which something else comes next. Raises KeyboardInterrupt if it was stopped before its end."""
+    """As `train`, but raises KeyboardInterrupt if training is stopped before its end."""
     progress, stopped = options.pop("progress", None), False
 
     def advance(done: int, total: int, loss: float) -> None:

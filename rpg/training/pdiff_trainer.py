@@ -109,7 +109,7 @@ class PDiffTrainer(Trainer):
         return self.settings.num_steps
 
     def check(self, zoo: Zoo) -> None:
-        """Raise InputError for what cannot be trained, settings that p-diff has no use for among them."""
+        """Raise InputError for what cannot be trained, and for settings without effect on p-diff."""
         super().check(zoo)
         defaults = TrainConfig()
         for name in OF_STAGES + OF_RECURRENT:

@@ -136,12 +136,12 @@ def record_files(folder: Path, step: int, seconds: float, learned: str) -> None:
 
 
 def seconds_of(path: Path) -> float:
-    """How long the run had taken up to a checkpoint; 0 where an earlier version has not recorded it."""
+    """Seconds of the run up to a checkpoint; 0 if an earlier version did not record them."""
     return json.loads((path / COMPLETE).read_text()).get("seconds", 0.0)
 
 
 def require_learned(path: Path, learned: str, single: str | None) -> None:
-    """Check that a checkpoint's run learned from what is there now.
+    """Check that a checkpoint's run learned from the present data.
 
     Args:
         path: the checkpoint.
@@ -161,7 +161,7 @@ def require_learned(path: Path, learned: str, single: str | None) -> None:
 
 
 def check_folder(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is as it was written."""
+    """A fault of a checkpoint, or None if every file is as it was written."""
     try:
         record = json.loads((path / COMPLETE).read_text())
         files = record["files"].items()

@@ -41,7 +41,7 @@ from rpg.training.data import (
     training_entries,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import Descriptions, example_conditions, fresh_codes
+from rpg.training.examples import Descriptions, example_conditions, fresh_codes, take_networks
 from rpg.training.known_range import measure_known_range
 from rpg.training.losses.auxiliary import AuxiliaryLosses
 from rpg.training.losses.behaviour import num_at_last_time
@@ -56,7 +56,7 @@ READING_WEIGHT = 1000.0
 
 
 def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
-    """Measure, on the training checkpoints, what of tokens is known without training, if the model has such a part."""
+    """Fit the model's closed-form part, if it has one, to the training checkpoints."""
     indices = training_entries(zoo, config.train.splits)
     if isinstance(network.state, TaskTable):
         network.state.measure(task_numbers(zoo, indices, network.state.embedding_dim))
@@ -87,6 +87,8 @@ class Trainer:
         self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
         self.network = self.build_network()
         self.fit_closed_form()
+        if config.train.networks is not None:
+            take_networks(self.network, self.layout, config.train.networks)
         self.num_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.step, saved = self._newest() if resume else (0, None)
         self.earlier_seconds = 0.0 if saved is None else seconds_of(saved)
@@ -131,11 +133,11 @@ class Trainer:
         return network
 
     def fit_closed_form(self) -> None:
-        """Measure what is known without training; a run that goes on measures it again, and finds the same."""
+        """Fit the closed-form part; a resumed run fits it again, with the same result."""
         fit_closed_form(self.network, self.config, self.layout, self.zoo)
 
     def complete(self, network: Any) -> None:
-        """Measure what the trained networks need in generation: nothing."""
+        """Measure what generation needs of the trained networks: nothing."""
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """That of the configuration, over all parameters."""
@@ -201,7 +203,7 @@ class Trainer:
         return total
 
     def _imitate(self, step: int, part: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch of checkpoints, with what they do, and ids of tokens whose loss is not finite."""
+        """The loss of a batch of checkpoints, behaviour included, and ids of tokens whose loss is not finite."""
         num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
         codes = self._codes(step, part)
         batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
@@ -212,7 +214,7 @@ class Trainer:
         return mean, batch.token_ids[~torch.isfinite(loss.per_token)]
 
     def _teach(self, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of tasks that are drawn, by what their networks do alone, and the prior's."""
+        """The behaviour loss of drawn tasks, and the prior's."""
         mean, codes = self.auxiliary.alone(step, part), self._codes(step, part)
         if codes is not None:
             if self.examples is not None:
@@ -269,7 +271,7 @@ class Trainer:
         return torch.stack([torch.randn(width, generator=rng, device=device) for rng in rngs])
 
     def check_finite(self, step: int, loss: float, bad_tokens: torch.Tensor) -> None:
-        """See to it that every process's loss is finite before any of them goes on.
+        """Raise InputError on all processes if the loss of one is not finite.
 
         Raises:
             InputError: on all processes; it names the step and the layer of one of ``bad_tokens`` (ids, ``[n]`` long).
@@ -297,7 +299,7 @@ class Trainer:
         return loss
 
     def save(self, done: int) -> None:
-        """Publish everything that a resume needs."""
+        """Save everything that resuming needs."""
         files = checkpointing.gather(self.network, self.ema, self.shards, keep=self.distributed.is_main)
         write, keep = (lambda folder: checkpointing.write(folder, files)), self.config.train.keep
         self.distributed.on_main(lambda: self.folder.save(done, write, keep, self.seconds, self.learned))
@@ -349,7 +351,7 @@ class Trainer:
 
 
 def _digest_of(zoo: Zoo, indices: Sequence[int], layout: Layout) -> str:
-    """What decides a training's data: the checkpoints' digests and labels, and the layers that are learned."""
+    """A digest of the training data: the checkpoints' digests and labels, and the learned layers."""
     entries = [
         (entry.sha256, entry.run, entry.step, entry.condition) for entry in map(zoo.entries.__getitem__, indices)
     ]

@@ -77,12 +77,24 @@ SMALL_SENSORS = (
 
 
 @pytest.fixture(scope="session")
+def words_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hardly trained generator of networks for sensors in words; its zoo lies beside it."""
+    folder = tmp_path_factory.mktemp("words")
+    places = (f"zoo={folder / 'zoo'}", f"run={folder / 'run'}")
+    config = Config.load(f"{CONFIGS}/sensors_words.yaml", [*SMALL_SENSORS, *places, "evaluate.informed=0",
+                         "evaluate.fine_tuning=[]", "train.networks=null"])  # fmt: skip
+    build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
+    train(config, say=lambda _: None)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of sensors and two hardly trained generators that take examples."""
     folder = tmp_path_factory.mktemp("examples")
     for name in ("examples", "examples_zoo", "draws"):
         places = (f"zoo={folder / 'zoo'}", f"run={folder / name}")
-        config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places])
+        config = Config.load(f"{CONFIGS}/sensors_{name}.yaml", [*SMALL_SENSORS, *places, "train.networks=null"])
         build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
         train(config, say=lambda _: None)
     return folder

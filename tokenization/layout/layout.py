@@ -1,4 +1,4 @@
-"""The exact way between a state dict and tokens ``[L, D]``.
+"""The exact way between a state dict and tokens ``[L, D]``, and the constants that tokens do not hold.
 
 Letters: B examples, L tokens of a checkpoint, D token width, N chosen tokens, K layers.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import Structure, digest_of
+from tokenization.checkpoint.structure import Structure, digest_of, is_counter
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
 from tokenization.layout import serialization
 from tokenization.layout.canonical import Canonical, find_pairs
-from tokenization.layout.constants import copied_constants
 from tokenization.layout.description import LayerGroup, LayoutDescription, group_layers
 from tokenization.layout.normalization import Statistics
 from tokenization.layout.placement import (
@@ -30,11 +30,14 @@ from tokenization.layout.placement import (
     TokenOptions,
     as_reals,
     choose_layers,
+    is_left_out,
     place_layers,
     rounded,
 )
 from tokenization.layout.rows import read_rows
 from tokenization.layout.statistics import fitted_statistics
+from tokenization.zoo.cache import cached_tensors
+from tokenization.zoo.comparison import varying_constant
 from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Layer", "TokenLayout", "TokenOptions"]
@@ -276,3 +279,58 @@ def _open_base(zoo: Zoo, base: str | None, compressed: Compressed | None) -> Che
     zoo.structure.require(Structure.of_checkpoint(checkpoint), f"tokens.base: {base}", {*ties, *ties.values()})
     checkpoint = checkpoint.arranged(ties, zoo.structure.not_finite)
     return compressed.open(zoo, checkpoint, digest_of(checkpoint)) if compressed else checkpoint
+
+
+VERSION = 1
+VARIES = "varies"
+_CHUNK_BYTES = 1 << 24
+
+
+def copied_constants(
+    zoo: Zoo,
+    indices: Sequence[int],
+    checkpoints: Sequence[Checkpoint],
+    layers: Sequence[Layer],
+    options: TokenOptions,
+) -> tuple[str, ...]:
+    """The tensors that the options keep out of the tokens although they differ between the checkpoints.
+
+    Every generated network has those of one checkpoint. Counters are not among them.
+
+    Raises:
+        InputError: a tensor differs that the options do not leave out; names it and two files.
+    """
+    first, tokenised = checkpoints[0], {layer.name for layer in layers}
+    names = [name for name in first.tensors if name not in tokenised and first.tensors[name].num_values]
+    if not names or len(checkpoints) < 2:
+        return ()
+
+    def write(file: TensorFile) -> None:
+        flags = [any(_differ(first, other, name) for other in checkpoints[1:]) for name in names]
+        file.write(VARIES, 0, torch.tensor(flags, dtype=torch.uint8))
+
+    key = [VERSION, zoo.digest(), list(indices), names]
+    flags = cached_tensors(zoo, "constants", key, {VARIES: (torch.uint8, (len(names),))}, write).flat(VARIES)
+    copied = []
+    for name, varies in zip(names, flags.tolist(), strict=True):
+        info = first.tensors[name]
+        if not varies or is_counter(name, info.dtype, info.num_values):
+            continue
+        if not is_left_out(first, name, options):
+            other = next(place for place, each in enumerate(checkpoints) if place and _differ(first, each, name))
+            files = (zoo.entries[indices[place]].source or str(checkpoints[place].path) for place in (0, other))
+            raise InputError(varying_constant(name, str(info.dtype).removeprefix("torch."), *files))
+        copied.append(name)
+    return tuple(copied)
+
+
+def _differ(first: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether two checkpoints have different bytes there; reads no further than to the first that differs."""
+    left, right = (each.flat(name).view(torch.uint8) for each in (first, other))
+    found = False
+    for start in range(0, len(left), _CHUNK_BYTES):
+        if found := not torch.equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES]):
+            break
+    first.release(name)
+    other.release(name)
+    return found

@@ -68,7 +68,7 @@ def grid_zoo(config: Config) -> str:
 
 @locks(lambda task, fields, path: path)
 def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
-    """What the fields of a zoo show on the data's own grid, as a zoo of its own; one that is whole is kept."""
+    """Write a zoo of the values of fields on the data's own grid, unless it is complete."""
     if (path / "zoo.json").exists() and len(Zoo.open(path)) == len(fields):
         return
     zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)

@@ -79,7 +79,7 @@ def _train(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated data are compared with, as vectors of what is shown on the data's own grid.
+    """The data that generated data are compared with, as vectors of values on the data's own grid.
 
     Attributes:
         training: what the originals show that were learned from ``[T, F]``.

@@ -1,4 +1,4 @@
-"""How SANE's codes are drawn and decoded, and what training and sampling take.
+"""SANE's sampler, and the estimator of its memory and FLOPs.
 
 G networks of a tile, L tokens of a checkpoint, D token width, Z code width of a token.
 """

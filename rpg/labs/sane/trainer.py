@@ -40,7 +40,7 @@ class SaneTrainer(Trainer):
         return cast(SaneConfig, self.config.model)
 
     def check(self, zoo: Zoo) -> None:
-        """Raise InputError for what cannot be trained, settings that SANE has no use for among them."""
+        """Raise InputError for what cannot be trained, and for settings without effect on SANE."""
         super().check(zoo)
         for name in OF_RECURRENT:
             if getattr(self.config.train, name) != getattr(TrainConfig(), name):

@@ -30,7 +30,7 @@ from tokenization.zoo.zoo import Zoo
 
 
 class Masked(SideBySide):
-    """Networks some of whose weights are held at zero, in training too.
+    """Networks with weights that are held at zero, also in training.
 
     Args:
         network: their structure.
@@ -70,7 +70,7 @@ def cut_globally(scores: Tensor, sparsity: float) -> Tensor:
 
 
 class TicketsTask:
-    """Collects tickets and scores masks by what training makes of them.
+    """Collects tickets and scores masks by the accuracy after training under them.
 
     Scores of weights, and so checkpoints, are in -1 … 1: the later a weight was pruned, the higher.
 

@@ -246,7 +246,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
 
 
 def direction(made: Tensor, trained: Tensor, starts: Tensor) -> dict[str, float]:
-    """How like training what was made is: the mean cosine of both differences from the start.
+    """How similar a generated step is to training: the mean cosine of both differences from the start.
 
     Args:
         made, trained: values ``[T, P]`` of networks that were made of the starts, and of those that training made.

@@ -95,7 +95,7 @@ def _regressed(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: Metr
 def tuned_training(
     task: TrainingRunsTask, optimizer: str, choosing: Stacked, starts: Stacked, steps: Sequence[int] = STEPS
 ) -> dict[int, tuple[float, Stacked]]:
-    """Training at its best: after every number of steps, networks at the rate that was best on validation images.
+    """Tuned training: networks after each number of steps, at the rate that is best on validation images.
 
     Args:
         task: trains.

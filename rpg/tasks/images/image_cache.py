@@ -132,7 +132,7 @@ def _steps_of(transform: Any) -> list[Any]:
 
 
 def _split_steps(steps: Sequence[Any]) -> tuple[list[Any], list[float], list[float]] | None:
-    """What is done to the image, and the mean and deviation that follow; None if there is anything else."""
+    """The geometric steps, and the mean and deviation of the normalisation; None for any other preparation."""
     names = [type(step).__name__ for step in steps]
     if names[-2:] not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
         return None
@@ -171,7 +171,7 @@ def _shown(step: Any) -> str:
 
 
 def _folder(root: Path, num_bytes: int, name: str) -> Path | None:
-    """Where the cache is, or has room: beside the images, else in the user's cache."""
+    """The folder that holds the cache or has room for it: beside the images, else in the user's cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for folder in (root / FOLDER, home / "rpg" / "images"):
         if (folder / name).is_file():

@@ -36,7 +36,7 @@ def batches_to_score(dataset: Any, config: Loading) -> Iterator[list[Any]]:
 
 
 def steps_an_epoch(dataset: Any, config: Loading) -> int:
-    """Full batches of a data set; one of all it has where it is smaller than a batch."""
+    """Full batches of a data set; a smaller data set is one batch."""
     return max(1, len(dataset) // config.batch_size)
 
 
@@ -84,7 +84,7 @@ class LaterBatches(torch.utils.data.BatchSampler):
 
 
 class AddressedSamples(torch.utils.data.Dataset[Any]):
-    """A data set whose samples are altered by random numbers of their own, in whatever order and process they are read.
+    """A data set with addressed augmentation: a sample's random numbers do not depend on order or process.
 
     timm draws crops from Python's generator and mirrors by torch's; both are left as they were.
 
@@ -112,7 +112,7 @@ class AddressedSamples(torch.utils.data.Dataset[Any]):
 
 
 class CheckedSamples(torch.utils.data.Dataset[Any]):
-    """The samples of ``read``; one that cannot be read is what is wrong with it, in words: these cross processes."""
+    """The samples of ``read``; for one that cannot be read the error message, since words cross processes."""
 
     def __init__(self, read: Any, dataset: Any) -> None:
         self.read, self.dataset = read, dataset

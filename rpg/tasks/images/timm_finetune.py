@@ -266,7 +266,7 @@ class ImageNetTask(TimmTask):
         return {"training_loss": loss.item()} if loss is not None else {}
 
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
-        """As every stepwise task; the network and the classes of the images are looked at before there is a folder."""
+        """As every stepwise task, after the network's name and the images' classes are checked."""
         self.check_name()
         if (found := len(self.classes)) != self.config.num_classes:
             raise InputError(

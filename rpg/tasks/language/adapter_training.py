@@ -118,7 +118,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, config: A
 
 
 class _Stopper:
-    """Keeps every adapter as it was when it first reached ``config.until``, or as it is at the end."""
+    """Keeps every adapter at the step at which it first reached ``config.until``, else at the end."""
 
     def __init__(self, config: AdapterTraining, num: int) -> None:
         self.config = config

@@ -28,7 +28,8 @@ from rpg.tasks.language.adapter_bank import (
 )
 from rpg.tasks.language.adapter_training import train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
-from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, stack_rows
+from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, rows_of, stack_rows
+from rpg.tasks.language.shown import ShownRows
 from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
@@ -57,9 +58,10 @@ class LanguageTask:
             field = "adapter.dropout" if config.adapter.dropout else "training.gradient_checkpointing"
             raise InputError(f"task.{field} works for one adapter at a time; leave it out, or set task.group: 1")
         self._rows: dict[int, dict[str, Rows]] = {}
+        self._values: dict[tuple[int, str], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "_rows": {}}  # workers load the base themselves
+        return {"config": self.config, "_rows": {}, "_values": {}}  # workers load the base themselves
 
     # --- what the files say ----------------------------------------------------------------------------------------
 
@@ -136,6 +138,47 @@ class LanguageTask:
     def build(self) -> nn.Module:
         """The base model."""
         return self.base
+
+    # --- examples --------------------------------------------------------------------------------------------------
+
+    @property
+    def example_classes(self) -> tuple[str, ...]:
+        """Rows are of one kind."""
+        return ("row",)
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Of a row as values."""
+        return (self.shown.size,)
+
+    @functools.cached_property
+    def shown(self) -> ShownRows:
+        """Shows rows as the base sees them."""
+        return ShownRows(self.base)
+
+    def example_numbers(
+        self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train"
+    ) -> Tensor:
+        """Numbers of random rows of the tasks ``[T, C]``, as many as there are classes ``[T, n]``."""
+        counts = torch.tensor([len(self.rows(place)[split]) for place in self.places(conditions)])
+        return (torch.rand(classes.shape, generator=rng) * counts[:, None]).long()
+
+    def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
+        """Those rows as values ``[T, n, P]``: what `rpg.tasks.language.shown` makes of them."""
+        numbers, values = self.example_numbers(conditions, classes, rng, split), []
+        for place, chosen in zip(self.places(conditions), numbers, strict=True):
+            if (place, split) not in self._values:
+                self._values[place, split] = self.shown(self.rows(place)[split])
+            values.append(self._values[place, split][chosen])
+        return torch.stack(values)
+
+    def inputs(self, examples: Tensor) -> Tensor:
+        """The examples as they are."""
+        return examples
+
+    def read_examples(self, path: Path) -> Tensor:
+        """The rows of a JSONL file as values ``[n, P]``. Raises InputError if it holds none."""
+        return self.shown(rows_of(path, self.tokenizer, self.config.rows))
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -184,6 +184,14 @@ def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]
     }
 
 
+def rows_of(path: Path, tokenizer: Any, config: RowsConfig) -> Rows:
+    """All rows of a file. Raises InputError as `read_rows` does."""
+    rows = [_tokenised(each, where, tokenizer, config.max_tokens) for where, each in _lines(path)]
+    if not rows:
+        raise InputError(f"{path} has no rows; write one with the texts prompt and completion")
+    return _padded(rows, tokenizer.eos_token_id)
+
+
 def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
     found = []
     try:

@@ -165,9 +165,9 @@ class SensorsTask:
         """Examples ``[…, C·S·S]`` as networks take them, ``[…, C, S, S]``."""
         return examples.unflatten(-1, self.example_shape) - self._data[0].mean
 
-    def describe(self, conditions: Tensor, rng: torch.Generator, held_out: bool = False) -> list[str]:
-        """Sensors ``[T, C]`` in words; ``held_out`` wordings are never taught."""
-        return describe(self.settings, conditions, rng, held_out)
+    def describe(self, conditions: Tensor, rng: torch.Generator, split: str = "train") -> list[str]:
+        """Sensors ``[T, C]`` in words; only wordings of the split ``train`` are taught."""
+        return describe(self.settings, conditions, rng, split)
 
     # --- training ------------------------------------------------------------------------------------------------
 

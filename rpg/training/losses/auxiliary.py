@@ -1,4 +1,4 @@
-"""Losses beside the denoiser's own: generated networks are run, and what they answer is scored.
+"""Losses beside the denoiser's own: generated networks are run and their outputs scored.
 
 A part of every batch is put at the last time, so that what is scored is what one sampling step generates. E examples or
 networks, L tokens, D token width, K states, S state width.
@@ -195,7 +195,16 @@ class AuxiliaryLosses:
                 fresh = settings.behaviour.tasks == "fresh"
                 known = None if fresh else zoo_conditions(zoo, training_entries(zoo, settings.splits))
                 examples = example_conditions(zoo, condition, seed)
-                self.behaviour = DrawnTasksLoss(network, find_task(), layout, settings.behaviour, zoo, examples, known)
+                self.behaviour = DrawnTasksLoss(
+                    network,
+                    find_task(),
+                    layout,
+                    settings.behaviour,
+                    zoo,
+                    examples,
+                    known,
+                    settings.networks is not None,
+                )
             else:
                 self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
         if condition.kind == "examples" and condition.features and not isinstance(self.behaviour, DrawnTasksLoss):

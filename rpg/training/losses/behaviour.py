@@ -1,4 +1,4 @@
-"""Behaviour loss: the predicted weights are run, and what they answer on seen tasks' training images is scored.
+"""Behaviour loss: the predicted weights are run on training images of seen tasks, and their outputs scored.
 
 A part of every batch is put at the last time, where its tokens are noise alone, so that the predicted x₀ is what one
 sampling step generates. Decoded, those weights classify images as a function, and the cross-entropy of their answers
@@ -21,7 +21,7 @@ from rpg.models.centre import TaskTable
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.base import BehaviourTask, ImageTaskFamily, TaskSimulator
 from rpg.training.config import BehaviourConfig
-from rpg.training.examples import ExampleConditions
+from rpg.training.examples import Descriptions, ExampleConditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
@@ -31,7 +31,7 @@ OF_ORIGINALS = ("original", "both")
 
 
 class BehaviourLoss:
-    """Scores predicted tokens by what the decoded networks do.
+    """Scores predicted tokens by the outputs of the decoded networks.
 
     Args:
         task: runs the networks.
@@ -99,7 +99,7 @@ class BehaviourLoss:
         self.seconds += time.perf_counter() - self._backward_started
 
     def fraction_of(self, seconds: float) -> str:
-        """What it cost, forward and backward, as a fraction of a run's seconds."""
+        """The time it took, forward and backward, as a fraction of a run's seconds."""
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
 
 
@@ -112,6 +112,7 @@ class DrawnTasksLoss(BehaviourLoss):
         task, layout, config, zoo: as of `BehaviourLoss`.
         examples: shows examples of tasks, where they are the condition.
         known: the zoo's tasks ``[K, C]`` to draw from; None: fresh ones.
+        reads_only: the networks learn nothing; the loss is the error of what is read of examples alone.
 
     Raises:
         InputError: as `BehaviourLoss`, or the task cannot draw others.
@@ -119,7 +120,7 @@ class DrawnTasksLoss(BehaviourLoss):
 
     def __init__(
         self, network: RecurrentDiffusion, task: object, layout: Layout, config: BehaviourConfig, zoo: Zoo,
-        examples: ExampleConditions | None = None, known: Tensor | None = None,
+        examples: ExampleConditions | None = None, known: Tensor | None = None, reads_only: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(task, layout, config, zoo)
         has_codes = network.state is None or isinstance(network.state, TaskTable)
@@ -132,7 +133,7 @@ class DrawnTasksLoss(BehaviourLoss):
         if told not in (0, wanted):
             raise InputError(f"model.condition.features is {told}, but tasks have {wanted} numbers; set it to that")
         self.network, self.simulator, self.spec, self.examples = network, task, zoo.condition, examples
-        self.known, self.mask = known, layout.mask.float()
+        self.known, self.mask, self.reads_only = known, layout.mask.float(), reads_only
 
     def draw_tasks(self, num: int, rng: torch.Generator) -> Tensor:
         """Tasks ``[num, C]``."""
@@ -149,6 +150,10 @@ class DrawnTasksLoss(BehaviourLoss):
         noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
         tasks, noise, mask = (each.to(self.network.position_embedding.device) for each in (tasks, noise, self.mask))
         inputs, states = self.spec.inputs(tasks), None
+        if self.reads_only and self.examples is not None:
+            shown: Any = self.examples.draw(tasks, rng)  # of descriptions the settings, which their own loss reads
+            told = shown if isinstance(self.examples, Descriptions) else self.network.condition.reader(shown)  # type: ignore[union-attr, misc]
+            return self.config.weight * (told.float() - inputs).square().mean()
         if isinstance(self.network.state, TaskTable):
             codes = self.network.state.codes(inputs)
             states = codes + self.network.config.state.noise * torch.randn(codes.shape, generator=rng).to(codes)

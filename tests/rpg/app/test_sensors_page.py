@@ -88,3 +88,30 @@ def test_somebody_turns_the_knobs(shipped: LoadedRun, tmp_path: Path) -> None:
             fits(page)
         finally:
             page.driver.quit()
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or its driver is not installed")
+def test_somebody_says_in_words_what_the_sensor_is(words_run: Path, tmp_path: Path) -> None:
+    said = "on its head, dark on light, a little too close"
+    run = LoadedRun(words_run)
+    with served(run, port=free_port()) as address:
+        page = Page(address, tmp_path)
+        try:
+            page.until("#sensor h2", "What the sensor sees")
+            box = page.find("#condition textarea, #condition input")
+            box.clear()
+            box.send_keys(said)
+            page.find("#generate").click()
+            assert f"1 network for {said}" in page.until("#result h2", "network for").replace("\xa0", " ")
+            assert "from what was learned" in page.find("#result").text
+            made = look(run, [180.0, 1.08, *UPRIGHT[2:]], run.make(PageRequest(num=1, condition=said), tmp_path))
+            page.until("#sensor .bars", f"{100 * made.accuracies['made for it']:.1f}")
+            box.clear()
+            box.send_keys(", ,")
+            page.find("#generate").click()
+            assert "has 0 phrases between commas; give 1 to 8" in page.until(".mistake", "phrases")
+            assert said in page.find("#result h2").text
+            nothing_else_is_asked_for_and_nothing_complained_of(page, address)
+            fits(page)
+        finally:
+            page.driver.quit()

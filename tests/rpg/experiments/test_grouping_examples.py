@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from rpg.config import Config
 from rpg.experiments import grouping_examples
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.tasks import build_task
+from rpg.generation.classifier import GeneratedClassifier
+from rpg.tasks import build_task, parallel
+from rpg.tasks.language.rows import IGNORED, Rows
+from rpg.tasks.language.shown import ShownRows
 from tests.reports import checked_report
+from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
 
 SMALL = {
@@ -63,3 +69,58 @@ def test_networks_for_groupings_beside_the_bases_posterior(tmp_path: Path, monke
     with pytest.raises(InputError, match="model.condition.classes is 10, but the task has 2; set it to that"):
         tree["model"]["condition"]["classes"] = 10
         run_experiment(Config.parse(tree, "test"), experiment_of(config))
+
+
+class NextToken(nn.Module):
+    """A base that expects token t + 1 after token t of five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=100.0 * nn.functional.one_hot((ids + 1) % 5, 5))
+
+
+def test_a_row_as_values_says_what_was_expected_and_what_came() -> None:
+    shown = ShownRows(NextToken())
+    rows = Rows(torch.tensor([[0, 1, 2], [4, 4, 4]]), torch.tensor([[IGNORED, 2, 4], [IGNORED, 0, IGNORED]]), end=4)
+    values = shown(rows).unflatten(1, (5, 5))
+    pairs = shown.codes @ values @ shown.codes.T / 25  # codes of a small vocabulary are a rotation
+    expected = torch.zeros(2, 5, 5)
+    expected[0, 2, 2] = expected[0, 3, 4] = 0.5
+    expected[1, 0, 0] = 1
+    assert torch.allclose(pairs, expected, atol=1e-4)
+
+
+def test_adapters_for_tasks_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rpg: Run) -> None:
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+    monkeypatch.setattr(grouping_examples, "ROWS_SHOWN", (1, 8))
+    changes = (
+        "task.symbols={symbols: 4, length: 3, rows: 60, hidden: 32, intermediate: 32, layers: 1, heads: 2, steps: 400, "
+        "learning_rate: 0.01}", "task.rows={validation: 20, test: 20}", "task.unseen=4", "task.validation=2",
+        "task.training.steps=5", "tokens.size=512", "model.condition.features=4", "train.steps=4",
+        "train.behaviour.networks=3", "train.behaviour.images=4", f"task.base={tmp_path / 'base'}",
+        f"task.data={tmp_path / 'tasks'}", f"zoo={tmp_path / 'zoo'}", f"run={tmp_path / 'run'}",
+    )  # fmt: skip
+    config = Config.load("configs/lora/few_examples.yaml", changes)
+    run_experiment(config, experiment_of(config))
+    report = checked_report(tmp_path / "run", "groupings")
+    assert set(report.kinds) == {"generated", "base_posterior", "original"} and list(report.better)[1] == "exact_match"
+    few, many = (
+        each["base_posterior"].summaries["symbol_accuracy"] for each in (report.kinds, report.parts["8 examples"])
+    )
+    assert few is not None and many is not None and few.mean < many.mean > 0.95  # eight rows show every symbol
+    task = next((tmp_path / "tasks").glob("*.jsonl"))
+    (tmp_path / "mine.jsonl").write_text("".join(task.open().readlines()[:3]))
+    code, out, _ = rpg(
+        "generate", tmp_path / "run", "--examples", tmp_path / "mine.jsonl", "--output", tmp_path / "new"
+    )
+    assert code == 0 and (tmp_path / "new/network-00000/adapter_config.json").is_file() and "what was learned" in out
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(rpg("generate", tmp_path / "run", "--examples", tmp_path / "empty.jsonl"), "has no rows; write one with")
+    with pytest.raises(InputError, match="takes examples without classes; use `rpg generate"):
+        GeneratedClassifier(str(tmp_path / "run")).fit([[0.0] * 3] * 2, [0, 1])

@@ -17,39 +17,38 @@ from rpg.experiments.sensors import evaluate_sensors
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import phrases_of, spelled, static_encoder
 from rpg.models.conditioning import ConditionEncoder
-from rpg.tasks import build_task
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings
 from rpg.tasks.sensors.words import GRADED, LEFT, QUARTERS, RIGHT, SLIGHT, STRONG, TURNED, describe
 from rpg.training.loop import train
+from rpg.training.trainer import build_network
 from tests.rpg.conftest import CONFIGS, SMALL_SENSORS, refused
 from tokenization.errors import InputError
+from tokenization.zoo.condition import settings_features
+from tokenization.zoo.zoo import Zoo
 
 SETTINGS = declared_settings(SensorsConfig())
 ASKED = "camera upside down, light on dark, a little too close"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    places = (f"zoo={folder / 'zoo'}", f"run={folder / 'run'}")
-    config = Config.load(f"{CONFIGS}/sensors_words.yaml", [*SMALL_SENSORS, *places, "evaluate.informed=0",
-                         "evaluate.fine_tuning=[]"])  # fmt: skip
-    build_task(config.task).collect(folder / "zoo", processes=1)  # type: ignore[arg-type, call-arg]
-    train(config, say=lambda _: None)
-    return folder / "run"
+@pytest.fixture
+def run(words_run: Path) -> Path:
+    return words_run
 
 
 def test_held_out_wordings_are_never_taught() -> None:
     every = [each for grades in GRADED.values() for each in grades] + [*QUARTERS, TURNED]
     taught = {wording for each in every for wording in each[0]}
-    held_out = {wording for each in every for wording in each[1]}
-    assert not taught & held_out and len(held_out) > 20
-    assert all(not set(taught) & set(held_out) for taught, held_out in (SLIGHT, STRONG, LEFT, RIGHT))
+    held_out, tested = ({wording for each in every for wording in each[place]} for place in (1, 2))
+    assert not taught & held_out and not tested & (taught | held_out) and min(len(held_out), len(tested)) > 20
+    for each in (SLIGHT, STRONG, LEFT, RIGHT):
+        assert len({word for part in each for word in part}) == sum(map(len, each))
     values = draw_settings(SETTINGS, 300, torch.Generator().manual_seed(0))
     said = [set(phrases_of(text)) for text in describe(SETTINGS, values, torch.Generator().manual_seed(1))]
-    fixed = {phrase for phrase in held_out if "{}" not in phrase}
-    assert not any(fixed & phrases for phrases in said)
+    fixed = {phrase for phrase in held_out | tested if "{" not in phrase}
+    assert len(fixed) > 20 and not any(fixed & phrases for phrases in said)
+    (phrase,) = describe(SETTINGS[:1], torch.tensor([[180.0]]), torch.Generator().manual_seed(0), "test")
+    assert phrase.endswith(QUARTERS[2][2])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_the_report_judges_wordings_that_nobody_taught(run: Path) -> None:
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path, run: Path) -> None:
-    places = [*SMALL_SENSORS, f"zoo={run.parent / 'zoo'}", f"run={tmp_path / 'run'}"]
+    places = [*SMALL_SENSORS, f"zoo={run.parent / 'zoo'}", f"run={tmp_path / 'run'}", "train.networks=null"]
     for change, said in {
         "model.condition.encoder=null": r"model.condition.encoder is empty; name wordllama",
         "model.condition.features=7": r"features is 7, but the settings have 10; set it to that",
@@ -140,3 +139,34 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, run: Path) -> None:
             train(Config.load(f"{CONFIGS}/sensors_words.yaml", [*places, change]), say=lambda _: None)
     with pytest.raises(InputError, match=r"phrases needs kind: text and features"):
         Config.load(f"{CONFIGS}/sensors.yaml", ["model.condition.phrases=3"])
+
+
+def test_only_what_reads_words_is_trained_for_networks_that_are_there(run: Path, tmp_path: Path) -> None:
+    places = [*SMALL_SENSORS, f"zoo={run.parent / 'zoo'}"]
+    train(Config.load(f"{CONFIGS}/sensors.yaml", [*places, f"run={tmp_path / 'settings'}"]), say=lambda _: None)
+    words = [*places, f"run={tmp_path / 'words'}", f"train.networks={tmp_path / 'settings'}"]
+    train(Config.load(f"{CONFIGS}/sensors_words.yaml", words), say=lambda _: None)
+    made, read = (Generator.from_pretrained(tmp_path / name) for name in ("settings", "words"))
+    taken = read.network.state_dict()
+    assert all(torch.equal(value, taken[name]) for name, value in made.network.state_dict().items())
+    untrained = build_network(read.config, read.layout, Zoo.open(run.parent / "zoo")).state_dict()
+    learned = {name for name, value in untrained.items() if not torch.equal(value, taken[name])}
+    assert {name for name in learned if "reader" in name} == {name for name in taken if "reader" in name}
+    settings = torch.tensor([[180.0, 1.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(made.generate(1, condition=settings)[0]["1.bias"], decoded(read, settings), atol=1e-6)
+    for change, said in {
+        f"train.networks={tmp_path / 'none'}": "none",
+        "model.backbone.d_model=16": "has other networks, or learned from another zoo",
+        "train.imitation=1": "networks of another run learn nothing more; set imitation to 0",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            train(Config.load(f"{CONFIGS}/sensors_words.yaml", [*words, change]), overwrite=True, say=lambda _: None)
+    with pytest.raises(InputError, match=r"set model.condition.read: true, or phrases"):
+        train(Config.load(f"{CONFIGS}/sensors.yaml", [*words]), overwrite=True, say=lambda _: None)
+
+
+def decoded(generator: Generator, settings: torch.Tensor) -> torch.Tensor:
+    """The first bias of the network for settings, past what reads words."""
+    mask, inputs = generator.layout.mask.float(), settings_features(SETTINGS, settings)
+    tokens = generator.network.one_step(torch.zeros(1, *mask.shape), mask, None, inputs)
+    return generator.layout.decode_batch(tokens, constants=True)["1.bias"][0]

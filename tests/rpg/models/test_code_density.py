@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.models.code_density import CodeDensity, left_out_likelihood
+from rpg.models.code_prior import CodeDensity, left_out_likelihood
 
 
 def whitened(codes: torch.Tensor) -> torch.Tensor:

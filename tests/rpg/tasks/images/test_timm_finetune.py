@@ -13,7 +13,6 @@ from rpg.config import Config
 from rpg.experiments.evaluating import evaluate_run
 from rpg.experiments.sweep import load_sweep
 from rpg.tasks import TimmFinetuneConfig, build_task
-from rpg.tasks.collecting import SavedTraining
 from rpg.tasks.stepwise import last_norms
 from rpg.training.loop import train
 from tokenization.checkpoint.checkpoint import read_state_dict
@@ -90,29 +89,6 @@ def test_predictions_are_those_of_the_base_network_with_the_tensors_in_it(folder
         expected = torch.cat([network(images).argmax(1) for images, _ in task.batches("test")])
     assert torch.equal(predictions[0], expected)
     assert (predictions == labels).double().mean() > 0.7
-
-
-def test_training_of_the_base_that_was_killed_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch):
-    changes = {"network": "test_resnet", "train_epochs": 3, "steps": 1}
-    whole, cut = (config_of(folder, base=str(tmp_path / f"{name}.safetensors"), **changes) for name in ("whole", "cut"))
-    build_task(whole).collect(tmp_path / "zoo")
-    real = SavedTraining.save
-    steps: list[int] = []
-
-    def dying(self: SavedTraining, step: int) -> None:
-        steps.append(step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        real(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SavedTraining, "save", dying)
-        build_task(cut).collect(tmp_path / "again")
-    assert steps == [3, 6] and not Path(cut.base).exists()
-    build_task(cut).collect(tmp_path / "again")
-    assert not [*tmp_path.glob("*.training.safetensors")]
-    expected, found = (read_state_dict(Path(each.base)) for each in (whole, cut))
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 @pytest.mark.slow
