@@ -65,9 +65,13 @@ def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int
         return words
     if spec.settings:
         return values
-    rng = make_rng(0, "page", num)
-    classes = torch.randint(len(task.class_names), (1, num), generator=rng)
-    shown = task.examples(torch.tensor([values]), classes, rng, "validation")[0]
+    rng, settings = make_rng(0, "page"), torch.tensor([values])
+    # One by one, so that the first of three pictures is the one that was shown alone.
+    pictures = [
+        task.examples(settings, torch.randint(len(task.class_names), (1, 1), generator=rng), rng, "validation")[0]
+        for _ in range(num)
+    ]
+    shown = torch.cat(pictures)
     return example_rows(shown, None, len(task.class_names))
 
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.report import Summary, summarize
 from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.two_sample import coverage, distances, error_iou, function_vectors, nearest_neighbour_accuracy
@@ -85,6 +86,19 @@ def measure_per_task(
             for name, each in of_tasks.items()
         },
     )
+
+
+def scores_of_sets(
+    task: ImageTaskFamily, probabilities: Mapping[str, Tensor], bits: Tensor, split: str = "test"
+) -> dict[str, dict[str, dict[int, float]]]:
+    """How well a task's networks answer together: by method, `Networks.joint` of sets of one and of all R.
+
+    The arguments are those of `measure_per_task`; where no task has several originals, R is 1.
+    """
+    rows = rows_of_tasks(bits)
+    rows = torch.arange(len(bits))[:, None] if rows is None else rows
+    targets = task.targets(bits[rows[:, 0]], split)  # [T, B]
+    return {name: sets_of_networks(each[rows], targets).joint for name, each in probabilities.items()}
 
 
 def _samples(probabilities: Tensor, originals: Tensor | None, targets: Tensor, seed: int) -> TaskSamples:

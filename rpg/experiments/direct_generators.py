@@ -8,7 +8,6 @@ T tasks, M draws, n examples, V values of a network, N noise values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from rpg.evaluation.ensembles import joint_score
 from rpg.models.examples import SetEncoder
 from rpg.seeding import make_rng
+from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked
 from rpg.training.examples import ExampleConditions
 from tokenization.layouts import Layout
@@ -53,6 +53,7 @@ class DirectGenerator(nn.Module):
         return self.layout.decode_batch(tokens.view(-1, self.layout.num_tokens, self.layout.token_size), constants=True)
 
 
+@single_threaded()
 def train_direct(
     task: Any,
     examples: ExampleConditions,
@@ -62,7 +63,7 @@ def train_direct(
     draws: int = 1,
     noise: int = 0,
     seed: int = 0,
-    draw_tasks: Callable[[int, torch.Generator], Tensor] | None = None,
+    known: Tensor | None = None,
 ) -> DirectGenerator:
     """Train one by the joint score of its draws; of a single draw that is the cross-entropy.
 
@@ -74,7 +75,7 @@ def train_direct(
         draws: M.
         noise: N.
         seed: random seed.
-        draw_tasks: gives the tasks ``[T, C]`` of a step; fresh ones when None.
+        known: the tasks ``[K, C]`` to draw from; None: fresh ones in every step.
     """
     rng = make_rng(seed, "direct", draws)
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +84,10 @@ def train_direct(
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        tasks = (draw_tasks or task.draw_tasks)(NUM_TASKS, rng)
+        if known is None:
+            tasks = task.draw_tasks(NUM_TASKS, rng)
+        else:
+            tasks = known[torch.randint(len(known), (NUM_TASKS,), generator=rng)]
         networks = model(examples.draw(tasks, rng), draws, rng)
         images, classes = task.draw_for_each(NUM_TASKS, NUM_IMAGES, rng)
         seen = task.see(images, tasks).repeat_interleave(draws, 0)  # [T · M, B, C, S, S]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.experiments.calibration import error_by_distance
-from rpg.experiments.direct_generators import train_direct
+from rpg.experiments.direct_generators import DirectGenerator, train_direct
 from rpg.experiments.example_sets import ExampleSets
 from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
 from rpg.experiments.single import existing
@@ -27,6 +29,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
+from rpg.tasks.parallel import num_cores
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions
@@ -43,6 +46,9 @@ TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3,
 
 IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
+PROCESSES = 2
+"""In which the rivals are trained."""
+
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compare: bool = True, **_: Any) -> Report:
@@ -52,7 +58,7 @@ def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compa
         run: a run of ``model.condition.kind: examples`` whose codes have a prior.
         seed: decides shown images, draws and rivals.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
-        compare: whether the networks that have to be trained are compared, too.
+        compare: whether rivals are compared; else the draws, and the one that labelled images favour, are scored alone.
     """
     started = time.perf_counter()
     with single_threaded():
@@ -104,10 +110,10 @@ class Methods:
     Args:
         generator: draws networks given examples.
         seed: random seed.
-        rivals: whether to train the single network and the implicit generator.
+        compared: whether there are rivals at all.
     """
 
-    def __init__(self, generator: Generator, seed: int, rivals: bool) -> None:
+    def __init__(self, generator: Generator, seed: int, compared: bool) -> None:
         config = generator.config
         self.generator, self.seed, self.zoo = generator, seed, Zoo.open(config.zoo)
         self.task: Any = build_task(config.task)  # type: ignore[arg-type]
@@ -117,9 +123,8 @@ class Methods:
         task: Any = self.task
         self.simulated = task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
         self.chosen: dict[str, Any] = {}
-        self.direct = {}
-        if rivals:
-            self.direct = {"single": self._direct(1, 0), "implicit": self._direct(IMPLICIT_DRAWS, IMPLICIT_NOISE)}
+        self.compared = compared
+        self.direct = self._train_direct() if compared else {}
 
     def sets(self, split: str) -> ExampleSets:
         """The tasks that are scored: unseen ones, or those to choose by."""
@@ -173,6 +178,8 @@ class Methods:
         sets, most = self.sets(split), max(DRAWS)
         rows, rng = sets.rows(num, False), make_rng(self.seed, "implicit")
         made = {"generated": self.draw(sets, num, most)}
+        if not self.compared:
+            return made
         for name, model in self.direct.items():
             made[name] = model(rows.flatten(1), 1 if name == "single" else most, rng)
         sources = {"retrieved_zoo": (self.known, self.trained)}
@@ -234,15 +241,19 @@ class Methods:
         with torch.inference_mode():
             return layout.decode_batch(network.one_step(noise, layout.mask.float(), codes), constants=True)
 
-    def _direct(self, draws: int, noise: int) -> Any:
-        """A generator that needs no diffusion, trained on the same tasks."""
+    def _train_direct(self) -> dict[str, DirectGenerator]:
+        """Generators that need no diffusion, trained on the same tasks, as long as the generator, side by side."""
         config = self.generator.config
         examples = ExampleConditions(self.task, config.model.condition, self.seed)
-
-        def seen(num: int, rng: torch.Generator) -> Tensor:
-            return self.known[torch.randint(len(self.known), (num,), generator=rng)]
-
-        steps = config.train.steps  # as long as the generator
-        fresh = None if self.fresh else seen
-        layout, task = self.generator.layout, self.task
-        return train_direct(task, examples, layout, steps, draws=draws, noise=noise, seed=self.seed, draw_tasks=fresh)
+        known = None if self.fresh else self.known
+        learn = partial(train_direct, self.task, examples, self.generator.layout, config.train.steps, seed=self.seed)
+        options: dict[str, dict[str, int]] = {
+            "implicit": {"draws": IMPLICIT_DRAWS, "noise": IMPLICIT_NOISE},
+            "single": {},
+        }
+        if (processes := min(PROCESSES, num_cores())) < 2:
+            return {name: learn(known=known, **each) for name, each in options.items()}
+        # A fork would copy the thread pools of torch in an unknown state.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            found = {name: pool.submit(learn, known=known, **each) for name, each in options.items()}
+            return {name: each.result() for name, each in found.items()}

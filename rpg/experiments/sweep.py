@@ -245,7 +245,8 @@ def _step(step: str, path: str) -> None:
     with locked(run):
         (run / FILE).unlink(missing_ok=True)
         train_or_continue(config)
-        report = experiment_of(config).evaluate(run, seed=config.seed, split=config.evaluate.split)
+        experiment = experiment_of(config)
+        report = experiment.evaluate(run, seed=config.seed, split=config.evaluate.split, **experiment.further)
         report.save(run)  # on the validation split, by which choices are made, nothing was written
 
 

@@ -20,7 +20,7 @@ from rpg.evaluation.conditions import random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task
+from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task, scores_of_sets
 from rpg.evaluation.regression import Regression, choose_regressions
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
@@ -308,6 +308,10 @@ def _report(
         unseen = scored["unseen"]
         per_task = measure_per_task(task, unseen.probabilities, unseen.bits, split, seed)
         extras["per_task"] = per_task and per_task.model_dump(mode="json")
+        sets = scores_of_sets(task, unseen.probabilities, unseen.bits, split)
+        kinds["unseen"] |= {
+            name: kinds["unseen"][name].model_copy(update={"joint": each}) for name, each in sets.items()
+        }
         for name, each in (per_task.methods if per_task else {}).items():
             found = {"error_iou": each.error_iou, "one_nna": each.nearest_neighbour_accuracy, "coverage": each.coverage}
             kinds["unseen"][name].extras.update({key: value for key, value in found.items() if value is not None})

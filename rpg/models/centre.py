@@ -298,6 +298,7 @@ class StateConfig(Section):
     noise: float = Field(
         0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
     )
+    linear: bool = Field(False, description="of code or task: networks see a linear map of it, not an MLP")
     prior: CodePriorConfig | None = Field(
         None, description="of code or task: a diffusion over them, given the condition, for generate.state: prior"
     )
@@ -306,6 +307,8 @@ class StateConfig(Section):
     def _only_codes_have_a_prior(self) -> StateConfig:
         if self.prior is not None and self.of not in ("code", "task"):
             raise ValueError("prior needs of: code or task")
+        if self.linear and self.of not in ("code", "task"):
+            raise ValueError("linear needs of: code or task")
         if self.of in ("code", "task") and self.width is None:
             raise ValueError(f"of: {self.of} needs a width, how many numbers it has")
         return self
@@ -315,7 +318,8 @@ def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple
     """The table of states, and what maps them to the width of the backbone."""
     if config.of in ("code", "task"):
         codes = (CodeTable if config.of == "code" else TaskTable)(num_states, config.width or width)
-        return codes, nn.Sequential(nn.Linear(codes.embedding_dim, width), nn.SiLU(), nn.Linear(width, width))
+        first = nn.Linear(codes.embedding_dim, width)
+        return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)
     if config.initial == "constant":
         nn.init.constant_(table.weight, 1 / table.embedding_dim)

@@ -14,10 +14,11 @@ class BehaviourConfig(Section):
 
     weight: float = Field(1.0, ge=0, description="weight beside the weight-space loss")
     images: int = Field(128, ge=1, description="training images a step")
-    target: Literal["labels", "base", "original"] = Field(
+    target: Literal["labels", "base", "original", "both"] = Field(
         "labels",
         description="right answers: the images' labels, the base network's class probabilities, or those of the very "
-        "checkpoint that is learned, so that what it does differently from others of its task is learned, too",
+        "checkpoint that is learned, so that what it does differently from others of its task is learned, too; both: "
+        "the mean of base and checkpoint",
     )
     tasks: Literal["zoo", "fresh"] = Field(
         "zoo", description="the tasks of the batch, or fresh ones in every step, of a family that draws them"

@@ -130,7 +130,7 @@ class DecoderConfig(Section):
 
     kind: Literal["decoder"] = "decoder"
     width: int = Field(256, ge=1, description="Width of every hidden layer.")
-    depth: int = Field(1, ge=0, description="Number of hidden layers.")
+    depth: int = Field(1, ge=0, description="Number of hidden layers; 0 with gated: a linear map.")
     gated: bool = Field(
         False,
         description="Hidden layers multiply two linear maps, one through SiLU (arXiv 2002.05202), in place of a ReLU: "
@@ -161,7 +161,7 @@ class Decoder(Denoiser):
         layers = [
             GatedLinear(*pair) if gated else nn.Sequential(nn.ReLU(), nn.Linear(*pair)) for pair in pairs
         ]  # fmt: skip
-        between = [] if gated and layers else [nn.ReLU()]
+        between = [] if gated else [nn.ReLU()]
         self.network = nn.Sequential(*layers, *between, nn.Linear(widths[-1], token_size))
         last: Any = self.network[-1]
         nn.init.zeros_(last.weight)

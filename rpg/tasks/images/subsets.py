@@ -219,7 +219,8 @@ class SubsetTask:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
         The right answers are the images' labels or, with a teacher, its class probabilities summed over either side, or
-        those of T other networks; classes whose bit is withheld count for none. Differentiable in ``weights``.
+        those of T other networks, or with both the mean of the two; classes whose bit is withheld count for none.
+        Differentiable in ``weights``.
         """
         images, classes = self.draw(num_images, rng, augmented=True)
         images = images.to(conditions.device)
@@ -233,7 +234,8 @@ class SubsetTask:
         score = self._log_odds(weights, images)  # [T, B]
         if originals is not None:
             with torch.no_grad():
-                positive = self._log_odds(originals, images).sigmoid()
+                own = self._log_odds(originals, images).sigmoid()
+            positive = own if teacher is None else (positive + own) / 2
         losses = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")  # [T, B]
         return (losses * share).sum(1) / share.sum(1).clamp(min=1)
 

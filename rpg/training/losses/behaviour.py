@@ -26,6 +26,9 @@ from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 
+OF_ORIGINALS = ("original", "both")
+"""Targets that ask the checkpoints themselves."""
+
 
 class BehaviourLoss:
     """Scores predicted tokens by the outputs of the decoded networks.
@@ -47,12 +50,12 @@ class BehaviourLoss:
                 f"train.behaviour needs a task of conditions, not {type(task).__name__}; choose one, e.g. "
                 "digits_subsets"
             )
-        if config.target == "original" and not isinstance(task, ImageTaskFamily):
-            raise InputError("train.behaviour.target: original needs a family of image tasks; set it to labels")
+        if config.target in OF_ORIGINALS and not isinstance(task, ImageTaskFamily):
+            raise InputError(f"train.behaviour.target: {config.target} needs a family of image tasks; set it to labels")
         if config.noise and "noise" not in inspect.signature(task.behaviour_losses).parameters:
             raise InputError(f"{type(task).__name__} has no noise on images; set train.behaviour.noise to 0")
         self.task, self.layout, self.config = task, layout, config
-        self.teacher = task.teacher(zoo) if config.target == "base" else None
+        self.teacher = task.teacher(zoo) if config.target in ("base", "both") else None
         self.seconds = 0.0
         self._backward_started = 0.0
 
@@ -78,9 +81,9 @@ class BehaviourLoss:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
         more: dict[str, Any] = {"teacher": self.teacher} | ({"noise": self.config.noise} if self.config.noise else {})
-        if self.config.target == "original":
+        if self.config.target in OF_ORIGINALS:
             assert originals is not None
-            more = {"originals": self.layout.decode_batch(originals, constants=True)}
+            more = {"teacher": self.teacher, "originals": self.layout.decode_batch(originals, constants=True)}
         losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, **more)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)

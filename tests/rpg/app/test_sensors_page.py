@@ -45,6 +45,7 @@ def test_draws_are_a_fan_of_votes(example_runs: Path, tmp_path: Path) -> None:
     run = LoadedRun(example_runs / "draws")
     condition = condition_for(run, TURNED, num=3)
     assert condition.shape == (3, 64 + 10 + 1) and not condition[:, 64:74].any()  # no class is told
+    assert torch.equal(condition[:1], condition_for(run, TURNED, num=1))  # what closes the fan are the further pictures
     made = run.make(PageRequest(num=5, condition=condition), tmp_path)
     assert made.wanted == "3 examples" and "what was learned" in made.distance
     panel = look(run, TURNED, made)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from rpg.evaluation.per_task import measure_per_task, rows_of_tasks
+from rpg.evaluation.per_task import measure_per_task, rows_of_tasks, scores_of_sets
 
 BITS = torch.tensor([[0, 1], [1, 1], [1, 0]]).repeat(2, 1)  # two originals for each of three tasks
 
@@ -51,6 +53,20 @@ def test_figures_by_hand():
     assert figures["kernel_ridge"].coverage == 0.5 and figures["original"].coverage is None
     assert figures["kernel_ridge"].nearest == 0.0 < figures["generated"].nearest
     assert measure_per_task(PlantedFamily(), networks, BITS + torch.arange(6)[:, None]) is None
+
+
+def test_sets_of_a_tasks_networks_are_scored_together():
+    a, b = [0.95, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]  # one network is wrong on the first image, the other on none
+    found = scores_of_sets(PlantedFamily(), {"original": planted(a, a, a, b, b, b)}, BITS)["original"]
+    assert found["accuracy"] == {
+        1: pytest.approx(0.75),
+        2: pytest.approx(0.75),
+    }  # 0.5 is no majority for the right answer
+    right = 0.5 * (0.05 + 0.9) * 0.9**3  # mean of the products over all images
+    assert found["joint"][2] == pytest.approx(-math.log(right) / 4, abs=1e-4)
+    assert found["nll"][2] == pytest.approx(-(math.log(0.475) + 3 * math.log(0.9)) / 4, abs=1e-4)
+    alone = scores_of_sets(PlantedFamily(), {"original": planted(a, a, b)}, torch.arange(3)[:, None])["original"]
+    assert list(alone["joint"]) == [1] and alone["joint"][1] == pytest.approx(alone["nll"][1])
 
 
 def test_networks_like_the_originals_pass_and_one_network_for_each_task_does_not():

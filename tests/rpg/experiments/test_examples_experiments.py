@@ -43,6 +43,7 @@ def test_retrieval_finds_the_sensor_that_took_the_images(example_runs: Path) -> 
 
 
 def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "PROCESSES", 1)
     monkeypatch.setattr(draws, "SIMULATED", 20)
     monkeypatch.setattr(draws, "SAMPLING_STEPS", (1, 2))
     monkeypatch.setattr(draws, "TUNING", ((2, 1e-3),))
@@ -57,7 +58,8 @@ def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyP
         assert list(kinds["generated"].joint["joint"]) == [1, 4, 16, 64] and list(kinds["single"].joint["joint"]) == [1]
         assert all(math.isfinite(value) for each in kinds.values() for value in each.metrics["joint"])
     assert len(json.loads((run / "evaluation.json").read_text())["curves"]["Sampling steps"]["lines"]["generated"]) == 2
-    assert draws.evaluate_draws(run, split="validation", compare=False).kinds["generated"].count == 2
+    alone = draws.evaluate_draws(run, split="validation", compare=False).kinds
+    assert set(alone) == {"generated", "generated_by_10_labelled", "original"} and alone["generated"].count == 2
 
 
 def test_networks_by_examples_beside_what_a_user_would_do(example_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,13 @@ def test_a_gate_multiplies() -> None:
     assert layer(x).flatten().tolist() == pytest.approx([60.0, -60.0, 0.0])
 
 
+def test_a_gated_decoder_without_hidden_layers_is_linear() -> None:
+    decoder = build_denoiser(DecoderConfig(depth=0, gated=True), 5, 4, 1)
+    torch.nn.init.normal_(decoder.network[-1].weight)
+    a, b = torch.randn(2, 3, 4)
+    assert torch.allclose(decoder.network(a + b), decoder.network(a) + decoder.network(b), atol=1e-5)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_a_decoder_starts_at_zero_and_looks_at_prototypes_alone(gated, depth) -> None:

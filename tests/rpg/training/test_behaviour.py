@@ -8,6 +8,7 @@ from rpg.config import Config
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
+from rpg.tasks.side_by_side import stack
 from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
@@ -69,6 +70,19 @@ def test_the_loss_of_the_zoos_own_weights_is_their_cross_entropy(task, zoo):
     assert loss.seconds > 0 and loss.fraction_of(10 * loss.seconds) == "10%"
     alone = loss(tokens, conditions, torch.tensor([False, True]), torch.Generator().manual_seed(7))
     assert alone.item() != pytest.approx(value.item())  # a dropped condition is not scored
+
+
+def test_both_is_halfway_between_the_base_and_the_checkpoint(task, zoo):
+    made, own = (stack([zoo.state_dict(index) for index in each]) for each in ((0, 1), (2, 3)))
+    bits = torch.tensor([zoo.entries[index].condition for index in (2, 3)])
+    base = task.network(10)
+    targets = [{"teacher": lambda images: base(images).softmax(-1)}, {"originals": own}]
+    with torch.no_grad():  # cross-entropy is linear in the right answers
+        first, second, both = (
+            task.behaviour_losses(made, bits, 32, torch.Generator().manual_seed(0), **each)
+            for each in (*targets, targets[0] | targets[1])
+        )
+    assert torch.allclose(both, (first + second) / 2, atol=1e-5) and not torch.allclose(first, second, atol=1e-3)
 
 
 def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
