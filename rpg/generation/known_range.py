@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -80,17 +81,18 @@ class KnownRange:
         return nearest.masked_fill(requests.isnan().any(-1), 0).amax(-1) / self.unit
 
     @cached_property
-    def expected(self) -> Any:
-        """The errors that are expected, by distance: isotonic regression."""
+    def expected(self) -> tuple[Any, Any]:
+        """Distances and the errors that are expected there, by isotonic regression; linear in between."""
         from sklearn.isotonic import IsotonicRegression
 
-        return IsotonicRegression(out_of_bounds="clip").fit(self.distances.numpy(), self.errors.numpy())
+        fitted = IsotonicRegression(out_of_bounds="clip").fit(self.distances.numpy(), self.errors.numpy())
+        return fitted.X_thresholds_, fitted.y_thresholds_
 
     def of(self, requests: Tensor) -> list[Distance]:
         """The distances of requests ``[n, P, F]``, with the errors that are expected there."""
         known_to = self.distances.sort(descending=True).values[len(self.distances) // FEW].item()
         found = self.raw(requests)
-        errors = self.expected.predict(found.numpy()).tolist()
+        errors = np.interp(found.numpy(), *self.expected).tolist()
         return [
             Distance(distance, known_to, error if distance <= known_to else None)
             for distance, error in zip(found.tolist(), errors, strict=True)
