@@ -47,7 +47,10 @@ PERCENT = re.compile(r"accuracy|exact_match")
 """Metrics that are shown in per cent."""
 
 OF_SENSORS = ("sensors", "examples", "draws")
-SENSORS = {"original": "trained for the sensor", "nearest_seen": "nearest", "generalist": "one network for all"}
+SENSORS = {
+    "original": "trained for the sensor", "nearest_seen": "nearest", "generalist": "one network for all",
+    "trained_upright": "one network, trained upright",
+}  # fmt: skip
 """What kinds are called in reports on sensors, where other reports need more general words."""
 
 Values = tuple[float | None, ...]

@@ -60,9 +60,6 @@ class VectorSpace:
     all its floating-point tensors vary.
 
     All networks are held in memory at once, which suits networks of up to some million values.
-
-    Args:
-        state_dicts: the zoo's networks, at least one, of one structure.
     """
 
     def __init__(self, state_dicts: Sequence[StateDict]) -> None:

@@ -82,7 +82,7 @@ def evaluate_by_examples(
         curves={"Accuracy by examples": _curve(kinds), **calibration},
         extras=extras,
         facts={
-            **generator.facts, "milliseconds a network": _milliseconds(generator, wanted, seed),
+            **generator.facts, "processor milliseconds a network": _milliseconds(generator, wanted, seed),
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip
@@ -98,12 +98,12 @@ def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, see
 
 
 def _milliseconds(generator: Generator, sets: ExampleSets, seed: int) -> dict[str, float]:
-    """Of the clock for a network by one labelled example a class: all sets together, and one by one (median)."""
+    """Of the processor for a network by one labelled example a class: all sets together, and one by one (median)."""
     rows, times = sets.rows(sets.num_classes, True), []
     for request in (rows, *(rows[number % len(rows)] for number in range(100))):
-        started = time.perf_counter()
+        started = time.process_time()
         generator.generate(len(rows) if request is rows else 1, seed=seed, condition=request)
-        times.append(1000 * (time.perf_counter() - started))
+        times.append(1000 * (time.process_time() - started))
     return {"together": round(times[0] / len(rows), 2), "singly": round(statistics.median(times[1:]), 2)}
 
 

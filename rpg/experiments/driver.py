@@ -44,8 +44,8 @@ class Experiment:
 
     Attributes:
         name: as the report has it: ``networks``, ``tasks``, ``fields``, …
-        evaluate: takes a run folder, and ``seed``, ``split`` and ``workers`` by name; returns the report, and writes it
-            unless the split is ``validation``.
+        evaluate: takes a run folder, and ``seed``, ``split`` (``test``, or ``validation`` to make choices by) and
+            ``workers`` by name; returns the report, and writes it unless the split is ``validation``.
         train: takes a configuration, and ``progress`` and ``watch`` by name, as `rpg.training.loop.train` does.
         then: the command to run next; ``{run}`` stands for the run.
         further: options of ``evaluate`` for the generators of further seeds.

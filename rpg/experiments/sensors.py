@@ -213,7 +213,9 @@ def _by_angle(
         "kernel_ridge": ridge(settings),
     }
     lines = {name: tuple(task.accuracies(each, settings, split).tolist()) for name, each in made.items()}
-    return Curve(x=tuple(settings[:, place].tolist()), lines=lines, across="angle (degrees)", up="accuracy")
+    return Curve(
+        x=tuple(settings[:, place].tolist()), lines=lines, across="angle of the sensor (degrees)", up="accuracy"
+    )
 
 
 def _starts(

@@ -5,9 +5,10 @@ S seen conditions, V validation requests, P parts of a request (phrases of a tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -78,14 +79,18 @@ class KnownRange:
         nearest = torch.cdist(requests.nan_to_num(), self.seen).amin(-1)  # [n, P]
         return nearest.masked_fill(requests.isnan().any(-1), 0).amax(-1) / self.unit
 
-    def of(self, requests: Tensor) -> list[Distance]:
-        """The distances of requests ``[n, P, F]``, with the errors that are expected there (isotonic regression)."""
+    @cached_property
+    def expected(self) -> Any:
+        """The errors that are expected, by distance: isotonic regression."""
         from sklearn.isotonic import IsotonicRegression
 
+        return IsotonicRegression(out_of_bounds="clip").fit(self.distances.numpy(), self.errors.numpy())
+
+    def of(self, requests: Tensor) -> list[Distance]:
+        """The distances of requests ``[n, P, F]``, with the errors that are expected there."""
         known_to = self.distances.sort(descending=True).values[len(self.distances) // FEW].item()
         found = self.raw(requests)
-        curve = IsotonicRegression(out_of_bounds="clip").fit(self.distances.numpy(), self.errors.numpy())
-        errors = curve.predict(found.numpy()).tolist()
+        errors = self.expected.predict(found.numpy()).tolist()
         return [
             Distance(distance, known_to, error if distance <= known_to else None)
             for distance, error in zip(found.tolist(), errors, strict=True)
@@ -93,7 +98,7 @@ class KnownRange:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        save_file({name: value.contiguous() for name, value in vars(self).items() if name != "unit"}, path)
+        save_file({each.name: getattr(self, each.name).contiguous() for each in fields(self)}, path)
 
     @classmethod
     def load(cls, path: Path) -> KnownRange:

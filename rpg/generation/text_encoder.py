@@ -39,9 +39,10 @@ def phrases_of(text: str) -> list[str]:
     """The parts between commas, full stops and the like, ``and``, ``but``, and before ``on``; whole numbers as words.
 
     The average of a phrase's words would not tell the digits of 137 from those of 173, or light on dark from dark on
-    light.
+    light. A hyphen within a word is left out: anti-clockwise, to an encoder, is mostly clockwise.
     """
-    parts = re.split(r"[,;!]+|\.(?!\d)|\bbut\b|(?<!hundred )\band\b|(?<=\w) (?=on\b)", text.lower())
+    text = re.sub(r"(?<=[a-z])-(?=[a-z])", "", text.lower())
+    parts = re.split(r"[,;!]+|\.(?!\d)|\bbut\b|(?<!hundred )\band\b|(?<=\w) (?=on\b)", text)
     return [
         re.sub(r"\b\d{1,3}\b", lambda found: spelled(int(found[0])), part.strip()) for part in parts if part.strip()
     ]

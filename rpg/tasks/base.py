@@ -25,7 +25,16 @@ class Task(Protocol):
     def collect(
         self, path: Path | str, *, progress: Callable[[int, int], None] | None = None, limit: int | None = None
     ) -> Zoo:
-        """Train checkpoints into the zoo at ``path``; complete it if it is partly there."""
+        """Train checkpoints into the zoo at ``path``; complete it if it is partly there.
+
+        Args:
+            path: the zoo folder, on a disk that all processes share.
+            progress: called with what is done and the total: optimizer steps, runs, fields or tasks.
+            limit: stop once there are so many, rounded up to whole groups.
+
+        Raises:
+            InputError: data are missing, or the zoo there was collected with another configuration.
+        """
 
 
 @runtime_checkable
@@ -160,7 +169,7 @@ class ImageTaskFamily(TaskFamily, BehaviourTask, Protocol):
         limit: int | None = None,
         processes: int | None = None,
     ) -> Zoo:
-        """Train the base and every task's network, so many groups at a time; complete a zoo that is partly there."""
+        """Train the base and every task's network, ``processes`` groups at a time (on a CPU one a core when None)."""
 
     def classes(self, split: str = "test") -> Tensor:
         """The classes of a split's images, int64 ``[B]``."""

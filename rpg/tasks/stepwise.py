@@ -86,14 +86,6 @@ class StepwiseTask(ABC):
 
         A run is decided by the configuration and its number alone. One that was cut short is trained again, and what
         the zoo has of it stays.
-
-        Args:
-            path: folder of the zoo.
-            progress: called with the optimizer steps done and their total.
-            limit: stop once the zoo holds this many checkpoints.
-
-        Raises:
-            InputError: the data are not there, the base is another network's, or the zoo at ``path`` is another one.
         """
         steps, every = self.steps(), self.config.hold_out
         length = self.first_steps + steps[-1]  # data that are missing are missed before there is a folder

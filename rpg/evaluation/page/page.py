@@ -30,7 +30,7 @@ from rpg.evaluation.page.charts import (
     scatter,
     training_loss,
 )
-from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report, label_of
+from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report
 from rpg.evaluation.table import cells_of, novelty_cells
 from tokenization.files import make_folder, write_text
 
@@ -92,7 +92,7 @@ def write_report(folder: Path | str, report: Report, page: Page) -> Path:
     report.save(folder)
     save_series(draw_points, *points_of(report), folder / "scatter.png")
     for title, curve in report.curves.items():
-        save_series(draw_lines, *series_of(curve), folder / f"{title.lower().replace(' ', '_')}.png")
+        save_series(draw_lines, *series_of(report, curve), folder / f"{title.lower().replace(' ', '_')}.png")
     write_page(folder / "report.html", report, page)
     return folder / "report.html"
 
@@ -111,7 +111,7 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
     charts = {
         f"{words.capitalize()} of each network": scatter(series, x, y, caption) if series else None,
         **{
-            name.replace("_", " ").capitalize(): lines(*series_of(curve), f"{curve.up} by {curve.across}.")
+            name.replace("_", " ").capitalize(): lines(*series_of(report, curve), f"{curve.up} by {curve.across}.")
             for name, curve in report.curves.items()
         },
         "New and good": _novelty(report),
@@ -183,12 +183,12 @@ def _color(kind: str, index: int) -> int:
     return COLORS.get(kind, AVERAGE + 1 + index)
 
 
-def series_of(curve: Curve) -> tuple[list[Series], Axis, Axis]:
-    """The lines of a curve, and its axes."""
+def series_of(report: Report, curve: Curve) -> tuple[list[Series], Axis, Axis]:
+    """The lines of a report's curve, and its axes."""
     series = []
     for index, (name, values) in enumerate(curve.lines.items()):
         pairs = [(x, y) for x, y in zip(curve.x, values, strict=False) if y is not None]
-        series.append(Series(label_of(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
+        series.append(Series(report.label(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
     return series, Axis(curve.across, log=curve.log), Axis(curve.up, percent=bool(PERCENT.search(curve.up)))
 
 

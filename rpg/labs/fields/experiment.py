@@ -101,12 +101,6 @@ def evaluate_fields(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     """Generate one field for every held-out datum, of its class, and compare; nothing is chosen here.
 
     Training data are the report's originals.
-
-    Args:
-        run: a run folder; baselines that were trained lie in it.
-        split: ``test``: unseen data; ``validation`` to make choices by, of a run that did not learn from it: nothing is
-            written.
-        seed: decides what is generated and drawn.
     """
     run = Path(run)
     generator = Generator.from_pretrained(run)

@@ -102,16 +102,7 @@ class FieldsTask:
     def collect(
         self, path: Path | str, *, progress: Callable[[int, int], None] | None = None, limit: int | None = None
     ) -> Zoo:
-        """Fit the fields that the zoo at ``path`` lacks.
-
-        Args:
-            path: folder of the zoo.
-            progress: called with (fields written, fields in all).
-            limit: fit at least this many originals only, and altered copies of none.
-
-        Raises:
-            InputError: the zoo there was collected with another configuration.
-        """
+        """Fit the fields that the zoo at ``path`` lacks."""
         data = self.data
         zoo = open_zoo(path, self.config, self.condition)
         learned = torch.tensor([i for i, split in enumerate(data.splits) if split in LEARNED])

@@ -47,14 +47,7 @@ def tickets_task(config: Config) -> TicketsTask:
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
-    """Train the start under generated masks, tickets and simple baselines, for unseen tasks.
-
-    Args:
-        run: a run folder.
-        split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by;
-            nothing is written.
-        seed: decides what is generated, and the bootstrap.
-    """
+    """Train the start under generated masks, tickets and simple baselines, for unseen tasks."""
     run, choosing = Path(run), split == "validation"
     generator = Generator.from_pretrained(run)
     task, zoo = tickets_task(generator.config), Zoo.open(generator.config.zoo)

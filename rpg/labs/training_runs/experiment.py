@@ -90,11 +90,6 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     """Ask for losses from held-out first weights, and compare with simple baselines and with training.
 
     The networks that training made of the same first weights are the report's originals.
-
-    Args:
-        run: a run folder.
-        split: ``test``: unseen runs; ``validation``: validation runs and images, to choose by; writes nothing.
-        seed: decides what is generated.
     """
     run = Path(run)
     generator = Generator.from_pretrained(run)

@@ -101,11 +101,7 @@ class TrainingRunsTask:
     def collect(
         self, path: Path | str, *, progress: Callable[[int, int], None] | None = None, limit: int | None = None
     ) -> Zoo:
-        """Train the runs that the zoo at ``path`` lacks, in groups, each listed whole or not at all.
-
-        Raises:
-            InputError: the zoo there was collected with another configuration.
-        """
+        """Train the runs that the zoo at ``path`` lacks, in groups, each listed whole or not at all."""
         zoo, splits = open_zoo(path, self.config), self.splits()
         trained = {entry.run for entry in zoo.entries}
         total = min(limit or len(splits), len(splits))

@@ -59,12 +59,6 @@ class JointDenoiser(MLPDenoiser):
     """adaLN residual MLP and attention over all tokens of a network.
 
     Rows are networks one after the other, each with all its tokens in order.
-
-    Args:
-        config: its size.
-        token_size: D.
-        d_prototype: H.
-        num_tokens: L.
     """
 
     needs_whole_networks = True

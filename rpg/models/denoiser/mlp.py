@@ -56,13 +56,7 @@ class Block(nn.Module):
 
 
 class MLPDenoiser(Denoiser):
-    """adaLN residual MLP over single tokens.
-
-    Args:
-        config: its size.
-        token_size: D.
-        d_prototype: H.
-    """
+    """adaLN residual MLP over single tokens."""
 
     def __init__(self, config: Any, token_size: int, d_prototype: int) -> None:
         super().__init__()
@@ -158,13 +152,7 @@ class GatedLinear(nn.Module):
 
 
 class Decoder(Denoiser):
-    """An MLP of the prototype; it looks at neither noisy tokens nor time, so that it needs ``prediction: sample``.
-
-    Args:
-        config: its size.
-        token_size: D.
-        d_prototype: H.
-    """
+    """An MLP of the prototype; it looks at neither noisy tokens nor time, so that it needs ``prediction: sample``."""
 
     def __init__(self, config: DecoderConfig, token_size: int, d_prototype: int) -> None:
         super().__init__()

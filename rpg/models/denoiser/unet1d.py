@@ -172,11 +172,6 @@ class UNet1d(Denoiser):
 
     Of n convolutions the first n / 2 + 1 are the encoder. The outputs of its layers, all but the last two, are added to
     the inputs of the decoder's in reverse order.
-
-    Args:
-        config: its size.
-        token_size: D.
-        d_prototype: H.
     """
 
     def __init__(self, config: UNet1dConfig, token_size: int, d_prototype: int) -> None:

@@ -129,17 +129,7 @@ class SubsetTask:
         self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
         processes: int | None = None,
     ) -> Zoo:  # fmt: skip
-        """Train the base and every task's network; a zoo that is partly there is completed.
-
-        Args:
-            path: the zoo folder, on a disk that all processes share.
-            progress: called with (tasks trained, tasks in all).
-            limit: train only so many tasks, rounded up to whole groups.
-            processes: parts trained at a time; on a GPU one, on a CPU as many as there are cores when None.
-
-        Raises:
-            InputError: the zoo there was collected with another configuration.
-        """
+        """Train the base and every task's network; a zoo that is partly there is completed."""
         return self.collect_as(self, path, progress, limit, processes)
 
     def collect_as(

@@ -193,15 +193,6 @@ class LanguageTask:
         """Train every task's adapter; a zoo that is partly there is completed.
 
         The zoo's checkpoints are PEFT folders, named as the tasks' files.
-
-        Args:
-            path: the zoo folder, on a disk that all processes share.
-            progress: called with (tasks trained, tasks in all).
-            limit: train only so many tasks, rounded up to whole groups.
-            processes: groups trained at a time; the configuration's when None.
-
-        Raises:
-            InputError: the zoo there was collected with another configuration.
         """
         place = PartialState()
         with place.main_process_first():

@@ -72,6 +72,7 @@ def test_phrases_are_split_and_numbers_are_spelled() -> None:
     assert phrases_of("Turned 137 degrees, inverted and a bit too high.") == [
         "turned one hundred thirty seven degrees", "inverted", "a bit too high",
     ]  # fmt: skip
+    assert phrases_of("45 degrees Anti-clockwise, close-up") == ["forty five degrees anticlockwise", "closeup"]
     assert phrases_of("one hundred and five degrees; scale 1.1") == ["one hundred and five degrees", "scale one.one"]
     assert [spelled(number) for number in (0, 13, 40, 99, 100, 360, 907)] == [
         "zero", "thirteen", "forty", "ninety nine", "one hundred", "three hundred sixty", "nine hundred seven",
