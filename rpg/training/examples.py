@@ -64,7 +64,8 @@ def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None
                   for each in (other.network, network))  # fmt: skip
     means = [each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout)]
     same = {name: value.shape for name, value in taken.items()} == {name: value.shape for name, value in own.items()}
-    if not same or not all(torch.equal(value, means[1].get(name)) for name, value in means[0].items()):
+    same = same and means[0].keys() == means[1].keys()
+    if not same or not all(torch.equal(value, means[1][name]) for name, value in means[0].items()):
         raise InputError(
             f"train.networks {run} has other networks, or learned from another zoo; give it the same zoo, tokens, "
             "backbone and denoiser"

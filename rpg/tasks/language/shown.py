@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpg.tasks.language.rows import IGNORED, Rows
 
@@ -27,8 +27,8 @@ class ShownRows:
             components, all of unit variance: of a vocabulary of no more than D a rotation of one-hot codes.
     """
 
-    def __init__(self, base: nn.Module) -> None:
-        self.base: Any = base
+    def __init__(self, base: Any) -> None:
+        self.base = base
         embeddings = self.base.get_output_embeddings().weight.detach().float()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
