@@ -145,9 +145,12 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
     kinds = {
         name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
     }
+    facts: dict[str, Any] = {}
     curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
     if evaluate.fine_tuning:
-        curves["as_a_start"] = _starts(generator, task, zoo, made, settings, split, seed)
+        curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
+            generator, task, zoo, made, settings, split, seed
+        )
     errors = 1 - torch.tensor(kinds["generated"].metrics["accuracy"])
     calibration, extras = error_by_distance(generator, requests, errors)
     return Report(
@@ -166,6 +169,7 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
             "seconds_per_network": seconds,
             "seen_sensors": len(known),
             "kernel_ridge": {"length": regression.parameter, "penalty": regression.penalty},
+            **facts,
         },
         notes=tuple(notes),
     )
@@ -220,8 +224,8 @@ def _by_angle(
 
 def _starts(
     generator: Generator, task: SensorsTask, zoo: Zoo, made: dict[str, Stacked], settings: Tensor, split: str, seed: int
-) -> Curve:
-    """Accuracy of networks that are fine-tuned, by start."""
+) -> tuple[Curve, float]:
+    """Accuracy of networks that are fine-tuned, by start, and what a step of one network takes among all of them."""
     evaluate = generator.config.evaluate
     seen = stack([zoo.state_dict(index) for index in zoo.subset("train")])
     best = best_of(task, seen, settings, seed=seed)
@@ -235,7 +239,10 @@ def _starts(
     if evaluate.meta_learning:
         learned = reptile(task, untrained, sensors_of(zoo, "train"), evaluate.meta_learning, seed=seed)
         starts["reptile"] = repeat(learned, len(settings))
+    began = time.process_time()
     found = fine_tuning(task, starts, settings, evaluate.fine_tuning, split=split, seed=seed)
+    milliseconds = 1000 * (time.process_time() - began)
     lines = {name: tuple(each.mean(1).tolist()) for name, each in found.items()}
     steps = tuple(float(mark) + 1 for mark in evaluate.fine_tuning)
-    return Curve(x=steps, lines=lines, across="fine-tuning steps + 1", up="accuracy", log=True)
+    curve = Curve(x=steps, lines=lines, across="fine-tuning steps + 1", up="accuracy", log=True)
+    return curve, milliseconds / (max(1, max(evaluate.fine_tuning)) * len(starts) * len(settings))

@@ -80,7 +80,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "detection.yaml": {**STEPWISE, "task": {**STEPS, "data": {"train": 16, "scored": 4}}},
     "unet.yaml": {**STEPWISE, "task": {**STEPS, "samples": 8, "sample_steps": 2}},
     "sweeps/position.yaml": {
-        "set": ["train.steps=8", "evaluate.num=2", "evaluate.num_baseline=1"],
+        "set": ["train.steps=8", "evaluate.num=2", "evaluate.num_baseline=2"],
         "entries": [{"name": "2d", "set": ["model.position=2d"]}],
     },
 }

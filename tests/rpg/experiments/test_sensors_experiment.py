@@ -49,6 +49,7 @@ def test_a_run_of_sensors_reports_every_rival(run: Path) -> None:
     starts = report.curves["as_a_start"].lines
     assert set(starts) == {"generated", "best_specialist", "generalist", "random", "reptile"}
     assert starts["generated"][0] == pytest.approx(report.mean("generated"))
+    assert 0 < report.facts["fine-tuning milliseconds a step"] < 100
     figures, generator = report.extras["error_by_distance"], Generator.from_pretrained(run)
     assert figures["beyond"] + len(report.curves["error_by_distance"].x) == 3
     seen = generator.distance(small_task().sensors()[0][0])
