@@ -130,17 +130,8 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         "average": repeat({name: value.mean(0) for name, value in seen.items()}, len(settings)),
     }
     answers = {name: task.probabilities(each, settings, split) for name, each in made.items()}  # [T, B, K]
-    notes = []
-    if evaluate.informed:
-        for name, widths in {"settings_as_inputs": (task.config.hidden,), "large_with_settings": LARGE}.items():
-            network = train_informed(task, widths, evaluate.informed)
-            answers[name] = informed_probabilities(task, network, settings, split)
-        right = (answers[name].argmax(-1) == task.classes(split)).double().mean()
-        notes.append(
-            f"One network of {network.num_values:,} values that takes the settings as inputs reaches {right:.1%}: "
-            f"generation is for targets that must be small, here "
-            f"{sum(value[0].numel() for value in seen.values()):,} values."
-        )
+    informed, notes = _informed(task, settings, split, evaluate.informed)
+    answers |= informed
     targets = task.classes(split).expand(len(settings), -1)
     kinds = {
         name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
@@ -171,7 +162,25 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
             "kernel_ridge": {"length": regression.parameter, "penalty": regression.penalty},
             **facts,
         },
-        notes=tuple(notes),
+        notes=notes,
+    )
+
+
+def _informed(
+    task: SensorsTask, settings: Tensor, split: str, num_steps: int
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Answers ``[T, B, K]`` of networks that take the settings as inputs, and what they mean for generation."""
+    if not num_steps:
+        return {}, ()
+    answers = {}
+    for name, widths in {"settings_as_inputs": (task.config.hidden,), "large_with_settings": LARGE}.items():
+        network = train_informed(task, widths, num_steps)
+        answers[name] = informed_probabilities(task, network, settings, split)
+    right = (answers[name].argmax(-1) == task.classes(split)).double().mean()
+    small = sum(value.numel() for value in task.build().state_dict().values())
+    return answers, (
+        f"One network of {network.num_values:,} values that takes the settings as inputs reaches {right:.1%}: "
+        f"generation is for targets that must be small, here {small:,} values.",
     )
 
 
