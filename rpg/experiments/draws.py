@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
-from rpg.tasks.parallel import num_cores
+from rpg.tasks.parallel import num_cores, spawned
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions
@@ -253,7 +251,6 @@ class Methods:
         }
         if (processes := min(PROCESSES, num_cores())) < 2:
             return {name: learn(known=known, **each) for name, each in options.items()}
-        # A fork would copy the thread pools of torch in an unknown state.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with spawned(processes) as pool:
             found = {name: pool.submit(learn, known=known, **each) for name, each in options.items()}
             return {name: each.result() for name, each in found.items()}

@@ -122,8 +122,7 @@ def _train_parts(
             _train_part(trainable, parts[number], number, folder)
             report(number)
         return
-    # A fork would copy the thread pools of torch in an unknown state.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with spawned(processes) as pool:
         futures = {number: pool.submit(_train_part, trainable, parts[number], number, folder) for number in mine}
         for number, future in futures.items():
             future.result()
@@ -184,6 +183,11 @@ def _list_part(
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.safetensors"
+
+
+def spawned(processes: int) -> ProcessPoolExecutor:
+    """Processes that begin anew: a fork would copy the thread pools of torch in an unknown state."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
 def num_cores() -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +31,7 @@ from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
+from rpg.tasks.parallel import spawned
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps
@@ -68,7 +67,7 @@ def train_with_baselines(config: Config, **_: Any) -> None:
     write_grid_zoo(fields_task(config), Zoo.open(config.zoo), Path(grid_zoo(config)))
     configs = [config, *baseline_configs(config).values()]
     # The longest first; each on a thread of its own, which two cores bear better than two threads each.
-    with ProcessPoolExecutor(min(2, len(configs)), mp_context=get_context("spawn")) as pool:
+    with spawned(min(2, len(configs))) as pool:
         list(steps("training", pool.map(_train, configs), len(configs), after=0))
 
 
