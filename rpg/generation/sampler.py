@@ -24,7 +24,7 @@ from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
-from rpg.models.code_prior import CodeDensity, even_noise
+from rpg.models.code_prior import CodeDensity, Neighbourhoods, even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.errors import InputError
@@ -270,7 +270,11 @@ class TokenSampler(TiledSampler):
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
+            begun = None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            noise = request.temperature * noise.to(self.device)
+            return self.network.prior.sample(noise, conditions, rngs=rngs, begun=begun)
+        if request.state == "density" and self.network.config.state.neighbours:
+            return self._among_neighbours(request, rngs, conditions)
         if request.state == "density":
             size = 1 + len(self.density.directions)
             numbers = even_noise(derive_seed(request.seed, "state"), networks, size).to(self.device)
@@ -279,6 +283,18 @@ class TokenSampler(TiledSampler):
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
+
+    def _among_neighbours(
+        self, request: Request, rngs: Sequence[torch.Generator], conditions: Tensor | None
+    ) -> Tensor:
+        """Codes ``[G, S]`` of the classes asked for, each from numbers of its own one of G ``rngs``."""
+        table, num = self.network.state, self.network.config.state.neighbours
+        assert isinstance(table, CodeTable) and table.classes is not None and table.spread is not None and num
+        assert conditions is not None
+        numbers = torch.stack([torch.randn(1 + num, generator=rng) for rng in rngs]).to(self.device)
+        density = Neighbourhoods(table.weight * table.spread, table.classes, num)
+        places, noise = torch.special.ndtr(numbers[:, 0]), request.temperature * numbers[:, 1:]
+        return density.draw(conditions[:, 0].round().long(), places, noise) / table.spread
 
     def _sample_tile(
         self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None

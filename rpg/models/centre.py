@@ -50,13 +50,19 @@ class CodeTable(FittedBuffers):
     Args:
         num_states: n.
         size: m; cut to n - 1.
+        classes: also holds the checkpoints' classes.
     """
 
     weight: Tensor
+    classes: Tensor | None
+    spread: Tensor | None
 
-    def __init__(self, num_states: int, size: int) -> None:
+    def __init__(self, num_states: int, size: int, classes: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(num_states, max(1, min(size, num_states - 1))))
+        # Of whom codes are, and how far the zoo reaches along each direction: what neighbourhoods are told by.
+        self.register_buffer("classes", torch.zeros(num_states, dtype=torch.long) if classes else None)
+        self.register_buffer("spread", torch.ones(self.weight.shape[1]) if classes else None)
 
     @property
     def num_embeddings(self) -> int:
@@ -201,6 +207,7 @@ def fit_centre(
     code_size: int,
     weight: Tensor,
     groups: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> FittedCentre:
     """Fit both parts to a zoo, into ``centre``.
 
@@ -215,6 +222,7 @@ def fit_centre(
         weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
         groups: ``[n]`` long, where networks will be requested for unseen conditions: checkpoints of one number
             have one condition.
+        shown: ``[n, F]``, what each checkpoint shows: codes are components of that, in place of tokens.
     """
     num, _, token_size = tokens.shape
     values = rearrange(tokens, "n l d -> n (l d)").to(torch.float64)
@@ -236,7 +244,7 @@ def fit_centre(
     left_out = rearrange(values, "n (l d) -> n l d", d=token_size)
     code_size = min(code_size, num - 1)
     differing = values if groups is None else _within(values, groups)
-    weighted = differing * weights
+    weighted = differing * weights if shown is None else (shown - shown.mean(0)).to(torch.float64)
     codes = _whitened(weighted, code_size)  # [n, m or 0]
     reach = (codes.T @ weighted).norm(dim=1)  # [m]
     code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
@@ -295,6 +303,14 @@ class StateConfig(Section):
     initial: Literal["random", "constant"] = Field(
         "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
     )
+    shown: bool = Field(
+        False, description="of code: components of what fields show on the grid of their data, in place of weights, so "
+        "that a prior works in the metric in which they are compared"
+    )  # fmt: skip
+    neighbours: int | None = Field(
+        None, ge=2, description="of code, where the condition is a class: generate.state: density draws from the "
+        "Gaussians of so many checkpoints of the class that are nearest to one another"
+    )  # fmt: skip
     noise: float = Field(
         0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
     )
@@ -307,6 +323,10 @@ class StateConfig(Section):
     def _only_codes_have_a_prior(self) -> StateConfig:
         if self.prior is not None and self.of not in ("code", "task"):
             raise ValueError("prior needs of: code or task")
+        if (self.shown or self.neighbours) and self.of != "code":
+            raise ValueError("shown and neighbours need of: code")
+        if self.prior is not None and self.prior.start and self.neighbours is None:
+            raise ValueError("prior.start needs neighbours")
         if self.linear and self.of not in ("code", "task"):
             raise ValueError("linear needs of: code or task")
         if self.of in ("code", "task") and self.width is None:
@@ -317,7 +337,8 @@ class StateConfig(Section):
 def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:
     """The table of states, and what maps them to the width of the backbone."""
     if config.of in ("code", "task"):
-        codes = (CodeTable if config.of == "code" else TaskTable)(num_states, config.width or width)
+        size = config.width or width
+        codes = TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, bool(config.neighbours))
         first = nn.Linear(codes.embedding_dim, width)
         return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)

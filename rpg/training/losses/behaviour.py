@@ -29,6 +29,9 @@ from tokenization.zoo.zoo import Zoo
 OF_ORIGINALS = ("original", "both")
 """Targets that ask the checkpoints themselves."""
 
+OPTIONS = {"noise": (0, "noise on images"), "temperature": (1, "temperature of right answers")}
+"""What some tasks take: what it is where nothing is asked, and what it is called."""
+
 
 class BehaviourLoss:
     """Scores predicted tokens by the outputs of the decoded networks.
@@ -52,8 +55,11 @@ class BehaviourLoss:
             )
         if config.target in OF_ORIGINALS and not isinstance(task, ImageTaskFamily):
             raise InputError(f"train.behaviour.target: {config.target} needs a family of image tasks; set it to labels")
-        if config.noise and "noise" not in inspect.signature(task.behaviour_losses).parameters:
-            raise InputError(f"{type(task).__name__} has no noise on images; set train.behaviour.noise to 0")
+        taken = inspect.signature(task.behaviour_losses).parameters
+        for name, (plain, what) in OPTIONS.items():
+            if getattr(config, name) != plain and name not in taken:
+                raise InputError(f"{type(task).__name__} has no {what}; set train.behaviour.{name} to {plain}")
+        self.options = {name: getattr(config, name) for name in OPTIONS if name in taken}
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target in ("base", "both") else None
         self.seconds = 0.0
@@ -80,10 +86,10 @@ class BehaviourLoss:
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
-        more: dict[str, Any] = {"teacher": self.teacher} | ({"noise": self.config.noise} if self.config.noise else {})
+        more: dict[str, Any] = {"teacher": self.teacher, **self.options}
         if self.config.target in OF_ORIGINALS:
             assert originals is not None
-            more = {"teacher": self.teacher, "originals": self.layout.decode_batch(originals, constants=True)}
+            more["originals"] = self.layout.decode_batch(originals, constants=True)
         losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, **more)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
