@@ -24,7 +24,8 @@ VALUES = "values"
 def baseline_configs(config: Config) -> dict[str, Config]:
     """Configurations by name, whose runs lie in the experiment's.
 
-    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): the same generator, of the data themselves on their grid.
+    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): recurrent diffusion of the data themselves on their grid, its
+      codes by a diffusion from noise alone.
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
 
@@ -38,7 +39,8 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
-    grid_model = {**plain["model"], "state": {**plain["model"]["state"], "shown": False}}  # they are what is shown
+    prior = {**(plain["model"]["state"]["prior"] or GRID_PRIOR), "start": None}
+    grid_state = {"of": "code", "width": plain["model"]["state"]["width"], "prior": prior}
     steps = max(2, config.train.steps // 2)
     stages = {
         "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
@@ -48,7 +50,10 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     originals = [each for each in config.train.splits if not each.startswith("altered")]
     direct = f"{grid_element(config)}_diffusion"
     return {
-        direct: changed(direct, grid_zoo(config), task=None, model=grid_model),
+        direct: changed(
+            direct, grid_zoo(config), task=None, model={**plain["model"], "state": grid_state},
+            generate={**plain["generate"], "state": "prior"},
+        ),
         "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
         "pdiff": changed(
             "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
@@ -79,6 +84,9 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     entries = [dataclasses.replace(entry, metrics={}) for entry, _ in missing]
     append_many(zoo, entries, [{VALUES: each} for _, each in missing])
 
+
+GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24}
+"""Of a diffusion of data on their grid, where the generator has no prior of its own."""
 
 PARTS = 8
 """Gaussians of a class's mixture."""
