@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg.app.loaded import LoadedRun, PageResult
-from rpg.models.examples import example_rows
+from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks.sensors.sensors import SensorsTask
 from rpg.tasks.sensors.simulator import seen_by

@@ -24,7 +24,7 @@ from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
-from rpg.tasks.user_code import load_callable
+from rpg.tasks.registry import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
@@ -233,7 +233,7 @@ class StoredScorer:
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
-    """The scorer of a function by its place. Raises InputError as `rpg.tasks.user_code.load_callable` does."""
+    """The scorer of a function by its place. Raises InputError as `rpg.tasks.registry.load_callable` does."""
     return OwnScorer(load_callable(reference, "--score"), reference, adapter)
 
 

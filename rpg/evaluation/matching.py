@@ -12,14 +12,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rpg.evaluation.permutations import Group, symmetries
+from rpg.evaluation.span import VectorSpace, average
 from rpg.evaluation.two_sample import distances
-from rpg.evaluation.vectors import VectorSpace, average
 from rpg.tasks import Task
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
-from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
+from tokenization.zoo.manifest import require_new_folder
 from tokenization.zoo.zoo import Zoo
 
 

@@ -15,8 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
+from rpg.evaluation.per_task import score_method
 from rpg.evaluation.task_networks import TaskNetworks
-from rpg.evaluation.unseen_tasks import score_method
 from rpg.evaluation.workers import Workers
 from rpg.models.kernel_regression import rbf
 from rpg.tasks.base import TaskFamily

@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
-from rpg.experiments.calibration import error_by_distance
-from rpg.experiments.direct_generators import DirectGenerator, train_direct
-from rpg.experiments.example_sets import ExampleSets
-from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
+from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
+from rpg.experiments.by_examples import ExampleSets, error_by_distance
+from rpg.experiments.direct_generators import WIDTHS, DirectGenerator, drawn, log_likelihoods, train_direct
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.parallel import num_cores, spawned
+from rpg.tasks.collecting import num_cores, single_threaded, spawned
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions

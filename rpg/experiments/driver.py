@@ -15,10 +15,9 @@ from scipy.stats import t as student_t
 
 from rpg.config import Config
 from rpg.evaluation.report import Networks, Report
-from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.grouping_examples import evaluate_groupings
-from rpg.experiments.single import collect
+from rpg.experiments.single import collect, requested_condition
 from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
 from rpg.tasks import build_task

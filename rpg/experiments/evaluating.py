@@ -28,8 +28,15 @@ from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES, finetuned_baselines
 from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
-from rpg.experiments.denoising_paths import denoising_path_of, requested_condition
-from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
+from rpg.experiments.single import (
+    denoising_path_of,
+    existing,
+    find_task,
+    parts_of,
+    requested_condition,
+    require_for_choices,
+    zoo_span,
+)
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Networks, Report, networks
-from rpg.experiments.by_examples import asked
-from rpg.experiments.example_sets import SHOWN as SHOWN_OF
-from rpg.experiments.example_sets import ExampleSets
+from rpg.evaluation.two_sample import sets_of_networks
+from rpg.experiments.by_examples import SHOWN as SHOWN_OF
+from rpg.experiments.by_examples import ExampleSets, asked
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task

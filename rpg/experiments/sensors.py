@@ -16,13 +16,12 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.config import EvaluateConfig
-from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Curve, Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
-from rpg.experiments.by_examples import evaluate_by_examples
-from rpg.experiments.calibration import error_by_distance
+from rpg.evaluation.two_sample import sets_of_networks
+from rpg.experiments.by_examples import error_by_distance, evaluate_by_examples
 from rpg.experiments.draws import evaluate_draws
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, train_or_continue
@@ -30,8 +29,7 @@ from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
-from rpg.tasks.sensors.informed import informed_probabilities, train_informed
-from rpg.tasks.sensors.sensors import BASE, SensorsTask
+from rpg.tasks.sensors.sensors import BASE, SensorsTask, informed_probabilities, train_informed
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo

@@ -10,8 +10,8 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.page.page import Heatmap, Page, PageTable
 from rpg.evaluation.report import Report, shown
-from rpg.experiments.denoising_paths import OPTION, denoising_path_of, requested_condition
 from rpg.experiments.evaluating import losses_of, provenance_of
+from rpg.experiments.single import OPTION, denoising_path_of, requested_condition
 from rpg.generation.generator import Generator
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import check_bits

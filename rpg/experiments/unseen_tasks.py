@@ -20,11 +20,19 @@ from rpg.evaluation.conditions import random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task, scores_of_sets
+from rpg.evaluation.per_task import (
+    Diversity,
+    SplitScores,
+    base_summed,
+    measure_diversity,
+    measure_per_task,
+    score_split,
+    scores_of_sets,
+    worst_tasks,
+)
 from rpg.evaluation.regression import Regression, choose_regressions
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
-from rpg.evaluation.unseen_tasks import SplitScores, base_summed, score_split, worst_tasks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.tasks_page import tasks_page

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.formats import kind_of
-from tokenization.checkpoint.pickles import load_inert
+from tokenization.checkpoint.pickles import kind_of, load_inert
 from tokenization.checkpoint.safetensors import (
     ORDER_KEY,
     TIES_KEY,

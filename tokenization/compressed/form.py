@@ -20,8 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.masks import share_out
-from tokenization.checkpoint.structure import StateDict, fits
+from tokenization.checkpoint.structure import StateDict, fits, share_out
 from tokenization.checkpoint.tensor_file import TensorFile, save_checkpoint
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError

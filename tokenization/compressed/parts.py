@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenization.checkpoint.masks import SUFFIXES, cut_mask
 from tokenization.checkpoint.safetensors import DTYPES
+from tokenization.checkpoint.structure import SUFFIXES, cut_mask
 from tokenization.checkpoint.tensor_file import TensorSpec
 from tokenization.errors import InputError
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.masks import SUFFIXES
 from tokenization.checkpoint.safetensors import is_learned, tensor_at
-from tokenization.checkpoint.structure import Structure, is_counter, num_not_finite
+from tokenization.checkpoint.structure import SUFFIXES, Structure, is_counter, num_not_finite
 from tokenization.checkpoint.weights import Chosen
 from tokenization.errors import InputError
 

@@ -21,8 +21,7 @@ from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.description import Description, require_new_folder
-from tokenization.zoo.manifest import ZooEntry, read_manifest
+from tokenization.zoo.manifest import Description, ZooEntry, read_manifest, require_new_folder
 
 Kind = Literal["model", "dataset"]
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
 from rpg.tasks.collecting import Progress, single_threaded
+from rpg.tasks.images.collection import finetune_many
 from rpg.tasks.images.digits import DigitsSubsetsTask
-from rpg.tasks.images.finetuning import finetune_many
 from rpg.tasks.images.subsets import BASE
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
-from tokenization.checkpoint.masks import cut_mask
+from tokenization.checkpoint.structure import cut_mask
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
@@ -119,7 +119,7 @@ class TicketsTask:
         return self.family.collect_as(self, path, progress, limit)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.collecting.Trainable`."""
         self.start = load_file(folder / BASE)
         bits = self.family.bits()[runs]
         tickets = self.find(bits)

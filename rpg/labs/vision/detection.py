@@ -26,7 +26,7 @@ from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
-from rpg.tasks.images.loading import batches_to_score, batches_to_train
+from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser.mlp import Block, MLPDenoiser
+from rpg.models.denoiser.base import Block, MLPDenoiser
 from rpg.section import Section
 
 

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.collecting import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
-from rpg.tasks.images.finetuning import binary_start, finetune_many
+from rpg.tasks.collecting import Progress, collect_many, open_zoo, recorded_task, single_threaded, without_arithmetic
+from rpg.tasks.images.collection import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -153,7 +152,7 @@ class SubsetTask:
         return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Fine-tune the networks of one part from the base in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Fine-tune the networks of one part from the base in ``folder``, as `Trainable` does."""
         bits, base = self.bits(), load_file(folder / BASE)
         parts = []
         for copy, group in itertools.groupby(runs, lambda run: run // len(bits)):

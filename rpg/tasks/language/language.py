@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, open_zoo
+from rpg.tasks.collecting import Progress, collect_many, open_zoo
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     AdapterScores,
@@ -26,11 +26,9 @@ from rpg.tasks.language.adapter_bank import (
     peft_on,
     score_adapters,
 )
-from rpg.tasks.language.adapter_training import train_one, train_side_by_side
+from rpg.tasks.language.adapter_training import ShownRows, train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, rows_of, stack_rows
-from rpg.tasks.language.shown import ShownRows
-from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -164,7 +162,7 @@ class LanguageTask:
         return (torch.rand(classes.shape, generator=rng) * counts[:, None]).long()
 
     def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
-        """Those rows as values ``[T, n, P]``: what `rpg.tasks.language.shown` makes of them."""
+        """Those rows as values ``[T, n, P]``: what `rpg.tasks.language.adapter_training` makes of them."""
         numbers, values = self.example_numbers(conditions, classes, rng, split), []
         for place, chosen in zip(self.places(conditions), numbers, strict=True):
             if (place, split) not in self._values:
@@ -207,7 +205,7 @@ class LanguageTask:
         return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the adapters of one part; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Train the adapters of one part; see :class:`rpg.tasks.collecting.Trainable`."""
         checkpoints = self.train(tasks)
         scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
         metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}

@@ -9,16 +9,15 @@ from rpg.config import Config
 from rpg.evaluation import regression, task_networks
 from rpg.evaluation.conditions import nearest_rows
 from rpg.evaluation.network_merges import MERGES
-from rpg.evaluation.per_task import measure_diversity
+from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.regression import regression_grid
-from rpg.evaluation.unseen_tasks import base_summed
-from rpg.evaluation.vectors import FlatSpace
+from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits import DigitsSubsetsTask
@@ -57,7 +56,7 @@ def experiment(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         report = run_experiment(config, experiment_of(config, command="rpg unseen"), seeds=2)
         yield config, report

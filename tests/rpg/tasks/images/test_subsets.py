@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from rpg.tasks import build_task, parallel
+from rpg.tasks import build_task, collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
 from rpg.tasks.images.digits import DigitsSubsetsTask, load_splits
@@ -103,7 +103,7 @@ def test_parts_are_shared_among_processes(task, zoo, tmp_path, monkeypatch):
     path = tmp_path / "zoo"
     task.collect(path, processes=1, limit=1)  # base and first part
     monkeypatch.setattr("accelerate.PartialState", lambda: Place(1))
-    parallel.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
+    collecting.collect_many(Zoo.open(path), task, task.bits(), task.splits(), 6, processes=1)
     made = [file.name for file in (path / "parts").iterdir()]
     assert made == ["part-00002.safetensors"]  # of the missing 1, 2, 3 rank 1 has the second; the first is listed
     monkeypatch.undo()

@@ -319,7 +319,7 @@ def test_a_timm_network_is_trained_for_sensors_on_images_in_the_usual_layouts(
     else:
         write_cifar10(tmp_path, lambda where, what, value: monkeypatch.setattr(where, what, value))
         few = partial(Cifar10SubsetsConfig, num_validation=2)
-        monkeypatch.setattr("rpg.tasks.sensors.data.Cifar10SubsetsConfig", few)
+        monkeypatch.setattr("rpg.tasks.sensors.simulator.Cifar10SubsetsConfig", few)
         options, num_classes, num_test = {"data": "cifar10", "root": str(tmp_path)}, 10, 4
     task = small_task(**options, image_size=8, network="vit_tiny_patch16_224", network_arguments=VIT)
     zoo = task.collect(tmp_path / "zoo", processes=1)
