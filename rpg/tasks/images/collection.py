@@ -1,7 +1,9 @@
-"""A run of small classifiers on images in memory: trained to convergence, then fine-tuned at a larger learning rate.
+"""Collecting small classifiers of images in memory: one network's run, or many binary tasks' networks side by side.
 
-Fine-tuning may prune or quantise: it is then under masks or rounding, and what is stored is compressed.
-"""
+A run is trained to convergence, then fine-tuned at a larger learning rate. Fine-tuning may prune or quantise: it is
+then under masks or rounding, and what is stored is compressed. Networks of binary tasks start from the same weights and
+see the same images in the same order, so that what differs between them is what their tasks differ in.
+T tasks, C classes, B images."""
 
 from __future__ import annotations
 
