@@ -92,7 +92,6 @@ def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
 
     Args:
         kind: the section, or a discriminated union of sections.
-        values: as YAML gives them.
         where: names their source in errors; may be empty.
 
     Raises:

@@ -184,7 +184,6 @@ class LoadedRun:
 
     Args:
         run: a run folder, a generator folder, or a repository id on the Hugging Face hub.
-        device: where it computes.
         prompt_model: where the sentence encoder of a generator of texts is.
 
     Attributes:

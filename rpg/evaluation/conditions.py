@@ -157,8 +157,6 @@ def unseen_baselines(
     """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
 
     Args:
-        seen: all seen tasks.
-        bits: the tasks to make networks for.
         regressions: by the name they are reported under; fitted on ``seen`` here.
         own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
     """

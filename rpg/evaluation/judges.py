@@ -75,7 +75,6 @@ class OwnScorer:
         function: takes a state dict, or the path of a checkpoint if its first parameter is annotated with ``Path`` or
             ``str`` or is named so (``path``, ``file``, ``folder``); of a second parameter that is called ``condition``
             also what the network was made for. Returns a number, or a dict of numbers.
-        name: what reports call it.
         adapter: text of PEFT's ``adapter_config.json``, of adapters: a path is then that of a PEFT folder.
 
     Raises:
@@ -151,8 +150,6 @@ class TaskScorer:
     An adapter that was made for no particular task gets the mean over all of them.
 
     Args:
-        task: predicts, or scores networks of a family.
-        split: of its data.
         names: what the zoo calls its classes or texts, by whose places conditions are told.
 
     Raises:

@@ -27,7 +27,6 @@ def permute(state_dict: StateDict, groups: Sequence[Group], orders: Sequence[Ten
     """Put unit ``orders[g][i]`` of every group g in place i; the network computes what it did.
 
     Args:
-        state_dict: a network.
         groups: from ``permutation_groups``.
         orders: a permutation ``[size]`` long for each group.
     """
@@ -221,7 +220,6 @@ class Distances:
     """Distances of networks to the originals of a zoo, plain and after matching.
 
     Args:
-        originals: the zoo.
         runs: which training run each is of. Checkpoints of a run keep the order of their units, so that a network is
             matched to one checkpoint of each run and the order found serves them all.
         groups: from ``permutation_groups``.

@@ -106,11 +106,6 @@ class Evaluation:
 
     Args:
         scorer: computes metrics; None to compare networks by their weights alone.
-        zoo: the checkpoints that a generator learned from, or would.
-        config: baselines and distances.
-        conditions: what networks are made for.
-        options: how they are judged.
-        workers: the processes that share the work; this one alone when None.
     """
 
     def __init__(

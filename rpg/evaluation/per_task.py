@@ -73,11 +73,8 @@ def measure_per_task(
     """Compare a task's networks with its originals.
 
     Args:
-        task: knows the right answers.
         probabilities: by method ``[N, B, 2]``, of networks aligned with ``bits``; ``original`` among them.
         bits: of each network's task, ``[N, C]``.
-        split: images.
-        seed: of the bootstrap.
 
     Returns:
         None where no task has several originals.
@@ -169,12 +166,9 @@ def measure_diversity(
     """How several networks for one task differ, and what their vote gains.
 
     Args:
-        task: scores.
         draws: R times networks for the same T tasks, in the same parts.
         bits: the tasks ``[T, C]``.
         originals_spread: root mean square deviation of the seen tasks' weights from their mean, to compare with.
-        split: images.
-        workers: the processes that share the tasks; this one alone when None.
         rows: the tasks that ``draws`` are for, those of this process; all when None.
     """
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
@@ -231,10 +225,7 @@ def score_method(
     """Score one method's networks, a part at a time.
 
     Args:
-        task: scores.
-        networks: for the tasks, in their order.
         bits: the tasks ``[T, C]``.
-        split: images or rows.
         keep: probabilities of image tasks.
     """
     metrics: list[Mapping[str, Tensor]] = []
@@ -300,12 +291,9 @@ def score_split(
     """Score every method on the tasks ``bits`` ``[T, C]``, one after the other.
 
     Args:
-        task: scores.
         networks: by method; ``generated`` and ``kernel_ridge`` among them.
         bits: the tasks.
         seen: bits of the seen tasks, for the distance to the nearest.
-        split: images or rows.
-        workers: the processes that share the tasks; this one alone when None.
         rows: the tasks that ``networks`` are for, those of this process; all when None.
     """
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
@@ -344,10 +332,8 @@ def worst_tasks(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, spli
     """The tasks at which networks do worst: bits, accuracy, and the share of right answers for each class of images.
 
     Args:
-        task: knows the right answers.
         probabilities: of one network for each task, ``[T, images, 2]``.
         bits: the tasks ``[T, C]``.
-        split: images.
     """
     right = (probabilities.argmax(-1) == task.targets(bits, split)).double()  # [T, images]
     accuracies = right.mean(1)

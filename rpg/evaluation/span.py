@@ -231,10 +231,7 @@ def measure_span(
     """How near networks are to the checkpoints that they were asked to be, and whether they spread as much.
 
     Args:
-        zoo: what they were learned from.
-        projections: of the generated networks.
         asked: the place in the zoo of the checkpoint that each was asked to be.
-        accuracy: the networks' mean accuracy, to be reported.
 
     Returns:
         None where the zoo has no spread, nothing was asked, or a network has values that are not finite.

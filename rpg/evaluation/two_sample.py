@@ -240,8 +240,6 @@ def sets_of_networks(
         probabilities: ``[T, M, B, K]``.
         targets: ``[T, B]``.
         sizes: of sets; those over M are left out.
-        seed: of the bootstrap over tasks.
-        more: further fields of `Networks`.
     """
     num = probabilities.shape[1]
     joint: dict[str, dict[int, float]] = {}

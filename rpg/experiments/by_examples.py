@@ -163,7 +163,6 @@ class FewExamples:
         seen: conditions of the seen tasks ``[S, C]``.
         specialists: their networks, stacked.
         generalist: the one network for all tasks.
-        seed: of all that is random.
     """
 
     def __init__(
@@ -284,7 +283,6 @@ def evaluate_by_examples(
 
     Args:
         run: a run of ``model.condition.kind: examples`` without codes.
-        seed: decides the examples and all that is random.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images.
         compare: whether the rivals are trained and scored, too.
     """

@@ -30,9 +30,6 @@ class DirectGenerator(nn.Module):
     """Examples and noise to a network's tokens.
 
     Args:
-        size: numbers of an example.
-        num_classes: of examples.
-        layout: of the networks.
         noise: N; 0 makes one network of a set.
     """
 
@@ -70,12 +67,8 @@ def train_direct(
 
     Args:
         task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
-        examples: draws the sets it learns from.
-        layout: of the networks.
-        steps: of training.
         draws: M.
         noise: N.
-        seed: random seed.
         known: the tasks ``[K, C]`` to draw from; None: fresh ones in every step.
     """
     rng = make_rng(seed, "direct", draws)
@@ -135,9 +128,6 @@ def drawn(log_likelihood: Tensor, networks: Stacked, num: int, seed: int) -> Sta
 
     Args:
         log_likelihood: ``[T, S]``.
-        networks: of the known tasks, stacked.
-        num: of a request.
-        seed: of the draws.
     """
     rows = torch.multinomial(log_likelihood.softmax(-1), num, replacement=True, generator=make_rng(seed, "retrieved"))
     return {name: value[rows.flatten()] for name, value in networks.items()}

@@ -51,7 +51,6 @@ def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compa
 
     Args:
         run: a run of ``model.condition.kind: examples`` whose codes have a prior.
-        seed: decides shown images, draws and rivals.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
         compare: whether rivals are compared; else the draws, and the one that labelled images favour, are scored alone.
     """
@@ -103,8 +102,6 @@ class Methods:
     """Everything that answers a request of some images with a set of networks.
 
     Args:
-        generator: draws networks given examples.
-        seed: random seed.
         compared: whether there are rivals at all.
     """
 

@@ -63,10 +63,8 @@ def experiment_of(
     """The experiment of a configuration: its task's own, else on unseen tasks if it has any, else on networks.
 
     Args:
-        config: the configuration.
         judge: who scores; tasks are scored by their family, networks by a function where there is one.
         path_condition: the condition whose networks the page shows on their way from noise.
-        command: what is run, for the page.
 
     Raises:
         InputError: before anything long begins: tasks of some split are missing, or there is no such path_condition.
@@ -118,7 +116,6 @@ def run_experiment(
 
     Args:
         config: the experiment; without a task its zoo has to be there.
-        experiment: judges.
         progress: callbacks named ``collect`` (done, total), ``train`` (done, total, loss) and ``watch``, as
             `rpg.training.loop.train` takes it.
         seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.

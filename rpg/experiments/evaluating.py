@@ -98,10 +98,8 @@ def evaluate_run(
     ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
-        run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
-        seed, workers: random seed; the processes that share the work.
         path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
@@ -167,11 +165,9 @@ def evaluate_zoo(
     The baselines are made of the checkpoints in ``train.splits``; the others count as held out.
 
     Args:
-        path: the zoo.
         judge: who scores; the zoo's own task when it names no function.
         config: which baselines, how many, and which checkpoints they are made of.
         output: where the results go; the zoo's folder when None.
-        workers: the processes that share the work.
 
     Raises:
         InputError: nothing scores the checkpoints, the scorer refuses one, or the results would replace those of a

@@ -43,7 +43,6 @@ def evaluate_groupings(run: Path | str, *, seed: int = 0, split: str = "test", *
 
     Args:
         run: a run of ``model.condition.kind: examples`` on a family of groupings.
-        seed: decides the examples and the networks.
         split: ``test``: unseen groupings and test images; ``validation``: those to choose by, and nothing is written.
     """
     generator = Generator.from_pretrained(run)

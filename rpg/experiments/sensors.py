@@ -64,9 +64,7 @@ def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, com
     """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
 
     Args:
-        run: a run folder.
         split: images to score on; ``validation`` scores on validation sensors and writes nothing.
-        seed: decides the generated networks.
         compare: whether rivals that have to be trained for a while are compared, too.
 
     Raises:

@@ -166,9 +166,7 @@ def denoising_path_of(
     """(Sampling steps taken, a figure ``[networks]`` then) of some networks for one condition.
 
     Args:
-        generator: makes them.
         condition: as ``Generator.generate`` takes it.
-        seed: random seed.
         measure: gives networks their figure.
         wanted: show large networks, too: a single one, at no more steps than fit into the memory of the others.
     """
@@ -208,7 +206,6 @@ def copies_notice(generator: Generator, networks: Sequence[Path], state: str | N
     """One line if networks are copies of originals, from their distances where the zoo is there and not too large.
 
     Args:
-        generator: what made them.
         networks: files or folders; the first few are looked at.
         state: the permutation state asked for; the configuration's when None.
 

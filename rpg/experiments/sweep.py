@@ -137,10 +137,8 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     has changed is run anew. One that fails is named in the table, and the others go on.
 
     Args:
-        path: the sweep file.
         jobs: experiments at a time, each on its share of the cores.
         only: names of the entries to run; all when empty. The table names the others where they are finished.
-        say: receives a line for each finished experiment.
 
     Returns:
         The table.

@@ -34,10 +34,6 @@ def tasks_page(
     """The page of ``rpg unseen`` and ``rpg lora``; a few networks are generated for it.
 
     Args:
-        run: the run folder.
-        report: what was found.
-        generator, zoo, task: of the run.
-        command: what wrote the scores, for the last table.
         path_condition: the task whose denoising paths are shown; the unseen one of median metric when None.
     """
     names = zoo.condition.names if zoo.condition is not None else ()

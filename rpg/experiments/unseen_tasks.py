@@ -201,12 +201,8 @@ def evaluate_unseen(
     and of large networks a quarter as many; of these only the best degree of ridge regression is scored.
 
     Args:
-        run: a run folder.
-        seed: decides the generated networks.
         split: images or rows to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
             writes nothing.
-        workers: the processes that share the tasks; this one alone when None.
-        command: what is run, for the page.
         path_condition: the task whose denoising paths the page shows; the unseen one of median metric when None.
 
     Raises:

@@ -81,7 +81,6 @@ def examples_of(values: object, classes: Sequence[object] | None, spec: Conditio
         values: ``[n, …]``, P of each.
         classes: the name or number of each example's class; None where all are unknown.
         spec: the generator's condition.
-        where: what to name in errors.
 
     Raises:
         InputError: they do not fit, or a class is unknown to the generator.
@@ -190,8 +189,6 @@ def favoured(task: ExampleTask, networks: Stacked, rows: Tensor) -> tuple[list[i
     """M stacked networks by what they make of labelled examples, the best first; and each one's log-likelihood.
 
     Args:
-        task: runs them.
-        networks: stacked.
         rows: examples ``[n, P + K + 1]``, as `rpg.generation.examples` makes them.
 
     Returns:
@@ -239,7 +236,6 @@ class GeneratedClassifier(ClassifierMixin, BaseEstimator):
     Args:
         run: a run or generator folder of ``model.condition.kind: examples``, or a repository id.
         num: networks to draw; more than one answer together.
-        seed: decides the draws.
 
     Attributes:
         classes_: every class that the generator knows, also those without an example.

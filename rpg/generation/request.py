@@ -131,8 +131,6 @@ def requested_conditions(
     Args:
         condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; settings by name; a text or
             ``num`` texts.
-        num: networks.
-        spec: what the generator's conditions mean.
         table: its texts, where they are texts.
 
     Raises:
@@ -202,8 +200,6 @@ def requested_initial(initial: Any, num: int, layout: Layout, wanted: bool) -> T
 
     Args:
         initial: a checkpoint's path or state dict, for all networks, or a list of ``num``.
-        num: networks.
-        layout: encodes them.
         wanted: whether the generator takes initial weights.
 
     Raises:

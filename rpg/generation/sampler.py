@@ -155,8 +155,6 @@ class TiledSampler:
         same.
 
         Args:
-            request: decides, with the number of networks, what is drawn and which products are taken.
-            tile: the tile.
             compute: the rows of the first G' networks of a tile.
         """
         full, num = self.group_size(), tile.num_networks
@@ -186,8 +184,6 @@ class TokenSampler(TiledSampler):
 
     Args:
         network: the networks, in evaluation mode.
-        layout: of the checkpoints.
-        settings: how many tokens are computed together, and in which precision.
     """
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:

@@ -56,11 +56,9 @@ def merge_files(
 
     Args:
         paths: checkpoints of any kind that is read, of one structure.
-        merge: how.
         output: the file, ``*.safetensors``; it must not be there yet.
         base: what all of them began with, of methods that merge deviations.
         chosen: which weights of each file, where it holds several, and the prefix to cut off their names.
-        progress: called with (merged, total) tensors.
 
     Raises:
         InputError: names, shapes or dtypes differ; an integer tensor differs that is not a known counter; values are
@@ -153,7 +151,6 @@ def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: s
 
     Args:
         paths: PEFT folders; ranks and alphas may differ.
-        merge: how.
         output: the folder; it must not be there yet.
         base: the base of all of them, whatever path each names.
 

@@ -75,9 +75,6 @@ def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, cond
     """The untrained networks that a configuration describes, drawn from torch's global random state.
 
     Args:
-        config: kind and sizes.
-        layout: how checkpoints become tokens.
-        num_states: permutation states.
         condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
     made: Network = part_of(config, "network").of_layout(config, layout, num_states, condition_size)

@@ -33,7 +33,6 @@ def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Te
     Args:
         values: ``[…, n, P]``.
         classes: ``[…, n]`` long, -1 where a class is unknown; None where all are.
-        num_classes: K.
     """
     known = values.new_zeros(*values.shape[:-1], num_classes)
     if classes is not None:
@@ -46,8 +45,6 @@ class SetEncoder(nn.Module):
 
     Args:
         size: P + K + 1.
-        num_classes: K.
-        width: H.
         depth: hidden layers after what is known of single ones is pooled.
     """
 
@@ -154,7 +151,6 @@ class ConditionEncoder(nn.Module):
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
             of the sentence encoder, for ``examples`` what `rpg.models.conditioning.row_size` says (and the condition is
             ``[B, n · size]``).
-        width: H.
         num_classes: of examples.
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
             Of examples: the first F numbers of an embedding are what tasks are told by.

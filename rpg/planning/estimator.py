@@ -235,8 +235,6 @@ class Estimator(ABC):
         """Peak memory of generation by a `fake_network` of ``weights`` bytes; called in a fake mode.
 
         Args:
-            network: the networks.
-            weights: bytes of their parameters and buffers.
             loading: bytes at the peak of loading them.
         """
 

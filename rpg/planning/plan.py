@@ -104,8 +104,6 @@ def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Pla
     """Estimate everything without computing it; see `rpg.planning.estimator` for how.
 
     Args:
-        config: the experiment.
-        zoo: what it learns from.
         num_processes: processes over which a step's batch is split, data parallel.
     """
     process = psutil.Process().memory_info().rss

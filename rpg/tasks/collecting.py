@@ -159,7 +159,6 @@ class SavedTraining:
 
     Args:
         path: the file; it is there only while training is under way.
-        network: parameters and buffers.
         optimizer: its state, whose values are all tensors.
     """
 
@@ -240,13 +239,10 @@ def collect_many(
     Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
 
     Args:
-        zoo: where the checkpoints go.
-        trainable: trains parts.
         bits: the tasks ``[T, C]``: task i becomes run i.
         splits: of each task.
         group: tasks of a part.
         processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
-        progress: called with (tasks trained, tasks in all).
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
     """

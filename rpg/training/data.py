@@ -37,8 +37,6 @@ class InitialPairs:
     Args:
         zoo: the checkpoints; their ``run`` and ``step`` say what is earlier.
         indices: those that are trained on.
-        config: how initial weights are drawn.
-        seed: decides every draw.
 
     Raises:
         InputError: no run has two checkpoints.
@@ -104,11 +102,8 @@ class BatchSampler:
     """Draws the rows of each step from a zoo.
 
     Args:
-        zoo: the checkpoints.
-        layout: how they are cut into tokens.
         settings: splits, batch size and sampled tokens.
         model: what a permutation state is, and how conditions are dropped and withheld.
-        seed: decides every draw.
         rank, world_size: this process, of how many; the batch is split evenly among them.
 
     Raises:

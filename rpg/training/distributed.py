@@ -27,7 +27,6 @@ class DistributedContext:
     Args:
         settings: decides precision, accumulation and clipping; a launcher's own settings of these are overridden,
             except that ``train.precision: auto`` leaves the precision to the launcher.
-        folder: where logs go.
 
     Raises:
         InputError: the launcher asks for what the training loop cannot do.

@@ -78,9 +78,7 @@ class ExampleConditions:
     """Replaces the zoo's conditions by examples of the tasks.
 
     Args:
-        task: shows them.
         config: how many, and whether they are labelled.
-        seed: decides every draw.
 
     Raises:
         InputError: the task shows none, or of another number of classes.
@@ -111,8 +109,6 @@ class ExampleConditions:
         """The batch as the networks see it: its conditions ``[G, C]`` become sets ``[G, n · size]``.
 
         Args:
-            batch: with what the zoo says of the tasks.
-            step: of training.
             number: which part of the step, over all processes.
         """
         assert batch.conditions is not None
@@ -143,9 +139,7 @@ class Descriptions(ExampleConditions):
 
     Args:
         zoo: whose training tasks' phrases, in one wording each, are the generator's table of texts.
-        task: describes tasks.
         config: encoder, and how many phrases there are at most.
-        seed: decides every draw.
 
     Raises:
         InputError: the task has no words for its conditions, or the encoder cannot be loaded.

@@ -48,10 +48,8 @@ class VectorSampler:
     """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
 
     Args:
-        zoo: the checkpoints.
         indices: the entries that are trained on; they are held, 4·K·d bytes.
         layout: how they are normalised, and which values are chosen.
-        seed: decides the order.
         batch_sizes: of each step, by stage.
         stage_steps: optimizer steps of the first stage.
     """

@@ -102,7 +102,6 @@ class Checkpoint:
 
         Args:
             state_dict: the tensors; they may be on the meta device.
-            path: what to call it in errors.
         """
         ties = find_ties(state_dict)
         tensors = {

@@ -49,7 +49,6 @@ class Compressed(Form):
         """The compressed weights of one checkpoint; None without any.
 
         Args:
-            checkpoint: one of the zoo.
             zeros: glob patterns of weights whose zeros are their mask.
 
         Raises:
@@ -228,10 +227,7 @@ class CompressedWriter:
     One network, in the form of its tokens, is in memory while the file is closed.
 
     Args:
-        path: the file.
-        form: stores the weights.
         open_writer: a writer of the tokens' own form, given a path.
-        metadata: strings for the header.
 
     Raises:
         InputError: the disk is full or refuses; nothing is left behind.

@@ -37,7 +37,6 @@ def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: a channel's largest value is the last code.
 
     Args:
-        weight: floats.
         bits: 8 or 4.
 
     Returns:
@@ -233,9 +232,6 @@ def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
     """How a dense weight ``[out, …]`` is stored anew: indices int32, masks and scales in its own dtype.
 
     Args:
-        kind: how.
-        name: of the weight.
-        weight: tells shape and dtype.
         alive: how many of its values shall live.
     """
     out, rest = weight.shape[0], weight[0].numel()

@@ -62,8 +62,6 @@ class TokenLayout(LayoutDescription):
         the zoo. Memory stays below a few blocks a checkpoint, whatever the checkpoints' size.
 
         Args:
-            zoo: the checkpoints.
-            options: how to cut and normalise.
             indices: entries to measure; all of them when None.
 
         Raises:

@@ -250,11 +250,8 @@ def fitted_statistics(
     """The statistics of a zoo, from its cache or measured now.
 
     Args:
-        zoo: whose cache.
         indices: its entries to measure.
         checkpoints: those entries as they are cut into tokens.
-        layers: the tokenised tensors.
-        normalization: the mode.
         form: key of the canonical form that the checkpoints are in, if any.
 
     Raises:

@@ -51,8 +51,6 @@ def values_of(
     """The values that tokens ``first_token …`` stand for, stretch by stretch.
 
     Args:
-        layout: fitted.
-        first_token: the first of them.
         rows: ``[n, D]``, any float dtype and device; padding is ignored.
         exact: denormalise in float64, as ``decode`` does; in float32 otherwise, several times as fast.
 
@@ -134,8 +132,6 @@ class CheckpointWriter:
     in the file, tied ones as copies, so that ``load_state_dict(strict=True)`` takes it as it is.
 
     Args:
-        path: the file.
-        layout: a fitted layout.
         metadata: strings for the header; ``format: pt`` is added, which transformers asks for.
         exact: denormalise in float64, as ``decode`` does; in float32 otherwise.
 

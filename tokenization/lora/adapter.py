@@ -179,7 +179,6 @@ def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping
         shapes: shape by name: ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``; of grouped
             convolutions B has the rank of one group, of experts both have that of all.
         config: the adapter's configuration.
-        folder: the adapter, for errors.
 
     Raises:
         InputError: names the tensor that is missing, empty or of another rank.

@@ -58,7 +58,6 @@ class Comparison:
         Args:
             found: its structure.
             flat: the values of a tensor, 1-D.
-            where: the file to name in errors.
 
         Raises:
             InputError: another structure, values that are not finite and not the same in the others, nothing to learn.

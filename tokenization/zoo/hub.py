@@ -85,7 +85,6 @@ def publish(
         private: whether a new repository is private; as the account has it when None.
         branch: made if it is not there; the main one when None.
         token: what ``hf auth login`` or HF_TOKEN left when None.
-        message: of the commit.
 
     Returns:
         The address of the commit.

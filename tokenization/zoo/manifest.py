@@ -107,7 +107,6 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
     """Read every line.
 
     Args:
-        path: the file.
         repair: cut off a last line that a killed process left unfinished.
 
     Raises:

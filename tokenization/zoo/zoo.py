@@ -96,7 +96,6 @@ class Zoo(SharedZoo):
         """Open a zoo; headers and values of its checkpoints are read later, as they are used.
 
         Args:
-            path: the folder.
             repair: clean up after a killed collection: an unfinished last line or description, temporary files.
 
         Raises:

@@ -199,9 +199,6 @@ def denoising_paths(
 
     Args:
         shown: (sampling steps taken, each network's metric then); None for a path of a single step.
-        name: of the figure.
-        caption: below the chart.
-        percent: whether it is a share.
     """
     if len(shown) < 2:
         return None

@@ -111,7 +111,6 @@ def compare(
         judge: accuracies ``[T]`` of masks cut from scores at a share of zeros.
         sparsity: the share that kinds are compared at.
         bits: the tasks ``[T, C]``.
-        seed: of the bootstrap.
 
     Returns:
         Kinds with ``accuracy`` and ``overlap`` (intersection over union of living weights with the tickets'), and among

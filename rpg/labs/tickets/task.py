@@ -33,7 +33,6 @@ class Masked(SideBySide):
     """Networks with weights that are held at zero, also in training.
 
     Args:
-        network: their structure.
         masks: 0 or 1, ``[T, *shape]``, of the tensors that are pruned.
     """
 
@@ -73,9 +72,6 @@ class TicketsTask:
     """Collects tickets and scores masks by the accuracy after training under them.
 
     Scores of weights, and so checkpoints, are in -1 … 1: the later a weight was pruned, the higher.
-
-    Args:
-        config: the family of tasks, how tickets are found, and how sparse they are when they are judged.
     """
 
     def __init__(self, config: TicketsConfig) -> None:

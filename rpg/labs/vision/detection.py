@@ -40,7 +40,6 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
     In training it takes images and targets and returns losses by name, in evaluation detections.
 
     Args:
-        config: which network.
         num_outputs: classes, of which the first is the background.
         pretrained: with the backbone's ImageNet weights.
 

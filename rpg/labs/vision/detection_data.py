@@ -57,7 +57,6 @@ def make_canvases(
         split: whose digits are placed: train, validation or test. No digit is in two splits.
         num: canvases. Each has random numbers of its own, so that fewer are the first of more.
         size: S.
-        seed: random seed; each split draws its own.
         most: digits on a canvas at most; one that finds no free place is left out, never the first.
         sides: smallest and largest height, and so width, of a digit's square, at most S.
 
@@ -147,7 +146,6 @@ class DetectionSet(Dataset[Sample]):
     Args:
         instances: what is on which image.
         read: gives the image of an entry, float32 ``[3, H, W]`` in 0 … 1.
-        folder: where the files are, for errors.
         training: leave out images without things, and crowds.
         flip: mirror half of the images, by torch's global random numbers.
     """

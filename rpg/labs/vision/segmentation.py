@@ -177,7 +177,6 @@ class SmallSegmenter(nn.Module):
     """A U-Net (arXiv 1505.04597) with group norms: images ``[B, 3, S, S]`` → logits ``[B, classes, S / 2, S / 2]``.
 
     Args:
-        num_classes: of the pixels.
         widths: channels of its levels, each half as large as the last.
     """
 

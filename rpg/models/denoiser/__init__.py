@@ -29,9 +29,6 @@ def build_denoiser(
     """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
 
     Args:
-        config: kind and size.
-        token_size: D.
         d_prototype: width of the prototypes, H.
-        num_tokens: L.
     """
     return DENOISERS[config.kind](config, token_size, d_prototype, num_tokens)

@@ -100,7 +100,6 @@ class TimeEmbedding(nn.Module):
     """Sinusoid and a two-layer MLP.
 
     Args:
-        d_output: width of the embedding.
         d_sinusoid: width of the sinusoid, even.
     """
 

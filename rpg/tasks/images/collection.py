@@ -39,9 +39,6 @@ def train_run(
     Args:
         build: makes the untrained network from torch's global random state, which is restored afterwards.
         splits: images to train on (``train``).
-        config: the recipe.
-        run: number of the run.
-        tick: called after every optimizer step with the number done.
         compression: prunes or quantises what all runs together converged to.
     """
     first = run if compression is None else 0
@@ -148,7 +145,6 @@ class Compression:
         """What the network computes with in a step, differentiable in its parameters.
 
         Args:
-            network: holds the dense weights that are trained.
             progress: of the steps that compress, 0 … 1; 1 is the whole compression.
         """
         named = {name: each for name, each in network.named_parameters() if each.ndim > 1}
@@ -200,12 +196,8 @@ def finetune_many(
     """Fine-tune T networks; returns ``config.checkpoints`` of each, in the order of their steps.
 
     Args:
-        side: the networks' structure.
         start: their weights to start from, ``[T, *shape]``.
         bits: their tasks, ``[T, C]``.
-        draw: draws training images.
-        config: the recipe.
-        tick: called after every step with the number done.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     stretches = checkpoint_stretches(config.stages[-1].steps, config.tail, config.checkpoints)
@@ -237,7 +229,6 @@ def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: 
     """Add the gradients of T networks' losses: some images, and of large networks one, at a time.
 
     Args:
-        side, weights, config: as `finetune_many` takes them.
         images: ``[B, …]``.
         targets: right answers ``[T, B]``.
     """
@@ -266,7 +257,6 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
 
     Args:
         base: state dict of the network with C outputs.
-        network: the network with two outputs.
         bits: ``[T, C]``.
         fresh_head: take the classifier of ``network`` instead, the same for all tasks.
     """

@@ -181,7 +181,6 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     Args:
         dataset: of torchvision, with timm's preparation as its ``transform``.
         root: the folder of the files.
-        labels: int64 ``[n]``.
         workers: processes that decode.
 
     Returns:

@@ -91,9 +91,7 @@ class SmallCNN(nn.Module):
     """Two 3×3 convolutions (8 and 16 channels) with pooling, a linear layer of 32 and the classifier.
 
     Args:
-        in_channels: channels of the image.
         image_size: height and width of the image, a multiple of 4.
-        num_classes: number of logits.
     """
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
@@ -204,13 +202,7 @@ class ResNetMini(nn.Module):
 
 
 class NarrowAttention(nn.Module):
-    """Self-attention whose heads are together narrower than the token (timm's are exactly as wide).
-
-    Args:
-        width: token width.
-        num_heads: number of heads.
-        head_width: width of one head.
-    """
+    """Self-attention whose heads are together narrower than the token (timm's are exactly as wide)."""
 
     def __init__(self, width: int, num_heads: int, head_width: int) -> None:
         super().__init__()
@@ -325,12 +317,6 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 def build_network(name: str, *, in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     """Build an untrained target network, its weights drawn from torch's global random state.
-
-    Args:
-        name: one of ``NetworkName``.
-        in_channels: channels of the image.
-        image_size: height and width of the image in pixels.
-        num_classes: number of logits.
 
     Raises:
         InputError: if no network has this name.

@@ -258,8 +258,6 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
 
     Args:
         source: a complete zoo of the same family, equal but for ``unseen`` and ``validation``.
-        path: the zoo to make.
-        task: the family with the wanted unseen tasks.
 
     Raises:
         InputError: the source is of another family or recipe, or there is a zoo already.

@@ -42,10 +42,7 @@ def train_side_by_side(
     """Train T adapters at once.
 
     Args:
-        bank: runs them.
         start: ``[T, *shape]`` under PEFT's names.
-        draw: the next rows.
-        config: the recipe.
         check: validation rows of each, with ``config.until``.
 
     Returns:

@@ -98,7 +98,6 @@ def find_tasks(
         table: CSV or JSONL with ``file`` (a name in the folder), ``condition`` or ``condition.NAME`` columns and
             perhaps ``split``. Without it a file's stem is its condition: bits if all are of 0 and 1, else a class.
         num_unseen, num_validation: tasks drawn for these splits where the table has no ``split``.
-        seed: of the draw.
         kind: what conditions are; found out from the values when None.
 
     Raises:

@@ -47,9 +47,6 @@ class TinyMLP(nn.Sequential):
 class SensorsTask:
     """Trains and scores networks for sensors.
 
-    Args:
-        config: images, sensors, network and recipe.
-
     Raises:
         InputError: there are no such images, or nothing of the sensors is left to vary.
     """
@@ -177,8 +174,6 @@ class SensorsTask:
         """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed.
 
         Args:
-            path: the zoo folder.
-            progress: called with (sensors trained, sensors in all).
             limit: train only so many sensors, rounded up to whole groups.
             processes: groups trained at a time; as many as there are cores when None.
 
@@ -296,12 +291,7 @@ class SensorsTask:
 
 
 class InformedNetwork(nn.Module):
-    """An MLP of image and settings.
-
-    Args:
-        task: gives images and settings.
-        widths: of the hidden layers.
-    """
+    """An MLP of image and settings."""
 
     def __init__(self, task: SensorsTask, widths: Sequence[int]) -> None:
         super().__init__()

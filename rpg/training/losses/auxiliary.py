@@ -39,10 +39,7 @@ class NewStatesLoss:
     step apart: without it, or if it only kept them away from the zoo, one new place would do for them all.
 
     Args:
-        network: the generator's networks.
-        task: its target network, training images and labels.
         layout: decodes tokens; residual normalisation, so that 1 is the zoo's own root mean square deviation.
-        config: weights and sizes.
 
     Raises:
         InputError: there is no table of states to draw around, or the task has no images.
@@ -103,11 +100,7 @@ class TargetLoss:
     """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
 
     Args:
-        task: runs the networks.
-        layout: decodes tokens.
-        config: weight and images.
         condition: the metric, which must be a loss on training images.
-        scale: its scale.
 
     Raises:
         InputError: the task cannot run many networks at once, or the metric is no such loss.
@@ -148,15 +141,11 @@ class AuxiliaryLosses:
     """The sum of the losses that ``train.behaviour`` and ``train.new_states`` ask for; 0 without either.
 
     Args:
-        settings: of training; which losses there are.
-        seed: decides every draw.
         find_task: gives the task that scores networks; called only where a loss needs it.
         condition: what the generator is conditioned on.
         metric: the scale of its metric, if it is one.
         zoo: the checkpoints; beside them may lie the base network that is to be matched.
-        layout: decodes tokens.
         network: the generator's networks; only the fresh-state loss runs them, which p-diff refuses to have.
-        distributed: the processes of the run.
 
     Raises:
         InputError: the task, the sampled tokens, the conditions or the processes do not allow it.

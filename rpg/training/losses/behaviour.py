@@ -34,9 +34,6 @@ class BehaviourLoss:
     """Scores predicted tokens by the outputs of the decoded networks.
 
     Args:
-        task: runs the networks.
-        layout: decodes tokens.
-        config: weight, images and right answers.
         zoo: holds the base network, where that gives the right answers.
 
     Raises:
@@ -108,8 +105,6 @@ class DrawnTasksLoss(BehaviourLoss):
     from, or from the zoo's own.
 
     Args:
-        network: the generator's networks.
-        task, layout, config, zoo: as of `BehaviourLoss`.
         examples: shows examples of tasks, where they are the condition.
         known: the zoo's tasks ``[K, C]`` to draw from; None: fresh ones.
         reads_only: the networks learn nothing; the loss is the error of what is read of examples alone.
