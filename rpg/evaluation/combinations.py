@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rpg.evaluation.config import EvaluateConfig
+from rpg.config import EvaluateConfig
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import leading_directions

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import Combination, Maker, combine, make_baselines
-from rpg.evaluation.conditions import Conditions, conditional_baselines
-from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.conditional import Conditions, conditional_baselines
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges

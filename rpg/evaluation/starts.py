@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg.evaluation.config import ControlConfig
+from rpg.config import ControlConfig
 from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task

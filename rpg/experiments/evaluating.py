@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.conditions import Conditions, conditions_asked
+from rpg.evaluation.conditional import Conditions, conditions_asked
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rpg.config import Config
-from rpg.evaluation.config import EvaluateConfig
+from rpg.config import Config, EvaluateConfig
+from rpg.evaluation.conditional import Regression, regression_grid, tune
 from rpg.evaluation.page.page import Page, write_report
-from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Curve, Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.evaluation.two_sample import sets_of_networks

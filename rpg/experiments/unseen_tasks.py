@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import random_other, unseen_baselines
+from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
@@ -30,7 +30,6 @@ from rpg.evaluation.per_task import (
     scores_of_sets,
     worst_tasks,
 )
-from rpg.evaluation.regression import Regression, choose_regressions
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
 from rpg.evaluation.workers import Workers

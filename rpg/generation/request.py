@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.known_range import Distance
 from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpg.config import GenerateConfig
 from rpg.devices import PATIENCE, note_device, use_device
-from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, even_noise

@@ -42,12 +42,12 @@ KINDS = {
         "rpg.planning.estimators:RecurrentEstimator",
     ),
     "pdiff": Kind(
-        f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.pdiff_trainer:PDiffTrainer",
-        "rpg.generation.samplers:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
+        f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.whole_networks:PDiffTrainer",
+        "rpg.generation.whole_networks:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
     ),
     "kernel_ridge": Kind(
         f"{MODELS}.kernel_ridge:KernelRidgeConfig", f"{MODELS}.kernel_ridge:KernelRidgeGenerator",
-        "rpg.training.closed_form:ClosedFormTrainer", "rpg.generation.samplers:PosteriorSampler",
+        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.whole_networks:PosteriorSampler",
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
     "sane": Kind(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
-from rpg.generation.samplers import GROUP
+from rpg.generation.whole_networks import GROUP
 from rpg.models.batch import Batch
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion

@@ -21,8 +21,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rpg.migration import migrate_task
-from rpg.section import Section
+from rpg.section import Section, migrate_task
 from rpg.seeding import derive_seed
 from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint

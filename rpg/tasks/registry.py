@@ -11,8 +11,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from rpg.migration import migrate_task
-from rpg.section import Section, validated
+from rpg.section import Section, migrate_task, validated
 from rpg.tasks.base import Task
 from rpg.tasks.config import TASKS, TaskConfig
 from tokenization.errors import InputError

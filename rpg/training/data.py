@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import TrainConfig
 from rpg.generation.text_encoder import text_table
 from rpg.models import ModelConfig
 from rpg.models.batch import Batch, CodeBatch
@@ -19,7 +20,6 @@ from rpg.models.centre import StateConfig
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
 from rpg.seeding import derive_seed, make_rng, permutation
-from rpg.training.config import TrainConfig
 from rpg.training.examples import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
 from rpg.training.checkpointing import Shards, ZeROShards
-from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, WatchTile
-from rpg.generation.samplers import GROUP, LatentSampler
+from rpg.generation.whole_networks import GROUP, LatentSampler
 from rpg.labs.sane.model import TokenAutoencoder
 from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
 from rpg.planning.estimators import WholeNetworksEstimator

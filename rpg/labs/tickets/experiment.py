@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import nearest_rows, random_other
+from rpg.evaluation.conditional import nearest_rows, random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment

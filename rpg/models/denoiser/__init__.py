@@ -7,8 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rpg.models.denoiser.base import Decoder, DecoderConfig, Denoiser, MLPConfig, MLPDenoiser
-from rpg.models.denoiser.joint import JointConfig, JointDenoiser
+from rpg.models.denoiser.base import (
+    Decoder,
+    DecoderConfig,
+    Denoiser,
+    JointConfig,
+    JointDenoiser,
+    MLPConfig,
+    MLPDenoiser,
+)
 from rpg.models.denoiser.unet1d import UNet1d, UNet1dConfig
 
 DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, Field(discriminator="kind")]

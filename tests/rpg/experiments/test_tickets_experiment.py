@@ -10,7 +10,7 @@ import torch
 
 from rpg.config import Config
 from rpg.experiments import driver
-from rpg.experiments.sweep_table import row_of
+from rpg.experiments.sweep import row_of
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, simple_baselines, tickets_task
 from rpg.tasks import collecting

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.config import Config
+from rpg.config import BehaviourConfig, Config
 from rpg.diffusion.objectives import FlowConfig
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
@@ -15,10 +15,9 @@ from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
 from rpg.tasks.side_by_side import repeat, stack
-from rpg.training.config import BehaviourConfig
 from rpg.training.examples import example_conditions
 from rpg.training.loop import train
-from rpg.training.losses.behaviour import DrawnTasksLoss
+from rpg.training.losses import DrawnTasksLoss
 from rpg.training.trainer import build_network
 from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError
