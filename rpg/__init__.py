@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rpg.config import Config
     from rpg.experiments.evaluating import evaluate_run as evaluate
     from rpg.experiments.single import collect
-    from rpg.generation.examples import GeneratedClassifier
+    from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
     from rpg.planning.inspect import inspect
     from rpg.planning.proposal import propose
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": ("rpg.config", "Config"),
-    "GeneratedClassifier": ("rpg.generation.examples", "GeneratedClassifier"),
+    "GeneratedClassifier": ("rpg.generation.classifier", "GeneratedClassifier"),
     "Generator": ("rpg.generation.generator", "Generator"),
     "Zoo": ("tokenization.zoo.zoo", "Zoo"),
     "build_task": ("rpg.tasks", "build_task"),

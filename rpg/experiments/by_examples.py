@@ -30,8 +30,7 @@ from rpg.generation.request import RequestOptions
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.sensors.sensors import BASE
+from rpg.tasks.collecting import BASE, single_threaded
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from rpg.training.data import training_entries, zoo_conditions
 from tokenization.zoo.locks import locks

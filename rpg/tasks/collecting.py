@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rpg.devices import PATIENCE
 from rpg.section import Section, migrate_task
 from rpg.seeding import derive_seed
 from rpg.tasks.side_by_side import Stacked
@@ -199,6 +200,9 @@ class SavedTraining:
 
 _METRIC = "metric/"
 
+BASE = "base.safetensors"
+"""In a zoo's folder: the network that those of a family begin with."""
+
 WRITERS = 8
 """Files written at a time: most of the time of a small file is waiting for the disk."""
 
@@ -222,40 +226,39 @@ def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Te
 
 
 def collect_many(
-    zoo: Zoo,
-    trainable: Trainable,
-    bits: Tensor,
-    splits: Sequence[str],
-    group: int,
-    *,
-    processes: int | None = None,
-    progress: Progress | None = None,
-    limit: int | None = None,
-    write: Write = write_file,
-) -> None:
-    """Train the tasks that the zoo lacks and list their networks.
+    task: Any, path: Path | str, condition: ConditionSpec, bits: Tensor, splits: Sequence[str],
+    prepare: Callable[[Path], object], *, ignore: Collection[str] = (), processes: int | None = None,
+    progress: Progress | None = None, limit: int | None = None, write: Write = write_file,
+) -> Zoo:  # fmt: skip
+    """Train the networks of a family that the zoo at ``path`` lacks, and list them.
 
     Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
 
     Args:
+        task: trains parts (`Trainable`) of ``config.group`` tasks.
         bits: the tasks ``[T, C]``: task i becomes run i.
-        splits: of each task.
-        group: tasks of a part.
+        prepare: makes what all tasks share, given the folder, unless it is there; only in the first process.
+        ignore: as of `open_zoo`.
         processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
         limit: train at least this many tasks only.
         write: puts a checkpoint into the zoo.
     """
     from accelerate import PartialState
 
-    place, folder = PartialState(), zoo.path / "parts"
-    if len({entry.run for entry in zoo.entries}) == len(bits):
+    place, group = PartialState(timeout=PATIENCE), task.config.group
+    with place.main_process_first():
+        zoo = open_zoo(path, task.config, condition, ignore=ignore)
+        if place.is_main_process:
+            with single_threaded():
+                prepare(zoo.path)
+    folder, listed = zoo.path / "parts", {entry.run for entry in zoo.entries}
+    if len(listed) == len(bits):
         if place.is_main_process:
             remove_folder(folder)  # of a collection that was killed at its very end
-        return
+        return zoo
     total = min(limit or len(bits), len(bits))
     parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
     folder.mkdir(exist_ok=True)
-    listed = {entry.run for entry in zoo.entries}
     missing = [n for n, tasks in enumerate(parts) if not _file(folder, n).exists() and not listed.issuperset(tasks)]
     mine = missing[place.process_index :: place.num_processes]
     done = sum(len(tasks) for number, tasks in enumerate(parts) if number not in missing)
@@ -270,13 +273,20 @@ def collect_many(
 
     if processes is None:
         processes = 1 if place.num_processes > 1 else num_cores()
-    _train_parts(trainable, parts, mine, folder, min(processes, len(mine)), report)
+    _train_parts(task, parts, mine, folder, min(processes, len(mine)), report)
     place.wait_for_everyone()
     if place.is_main_process:
         _list_parts(zoo, parts, folder, bits, splits, write)
         if total == len(bits):
             remove_folder(folder)
     place.wait_for_everyone()
+    return zoo if place.is_main_process else Zoo.open(path)
+
+
+def save_base(folder: Path, train: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Train the network that all of a family's begin with, unless it is in the zoo's folder."""
+    if not (folder / BASE).exists():
+        save_checkpoint(folder / BASE, train())
 
 
 def _train_parts(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, collect_many, open_zoo
+from rpg.tasks.collecting import Progress, collect_many
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     AdapterScores,
@@ -192,17 +192,11 @@ class LanguageTask:
 
         The zoo's checkpoints are PEFT folders, named as the tasks' files.
         """
-        place = PartialState()
-        with place.main_process_first():
-            zoo = open_zoo(path, self.config, self.condition, ignore=("processes",))
-            if place.is_main_process and not (zoo.path / CONFIG_NAME).exists():
-                self._write_config(zoo.path)
-        processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
-        collect_many(
-            zoo, self, self.conditions(), [task.split for task in self.tasks], self.config.group,
-            processes=processes, progress=progress, limit=limit, write=self._write,
+        processes = processes or self.config.processes or (1 if PartialState().device.type != "cpu" else None)
+        return collect_many(
+            self, path, self.condition, self.conditions(), [task.split for task in self.tasks], self._write_config,
+            ignore=("processes",), processes=processes, progress=progress, limit=limit, write=self._write,
         )  # fmt: skip
-        return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
         """Train the adapters of one part; see :class:`rpg.tasks.collecting.Trainable`."""
@@ -250,6 +244,8 @@ class LanguageTask:
         return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
     def _write_config(self, folder: Path) -> None:
+        if (folder / CONFIG_NAME).exists():
+            return
         config = peft_config(self.config.adapter, self.config.base)
         with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
             pass

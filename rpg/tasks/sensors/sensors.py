@@ -16,19 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, collect_many, open_zoo, single_threaded
+from rpg.tasks.collecting import BASE, Progress, collect_many, save_base
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, load_images, seen_by
 from rpg.tasks.sensors.words import describe
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, repeat
-from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
-
-BASE = "base.safetensors"
 
 
 class TinyMLP(nn.Sequential):
@@ -180,19 +176,10 @@ class SensorsTask:
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
-        from accelerate import PartialState
-
-        place = PartialState(timeout=PATIENCE)
-        with place.main_process_first():
-            zoo = open_zoo(path, self.config, self.condition)
-            if place.is_main_process and not (zoo.path / BASE).exists():
-                with single_threaded():
-                    save_checkpoint(zoo.path / BASE, self.train_generalist())
-        settings, splits = self.sensors()
-        collect_many(
-            zoo, self, settings, splits, self.config.group, processes=processes, progress=progress, limit=limit
-        )
-        return zoo if place.is_main_process else Zoo.open(path)
+        return collect_many(
+            self, path, self.condition, *self.sensors(), lambda folder: save_base(folder, self.train_generalist),
+            processes=processes, progress=progress, limit=limit,
+        )  # fmt: skip
 
     def train_generalist(self) -> dict[str, Tensor]:
         """The one network for all sensors, from fresh sensors in every step."""

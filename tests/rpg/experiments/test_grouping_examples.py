@@ -12,7 +12,7 @@ from torch import nn
 from rpg.config import Config
 from rpg.experiments import grouping_examples
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.generation.examples import GeneratedClassifier
+from rpg.generation.classifier import GeneratedClassifier
 from rpg.tasks import build_task, collecting
 from rpg.tasks.language.adapter_training import ShownRows
 from rpg.tasks.language.rows import IGNORED, Rows

@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
-from rpg.generation.examples import GeneratedClassifier
+from rpg.generation.classifier import GeneratedClassifier
 from tokenization.errors import InputError
 
 

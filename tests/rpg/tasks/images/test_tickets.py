@@ -11,7 +11,7 @@ from rpg.labs.tickets.config import TicketsConfig
 from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
 from rpg.tasks import collecting, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.images.subsets import BASE
+from rpg.tasks.collecting import BASE
 from tokenization.errors import InputError
 
 CONFIG = TicketsConfig.model_validate({
