@@ -1,4 +1,4 @@
-"""The page: what it shows of networks and their metrics, and how it is served, to this machine only by default."""
+"""The page: rendering of networks and their metrics, and the server, on the local machine only by default."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
 FIELD_SIZE = 96
-"""Height and width of a field's picture, whatever the grid it was fitted on."""
+"""Height and width at which fields are rendered, whatever grid they were fitted on."""
 
 _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -52,11 +52,11 @@ _templates.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
 
 def _render(part: str, **shown: Any) -> str:
     html = getattr(_templates.get_template("parts.html.j2").module, part)(**shown)
-    return str(html).replace("{", "&#123;").replace("$", "&#36;")  # which the page would take for its own templates
+    return str(html).replace("{", "&#123;").replace("$", "&#36;")  # or the page would expand them as templates
 
 
 def show_header(run: LoadedRun) -> str:
-    """What the generator is, in a line or two, and what is missing beside it."""
+    """A short description of the generator, and what is missing."""
     config, generator = run.config, run.generator
     facts = [
         f"{generator.layout.num_values:,} values a network",
@@ -74,12 +74,12 @@ def show_header(run: LoadedRun) -> str:
 
 
 def show_mistake(line: str) -> str:
-    """What the user got wrong, as one line."""
+    """A user's error in one line."""
     return _render("mistake", line=" ".join(line.split()))
 
 
 def show_made(run: LoadedRun, made: PageResult | None) -> str:
-    """Networks with metrics, nearest originals and pictures; before there are any, what will be here."""
+    """Networks with metrics, nearest originals and pictures; a placeholder before the first ones."""
     if made is None:
         return _render("nothing")
     rows = [
@@ -105,12 +105,12 @@ def _first(metrics: dict[str, float]) -> float:
 
 
 def _is_share(name: str) -> bool:
-    """Whether a figure is a share of something, which is shown in percent."""
+    """Whether a metric is a share, shown in percent."""
     return "accuracy" in name and not less_is_better([name])
 
 
 def _heat(run: LoadedRun, made: PageResult) -> tuple[list[str], str] | None:
-    """Each network over its nearest original, as colours: what the rows are, and a PNG."""
+    """A heatmap of each network above its nearest original: row labels and a PNG."""
     if run.originals is None or not run.originals.span.scales:
         return None
     labels, networks = [], []
@@ -121,7 +121,7 @@ def _heat(run: LoadedRun, made: PageResult) -> tuple[list[str], str] | None:
 
 
 def _fields(run: LoadedRun, made: PageResult) -> list[tuple[str, str, str]]:
-    """Of neural fields: what each shows and what its nearest original does, as PNGs, and that one's name."""
+    """For neural fields: PNGs of each field and its nearest original, and the original's name."""
     if not isinstance(run.task, FieldsTask):
         return []
     own = _pictures(run.task, made.networks)
@@ -145,7 +145,7 @@ def _png(image: Tensor) -> str:
 
 
 def show_sensor(panel: Panel) -> str:
-    """What a sensor sees, what networks say of each picture, and how often they are right."""
+    """A sensor's view, the networks' predictions for each picture, and their accuracy."""
     places = []
     for right, (picture, said, votes) in enumerate(zip(panel.pictures, panel.answers, panel.votes, strict=True)):
         fan = [(panel.classes[k], votes[k].item() / panel.num) for k in votes.argsort(descending=True) if votes[k]]
@@ -155,14 +155,14 @@ def show_sensor(panel: Panel) -> str:
 
 
 def show_drawing() -> str:
-    """What the canvas is for."""
+    """Explanation of the canvas."""
     return _render("draw")
 
 
 def show_answers(
     run: LoadedRun, made: PageResult, counts: Tensor, found: list[tuple[Answer, Answer | None, str]]
 ) -> str:
-    """What networks say to a drawn digit ``[8, 8]``, originals beside them."""
+    """The networks' predictions for a drawn digit ``[8, 8]``, beside those of originals."""
     family = isinstance(run.task, DigitsSubsetsTask)
     question = f"Is it one of: {told(run.condition, made.request.condition)}?" if family else ""
     return _render("answers", picture=_png(1 - counts[None] / 16), question=question, found=found)
@@ -176,11 +176,11 @@ CANVAS = (
     '<button type="button" class="pad-clear">Clear</button></div>'
 )
 KEPT_SECONDS = 3600
-"""How long the networks of a closed page, and what was uploaded, are kept."""
+"""How long networks and uploads are kept after a page is closed."""
 
 
 def theme() -> Any:
-    """Gradio's plain one, in fonts that every computer has."""
+    """Gradio's base theme with system fonts."""
     return gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"], radius_size=gr.themes.sizes.radius_md,
@@ -233,12 +233,12 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
             _follow_the_knobs(run, page, made, condition, [sensor, mistake])
         if reads_digits(run):
             pad.input(ask, made, said, api_visibility="private")
-            made.change(lambda: "", None, said, api_visibility="private")  # what the networks before these said
+            made.change(lambda: "", None, said, api_visibility="private")  # predictions of the previous networks
     return page
 
 
 def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls, shown: list[Any]) -> None:
-    """Show what the sensor sees, and what networks say, whenever it is turned or there are new networks."""
+    """Update the sensor's view and the predictions when a setting changes or there are new networks."""
     knobs = condition.components[-len(settings_of(run)) :]
 
     def turn(now: PageResult | None, *values: Any) -> list[Any]:
@@ -250,7 +250,7 @@ def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls,
 
 
 def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:
-    """What the work puts out and an empty line, or nothing and the line that says what the user got wrong."""
+    """The result of ``work`` and an empty line, or None and the user's error in one line."""
     try:
         return work(), ""
     except InputError as error:
@@ -275,7 +275,7 @@ def _forget(made: PageResult | None) -> None:
 def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> str:
     try:
         image = event.image
-    except (AttributeError, TypeError):  # what came is not a picture
+    except (AttributeError, TypeError):  # the event holds no picture
         image = None
     counts = drawn(image)
     if made is None:
@@ -284,14 +284,14 @@ def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> st
 
 
 LEAST_UPLOAD = 8 << 20
-"""Bytes of an upload that are always enough for pictures; a checkpoint to go on from may have twice its own size."""
+"""Upload limit in bytes, enough for pictures; raised for large checkpoints given as initial weights."""
 
 
 @contextmanager
 def served(run: LoadedRun, host: str = "127.0.0.1", port: int = 7860) -> Iterator[str]:
     """Serve the page of a run while the block runs; yields its address.
 
-    All files, generated and uploaded, lie in a temporary folder that goes with it.
+    Generated and uploaded files lie in a temporary folder that is removed afterwards.
 
     Raises:
         InputError: the port is taken, or there is no such host.
@@ -316,7 +316,7 @@ def served(run: LoadedRun, host: str = "127.0.0.1", port: int = 7860) -> Iterato
 
 
 def serve(run: LoadedRun, host: str, port: int, say: Callable[[str], object]) -> None:
-    """Serve the page until the program is interrupted or told to end; its files go either way."""
+    """Serve the page until the program is interrupted or terminated; temporary files are removed in both cases."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with served(run, host, port) as address:
         say(f"{address} (stop with Ctrl+C)")

@@ -231,7 +231,7 @@ def conditional_baselines(
     if conditions.seen is not None and conditions.asked is not None and count > 1:
         rows = torch.arange(num) % len(conditions.asked)
         asked = conditions.asked[rows]
-        weights = regression_weights(zoo, conditions.seen, asked, conditions.by_class)
+        weights = KernelRidge.fit(conditions.seen, zoo.gram, by_condition=not conditions.by_class).shares(asked)
         nearest = torch.eye(count, dtype=torch.float64)[nearest_rows(conditions.seen, asked, conditions.own)]
         for name, each in (("nearest_seen", nearest), ("kernel_ridge", weights)):
             if name in wanted:
@@ -256,15 +256,6 @@ def merged(
         name: [partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)]
         for name in wanted
     }
-
-
-def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool) -> Tensor:
-    """Weights of the checkpoints' deviations in kernel ridge's predictions, float64 ``[W, n]``.
-
-    Kernel and penalty are chosen by the leave-one-out error, in the normalised values of distances.
-    """
-    regression = KernelRidge.fit(seen, zoo.gram, by_condition=not by_class)
-    return regression.shares(asked)
 
 
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:

@@ -114,7 +114,7 @@ class Matcher:
                 continue
             value = right[member.tensor]
             for other, axis, repeat in others:
-                value = np.take(value, _expand(orders[other], repeat), axis=axis)  # type: ignore[arg-type]
+                value = np.take(value, (orders[other][:, None] * repeat + np.arange(repeat)).ravel(), axis=axis)  # type: ignore[arg-type]
             first = _units(left[member.tensor], member.axis, member.repeat)
             second = _units(value, member.axis, member.repeat)
             gain += first @ second.T - 0.5 * np.square(second).sum(1)
@@ -135,10 +135,6 @@ def assignment(gain: np.ndarray) -> np.ndarray:
 
 def _total(gain: np.ndarray, order: np.ndarray) -> float:
     return float(gain[np.arange(len(order)), order].sum())
-
-
-def _expand(order: np.ndarray, repeat: int) -> np.ndarray:
-    return (order[:, None] * repeat + np.arange(repeat)).ravel()
 
 
 def _units(value: np.ndarray, axis: int, repeat: int) -> np.ndarray:

@@ -132,7 +132,9 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
     }
     facts: dict[str, Any] = {}
-    curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
+    curves = {}
+    if any(setting.name == "angle" for setting in task.settings):
+        curves["accuracy_by_angle"] = _by_angle(generator, task, base, ridge, split, seed)
     if evaluate.fine_tuning:
         curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
             generator, task, zoo, made, settings, split, seed
@@ -198,10 +200,6 @@ def tuned_regression(task: SensorsTask, zoo: Zoo, seen: Stacked) -> tuple[Regres
 def _as_bits(features: Tensor) -> Tensor:
     """Features in -1 … 1 as `Regression` takes conditions, in 0 … 1."""
     return (features + 1) / 2
-
-
-def _has_angle(task: SensorsTask) -> bool:
-    return any(setting.name == "angle" for setting in task.settings)
 
 
 def _by_angle(

@@ -51,7 +51,8 @@ def row_of(name: str, overrides: Sequence[str], folder: Path, failure: str | Non
         report = Report.load(folder)
     except InputError as error:
         return {**row, "failure": str(error)}
-    row |= _of_kind(report, "generated") | {"training_seconds": _training_seconds(folder)}
+    seconds = Generator.from_pretrained(folder).facts.get("training seconds")
+    row |= _of_kind(report, "generated") | {"training_seconds": seconds and float(seconds)}
     if report.kinds["original"].summaries.get(report.first):
         originals = _of_kind(report, "original")
         row |= {"original_best": originals["best"], "original_mean": originals["mean"]}
@@ -83,11 +84,6 @@ def rows_of_rivals(folders: Sequence[Path]) -> list[dict[str, Any]]:
         rivals = {name: _of_kind(report, name) for name in names if name != "generated"}
         found = {name: {"name": name, "set": [], **each} for name, each in rivals.items()} | found
     return list(found.values())
-
-
-def _training_seconds(folder: Path) -> float | None:
-    seconds = Generator.from_pretrained(folder).facts.get("training seconds")
-    return None if seconds is None else float(seconds)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
@@ -292,8 +288,9 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
             raise InputError(f"{path} has no entry named {name!r}; choose one of {known}")
     experiments = [each for each in experiments if not only or each.name in only or each.finished()]
     waiting = [experiment for experiment in experiments if not experiment.finished()]
-    for experiment in waiting:
-        _check(experiment)
+    for config in (each.config for each in waiting):  # before anything is trained
+        if config.model.condition.kind != "none":
+            require_for_choices(config, config.evaluate.split)
     threads = max(1, _num_threads() // jobs)
     zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
     failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
@@ -311,13 +308,6 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     for name, failure in failures.items():
         say(f"{name}: {failure}")
     return folder / "table.md"
-
-
-def _check(experiment: Experiment) -> None:
-    """Raise InputError, before anything is trained, if choices would be made on training data."""
-    config = experiment.config
-    if config.evaluate.split == "validation" and config.model.condition.kind != "none":
-        require_for_choices(config)
 
 
 def _num_threads() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.merging.parts import METADATA_KEY, Digests, Merge, Part, combination, merge_values
+from rpg.merging.parts import COMBINATIONS, METADATA_KEY, Digests, Merge, Part, combination, merge_values
 from rpg.seeding import make_rng
 from tokenization.checkpoint.safetensors import ORDER_KEY, TIES_KEY, tensor_at
 from tokenization.checkpoint.tensor_file import TensorFile, header_of, save_checkpoint
@@ -158,7 +158,7 @@ def merge_adapters(paths: Sequence[Path], merge: Merge, output: Path, *, base: s
         InputError: the method's result, or a sum of such adapters, is not an adapter; they differ in what they adapt.
     """
     weights, options = merge.settled(len(paths))
-    if not merge.is_combination:
+    if merge.method not in COMBINATIONS:
         what = f"--method {merge.method} of adapters leaves updates of full rank, which no adapter holds"
         raise InputError(f"{what}; use linear, or merge networks that the adapters were merged into")
     if output.exists():

@@ -109,8 +109,11 @@ class Compressed(Form):
 
     def describe(self, checkpoint: Checkpoint) -> Checkpoint:
         """Names, dtypes and shapes of a checkpoint in this form; its values cannot be read."""
-        infos = self._merge(checkpoint.tensors, lambda part: self._infos(part, checkpoint))
-        return self._opened_as(checkpoint, infos, {})
+
+        def infos(part: Part) -> dict[str, TensorInfo]:
+            return {name: TensorInfo(name, *spec, checkpoint.path, 0) for name, spec in part.tokens.items()}
+
+        return self._opened_as(checkpoint, self._merge(checkpoint.tensors, infos), {})
 
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:
         return self.open(zoo, zoo.checkpoint(index), zoo.digest_of(index))
@@ -179,11 +182,6 @@ class Compressed(Form):
     @functools.cached_property
     def _token_names(self) -> set[str]:
         return {name for part in self.parts for name in part.tokens}
-
-    def _infos(self, part: Part, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-        return {
-            name: TensorInfo(name, dtype, shape, checkpoint.path, 0) for name, (dtype, shape) in part.tokens.items()
-        }
 
     def _merge(self, stored: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
         """Entries by stored name, those of each part (in place of its first) replaced by ``tokens(part)``."""

@@ -185,7 +185,12 @@ class TicketsTask:
         for row, task in enumerate(bits.tolist()):
             rng = make_rng(self.config.family.seed, "random mask", *task)
             random.append({name: torch.rand(value.shape[1:], generator=rng) for name, value in tickets.items()})
-            shuffled.append({name: _shuffled(value[row], rng) for name, value in tickets.items()})
+            shuffled.append(
+                {
+                    name: value[row].flatten()[torch.randperm(value[row].numel(), generator=rng)].view_as(value[row])
+                    for name, value in tickets.items()
+                }
+            )
         starts = repeat(self.start, len(bits))
         ones = {name: torch.ones_like(value) for name, value in tickets.items()}
         return {
@@ -194,7 +199,3 @@ class TicketsTask:
             "start_magnitude": {name: starts[name].abs() for name in tickets},
             "one_shot": unflatten(self.sizes(ones, bits), tickets),
         }
-
-
-def _shuffled(values: Tensor, rng: torch.Generator) -> Tensor:
-    return values.flatten()[torch.randperm(values.numel(), generator=rng)].view_as(values)

@@ -1,7 +1,7 @@
 """The task ``segmentation``: segmentation networks, whole or in part, scored by mean IoU.
 
-Its data: digits on canvases, ADE20K, and Pascal VOC, each in its archive's layout.
-B images, S height and width that images are brought to, C classes."""
+Data sets: digits on canvases, ADE20K and Pascal VOC, the latter two in their archives' layouts.
+B images, S height and width after resizing, C classes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ IGNORED = 255
 NUM_CLASSES = {"canvases": 11, "ade20k": 150, "voc": 21}
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the colours of ImageNet, by which images are standardised: weights that were trained on it fit."""
+"""Of ImageNet's colours, by which images are standardised, as pretrained weights expect."""
 
 SMALLEST_CROP = 0.25
-"""Least share of a training image's area that is cut out."""
+"""Smallest share of a training image's area in a random crop."""
 
 Sample = tuple[Tensor, Tensor]
 """An image, float32 ``[3, S, S]``, and the classes of its pixels, uint8 ``[H, W]``."""
@@ -62,8 +62,8 @@ class Canvases(Dataset[Sample]):
 class MappedImages(Dataset[Sample]):
     """Pairs of an image and a PNG with the class of each pixel.
 
-    Images are brought to S×S. In training they and their maps are cut out and mirrored at random; maps to score on have
-    the size they have on the disk.
+    Images are resized to S×S. In training images and maps are cropped and mirrored at random; maps to score on keep
+    their original size.
     """
 
     def __init__(self, samples: list[tuple[Path, Path]], config: SegmentationConfig, training: bool) -> None:
@@ -74,7 +74,7 @@ class MappedImages(Dataset[Sample]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """A sample. Raises OSError or ValueError where a file is broken, or holds no map of the data set's classes."""
+        """A sample. Raises OSError or ValueError if a file is broken, or is not a map of the data set's classes."""
         from torchvision import tv_tensors  # imported here: slow
         from torchvision.transforms import v2
 
@@ -99,7 +99,7 @@ class MappedImages(Dataset[Sample]):
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"its map {path.name}: {str(error).splitlines()[0]}") from None
         if self.config.dataset == "ade20k":
-            found = torch.where(found == 0, IGNORED, found - 1)  # 0 is what belongs to no class
+            found = torch.where(found == 0, IGNORED, found - 1)  # 0 means no class
         wrong = found[(found >= self.num_classes) & (found != IGNORED)]
         if len(wrong):
             raise ValueError(f"its map {path.name} has a class {int(wrong.max())} of {self.num_classes}, from 0")
@@ -107,17 +107,17 @@ class MappedImages(Dataset[Sample]):
 
 
 def standardised(image: Tensor) -> Tensor:
-    """An image ``[3, S, S]`` of 0 … 1 with the mean and deviation of ImageNet's colours taken out."""
+    """Standardise an image ``[3, S, S]`` in 0 … 1 by the mean and deviation of ImageNet's colours."""
     return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
 def open_split(split: str, config: SegmentationConfig) -> Dataset[Sample]:
     """Images and maps of ``train``, ``validation`` or ``test``.
 
-    Of folders ``test`` is what their own archives call validation, and ``validation`` a share of the training images.
+    For folders, ``test`` is the archive's validation set, and ``validation`` a share of the training images.
 
     Raises:
-        InputError: there is no such split, or the folder does not hold the data set.
+        InputError: there is no such split, or the folder lacks the data set.
     """
     if split not in ("train", "validation", "test"):
         raise InputError(f"there is no split {split!r}; choose one of train, validation, test")
@@ -140,7 +140,7 @@ def open_split(split: str, config: SegmentationConfig) -> Dataset[Sample]:
 
 
 def _ade20k(root: Path, training: bool) -> list[tuple[Path, Path]]:
-    """Of ``ADEChallengeData2016``, or of the folder that holds it."""
+    """Images and maps in ``ADEChallengeData2016``, or in the folder that contains it."""
     inner = root / "ADEChallengeData2016"
     root, part = inner if inner.is_dir() else root, "training" if training else "validation"
     images = sorted((root / "images" / part).glob("*.jpg"))
@@ -210,7 +210,7 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 
 def build_segmenter(name: str, num_classes: int) -> nn.Module:
-    """A network by name, its weights from torch's global random state: ``[B, 3, S, S]`` → what `logits_of` takes.
+    """A network by name, drawn from torch's global random state; `logits_of` runs it on ``[B, 3, S, S]``.
 
     Raises:
         InputError: there is no such network.
@@ -236,7 +236,7 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits ``[B, classes, s, s]`` of images ``[B, 3, S, S]`` at the resolution of the network's own, s at most S."""
+    """Logits ``[B, classes, s, s]`` of images ``[B, 3, S, S]`` at the network's output resolution, s ≤ S."""
     found: Any = network(images)
     if isinstance(found, Tensor):
         return found
@@ -244,7 +244,7 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def enlarge(logits: Tensor, size: torch.Size) -> Tensor:
-    """Logits ``[B, classes, s, s]`` at the resolution of a map of classes, by bilinear interpolation."""
+    """Interpolate logits ``[B, classes, s, s]`` bilinearly to the resolution of a map of classes."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -266,23 +266,23 @@ class SegmentationTask(FinetunedTask):
         self._opened: dict[str, Dataset[Any]] = {}
 
     def make_network(self) -> nn.Module:
-        """The untrained target network. Raises InputError if there is none of that name."""
+        """The untrained target network. Raises InputError for an unknown name."""
         return build_segmenter(self.config.network, self.num_classes)
 
     def dataset(self, split: str) -> Any:
-        """Images and maps of a split. Raises InputError where the folder does not hold them."""
+        """Images and maps of a split. Raises InputError if the folder lacks them."""
         if split not in self._opened:
             self._opened[split] = open_split(split, self.config)
         return self._opened[split]
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """Images and maps of a split, in their order. Raises InputError if a file cannot be read."""
+        """Images and maps of a split, in order. Raises InputError if a file cannot be read."""
         yield from map(self._stacked, batches_to_score(self.dataset(split), self.config))
 
     def batches_after(self, done: int) -> Iterator[Batch]:
-        """The training batches of all epochs but the first ``done`` ones, without end.
+        """An endless stream of training batches after the first ``done``.
 
-        Each is full: a batch of one image is too few for a batch norm of global features.
+        Every batch is full, since batch norms of global features need more than one image.
         """
         yield from map(self._stacked, batches_to_train(self.dataset("train"), self.config, done))
 
@@ -291,7 +291,7 @@ class SegmentationTask(FinetunedTask):
         return torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
 
     def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Mean cross entropy of the pixels that count."""
+        """Mean cross entropy over the pixels that are not ignored."""
         images, maps = batch
         classes = torch.stack(maps).long()
         logits = enlarge(logits_of(network, images), classes.shape[-2:])
@@ -300,9 +300,9 @@ class SegmentationTask(FinetunedTask):
 
     @torch.inference_mode()
     def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
-        """Mean intersection over union of the classes that are there or answered, and the share of right pixels.
+        """Mean IoU over the classes that occur in maps or predictions, and pixel accuracy.
 
-        Both over all pixels of the split, at the maps' own resolution.
+        Both are over all pixels of the split, at the maps' own resolution.
 
         Raises:
             InputError: the network does not fit, or an image cannot be read.
@@ -318,14 +318,14 @@ class SegmentationTask(FinetunedTask):
                 logits = logits_of(fitted, images)
                 for some, classes in _by_size(logits, maps):
                     answers = enlarge(some, classes.shape[-2:])
-                    answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # broken ones decide nothing
+                    answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # not finite: class 0
                     overlap.update(answers, classes.long())
                     right.update(answers, classes.long())
         return {"miou": overlap.compute().item(), "pixel_accuracy": right.compute().item()}
 
 
 def _by_size(logits: Tensor, maps: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and maps ``[b, H, W]`` together where all maps are of one size, else one by one."""
+    """Logits and maps ``[b, H, W]``: batched if all maps have one size, else one by one."""
     if len({each.shape for each in maps}) == 1:
         yield logits, torch.stack(maps)
     else:

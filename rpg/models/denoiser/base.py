@@ -84,20 +84,6 @@ def time_sinusoid(time: Tensor, width: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [N, E]
 
 
-def shared_time(time: Tensor) -> Tensor:
-    """Reduce an expanded time (``scalar.expand(N)``, as a sampler passes it) to its one row.
-
-    What follows is then computed once per step and broadcast over the tokens, rather than once per token.
-
-    Args:
-        time: ``[N]``.
-
-    Returns:
-        ``[1]`` if all entries share one memory location, else ``time`` unchanged.
-    """
-    return time[:1] if time.stride(0) == 0 else time
-
-
 class TimeEmbedding(nn.Module):
     """Sinusoid and a two-layer MLP.
 
@@ -113,7 +99,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Embed ``[N]`` on the scale 0 … 1000 as ``[N, d_output]``; ``[1, d_output]`` for an expanded time."""
-        x = time_sinusoid(shared_time(time), self.d_sinusoid)  # [N or 1, E]
+        # An expanded time (``scalar.expand(N)``, as a sampler passes it) is embedded once, not once per token.
+        x = time_sinusoid(time[:1] if time.stride(0) == 0 else time, self.d_sinusoid)  # [N or 1, E]
         return self.output(F.silu(self.hidden(x)))  # [N or 1, d_output]
 
 
