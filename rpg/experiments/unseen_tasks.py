@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import random_other, unseen_baselines
+from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task, scores_of_sets
-from rpg.evaluation.regression import Regression, choose_regressions
+from rpg.evaluation.per_task import (
+    Diversity,
+    SplitScores,
+    base_summed,
+    measure_diversity,
+    measure_per_task,
+    score_split,
+    scores_of_sets,
+    worst_tasks,
+)
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
-from rpg.evaluation.unseen_tasks import SplitScores, base_summed, score_split, worst_tasks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
@@ -171,6 +178,14 @@ def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetwo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
+SPARED = 4
+"""Of large networks one in so many seen tasks is scored, and one in so many of those that are drawn several times."""
+
+LARGE_NOTE = (
+    "networks are large: {} of {} seen tasks are scored, two candidates of each kind of regression are tried, "
+    "and of the merges only linear and TIES"
+)
+
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_unseen(
@@ -181,15 +196,12 @@ def evaluate_unseen(
 
     Writes ``evaluation.json``, ``scatter.png`` and ``report.html`` into the run.
     Regressions and averages are made of the networks as the generator's layout cuts them: LoRA pairs in canonical form.
-    Networks are made, scored and dropped some at a time. No more seen tasks are scored than unseen ones, evenly chosen.
+    Networks are made, scored and dropped some at a time. No more seen tasks are scored than unseen ones, evenly chosen,
+    and of large networks a quarter as many; of these only the best degree of ridge regression is scored.
 
     Args:
-        run: a run folder.
-        seed: decides the generated networks.
         split: images or rows to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
             writes nothing.
-        workers: the processes that share the tasks; this one alone when None.
-        command: what is run, for the page.
         path_condition: the task whose denoising paths the page shows; the unseen one of median metric when None.
 
     Raises:
@@ -202,11 +214,11 @@ def evaluate_unseen(
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
-    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits))
+    wanted["seen"] = as_many(seen, -(-len(wanted["unseen"].bits) // (SPARED if seen.is_large else 1)))
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
-        shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
+        shown = chosen if isinstance(task, ImageTaskFamily) and not seen.is_large else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
         methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
@@ -226,6 +238,8 @@ def evaluate_unseen(
             spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
             extras["diversity"] = spread.model_dump(mode="json")
         report = _report(generator, zoo, task, scored, split, seed, extras)
+    if seen.is_large:
+        report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
     if not choosing and workers.is_first:
         write_report(run, report, tasks_page(run, report, generator, zoo, task, command, path_condition))
     return report
@@ -265,7 +279,7 @@ def diversity(
     workers: Workers | None = None, **options: Any,
 ) -> Diversity:  # fmt: skip
     """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
-    workers, bits = workers or Workers(), bits[:NUM_DIVERSITY_TASKS]
+    workers, bits = workers or Workers(), bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
     rows = generator.share(len(bits), workers.partition)
     seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
     draws = [parts_for(generator, bits, each, partition=workers.partition, **options) for each in seeds]

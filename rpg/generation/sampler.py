@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpg.config import GenerateConfig
 from rpg.devices import PATIENCE, note_device, use_device
-from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, Neighbourhoods, even_noise
@@ -155,8 +155,6 @@ class TiledSampler:
         same.
 
         Args:
-            request: decides, with the number of networks, what is drawn and which products are taken.
-            tile: the tile.
             compute: the rows of the first G' networks of a tile.
         """
         full, num = self.group_size(), tile.num_networks
@@ -186,8 +184,6 @@ class TokenSampler(TiledSampler):
 
     Args:
         network: the networks, in evaluation mode.
-        layout: of the checkpoints.
-        settings: how many tokens are computed together, and in which precision.
     """
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
@@ -270,7 +266,9 @@ class TokenSampler(TiledSampler):
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            begun = None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            begun = (
+                None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            )
             noise = request.temperature * noise.to(self.device)
             return self.network.prior.sample(noise, conditions, rngs=rngs, begun=begun)
         if request.state == "density" and self.network.config.state.neighbours:
@@ -284,9 +282,7 @@ class TokenSampler(TiledSampler):
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
-    def _among_neighbours(
-        self, request: Request, rngs: Sequence[torch.Generator], conditions: Tensor | None
-    ) -> Tensor:
+    def _among_neighbours(self, request: Request, rngs: Sequence[torch.Generator], conditions: Tensor | None) -> Tensor:
         """Codes ``[G, S]`` of the classes asked for, each from numbers of its own one of G ``rngs``."""
         table, num = self.network.state, self.network.config.state.neighbours
         assert isinstance(table, CodeTable) and table.classes is not None and table.spread is not None and num

@@ -48,7 +48,6 @@ class CodeTable(FittedBuffers):
     """The codes of the training checkpoints: a table of permutation states that is measured, not learned.
 
     Args:
-        num_states: n.
         size: m; cut to n - 1.
         classes: also holds the checkpoints' classes.
     """
@@ -83,7 +82,6 @@ class TaskTable(CodeTable):
     """Codes that are what the zoo says of each checkpoint's task, standardised: new tasks have codes, too.
 
     Args:
-        num_states: n.
         size: m, how many numbers that is.
     """
 
@@ -110,8 +108,6 @@ class Centre(FittedBuffers):
     """The closed-form part of tokens, and the spread of what remains. It has no parameters, only buffers.
 
     Args:
-        num_tokens: T.
-        token_size: k.
         condition: kind and size of the conditions that are regressed on; None for none.
     """
 
@@ -150,7 +146,6 @@ class Centre(FittedBuffers):
         Args:
             conditions: ``[G, C]`` as they come from a zoo; without regression they are ignored.
             codes: ``[G, m]``; None without.
-            token_ids: which tokens.
         """
         known = self.code_map.new_zeros(1, len(token_ids), self.code_map.shape[-1])
         with torch.autocast(known.device.type, enabled=False):
@@ -338,7 +333,9 @@ def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple
     """The table of states, and what maps them to the width of the backbone."""
     if config.of in ("code", "task"):
         size = config.width or width
-        codes = TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, bool(config.neighbours))
+        codes = (
+            TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, bool(config.neighbours))
+        )
         first = nn.Linear(codes.embedding_dim, width)
         return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
 from rpg.models.code_prior import Neighbourhoods
-from rpg.tasks.parallel import append_many
+from rpg.tasks.collecting import append_many
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -39,7 +39,7 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
-    prior = {**(plain["model"]["state"]["prior"] or GRID_PRIOR), "start": None}
+    prior = {**(plain["model"]["state"]["prior"] or {}), **GRID_PRIOR}
     grid_state = {"of": "code", "width": plain["model"]["state"]["width"], "prior": prior}
     steps = max(2, config.train.steps // 2)
     stages = {
@@ -85,8 +85,8 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     append_many(zoo, entries, [{VALUES: each} for _, each in missing])
 
 
-GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24}
-"""Of a diffusion of data on their grid, where the generator has no prior of its own."""
+GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24, "start": None}
+"""Of a diffusion of data on their grid; its size is that of the generator's prior, if there is one."""
 
 PARTS = 8
 """Gaussians of a class's mixture."""
@@ -113,7 +113,8 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
 
     Returns:
         ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
-        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means), and draws of `Neighbourhoods`.
+        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means), and draws of its
+        `Neighbourhoods`.
     """
     made: dict[str, list[Tensor]] = {
         name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")

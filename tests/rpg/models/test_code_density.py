@@ -40,7 +40,8 @@ def test_a_single_bell_is_as_likely_by_a_gaussian_and_keeps_its_spread():
 def test_likelihood_of_two_codes():
     # each is judged by the other's kernel alone: N(±1; ∓0.8, 0.6²), without the constant
     expected = -(1.8**2) / (2 * 0.6**2) - math.log(0.6)
-    assert left_out_likelihood(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 0.6) == pytest.approx(expected)
+    products = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert left_out_likelihood(products, 1, 0.6) == pytest.approx(expected)
 
 
 def test_neighbourhoods_follow_a_bent_class_where_its_gaussian_does_not():
@@ -60,6 +61,8 @@ def test_neighbourhoods_follow_a_bent_class_where_its_gaussian_does_not():
 
 def test_a_draw_without_noise_lies_between_a_code_and_its_neighbours():
     codes, classes = torch.tensor([[0.0], [2.0], [100.0], [1.0]]), torch.tensor([0, 0, 0, 1])
-    drawn = Neighbourhoods(codes, classes, 2).draw(torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 0.5]), torch.zeros(2, 2))
+    drawn = Neighbourhoods(codes, classes, 2).draw(
+        torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 0.5]), torch.zeros(2, 2)
+    )
     expected = 1 + (1 - DRAWN_IN**2) ** 0.5 * torch.tensor([[-1.0], [1.0]])  # the mean of 0 and 2, and on from there
     torch.testing.assert_close(drawn, expected)
