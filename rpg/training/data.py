@@ -15,10 +15,10 @@ from torch import Tensor
 from rpg.config import TrainConfig
 from rpg.generation.text_encoder import text_table
 from rpg.models import ModelConfig
-from rpg.models.batch import Batch, CodeBatch
 from rpg.models.centre import StateConfig
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
+from rpg.models.recurrent_diffusion import Batch, CodeBatch
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.training.examples import example_conditions
 from tokenization.errors import InputError

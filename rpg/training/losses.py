@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.config import BehaviourConfig, NewStatesConfig, TrainConfig
-from rpg.models.batch import Batch, Loss
 from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.unet1d import UNet1d
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, LossTask, Task, TaskSimulator
 from rpg.tasks.side_by_side import SideBySide
