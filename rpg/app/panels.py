@@ -47,7 +47,6 @@ class Panel:
         pictures: the sensor's view, ``[SHOWN, C, S, S]`` in 0 … 1.
         accuracies: of the generated networks together and of the fixed network, by label.
         votes, answers: networks per predicted class, ``[SHOWN, K]``, and the ensemble's class ``[SHOWN]``.
-        num: number of networks.
     """
 
     pictures: Tensor

@@ -77,8 +77,6 @@ class ExampleSets:
     Attributes:
         task: shows and scores, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
         conditions: what the tasks are, ``[T, C]``.
-        split: images that networks are scored on.
-        seed: decides which examples are shown.
     """
 
     task: Any
