@@ -33,7 +33,7 @@ from rpg.tasks import build_task
 from rpg.tasks.collecting import num_cores, single_threaded, spawned
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
-from rpg.training.examples import ExampleConditions
+from rpg.training.requests import ExampleConditions
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -82,7 +82,7 @@ def train_direct(
     """Train one by the joint score of its draws; of a single draw that is the cross-entropy.
 
     Args:
-        task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        task: shows and runs networks, a :class:`rpg.tasks.sensors.task.SensorsTask`.
         draws: M.
         noise: N.
         known: the tasks ``[K, C]`` to draw from; None: fresh ones in every step.
@@ -123,7 +123,7 @@ def log_likelihoods(task: Any, known: Tensor, shown: Tensor, widths: tuple[float
     """Log-density of the requests' images among each known task's, up to a constant of each width: ``[W, T, S]``.
 
     Args:
-        task: shows its training images, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        task: shows its training images, a :class:`rpg.tasks.sensors.task.SensorsTask`.
         known: tasks ``[S, C]``.
         shown: images ``[T, n, P]`` in 0 … 1.
         widths: W widths of the kernel.

@@ -20,7 +20,7 @@ from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
 from rpg.models.recurrent_diffusion import Batch, CodeBatch
 from rpg.seeding import derive_seed, make_rng, permutation
-from rpg.training.examples import example_conditions
+from rpg.training.requests import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD

@@ -29,7 +29,7 @@ from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, Loss
 from rpg.tasks.side_by_side import SideBySide
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import Descriptions, ExampleConditions, example_conditions
+from rpg.training.requests import Descriptions, ExampleConditions, example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.metric import MetricScale
