@@ -8,11 +8,14 @@ process lists their networks in the zoo in the order of the tasks, as soon as a 
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +28,11 @@ from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo, with_digest
 
 _METRIC = "metric/"
+
+Result = TypeVar("Result")
+
+ALONE = 3.0
+"""Seconds before other processes are started: to start one takes about as long."""
 
 WRITERS = 8
 """Files written at a time: most of the time of a small file is waiting for the disk."""
@@ -100,33 +108,16 @@ def collect_many(
 
     if processes is None:
         processes = 1 if place.num_processes > 1 else num_cores()
-    _train_parts(trainable, parts, mine, folder, min(processes, len(mine)), report)
+    share(
+        [partial(_train_part, trainable, parts[number], number, folder) for number in mine], processes,
+        lambda index: report(mine[index]),
+    )  # fmt: skip
     place.wait_for_everyone()
     if place.is_main_process:
         _list_parts(zoo, parts, folder, bits, splits, write)
         if total == len(bits):
             remove_folder(folder)
     place.wait_for_everyone()
-
-
-def _train_parts(
-    trainable: Trainable,
-    parts: list[list[int]],
-    mine: list[int],
-    folder: Path,
-    processes: int,
-    report: Callable[[int], None],
-) -> None:
-    if processes <= 1:
-        for number in mine:
-            _train_part(trainable, parts[number], number, folder)
-            report(number)
-        return
-    with spawned(processes) as pool:
-        futures = {number: pool.submit(_train_part, trainable, parts[number], number, folder) for number in mine}
-        for number, future in futures.items():
-            future.result()
-            report(number)
 
 
 @single_threaded()
@@ -188,6 +179,49 @@ def _file(folder: Path, number: int) -> Path:
 def spawned(processes: int) -> ProcessPoolExecutor:
     """Processes that begin anew: a fork would copy the thread pools of torch in an unknown state."""
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+
+
+def share(
+    work: Sequence[Callable[[], Result]], processes: int, done: Callable[[int], None] | None = None
+) -> list[Result]:
+    """What each of ``work`` returns: done in this process and, after ``ALONE`` seconds, in ``processes - 1`` others.
+
+    Work must pickle. ``done`` is called here with the index of each that is done, in any order, one at a time. An error
+    in any process ends them all after what they are at.
+    """
+    found: dict[int, Result] = {}
+    left, one_by_one, finished = deque(range(len(work))), threading.Lock(), threading.Event()
+
+    def take(call: Callable[[Callable[[], Result]], Result]) -> None:
+        try:
+            while True:
+                try:
+                    index = left.popleft()
+                except IndexError:
+                    return
+                made = call(work[index])
+                with one_by_one:
+                    found[index] = made
+                    if done is not None:
+                        done(index)
+        except BaseException:
+            left.clear()
+            raise
+
+    def other() -> None:
+        if not finished.wait(ALONE) and left:
+            with spawned(1) as pool:
+                take(lambda each: pool.submit(each).result())
+
+    with ThreadPoolExecutor(max(1, processes - 1)) as threads:
+        others = [threads.submit(other) for _ in range(min(processes, len(work)) - 1)]
+        try:
+            take(lambda each: each())
+        finally:
+            finished.set()
+        for each in others:
+            each.result()
+    return [found[index] for index in range(len(work))]
 
 
 def num_cores() -> int:
