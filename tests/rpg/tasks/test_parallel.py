@@ -4,10 +4,17 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from rpg.tasks import parallel
+
+@pytest.fixture
+def parallel() -> ModuleType:
+    """Imported here: the other processes import this file, and need no PyTorch."""
+    from rpg.tasks import parallel
+
+    return parallel
 
 
 def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
@@ -19,13 +26,13 @@ def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_little_work_is_done_here_in_order(tmp_path, processes):
+def test_little_work_is_done_here_in_order(parallel, tmp_path, processes):
     done = []
     found = parallel.share([partial(mark, tmp_path, number, 0) for number in range(5)], processes, done.append)
     assert found == [(number, os.getpid()) for number in range(5)] and done == list(range(5))
 
 
-def test_other_processes_take_their_part_of_much_work_and_results_keep_their_order(tmp_path, monkeypatch):
+def test_other_processes_take_their_part_of_much_work_and_results_keep_their_order(parallel, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "ALONE", 0.0)
     done: list[int] = []
     work = [partial(mark, tmp_path, number, 0.3) for number in range(100, 140)]
@@ -35,7 +42,7 @@ def test_other_processes_take_their_part_of_much_work_and_results_keep_their_ord
 
 
 @pytest.mark.parametrize("alone", [0.0, 30.0])
-def test_an_error_is_raised_and_ends_what_is_left(tmp_path, monkeypatch, alone):
+def test_an_error_is_raised_and_ends_what_is_left(parallel, tmp_path, monkeypatch, alone):
     monkeypatch.setattr(parallel, "ALONE", alone)
     work = [partial(mark, tmp_path, number, 0.1) for number in (0, 13, *range(100, 1000))]
     with pytest.raises(ValueError, match="thirteen"):
