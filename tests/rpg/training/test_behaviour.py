@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from rpg.config import Config
+from rpg.config import BehaviourConfig, Config, TrainConfig
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.tasks.side_by_side import stack
-from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
-from rpg.training.losses.auxiliary import AuxiliaryLosses
-from rpg.training.losses.behaviour import BehaviourLoss, num_at_last_time
+from rpg.training.losses import AuxiliaryLosses, BehaviourLoss, num_at_last_time
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.zoo.condition import WITHHELD
