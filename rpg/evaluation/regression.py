@@ -26,7 +26,7 @@ RIDGE_PENALTIES = (1e-1, 1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0)
 KERNEL_PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 KERNEL_LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-NUM_TRIED = 3
+NUM_TRIED = 2
 """Regressions of a kind that are tried as networks, where networks are large."""
 
 

@@ -171,6 +171,14 @@ def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetwo
 
 NUM_DIVERSITY_TASKS, NUM_DRAWS = 50, 5
 
+SPARED = 4
+"""Of large networks one in so many seen tasks is scored, and one in so many of those that are drawn several times."""
+
+LARGE_NOTE = (
+    "networks are large: {} of {} seen tasks are scored, two candidates of each kind of regression are tried, "
+    "and of the merges only linear and TIES"
+)
+
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_unseen(
@@ -181,7 +189,8 @@ def evaluate_unseen(
 
     Writes ``evaluation.json``, ``scatter.png`` and ``report.html`` into the run.
     Regressions and averages are made of the networks as the generator's layout cuts them: LoRA pairs in canonical form.
-    Networks are made, scored and dropped some at a time. No more seen tasks are scored than unseen ones, evenly chosen.
+    Networks are made, scored and dropped some at a time. No more seen tasks are scored than unseen ones, evenly chosen,
+    and of large networks a quarter as many; of these only the best degree of ridge regression is scored.
 
     Args:
         run: a run folder.
@@ -202,11 +211,11 @@ def evaluate_unseen(
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
     seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
-    wanted["seen"] = as_many(seen, len(wanted["unseen"].bits))
+    wanted["seen"] = as_many(seen, -(-len(wanted["unseen"].bits) // (SPARED if seen.is_large else 1)))
     scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
-        shown = chosen if isinstance(task, ImageTaskFamily) else ("ridge", "kernel_ridge")
+        shown = chosen if isinstance(task, ImageTaskFamily) and not seen.is_large else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
         methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
@@ -226,6 +235,8 @@ def evaluate_unseen(
             spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
             extras["diversity"] = spread.model_dump(mode="json")
         report = _report(generator, zoo, task, scored, split, seed, extras)
+    if seen.is_large:
+        report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
     if not choosing and workers.is_first:
         write_report(run, report, tasks_page(run, report, generator, zoo, task, command, path_condition))
     return report
@@ -265,7 +276,7 @@ def diversity(
     workers: Workers | None = None, **options: Any,
 ) -> Diversity:  # fmt: skip
     """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
-    workers, bits = workers or Workers(), bits[:NUM_DIVERSITY_TASKS]
+    workers, bits = workers or Workers(), bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
     rows = generator.share(len(bits), workers.partition)
     seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
     draws = [parts_for(generator, bits, each, partition=workers.partition, **options) for each in seeds]

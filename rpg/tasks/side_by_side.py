@@ -48,18 +48,15 @@ class SideBySide:
     def __call__(self, weights: Stacked, images: Tensor) -> Tensor:
         """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
         ``[T, B, C, H, W]``; what expanded tensors make of the same images is computed once for all."""
+        own, total = 0 if images.dim() == 5 else None, len(next(iter(weights.values())))
+        common = {name for name, value in weights.items() if _is_common(value)}
+        if own is None and len(common) == len(weights):  # one network, asked for several times
+            return self._call({name: value[0] for name, value in weights.items()}, images).expand(total, -1, -1)
         if self.is_large:
             networks = zip(*(value.unbind() for value in weights.values()), strict=True)
             batches = images if images.dim() == 5 else itertools.repeat(images)
             pairs = zip(networks, batches, strict=False)  # one batch may serve all
             return torch.stack([self._call(dict(zip(weights, each, strict=True)), batch) for each, batch in pairs])
-        own = 0 if images.dim() == 5 else None
-        total, common = (
-            len(next(iter(weights.values()))),
-            {name for name, value in weights.items() if _is_common(value)},
-        )
-        if own is None and len(common) == len(weights):  # one network, asked for several times
-            return self._call({name: value[0] for name, value in weights.items()}, images).expand(total, -1, -1)
         quick = getattr(self.network, "side_by_side", None)  # a network's own way to the same logits and gradients
         if quick is not None and own is None and not common and torch.is_grad_enabled():
             return quick(weights, images)
