@@ -155,7 +155,6 @@ def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
     A report after the last one begins a line of its own: several runs, one after the other.
 
     Args:
-        title: what is done.
         after: seconds from when on the bar appears; what takes less shows none.
     """
     global _live
@@ -244,7 +243,6 @@ def run_command(command: Callable[[], object], voice: Voice | None = None, inter
 
     Args:
         command: returns its exit code, or what it tells a machine, where ``exit_code`` may be among it.
-        voice: how it speaks.
         interrupted: what is left of the work, where an interruption ends it.
     """
     facts: object = None

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from rpg.console import run_command
-from rpg.planning.peak import peak_resident_bytes
+from rpg.planning.estimator import peak_resident_bytes
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

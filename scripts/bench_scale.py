@@ -26,7 +26,7 @@ from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
-from rpg.planning.peak import peak_resident_bytes
+from rpg.planning.estimator import peak_resident_bytes
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.section import default_config

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.peak import peak_resident_bytes
+from rpg.planning.estimator import peak_resident_bytes
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.section import default_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from rpg.generation.folders import SHIPPED, SHIPPED_FOLDER
 from rpg.generation.generator import Generator
 from rpg.generation.model_card import without_places
-from rpg.training.known_range import measure_known_range
+from rpg.training.validation_errors import measure_known_range
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

@@ -24,7 +24,7 @@ from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
 from tokenization.checkpoint.checkpoint import save_checkpoint
-from tokenization.checkpoint.masks import SUFFIXES
+from tokenization.checkpoint.structure import SUFFIXES
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
 from tokenization.zoo.locks import locked

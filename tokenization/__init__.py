@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from tokenization.checkpoint.checkpoint import Checkpoint
     from tokenization.layout.layout import TokenLayout
     from tokenization.layout.reader import TokenReader
-    from tokenization.layout.writer import CheckpointWriter
+    from tokenization.layout.rows import CheckpointWriter
     from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Checkpoint", "CheckpointWriter", "InputError", "TokenLayout", "TokenReader", "Zoo"]
 
 _MODULES = {
     "Checkpoint": "tokenization.checkpoint.checkpoint",
-    "CheckpointWriter": "tokenization.layout.writer",
+    "CheckpointWriter": "tokenization.layout.rows",
     "TokenLayout": "tokenization.layout.layout",
     "TokenReader": "tokenization.layout.reader",
     "Zoo": "tokenization.zoo.zoo",

@@ -133,7 +133,6 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Args:
         text: what the file holds.
-        path: names it in errors.
 
     Raises:
         InputError: a line is not a JSON object; names the line.

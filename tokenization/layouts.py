@@ -12,7 +12,7 @@ from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
 from tokenization.layout.reader import TokenReader
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.spectral.layout import SpectralLayout, SpectralReader, SpectralWriter
 from tokenization.zoo.zoo import Zoo
 

@@ -2,5 +2,5 @@
 
 import os
 
-# Read when Gradio is first imported: it reports nothing to anybody.
+# Read when Gradio is first imported: turns its usage reports off.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -23,25 +23,25 @@ from tokenization.zoo.condition import Setting
 from tokenization.zoo.metric import MetricScale
 
 WORDS, WORDS_SENSOR = "upside down, light on dark, a little too close", {"angle": 180.0, "scale": 1.08}
-"""A sensor in words, and what the words mean."""
+"""The example description of a sensor, and its settings."""
 
 MOST_SHOWN = 20
-"""Pictures of a sensor."""
+"""Largest number of pictures to request a network by."""
 
 STARTS = 50
-"""Originals that are offered to go on from."""
+"""Originals offered as initial weights."""
 
 
 @dataclass
 class Controls:
-    """Components, and what turns their values into a part of a request (raising InputError)."""
+    """Components, and the function that reads their values as part of a request (it raises InputError)."""
 
     components: list[Any]
     read: Callable[..., dict[str, Any]]
 
 
 def condition_controls(run: LoadedRun) -> Controls:
-    """What to generate for: switches, a class, words, numbers, or the value of a metric."""
+    """Controls of the condition: checkboxes, a class, words, numbers, or the value of a metric."""
     spec, metric = run.condition, run.generator.metric
     if spec is None:
         return Controls([], dict)
@@ -78,7 +78,7 @@ def condition_controls(run: LoadedRun) -> Controls:
 
 
 def _sensor(run: LoadedRun) -> Controls:
-    """Knobs of a sensor, which are the condition, or show what words and pictures are about."""
+    """Sliders for a sensor's settings: the condition itself, or the sensor on which networks are tried."""
     kind, settings = run.condition.kind if run.condition is not None else "", settings_of(run)
     parts: list[Any] = []
     if kind == "text":
@@ -114,7 +114,7 @@ def _knob(setting: Setting, first: bool) -> Any:
 
 
 def knob_values(run: LoadedRun, values: Sequence[Any]) -> list[float]:
-    """Settings from the knobs. Raises InputError for an empty or impossible one."""
+    """Settings read from the sliders. Raises InputError for an empty or impossible value."""
     named = zip(settings_of(run), values, strict=True)
     return [each.check(math.nan if value is None else float(value)) for each, value in named]
 
@@ -145,7 +145,7 @@ def _power(exponent: float) -> float:
 
 
 def initial_controls(run: LoadedRun) -> Controls:
-    """The checkpoint to go on from, of a generator that improves one: an original, or a file of the user's own."""
+    """Initial weights, for generators that improve a checkpoint: an original, or an uploaded file."""
     if not run.generator.takes_initial:
         return Controls([], dict)
     chosen = list(run.originals.indices) if run.originals is not None else []
@@ -168,14 +168,14 @@ def initial_controls(run: LoadedRun) -> Controls:
 
 
 def _usual(run: LoadedRun) -> int:
-    """How many networks to offer: of sensors one, or sixteen draws where there is something to draw."""
+    """Default number of networks: for sensors one, or all that are allowed if the generator draws them."""
     if sensors_task(run) is None:
         return 4
     return MOST_NETWORKS if run.config.generate.state == "prior" else 1
 
 
 def sampling_controls(run: LoadedRun) -> Controls:
-    """How many networks, of which seed, and how they are sampled, as far as the kind of generator leaves it open."""
+    """Number of networks, seed, and the sampling options that this kind of generator has."""
     settings, model = run.config.generate, run.config.model
     names = ["num", "seed"]
     with gr.Row():
@@ -215,7 +215,7 @@ def sampling_controls(run: LoadedRun) -> Controls:
 
 
 def request_of(parts: list[Controls], values: tuple[Any, ...]) -> PageRequest:
-    """The request that the values of all controls make. Raises InputError if it is impossible."""
+    """The request described by the values of all controls. Raises InputError if it is impossible."""
     request, rest = PageRequest(), list(values)
     for each in parts:
         mine, rest = rest[: len(each.components)], rest[len(each.components) :]
@@ -224,7 +224,7 @@ def request_of(parts: list[Controls], values: tuple[Any, ...]) -> PageRequest:
 
 
 def example_controls(run: LoadedRun, condition: Controls) -> tuple[Any, Callable[..., Any]] | None:
-    """An upload of pictures that set the condition, where the task understands them; and what reads them."""
+    """An upload button for pictures that set the condition, and their reader; None if the task reads no pictures."""
     if not reads_examples(run) or run.condition is None or run.zoo is None:
         return None
     files = gr.UploadButton(

@@ -35,26 +35,26 @@ PREFIX = "data:image/png;base64,"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a network says to a digit: its answer in words, and how sure it is, 0 … 1."""
+    """A network's prediction for a digit: the class in words, and its probability, 0 … 1."""
 
     text: str
     share: float
 
 
 def reads_digits(run: LoadedRun) -> bool:
-    """Whether the networks look at digits, so that one may be drawn for them."""
+    """Whether the networks classify digits, so that the user can draw one."""
     return isinstance(run.task, DigitsTask | DigitsSubsetsTask | TrainingRunsTask)
 
 
 def reads_examples(run: LoadedRun) -> bool:
-    """Whether images of digits say what to generate for."""
+    """Whether images of digits can set the condition."""
     return isinstance(run.task, DigitsSubsetsTask) or (
         isinstance(run.task, FieldsTask) and run.task.config.data == "digits"
     )
 
 
 def drawn(url: Any) -> Tensor:
-    """The digit on a canvas, from its data URL: counts ``[8, 8]``. Raises InputError if it is no image or empty."""
+    """The digit on a canvas, from its data URL: counts ``[8, 8]``. Raises InputError if there is none."""
     if not isinstance(url, str) or not url.startswith(PREFIX) or len(url) > MOST_CHARACTERS:
         raise InputError("what was drawn did not arrive as a picture; draw it again")
     try:
@@ -80,14 +80,14 @@ def _grey(source: Any, name: str) -> Tensor:
             grey = torch.from_numpy(np.asarray(paper.convert("L"), dtype=np.float32) / 255)
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whatever Pillow says of broken files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's errors for broken files
         raise InputError(f"{name} is not a picture that can be read; give a PNG or JPEG file of one digit") from None
     border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     return 1 - grey if border.median() > 0.5 else grey
 
 
 def counted(ink: Tensor, name: str) -> Tensor:
-    """Ink ``[H, W]`` in 0 … 1 as scikit-learn's digits are: cut out, 32×32 pixels, counted ``[8, 8]`` in 0 … 16."""
+    """Preprocess ink ``[H, W]`` in 0 … 1 like scikit-learn's digits: crop, 32×32 pixels, counts ``[8, 8]``."""
     dark = ink > 0.5
     if not dark.any():
         raise InputError(f"{name} shows no digit; draw one large and dark")
@@ -104,7 +104,7 @@ def counted(ink: Tensor, name: str) -> Tensor:
 
 
 def answer(run: LoadedRun, network: StateDict, counts: Tensor, condition: Sequence[float] | None) -> Answer:
-    """What a network says to a digit ``[8, 8]``: a class, or whether it is one of the classes of its condition."""
+    """A network's prediction for a digit ``[8, 8]``: a class, or whether it belongs to the classes of its condition."""
     task: Any = run.task
     size = getattr(task.config, "image_size", DIGITS_SIZE)
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +117,7 @@ def answer(run: LoadedRun, network: StateDict, counts: Tensor, condition: Sequen
 
 
 def answers(run: LoadedRun, made: PageResult, counts: Tensor) -> list[tuple[Answer, Answer | None, str]]:
-    """What each generated network says, its nearest original, and that one's name."""
+    """The predictions of each generated network and of its nearest original, and the original's name."""
     found = []
     for index, network in enumerate(made.networks):
         beside, name = None, ""
@@ -130,7 +130,7 @@ def answers(run: LoadedRun, made: PageResult, counts: Tensor) -> list[tuple[Answ
 
 
 def classes_of(run: LoadedRun, files: Sequence[Path]) -> list[int]:
-    """The digits that images show: by the base network of a family, of fields by the most similar digit in the zoo.
+    """The digits on images, by a family's base network, or for fields by the most similar digit in the zoo.
 
     Raises:
         InputError: a file is not an image of a digit, or the zoo has no base network.

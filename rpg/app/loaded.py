@@ -29,10 +29,10 @@ from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 MOST = 4096
-"""Originals that networks are compared with; of a larger zoo every few."""
+"""Largest number of originals to compare with; of a larger zoo every n-th is taken."""
 
 COLUMNS = 600
-"""Values of a network that a picture of its parameters shows."""
+"""Values of a network shown in the picture of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Neighbour:
 
     Attributes:
         index: its entry in the zoo.
-        name: what it was trained for, its run and its step.
+        name: its condition, run and step.
         distance: in the median distance of an original to its nearest neighbour.
     """
 
@@ -51,7 +51,7 @@ class Neighbour:
 
 
 class Originals:
-    """What a generator learned from, placed once. Raises InputError if there is nothing, or it is broken."""
+    """The checkpoints that a generator was trained on. Raises InputError if there are none, or one is broken."""
 
     def __init__(self, generator: Generator, zoo: Zoo, task: Task | None) -> None:
         config = generator.config
@@ -73,7 +73,7 @@ class Originals:
         return self.layout.checkpoint(self.zoo, index).state_dict()
 
     def name(self, index: int) -> str:
-        """What an entry was trained for, its run, and its step where they have several."""
+        """An entry's condition, run, and step if runs have several."""
         entry = self.zoo.entries[index]
         run = self.zoo.runs[entry.run] if entry.run < len(self.zoo.runs) else f"run {entry.run}"
         step = f", step {entry.step}" if self.several_steps else ""
@@ -91,7 +91,7 @@ class Originals:
         ]
 
     def deviations(self, networks: Sequence[StateDict]) -> Tensor:
-        """Values evenly picked from networks ``[N, columns]``: deviations from the mean, in their layers' spread."""
+        """Evenly spaced values of networks ``[N, columns]``: deviations from the mean, in their layers' spread."""
         rows = []
         for network in networks:
             parts = [
@@ -125,7 +125,7 @@ def told(spec: ConditionSpec | None, condition: Sequence[float] | str | None) ->
 
 MOST_NETWORKS = 16
 MOST_SCORED_VALUES = 1 << 23
-"""Values of a network up to which it is scored while somebody waits."""
+"""Networks with more values are not scored, since the user is waiting."""
 
 CHEAP = ImageTask | TaskFamily | AdapterScorer | MetricsTask
 """Tasks whose data are in memory."""
@@ -133,7 +133,7 @@ CHEAP = ImageTask | TaskFamily | AdapterScorer | MetricsTask
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What is asked for; fields as `Generator.generate` takes them."""
+    """A request, with fields as `Generator.generate` takes them."""
 
     num: int = 1
     seed: int = 0
@@ -146,17 +146,17 @@ class PageRequest:
 
 @dataclass
 class PageResult:
-    """Networks that were made for a request, and the folder that holds their files.
+    """Networks generated for a request, and the folder with their files.
 
     Attributes:
         files: a safetensors file or a PEFT folder a network.
         wanted: the condition in words.
-        metrics: by name, of each network; none where nothing scores them, or not while somebody waits.
-        nearest: the originals nearest to each network; none without a zoo.
-        original_metrics: of the nearest original of each network, at what it was trained for.
+        metrics: by name, of each network; empty if nothing scores them, or scoring would take too long.
+        nearest: the originals nearest to each network; empty without a zoo.
+        original_metrics: of the nearest original of each network, for its own condition.
         shared_errors: overlap (IoU) of each network's wrong answers with those of its nearest original, 0 … 1.
-        seconds: it took to make a network.
-        distance: how far the request is from what was learned, in one line; empty where that was never measured.
+        seconds: generation time per network.
+        distance: distance of the request from the training conditions, in one line; empty if never measured.
     """
 
     request: PageRequest
@@ -172,7 +172,7 @@ class PageResult:
     shared_errors: list[float] = field(default_factory=list)
 
     def download(self) -> Path:
-        """The one file to download: the network's own, or a zip of several, or of PEFT folders."""
+        """The file to download: the network's own, or a zip archive of several networks or of PEFT folders."""
         if len(self.files) == 1 and self.files[0].is_file():
             return self.files[0]
         path = self.folder / "networks"
@@ -180,16 +180,15 @@ class PageResult:
 
 
 class LoadedRun:
-    """A generator, and where they are at hand its zoo and its task.
+    """A generator, with its zoo and task if they are available.
 
     Args:
         run: a run folder, a generator folder, or a repository id on the Hugging Face hub.
-        device: where it computes.
-        prompt_model: where the sentence encoder of a generator of texts is.
+        prompt_model: path of the sentence encoder, for generators with text conditions.
 
     Attributes:
-        missing: why there are no originals or no metrics, one sentence each.
-        is_large: whether networks are not scored because somebody waits.
+        missing: reasons why there are no originals or metrics, one sentence each.
+        is_large: whether scoring is left out because it would take too long.
 
     Raises:
         InputError: there is no generator, or a file of it is broken.
@@ -224,7 +223,7 @@ class LoadedRun:
                 self.scorer = TaskScorer(self.task, self.config.evaluate.split, self.condition.names)
             return
         if self.zoo is None or (self.config.task is None and self.zoo.task is None):
-            return  # said before, or somebody's own checkpoints, which no task scores
+            return  # reported already, or checkpoints of the user's own, which no task scores
         self.task = find_task(self.config, self.zoo)
         if not isinstance(self.task, MetricsTask | Classifier | AdapterScorer | TaskFamily):
             return
@@ -295,7 +294,7 @@ class LoadedRun:
         return [float(names.index(condition))] if condition in names else None
 
     def _labels(self, values: Sequence[float] | None) -> Tensor | None:
-        """Right answers on the images that networks are scored on, where the task tells them."""
+        """Correct classes of the scored images, if the task has them."""
         split = self.config.evaluate.split
         if isinstance(self.task, ImageTaskFamily) and values is not None and hasattr(self.task, "predict"):
             return self.task.targets(Tensor([list(values)]), split)[0]

@@ -1,4 +1,4 @@
-"""The sensors' part of a page: a sensor to turn, what it sees, and how networks made for it compare with a fixed one.
+"""The sensor panel: a sensor with adjustable settings, its view, and generated networks beside a fixed one.
 
 T networks, B images, K classes.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg.app.loaded import LoadedRun, PageResult
-from rpg.models.examples import example_rows
+from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks.sensors.sensors import SensorsTask
 from rpg.tasks.sensors.simulator import seen_by
@@ -22,19 +22,18 @@ from tokenization.errors import InputError
 from tokenization.zoo.condition import Setting
 
 SHOWN = 10
-"""Pictures that are shown: the first of each class."""
+"""Number of pictures shown: the first of each class."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What a page shows of a sensor.
+    """Contents of the sensor panel.
 
     Attributes:
-        pictures: what it sees, ``[SHOWN, C, S, S]`` in 0 … 1.
-        accuracies: of the generated network, or of all of them together; of the fixed one; each in words.
-        votes: of every picture, how many networks say each class ``[SHOWN, K]``; and the ensemble's class ``[SHOWN]``.
-        num: networks.
-        classes: names.
+        pictures: the sensor's view, ``[SHOWN, C, S, S]`` in 0 … 1.
+        accuracies: of the generated networks together and of the fixed network, by label.
+        votes, answers: networks per predicted class, ``[SHOWN, K]``, and the ensemble's class ``[SHOWN]``.
+        num: number of networks.
     """
 
     pictures: Tensor
@@ -46,18 +45,18 @@ class Panel:
 
 
 def sensors_task(run: LoadedRun) -> SensorsTask | None:
-    """The task of a page about sensors; None of other pages."""
+    """The run's task if it is about sensors, else None."""
     return run.task if isinstance(run.task, SensorsTask) else None
 
 
 def settings_of(run: LoadedRun) -> tuple[Setting, ...]:
-    """What can be turned."""
+    """The sensor's adjustable settings."""
     task = sensors_task(run)
     return task.settings if task is not None else ()
 
 
 def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int = 1) -> Any:
-    """The condition that asks for a sensor: its settings, words, or so many unlabelled examples that it shows."""
+    """The condition for a sensor: its settings, its description, or ``num`` unlabelled examples from it."""
     task, spec = sensors_task(run), run.condition
     if task is None or spec is None:
         raise InputError("this generator is not one of sensors; name another run")
@@ -76,9 +75,9 @@ def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int
 
 
 def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
-    """What a sensor sees and what networks say of it.
+    """The view of a sensor and the networks' predictions for it.
 
-    A generator that is asked by settings makes a network for them at once; others have those that were ``made``.
+    A generator conditioned on settings generates a network for them immediately; for others ``made`` is shown.
     """
     task = sensors_task(run)
     assert task is not None and run.condition is not None
@@ -109,7 +108,7 @@ def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
 
 
 def fixed_network(run: LoadedRun) -> StateDict | None:
-    """The network for an upright sensor, generated once; of generators asked by settings or words."""
+    """The network for an upright sensor, generated once, for generators conditioned on settings or words."""
     spec, kept = run.condition, getattr(run, "_fixed", None)
     if kept is None and spec is not None and spec.kind != "examples":
         asked = "upright" if spec.kind == "text" else [each.default for each in spec.settings]

@@ -1,18 +1,25 @@
-"""Serves the page, to this machine only by default."""
+"""The page: rendering of networks and their metrics, and the server, on the local machine only by default."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import shutil
 import signal
+import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
 
 from rpg.app.controls import (
     Controls,
@@ -23,11 +30,143 @@ from rpg.app.controls import (
     request_of,
     sampling_controls,
 )
-from rpg.app.digits import answers, drawn, reads_digits
-from rpg.app.loaded import LoadedRun, PageRequest, PageResult
-from rpg.app.sensors import look, sensors_task, settings_of
-from rpg.app.show import show_answers, show_drawing, show_header, show_made, show_mistake, show_sensor
+from rpg.app.digits import Answer, answers, drawn, reads_digits
+from rpg.app.loaded import LoadedRun, PageRequest, PageResult, told
+from rpg.app.sensors import Panel, look, sensors_task, settings_of
+from rpg.evaluation.judges import less_is_better
+from rpg.evaluation.page.page import heat_png
+from rpg.labs.fields.task import FieldsTask
+from rpg.tasks.images.digits import DigitsSubsetsTask
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
+
+FIELD_SIZE = 96
+"""Height and width at which fields are rendered, whatever grid they were fitted on."""
+
+_templates = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=StrictUndefined,
+)  # fmt: skip
+_templates.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
+
+
+def _render(part: str, **shown: Any) -> str:
+    html = getattr(_templates.get_template("parts.html.j2").module, part)(**shown)
+    return str(html).replace("{", "&#123;").replace("$", "&#36;")  # or the page would expand them as templates
+
+
+def show_header(run: LoadedRun) -> str:
+    """A short description of the generator, and what is missing."""
+    config, generator = run.config, run.generator
+    facts = [
+        f"{generator.layout.num_values:,} values a network",
+        f"{config.model.kind.replace('_', ' ')} generator",
+        f"condition: {run.condition.kind if run.condition else 'none'}" if generator.metric is None else
+        f"condition: {generator.metric.name}",
+    ]  # fmt: skip
+    if config.task is not None:
+        facts.insert(0, f"task {config.task.name}")
+    if run.originals is not None:
+        facts.append(f"{run.originals.total:,} originals")
+        if run.originals.total > len(run.originals):
+            facts.append(f"{len(run.originals):,} of them compared")
+    return _render("header", name=run.name, facts=facts, missing=run.missing)
+
+
+def show_mistake(line: str) -> str:
+    """A user's error in one line."""
+    return _render("mistake", line=" ".join(line.split()))
+
+
+def show_made(run: LoadedRun, made: PageResult | None) -> str:
+    """Networks with metrics, nearest originals and pictures; a placeholder before the first ones."""
+    if made is None:
+        return _render("nothing")
+    rows = [
+        {
+            "number": index + 1,
+            "figure": _first(made.metrics[index]) if made.metrics else None,
+            "beside": _first(made.original_metrics[index]) if made.original_metrics else None,
+            "nearest": made.nearest[index] if made.nearest else [],
+            "shared": made.shared_errors[index] if made.shared_errors else None,
+        }
+        for index in range(len(made.networks))
+    ]
+    name = next(iter(made.metrics[0])) if made.metrics else ""
+    mean = statistics.fmean(map(_first, made.metrics)) if made.metrics else None
+    return _render(
+        "made", made=made, rows=rows, name=name, percent=_is_share(name), mean=mean, wanted=made.wanted,
+        heat=_heat(run, made), fields=_fields(run, made), large=run.is_large,
+    )  # fmt: skip
+
+
+def _first(metrics: dict[str, float]) -> float:
+    return next(iter(metrics.values()))
+
+
+def _is_share(name: str) -> bool:
+    """Whether a metric is a share, shown in percent."""
+    return "accuracy" in name and not less_is_better([name])
+
+
+def _heat(run: LoadedRun, made: PageResult) -> tuple[list[str], str] | None:
+    """A heatmap of each network above its nearest original: row labels and a PNG."""
+    if run.originals is None or not run.originals.span.scales:
+        return None
+    labels, networks = [], []
+    for index, network in enumerate(made.networks[:8]):
+        labels += [f"network {index + 1}", "nearest original"]
+        networks += [network, run.originals.state_dict(made.nearest[index][0].index)]
+    return labels, heat_png(run.originals.deviations(networks))
+
+
+def _fields(run: LoadedRun, made: PageResult) -> list[tuple[str, str, str]]:
+    """For neural fields: PNGs of each field and its nearest original, and the original's name."""
+    if not isinstance(run.task, FieldsTask):
+        return []
+    own = _pictures(run.task, made.networks)
+    if run.originals is None:
+        return [(picture, "", "") for picture in own]
+    beside = _pictures(run.task, [run.originals.state_dict(each[0].index) for each in made.nearest])
+    return [(a, b, each[0].name) for a, b, each in zip(own, beside, made.nearest, strict=True)]
+
+
+def _pictures(task: FieldsTask, networks: Sequence[StateDict]) -> list[str]:
+    images = task.render(networks, FIELD_SIZE)
+    return [_png(1 - image if len(image) == 1 else image) for image in images]
+
+
+def _png(image: Tensor) -> str:
+    """``[C, H, W]`` in 0 … 1 as a base64 PNG."""
+    values = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def show_sensor(panel: Panel) -> str:
+    """A sensor's view, the networks' predictions for each picture, and their accuracy."""
+    places = []
+    for right, (picture, said, votes) in enumerate(zip(panel.pictures, panel.answers, panel.votes, strict=True)):
+        fan = [(panel.classes[k], votes[k].item() / panel.num) for k in votes.argsort(descending=True) if votes[k]]
+        places.append({"picture": _png(picture), "said": panel.classes[int(said)] if said >= 0 else "", "votes": fan,
+                       "right": right == said})  # fmt: skip
+    return _render("sensor", places=places, accuracies=panel.accuracies, several=panel.num > 1)
+
+
+def show_drawing() -> str:
+    """Explanation of the canvas."""
+    return _render("draw")
+
+
+def show_answers(
+    run: LoadedRun, made: PageResult, counts: Tensor, found: list[tuple[Answer, Answer | None, str]]
+) -> str:
+    """The networks' predictions for a drawn digit ``[8, 8]``, beside those of originals."""
+    family = isinstance(run.task, DigitsSubsetsTask)
+    question = f"Is it one of: {told(run.condition, made.request.condition)}?" if family else ""
+    return _render("answers", picture=_png(1 - counts[None] / 16), question=question, found=found)
+
 
 HERE = Path(__file__).parent
 CSS = (HERE / "page.css").read_text(encoding="utf-8")
@@ -37,11 +176,11 @@ CANVAS = (
     '<button type="button" class="pad-clear">Clear</button></div>'
 )
 KEPT_SECONDS = 3600
-"""How long the networks of a closed page, and what was uploaded, are kept."""
+"""How long networks and uploads are kept after a page is closed."""
 
 
 def theme() -> Any:
-    """Gradio's plain one, in fonts that every computer has."""
+    """Gradio's base theme with system fonts."""
     return gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"], radius_size=gr.themes.sizes.radius_md,
@@ -94,12 +233,12 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
             _follow_the_knobs(run, page, made, condition, [sensor, mistake])
         if reads_digits(run):
             pad.input(ask, made, said, api_visibility="private")
-            made.change(lambda: "", None, said, api_visibility="private")  # what the networks before these said
+            made.change(lambda: "", None, said, api_visibility="private")  # predictions of the previous networks
     return page
 
 
 def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls, shown: list[Any]) -> None:
-    """Show what the sensor sees, and what networks say, whenever it is turned or there are new networks."""
+    """Update the sensor's view and the predictions when a setting changes or there are new networks."""
     knobs = condition.components[-len(settings_of(run)) :]
 
     def turn(now: PageResult | None, *values: Any) -> list[Any]:
@@ -111,7 +250,7 @@ def _follow_the_knobs(run: LoadedRun, page: Any, made: Any, condition: Controls,
 
 
 def _tried(work: Callable[[], list[Any]]) -> tuple[list[Any] | None, str]:
-    """What the work puts out and an empty line, or nothing and the line that says what the user got wrong."""
+    """The result of ``work`` and an empty line, or None and the user's error in one line."""
     try:
         return work(), ""
     except InputError as error:
@@ -136,7 +275,7 @@ def _forget(made: PageResult | None) -> None:
 def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> str:
     try:
         image = event.image
-    except (AttributeError, TypeError):  # what came is not a picture
+    except (AttributeError, TypeError):  # the event holds no picture
         image = None
     counts = drawn(image)
     if made is None:
@@ -145,14 +284,14 @@ def _answers(run: LoadedRun, made: PageResult | None, event: gr.EventData) -> st
 
 
 LEAST_UPLOAD = 8 << 20
-"""Bytes of an upload that are always enough for pictures; a checkpoint to go on from may have twice its own size."""
+"""Upload limit in bytes, enough for pictures; raised for large checkpoints given as initial weights."""
 
 
 @contextmanager
 def served(run: LoadedRun, host: str = "127.0.0.1", port: int = 7860) -> Iterator[str]:
     """Serve the page of a run while the block runs; yields its address.
 
-    All files, generated and uploaded, lie in a temporary folder that goes with it.
+    Generated and uploaded files lie in a temporary folder that is removed afterwards.
 
     Raises:
         InputError: the port is taken, or there is no such host.
@@ -177,7 +316,7 @@ def served(run: LoadedRun, host: str = "127.0.0.1", port: int = 7860) -> Iterato
 
 
 def serve(run: LoadedRun, host: str, port: int, say: Callable[[str], object]) -> None:
-    """Serve the page until the program is interrupted or told to end; its files go either way."""
+    """Serve the page until the program is interrupted or terminated; temporary files are removed in both cases."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with served(run, host, port) as address:
         say(f"{address} (stop with Ctrl+C)")

@@ -228,7 +228,7 @@ def generate(
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
-    from rpg.experiments.copies import copies_notice
+    from rpg.experiments.single import copies_notice
     from rpg.generation.conditions import choose_condition
     from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
     from rpg.generation.folders import shipped_folder, which_generator

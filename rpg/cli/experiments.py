@@ -16,8 +16,7 @@ from tokenization.errors import InputError
 
 def sweep(file: o.SweepFile, jobs: o.Jobs = 1, only: o.Only = None) -> dict[str, Any]:
     """Run a list or a matrix of overrides (resumable, in parallel) and write one table."""
-    from rpg.experiments.sweep import run_sweep
-    from rpg.experiments.sweep_table import print_sweep
+    from rpg.experiments.sweep import print_sweep, run_sweep
 
     table = run_sweep(file, jobs=jobs, only=only or (), say=console.print)
     rows = json.loads(table.with_suffix(".json").read_text())

@@ -57,9 +57,7 @@ class Objective:
         """Draw training times ``[num]``.
 
         Args:
-            num: N.
             generator: source of the draw; its device is where the draw happens.
-            device: where the times are wanted.
         """
         raise NotImplementedError
 
@@ -105,8 +103,6 @@ class Objective:
             predict: maps (x_t ``[N, D]``, scalar network time) to the prediction ``[N, D]``.
             noise: standard normal, ``[N, D]``.
             sampler: one of ``self.samplers``.
-            num_steps: number of steps.
-            generator: source of the noise of stochastic samplers.
             eta: stochasticity of ``ddim``: 0 none, 1 that of ``ddpm``. Other samplers have no use for it.
             callback: called after every step with its index and x_t.
 

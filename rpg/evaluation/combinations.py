@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rpg.evaluation.config import EvaluateConfig
+from rpg.config import EvaluateConfig
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import leading_directions
@@ -124,12 +124,8 @@ def make_baselines(
     """The average and the baselines that are asked for or affordable, by the name under which they are reported.
 
     Args:
-        zoo: the checkpoints.
-        config: names kinds and strengths of noise.
-        num: N.
         distance: of the generated networks to the nearest checkpoint, in normalised values; None without any, which
             leaves out the kinds at their distance.
-        seed: decides the draws.
 
     Returns:
         The combinations, and what a reader must know of them.
@@ -172,8 +168,6 @@ def combinations(
     Args:
         zoo: at least two checkpoints.
         name: one of `NAMES`.
-        num: N.
-        seed: decides the draws.
         distance: to the nearest checkpoint, of the kinds ``…_at_distance``, in normalised values.
         sigma: strength of ``noise``.
     """

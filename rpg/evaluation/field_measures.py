@@ -242,8 +242,6 @@ def sample_metrics(task: SampleTask, network: Mapping[str, Tensor], split: str) 
     """Metrics by name: ``one_nna`` first, 0.5 where samples cannot be told from as many held-out images.
 
     Args:
-        task: draws, and has the images.
-        network: the one that draws.
         split: whose images it is held against; ``train`` is what it learned from.
 
     Raises:

@@ -24,7 +24,7 @@ from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
-from rpg.tasks.user_code import load_callable
+from rpg.tasks.registry import load_callable
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
@@ -75,7 +75,6 @@ class OwnScorer:
         function: takes a state dict, or the path of a checkpoint if its first parameter is annotated with ``Path`` or
             ``str`` or is named so (``path``, ``file``, ``folder``); of a second parameter that is called ``condition``
             also what the network was made for. Returns a number, or a dict of numbers.
-        name: what reports call it.
         adapter: text of PEFT's ``adapter_config.json``, of adapters: a path is then that of a PEFT folder.
 
     Raises:
@@ -151,8 +150,6 @@ class TaskScorer:
     An adapter that was made for no particular task gets the mean over all of them.
 
     Args:
-        task: predicts, or scores networks of a family.
-        split: of its data.
         names: what the zoo calls its classes or texts, by whose places conditions are told.
 
     Raises:
@@ -233,7 +230,7 @@ class StoredScorer:
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
-    """The scorer of a function by its place. Raises InputError as `rpg.tasks.user_code.load_callable` does."""
+    """The scorer of a function by its place. Raises InputError as `rpg.tasks.registry.load_callable` does."""
     return OwnScorer(load_callable(reference, "--score"), reference, adapter)
 
 

@@ -12,14 +12,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rpg.evaluation.permutations import Group, symmetries
+from rpg.evaluation.span import VectorSpace, average
 from rpg.evaluation.two_sample import distances
-from rpg.evaluation.vectors import VectorSpace, average
 from rpg.tasks import Task
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
-from tokenization.zoo.description import require_new_folder
 from tokenization.zoo.locks import locks
+from tokenization.zoo.manifest import require_new_folder
 from tokenization.zoo.zoo import Zoo
 
 
@@ -27,7 +27,6 @@ def permute(state_dict: StateDict, groups: Sequence[Group], orders: Sequence[Ten
     """Put unit ``orders[g][i]`` of every group g in place i; the network computes what it did.
 
     Args:
-        state_dict: a network.
         groups: from ``permutation_groups``.
         orders: a permutation ``[size]`` long for each group.
     """
@@ -115,7 +114,7 @@ class Matcher:
                 continue
             value = right[member.tensor]
             for other, axis, repeat in others:
-                value = np.take(value, _expand(orders[other], repeat), axis=axis)  # type: ignore[arg-type]
+                value = np.take(value, (orders[other][:, None] * repeat + np.arange(repeat)).ravel(), axis=axis)  # type: ignore[arg-type]
             first = _units(left[member.tensor], member.axis, member.repeat)
             second = _units(value, member.axis, member.repeat)
             gain += first @ second.T - 0.5 * np.square(second).sum(1)
@@ -136,10 +135,6 @@ def assignment(gain: np.ndarray) -> np.ndarray:
 
 def _total(gain: np.ndarray, order: np.ndarray) -> float:
     return float(gain[np.arange(len(order)), order].sum())
-
-
-def _expand(order: np.ndarray, repeat: int) -> np.ndarray:
-    return (order[:, None] * repeat + np.arange(repeat)).ravel()
 
 
 def _units(value: np.ndarray, axis: int, repeat: int) -> np.ndarray:
@@ -221,7 +216,6 @@ class Distances:
     """Distances of networks to the originals of a zoo, plain and after matching.
 
     Args:
-        originals: the zoo.
         runs: which training run each is of. Checkpoints of a run keep the order of their units, so that a network is
             matched to one checkpoint of each run and the order found serves them all.
         groups: from ``permutation_groups``.

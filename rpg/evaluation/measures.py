@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import Combination, Maker, combine, make_baselines
-from rpg.evaluation.conditions import Conditions, conditional_baselines
-from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.conditional import Conditions, conditional_baselines
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges
@@ -106,11 +106,6 @@ class Evaluation:
 
     Args:
         scorer: computes metrics; None to compare networks by their weights alone.
-        zoo: the checkpoints that a generator learned from, or would.
-        config: baselines and distances.
-        conditions: what networks are made for.
-        options: how they are judged.
-        workers: the processes that share the work; this one alone when None.
     """
 
     def __init__(

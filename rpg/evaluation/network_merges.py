@@ -49,7 +49,6 @@ class NetworkMerges:
     """Merges checkpoints of one structure, a tensor at a time, read from their memory maps.
 
     Args:
-        networks: n of them.
         runs: which run each is of; all of one when None.
         base: what all of them began with; the mean of the run that they are of when None.
     """
@@ -73,9 +72,7 @@ class NetworkMerges:
         """One network, made by ``method`` of those with the largest positive shares, in the stored dtypes.
 
         Args:
-            method: one of ``methods``.
             shares: of all networks, ``[n]``; those that count are scaled to add up to 1.
-            seed: of what DARE leaves out.
             base: in place of that of all.
         """
         rows, weights = chosen_of(shares)
@@ -191,9 +188,7 @@ class PeftMerges:
         """One adapter, made by ``method`` of those with the largest positive shares.
 
         Args:
-            method: one of ``methods``.
             shares: of all adapters, ``[n]``; those that count are scaled to add up to 1.
-            seed: of what dare leaves out.
         """
         rows, weights = chosen_of(shares)
         chosen = list(zip([self.adapters[row] for row in rows], weights.tolist(), strict=True))

@@ -97,7 +97,6 @@ def permutation_groups(network: nn.Module, example: Tensor) -> list[Group]:
     """Groups of interchangeable hidden units, in the order in which the network computes them.
 
     Args:
-        network: the target network.
         example: an input, ``[B, …]``.
 
     Returns:

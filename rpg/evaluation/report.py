@@ -261,8 +261,6 @@ def networks(
         distances: of each network, by kind of distance.
         conditions: what each was made for, ``[num, C]``.
         count: number of networks; that of the metrics when None.
-        seed: of the bootstrap.
-        more: further fields of `Networks`.
     """
     found = {name: finite_values(values) for name, values in metrics.items()}
     known = {name: [each for each in values if each is not None] for name, values in found.items()}

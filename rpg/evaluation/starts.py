@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg.evaluation.config import ControlConfig
+from rpg.config import ControlConfig
 from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
@@ -34,10 +34,7 @@ def fine_tuning(
         starts: by name, a network for each task.
         conditions: the tasks ``[T, C]``.
         marks: numbers of steps, ascending; 0 is the start itself.
-        learning_rate: constant.
         images: of a step; all networks see the same.
-        split: images to score on.
-        seed: decides the images.
     """
     num, every = len(conditions), conditions.repeat(len(starts), 1)
     joined = join_stacked(list(starts.values()))
@@ -73,12 +70,10 @@ def reptile(
 
     Args:
         task: as `fine_tuning` takes it.
-        start: the weights to begin with.
         conditions: the tasks to learn from ``[T, C]``.
         num_steps: outer steps; their size falls from 1 to 0.
         inner_steps, learning_rate: Adam without momentum for each task, as in the paper.
         tasks, images: of each outer and each inner step.
-        seed: decides tasks and images.
     """
     rng, mean = make_rng(seed, "reptile"), {name: value.clone() for name, value in start.items()}
     for step in steps("meta-learning", range(num_steps)):
@@ -121,10 +116,6 @@ def finetune(
     Batch norms keep their running statistics.
 
     Args:
-        task: their structure, images and labels.
-        networks: where they start.
-        steps: 0 or more.
-        config: learning rate and images a step.
         rng: draws the images, on the CPU; all networks see the same ones.
 
     Raises:

@@ -23,11 +23,8 @@ def print_report(
     """Print a report: a table of at most twelve lines with verdict, page and next command, or all of it.
 
     Args:
-        report: what was found.
-        console: where to.
         folder: where the report was written, to be named.
         full: every kind and metric, the novelty curve, and the other parts.
-        then: the command that a reader would run next.
     """
     kinds = [name for name, each in report.kinds.items() if each.count or each.metrics]
     if not full:

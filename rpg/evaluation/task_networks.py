@@ -220,13 +220,9 @@ def tune_linear_head(
     """A linear head trained on ``seen`` at the learning rate that does best on validation tasks and images.
 
     Args:
-        task: trains and scores.
-        base: state dict of the base network.
         train: tasks ``[S, C]`` on which each of ``LEARNING_RATES`` is tried.
         validation: tasks to choose by, none of them in ``train``.
         seen: tasks that the chosen rate is trained on: the same as ``train``, or with ``validation`` in addition.
-        training: steps, batches and seed of every trial.
-        workers: the processes that share the trials; this one alone when None.
 
     Returns:
         The head, the rate, and that rate's mean accuracy on ``validation``. Call the head under ``torch.no_grad()`` for

@@ -1,30 +1,274 @@
-"""Networks generated from a few examples, labelled or not, compared with other uses of the same examples."""
+"""Networks generated from a few examples, labelled or not, compared with other uses of the same examples.
+
+Every method sees the same tasks and examples and is scored alike; rivals are tuned on validation tasks.
+
+T tasks, n examples, M networks of a task, B scored images, K classes, P values of an example; S seen tasks,
+V values of a network, m directions."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
-from rpg.experiments.calibration import error_by_distance
-from rpg.experiments.example_sets import ExampleSets
-from rpg.experiments.few_examples import FewExamples
+from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
+from rpg.generation.request import RequestOptions
+from rpg.models.conditioning import example_rows
+from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.sensors.sensors import BASE
-from rpg.tasks.side_by_side import Stacked, stack
+from rpg.tasks.collecting import BASE, single_threaded
+from rpg.tasks.side_by_side import Stacked, repeat, stack
 from rpg.training.data import training_entries, zoo_conditions
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
+
+GROUPS = 5
+"""Groups of requests, from near to far, over which errors are averaged."""
+
+
+def error_by_distance(generator: Generator, conditions: Any, errors: Tensor) -> tuple[dict[str, Curve], dict[str, Any]]:
+    """A curve and statistics of the measured errors ``[T]`` of requests, by distance; empty if distances are unknown.
+
+    The statistics: ``known_to``, the number of requests ``beyond`` it, and the mean ``expected`` and ``measured`` error
+    of the others.
+    """
+    options = RequestOptions(condition=conditions)
+    found = generator.request(len(errors), options=options).distances
+    within = sorted((each.distance, each.error, error) for each, error in zip(found, errors.tolist(), strict=False)
+                    if each.error is not None)  # fmt: skip
+    if not within:
+        return {}, {}
+    table = torch.tensor(within)  # [T, 3]
+    means = torch.stack([part.mean(0) for part in table.tensor_split(min(GROUPS, len(table)))])
+    places, expected, measured = (tuple(column.tolist()) for column in means.unbind(1))
+    curve = Curve(
+        x=places, lines={"expected": expected, "measured": measured}, across="distance from what was learned",
+        up="error",
+    )  # fmt: skip
+    figures = {
+        "known_to": found[0].known_to, "beyond": len(found) - len(within), "expected": table[:, 1].mean().item(),
+        "measured": table[:, 2].mean().item(),
+    }  # fmt: skip
+    return {"error_by_distance": curve}, {"error_by_distance": figures}
+
+
+SHOWN = {"test": "validation", "validation": "train"}
+"""The images that examples are of, by the images that networks are scored on: no image is both."""
+
+
+@dataclass(frozen=True)
+class ExampleSets:
+    """Tasks that nobody trained for, and how they are shown.
+
+    Attributes:
+        task: shows and scores, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        conditions: what the tasks are, ``[T, C]``.
+        split: images that networks are scored on.
+        seed: decides which examples are shown.
+    """
+
+    task: Any
+    conditions: Tensor
+    split: str = "test"
+    seed: int = 0
+
+    def rows(self, num: int, labelled: bool) -> Tensor:
+        """Sets of ``num`` examples, ``[T, num, P + K + 1]``; classes take turns where they all have room.
+
+        The examples are the same with labels and without, and those of a smaller set are the first of a larger one.
+        """
+        values, classes = self.shown(num)
+        return example_rows(values, classes if labelled else None, self.num_classes)
+
+    def shown(self, num: int, show: Callable[..., Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Values ``[T, num, P]``, or what ``show`` says of them as the task's ``examples`` does, and classes
+        ``[T, num]`` of the examples."""
+        rng, total = make_rng(self.seed, "shown classes"), len(self.conditions)
+        any_class = torch.randint(self.num_classes, (total, num), generator=rng)
+        in_turn = (torch.arange(num) % self.num_classes).expand(total, -1)
+        classes = any_class if num < self.num_classes else in_turn
+        rng = make_rng(self.seed, "shown", num >= self.num_classes)
+        show = show or self.task.examples
+        parts = [show(self.conditions, each[:, None], rng, SHOWN[self.split]) for each in classes.T]
+        return torch.cat(parts, 1), classes
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.task.example_classes)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Right classes of the scored images, ``[T, B]``."""
+        return self.task.classes(self.split).expand(len(self.conditions), -1)
+
+    def probabilities(self, networks: Stacked) -> Tensor:
+        """Answers of M networks of every task, stacked task by task ``[T · M, *shape]``: ``[T, M, B, K]``."""
+        images, made = self.task.images(self.split), list(self._by_task(networks))
+        with torch.inference_mode():
+            return torch.stack(
+                [
+                    self.task.side(own, self.task.see(images, each[None])[0]).softmax(-1)
+                    for own, each in zip(made, self.conditions, strict=True)
+                ]
+            )
+
+    def likelihoods(self, networks: Stacked, num: int) -> Tensor:
+        """Mean log-probability that M networks of every task give ``num`` labelled examples, ``[T, M]``."""
+        values, classes = self.shown(num)
+        found = []
+        with torch.inference_mode():
+            for own, shown, right in zip(self._by_task(networks), self.task.inputs(values), classes, strict=True):
+                answers = self.task.side(own, shown).log_softmax(-1)  # [M, num, K]
+                found.append(answers[:, torch.arange(num), right].mean(1))
+        return torch.stack(found)
+
+    def _by_task(self, networks: Stacked) -> Iterator[Stacked]:
+        total = len(next(iter(networks.values()))) // len(self.conditions)
+        for first in range(0, total * len(self.conditions), total):
+            yield {name: value[first : first + total] for name, value in networks.items()}
+
+
+TUNING = tuple((steps, rate) for steps in (0, 10, 30, 100) for rate in (1e-3, 3e-3, 1e-2))
+"""Steps and peak learning rate of fine-tuning."""
+
+PENALTIES, DIRECTIONS, MAP_STEPS = (0.1, 1.0, 10.0), 32, 150
+REPTILE_ROUNDS, REPTILE_STEPS, REPTILE_TASKS, REPTILE_RATE = 60, 20, 32, 0.5
+
+Choice = Any
+Maker = Callable[[ExampleSets, int, Choice], Stacked]
+"""Makes a network for every task, ``[T, *shape]``, of so many labelled examples, in a way that was chosen."""
+
+
+class FewExamples:
+    """Methods that train on the examples.
+
+    Args:
+        task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        seen: conditions of the seen tasks ``[S, C]``.
+        specialists: their networks, stacked.
+        generalist: the one network for all tasks.
+    """
+
+    def __init__(
+        self, task: Any, seen: Tensor, specialists: Stacked, generalist: dict[str, Tensor], seed: int = 0
+    ) -> None:
+        self.task, self.seen, self.specialists, self.generalist, self.seed = task, seen, specialists, generalist, seed
+        self._start: dict[str, Tensor] | None = None
+
+    @property
+    def methods(self) -> dict[str, tuple[Maker, tuple[Choice, ...]]]:
+        """By name what makes networks, and the ways to choose from."""
+        return {
+            "best_specialist": (self._best_specialist, TUNING),
+            "generalist_finetuned": (self._generalist_finetuned, TUNING),
+            "reptile": (self._reptile, TUNING),
+            "map_in_directions": (self._map, PENALTIES),
+        }
+
+    def scored(self, sets: ExampleSets, networks: Stacked) -> Networks:
+        """A report's kind of a network for every task."""
+        return sets_of_networks(sets.probabilities(networks), sets.targets, seed=self.seed)
+
+    def accuracy(self, sets: ExampleSets, networks: Stacked) -> Tensor:
+        """Of a network for every task, ``[T]``."""
+        return ensemble_metrics(sets.probabilities(networks), sets.targets)["accuracy"]
+
+    def tuned(self, name: str, validation: ExampleSets, num: int) -> Choice:
+        """The way that is best on validation tasks for so many examples."""
+        make, ways = self.methods[name]
+        scores = [self.accuracy(validation, make(validation, num, way)).mean().item() for way in ways]
+        return ways[max(range(len(ways)), key=scores.__getitem__)]
+
+    def logistic_regression(self, sets: ExampleSets, num: int) -> Tensor:
+        """Accuracy ``[T]`` of scikit-learn's on the examples' values."""
+        values, classes = sets.shown(num)
+        images = self.task.images(sets.split)
+        found = []
+        for shown, right, condition, wanted in zip(values, classes, sets.conditions, sets.targets, strict=True):
+            seen = self.task.see(images, condition[None])[0].flatten(1).numpy()
+            model = LogisticRegression(max_iter=300).fit(self.task.inputs(shown).flatten(1).numpy(), right.numpy())
+            found.append(np.mean(model.predict(seen) == wanted.numpy()))
+        return torch.tensor(np.array(found))
+
+    def _finetuned(self, start: Stacked, sets: ExampleSets, num: int, way: Choice) -> Stacked:
+        steps, learning_rate = way
+        values, classes = sets.shown(num)
+        batch = (self.task.inputs(values), classes)
+        return self.task.train(start, lambda: batch, steps, learning_rate) if steps else start
+
+    def _best_specialist(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
+        """The specialist with the least loss on the examples, then fine-tuned."""
+        values, classes = sets.shown(num)
+        inputs, best = self.task.inputs(values), []
+        with torch.inference_mode():
+            for shown, right in zip(inputs, classes, strict=True):
+                answers = self.task.side(self.specialists, shown).log_softmax(-1)  # [S, n, K]
+                best.append(int(answers[:, torch.arange(num), right].mean(1).argmax()))
+        return self._finetuned({name: value[best] for name, value in self.specialists.items()}, sets, num, way)
+
+    def _generalist_finetuned(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
+        return self._finetuned(repeat(self.generalist, len(sets.conditions)), sets, num, way)
+
+    def _reptile(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
+        """Fine-tuned from a start that was meta-learned on the seen tasks (Reptile, arXiv 1803.02999)."""
+        if self._start is None:
+            self._start = self._meta_learned()
+        return self._finetuned(repeat(self._start, len(sets.conditions)), sets, num, way)
+
+    def _meta_learned(self) -> dict[str, Tensor]:
+        rng = make_rng(self.seed, "reptile")
+        start = {name: value.clone() for name, value in self.generalist.items()}
+        for number in range(REPTILE_ROUNDS):
+            tasks = self.seen[torch.randint(len(self.seen), (REPTILE_TASKS,), generator=rng)]
+
+            def batch(tasks: Tensor = tasks) -> tuple[Tensor, Tensor]:
+                images, classes = self.task.draw(32, rng)
+                return self.task.see(images, tasks), classes.expand(len(tasks), -1)
+
+            trained = self.task.train(repeat(start, len(tasks)), batch, REPTILE_STEPS, 1e-2)
+            share = REPTILE_RATE * (1 - number / REPTILE_ROUNDS)
+            start = {name: torch.lerp(start[name], value.mean(0), share) for name, value in trained.items()}
+        return start
+
+    def _map(self, sets: ExampleSets, num: int, penalty: Choice) -> Stacked:
+        """The likeliest network among the mean of the specialists plus their leading directions, under a Gaussian."""
+        flat = torch.cat([value.flatten(1) for value in self.specialists.values()], 1)  # [S, V]
+        mean = flat.mean(0)
+        _, sizes, axes = torch.linalg.svd(flat - mean, full_matrices=False)
+        kept = min(DIRECTIONS, len(flat) - 1)
+        directions = axes[:kept] * sizes[:kept, None] / len(flat) ** 0.5
+        values, classes = sets.shown(num)
+        inputs = self.task.inputs(values)
+        coefficients = torch.zeros(len(sets.conditions), kept, requires_grad=True)
+        optimizer = torch.optim.Adam([coefficients], 0.1)
+
+        def networks() -> Stacked:
+            parts = (mean + coefficients @ directions).split([v[0].numel() for v in self.specialists.values()], 1)
+            named = zip(self.specialists.items(), parts, strict=True)
+            return {name: part.view(-1, *value.shape[1:]) for (name, value), part in named}
+
+        for _ in range(MAP_STEPS):
+            optimizer.zero_grad()
+            fit = num * self.task.losses(networks(), inputs, classes)
+            (fit + penalty * coefficients.square().sum(1) / 2).sum().backward()
+            optimizer.step()
+        return {name: value.detach() for name, value in networks().items()}
+
 
 PER_CLASS = (1, 2, 5, 10, 20)
 """Examples of each class."""
@@ -38,7 +282,6 @@ def evaluate_by_examples(
 
     Args:
         run: a run of ``model.condition.kind: examples`` without codes.
-        seed: decides the examples and all that is random.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images.
         compare: whether the rivals are trained and scored, too.
     """

@@ -39,8 +39,6 @@ class Validation:
     """Scores some networks of a generator on validation data; never on the test split or unseen tasks.
 
     Args:
-        config: of the generators.
-        zoo: theirs.
         num: networks to score, or tasks to make one for each; ``evaluate.num`` networks and all tasks when None.
 
     Attributes:

@@ -1,20 +1,21 @@
-"""Baselines that map examples to networks directly: one best answer, or draws by a noise input.
+"""Baselines that answer examples without diffusion: direct generators, and retrieval of known tasks' networks.
 
 The single network is trained on its answers' cross-entropy; the implicit generator on the joint score of several draws
-(`rpg.evaluation.ensembles.joint_score`), the very measure that draws are compared by.
+(`rpg.evaluation.two_sample.joint_score`), the very measure that draws are compared by. Retrieval has a posterior over
+known tasks without any training: the likelihood of shown images is a kernel density of each task's images.
 
-T tasks, M draws, n examples, V values of a network, N noise values.
-"""
+T tasks, M draws, n examples, V values of a network, N noise values, S known tasks, P values of an image."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpg.evaluation.ensembles import joint_score
-from rpg.models.examples import SetEncoder
+from rpg.evaluation.two_sample import joint_score
+from rpg.models.conditioning import SetEncoder
 from rpg.seeding import make_rng
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked
@@ -29,9 +30,6 @@ class DirectGenerator(nn.Module):
     """Examples and noise to a network's tokens.
 
     Args:
-        size: numbers of an example.
-        num_classes: of examples.
-        layout: of the networks.
         noise: N; 0 makes one network of a set.
     """
 
@@ -69,12 +67,8 @@ def train_direct(
 
     Args:
         task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
-        examples: draws the sets it learns from.
-        layout: of the networks.
-        steps: of training.
         draws: M.
         noise: N.
-        seed: random seed.
         known: the tasks ``[K, C]`` to draw from; None: fresh ones in every step.
     """
     rng = make_rng(seed, "direct", draws)
@@ -100,3 +94,40 @@ def train_direct(
         optimizer.step()
         schedule.step()
     return model.eval().requires_grad_(False)
+
+
+WIDTHS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+"""Of the kernel, to choose from on validation tasks."""
+
+CHUNK = 25
+"""Known tasks whose images are compared at once."""
+
+
+def log_likelihoods(task: Any, known: Tensor, shown: Tensor, widths: tuple[float, ...] = WIDTHS) -> Tensor:
+    """Log-density of the requests' images among each known task's, up to a constant of each width: ``[W, T, S]``.
+
+    Args:
+        task: shows its training images, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        known: tasks ``[S, C]``.
+        shown: images ``[T, n, P]`` in 0 … 1.
+        widths: W widths of the kernel.
+    """
+    images, queries = task.images("train"), task.inputs(shown).flatten(2).flatten(0, 1)  # [T · n, P]
+    found = []
+    for part in known.split(CHUNK):
+        seen = task.see(images, part).flatten(2).flatten(0, 1)  # [CHUNK · images, P]
+        distance = torch.cdist(queries, seen).square()
+        distance = distance.view(len(queries), len(part), -1)
+        logs = [(-distance / (2 * width**2)).logsumexp(-1) - math.log(distance.shape[-1]) for width in widths]
+        found.append(torch.stack(logs))
+    return torch.cat(found, -1).view(len(widths), *shown.shape[:2], len(known)).sum(2)
+
+
+def drawn(log_likelihood: Tensor, networks: Stacked, num: int, seed: int) -> Stacked:
+    """``num`` networks of known tasks for every request, by their posterior under equal odds, ``[T · num, *shape]``.
+
+    Args:
+        log_likelihood: ``[T, S]``.
+    """
+    rows = torch.multinomial(log_likelihood.softmax(-1), num, replacement=True, generator=make_rng(seed, "retrieved"))
+    return {name: value[rows.flatten()] for name, value in networks.items()}

@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.ensembles import ensemble_metrics, sets_of_networks
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
-from rpg.experiments.calibration import error_by_distance
-from rpg.experiments.direct_generators import DirectGenerator, train_direct
-from rpg.experiments.example_sets import ExampleSets
-from rpg.experiments.retrieval import WIDTHS, drawn, log_likelihoods
+from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
+from rpg.experiments.by_examples import ExampleSets, error_by_distance
+from rpg.experiments.direct_generators import WIDTHS, DirectGenerator, drawn, log_likelihoods, train_direct
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.parallel import num_cores, spawned
+from rpg.tasks.collecting import num_cores, single_threaded, spawned
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions
@@ -54,7 +51,6 @@ def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compa
 
     Args:
         run: a run of ``model.condition.kind: examples`` whose codes have a prior.
-        seed: decides shown images, draws and rivals.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
         compare: whether rivals are compared; else the draws, and the one that labelled images favour, are scored alone.
     """
@@ -106,8 +102,6 @@ class Methods:
     """Everything that answers a request of some images with a set of networks.
 
     Args:
-        generator: draws networks given examples.
-        seed: random seed.
         compared: whether there are rivals at all.
     """
 

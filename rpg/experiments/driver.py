@@ -15,10 +15,9 @@ from scipy.stats import t as student_t
 
 from rpg.config import Config
 from rpg.evaluation.report import Networks, Report
-from rpg.experiments.denoising_paths import requested_condition
 from rpg.experiments.evaluating import Judge, evaluate_run
 from rpg.experiments.grouping_examples import evaluate_groupings
-from rpg.experiments.single import collect
+from rpg.experiments.single import collect, requested_condition
 from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
 from rpg.tasks import build_task
@@ -64,10 +63,8 @@ def experiment_of(
     """The experiment of a configuration: its task's own, else on unseen tasks if it has any, else on networks.
 
     Args:
-        config: the configuration.
         judge: who scores; tasks are scored by their family, networks by a function where there is one.
         path_condition: the condition whose networks the page shows on their way from noise.
-        command: what is run, for the page.
 
     Raises:
         InputError: before anything long begins: tasks of some split are missing, or there is no such path_condition.
@@ -119,7 +116,6 @@ def run_experiment(
 
     Args:
         config: the experiment; without a task its zoo has to be there.
-        experiment: judges.
         progress: callbacks named ``collect`` (done, total), ``train`` (done, total, loss) and ``watch``, as
             `rpg.training.loop.train` takes it.
         seeds: generators to train: ``config.seed``, the next, …; all but the first in ``<run>/seed-N``.

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.conditions import Conditions, conditions_asked
+from rpg.evaluation.conditional import Conditions, conditions_asked
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
@@ -28,8 +28,15 @@ from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES, finetuned_baselines
 from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
-from rpg.experiments.denoising_paths import denoising_path_of, requested_condition
-from rpg.experiments.single import existing, find_task, parts_of, require_for_choices, zoo_span
+from rpg.experiments.single import (
+    denoising_path_of,
+    existing,
+    find_task,
+    parts_of,
+    requested_condition,
+    require_for_choices,
+    zoo_span,
+)
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
@@ -91,10 +98,8 @@ def evaluate_run(
     ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
-        run: a run folder.
         judge: who scores: a function of a state dict or path, or its place; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
-        seed, workers: random seed; the processes that share the work.
         path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
 
@@ -160,11 +165,9 @@ def evaluate_zoo(
     The baselines are made of the checkpoints in ``train.splits``; the others count as held out.
 
     Args:
-        path: the zoo.
         judge: who scores; the zoo's own task when it names no function.
         config: which baselines, how many, and which checkpoints they are made of.
         output: where the results go; the zoo's folder when None.
-        workers: the processes that share the work.
 
     Raises:
         InputError: nothing scores the checkpoints, the scorer refuses one, or the results would replace those of a

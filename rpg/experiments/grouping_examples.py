@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.evaluation.ensembles import sets_of_networks
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Networks, Report, networks
-from rpg.experiments.by_examples import asked
-from rpg.experiments.example_sets import SHOWN as SHOWN_OF
-from rpg.experiments.example_sets import ExampleSets
+from rpg.evaluation.two_sample import sets_of_networks
+from rpg.experiments.by_examples import SHOWN as SHOWN_OF
+from rpg.experiments.by_examples import ExampleSets, asked
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
@@ -44,7 +43,6 @@ def evaluate_groupings(run: Path | str, *, seed: int = 0, split: str = "test", *
 
     Args:
         run: a run of ``model.condition.kind: examples`` on a family of groupings.
-        seed: decides the examples and the networks.
         split: ``test``: unseen groupings and test images; ``validation``: those to choose by, and nothing is written.
     """
     generator = Generator.from_pretrained(run)

@@ -33,8 +33,6 @@ def score_checkpoints(
         paths: zoos, of which every checkpoint is scored; checkpoints of any kind; PEFT folders.
         reference: the user's function, as ``package.module:function``.
         config: its task scores where there is no function; a zoo may do with its own.
-        split: of the task's data.
-        workers: the processes that share the work.
         chosen: which weights of each file, where it holds several, and the prefix to cut off their names.
 
     Raises:

@@ -14,24 +14,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rpg.config import Config
-from rpg.evaluation.config import EvaluateConfig
-from rpg.evaluation.ensembles import sets_of_networks
+from rpg.config import Config, EvaluateConfig
+from rpg.evaluation.conditional import Regression, regression_grid, tune
 from rpg.evaluation.page.page import Page, write_report
-from rpg.evaluation.regression import Regression, regression_grid, tune
 from rpg.evaluation.report import Curve, Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
-from rpg.experiments.by_examples import evaluate_by_examples
-from rpg.experiments.calibration import error_by_distance
+from rpg.evaluation.two_sample import sets_of_networks
+from rpg.experiments.by_examples import error_by_distance, evaluate_by_examples
 from rpg.experiments.draws import evaluate_draws
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.sensors.informed import informed_probabilities, train_informed
-from rpg.tasks.sensors.sensors import BASE, SensorsTask
+from rpg.tasks.collecting import BASE, single_threaded
+from rpg.tasks.sensors.sensors import SensorsTask, informed_probabilities, train_informed
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -66,9 +63,7 @@ def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, com
     """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
 
     Args:
-        run: a run folder.
         split: images to score on; ``validation`` scores on validation sensors and writes nothing.
-        seed: decides the generated networks.
         compare: whether rivals that have to be trained for a while are compared, too.
 
     Raises:
@@ -137,7 +132,9 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
     }
     facts: dict[str, Any] = {}
-    curves = {"accuracy_by_angle": _by_angle(generator, task, base, ridge, split, seed)} if _has_angle(task) else {}
+    curves = {}
+    if any(setting.name == "angle" for setting in task.settings):
+        curves["accuracy_by_angle"] = _by_angle(generator, task, base, ridge, split, seed)
     if evaluate.fine_tuning:
         curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
             generator, task, zoo, made, settings, split, seed
@@ -203,10 +200,6 @@ def tuned_regression(task: SensorsTask, zoo: Zoo, seen: Stacked) -> tuple[Regres
 def _as_bits(features: Tensor) -> Tensor:
     """Features in -1 … 1 as `Regression` takes conditions, in 0 … 1."""
     return (features + 1) / 2
-
-
-def _has_angle(task: SensorsTask) -> bool:
-    return any(setting.name == "angle" for setting in task.settings)
 
 
 def _by_angle(

@@ -1,17 +1,19 @@
-"""The steps of an experiment, each from its configuration: collect, evaluate, and the whole in a row."""
+"""Parts that experiments share: collecting, choices by validation data, the zoo's parts, denoising paths, copies."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.evaluation.span import ZooSpan
+from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
@@ -21,7 +23,10 @@ from rpg.tasks.collecting import Progress
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
+from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
+from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -145,3 +150,81 @@ def find_task(config: Config, zoo: Zoo) -> Task:
             "function of your own with --score package.module:function"
         )
     return task_of(zoo, config.task)
+
+
+NETWORKS_SHOWN, POINTS = 5, 20
+
+HELD_VALUES = 1 << 26
+"""Values up to which the networks on their way from noise are held together; of larger ones fewer are shown, if any."""
+
+OPTION = "--denoising-path"
+
+
+def denoising_path_of(
+    generator: Generator, condition: Any, seed: int, measure: Callable[[Sequence[StateDict]], Tensor], *, wanted: bool
+) -> list[tuple[int, Tensor]]:
+    """(Sampling steps taken, a figure ``[networks]`` then) of some networks for one condition.
+
+    Args:
+        condition: as ``Generator.generate`` takes it.
+        measure: gives networks their figure.
+        wanted: show large networks, too: a single one, at no more steps than fit into the memory of the others.
+    """
+    num, points, size = NETWORKS_SHOWN, POINTS, generator.layout.num_values
+    if size * num > HELD_VALUES:
+        if not wanted:
+            return []
+        num, points = 1, max(2, min(points, HELD_VALUES * POINTS // NETWORKS_SHOWN // size))
+    shown = generator.denoising_paths(num, seed=seed, points=points, condition=condition)
+    return [(step, measure(networks)) for step, networks in shown]
+
+
+def requested_condition(config: Config, spec: ConditionSpec | None, text: str) -> list[float] | str:
+    """The condition that ``--denoising-path`` names, checked before anything long begins.
+
+    Raises:
+        InputError: the generator has no such condition, or makes networks in a single step.
+    """
+    condition = named_condition(spec, text, OPTION)
+    if config.model.kind in ("kernel_ridge", "sane") or config.generate.steps < 2:
+        raise InputError(
+            f"{OPTION} shows networks step by step, but this generator takes one step (generate.steps); leave it out"
+        )
+    return condition
+
+
+MOST_VALUES = 50_000_000
+"""Of a zoo that is read for this."""
+
+NEAR = 0.05
+"""Of the median distance of an original to its nearest neighbour: a network so near to an original is a copy."""
+
+_LOOKED_AT = 4
+
+
+def copies_notice(generator: Generator, networks: Sequence[Path], state: str | None = None) -> str | None:
+    """One line if networks are copies of originals, from their distances where the zoo is there and not too large.
+
+    Args:
+        networks: files or folders; the first few are looked at.
+        state: the permutation state asked for; the configuration's when None.
+
+    Raises:
+        InputError: a network cannot be read.
+    """
+    folder, stored = Path(generator.config.zoo), (state or generator.config.generate.state) == "stored"
+    if not stored or generator.layout.compressed is not None or not (folder / "zoo.json").is_file():
+        return None
+    zoo = Zoo.open(folder)
+    trained, _ = parts_of(zoo, generator.config)
+    if len(trained) < 2 or len(trained) * generator.layout.num_values > MOST_VALUES:
+        return None
+    span = zoo_span(generator, zoo, trained)
+    places = span.project(Checkpoint.open(path).state_dict() for path in networks[:_LOOKED_AT])
+    near, unit = span.distances(places).min(1), span.unit()
+    if not unit or not bool((near.values < NEAR * unit).any()):
+        return None
+    place = int(near.values.argmin())
+    which, far = zoo.entries[trained[int(near.indices[place])]].file, near.values[place].item() / unit
+    what = f"{networks[place]} is a copy of {which}: {far:.1g} of the distance between neighbouring originals"
+    return f"{what}; --state gaussian makes new ones"

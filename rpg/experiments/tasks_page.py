@@ -10,8 +10,8 @@ import torch
 from rpg.config import Config
 from rpg.evaluation.page.page import Heatmap, Page, PageTable
 from rpg.evaluation.report import Report, shown
-from rpg.experiments.denoising_paths import OPTION, denoising_path_of, requested_condition
 from rpg.experiments.evaluating import losses_of, provenance_of
+from rpg.experiments.single import OPTION, denoising_path_of, requested_condition
 from rpg.generation.generator import Generator
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import check_bits
@@ -34,10 +34,6 @@ def tasks_page(
     """The page of ``rpg unseen`` and ``rpg lora``; a few networks are generated for it.
 
     Args:
-        run: the run folder.
-        report: what was found.
-        generator, zoo, task: of the run.
-        command: what wrote the scores, for the last table.
         path_condition: the task whose denoising paths are shown; the unseen one of median metric when None.
     """
     names = zoo.condition.names if zoo.condition is not None else ()

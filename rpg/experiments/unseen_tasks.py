@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import random_other, unseen_baselines
+from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import Diversity, measure_diversity, measure_per_task, scores_of_sets
-from rpg.evaluation.regression import Regression, choose_regressions
+from rpg.evaluation.per_task import (
+    Diversity,
+    SplitScores,
+    base_summed,
+    measure_diversity,
+    measure_per_task,
+    score_split,
+    scores_of_sets,
+    worst_tasks,
+)
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
-from rpg.evaluation.unseen_tasks import SplitScores, base_summed, score_split, worst_tasks
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
@@ -193,12 +200,8 @@ def evaluate_unseen(
     and of large networks a quarter as many; of these only the best degree of ridge regression is scored.
 
     Args:
-        run: a run folder.
-        seed: decides the generated networks.
         split: images or rows to score on; ``validation`` scores on validation tasks in place of the unseen ones, and
             writes nothing.
-        workers: the processes that share the tasks; this one alone when None.
-        command: what is run, for the page.
         path_condition: the task whose denoising paths the page shows; the unseen one of median metric when None.
 
     Raises:

@@ -1,7 +1,6 @@
 """Examples of what a network is to do, from folders, files and arrays.
 
-n examples, P values of each, K classes.
-"""
+n examples, P values of each, K classes."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rpg.models.examples import example_rows
+from rpg.models.conditioning import example_rows
 from rpg.tasks import build_task
 from rpg.tasks.base import ExampleTask
 from rpg.tasks.config import LanguageConfig, TaskConfig
@@ -78,7 +77,6 @@ def examples_of(values: object, classes: Sequence[object] | None, spec: Conditio
         values: ``[n, …]``, P of each.
         classes: the name or number of each example's class; None where all are unknown.
         spec: the generator's condition.
-        where: what to name in errors.
 
     Raises:
         InputError: they do not fit, or a class is unknown to the generator.
@@ -187,8 +185,6 @@ def favoured(task: ExampleTask, networks: Stacked, rows: Tensor) -> tuple[list[i
     """M stacked networks by what they make of labelled examples, the best first; and each one's log-likelihood.
 
     Args:
-        task: runs them.
-        networks: stacked.
         rows: examples ``[n, P + K + 1]``, as `rpg.generation.examples` makes them.
 
     Returns:

@@ -199,7 +199,6 @@ def write_side_files(folder: Path, config: str, metadata: Mapping[str, str]) -> 
     """Write what goes with the weights. Raises InputError when the disk refuses.
 
     Args:
-        folder: the adapter.
         config: text of ``adapter_config.json``.
         metadata: of the weights' file; ``rpg.provenance`` goes into the model card.
     """

@@ -47,9 +47,6 @@ class Generator:
     """A trained generator of checkpoints.
 
     Args:
-        config: the experiment it was trained by.
-        layout: how tokens become checkpoints.
-        network: the networks, with the averaged weights.
         condition: what its conditions mean; None when it takes none.
         facts: how it was trained, for the model card.
         adapter: text of PEFT's ``adapter_config.json`` if it writes adapters; that in the zoo when None.
@@ -186,7 +183,6 @@ class Generator:
         """Generate networks.
 
         Args:
-            num: how many.
             seed: decides everything; network i of a seed is the same whatever ``num`` is.
             steps, sampler, eta, guidance_scale, state, temperature: override the ``generate`` section of the
                 configuration.

@@ -117,8 +117,6 @@ def condition_codes(network: object, spec: ConditionSpec, conditions: Tensor) ->
     Of settings their features, of examples what the networks' encoder makes of the set, of a text its phrases' vectors.
 
     Args:
-        network: the generator's.
-        spec: what its conditions mean.
         conditions: as networks see them, ``[n, C]``.
     """
     if spec.kind == "text" and isinstance(network, RecurrentDiffusion) and network.config.condition.phrases:

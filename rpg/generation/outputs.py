@@ -62,12 +62,9 @@ class FolderSink:
     """Streams tiles into one safetensors file (adapters: one PEFT folder) a network, which appears when it is whole.
 
     Args:
-        layout: how tokens become checkpoints.
         folder: where the files go; several processes must see the same one.
         metadata: gives the file metadata of network ``index``.
-        num: networks in all.
         adapter: text of ``adapter_config.json`` where the networks are adapters.
-        partition: which of several processes this is.
         shared: the networks whose tiles come from all processes; the first process makes and publishes their files.
         overwrite: whether networks of another generator or request may be replaced.
     """

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.known_range import Distance
 from rpg.generation.text_encoder import TextTable
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -131,8 +131,6 @@ def requested_conditions(
     Args:
         condition: ``[C]`` for all networks or ``[num, C]``, in any form that torch takes; settings by name; a text or
             ``num`` texts.
-        num: networks.
-        spec: what the generator's conditions mean.
         table: its texts, where they are texts.
 
     Raises:
@@ -202,8 +200,6 @@ def requested_initial(initial: Any, num: int, layout: Layout, wanted: bool) -> T
 
     Args:
         initial: a checkpoint's path or state dict, for all networks, or a list of ``num``.
-        num: networks.
-        layout: encodes them.
         wanted: whether the generator takes initial weights.
 
     Raises:

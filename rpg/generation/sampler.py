@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpg.config import GenerateConfig
 from rpg.devices import PATIENCE, note_device, use_device
-from rpg.generation.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, even_noise
@@ -155,8 +155,6 @@ class TiledSampler:
         same.
 
         Args:
-            request: decides, with the number of networks, what is drawn and which products are taken.
-            tile: the tile.
             compute: the rows of the first G' networks of a tile.
         """
         full, num = self.group_size(), tile.num_networks
@@ -186,8 +184,6 @@ class TokenSampler(TiledSampler):
 
     Args:
         network: the networks, in evaluation mode.
-        layout: of the checkpoints.
-        settings: how many tokens are computed together, and in which precision.
     """
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:

@@ -255,7 +255,6 @@ class SentenceEncoder:
 
     Args:
         name: for ``AutoModel.from_pretrained``: a name on the hub or a local path.
-        where: the option to name in errors.
 
     Raises:
         InputError: it cannot be loaded.
@@ -307,7 +306,6 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
 
     Args:
         name: a name on the hub or a local path.
-        where: the option to name in errors.
         choose: from its configuration to the class that loads it.
 
     Raises:

@@ -207,11 +207,6 @@ class Merge:
         """Whether it merges deviations from what all networks began with."""
         return self.method in NEED_BASE
 
-    @property
-    def is_combination(self) -> bool:
-        """Whether the result is a weighted sum of the networks."""
-        return self.method in COMBINATIONS
-
 
 @dataclass
 class Part:

@@ -42,12 +42,12 @@ KINDS = {
         "rpg.planning.estimators:RecurrentEstimator",
     ),
     "pdiff": Kind(
-        f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.pdiff_trainer:PDiffTrainer",
-        "rpg.generation.samplers:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
+        f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.whole_networks:PDiffTrainer",
+        "rpg.generation.whole_networks:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
     ),
     "kernel_ridge": Kind(
         f"{MODELS}.kernel_ridge:KernelRidgeConfig", f"{MODELS}.kernel_ridge:KernelRidgeGenerator",
-        "rpg.training.closed_form:ClosedFormTrainer", "rpg.generation.samplers:PosteriorSampler",
+        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.whole_networks:PosteriorSampler",
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
     "sane": Kind(
@@ -75,9 +75,6 @@ def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, cond
     """The untrained networks that a configuration describes, drawn from torch's global random state.
 
     Args:
-        config: kind and sizes.
-        layout: how checkpoints become tokens.
-        num_states: permutation states.
         condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
     """
     made: Network = part_of(config, "network").of_layout(config, layout, num_states, condition_size)

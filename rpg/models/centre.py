@@ -48,7 +48,6 @@ class CodeTable(FittedBuffers):
     """The codes of the training checkpoints: a table of permutation states that is measured, not learned.
 
     Args:
-        num_states: n.
         size: m; cut to n - 1.
     """
 
@@ -77,7 +76,6 @@ class TaskTable(CodeTable):
     """Codes that are what the zoo says of each checkpoint's task, standardised: new tasks have codes, too.
 
     Args:
-        num_states: n.
         size: m, how many numbers that is.
     """
 
@@ -104,8 +102,6 @@ class Centre(FittedBuffers):
     """The closed-form part of tokens, and the spread of what remains. It has no parameters, only buffers.
 
     Args:
-        num_tokens: T.
-        token_size: k.
         condition: kind and size of the conditions that are regressed on; None for none.
     """
 
@@ -144,7 +140,6 @@ class Centre(FittedBuffers):
         Args:
             conditions: ``[G, C]`` as they come from a zoo; without regression they are ignored.
             codes: ``[G, m]``; None without.
-            token_ids: which tokens.
         """
         known = self.code_map.new_zeros(1, len(token_ids), self.code_map.shape[-1])
         with torch.autocast(known.device.type, enabled=False):

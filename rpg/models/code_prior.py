@@ -89,7 +89,6 @@ class CodePrior(nn.Module):
     """Draws codes.
 
     Args:
-        config: its size.
         code_size: m.
         build_condition: makes the encoder of conditions for a width, if there are any.
     """
@@ -239,7 +238,6 @@ class CodeDensity:
         """Fit to the states ``[n, S]`` of n ≥ 2 checkpoints.
 
         Args:
-            table: the states.
             whitened: whether they are codes already, the direction of the largest variance first.
         """
         mean = table.mean(0)
@@ -265,7 +263,6 @@ class CodeDensity:
         Args:
             places: ``[B]`` in 0 … 1: which checkpoint each is drawn around, these sorted by their first direction.
             noise: ``[B, m]`` standard normal.
-            temperature: scales the noise.
         """
         num, r = len(self.centres), self.leading
         order = self.centres[:, 0].argsort()

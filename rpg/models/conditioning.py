@@ -1,18 +1,83 @@
-"""Conditions, encoded as one vector of the model's width.
+"""Conditions, encoded as one vector of the model's width; sets of examples by a deep set (arXiv 1703.06114).
 
-B examples, C condition values, H model width.
-"""
+A set holds any number of examples, labelled or not, in any order: features of each, averaged by class and over all,
+with the largest of each.
+
+B examples or sets, C condition values, H model width; n examples of a set, P values of an example, K classes,
+F features."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rpg.models.examples import SetEncoder
 from rpg.section import Section
+
+NUM_FEATURES, WIDTH = 64, 256
+"""F, and of the layers after pooling."""
+
+
+def row_size(num_values: int, num_classes: int) -> int:
+    """How many numbers stand for an example: its values, its class one-hot (zeros if unknown), and 1."""
+    return num_values + num_classes + 1
+
+
+def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Tensor:
+    """Examples as numbers, ``[…, n, P + K + 1]``.
+
+    Args:
+        values: ``[…, n, P]``.
+        classes: ``[…, n]`` long, -1 where a class is unknown; None where all are.
+    """
+    known = values.new_zeros(*values.shape[:-1], num_classes)
+    if classes is not None:
+        known.scatter_(-1, classes.clamp(min=0)[..., None], (classes >= 0)[..., None].to(values))
+    return torch.cat([values, known, values.new_ones(*values.shape[:-1], 1)], -1)
+
+
+class SetEncoder(nn.Module):
+    """Sets of examples as vectors.
+
+    Args:
+        size: P + K + 1.
+        depth: hidden layers after what is known of single ones is pooled.
+    """
+
+    def __init__(self, size: int, num_classes: int, width: int, depth: int = 1) -> None:
+        super().__init__()
+        self.size, self.num_classes, self.width = size, num_classes, width
+        num_values = size - num_classes - 1
+        inner = 2 * NUM_FEATURES
+        # Phrases (without classes) need a deeper network than images, and one without corners: docs/log.md.
+        activation = nn.ReLU if num_classes else nn.SiLU
+        middle = [] if num_classes else [nn.Linear(inner, inner), activation()]
+        self.each = nn.Sequential(
+            nn.Linear(num_values, inner), activation(), *middle, nn.Linear(inner, NUM_FEATURES)
+        )  # fmt: skip
+        num_inputs = (num_classes + 2) * NUM_FEATURES + num_classes + 1
+        sizes = [num_inputs, *[WIDTH] * depth]
+        layers = [each for pair in itertools.pairwise(sizes) for each in (nn.Linear(*pair), activation())]
+        self.all = nn.Sequential(*layers, nn.Linear(sizes[-1], width))
+
+    def forward(self, sets: Tensor) -> Tensor:
+        """Vectors ``[B, H]`` of sets ``[B, n · (P + K + 1)]``; rows whose last number is 0 are padding."""
+        rows = rearrange(sets, "b (n row) -> b n row", row=self.size)
+        values, classes, there = rows.split([self.size - self.num_classes - 1, self.num_classes, 1], -1)
+        features = values.new_zeros(*values.shape[:2], NUM_FEATURES)  # [B, n, F]
+        known = there[..., 0] > 0
+        features[known] = self.each(values[known]).to(features)  # padding costs nothing
+        sums = classes.mT.to(features) @ features  # [B, K, F]
+        counts = classes.sum(1)  # [B, K]
+        by_class = sums / counts.clamp(min=1)[..., None]  # zero where a class is missing
+        total = there.sum(1).clamp(min=1)  # [B, 1]
+        mean = (features * there).sum(1) / total
+        largest = features.masked_fill(there == 0, -torch.inf).amax(1)
+        return self.all(torch.cat([by_class.flatten(1), mean, largest, counts.clamp(max=1), 1 / total], -1))
 
 
 class ConditionConfig(Section):
@@ -84,9 +149,8 @@ class ConditionEncoder(nn.Module):
     Args:
         kind: one of ``ConditionConfig.kind`` except ``none``.
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
-            of the sentence encoder, for ``examples`` what `rpg.models.examples.row_size` says (and the condition is
+            of the sentence encoder, for ``examples`` what `rpg.models.conditioning.row_size` says (and the condition is
             ``[B, n · size]``).
-        width: H.
         num_classes: of examples.
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
             Of examples: the first F numbers of an embedding are what tasks are told by.

@@ -47,9 +47,6 @@ class KernelRidgeGenerator(FittedBuffers):
     """The fitted regression as buffers, so that it is saved and loaded as every generator is.
 
     Args:
-        config: what it is conditioned on.
-        num_tokens: T.
-        token_size: k.
         condition_size: C of the numbers that the regression sees (`regression_inputs`); 0 without a condition.
     """
 
@@ -131,7 +128,6 @@ class KernelRidgeGenerator(FittedBuffers):
         Args:
             kernel: ``[G, n]``, as `posterior` gives it.
             draws: ``[G, n]`` standard normal times the size of a draw; zeros for the mean.
-            token_ids: ``[N]``.
         """
         rows = torch.tensordot(draws, self.spread[:, token_ids], 1)
         if self.condition_size:

@@ -143,8 +143,6 @@ class LatentDenoiser(nn.Module):
     Args:
         size: Z.
         channels: of the encoder's convolutions, halving the length each; the decoder mirrors them.
-        kernel_size: of all convolutions.
-        d_time: width of the time embedding.
     """
 
     def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int, d_time: int = 128) -> None:
@@ -186,7 +184,6 @@ class ParameterDiffusion(nn.Module):
     collapse; the statistics are measured between the two stages by :meth:`measure_latents`.
 
     Args:
-        config: sizes and noise.
         num_values: d.
     """
 

@@ -78,9 +78,7 @@ class RecurrentDiffusion(nn.Module):
     """The generator's networks.
 
     Args:
-        config: the networks' configuration.
         positions: ``[L, 2]`` long, (layer index, token index in the layer).
-        token_size: D.
         num_states: size of the table of permutation states (1 when all checkpoints share one).
         condition_size: C, or the number of classes; 0 without a condition.
         regress: take the tokens' regression on the condition off them first (``tokens.centre: condition``).

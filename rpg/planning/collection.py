@@ -14,7 +14,7 @@ from rpg.planning.inspect import facts_table, format_bytes
 from rpg.planning.machine import num_bytes
 from rpg.planning.plan import CUDA_BYTES, Need, free_memory
 from rpg.planning.target import Target, find_target
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import (
     Cifar10SubsetsConfig,
@@ -57,7 +57,7 @@ class Collection:
         if self.device:
             return 1
         room = free_memory() // (self.host + psutil.Process().memory_info().rss)
-        return max(1, min(self.groups, parallel.num_cores(), room))
+        return max(1, min(self.groups, collecting.num_cores(), room))
 
     @property
     def need(self) -> Need:

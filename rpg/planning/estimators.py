@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
-from rpg.generation.samplers import GROUP
+from rpg.generation.whole_networks import GROUP
 from rpg.models.batch import Batch
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.planning.estimator import Estimator, StepPart
+from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
-from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
 from tokenization.layouts import cached_bytes
 
 

@@ -17,9 +17,8 @@ from rpg.config import Config
 from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
 from rpg.models import part_of
-from rpg.planning.estimator import Estimator
+from rpg.planning.estimator import Estimator, GenerationFlops
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, free_memory
-from rpg.planning.peak import GenerationFlops
 from rpg.planning.target import find_target
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -105,8 +104,6 @@ def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Pla
     """Estimate everything without computing it; see `rpg.planning.estimator` for how.
 
     Args:
-        config: the experiment.
-        zoo: what it learns from.
         num_processes: processes over which a step's batch is split, data parallel.
     """
     process = psutil.Process().memory_info().rss

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rpg.devices import parse_device, task_device
+from rpg.planning.estimator import LiveBytes, fake_copy, fake_mode
 from rpg.planning.machine import FLOAT_BYTES, num_bytes
-from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.tasks.images.config import (
     Cifar10SubsetsConfig,
     DigitsConfig,

@@ -29,7 +29,6 @@ def assign_splits(bits: Tensor, unseen_split: UnseenSplit, num_validation: int, 
         bits: ``[T, C]``.
         unseen_split: which tasks are unseen.
         num_validation: how many of the others are for validation, at random.
-        seed: decides the random draws.
 
     Raises:
         InputError: the unseen part is impossible, or leaves nothing to train on.

@@ -1,26 +1,37 @@
-"""Shared by all tasks that collect zoos: threads, incomplete zoos, schedules, and training that survives a kill."""
+"""Collecting zoos, for all tasks: threads, incomplete zoos, schedules, resumable training, and zoos of many tasks.
+
+Many tasks are cut into parts that are trained side by side. Each part is a function of the configuration alone and is
+published as one file, so that any process can train any part and a killed collection goes on where it stood. The main
+process lists their networks in the zoo in the order of the tasks, as soon as a part and all before it are there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rpg.migration import migrate_task
-from rpg.section import Section
+from rpg.devices import PATIENCE
+from rpg.section import Section, migrate_task
 from rpg.seeding import derive_seed
+from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
+from tokenization.files import atomic_file, remove_folder
 from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.zoo import Zoo
+from tokenization.zoo.manifest import ZooEntry
+from tokenization.zoo.zoo import Zoo, with_digest
 
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and their total over all runs."""
@@ -148,7 +159,6 @@ class SavedTraining:
 
     Args:
         path: the file; it is there only while training is under way.
-        network: parameters and buffers.
         optimizer: its state, whose values are all tensors.
     """
 
@@ -186,3 +196,192 @@ class SavedTraining:
     def remove(self) -> None:
         """Training is done."""
         self.path.unlink(missing_ok=True)
+
+
+_METRIC = "metric/"
+
+BASE = "base.safetensors"
+"""In a zoo's folder: the network that those of a family begin with."""
+
+WRITERS = 8
+"""Files written at a time: most of the time of a small file is waiting for the disk."""
+
+
+class Trainable(Protocol):
+    """What trains parts; where the CPU computes it is sent to other processes, so it must pickle."""
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
+        """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
+
+
+Write = Callable[[Path, int, int, Mapping[str, Tensor]], str]
+"""Writes a checkpoint into the zoo folder, given task and number of the checkpoint; its place in the zoo."""
+
+
+def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+    """A checkpoint as one safetensors file."""
+    name = f"checkpoints/{task:06d}-{number:02d}.safetensors"
+    save_checkpoint(folder / name, state_dict)
+    return name
+
+
+def collect_many(
+    task: Any, path: Path | str, condition: ConditionSpec, bits: Tensor, splits: Sequence[str],
+    prepare: Callable[[Path], object], *, ignore: Collection[str] = (), processes: int | None = None,
+    progress: Progress | None = None, limit: int | None = None, write: Write = write_file,
+) -> Zoo:  # fmt: skip
+    """Train the networks of a family that the zoo at ``path`` lacks, and list them.
+
+    Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
+
+    Args:
+        task: trains parts (`Trainable`) of ``config.group`` tasks.
+        bits: the tasks ``[T, C]``: task i becomes run i.
+        prepare: makes what all tasks share, given the folder, unless it is there; only in the first process.
+        ignore: as of `open_zoo`.
+        processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
+        limit: train at least this many tasks only.
+        write: puts a checkpoint into the zoo.
+    """
+    from accelerate import PartialState
+
+    place, group = PartialState(timeout=PATIENCE), task.config.group
+    with place.main_process_first():
+        zoo = open_zoo(path, task.config, condition, ignore=ignore)
+        if place.is_main_process:
+            with single_threaded():
+                prepare(zoo.path)
+    folder, listed = zoo.path / "parts", {entry.run for entry in zoo.entries}
+    if len(listed) == len(bits):
+        if place.is_main_process:
+            remove_folder(folder)  # of a collection that was killed at its very end
+        return zoo
+    total = min(limit or len(bits), len(bits))
+    parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
+    folder.mkdir(exist_ok=True)
+    missing = [n for n, tasks in enumerate(parts) if not _file(folder, n).exists() and not listed.issuperset(tasks)]
+    mine = missing[place.process_index :: place.num_processes]
+    done = sum(len(tasks) for number, tasks in enumerate(parts) if number not in missing)
+
+    def report(number: int) -> None:
+        nonlocal done
+        done += len(parts[number])
+        if place.is_main_process:
+            _list_parts(zoo, parts, folder, bits, splits, write)
+        if progress is not None:
+            progress(done, len(bits))
+
+    if processes is None:
+        processes = 1 if place.num_processes > 1 else num_cores()
+    _train_parts(task, parts, mine, folder, min(processes, len(mine)), report)
+    place.wait_for_everyone()
+    if place.is_main_process:
+        _list_parts(zoo, parts, folder, bits, splits, write)
+        if total == len(bits):
+            remove_folder(folder)
+    place.wait_for_everyone()
+    return zoo if place.is_main_process else Zoo.open(path)
+
+
+def save_base(folder: Path, train: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Train the network that all of a family's begin with, unless it is in the zoo's folder."""
+    if not (folder / BASE).exists():
+        save_checkpoint(folder / BASE, train())
+
+
+def _train_parts(
+    trainable: Trainable,
+    parts: list[list[int]],
+    mine: list[int],
+    folder: Path,
+    processes: int,
+    report: Callable[[int], None],
+) -> None:
+    if processes <= 1:
+        for number in mine:
+            _train_part(trainable, parts[number], number, folder)
+            report(number)
+        return
+    with spawned(processes) as pool:
+        futures = {number: pool.submit(_train_part, trainable, parts[number], number, folder) for number in mine}
+        for number, future in futures.items():
+            future.result()
+            report(number)
+
+
+@single_threaded()
+def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Path) -> None:
+    if _file(folder, number).exists():  # by another process meanwhile
+        return
+    checkpoints, metrics = trainable.train_part(tasks, folder.parent)
+    tensors = {
+        f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
+    }
+    scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
+    with atomic_file(_file(folder, number)) as temporary:
+        save_file({**tensors, **scores}, temporary)
+
+
+def _list_parts(
+    zoo: Zoo, parts: list[list[int]], folder: Path, bits: Tensor, splits: Sequence[str], write: Write
+) -> None:
+    """List the finished parts up to the first unfinished one; their files are then deleted."""
+    listed = {entry.run for entry in zoo.entries}
+    for number, tasks in enumerate(parts):
+        wanted = [task for task in tasks if task not in listed]
+        if wanted:
+            if not _file(folder, number).exists():
+                return
+            _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
+        _file(folder, number).unlink(missing_ok=True)
+
+
+def _list_part(
+    zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str], write: Write
+) -> None:
+    """Append the networks of a part to the zoo; the manifest grows by all of them or none."""
+    tensors = load_file(file)
+    metrics = {key.removeprefix(_METRIC): tensors.pop(key) for key in list(tensors) if key.startswith(_METRIC)}
+    (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    num_checkpoints = len(next(iter(metrics.values())))
+    entries = []
+    for task in wanted:
+        row = tasks.index(task)
+        for number in range(num_checkpoints):
+            prefix = f"{number}/"
+            state_dict = {
+                key.removeprefix(prefix): value[row] for key, value in tensors.items() if key.startswith(prefix)
+            }
+            name = write(zoo.path, task, number, state_dict)
+            entry = ZooEntry(
+                file=name, run=task, step=number + 1, condition=tuple(map(float, bits[task].tolist())),
+                metrics={key: float(value[number, row]) for key, value in metrics.items()}, split=splits[task],
+            )  # fmt: skip
+            entries.append(with_digest(entry, Checkpoint.open(zoo.path / name)))
+    zoo.extend(entries)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.safetensors"
+
+
+def spawned(processes: int) -> ProcessPoolExecutor:
+    """Processes that begin anew: a fork would copy the thread pools of torch in an unknown state."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write small checkpoints side by side and list them, all or none; much faster than one by one."""
+
+    def write(entry: ZooEntry, state_dict: Mapping[str, Tensor]) -> ZooEntry:
+        save_checkpoint(zoo.path / entry.file, state_dict)
+        return with_digest(entry, Checkpoint.open(zoo.path / entry.file))
+
+    (zoo.path / "checkpoints").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        zoo.extend(list(pool.map(write, entries, state_dicts)))

@@ -49,7 +49,7 @@ class SideBySide:
         """Logits ``[T, B, classes]`` of the T networks on the same images ``[B, C, H, W]``, or each on its own
         ``[T, B, C, H, W]``; what expanded tensors make of the same images is computed once for all."""
         own, total = 0 if images.dim() == 5 else None, len(next(iter(weights.values())))
-        common = {name for name, value in weights.items() if _is_common(value)}
+        common = {name for name, value in weights.items() if value.stride(0) == 0 and len(value) > 1}  # of one memory
         if own is None and len(common) == len(weights):  # one network, asked for several times
             return self._call({name: value[0] for name, value in weights.items()}, images).expand(total, -1, -1)
         if self.is_large:
@@ -73,11 +73,6 @@ class SideBySide:
             for first in range(0, total, chunk)
         ]
         return torch.cat(parts)
-
-
-def _is_common(value: Tensor) -> bool:
-    """Whether T networks have one tensor, of one memory."""
-    return value.stride(0) == 0 and len(value) > 1
 
 
 def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> Stacked:

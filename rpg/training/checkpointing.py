@@ -151,8 +151,6 @@ def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards
     """The files of a checkpoint, on the CPU; all processes must call it, as the functions below.
 
     Args:
-        network: the networks.
-        average: their averaged weights.
         shards: how both, and the optimizer's state, lie over the processes.
         keep: whether this process wants them; without, it takes part in putting each tensor together, and forgets it.
     """

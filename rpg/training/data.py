@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import TrainConfig
 from rpg.generation.text_encoder import text_table
 from rpg.models import ModelConfig
 from rpg.models.batch import Batch, CodeBatch
@@ -20,7 +21,6 @@ from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
-from rpg.training.config import TrainConfig
 from rpg.training.examples import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
@@ -41,8 +41,6 @@ class InitialPairs:
     Args:
         zoo: the checkpoints; their ``run`` and ``step`` say what is earlier.
         indices: those that are trained on.
-        config: how initial weights are drawn.
-        seed: decides every draw.
 
     Raises:
         InputError: no run has two checkpoints.
@@ -133,11 +131,8 @@ class BatchSampler:
     """Draws the rows of each step from a zoo.
 
     Args:
-        zoo: the checkpoints.
-        layout: how they are cut into tokens.
         settings: splits, batch size and sampled tokens.
         model: what a permutation state is, and how conditions are dropped and withheld.
-        seed: decides every draw.
         rank, world_size: this process, of how many; the batch is split evenly among them.
 
     Raises:

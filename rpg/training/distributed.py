@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
 from rpg.models.backbone.mamba2 import Mamba2
 from rpg.packages import install_command
 from rpg.training.checkpointing import Shards, ZeROShards
-from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
 
 T = TypeVar("T")
@@ -27,7 +27,6 @@ class DistributedContext:
     Args:
         settings: decides precision, accumulation and clipping; a launcher's own settings of these are overridden,
             except that ``train.precision: auto`` leaves the precision to the launcher.
-        folder: where logs go.
 
     Raises:
         InputError: the launcher asks for what the training loop cannot do.

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder
 from rpg.models.batch import Batch, CodeBatch
-from rpg.models.conditioning import ConditionConfig
-from rpg.models.examples import example_rows, row_size
+from rpg.models.conditioning import ConditionConfig, example_rows, row_size
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
@@ -79,9 +78,7 @@ class ExampleConditions:
     """Replaces the zoo's conditions by examples of the tasks.
 
     Args:
-        task: shows them.
         config: how many, and whether they are labelled.
-        seed: decides every draw.
 
     Raises:
         InputError: the task shows none, or of another number of classes.
@@ -112,8 +109,6 @@ class ExampleConditions:
         """The batch as the networks see it: its conditions ``[G, C]`` become sets ``[G, n · size]``.
 
         Args:
-            batch: with what the zoo says of the tasks.
-            step: of training.
             number: which part of the step, over all processes.
         """
         assert batch.conditions is not None
@@ -144,9 +139,7 @@ class Descriptions(ExampleConditions):
 
     Args:
         zoo: whose training tasks' phrases, in one wording each, are the generator's table of texts.
-        task: describes tasks.
         config: encoder, and how many phrases there are at most.
-        seed: decides every draw.
 
     Raises:
         InputError: the task has no words for its conditions, or the encoder cannot be loaded.

@@ -55,7 +55,6 @@ def train(
         progress: called by the main process with (steps done, steps in all, loss) at every logged step; a notebook
             shows a bar where it is None.
         watch: is shown the generator now and then, as often as `WATCHED` allows; of small networks on one process.
-        say: receives the notices of one line.
 
     Returns:
         The generator folder.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.config import TrainConfig
 from rpg.packages import install_command
 from rpg.tasks.collecting import cosine_decay
-from rpg.training.config import TrainConfig
 from tokenization.errors import InputError
 
 

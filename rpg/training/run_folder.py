@@ -144,7 +144,6 @@ def require_learned(path: Path, learned: str, single: str | None) -> None:
     """Check that a checkpoint's run learned from the present data.
 
     Args:
-        path: the checkpoint.
         learned: digest of what is there now.
         single: the name of a layer of a single value, which earlier versions did not learn, if there is one.
 

@@ -43,11 +43,10 @@ from rpg.training.data import (
 )
 from rpg.training.distributed import DistributedContext
 from rpg.training.examples import Descriptions, example_conditions, fresh_codes, take_networks
-from rpg.training.known_range import measure_known_range
-from rpg.training.losses.auxiliary import AuxiliaryLosses
-from rpg.training.losses.behaviour import num_at_last_time
+from rpg.training.losses import AuxiliaryLosses, num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
+from rpg.training.validation_errors import measure_known_range
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo

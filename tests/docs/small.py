@@ -183,7 +183,7 @@ def _metric(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
 
 def _tickets(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """One process: others would take longer to start than to work."""
-    patch.setattr("rpg.tasks.parallel.num_cores", lambda: 1)
+    patch.setattr("rpg.tasks.collecting.num_cores", lambda: 1)
 
 
 def _unseen(sandbox: Sandbox, _: pytest.MonkeyPatch) -> None:

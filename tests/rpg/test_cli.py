@@ -65,7 +65,7 @@ def test_commands_load_what_they_need() -> None:
     needed = {
         "collect --from": "tokenization.zoo.importing", "collect": "rpg.experiments.single",
         "inspect": "rpg.planning.inspect, rpg.planning.proposal", "train": "rpg.training.loop, rpg.planning.plan",
-        "generate": "rpg.generation.generator, rpg.experiments.copies, rpg.generation.examples",
+        "generate": "rpg.generation.generator, rpg.experiments.single, rpg.generation.examples",
     }  # fmt: skip
     slow = ("accelerate", "diffusers", "jinja2", "matplotlib", "peft", "scipy", "sklearn", "sympy", "timm")
     slow += ("torchvision", "transformers", "triton")

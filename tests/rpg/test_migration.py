@@ -1,7 +1,7 @@
 import pytest
 
 from rpg.config import Config
-from rpg.migration import migrate
+from rpg.section import migrate
 from rpg.tasks import build_task
 from tokenization.errors import InputError
 

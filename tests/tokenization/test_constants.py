@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.layout.verify import verify_round_trip
-from tokenization.layout.writer import CheckpointWriter
 from tokenization.layouts import fit_layout
 from tokenization.zoo.importing import collect_from
 from tokenization.zoo.zoo import Zoo

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.formats import kind_of
-from tokenization.checkpoint.pickles import load_inert
+from tokenization.checkpoint.pickles import kind_of, load_inert
 from tokenization.checkpoint.safetensors import (
     ORDER_KEY,
     TIES_KEY,
@@ -103,7 +102,6 @@ class Checkpoint:
 
         Args:
             state_dict: the tensors; they may be on the meta device.
-            path: what to call it in errors.
         """
         ties = find_ties(state_dict)
         tensors = {

@@ -26,8 +26,6 @@ def steps(title: str, items: Iterable[T], total: int | None = None, after: float
     """The items; each counts as done when the next one is asked for.
 
     Args:
-        title: what is done.
-        items: what it is done to.
         total: how many there are, where ``items`` has no length.
         after: seconds from when on it is worth showing; 0 where a single one may take long.
     """

@@ -60,8 +60,6 @@ class TensorFile:
 
     Args:
         path: the file, replaced on ``close`` if it exists.
-        specs: dtype and shape of every tensor.
-        metadata: strings for the header.
         num_extra_bytes: room for the caller's own notes after the tensors, cut off on ``close``.
         reserve: take the space now, so that a full disk is known before hours of sampling, not after.
 
@@ -188,7 +186,6 @@ def save_checkpoint(
     Args:
         path: the file, ``*.safetensors``; replaced if it exists.
         state_dict: dense tensors on any device.
-        metadata: further strings for the header.
         ties: ``{alias: stored name}`` in addition to those found: keys whose tensors are the same memory.
         materialize_ties: store aliases as copies instead, so that any loader finds every key in the file.
 

@@ -62,7 +62,6 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> Weights:
 
     Args:
         content: as `load_inert` gives it.
-        path: names the file in errors.
         key: where the weights lie, such as ``generator`` or ``state_dict.model``.
 
     Raises:
@@ -95,7 +94,6 @@ def plain_names(names: Sequence[str], path: Path, chosen: Chosen, shapes: Mappin
 
     Args:
         names: keys of the state dict.
-        path: names the file in errors.
         chosen: the prefix to cut off.
         shapes: of the tensors, where they are known.
 

@@ -20,8 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.masks import share_out
-from tokenization.checkpoint.structure import StateDict, fits
+from tokenization.checkpoint.structure import StateDict, fits, share_out
 from tokenization.checkpoint.tensor_file import TensorFile, save_checkpoint
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
@@ -50,7 +49,6 @@ class Compressed(Form):
         """The compressed weights of one checkpoint; None without any.
 
         Args:
-            checkpoint: one of the zoo.
             zeros: glob patterns of weights whose zeros are their mask.
 
         Raises:
@@ -111,8 +109,11 @@ class Compressed(Form):
 
     def describe(self, checkpoint: Checkpoint) -> Checkpoint:
         """Names, dtypes and shapes of a checkpoint in this form; its values cannot be read."""
-        infos = self._merge(checkpoint.tensors, lambda part: self._infos(part, checkpoint))
-        return self._opened_as(checkpoint, infos, {})
+
+        def infos(part: Part) -> dict[str, TensorInfo]:
+            return {name: TensorInfo(name, *spec, checkpoint.path, 0) for name, spec in part.tokens.items()}
+
+        return self._opened_as(checkpoint, self._merge(checkpoint.tensors, infos), {})
 
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:
         return self.open(zoo, zoo.checkpoint(index), zoo.digest_of(index))
@@ -182,11 +183,6 @@ class Compressed(Form):
     def _token_names(self) -> set[str]:
         return {name for part in self.parts for name in part.tokens}
 
-    def _infos(self, part: Part, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-        return {
-            name: TensorInfo(name, dtype, shape, checkpoint.path, 0) for name, (dtype, shape) in part.tokens.items()
-        }
-
     def _merge(self, stored: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
         """Entries by stored name, those of each part (in place of its first) replaced by ``tokens(part)``."""
         first = {next(name for name in stored if name in part.stored): part for part in self.parts}
@@ -229,10 +225,7 @@ class CompressedWriter:
     One network, in the form of its tokens, is in memory while the file is closed.
 
     Args:
-        path: the file.
-        form: stores the weights.
         open_writer: a writer of the tokens' own form, given a path.
-        metadata: strings for the header.
 
     Raises:
         InputError: the disk is full or refuses; nothing is left behind.

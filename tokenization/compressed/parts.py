@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenization.checkpoint.masks import SUFFIXES, cut_mask
 from tokenization.checkpoint.safetensors import DTYPES
+from tokenization.checkpoint.structure import SUFFIXES, cut_mask
 from tokenization.checkpoint.tensor_file import TensorSpec
 from tokenization.errors import InputError
 
@@ -37,7 +37,6 @@ def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: a channel's largest value is the last code.
 
     Args:
-        weight: floats.
         bits: 8 or 4.
 
     Returns:
@@ -233,9 +232,6 @@ def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
     """How a dense weight ``[out, …]`` is stored anew: indices int32, masks and scales in its own dtype.
 
     Args:
-        kind: how.
-        name: of the weight.
-        weight: tells shape and dtype.
         alive: how many of its values shall live.
     """
     out, rest = weight.shape[0], weight[0].numel()

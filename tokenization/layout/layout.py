@@ -20,10 +20,9 @@ from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
-from tokenization.layout import serialization
 from tokenization.layout.canonical import Canonical, find_pairs
-from tokenization.layout.description import LayerGroup, LayoutDescription, group_layers
-from tokenization.layout.normalization import Statistics
+from tokenization.layout.description import LayerGroup, LayoutDescription, group_layers, load_layout, save_layout
+from tokenization.layout.normalization import Statistics, fitted_statistics
 from tokenization.layout.placement import (
     BLOCK_VALUES,
     Layer,
@@ -35,7 +34,6 @@ from tokenization.layout.placement import (
     rounded,
 )
 from tokenization.layout.rows import read_rows
-from tokenization.layout.statistics import fitted_statistics
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.comparison import varying_constant
 from tokenization.zoo.zoo import Zoo
@@ -64,8 +62,6 @@ class TokenLayout(LayoutDescription):
         the zoo. Memory stays below a few blocks a checkpoint, whatever the checkpoints' size.
 
         Args:
-            zoo: the checkpoints.
-            options: how to cut and normalise.
             indices: entries to measure; all of them when None.
 
         Raises:
@@ -229,7 +225,7 @@ class TokenLayout(LayoutDescription):
 
     def save(self, folder: Path | str) -> None:
         """Write ``layout.json`` and ``statistics.safetensors``. Raises InputError when the disk refuses."""
-        serialization.save(self, Path(folder))
+        save_layout(self, Path(folder))
 
     @classmethod
     def load(cls, folder: Path | str) -> TokenLayout:
@@ -238,7 +234,7 @@ class TokenLayout(LayoutDescription):
         Raises:
             InputError: a file is missing, damaged, or of another version.
         """
-        return cls(**serialization.load(Path(folder)))
+        return cls(**load_layout(Path(folder)))
 
     def _values(self, source: Checkpoint | Mapping[str, Tensor], layer: Layer) -> Tensor:
         """All values of a layer, flat, checked."""

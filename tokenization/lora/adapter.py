@@ -1,12 +1,12 @@
-"""PEFT adapter folders: LoRA and DoRA, resolved as PEFT resolves them, checked for being whole and for being alike.
+"""PEFT adapter folders: LoRA and DoRA, resolved as PEFT resolves them, checked, and brought to one configuration.
 
 Two adapters are alike if the same tensors mean the same in both. Names and shapes say which modules they adapt and with
-which rank, however the configuration spells that; a different scaling (``alpha / r``) is folded into ``lora_B``.
-"""
+which rank, however the configuration spells that; a different scaling (``alpha / r``) is folded into ``lora_B``."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.errors import InputError
+from tokenization.files import write_text
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -178,7 +179,6 @@ def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping
         shapes: shape by name: ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``; of grouped
             convolutions B has the rank of one group, of experts both have that of all.
         config: the adapter's configuration.
-        folder: the adapter, for errors.
 
     Raises:
         InputError: names the tensor that is missing, empty or of another rank.
@@ -289,3 +289,94 @@ def product_distance(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.matrix_norm(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T))
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class CollectedAdapters:
+    """Compares the adapters of a zoo one after the other.
+
+    PEFT adapters have a configuration. Files for the Stable Diffusion interfaces have none, but an ``alpha`` beside
+    each pair of factors.
+
+    Args:
+        zoo: a zoo that has adapters, whose configuration is the measure; None for a new one.
+        base: the base of all of them, whatever path each names.
+
+    Raises:
+        InputError: the zoo's adapters are of another base.
+    """
+
+    def __init__(self, zoo: Path | None, base: str | None = None) -> None:
+        self.base = base
+        self.config: dict[str, Any] | None = None
+        self.where = Path()
+        self._alphas: dict[str, float] = {}
+        self._rescaled: list[Path] = []
+        self._rounded = False
+        self._untrained: list[Path] = []
+        if zoo is not None and (zoo / CONFIG_NAME).is_file():
+            self.config, self.where = read_adapter_config(zoo), zoo
+            own = self.config.get("base_model_name_or_path")
+            if base is not None and base != own:
+                raise InputError(f"the adapters of {zoo} are of the base {own!r}; say --base {own}, or make a new zoo")
+
+    def factors(
+        self, path: Path, config: Mapping[str, Any] | None, shapes: Shapes, tensor: Callable[[str], Tensor]
+    ) -> dict[str, float]:
+        """Factors of the next adapter's tensors; empty if it is like the first or not an adapter.
+
+        Raises:
+            InputError: it is not whole, or cannot mean the same as the others.
+        """
+        found: dict[str, float] = {}
+        if config is not None:
+            check_adapter_tensors(shapes, config, path)
+            if self.config is None:
+                self.config, self.where = dict(config), path
+            found = conversion(config, path, self.config, self.where, shapes, self.base)
+        for name in shapes:
+            stem = name.removesuffix(".alpha")
+            raised = next((up for up in (f"{stem}.lora_up.weight", f"{stem}.lora_B.weight") if up in shapes), None)
+            if stem != name and raised is not None and math.prod(shapes[name]) == 1:
+                alpha = float(tensor(name))
+                first = self._alphas.setdefault(name, alpha)
+                if alpha != first and alpha and first:
+                    found |= {name: first / alpha, raised: alpha / first}
+        if found:
+            self._rescaled.append(path)
+            self._rounded |= any(math.frexp(factor)[0] != 0.5 for factor in found.values())
+        pairs = [(name, *partner) for name in shapes if (partner := partner_of(name))]
+        if pairs and not any(side == "A" and _is_trained(tensor, a, b) for a, side, b in pairs):
+            self._untrained.append(path)
+        return found
+
+    def finish(self, zoo: Path, say: Callable[[str], None]) -> None:
+        """Say what was converted and which adapters change nothing, and give a new zoo its ``adapter_config.json``.
+
+        Raises:
+            InputError: the disk refuses.
+        """
+        if self._rescaled:
+            how = "up to the rounding of their dtype" if self._rounded else "exactly"
+            say(
+                f"{len(self._rescaled)} adapter(s) with another scaling (alpha, rank, rsLoRA) than the first: their "
+                f"factors B were multiplied, so that they compute what they did {how}; for example {self._rescaled[0]}"
+            )
+        if self._untrained:
+            say(
+                f"{len(self._untrained)} adapter(s) change nothing (every product B A is 0, as before training); "
+                f"for example {self._untrained[0]}"
+            )
+        if self.config is None or (zoo / CONFIG_NAME).exists():
+            return
+        if self.base is None:
+            text = (self.where / CONFIG_NAME).read_text(encoding="utf-8")
+        else:
+            text = json.dumps({**self.config, "base_model_name_or_path": self.base, "revision": None}, indent=2)
+        write_text(zoo / CONFIG_NAME, text)
+
+
+def _is_trained(tensor: Callable[[str], Tensor], a: str, b: str) -> bool:
+    return bool(tensor(a).float().any()) and bool(tensor(b).float().any())

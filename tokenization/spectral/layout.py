@@ -18,8 +18,7 @@ from tokenization.layout.canonical import Canonical
 from tokenization.layout.description import LayerGroup
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import Layer, TokenOptions
-from tokenization.layout.rows import values_of
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter, values_of
 from tokenization.spectral.fit import BASIS_DTYPES, DIRECTIONS, NUMBERS, Basis, FittedBasis, basis_specs, fit_basis
 from tokenization.zoo.zoo import Zoo
 

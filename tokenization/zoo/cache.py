@@ -37,7 +37,6 @@ def cached_tensors(
     """Tensors from a zoo's cache, computed if they are not there; for this process alone if it may not be written.
 
     Args:
-        zoo: whose cache.
         kind: what they are, the first part of the file's name.
         key: JSON values: all that decides them.
         specs: their dtypes and shapes.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.masks import SUFFIXES
 from tokenization.checkpoint.safetensors import is_learned, tensor_at
-from tokenization.checkpoint.structure import Structure, is_counter, num_not_finite
+from tokenization.checkpoint.structure import SUFFIXES, Structure, is_counter, num_not_finite
 from tokenization.checkpoint.weights import Chosen
 from tokenization.errors import InputError
 
@@ -59,7 +58,6 @@ class Comparison:
         Args:
             found: its structure.
             flat: the values of a tensor, 1-D.
-            where: the file to name in errors.
 
         Raises:
             InputError: another structure, values that are not finite and not the same in the others, nothing to learn.

@@ -21,8 +21,7 @@ from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.description import Description, require_new_folder
-from tokenization.zoo.manifest import ZooEntry, read_manifest
+from tokenization.zoo.manifest import Description, ZooEntry, read_manifest, require_new_folder
 
 Kind = Literal["model", "dataset"]
 
@@ -86,7 +85,6 @@ def publish(
         private: whether a new repository is private; as the account has it when None.
         branch: made if it is not there; the main one when None.
         token: what ``hf auth login`` or HF_TOKEN left when None.
-        message: of the commit.
 
     Returns:
         The address of the commit.

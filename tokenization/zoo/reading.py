@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_weights
-from tokenization.checkpoint.formats import INDEX_SUFFIXES, SUFFIXES, kind_of
+from tokenization.checkpoint.pickles import INDEX_SUFFIXES, SUFFIXES, kind_of
 from tokenization.checkpoint.safetensors import natural_key, read_json
 from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
-from tokenization.lora.adapter import is_adapter, read_adapter_config
-from tokenization.lora.collected import CollectedAdapters
+from tokenization.lora.adapter import CollectedAdapters, is_adapter, read_adapter_config
 from tokenization.zoo.comparison import Comparison, are_twins, fingerprint
 from tokenization.zoo.metadata_table import Label
 from tokenization.zoo.zoo import Zoo

@@ -23,9 +23,16 @@ from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text
 from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionSpec, require_condition
-from tokenization.zoo.description import Description, require_new_folder
 from tokenization.zoo.hub import SharedZoo
-from tokenization.zoo.manifest import ZooEntry, append_lines, entry_of, read_manifest, with_digest
+from tokenization.zoo.manifest import (
+    Description,
+    ZooEntry,
+    append_lines,
+    entry_of,
+    read_manifest,
+    require_new_folder,
+    with_digest,
+)
 
 __all__ = ["ConditionSpec", "Zoo", "ZooEntry", "with_digest"]
 
@@ -89,7 +96,6 @@ class Zoo(SharedZoo):
         """Open a zoo; headers and values of its checkpoints are read later, as they are used.
 
         Args:
-            path: the folder.
             repair: clean up after a killed collection: an unfinished last line or description, temporary files.
 
         Raises:

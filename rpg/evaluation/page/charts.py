@@ -199,9 +199,6 @@ def denoising_paths(
 
     Args:
         shown: (sampling steps taken, each network's metric then); None for a path of a single step.
-        name: of the figure.
-        caption: below the chart.
-        percent: whether it is a share.
     """
     if len(shown) < 2:
         return None
@@ -212,8 +209,10 @@ def denoising_paths(
     return lines(series, Axis("sampling step", ticks=steps if len(steps) < 12 else ()), up, caption)
 
 
-def principal_components(series: Sequence[Series], explained: float) -> Chart:
+def principal_components(series: Sequence[Series], explained: float) -> Chart | None:
     """Networks in the first two principal components of the originals, which hold ``explained`` of their variance."""
+    if not series:
+        return None
     caption = (
         "First two principal components of the originals’ weights, which hold "
         f"{100 * explained:.0f} % of their variance, with the other networks projected on them."

@@ -116,7 +116,7 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
         },
         "New and good": _novelty(report),
         "Distance to the nearest original": _distances(report),
-        "Where the networks lie": _components(report),
+        "Where the networks lie": principal_components(_component_series(report), report.explained),
         "From noise to network": _denoising_path(page, words),
         "Training loss": training_loss(page.losses),
     }
@@ -225,11 +225,6 @@ def _distances(report: Report) -> Chart | None:
 
 def _nearest(report: Report, kind: str) -> Sequence[float | None]:
     return report.kinds[kind].distances.get("nearest", ()) if kind in report.kinds else ()
-
-
-def _components(report: Report) -> Chart | None:
-    series = _component_series(report)
-    return principal_components(series, report.explained) if series else None
 
 
 def _component_series(report: Report) -> list[Series]:

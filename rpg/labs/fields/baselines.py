@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
-from rpg.tasks.parallel import append_many
+from rpg.tasks.collecting import append_many
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 

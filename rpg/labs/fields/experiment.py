@@ -20,7 +20,7 @@ from rpg.evaluation.field_measures import (
 )
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Report, networks
-from rpg.evaluation.vectors import FlatSpace
+from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.generation.generator import Generator
@@ -30,8 +30,7 @@ from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import single_threaded
-from rpg.tasks.parallel import spawned
+from rpg.tasks.collecting import single_threaded, spawned
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.data import FieldData, alter, load_data
 from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points
-from rpg.tasks.collecting import open_zoo, single_threaded
-from rpg.tasks.parallel import append_many
+from rpg.tasks.collecting import append_many, open_zoo, single_threaded
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.manifest import ZooEntry

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.models.backbone import build_backbone
-from rpg.models.backbone.transformer import TransformerConfig
+from rpg.models.backbone.base import TransformerConfig
 from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, position_embedding
 from rpg.section import Section

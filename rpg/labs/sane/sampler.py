@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, WatchTile
-from rpg.generation.samplers import GROUP, LatentSampler
+from rpg.generation.whole_networks import GROUP, LatentSampler
 from rpg.labs.sane.model import TokenAutoencoder
-from rpg.planning.estimator import StepPart
+from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
 from rpg.planning.estimators import WholeNetworksEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
-from rpg.planning.peak import GenerationFlops, LiveBytes, count_flops, directions_flops
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout
 

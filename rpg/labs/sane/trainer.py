@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpg.generation.samplers import unflatten_values
+from rpg.config import TrainConfig
+from rpg.generation.whole_networks import unflatten_values
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
 from rpg.labs.sane.sampler import random_numbers
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import Classifier, LogitTask, MetricsTask
-from rpg.training.config import TrainConfig
 from rpg.training.data import training_entries
-from rpg.training.pdiff_trainer import VectorSampler, require_one_process
 from rpg.training.trainer import Trainer
+from rpg.training.whole_networks import VectorSampler, require_one_process
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditions import nearest_rows, random_other
+from rpg.evaluation.conditional import nearest_rows, random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment
@@ -111,7 +111,6 @@ def compare(
         judge: accuracies ``[T]`` of masks cut from scores at a share of zeros.
         sparsity: the share that kinds are compared at.
         bits: the tasks ``[T, C]``.
-        seed: of the bootstrap.
 
     Returns:
         Kinds with ``accuracy`` and ``overlap`` (intersection over union of living weights with the tickets'), and among

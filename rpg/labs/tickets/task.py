@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import Progress, single_threaded
+from rpg.tasks.collecting import BASE, Progress, single_threaded
+from rpg.tasks.images.collection import finetune_many
 from rpg.tasks.images.digits import DigitsSubsetsTask
-from rpg.tasks.images.finetuning import finetune_many
-from rpg.tasks.images.subsets import BASE
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
-from tokenization.checkpoint.masks import cut_mask
+from tokenization.checkpoint.structure import cut_mask
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
@@ -33,7 +32,6 @@ class Masked(SideBySide):
     """Networks with weights that are held at zero, also in training.
 
     Args:
-        network: their structure.
         masks: 0 or 1, ``[T, *shape]``, of the tensors that are pruned.
     """
 
@@ -73,9 +71,6 @@ class TicketsTask:
     """Collects tickets and scores masks by the accuracy after training under them.
 
     Scores of weights, and so checkpoints, are in -1 … 1: the later a weight was pruned, the higher.
-
-    Args:
-        config: the family of tasks, how tickets are found, and how sparse they are when they are judged.
     """
 
     def __init__(self, config: TicketsConfig) -> None:
@@ -119,7 +114,7 @@ class TicketsTask:
         return self.family.collect_as(self, path, progress, limit)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.collecting.Trainable`."""
         self.start = load_file(folder / BASE)
         bits = self.family.bits()[runs]
         tickets = self.find(bits)
@@ -190,7 +185,12 @@ class TicketsTask:
         for row, task in enumerate(bits.tolist()):
             rng = make_rng(self.config.family.seed, "random mask", *task)
             random.append({name: torch.rand(value.shape[1:], generator=rng) for name, value in tickets.items()})
-            shuffled.append({name: _shuffled(value[row], rng) for name, value in tickets.items()})
+            shuffled.append(
+                {
+                    name: value[row].flatten()[torch.randperm(value[row].numel(), generator=rng)].view_as(value[row])
+                    for name, value in tickets.items()
+                }
+            )
         starts = repeat(self.start, len(bits))
         ones = {name: torch.ones_like(value) for name, value in tickets.items()}
         return {
@@ -199,7 +199,3 @@ class TicketsTask:
             "start_magnitude": {name: starts[name].abs() for name in tickets},
             "one_shot": unflatten(self.sizes(ones, bits), tickets),
         }
-
-
-def _shuffled(values: Tensor, rng: torch.Generator) -> Tensor:
-    return values.flatten()[torch.randperm(values.numel(), generator=rng)].view_as(values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg.evaluation.vectors import FlatSpace
+from rpg.evaluation.span import FlatSpace
 from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from rpg.labs.training_runs.config import TrainingRunsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import open_zoo, single_threaded
+from rpg.tasks.collecting import append_many, open_zoo, single_threaded
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.parallel import append_many
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo

@@ -26,7 +26,7 @@ from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
-from rpg.tasks.images.loading import batches_to_score, batches_to_train
+from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
 
@@ -40,9 +40,8 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
     In training it takes images and targets and returns losses by name, in evaluation detections.
 
     Args:
-        config: which network.
         num_outputs: classes, of which the first is the background.
-        pretrained: with the backbone's ImageNet weights.
+        pretrained: load the backbone's ImageNet weights.
 
     Raises:
         InputError: there is no such network, backbone or argument, or the weights cannot be had.
@@ -57,7 +56,9 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
             f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
         ) from None
     if config.pretrained and config.network != "fasterrcnn" and not config.network.endswith("_v2"):
-        _freeze_norms(network.backbone)  # torchvision does so with weights alone, and checkpoints must not differ
+        _freeze_norms(
+            network.backbone
+        )  # torchvision does so only with weights; all checkpoints need the same structure
     if config.anchors:
         holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
         holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
@@ -65,7 +66,7 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
 
 
 def _check_arguments(config: DetectionConfig) -> None:
-    """Torchvision itself would pass over an unknown name."""
+    """Torchvision itself would ignore an unknown name."""
     kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
     known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
     for name in config.arguments:
@@ -92,10 +93,10 @@ def _freeze_norms(module: nn.Module) -> None:
 
 
 def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:
-    """Anchors of the same number and relative sizes on each level, the smallest with given sides in pixels.
+    """The same anchors with the smallest of each level rescaled to the given side in pixels.
 
     Raises:
-        InputError: there is another number of levels.
+        InputError: the number of sides differs from the number of levels.
     """
     if len(sides) != len(generator.sizes):
         raise InputError(
@@ -129,7 +130,7 @@ class ConvolutionPyramid(nn.Module):
     """A feature pyramid (arXiv 1612.03144) on the feature maps of a convolutional network from stride 4 on.
 
     Args:
-        name: a timm model that gives feature maps.
+        name: a timm model with feature maps.
         channels: F.
         pretrained: with timm's weights.
     """
@@ -199,7 +200,7 @@ def _doubled(channels: int) -> nn.Module:
 
 
 MOST_DETECTIONS = 100
-"""Of an image, the ones with the highest scores, that count: COCO's own limit."""
+"""Detections per image that are scored, those with the highest scores: COCO's own limit."""
 
 
 class DetectionTask(FinetunedTask):
@@ -212,27 +213,27 @@ class DetectionTask(FinetunedTask):
         self._opened: dict[str, DetectionSet] = {}
 
     def make_network(self) -> nn.Module:
-        """The untrained target network. Raises InputError if it cannot be built, or there are no data."""
+        """The untrained target network. Raises InputError if it cannot be built, or data are missing."""
         pretrained = self.config.pretrained and not Path(self.config.base).is_file()
         return build_detector(self.config, self.dataset("train").num_outputs, pretrained=pretrained)
 
     def dataset(self, split: str) -> DetectionSet:
-        """Images and what is on them. Raises InputError where the folder does not hold them."""
+        """Images and their boxes. Raises InputError if the folder lacks them."""
         if split not in self._opened:
             self._opened[split] = open_split(split, self.config.data)
         return self._opened[split]
 
     def batches_after(self, done: int) -> Iterator[list[Sample]]:
-        """The training batches but the first ``done``, without end."""
+        """An endless stream of training batches after the first ``done``."""
         return batches_to_train(self.dataset("train"), self.config, done)
 
     def loss(self, network: nn.Module, batch: list[Sample], step: int) -> Tensor:
-        """The sum of the losses that torchvision's detectors give."""
-        network.train()  # or they would detect
+        """The sum of the losses of torchvision's detectors."""
+        network.train()  # in evaluation they return detections
         if not self.is_whole:
             for module in network.modules():
                 if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-                    module.eval()  # what is not fine-tuned stays
+                    module.eval()  # parameters that are not fine-tuned keep their statistics
         images = [image.to(self.device) for image, _ in batch]
         targets = [{name: value.to(self.device) for name, value in target.items()} for _, target in batch]
         losses: dict[str, Tensor] = network(images, targets)
@@ -256,16 +257,16 @@ class DetectionTask(FinetunedTask):
 
 
 def _rows(image: int, found: Mapping[str, Tensor]) -> Tensor:
-    """Detections of an image as COCO's tools take them: image, left, top, width, height, score, category ``[K, 7]``."""
+    """Detections of an image in COCO's format: image, left, top, width, height, score, category ``[K, 7]``."""
     boxes, scores, labels = found["boxes"], found["scores"][:, None], found["labels"][:, None]
     return torch.cat([torch.full_like(scores, image), boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels], 1)
 
 
 def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) -> dict[str, float]:
-    """COCO's AP50, at an overlap of one half, and AP, the mean over overlaps from 0.5 to 0.95.
+    """COCO's AP50 (IoU 0.5) and AP (mean over IoU 0.5 to 0.95).
 
     Args:
-        instances: what is there.
+        instances: the ground truth.
         detections: rows of image, left, top, width, height, score, category, ``[N, 7]``; N may be 0.
 
     Raises:
@@ -281,9 +282,9 @@ def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) ->
         return {"AP50": 0.0, "AP": 0.0}
     things = [
         {"iscrowd": 0, "area": thing["bbox"][2] * thing["bbox"][3], **thing, "id": number}
-        for number, thing in enumerate(instances["annotations"], 1)  # from 1: 0 stands for unmatched
+        for number, thing in enumerate(instances["annotations"], 1)  # from 1, since 0 means unmatched
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints at every step
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints at each step
         truth = COCO()
         truth.dataset = {**instances, "annotations": things}
         truth.createIndex()
@@ -292,7 +293,7 @@ def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) ->
         judge.params.maxDets = [MOST_DETECTIONS]
         judge.evaluate()
         judge.accumulate()
-    precision = judge.eval["precision"]  # [overlaps, recalls, categories, 1, 1]; -1 for categories that are not there
+    precision = judge.eval["precision"]  # [overlaps, recalls, categories, 1, 1]; -1 for absent categories
     return {"AP50": _mean(precision[0]), "AP": _mean(precision)}
 
 

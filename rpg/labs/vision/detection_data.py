@@ -23,13 +23,13 @@ from rpg.tasks.images.digits import load_splits
 from tokenization.errors import InputError
 
 NUM_CLASSES = 10
-INK = 0.35  # of the brightest: a pixel with more belongs to the digit
-TRIES = 20  # places that are tried for a digit before it is left out
+INK = 0.35  # share of the brightest value above which a pixel belongs to the digit
+TRIES = 20  # positions tried for a digit before it is left out
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """One image and what is on it.
+    """One image with its objects.
 
     Attributes:
         image: float32 ``[3, S, S]`` in 0 … 1.
@@ -51,14 +51,13 @@ class Canvas:
 def make_canvases(
     split: str, num: int, size: int = 64, seed: int = 0, *, most: int = 3, sides: tuple[int, int] = (16, 28)
 ) -> list[Canvas]:
-    """Canvases with 1 to ``most`` digits of one split, coloured, on a coloured and noisy ground.
+    """Canvases with 1 to ``most`` coloured digits of one split on a coloured, noisy background.
 
     Args:
-        split: whose digits are placed: train, validation or test. No digit is in two splits.
-        num: canvases. Each has random numbers of its own, so that fewer are the first of more.
+        split: train, validation or test; their digits are disjoint.
+        num: number of canvases; each has its own random numbers, so fewer are a prefix of more.
         size: S.
-        seed: random seed; each split draws its own.
-        most: digits on a canvas at most; one that finds no free place is left out, never the first.
+        most: largest number of digits; one without a free place is left out, never the first.
         sides: smallest and largest height, and so width, of a digit's square, at most S.
 
     Raises:
@@ -104,9 +103,9 @@ def _draw(ink: Tensor, labels: Tensor, size: int, most: int, sides: tuple[int, i
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 """An image, float32 ``[3, H, W]`` in 0 … 1, and its ``boxes`` float32 ``[K, 4]`` (x₁, y₁, x₂, y₂ in pixels) and
-``labels`` int64 ``[K]``, which are ids of categories; 0 is the background."""
+``labels`` int64 ``[K]``, the ids of categories; 0 is the background."""
 
-SMALLEST = 1.0  # pixels: narrower boxes, of which COCO has a few, are not target
+SMALLEST = 1.0  # pixels; COCO has a few narrower boxes, which are not used in training
 
 
 class ImageEntry(TypedDict):
@@ -117,7 +116,7 @@ class ImageEntry(TypedDict):
 
 
 class ThingEntry(TypedDict):
-    """A thing on an image: its box as left, top, width and height in pixels."""
+    """An object on an image: its box as left, top, width and height in pixels."""
 
     image_id: int
     category_id: int
@@ -127,14 +126,14 @@ class ThingEntry(TypedDict):
 
 
 class CategoryEntry(TypedDict):
-    """A kind of things. Networks have an output for every id up to the largest."""
+    """A category of objects. Networks have an output for every id up to the largest."""
 
     id: Annotated[int, Field(ge=1, lt=10_000)]
     name: str
 
 
 class Instances(TypedDict):
-    """What COCO's files of annotations hold, as far as boxes need it."""
+    """The fields of COCO's annotation files that boxes need."""
 
     images: list[ImageEntry]
     annotations: list[ThingEntry]
@@ -142,14 +141,13 @@ class Instances(TypedDict):
 
 
 class DetectionSet(Dataset[Sample]):
-    """Images with things on them.
+    """Images with their objects.
 
     Args:
-        instances: what is on which image.
-        read: gives the image of an entry, float32 ``[3, H, W]`` in 0 … 1.
-        folder: where the files are, for errors.
-        training: leave out images without things, and crowds.
-        flip: mirror half of the images, by torch's global random numbers.
+        instances: the objects on each image.
+        read: reads the image of an entry, float32 ``[3, H, W]`` in 0 … 1.
+        training: leave out crowds and images without objects.
+        flip: mirror half of the images, drawn from torch's global random state.
     """
 
     def __init__(
@@ -167,14 +165,14 @@ class DetectionSet(Dataset[Sample]):
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of a network: the background and all ids up to the largest."""
+        """Number of outputs of a network: the background and all ids up to the largest."""
         return 1 + max(category["id"] for category in self.instances["categories"])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        """An image and what is on it. Raises OSError where its file is broken."""
+        """An image and its objects. Raises OSError if its file is broken."""
         entry = self.images[index]
         image, things = self.read(entry), self.things.get(entry["id"], [])
         boxes = torch.tensor([thing["bbox"] for thing in things], dtype=torch.float32).reshape(-1, 4)
@@ -189,7 +187,7 @@ def open_split(split: str, data: CanvasesData | CocoData) -> DetectionSet:
     """The images of ``train``, ``validation`` or ``test``.
 
     Raises:
-        InputError: there is no such split, or the folder does not hold it.
+        InputError: there is no such split, or the folder lacks it.
     """
     if split not in ("train", "validation", "test"):
         raise InputError(f"there is no split {split!r}; choose one of train, validation, test")
@@ -236,7 +234,7 @@ def _coco(split: str, data: CocoData) -> DetectionSet:
 
 
 def read_instances(path: Path) -> Instances:
-    """Annotations in COCO's format; what boxes do not need is left out.
+    """Annotations in COCO's format, without the fields that boxes do not need.
 
     Raises:
         InputError: there is no such file, or it is in another format.

@@ -1,7 +1,7 @@
-"""The task ``diffusion_unet``: diffusers' U-Net as a DDPM of scikit-learn's digits, judged by the samples it draws.
+"""The task ``diffusion_unet``: diffusers' U-Net as a DDPM of scikit-learn's digits, evaluated by its samples.
 
 DDPM (arXiv 2006.11239) with the cosine schedule of arXiv 2102.09672; samples by DDIM (arXiv 2010.02502) from fixed
-noise, so that two networks differ in what they make of the same noise. B images of 8×8 pixels.
+noise, so that networks can be compared on the same noise. B images of 8×8 pixels.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample":
 
 
 class DiffusionUnetTask(FinetunedTask):
-    """Collects zoos of diffusion models and draws from state dicts."""
+    """Collects zoos of diffusion models and draws samples from state dicts."""
 
     unrecorded = ("device", "samples", "sample_steps")
     config: DiffusionUnetConfig
 
     def make_network(self) -> Any:
-        """The untrained U-Net. Raises InputError if its channels cannot be grouped."""
+        """The untrained U-Net. Raises InputError if ``groups`` does not divide its channels."""
         from diffusers import UNet2DModel  # imported here: slow
 
         levels = len(self.config.channels)
@@ -48,7 +48,7 @@ class DiffusionUnetTask(FinetunedTask):
             ) from None
 
     def scheduler(self, kind: str = "DDPMScheduler") -> Any:
-        """diffusers' scheduler of that name with the task's noise levels."""
+        """The scheduler of diffusers with this name and the task's noise levels."""
         import diffusers
 
         return getattr(diffusers, kind)(num_train_timesteps=self.config.timesteps, **SCHEDULE)
@@ -60,7 +60,7 @@ class DiffusionUnetTask(FinetunedTask):
         return (splits.images[splits.check(split)] - least) / (most - least)
 
     def batches_after(self, done: int) -> Iterator[Tensor]:
-        """Training images in -1 … 1, drawn for each step by random numbers of its own."""
+        """Training images in -1 … 1; each step has its own random numbers."""
         images = self.images("train").to(self.device) * 2 - 1
         for step in itertools.count(done):
             rng = make_rng(self.config.seed, "batch", step)
@@ -82,7 +82,7 @@ class DiffusionUnetTask(FinetunedTask):
 
     @torch.inference_mode()
     def samples(self, network: Mapping[str, Tensor], num: int | None = None) -> Tensor:
-        """Images that a network draws, ``[num, 1, 8, 8]`` in 0 … 1; black where it is broken.
+        """Samples of a network, ``[num, 1, 8, 8]`` in 0 … 1; black where values are not finite.
 
         Raises:
             InputError: the network does not fit.

@@ -1,26 +1,165 @@
 """The task ``segmentation``: segmentation networks, whole or in part, scored by mean IoU.
 
-B images, S height and width that images are brought to, C classes.
-"""
+Data sets: digits on canvases, ADE20K and Pascal VOC, the latter two in their archives' layouts.
+B images, S height and width after resizing, C classes."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rpg.labs.vision.config import SegmentationConfig
-from rpg.labs.vision.segmentation_data import IGNORED, NUM_CLASSES, open_split
+from rpg.labs.vision.detection_data import make_canvases
 from rpg.packages import install_command
+from rpg.seeding import permutation
 from rpg.tasks.collecting import use_threads
-from rpg.tasks.images.loading import batches_to_score, batches_to_train
+from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.stepwise import FinetunedTask
 from tokenization.errors import InputError
+
+IGNORED = 255
+"""The class of pixels that are ignored in training and in metrics."""
+
+NUM_CLASSES = {"canvases": 11, "ade20k": 150, "voc": 21}
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's colours, by which images are standardised, as pretrained weights expect."""
+
+SMALLEST_CROP = 0.25
+"""Smallest share of a training image's area in a random crop."""
+
+Sample = tuple[Tensor, Tensor]
+"""An image, float32 ``[3, S, S]``, and the classes of its pixels, uint8 ``[H, W]``."""
+
+
+class Canvases(Dataset[Sample]):
+    """Digits on canvases: the background is class 0, the digits are 1 … 10."""
+
+    def __init__(self, split: str, config: SegmentationConfig) -> None:
+        num = config.canvases if split == "train" else max(1, config.canvases // 4)
+        # smaller canvases hold smaller digits
+        sides = (config.image_size // 4, 7 * config.image_size // 16)
+        made = make_canvases(split, num, config.image_size, config.seed, sides=sides)
+        self.images = [standardised(each.image) for each in made]
+        self.maps = [each.label_map().to(torch.uint8) for each in made]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index], self.maps[index]
+
+
+class MappedImages(Dataset[Sample]):
+    """Pairs of an image and a PNG with the class of each pixel.
+
+    Images are resized to S×S. In training images and maps are cropped and mirrored at random; maps to score on keep
+    their original size.
+    """
+
+    def __init__(self, samples: list[tuple[Path, Path]], config: SegmentationConfig, training: bool) -> None:
+        self.samples, self.config, self.training = samples, config, training
+        self.num_classes = NUM_CLASSES[config.dataset]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """A sample. Raises OSError or ValueError if a file is broken, or is not a map of the data set's classes."""
+        from torchvision import tv_tensors  # imported here: slow
+        from torchvision.transforms import v2
+
+        image = tv_tensors.Image(np.array(Image.open(self.samples[index][0]).convert("RGB")).transpose(2, 0, 1))
+        classes = tv_tensors.Mask(self._classes(self.samples[index][1]))
+        if classes.shape != image.shape[1:]:
+            raise ValueError(f"its map is {tuple(classes.shape)} pixels large, the image {tuple(image.shape[1:])}")
+        size = [self.config.image_size] * 2
+        if self.training:
+            cut = v2.RandomResizedCrop(size, (SMALLEST_CROP, 1.0), antialias=True)
+            image, classes = v2.RandomHorizontalFlip()(*cut(image, classes))
+        else:
+            image = v2.functional.resize(image, size, antialias=True)
+        return standardised(image.as_subclass(Tensor).float() / 255), classes.as_subclass(Tensor)
+
+    def _classes(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as opened:
+                if opened.mode not in ("L", "P"):
+                    raise ValueError(f"its mode is {opened.mode}, not L or P")
+                found = torch.from_numpy(np.array(opened))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"its map {path.name}: {str(error).splitlines()[0]}") from None
+        if self.config.dataset == "ade20k":
+            found = torch.where(found == 0, IGNORED, found - 1)  # 0 means no class
+        wrong = found[(found >= self.num_classes) & (found != IGNORED)]
+        if len(wrong):
+            raise ValueError(f"its map {path.name} has a class {int(wrong.max())} of {self.num_classes}, from 0")
+        return found
+
+
+def standardised(image: Tensor) -> Tensor:
+    """Standardise an image ``[3, S, S]`` in 0 … 1 by the mean and deviation of ImageNet's colours."""
+    return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+def open_split(split: str, config: SegmentationConfig) -> Dataset[Sample]:
+    """Images and maps of ``train``, ``validation`` or ``test``.
+
+    For folders, ``test`` is the archive's validation set, and ``validation`` a share of the training images.
+
+    Raises:
+        InputError: there is no such split, or the folder lacks the data set.
+    """
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"there is no split {split!r}; choose one of train, validation, test")
+    if config.dataset == "canvases":
+        return Canvases(split, config)
+    find = {"ade20k": _ade20k, "voc": _voc}[config.dataset]
+    samples = find(Path(config.data), split != "test")
+    for image, classes in samples:
+        if not classes.is_file():
+            raise InputError(f"{image} has no map {classes}; put it there, or take the image out")
+    if split != "test":
+        num = round(config.validation * len(samples))
+        order = permutation(len(samples), config.seed, "validation").tolist()
+        samples = [samples[place] for place in sorted(order[:num] if split == "validation" else order[num:])]
+    if not samples:
+        raise InputError(
+            f"task.data {config.data} has no image for the split {split}; add images, or set task.validation"
+        )
+    return MappedImages(samples, config, split == "train")
+
+
+def _ade20k(root: Path, training: bool) -> list[tuple[Path, Path]]:
+    """Images and maps in ``ADEChallengeData2016``, or in the folder that contains it."""
+    inner = root / "ADEChallengeData2016"
+    root, part = inner if inner.is_dir() else root, "training" if training else "validation"
+    images = sorted((root / "images" / part).glob("*.jpg"))
+    if not images:
+        raise InputError(f"{root / 'images' / part} holds no .jpg; task.data names the folder ADEChallengeData2016")
+    return [(image, root / "annotations" / part / f"{image.stem}.png") for image in images]
+
+
+def _voc(root: Path, training: bool) -> list[tuple[Path, Path]]:
+    from torchvision import datasets  # imported here: slow
+
+    try:
+        opened: Any = datasets.VOCSegmentation(str(root), "2012", "train" if training else "val")
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"task.data {root} holds no VOCdevkit/VOC2012 ({str(error).splitlines()[0]}); name the folder that does"
+        ) from None
+    return [(Path(image), Path(classes)) for image, classes in zip(opened.images, opened.masks, strict=True)]
+
 
 SEGFORMERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "mini": ((1, 1, 1, 1), (16, 32, 64, 96), 64),
@@ -38,7 +177,6 @@ class SmallSegmenter(nn.Module):
     """A U-Net (arXiv 1505.04597) with group norms: images ``[B, 3, S, S]`` → logits ``[B, classes, S / 2, S / 2]``.
 
     Args:
-        num_classes: of the pixels.
         widths: channels of its levels, each half as large as the last.
     """
 
@@ -72,7 +210,7 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 
 def build_segmenter(name: str, num_classes: int) -> nn.Module:
-    """A network by name, its weights from torch's global random state: ``[B, 3, S, S]`` → what `logits_of` takes.
+    """A network by name, drawn from torch's global random state; `logits_of` runs it on ``[B, 3, S, S]``.
 
     Raises:
         InputError: there is no such network.
@@ -98,7 +236,7 @@ def build_segmenter(name: str, num_classes: int) -> nn.Module:
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits ``[B, classes, s, s]`` of images ``[B, 3, S, S]`` at the resolution of the network's own, s at most S."""
+    """Logits ``[B, classes, s, s]`` of images ``[B, 3, S, S]`` at the network's output resolution, s ≤ S."""
     found: Any = network(images)
     if isinstance(found, Tensor):
         return found
@@ -106,7 +244,7 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def enlarge(logits: Tensor, size: torch.Size) -> Tensor:
-    """Logits ``[B, classes, s, s]`` at the resolution of a map of classes, by bilinear interpolation."""
+    """Interpolate logits ``[B, classes, s, s]`` bilinearly to the resolution of a map of classes."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -128,23 +266,23 @@ class SegmentationTask(FinetunedTask):
         self._opened: dict[str, Dataset[Any]] = {}
 
     def make_network(self) -> nn.Module:
-        """The untrained target network. Raises InputError if there is none of that name."""
+        """The untrained target network. Raises InputError for an unknown name."""
         return build_segmenter(self.config.network, self.num_classes)
 
     def dataset(self, split: str) -> Any:
-        """Images and maps of a split. Raises InputError where the folder does not hold them."""
+        """Images and maps of a split. Raises InputError if the folder lacks them."""
         if split not in self._opened:
             self._opened[split] = open_split(split, self.config)
         return self._opened[split]
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """Images and maps of a split, in their order. Raises InputError if a file cannot be read."""
+        """Images and maps of a split, in order. Raises InputError if a file cannot be read."""
         yield from map(self._stacked, batches_to_score(self.dataset(split), self.config))
 
     def batches_after(self, done: int) -> Iterator[Batch]:
-        """The training batches of all epochs but the first ``done`` ones, without end.
+        """An endless stream of training batches after the first ``done``.
 
-        Each is full: a batch of one image is too few for a batch norm of global features.
+        Every batch is full, since batch norms of global features need more than one image.
         """
         yield from map(self._stacked, batches_to_train(self.dataset("train"), self.config, done))
 
@@ -153,7 +291,7 @@ class SegmentationTask(FinetunedTask):
         return torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
 
     def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Mean cross entropy of the pixels that count."""
+        """Mean cross entropy over the pixels that are not ignored."""
         images, maps = batch
         classes = torch.stack(maps).long()
         logits = enlarge(logits_of(network, images), classes.shape[-2:])
@@ -162,9 +300,9 @@ class SegmentationTask(FinetunedTask):
 
     @torch.inference_mode()
     def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
-        """Mean intersection over union of the classes that are there or answered, and the share of right pixels.
+        """Mean IoU over the classes that occur in maps or predictions, and pixel accuracy.
 
-        Both over all pixels of the split, at the maps' own resolution.
+        Both are over all pixels of the split, at the maps' own resolution.
 
         Raises:
             InputError: the network does not fit, or an image cannot be read.
@@ -180,14 +318,14 @@ class SegmentationTask(FinetunedTask):
                 logits = logits_of(fitted, images)
                 for some, classes in _by_size(logits, maps):
                     answers = enlarge(some, classes.shape[-2:])
-                    answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # broken ones decide nothing
+                    answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # not finite: class 0
                     overlap.update(answers, classes.long())
                     right.update(answers, classes.long())
         return {"miou": overlap.compute().item(), "pixel_accuracy": right.compute().item()}
 
 
 def _by_size(logits: Tensor, maps: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and maps ``[b, H, W]`` together where all maps are of one size, else one by one."""
+    """Logits and maps ``[b, H, W]``: batched if all maps have one size, else one by one."""
     if len({each.shape for each in maps}) == 1:
         yield logits, torch.stack(maps)
     else:

@@ -7,10 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rpg.models.backbone.base import Backbone, NoneBackbone, NoneConfig
-from rpg.models.backbone.lstm import LSTMBackbone, LSTMConfig
+from rpg.models.backbone.base import (
+    Backbone,
+    LSTMBackbone,
+    LSTMConfig,
+    NoneBackbone,
+    NoneConfig,
+    TransformerBackbone,
+    TransformerConfig,
+)
 from rpg.models.backbone.mamba2 import Mamba2Backbone, Mamba2Config
-from rpg.models.backbone.transformer import TransformerBackbone, TransformerConfig
 
 BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]
 

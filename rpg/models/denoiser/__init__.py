@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rpg.models.denoiser.base import Denoiser
-from rpg.models.denoiser.joint import JointConfig, JointDenoiser
-from rpg.models.denoiser.mlp import Decoder, DecoderConfig, MLPConfig, MLPDenoiser
+from rpg.models.denoiser.base import (
+    Decoder,
+    DecoderConfig,
+    Denoiser,
+    JointConfig,
+    JointDenoiser,
+    MLPConfig,
+    MLPDenoiser,
+)
 from rpg.models.denoiser.unet1d import UNet1d, UNet1dConfig
 
 DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, Field(discriminator="kind")]
@@ -30,9 +36,6 @@ def build_denoiser(
     """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
 
     Args:
-        config: kind and size.
-        token_size: D.
         d_prototype: width of the prototypes, H.
-        num_tokens: L.
     """
     return DENOISERS[config.kind](config, token_size, d_prototype, num_tokens)

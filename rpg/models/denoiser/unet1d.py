@@ -35,9 +35,6 @@ class BatchNorm(nn.Module):
 
     Unlike PyTorch's module the forward pass moves no running statistics. It returns its own for `track`, so that
     activation checkpointing may run it twice.
-
-    Args:
-        num_channels: C.
     """
 
     running_mean: Tensor

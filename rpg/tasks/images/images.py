@@ -121,7 +121,6 @@ def augment(
 
     Args:
         images: ``[B, C, H, W]``.
-        generator: source of the draws.
         shift: largest shift in pixels, along each axis.
         angle: largest turn in degrees.
         scale: largest relative change of size, along each axis of its own.

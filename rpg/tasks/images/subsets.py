@@ -21,18 +21,22 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.collecting import Progress, open_zoo, recorded_task, single_threaded, without_arithmetic
-from rpg.tasks.images.finetuning import binary_start, finetune_many
+from rpg.tasks.collecting import (
+    BASE,
+    Progress,
+    collect_many,
+    recorded_task,
+    save_base,
+    single_threaded,
+    without_arithmetic,
+)
+from rpg.tasks.images.collection import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
-from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
-from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
-
-BASE = "base.safetensors"
 
 
 class SubsetTask:
@@ -138,22 +142,16 @@ class SubsetTask:
         """`collect` what another task trains for this family, by its ``config``, ``train_base`` and ``train_part``."""
         from accelerate import PartialState
 
-        place = PartialState(timeout=PATIENCE)
-        with place.main_process_first():
+        with PartialState(timeout=PATIENCE).main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder
-            zoo = open_zoo(path, task.config, self.condition)
-            if place.is_main_process and not (zoo.path / BASE).exists():
-                with single_threaded():
-                    save_checkpoint(zoo.path / BASE, task.train_base())
-        bits, splits = self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies
-        collect_many(
-            zoo, task, bits, splits, self.config.group,
+        return collect_many(
+            task, path, self.condition, self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies,
+            lambda folder: save_base(folder, task.train_base),
             processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
-        return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Fine-tune the networks of one part from the base in ``folder``; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Fine-tune the networks of one part from the base in ``folder``, as `Trainable` does."""
         bits, base = self.bits(), load_file(folder / BASE)
         parts = []
         for copy, group in itertools.groupby(runs, lambda run: run // len(bits)):
@@ -259,8 +257,6 @@ def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
 
     Args:
         source: a complete zoo of the same family, equal but for ``unseen`` and ``validation``.
-        path: the zoo to make.
-        task: the family with the wanted unseen tasks.
 
     Raises:
         InputError: the source is of another family or recipe, or there is a zoo already.

@@ -21,9 +21,8 @@ from torch.utils.data import default_collate
 from rpg.devices import in_bf16
 from rpg.tasks.collecting import Progress, cosine_decay
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
-from rpg.tasks.images.image_cache import CachedImages, cached_images
+from rpg.tasks.images.image_cache import CachedImages, batches_to_score, batches_to_train, cached_images, steps_an_epoch
 from rpg.tasks.images.images import answers, check_structure
-from rpg.tasks.images.loading import batches_to_score, batches_to_train, steps_an_epoch
 from rpg.tasks.images.networks import own_network
 from rpg.tasks.stepwise import FinetunedTask
 from tokenization.checkpoint.checkpoint import read_state_dict

@@ -60,7 +60,6 @@ class AdapterBank:
 
     Args:
         base: a causal language model; it is frozen, and left as it was otherwise.
-        config: the adapters' form.
 
     Raises:
         InputError: ``target_modules`` names no layer of the base.
@@ -203,9 +202,7 @@ def score_adapters(
     exponential of the mean cross-entropy of these tokens, their end included.
 
     Args:
-        bank: runs them.
         weights: ``[T, *shape]`` under PEFT's names.
-        rows: of each adapter.
         rows_at_once: rows of all adapters together in a forward pass, to bound memory.
     """
     device = next(bank.base.parameters()).device

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, open_zoo
+from rpg.tasks.collecting import Progress, collect_many
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     AdapterScores,
@@ -26,11 +26,9 @@ from rpg.tasks.language.adapter_bank import (
     peft_on,
     score_adapters,
 )
-from rpg.tasks.language.adapter_training import train_one, train_side_by_side
+from rpg.tasks.language.adapter_training import ShownRows, train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, rows_of, stack_rows
-from rpg.tasks.language.shown import ShownRows
-from rpg.tasks.parallel import collect_many
 from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
@@ -164,7 +162,7 @@ class LanguageTask:
         return (torch.rand(classes.shape, generator=rng) * counts[:, None]).long()
 
     def examples(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train") -> Tensor:
-        """Those rows as values ``[T, n, P]``: what `rpg.tasks.language.shown` makes of them."""
+        """Those rows as values ``[T, n, P]``: what `rpg.tasks.language.adapter_training` makes of them."""
         numbers, values = self.example_numbers(conditions, classes, rng, split), []
         for place, chosen in zip(self.places(conditions), numbers, strict=True):
             if (place, split) not in self._values:
@@ -194,20 +192,14 @@ class LanguageTask:
 
         The zoo's checkpoints are PEFT folders, named as the tasks' files.
         """
-        place = PartialState()
-        with place.main_process_first():
-            zoo = open_zoo(path, self.config, self.condition, ignore=("processes",))
-            if place.is_main_process and not (zoo.path / CONFIG_NAME).exists():
-                self._write_config(zoo.path)
-        processes = processes or self.config.processes or (1 if place.device.type != "cpu" else None)
-        collect_many(
-            zoo, self, self.conditions(), [task.split for task in self.tasks], self.config.group,
-            processes=processes, progress=progress, limit=limit, write=self._write,
+        processes = processes or self.config.processes or (1 if PartialState().device.type != "cpu" else None)
+        return collect_many(
+            self, path, self.condition, self.conditions(), [task.split for task in self.tasks], self._write_config,
+            ignore=("processes",), processes=processes, progress=progress, limit=limit, write=self._write,
         )  # fmt: skip
-        return zoo if place.is_main_process else Zoo.open(path)
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the adapters of one part; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Train the adapters of one part; see :class:`rpg.tasks.collecting.Trainable`."""
         checkpoints = self.train(tasks)
         scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
         metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}
@@ -252,6 +244,8 @@ class LanguageTask:
         return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
     def _write_config(self, folder: Path) -> None:
+        if (folder / CONFIG_NAME).exists():
+            return
         config = peft_config(self.config.adapter, self.config.base)
         with peft_on(self.base, config):  # it completes the configuration: the base's name, fan_in_fan_out
             pass

@@ -98,7 +98,6 @@ def find_tasks(
         table: CSV or JSONL with ``file`` (a name in the folder), ``condition`` or ``condition.NAME`` columns and
             perhaps ``split``. Without it a file's stem is its condition: bits if all are of 0 and 1, else a class.
         num_unseen, num_validation: tasks drawn for these splits where the table has no ``split``.
-        seed: of the draw.
         kind: what conditions are; found out from the values when None.
 
     Raises:
@@ -257,7 +256,7 @@ def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> No
 def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
     """One file a task, named by its bits, and the table of conditions."""
     names = symbols(config)
-    strings = random_strings(config.symbols, config.rows, config.length, seed)
+    strings = torch.randint(config.symbols, (config.rows, config.length), generator=make_rng(seed, "strings"))
     lines = ["file," + ",".join(f"condition.{name}" for name in names)]
     for bits in all_tasks(config.symbols).tolist():
         name = "".join(map(str, bits)) + ".jsonl"
@@ -269,11 +268,6 @@ def write_tasks(config: SymbolsConfig, data: Path, seed: int) -> None:
 def symbols(config: SymbolsConfig) -> str:
     """The symbols, ``abc…``."""
     return "abcdefghijklmnopqrstuvwxyz"[: config.symbols]
-
-
-def random_strings(num_symbols: int, num: int, length: int, seed: int) -> Tensor:
-    """Random strings as numbers of symbols, ``[num, length]``."""
-    return torch.randint(num_symbols, (num, length), generator=make_rng(seed, "strings"))
 
 
 def _row(string: list[int], bits: list[int], names: str) -> str:

@@ -1,12 +1,13 @@
-"""The tasks ``sensors``: one small network for each sensor, none of which is mounted like another.
+"""The task ``sensors``: one small network for each sensor, none of which is mounted like another.
 
-All specialists are trained side by side from one generalist and see the same images, each through its own sensor.
-T sensors, B images, C settings, K classes.
-"""
+All specialists are trained side by side from one generalist and see the same images, each through its own sensor. The
+other way to serve all sensors is one network that takes the settings as further inputs.
+T sensors, B images, C settings, K classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,21 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rpg.devices import PATIENCE
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, open_zoo, single_threaded
-from rpg.tasks.parallel import collect_many
+from rpg.tasks.collecting import BASE, Progress, collect_many, save_base
 from rpg.tasks.sensors.config import SensorsConfig
-from rpg.tasks.sensors.data import load_images
-from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
+from rpg.tasks.sensors.simulator import declared_settings, draw_settings, load_images, seen_by
 from rpg.tasks.sensors.words import describe
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, repeat
-from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
-
-BASE = "base.safetensors"
 
 
 class TinyMLP(nn.Sequential):
@@ -47,9 +42,6 @@ class TinyMLP(nn.Sequential):
 
 class SensorsTask:
     """Trains and scores networks for sensors.
-
-    Args:
-        config: images, sensors, network and recipe.
 
     Raises:
         InputError: there are no such images, or nothing of the sensors is left to vary.
@@ -178,27 +170,16 @@ class SensorsTask:
         """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed.
 
         Args:
-            path: the zoo folder.
-            progress: called with (sensors trained, sensors in all).
             limit: train only so many sensors, rounded up to whole groups.
             processes: groups trained at a time; as many as there are cores when None.
 
         Raises:
             InputError: the zoo there was collected with another configuration.
         """
-        from accelerate import PartialState
-
-        place = PartialState(timeout=PATIENCE)
-        with place.main_process_first():
-            zoo = open_zoo(path, self.config, self.condition)
-            if place.is_main_process and not (zoo.path / BASE).exists():
-                with single_threaded():
-                    save_checkpoint(zoo.path / BASE, self.train_generalist())
-        settings, splits = self.sensors()
-        collect_many(
-            zoo, self, settings, splits, self.config.group, processes=processes, progress=progress, limit=limit
-        )
-        return zoo if place.is_main_process else Zoo.open(path)
+        return collect_many(
+            self, path, self.condition, *self.sensors(), lambda folder: save_base(folder, self.train_generalist),
+            processes=processes, progress=progress, limit=limit,
+        )  # fmt: skip
 
     def train_generalist(self) -> dict[str, Tensor]:
         """The one network for all sensors, from fresh sensors in every step."""
@@ -239,7 +220,7 @@ class SensorsTask:
         return {name: value.detach() for name, value in weights.items()}
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the specialists of one part; see :class:`rpg.tasks.parallel.Trainable`."""
+        """Train the specialists of one part; see :class:`rpg.tasks.collecting.Trainable`."""
         settings = self.sensors()[0][runs]
         trained = self.train_specialists(load_file(folder / BASE), settings)
         return [trained], {"validation_accuracy": self.accuracies(trained, settings, "validation")[None]}
@@ -294,3 +275,49 @@ class SensorsTask:
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
         """The generalist, for each of the sensors ``[T, C]``."""
         return {"generalist": repeat(load_file(zoo.path / BASE), len(bits))}
+
+
+class InformedNetwork(nn.Module):
+    """An MLP of image and settings."""
+
+    def __init__(self, task: SensorsTask, widths: Sequence[int]) -> None:
+        super().__init__()
+        inputs = task.images("train")[0].numel() + task.condition.num_inputs
+        sizes = [inputs, *widths]
+        layers = [each for first, last in itertools.pairwise(sizes) for each in (nn.Linear(first, last), nn.ReLU())]
+        self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], len(task.class_names)))
+
+    def forward(self, images: Tensor, inputs: Tensor) -> Tensor:
+        """What sensors see ``[T, B, C, S, S]`` and their settings' features ``[T, F]`` → logits ``[T, B, K]``."""
+        told = inputs[:, None].expand(-1, images.shape[1], -1)
+        return self.network(torch.cat([images.flatten(2), told], -1))
+
+    @property
+    def num_values(self) -> int:
+        """Values of the network."""
+        return sum(each.numel() for each in self.parameters())
+
+
+def train_informed(task: SensorsTask, widths: Sequence[int], steps: int) -> InformedNetwork:
+    """Train it as the generalist is trained, on fresh sensors in every step."""
+    config, rng = task.config.generalist, make_rng(task.config.seed, "informed", *widths)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(task.config.seed, "informed", *widths))
+        network = InformedNetwork(task, widths)
+    optimizer = torch.optim.Adam(network.parameters(), config.learning_rate / 4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate / 4, total_steps=steps + 1)
+    for _ in range(steps):
+        images, classes = task.draw_for_each(config.sensors, config.images, rng)
+        settings = task.draw_tasks(config.sensors, rng)
+        logits = network(task.see(images, settings), task.condition.inputs(settings))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval().requires_grad_(False)
+
+
+def informed_probabilities(task: SensorsTask, network: InformedNetwork, settings: Tensor, split: str) -> Tensor:
+    """Class probabilities ``[T, B, K]`` on a split's images at each of the sensors ``[T, C]``."""
+    return network(task.see(task.images(split), settings), task.condition.inputs(settings)).softmax(-1)

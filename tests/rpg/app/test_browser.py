@@ -24,7 +24,7 @@ from rpg.app.loaded import LoadedRun
 from rpg.app.serve import served
 from rpg.config import Config
 from rpg.experiments.single import collect
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.training.loop import train
 from tests.processes import free_port
 from tests.rpg.commands import CONFIGS
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     tree = {"run": str(folder / "run"), "zoo": str(folder / "zoo"), **CONFIGS["unseen"]}
     config = Config.parse(yaml.safe_load(yaml.safe_dump(tree)), "test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         collect(config)
         train(config, say=lambda _: None)
     return LoadedRun(config.run)

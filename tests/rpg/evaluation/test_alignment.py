@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.config import Config
-from rpg.evaluation.config import ControlConfig
+from rpg.config import Config, ControlConfig
 from rpg.evaluation.matching import align_zoo, permute
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.starts import finetune, finetuned_baselines

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import AFFORDABLE, NAMES, Combination, combinations, combine, make_baselines
-from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.report import AT_DISTANCE
-from rpg.evaluation.span import ZooSpan
-from rpg.evaluation.vectors import VectorSpace, average
+from rpg.evaluation.span import VectorSpace, ZooSpan, average
 from tests.rpg.evaluation.test_span import slow_vectors, span_of
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

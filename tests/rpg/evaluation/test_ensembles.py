@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.evaluation.ensembles import calibration_error, ensemble_metrics, joint_score, sets_of_networks
+from rpg.evaluation.two_sample import calibration_error, ensemble_metrics, joint_score, sets_of_networks
 
 
 def test_the_joint_score_of_one_network_is_its_negative_log_likelihood():

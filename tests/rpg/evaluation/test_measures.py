@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
+from rpg.config import EvaluateConfig
 from rpg.evaluation import span as span_module
-from rpg.evaluation.conditions import Conditions, nearest_rows
-from rpg.evaluation.config import EvaluateConfig
+from rpg.evaluation.conditional import Conditions, nearest_rows
 from rpg.evaluation.judges import OwnScorer, TaskScorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from rpg.evaluation.regression import Regression, regression_grid, tune
+from rpg.evaluation.conditional import Regression, regression_grid, tune
 from rpg.tasks.class_splits import all_tasks
 
 

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.experiments import comparison
 from rpg.experiments.comparison import Comparison, compare, train_and_compare
 from rpg.generation.generator import Generator
-from rpg.tasks import DigitsConfig, build_task, parallel
+from rpg.tasks import DigitsConfig, build_task, collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from tests.conftest import make_zoo, small_config
@@ -31,7 +31,7 @@ def subsets(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         zoo = build_task(task).collect(folder / "zoo")
         yield folder, task, zoo
 

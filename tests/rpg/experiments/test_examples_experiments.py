@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg.experiments import by_examples, draws, few_examples
-from rpg.experiments.example_sets import ExampleSets
-from rpg.experiments.retrieval import drawn, log_likelihoods
+from rpg.experiments import by_examples, draws
+from rpg.experiments.by_examples import ExampleSets
+from rpg.experiments.direct_generators import drawn, log_likelihoods
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.training.data import zoo_conditions
@@ -65,7 +65,7 @@ def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyP
 def test_networks_by_examples_beside_what_a_user_would_do(example_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_examples, "PER_CLASS", (1, 2))
     for name, value in {"TUNING": ((0, 1e-3), (2, 1e-3)), "MAP_STEPS": 3, "REPTILE_ROUNDS": 2}.items():
-        monkeypatch.setattr(few_examples, name, value)
+        monkeypatch.setattr(by_examples, name, value)
     report = by_examples.evaluate_by_examples(example_runs / "examples")
     assert set(report.kinds) == {
         "generated", "generated_unlabelled", "best_specialist", "generalist_finetuned", "reptile", "map_in_directions",

@@ -13,9 +13,9 @@ from rpg.config import Config
 from rpg.experiments import grouping_examples
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.classifier import GeneratedClassifier
-from rpg.tasks import build_task, parallel
+from rpg.tasks import build_task, collecting
+from rpg.tasks.language.adapter_training import ShownRows
 from rpg.tasks.language.rows import IGNORED, Rows
-from rpg.tasks.language.shown import ShownRows
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
@@ -97,7 +97,7 @@ def test_a_row_as_values_says_what_was_expected_and_what_came() -> None:
 
 
 def test_adapters_for_tasks_of_a_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rpg: Run) -> None:
-    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+    monkeypatch.setattr(collecting, "num_cores", lambda: 1)
     monkeypatch.setattr(grouping_examples, "ROWS_SHOWN", (1, 8))
     changes = (
         "task.symbols={symbols: 4, length: 3, rows: 60, hidden: 32, intermediate: 32, layers: 1, heads: 2, steps: 400, "

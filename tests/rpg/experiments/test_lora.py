@@ -17,7 +17,7 @@ from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.generator import Generator
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.side_by_side import stack
@@ -58,7 +58,7 @@ def experiment(tmp_path_factory):
         "generate": {"steps": 1},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         yield config, run_experiment(config, experiment_of(config, command="rpg lora"))
 

@@ -6,7 +6,7 @@ import pytest
 
 from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ MARGIN = 0.05
 
 
 def run(tree, folder, monkeypatch, width):
-    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+    monkeypatch.setattr(collecting, "num_cores", lambda: 1)
     common = {
         "run": str(folder / "run"), "zoo": str(folder / "zoo"), "generate": {"steps": 1},
         "evaluate": {"linear_head": False},

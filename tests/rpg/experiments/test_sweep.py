@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpg.evaluation.config import EvaluateConfig
+from rpg.config import EvaluateConfig
 from rpg.evaluation.report import Report, networks
-from rpg.experiments.sweep import load_sweep, run_sweep
-from rpg.experiments.sweep_table import markdown_table, row_of, rows_of_rivals
+from rpg.experiments.sweep import load_sweep, markdown_table, row_of, rows_of_rivals, run_sweep
 from rpg.section import read_variants
 from tests.conftest import configurations, small_config
 from tokenization.errors import InputError

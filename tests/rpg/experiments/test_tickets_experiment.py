@@ -10,10 +10,10 @@ import torch
 
 from rpg.config import Config
 from rpg.experiments import driver
-from rpg.experiments.sweep_table import row_of
+from rpg.experiments.sweep import row_of
 from rpg.labs.tickets import experiment as tickets
 from rpg.labs.tickets.experiment import compare, evaluate_tickets, simple_baselines, tickets_task
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from tests.reports import checked_report
 from tests.rpg.conftest import Run, refused
 from tokenization.errors import InputError
@@ -27,7 +27,7 @@ SMALL = (
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
+    monkeypatch.setattr(collecting, "num_cores", lambda: 1)
     changes = (*SMALL, f"run={tmp_path / 'run'}", f"zoo={tmp_path / 'zoo'}")
     return [word for each in changes for word in ("--set", each)]
 

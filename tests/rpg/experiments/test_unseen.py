@@ -6,19 +6,17 @@ import pytest
 import torch
 
 from rpg.config import Config
-from rpg.evaluation import regression, task_networks
-from rpg.evaluation.conditions import nearest_rows
+from rpg.evaluation import conditional, task_networks
+from rpg.evaluation.conditional import nearest_rows, regression_grid
 from rpg.evaluation.network_merges import MERGES
-from rpg.evaluation.per_task import measure_diversity
-from rpg.evaluation.regression import regression_grid
-from rpg.evaluation.unseen_tasks import base_summed
-from rpg.evaluation.vectors import FlatSpace
+from rpg.evaluation.per_task import base_summed, measure_diversity
+from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits import DigitsSubsetsTask
@@ -57,7 +55,7 @@ def experiment(tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         config = Config.parse(tree, "test")
         report = run_experiment(config, experiment_of(config, command="rpg unseen"), seeds=2)
         yield config, report
@@ -199,8 +197,8 @@ def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkey
     train, validation = networks_of(zoo, "train"), networks_of(zoo, "validation")
     monkeypatch.setattr(task_networks, "LARGE", 1)
     tried = []
-    monkeypatch.setattr(regression, "tune", lambda given, score: (tried.append(given), (given[0], 0.0))[1])
-    regression.choose_regressions(task, train, validation)
+    monkeypatch.setattr(conditional, "tune", lambda given, score: (tried.append(given), (given[0], 0.0))[1])
+    conditional.choose_regressions(task, train, validation)
     vectors, wanted = train.weights(), validation.weights()
     space = FlatSpace(vectors)
     errors = {
@@ -209,7 +207,7 @@ def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkey
         .item()
         for each in regression_grid()["kernel_ridge"]
     }
-    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: regression.NUM_TRIED])
+    assert set(tried[-1]) == set(sorted(errors, key=errors.__getitem__)[: conditional.NUM_TRIED])
 
 
 def test_nearest_other_and_summed_probabilities():

@@ -142,7 +142,7 @@ def test_a_second_generation_replaces_the_first_and_a_failed_one_leaves_it(
     after = load_file(Path(str(first[0])) / "adapter_model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
     monkeypatch.setattr(
-        "tokenization.layout.writer.CheckpointWriter.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "tokenization.layout.rows.CheckpointWriter.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         generator.generate(3, seed=3, output=tmp_path / "new")

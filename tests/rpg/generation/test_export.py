@@ -18,7 +18,7 @@ from tests.conftest import make_zoo, small_config, small_network
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.zoo.importing import collect_from
 from tokenization.zoo.zoo import Zoo
 

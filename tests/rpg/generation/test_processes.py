@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.folders import WEIGHTS_NAME
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import Partition, TokenSampler, low_precision_copy

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rpg.evaluation.ensembles import joint_score
+from rpg.evaluation.two_sample import joint_score
 from rpg.generation.generator import Generator
 from rpg.training.loop import train
 from tests.conftest import small_config

@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpg.diffusion.objectives import FlowConfig
 from rpg.models.denoiser import DecoderConfig, DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
-from rpg.models.denoiser.base import time_sinusoid
-from rpg.models.denoiser.mlp import GatedLinear
+from rpg.models.denoiser.base import GatedLinear, time_sinusoid
 from rpg.models.recurrent_diffusion import RecurrentConfig
 
 SMALL = [

@@ -2,8 +2,7 @@
 
 import torch
 
-from rpg.models.conditioning import ConditionEncoder
-from rpg.models.examples import SetEncoder, example_rows, row_size
+from rpg.models.conditioning import ConditionEncoder, SetEncoder, example_rows, row_size
 
 NUM_VALUES, NUM_CLASSES = 6, 3
 SIZE = row_size(NUM_VALUES, NUM_CLASSES)

@@ -26,7 +26,7 @@ from rpg.planning.plan import (
 )
 from rpg.planning.target import Target, find_target
 from rpg.planning.zoo_summary import ZooSummary
-from rpg.tasks import parallel
+from rpg.tasks import collecting
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused
@@ -152,7 +152,7 @@ def test_collection_needs_weights_gradients_moments_and_activations() -> None:
 
 
 def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "num_cores", lambda: 16)
+    monkeypatch.setattr(collecting, "num_cores", lambda: 16)
     monkeypatch.setattr(collection, "free_memory", lambda: 1000 * GIB)
     config = Config.load("configs/cifar10_unseen.yaml")
     planned = plan_collection(config)

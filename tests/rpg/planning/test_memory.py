@@ -12,10 +12,9 @@ from torch import nn
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.estimator import parameters_by_component
+from rpg.planning.estimator import LiveBytes, fake_copy, fake_mode, parameters_by_component
 from rpg.planning.inspect import plan_tables
 from rpg.planning.machine import checkpoint_bytes, held_bytes
-from rpg.planning.peak import LiveBytes, fake_copy, fake_mode
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.training.data import BatchSampler, to_batch

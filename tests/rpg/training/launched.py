@@ -10,7 +10,7 @@ import torch
 
 from rpg.config import Config
 from rpg.training.loop import train
-from rpg.training.losses.auxiliary import AuxiliaryLosses
+from rpg.training.losses import AuxiliaryLosses
 from tokenization.errors import InputError
 
 

@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from rpg.config import Config
+from rpg.config import BehaviourConfig, Config, TrainConfig
 from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.tasks.side_by_side import stack
-from rpg.training.config import BehaviourConfig, TrainConfig
 from rpg.training.data import BatchSampler, to_batch, training_entries
 from rpg.training.loop import train
-from rpg.training.losses.auxiliary import AuxiliaryLosses
-from rpg.training.losses.behaviour import BehaviourLoss, num_at_last_time
+from rpg.training.losses import AuxiliaryLosses, BehaviourLoss, num_at_last_time
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.zoo.condition import WITHHELD
@@ -132,10 +130,11 @@ def test_every_process_draws_the_same_images():
     def draw(rank: int, step: int = 3, seed: int = 0) -> int:
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
         losses.settings, losses.seed, losses.distributed = TrainConfig(), seed, SimpleNamespace(rank=rank)
-        losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
+        losses.behaviour, losses.new_states = lambda *arguments: arguments[3].initial_seed(), None
         batch = SimpleNamespace(
-            group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None
-        )
+            group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None,
+            samples=torch.zeros(1),
+        )  # fmt: skip
         return losses(step, batch, SimpleNamespace(samples=torch.zeros(1)))
 
     assert draw(0) == draw(1)

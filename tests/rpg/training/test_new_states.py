@@ -9,7 +9,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
-from rpg.training.losses.auxiliary import NewStatesConfig, NewStatesLoss
+from rpg.training.losses import NewStatesConfig, NewStatesLoss
 from tests.conftest import small_config
 from tokenization.errors import InputError
 

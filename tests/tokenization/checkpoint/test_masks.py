@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenization.checkpoint.masks import cut_mask
+from tokenization.checkpoint.structure import cut_mask
 from tokenization.errors import InputError
 
 

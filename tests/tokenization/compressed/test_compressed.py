@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tokenization.checkpoint.masks import cut_mask, share_out
+from tokenization.checkpoint.structure import cut_mask, share_out
 from tokenization.compressed.form import Compressed, dense
 from tokenization.compressed.parts import Kind, new_part, quantised
 from tokenization.errors import InputError

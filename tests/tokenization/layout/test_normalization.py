@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from tokenization.errors import InputError
-from tokenization.layout import statistics as fitting
+from tokenization.layout import normalization as fitting
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.normalization import LayerStatistics
+from tokenization.layout.normalization import LayerStatistics, Moments, fit_statistics
 from tokenization.layout.placement import BLOCK_VALUES
-from tokenization.layout.statistics import Moments, fit_statistics
 from tokenization.zoo.zoo import Zoo
 
 

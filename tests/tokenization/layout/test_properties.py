@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
 SLOW = pytest.mark.slow

@@ -15,7 +15,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.writer import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
 

@@ -6,8 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tokenization.zoo.importing import collect_from
-from tokenization.zoo.names import recognise
+from tokenization.zoo.importing import collect_from, recognise
 
 NAMES = {
     "run0_step220.pth run0_step240.pth run1_step220.pth": ["0 220", "0 240", "1 220"],

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
-from rpg.tasks import parallel, task_of
+from rpg.tasks import collecting, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.images.subsets import BASE
+from rpg.tasks.collecting import BASE
 from tokenization.errors import InputError
 
 CONFIG = TicketsConfig.model_validate({
@@ -32,7 +32,7 @@ def task():
 @pytest.fixture(scope="module")
 def zoo(task, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "num_cores", lambda: 1)
+        patch.setattr(collecting, "num_cores", lambda: 1)
         return task.collect(tmp_path_factory.mktemp("tickets") / "zoo")
 
 

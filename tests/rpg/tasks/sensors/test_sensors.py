@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.config import Config
+from rpg.config import BehaviourConfig, Config
 from rpg.diffusion.objectives import FlowConfig
 from rpg.generation.generator import Generator
 from rpg.generation.request import RequestOptions
@@ -15,10 +15,9 @@ from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
 from rpg.tasks.side_by_side import repeat, stack
-from rpg.training.config import BehaviourConfig
 from rpg.training.examples import example_conditions
 from rpg.training.loop import train
-from rpg.training.losses.behaviour import DrawnTasksLoss
+from rpg.training.losses import DrawnTasksLoss
 from rpg.training.trainer import build_network
 from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError
@@ -319,7 +318,7 @@ def test_a_timm_network_is_trained_for_sensors_on_images_in_the_usual_layouts(
     else:
         write_cifar10(tmp_path, lambda where, what, value: monkeypatch.setattr(where, what, value))
         few = partial(Cifar10SubsetsConfig, num_validation=2)
-        monkeypatch.setattr("rpg.tasks.sensors.data.Cifar10SubsetsConfig", few)
+        monkeypatch.setattr("rpg.tasks.sensors.simulator.Cifar10SubsetsConfig", few)
         options, num_classes, num_test = {"data": "cifar10", "root": str(tmp_path)}, 10, 4
     task = small_task(**options, image_size=8, network="vit_tiny_patch16_224", network_arguments=VIT)
     zoo = task.collect(tmp_path / "zoo", processes=1)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rpg.labs.vision.segmentation import build_segmenter, logits_of
-from rpg.labs.vision.segmentation_data import IGNORED, open_split
+from rpg.labs.vision.segmentation import IGNORED, build_segmenter, logits_of, open_split
 from rpg.tasks import build_task, stepwise
 from rpg.tasks.collecting import SavedTraining
 from tokenization.checkpoint.checkpoint import read_state_dict

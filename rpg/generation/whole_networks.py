@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rpg.generation.config import GenerateConfig
+from rpg.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.generation.sampler import Partition, Tile, TiledSampler, WatchTile, inference
 from rpg.models.kernel_ridge import KernelRidgeGenerator

@@ -1,4 +1,4 @@
-"""Training of p-diff: the autoencoder first, then the diffusion of its latents, as one resumable run.
+"""Training of models of whole networks: p-diff in two stages that are one resumable run, kernel ridge in closed form.
 
 B examples, K training checkpoints, d values of a flattened checkpoint, Z latent width.
 """
@@ -6,21 +6,25 @@ B examples, K training checkpoints, d values of a flattened checkpoint, Z latent
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import cast
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rpg.generation.samplers import flatten_tokens
+from rpg.config import Config, TrainConfig
+from rpg.generation.whole_networks import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.collecting import cosine_decay
-from rpg.training.config import TrainConfig
-from rpg.training.data import training_entries
-from rpg.training.trainer import Trainer
+from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
+from rpg.training.distributed import DistributedContext
+from rpg.training.run_folder import RunFolder
+from rpg.training.trainer import Trainer, build_network, trained_generator
 from tokenization.errors import InputError
-from tokenization.layouts import Layout
+from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
 
 OF_STAGES = ("steps", "batch_size", "learning_rate", "weight_decay")
@@ -48,10 +52,8 @@ class VectorSampler:
     """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
 
     Args:
-        zoo: the checkpoints.
         indices: the entries that are trained on; they are held, 4·K·d bytes.
         layout: how they are normalised, and which values are chosen.
-        seed: decides the order.
         batch_sizes: of each step, by stage.
         stage_steps: optimizer steps of the first stage.
     """
@@ -187,3 +189,47 @@ class PDiffTrainer(Trainer):
             self._latents = torch.cat(encoded)
             self.network.measure_latents(self._latents)
         return self._latents
+
+
+class ClosedFormTrainer:
+    """A run without steps; the loop sees the interface of `rpg.training.trainer.Trainer`.
+
+    Args:
+        config, resume, overwrite, say: as of `rpg.training.loop.train`; a run that was interrupted is fitted again.
+    """
+
+    step = num_steps = 0
+
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
+        self.started = time.monotonic()
+        self.config = config
+        self.folder = RunFolder(config.run)
+        self.zoo = Zoo.open(config.zoo)
+        check_zoo(self.zoo, config.train.splits, config.model.condition.kind)
+        self.distributed = DistributedContext(config.train, str(self.folder.path))
+        self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
+        self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
+        self.sampler = self
+
+    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Any]]]:
+        """No steps."""
+        return iter(())
+
+    def finish(self) -> Path:
+        """Fit, and write the generator folder."""
+        self.distributed.on_main(self._fit)
+        return self.folder.generator
+
+    def _fit(self) -> None:
+        config, indices = self.config, training_entries(self.zoo, self.config.train.splits)
+        layout = fit_layout(self.zoo, config.tokens, indices)
+        network: Any = build_network(config, layout, self.zoo)
+        conditions = training_conditions(self.zoo, indices, config.model.condition)
+        error = network.fit(all_tokens(self.zoo, layout, indices), conditions, layout.token_weight)
+        facts: dict[str, Any] = {
+            "training seconds": round(time.monotonic() - self.started, 1),
+            "training checkpoints": len(indices),
+        }
+        if conditions is not None:
+            facts["leave-one-out error, part of the variance"] = round(error, 4)
+        trained_generator(config, layout, network, self.zoo, facts).save_pretrained(self.folder.generator)

@@ -1,30 +1,154 @@
-"""Conditions of an evaluation, and the baselines that depend on them: nearest, average, regression and merges.
+"""Conditions of an evaluation, and baselines that depend on them: nearest, average, merges and tuned regressions.
 
-n checkpoints of a zoo, W wanted networks, C numbers of a condition, T tasks.
+n checkpoints of a zoo, W wanted networks, C numbers of a condition, T tasks, S seen tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
+from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import Combination, Maker, is_large
-from rpg.evaluation.config import EvaluateConfig
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
-from rpg.evaluation.regression import Regression
+from rpg.evaluation.per_task import score_method
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.task_networks import Parts, TaskNetworks
+from rpg.evaluation.workers import Workers
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge, exact_distances
+from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 from rpg.seeding import derive_seed, make_rng
+from rpg.tasks.base import TaskFamily
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.zoo.zoo import Zoo
+
+RIDGE_PENALTIES = (1e-1, 1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0)
+KERNEL_PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+KERNEL_LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+NUM_TRIED = 2
+"""Regressions of a kind that are tried as networks, where networks are large."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A way to predict weights from bits.
+
+    Attributes:
+        kind: ``ridge`` on products of bits, or ``kernel_ridge`` with a Gaussian kernel.
+        parameter: highest degree of the products, or the kernel's length in units of ±1 bits.
+        penalty: of the squared coefficients; it is added to the diagonal of a matrix that is a sum, not a mean, over
+            the seen tasks.
+    """
+
+    kind: str
+    parameter: float
+    penalty: float
+
+    def mixture(self, seen: Tensor, bits: Tensor) -> Tensor:
+        """Share of each seen network in each predicted one, float64 ``[T, S]``; the shares of a network add up to 1.
+
+        Predictions are deviations from the mean network, linear in the seen weights, so that one small fit serves any
+        number of values. Products are those of different bits, without the constant: a constant is fitted but not
+        penalised. The kernel is exp(−d²/(2·length²)) with d the Euclidean distance of ±1 bits.
+
+        Args:
+            seen: bits of the seen tasks, ``[S, C]``.
+            bits: of the tasks to predict for, ``[T, C]``.
+        """
+        known, wanted = (2 * each.double() - 1 for each in (seen, bits))
+        num = len(known)
+        deviations = torch.eye(num, dtype=torch.float64) - 1 / num  # the kernel has no constant of its own
+        if self.kind == "ridge":
+            features = PolynomialFeatures(int(self.parameter), interaction_only=True, include_bias=False)
+            model = make_pipeline(features, Ridge(alpha=self.penalty)).fit(known.numpy(), deviations.numpy())
+            return torch.from_numpy(model.predict(wanted.numpy()).reshape(len(wanted), num)) + 1 / num
+        kernel = rbf(known, known, self.parameter)
+        kernel.diagonal().add_(self.penalty)
+        return rbf(wanted, known, self.parameter) @ torch.linalg.solve(kernel, deviations) + 1 / num
+
+
+def regression_grid() -> dict[str, list[Regression]]:
+    """The regressions that are tuned, by the name they are reported under."""
+    found = {
+        f"ridge_degree_{degree}": [Regression("ridge", degree, penalty) for penalty in RIDGE_PENALTIES]
+        for degree in (1, 2, 3)
+    }
+    found["kernel_ridge"] = [
+        Regression("kernel_ridge", length, penalty) for length in KERNEL_LENGTHS for penalty in KERNEL_PENALTIES
+    ]
+    return found
+
+
+def tune(regressions: Iterable[Regression], score: Callable[[Regression], float]) -> tuple[Regression, float]:
+    """The regression that scores best, the first of equals, and its score. There must be one."""
+    best: tuple[Regression, float] | None = None
+    for each in regressions:
+        value = score(each)
+        if best is None or value > best[1]:
+            best = (each, value)
+    assert best is not None, "no candidates"
+    return best
+
+
+def choose_regressions(
+    task: TaskFamily, train: TaskNetworks, validation: TaskNetworks, workers: Workers | None = None
+) -> dict[str, tuple[Regression, float]]:
+    """Each kind of regression, tuned, with its validation accuracy; ``ridge`` is the best degree.
+
+    Candidates are fitted on ``train`` alone and chosen by the validation tasks' accuracy on validation images; of large
+    networks, where every candidate takes long, only those are tried whose weights come nearest. Candidates are shared
+    among ``workers``.
+    """
+    workers = workers or Workers()
+    grid = regression_grid()
+    if train.is_large:
+        known, crossed = train.products(train), validation.products(train)  # each reads every network, once for all
+        shares = functools.partial(Regression.mixture, seen=train.bits, bits=validation.bits)
+        grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
+
+    def score(regression: Regression) -> float:
+        mixture = regression.mixture(train.bits, validation.bits)
+        return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
+
+    every = [each for regressions in grid.values() for each in regressions]
+    places = workers.places(len(every))
+    tuned = workers.collect(places, [score(every[i]) for i in steps("tuning regressions", places)], len(every))
+    found = dict(zip(every, tuned, strict=True))
+    chosen = {name: tune(regressions, found.__getitem__) for name, regressions in grid.items()}
+    chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
+    return chosen
+
+
+def _nearest_in_weights(
+    regressions: list[Regression], mixture: Callable[[Regression], Tensor], known: Tensor, crossed: Tensor
+) -> list[Regression]:
+    """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights.
+
+    Args:
+        regressions: one kind.
+        mixture: the shares ``[V, S]`` of the S training networks in the V predictions.
+        known: inner products of the training networks, ``[S, S]``.
+        crossed: those of the validation tasks' own networks with them, ``[V, S]``.
+    """
+    errors = []
+    for each in regressions:
+        shares = mixture(each)  # |prediction - own|² less |own|², which is the same for all
+        errors.append(((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item())
+    order = sorted(range(len(regressions)), key=errors.__getitem__)
+    return [regressions[index] for index in sorted(order[:NUM_TRIED])]
+
 
 Condition = Sequence[float] | None
 CONDITIONAL = ("nearest_seen", "kernel_ridge")
@@ -107,7 +231,7 @@ def conditional_baselines(
     if conditions.seen is not None and conditions.asked is not None and count > 1:
         rows = torch.arange(num) % len(conditions.asked)
         asked = conditions.asked[rows]
-        weights = regression_weights(zoo, conditions.seen, asked, conditions.by_class)
+        weights = KernelRidge.fit(conditions.seen, zoo.gram, by_condition=not conditions.by_class).shares(asked)
         nearest = torch.eye(count, dtype=torch.float64)[nearest_rows(conditions.seen, asked, conditions.own)]
         for name, each in (("nearest_seen", nearest), ("kernel_ridge", weights)):
             if name in wanted:
@@ -134,15 +258,6 @@ def merged(
     }
 
 
-def regression_weights(zoo: ZooSpan, seen: Tensor, asked: Tensor, by_class: bool) -> Tensor:
-    """Weights of the checkpoints' deviations in kernel ridge's predictions, float64 ``[W, n]``.
-
-    Kernel and penalty are chosen by the leave-one-out error, in the normalised values of distances.
-    """
-    regression = KernelRidge.fit(seen, zoo.gram, by_condition=not by_class)
-    return regression.shares(asked)
-
-
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
     """The nearest of ``seen`` for each of ``asked``, ``[W]``; with ``own`` the nearest of another condition."""
     distance = exact_distances(asked.double(), seen.double())
@@ -157,8 +272,6 @@ def unseen_baselines(
     """The networks that need no generator, for the tasks ``bits`` ``[T, C]``, by method.
 
     Args:
-        seen: all seen tasks.
-        bits: the tasks to make networks for.
         regressions: by the name they are reported under; fitted on ``seen`` here.
         own: the tasks are seen ones: the nearest seen task is then the nearest *other*.
     """
