@@ -24,7 +24,8 @@ from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import num_cores, single_threaded, spawned
+from rpg.tasks.collecting import single_threaded
+from rpg.tasks.processes import num_cores, share
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.examples import ExampleConditions
@@ -40,9 +41,6 @@ TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3,
 """Steps and peak learning rate of fine-tuning on ten labelled images, to choose from on validation tasks."""
 
 IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
-
-PROCESSES = 2
-"""In which the rivals are trained."""
 
 
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
@@ -243,8 +241,5 @@ class Methods:
             "implicit": {"draws": IMPLICIT_DRAWS, "noise": IMPLICIT_NOISE},
             "single": {},
         }
-        if (processes := min(PROCESSES, num_cores())) < 2:
-            return {name: learn(known=known, **each) for name, each in options.items()}
-        with spawned(processes) as pool:
-            found = {name: pool.submit(learn, known=known, **each) for name, each in options.items()}
-            return {name: each.result() for name, each in found.items()}
+        made = share([partial(learn, known=known, **each) for each in options.values()], num_cores())
+        return dict(zip(options, made, strict=True))

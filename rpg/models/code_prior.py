@@ -251,9 +251,11 @@ class CodeDensity:
         rest = -compared.square().mean(0).flip(0).cumsum(0).flip(0) / 2  # of the directions from each on
         rest = torch.cat([rest, rest.new_zeros(1)])
         best = rest[0].item(), 0, 1.0
+        products = compared.new_zeros(len(compared), len(compared))
         for leading in range(1, min(len(rest) - 1, MOST_LEADING) + 1):
+            products.addr_(compared[:, leading - 1], compared[:, leading - 1])
             for bandwidth in BANDWIDTHS:
-                score = left_out_likelihood(compared[:, :leading], bandwidth) + rest[leading].item()
+                score = left_out_likelihood(products, leading, bandwidth) + rest[leading].item()
                 best = max(best, (score, leading, bandwidth))
         return cls(centres, directions, mean, best[1], best[2])
 
@@ -272,10 +274,16 @@ class CodeDensity:
         return self.mean + codes @ self.directions
 
 
-def left_out_likelihood(codes: Tensor, bandwidth: float) -> float:
-    """Mean log-likelihood of each of ``[n, r]`` codes under the shrunk kernels of the others, up to r log(2π) / 2."""
-    shrink, lengths = (1 - bandwidth**2) ** 0.5, codes.square().sum(1)
-    squares = lengths[:, None] + shrink**2 * lengths - 2 * shrink * codes @ codes.T  # distances to shrunk codes
-    exponent = (-squares / (2 * bandwidth**2)).fill_diagonal_(-math.inf)
-    num, size = codes.shape
-    return (torch.logsumexp(exponent, 1).mean() - math.log(num - 1) - size * math.log(bandwidth)).item()
+def left_out_likelihood(products: Tensor, size: int, bandwidth: float) -> float:
+    """Mean log-likelihood of each of n codes under the shrunk kernels of the others, up to r log(2π) / 2.
+
+    Args:
+        products: ``[n, n]`` inner products of the codes.
+        size: r, values of a code.
+        bandwidth: of the kernels.
+    """
+    precision, shrink = bandwidth**-2, (1 - bandwidth**2) ** 0.5
+    halves = products.diagonal() * (precision / 2)
+    exponent = (-(shrink**2) * halves).add(products, alpha=shrink * precision).fill_diagonal_(-math.inf)
+    near = (torch.logsumexp(exponent, 1) - halves).mean()  # of squared distances to the shrunk codes
+    return (near - math.log(len(products) - 1) - size * math.log(bandwidth)).item()

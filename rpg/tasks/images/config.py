@@ -36,7 +36,7 @@ DIGITS_SIZE = 8
 
 NetworkName = Literal[
     "cnn", "vit", "vit-coarse", "vit-tiny", "convnet-mini", "mlp-mini", "resnet-mini", "vit-mini", "convnext-mini",
-    "convnext-large", "convnet-mini-24k", "resnet-mini-25k",
+    "convnext-tiny", "convnext-large", "convnet-mini-24k", "resnet-mini-25k",
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Small image classifiers that serve as target networks, and many `SmallCNN` side by side.
 
-``cnn`` and ``vit`` are ours, ``vit-tiny`` and ``convnext-large`` are timm's; the five ``*-mini`` networks follow p-diff
-(arXiv 2402.13144, appendix A.2), with their spatial sizes derived from the image so that they also fit images smaller
-than the paper's 32×32.
+``cnn`` and ``vit`` are ours, ``vit-tiny``, ``convnext-tiny`` and ``convnext-large`` are timm's; the five ``*-mini``
+networks follow p-diff (arXiv 2402.13144, appendix A.2), with their spatial sizes derived from the image so that they
+also fit images smaller than the paper's 32×32.
 
 Side by side networks are matrix products alone, with gradients in two thirds of grouped convolutions' time. Images come
 last everywhere, and the pixels of a pooling window first, so that pooling compares whole blocks of memory.
@@ -247,8 +247,8 @@ def _vit_tiny(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     )
 
 
-def _convnext_large(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
-    """timm's ``convnext_large`` (196 M parameters), made to be trained from a random start on few steps.
+def _convnext(in_channels: int, image_size: int, num_classes: int, size: str) -> nn.Module:
+    """timm's ``convnext_large`` (196 M parameters) or ``convnext_tiny`` (28 M), made to be trained on few steps.
 
     timm scales every residual branch by 1e-6 at the start, which suits long schedules; here the branches count in full.
 
@@ -258,8 +258,8 @@ def _convnext_large(in_channels: int, image_size: int, num_classes: int) -> nn.M
     from timm import create_model
 
     if image_size < 32:
-        raise InputError(f"convnext-large reads images from 32 pixels on, not {image_size}; set task.image_size to 32")
-    return create_model("convnext_large", in_chans=in_channels, num_classes=num_classes, ls_init_value=1.0)
+        raise InputError(f"convnext-{size} reads images from 32 pixels on, not {image_size}; set task.image_size to 32")
+    return create_model(f"convnext_{size}", in_chans=in_channels, num_classes=num_classes, ls_init_value=1.0)
 
 
 def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
@@ -311,7 +311,8 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "resnet-mini-25k": functools.partial(ResNetMini, pooled=14),
     "vit-mini": _vit_mini,
     "convnext-mini": _convnext_mini,
-    "convnext-large": _convnext_large,
+    "convnext-tiny": functools.partial(_convnext, size="tiny"),
+    "convnext-large": functools.partial(_convnext, size="large"),
 }
 
 

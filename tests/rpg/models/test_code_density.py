@@ -40,4 +40,5 @@ def test_a_single_bell_is_as_likely_by_a_gaussian_and_keeps_its_spread():
 def test_likelihood_of_two_codes():
     # each is judged by the other's kernel alone: N(±1; ∓0.8, 0.6²), without the constant
     expected = -(1.8**2) / (2 * 0.6**2) - math.log(0.6)
-    assert left_out_likelihood(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 0.6) == pytest.approx(expected)
+    products = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert left_out_likelihood(products, 1, 0.6) == pytest.approx(expected)

@@ -60,16 +60,17 @@ def test_vit_tiny_is_timms():
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
-def test_convnext_large_is_timms_with_branches_in_full_and_needs_large_images():
+@pytest.mark.parametrize(("size", "num_values"), [("tiny", 27_824_746), ("large", 196_239_562)])
+def test_convnexts_are_timms_with_branches_in_full_and_need_large_images(size: str, num_values: int):
     with torch.device("meta"):  # without values: 785 MB otherwise
-        ours = build("convnext-large", image_size=32)
-        theirs = timm.create_model("convnext_large", in_chans=1, num_classes=10)
+        ours = build(f"convnext-{size}", image_size=32)
+        theirs = timm.create_model(f"convnext_{size}", in_chans=1, num_classes=10)
         logits = ours(torch.empty(2, 1, 32, 32))
     assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in theirs.state_dict().items()}
-    assert sum(value.numel() for value in ours.state_dict().values()) == 196_239_562
+    assert sum(value.numel() for value in ours.state_dict().values()) == num_values
     assert logits.shape == (2, 10)
     with pytest.raises(InputError, match="set task.image_size to 32"):
-        build("convnext-large")
+        build(f"convnext-{size}")
 
 
 def test_narrow_attention_equals_torchs_when_as_wide():
