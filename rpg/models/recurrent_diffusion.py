@@ -94,6 +94,8 @@ class RecurrentConfig(Section):
     def _parts_fit(self) -> RecurrentConfig:
         if self.initial is not None and self.state.of != "none":
             raise ValueError("initial takes the place of permutation states; set state.of to none")
+        if self.initial is not None and self.initial.own and self.condition.kind != "metric":
+            raise ValueError("initial.own asks for a metric; set condition.kind to metric, or leave own out")
         if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
             raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
         if self.condition.inject == "prior" and self.state.prior is None:
@@ -299,14 +301,20 @@ class RecurrentDiffusion(nn.Module):
         return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
 
     def one_step(
-        self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None
+        self,
+        noise: Tensor,
+        mask: Tensor,
+        states: Tensor | None = None,
+        conditions: Tensor | None = None,
+        initial: Tensor | None = None,
     ) -> Tensor:
         """The tokens that one sampling step makes of normal noise ``[E, L, D]``, float32, differentiable.
 
-        ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings.
+        ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings; ``initial``
+        ``[E, L, D]`` tokens to go on from.
         """
         rows = mask.repeat(len(noise), 1)  # [E·L, D]
-        context = self.denoiser.precompute(self.prototypes(states, conditions).flatten(0, 1))
+        context = self.denoiser.precompute(self.prototypes(states, conditions, None, initial).flatten(0, 1))
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             return self.predict(x, time.expand(len(x)), context, rows)
@@ -315,7 +323,7 @@ class RecurrentDiffusion(nn.Module):
             predict, noise.flatten(0, 1) * rows, sampler=self.objective.plain_sampler, num_steps=1
         ).view_as(noise)
         token_ids = torch.arange(self.num_tokens, device=noise.device)
-        known = self.known(states, conditions, token_ids)
+        known = self.known(states, conditions, token_ids, initial)
         if self.centre is not None and known is not None:
             made = self.centre.complete(made, known, token_ids)
         return made.float()

@@ -245,13 +245,14 @@ NEAR = 0.2
 
 
 class TargetLoss:
-    """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
+    """Scores predicted tokens by how far the decoded networks' loss is from the one asked for, by how far their answers
+    are from those of the checkpoints that are learned, or by the sum (``train.behaviour.target``).
 
     Args:
         condition: the metric, which must be a loss on training images.
 
     Raises:
-        InputError: the task cannot run many networks at once, or the metric is no such loss.
+        InputError: the task cannot run many networks at once, the metric is no such loss, or a base is to answer.
     """
 
     def __init__(
@@ -267,9 +268,13 @@ class TargetLoss:
                 f"train.behaviour asks for a loss on training images, which the metric {condition.name!r} is not; "
                 "leave train.behaviour out, or set model.condition.name to loss"
             )
+        if config.target == "base":
+            raise InputError("train.behaviour.target: base has no use with a metric; set it to labels or both")
         self.task, self.layout, self.config, self.scale = task, layout, config, scale
 
-    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator, originals: Tensor
+    ) -> Tensor:
         """The weighted mean loss.
 
         Args:
@@ -277,10 +282,16 @@ class TargetLoss:
             conditions: what is asked for, on the scale, ``[E, 1]``.
             dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
             rng: draws the images, on the CPU.
+            originals: the tokens that were to be predicted, ``[E, L, D]``.
         """
-        weights = self.layout.decode_batch(tokens, constants=True)
-        found = self.scale.scaled(self.task.losses(weights, "train", self.config.images, rng))  # [E]
-        errors = F.smooth_l1_loss(found, conditions[:, 0], reduction="none", beta=NEAR)
+        weights, settings = self.layout.decode_batch(tokens, constants=True), self.config
+        errors = tokens.new_zeros(len(tokens))
+        if settings.target != "original":
+            found = self.scale.scaled(self.task.losses(weights, "train", settings.images, rng))  # [E]
+            errors = F.smooth_l1_loss(found, conditions[:, 0], reduction="none", beta=NEAR)
+        if settings.target in OF_ORIGINALS:
+            others = self.layout.decode_batch(originals, constants=True)
+            errors = errors + self.task.divergences(weights, others, settings.images, rng, settings.noise)
         kept = torch.ones_like(errors) if dropped is None else (~dropped).to(errors.dtype)
         return self.config.weight * (errors * kept).sum() / kept.sum().clamp(min=1)
 
@@ -371,10 +382,7 @@ class AuxiliaryLosses:
         dropped = None if batch.dropped is None else batch.dropped[rows]
         rng = make_rng(self.seed, "behaviour", step, 0)  # the same images on every process
         tasks = batch.conditions if batch.tasks is None else batch.tasks
-        given = (loss.samples, tasks[rows], dropped, rng)
-        if isinstance(self.behaviour, BehaviourLoss):
-            return self.behaviour(*given, batch.samples[: batch.num_last])
-        return self.behaviour(*given)
+        return self.behaviour(loss.samples, tasks[rows], dropped, rng, batch.samples[: batch.num_last])
 
     def _new_states_of(self, step: int) -> torch.Tensor | float:
         """The loss of new states, once it has set in."""
