@@ -24,7 +24,7 @@ from rpg.config import GenerateConfig
 from rpg.devices import PATIENCE, note_device, use_device
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
-from rpg.models.code_prior import CodeDensity, Neighbourhoods, even_noise
+from rpg.models.code_prior import CodeDensity, even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
 from tokenization.errors import InputError
@@ -280,15 +280,11 @@ class TokenSampler(TiledSampler):
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
 
-    def _among_neighbours(self, request: Request, rngs: Sequence[torch.Generator], conditions: Tensor | None) -> Tensor:
+    def _among_neighbours(self, request: Request, rngs: Sequence[torch.Generator], conditions: Any) -> Tensor:
         """Codes ``[G, S]`` of the classes asked for, each from numbers of its own one of G ``rngs``."""
-        table, num = self.network.state, self.network.config.state.neighbours
-        assert isinstance(table, CodeTable) and table.classes is not None and table.spread is not None and num
-        assert conditions is not None
-        numbers = torch.stack([torch.randn(1 + num, generator=rng) for rng in rngs]).to(self.device)
-        density = Neighbourhoods(table.weight * table.spread, table.classes, num)
-        places, noise = torch.special.ndtr(numbers[:, 0]), request.temperature * numbers[:, 1:]
-        return density.draw(conditions[:, 0].round().long(), places, noise) / table.spread
+        table: Any = self.network.state
+        numbers = torch.stack([torch.randn(1 + table.neighbours, generator=rng) for rng in rngs]).to(self.device)
+        return table.among_neighbours(conditions[:, 0].round().long(), numbers, request.temperature)
 
     def _sample_tile(
         self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None

@@ -19,7 +19,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rpg.models.code_prior import CodePriorConfig
+from rpg.models.code_prior import CodePriorConfig, Neighbourhoods
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 from rpg.section import Section
@@ -49,19 +49,20 @@ class CodeTable(FittedBuffers):
 
     Args:
         size: m; cut to n - 1.
-        classes: also holds the checkpoints' classes.
+        neighbours: how many codes of a class are a neighbourhood, for new ones; null for none.
     """
 
     weight: Tensor
     classes: Tensor | None
     spread: Tensor | None
 
-    def __init__(self, num_states: int, size: int, classes: bool = False) -> None:
+    def __init__(self, num_states: int, size: int, neighbours: int | None = None) -> None:
         super().__init__()
+        self.neighbours = neighbours
         self.register_buffer("weight", torch.zeros(num_states, max(1, min(size, num_states - 1))))
         # Of whom codes are, and how far the zoo reaches along each direction: what neighbourhoods are told by.
-        self.register_buffer("classes", torch.zeros(num_states, dtype=torch.long) if classes else None)
-        self.register_buffer("spread", torch.ones(self.weight.shape[1]) if classes else None)
+        self.register_buffer("classes", torch.zeros(num_states, dtype=torch.long) if neighbours else None)
+        self.register_buffer("spread", torch.ones(self.weight.shape[1]) if neighbours else None)
 
     @property
     def num_embeddings(self) -> int:
@@ -76,6 +77,12 @@ class CodeTable(FittedBuffers):
     def forward(self, states: Tensor) -> Tensor:
         """Codes ``[G, m]`` of states ``[G]``."""
         return self.weight[states]
+
+    def among_neighbours(self, classes: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+        """New codes ``[G, m]`` of classes ``[G]``, from standard normal numbers ``[G, 1 + neighbours]``."""
+        assert self.classes is not None and self.spread is not None and self.neighbours is not None
+        density = Neighbourhoods(self.weight * self.spread, self.classes, self.neighbours)
+        return density.draw(classes, torch.special.ndtr(numbers[:, 0]), temperature * numbers[:, 1:]) / self.spread
 
 
 class TaskTable(CodeTable):
@@ -332,10 +339,8 @@ class StateConfig(Section):
 def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:
     """The table of states, and what maps them to the width of the backbone."""
     if config.of in ("code", "task"):
-        size = config.width or width
-        codes = (
-            TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, bool(config.neighbours))
-        )
+        size, near = config.width or width, config.neighbours
+        codes = TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, near)
         first = nn.Linear(codes.embedding_dim, width)
         return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)

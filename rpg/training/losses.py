@@ -38,9 +38,6 @@ from tokenization.zoo.zoo import Zoo
 OF_ORIGINALS = ("original", "both")
 """Targets that ask the checkpoints themselves."""
 
-OPTIONS = {"noise": (0, "noise on images"), "temperature": (1, "temperature of right answers")}
-"""What some tasks take: what it is where nothing is asked, and what it is called."""
-
 
 class BehaviourLoss:
     """Scores predicted tokens by the outputs of the decoded networks.
@@ -61,11 +58,9 @@ class BehaviourLoss:
             )
         if config.target in OF_ORIGINALS and not isinstance(task, ImageTaskFamily):
             raise InputError(f"train.behaviour.target: {config.target} needs a family of image tasks; set it to labels")
-        taken = inspect.signature(task.behaviour_losses).parameters
-        for name, (plain, what) in OPTIONS.items():
-            if getattr(config, name) != plain and name not in taken:
-                raise InputError(f"{type(task).__name__} has no {what}; set train.behaviour.{name} to {plain}")
-        self.options = {name: getattr(config, name) for name in OPTIONS if name in taken}
+        self.options = config.model_dump(include={"noise", "temperature"}, exclude_defaults=True)
+        for name in self.options.keys() - inspect.signature(task.behaviour_losses).parameters:
+            raise InputError(f"{type(task).__name__} takes no train.behaviour.{name}; leave it out")
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target in ("base", "both") else None
         self.seconds = 0.0
