@@ -7,12 +7,11 @@ process lists their networks in the zoo in the order of the tasks, as soon as a 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from rpg.devices import PATIENCE
 from rpg.section import Section, migrate_task
 from rpg.seeding import derive_seed
+from rpg.tasks.processes import num_cores, share
 from rpg.tasks.side_by_side import Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.tensor_file import find_ties
@@ -273,7 +273,10 @@ def collect_many(
 
     if processes is None:
         processes = 1 if place.num_processes > 1 else num_cores()
-    _train_parts(task, parts, mine, folder, min(processes, len(mine)), report)
+    share(
+        [partial(_train_part, task, parts[number], number, folder) for number in mine], processes,
+        lambda index: report(mine[index]),
+    )  # fmt: skip
     place.wait_for_everyone()
     if place.is_main_process:
         _list_parts(zoo, parts, folder, bits, splits, write)
@@ -287,26 +290,6 @@ def save_base(folder: Path, train: Callable[[], Mapping[str, Tensor]]) -> None:
     """Train the network that all of a family's begin with, unless it is in the zoo's folder."""
     if not (folder / BASE).exists():
         save_checkpoint(folder / BASE, train())
-
-
-def _train_parts(
-    trainable: Trainable,
-    parts: list[list[int]],
-    mine: list[int],
-    folder: Path,
-    processes: int,
-    report: Callable[[int], None],
-) -> None:
-    if processes <= 1:
-        for number in mine:
-            _train_part(trainable, parts[number], number, folder)
-            report(number)
-        return
-    with spawned(processes) as pool:
-        futures = {number: pool.submit(_train_part, trainable, parts[number], number, folder) for number in mine}
-        for number, future in futures.items():
-            future.result()
-            report(number)
 
 
 @single_threaded()
@@ -363,16 +346,6 @@ def _list_part(
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.safetensors"
-
-
-def spawned(processes: int) -> ProcessPoolExecutor:
-    """Processes that begin anew: a fork would copy the thread pools of torch in an unknown state."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:

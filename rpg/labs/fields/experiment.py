@@ -30,7 +30,8 @@ from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import single_threaded, spawned
+from rpg.tasks.collecting import single_threaded
+from rpg.tasks.processes import spawned
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps

@@ -11,7 +11,7 @@ import torch
 
 from rpg.experiments import by_examples, draws
 from rpg.experiments.by_examples import ExampleSets
-from rpg.experiments.direct_generators import drawn, log_likelihoods
+from rpg.experiments.draws import drawn, log_likelihoods
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.training.data import zoo_conditions
@@ -43,7 +43,6 @@ def test_retrieval_finds_the_sensor_that_took_the_images(example_runs: Path) -> 
 
 
 def test_draws_beside_all_rivals(example_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "PROCESSES", 1)
     monkeypatch.setattr(draws, "SIMULATED", 20)
     monkeypatch.setattr(draws, "SAMPLING_STEPS", (1, 2))
     monkeypatch.setattr(draws, "TUNING", ((2, 1e-3),))

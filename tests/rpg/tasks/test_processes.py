@@ -1,0 +1,50 @@
+"""Work shared between this process and others."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def processes() -> ModuleType:
+    """Imported here: the other processes import this file, and need no PyTorch."""
+    from rpg.tasks import processes
+
+    return processes
+
+
+def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
+    time.sleep(seconds)
+    if number == 13:
+        raise ValueError("thirteen")
+    (folder / f"{number}").touch()
+    return number, os.getpid()
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_little_work_is_done_here_in_order(processes, tmp_path, num):
+    done = []
+    found = processes.share([partial(mark, tmp_path, number, 0) for number in range(5)], num, done.append)
+    assert found == [(number, os.getpid()) for number in range(5)] and done == list(range(5))
+
+
+def test_other_processes_take_their_part_of_much_work_and_results_keep_their_order(processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "ALONE", 0.0)
+    done: list[int] = []
+    work = [partial(mark, tmp_path, number, 0.3) for number in range(100, 140)]
+    found = processes.share(work, 2, done.append)
+    assert [number for number, _ in found] == list(range(100, 140)) and sorted(done) == list(range(40))
+    assert len({process for _, process in found}) == 2 and os.getpid() in {process for _, process in found}
+
+
+@pytest.mark.parametrize("alone", [0.0, 30.0])
+def test_an_error_is_raised_and_ends_what_is_left(processes, tmp_path, monkeypatch, alone):
+    monkeypatch.setattr(processes, "ALONE", alone)
+    work = [partial(mark, tmp_path, number, 0.1) for number in (0, 13, *range(100, 1000))]
+    with pytest.raises(ValueError, match="thirteen"):
+        processes.share(work, 2)
+    assert len(list(tmp_path.iterdir())) < 900
