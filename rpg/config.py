@@ -27,7 +27,8 @@ class BehaviourConfig(Section):
         "labels",
         description="right answers: the images' labels, the base network's class probabilities, or those of the very "
         "checkpoint that is learned, so that what it does differently from others of its task is learned, too; both: "
-        "the mean of base and checkpoint",
+        "the mean of base and checkpoint. With a metric: labels asks for its value, original for the checkpoint's "
+        "answers, both for the sum",
     )
     tasks: Literal["zoo", "fresh"] = Field(
         "zoo", description="the tasks of the batch, or fresh ones in every step, of a family that draws them"
@@ -35,7 +36,7 @@ class BehaviourConfig(Section):
     networks: int = Field(32, ge=1, description="with fresh tasks: networks a step")
     noise: float = Field(
         0.0, ge=0, description="standard deviation of noise on images, of sensors: networks that bear it are found "
-        "between the tasks of a small zoo, too"
+        "between the tasks of a small zoo, too; of a metric, where the checkpoint's answers are asked for"
     )  # fmt: skip
     fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 

@@ -11,9 +11,8 @@ from typing import Any
 import gradio as gr
 import torch
 
-from rpg.app.digits import classes_of, reads_examples
 from rpg.app.loaded import MOST_NETWORKS, LoadedRun, PageRequest
-from rpg.app.sensors import condition_for, sensors_task, settings_of
+from rpg.app.panels import classes_of, condition_for, reads_examples, sensors_task, settings_of
 from rpg.generation.conditions import named_condition
 from rpg.generation.examples import read_examples
 from rpg.tasks.base import TaskFamily

@@ -30,9 +30,8 @@ from rpg.app.controls import (
     request_of,
     sampling_controls,
 )
-from rpg.app.digits import Answer, answers, drawn, reads_digits
 from rpg.app.loaded import LoadedRun, PageRequest, PageResult, told
-from rpg.app.sensors import Panel, look, sensors_task, settings_of
+from rpg.app.panels import Answer, Panel, answers, drawn, look, reads_digits, sensors_task, settings_of
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
 from rpg.labs.fields.task import FieldsTask

@@ -106,9 +106,6 @@ class Objective:
             eta: stochasticity of ``ddim``: 0 none, 1 that of ``ddpm``. Other samplers have no use for it.
             callback: called after every step with its index and x_t.
 
-        Returns:
-            x₀, ``[N, D]``.
-
         Raises:
             InputError: no such sampler, or a number of steps it cannot take.
         """

@@ -43,7 +43,6 @@ class Answer:
     """A judge's result for one network.
 
     Attributes:
-        metrics: by name.
         predictions: classes of the images ``[B]``, of classifiers.
         probabilities: of the classes ``[B, classes]``, of classifiers that give logits.
     """
@@ -54,11 +53,7 @@ class Answer:
 
 
 class Scorer(Protocol):
-    """Gives a network its metrics.
-
-    Attributes:
-        name: what reports call it.
-    """
+    """Gives a network its metrics."""
 
     @property
     def name(self) -> str:

@@ -38,7 +38,6 @@ class Made:
     """Generated networks; each is made when it is asked for.
 
     Attributes:
-        num: of all processes.
         places: which of them this process makes.
         networks: makes them, in that order.
         asked: the checkpoint that each of all was asked to be, if any was.
@@ -56,7 +55,6 @@ class Options:
 
     Attributes:
         lower, higher: metrics of which less or more is better, whatever their names say.
-        split: data that the judge takes.
         seed: decides the baselines' draws and the bootstrap.
         merges: merges the zoo's networks, or its adapters as PEFT does; none are merged when None.
         matching: matches hidden units; they stay unmatched when None.

@@ -270,7 +270,6 @@ class FlatSpace:
 
     Attributes:
         slots: where each tensor lies.
-        size: P.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:

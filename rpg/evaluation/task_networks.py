@@ -148,9 +148,6 @@ class LinearHeadTraining:
     """How a linear head is trained.
 
     Attributes:
-        steps: of AdamW.
-        batch_size: tasks a step.
-        images: training images a step.
         seed: decides the tasks and images of each step.
         teacher: gives the right answers in place of the images' labels.
     """

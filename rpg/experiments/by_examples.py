@@ -75,10 +75,8 @@ class ExampleSets:
     """Tasks that nobody trained for, and how they are shown.
 
     Attributes:
-        task: shows and scores, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        task: shows and scores, a :class:`rpg.tasks.sensors.task.SensorsTask`.
         conditions: what the tasks are, ``[T, C]``.
-        split: images that networks are scored on.
-        seed: decides which examples are shown.
     """
 
     task: Any
@@ -158,7 +156,7 @@ class FewExamples:
     """Methods that train on the examples.
 
     Args:
-        task: shows and runs networks, a :class:`rpg.tasks.sensors.sensors.SensorsTask`.
+        task: shows and runs networks, a :class:`rpg.tasks.sensors.task.SensorsTask`.
         seen: conditions of the seen tasks ``[S, C]``.
         specialists: their networks, stacked.
         generalist: the one network for all tasks.

@@ -42,7 +42,6 @@ class Validation:
         num: networks to score, or tasks to make one for each; ``evaluate.num`` networks and all tasks when None.
 
     Attributes:
-        task: scores.
         of: ``validation tasks``; ``seen tasks`` where none is held out; ``validation images`` of a single task.
         wanted: the condition of each network, None without any.
 

@@ -28,7 +28,7 @@ from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import BASE, single_threaded
-from rpg.tasks.sensors.sensors import SensorsTask, informed_probabilities, train_informed
+from rpg.tasks.sensors.task import SensorsTask, informed_probabilities, train_informed
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo

@@ -15,7 +15,7 @@ from rpg.experiments.single import OPTION, denoising_path_of, requested_conditio
 from rpg.generation.generator import Generator
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import check_bits
-from rpg.tasks.language.language import LanguageTask
+from rpg.tasks.language.task import LanguageTask
 from rpg.tasks.side_by_side import stack
 from tokenization.zoo.zoo import Zoo
 

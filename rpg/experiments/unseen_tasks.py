@@ -54,12 +54,9 @@ class Methods:
 
     Attributes:
         generator: makes those that are compared.
-        zoo: what it learned from.
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
         task: knows what a task's training began with, from which networks are merged as deviations.
-        seed: random seed.
-        partition: which tasks this process makes networks for.
     """
 
     generator: Generator

@@ -38,8 +38,6 @@ class Partition:
     Tiles do not depend on one another, so whoever computes one computes the same bytes.
 
     Attributes:
-        rank: which process this is.
-        size: how many there are.
         whole: no network is shared tile by tile, as it must not be where networks are not written but looked at.
     """
 

@@ -26,7 +26,6 @@ class Target:
     """What a network's loader expects.
 
     Attributes:
-        name: what to call it in errors.
         shapes: shape by key of the state dict.
         ties: ``{alias: key}`` of keys that are one tensor; one of them is enough.
         ignored: regular expressions of keys that the loader passes over.

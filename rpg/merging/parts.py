@@ -145,7 +145,6 @@ class Merge:
         normalize: whether they are scaled to add up to 1; as is usual for the method when None.
         density: share of the deviations that TIES and DARE keep; the method's own when None.
         t: of SLERP, the place between the first (0) and the second network (1).
-        seed: of what DARE leaves out.
     """
 
     method: str
@@ -213,7 +212,6 @@ class Part:
     """A network to merge.
 
     Attributes:
-        path: as it was named.
         names: every key of its state dict, in order.
         ties: ``{alias: stored name}``.
         files: what its values lie in.

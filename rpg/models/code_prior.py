@@ -224,7 +224,6 @@ class CodeDensity:
         directions: ``[m, S]``, by which a code becomes a state.
         mean: ``[S]``, the states' mean.
         leading: r, how many directions have kernels.
-        bandwidth: of the kernels.
     """
 
     centres: Tensor

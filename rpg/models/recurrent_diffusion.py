@@ -8,8 +8,9 @@ width, H model width, S permutation-state width, C condition values.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from einops import rearrange, reduce
@@ -19,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
-from rpg.models.batch import Batch, CodeBatch, Loss
 from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
@@ -27,6 +27,48 @@ from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
 from rpg.models.kernel_regression import condition_groups
 from rpg.section import Section
 from tokenization.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's data, on the model's device."""
+
+    samples: Tensor  # [B, N, D] normalised tokens x0, padding 0
+    mask: Tensor  # [N, D] 1 where a token holds values
+    token_ids: Tensor  # [N] long
+    time: Tensor  # [B, N] the objective's unit
+    noise: Tensor  # [B, N, D]
+    group: Tensor  # [B] long, each example's row of states, conditions and dropped
+    states: Tensor  # [G] long
+    conditions: Tensor | None  # [G, C]
+    dropped: Tensor | None  # [G] bool: the condition is withheld
+    initial: Tensor | None = None  # [G, L, D] tokens of the checkpoints to go on from
+    num_last: int = 0  # how many of the first examples have all their tokens at the last time
+    codes: CodeBatch | None = None  # of the prior over codes
+    tasks: Tensor | None = None  # [G, C] the zoo's own conditions, where networks see something else
+
+
+@dataclass(frozen=True)
+class CodeBatch:
+    """One step's data of the prior over codes: P checkpoints of its own choice."""
+
+    states: Tensor  # [P] long: of checkpoints
+    noise: Tensor  # [P, S]
+    time: Tensor  # [P] in 0 … 1
+    conditions: Tensor | None  # [P, C]
+    tasks: Tensor | None = None  # [P, S] what new tasks are, in place of checkpoints
+
+
+class Loss(NamedTuple):
+    """The mean loss of a batch, and each sampled token's share of it (detached, ``[N]``).
+
+    ``samples`` ``[num_last, N, D]`` are the predicted x₀ of the examples at the last time, if there are any. (A tuple,
+    since what spreads weights over processes looks for the forward pass's tensors in tuples, and not in data classes.)
+    """
+
+    mean: Tensor
+    per_token: Tensor
+    samples: Tensor | None = None
 
 
 class RecurrentConfig(Section):
@@ -52,6 +94,8 @@ class RecurrentConfig(Section):
     def _parts_fit(self) -> RecurrentConfig:
         if self.initial is not None and self.state.of != "none":
             raise ValueError("initial takes the place of permutation states; set state.of to none")
+        if self.initial is not None and self.initial.own and self.condition.kind != "metric":
+            raise ValueError("initial.own asks for a metric; set condition.kind to metric, or leave own out")
         if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
             raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
         if self.condition.inject == "prior" and self.state.prior is None:
@@ -257,14 +301,20 @@ class RecurrentDiffusion(nn.Module):
         return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
 
     def one_step(
-        self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None
+        self,
+        noise: Tensor,
+        mask: Tensor,
+        states: Tensor | None = None,
+        conditions: Tensor | None = None,
+        initial: Tensor | None = None,
     ) -> Tensor:
         """The tokens that one sampling step makes of normal noise ``[E, L, D]``, float32, differentiable.
 
-        ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings.
+        ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings; ``initial``
+        ``[E, L, D]`` tokens to go on from.
         """
         rows = mask.repeat(len(noise), 1)  # [E·L, D]
-        context = self.denoiser.precompute(self.prototypes(states, conditions).flatten(0, 1))
+        context = self.denoiser.precompute(self.prototypes(states, conditions, None, initial).flatten(0, 1))
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             return self.predict(x, time.expand(len(x)), context, rows)
@@ -273,7 +323,7 @@ class RecurrentDiffusion(nn.Module):
             predict, noise.flatten(0, 1) * rows, sampler=self.objective.plain_sampler, num_steps=1
         ).view_as(noise)
         token_ids = torch.arange(self.num_tokens, device=noise.device)
-        known = self.known(states, conditions, token_ids)
+        known = self.known(states, conditions, token_ids, initial)
         if self.centre is not None and known is not None:
             made = self.centre.complete(made, known, token_ids)
         return made.float()

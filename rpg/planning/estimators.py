@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
 from rpg.generation.whole_networks import GROUP
-from rpg.models.batch import Batch
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
 from tokenization.layouts import cached_bytes

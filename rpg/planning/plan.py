@@ -46,17 +46,12 @@ class Plan:
     """The needs of one process.
 
     Attributes:
-        config: the experiment.
-        zoo: what it learns from.
         checkpoints_per_step: checkpoints in one training step, over all processes.
         rows_per_step: token rows in one training step, over all processes.
         bytes_read_per_step: bytes of the checkpoints that they come from.
         bf16: whether training computes in bf16.
         parameters: of the generator, by component.
         training_flops: of one step.
-        generation_flops: of one network.
-        training: peak memory.
-        generation: peak memory of generating into files.
         process: resident bytes of Python and its libraries, on top of either where the CPU computes.
     """
 

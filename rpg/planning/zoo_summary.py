@@ -29,7 +29,6 @@ class ZooSummary:
     Attributes:
         layout: how the checkpoints are cut into tokens.
         num_checkpoints: how many there are, of all splits.
-        num_states: permutation states.
         condition_size: values of a condition, or classes; 0 without one.
     """
 

@@ -132,6 +132,14 @@ class LossTask(Task, Protocol):
     ) -> Tensor:
         """Mean loss ``[T]`` of T stacked networks on a split's images, or ``num_images`` of them drawn by ``rng``."""
 
+    def divergences(
+        self, weights: Stacked, originals: Stacked, num_images: int, rng: Generator, noise: float = 0.0
+    ) -> Tensor:
+        """Mean Kullback-Leibler divergence ``[T]`` of the class probabilities of T networks from those of T originals.
+
+        On ``num_images`` random training images, under noise of this deviation. Differentiable in ``weights``.
+        """
+
 
 @runtime_checkable
 class TaskFamily(Task, Protocol):

@@ -45,9 +45,9 @@ TASKS = {
     "cifar10_subsets": Entry(f"{IMAGES}.config:Cifar10SubsetsConfig", f"{IMAGES}.cifar10:Cifar10SubsetsTask"),
     "finetune": Entry(f"{IMAGES}.config:TimmFinetuneConfig", f"{IMAGES}.timm_finetune:TimmFinetuneTask"),
     "imagenet": Entry(f"{IMAGES}.config:ImageNetConfig", f"{IMAGES}.timm_finetune:ImageNetTask"),
-    "language": Entry("rpg.tasks.language.config:LanguageConfig", "rpg.tasks.language.language:LanguageTask"),
+    "language": Entry("rpg.tasks.language.config:LanguageConfig", "rpg.tasks.language.task:LanguageTask"),
     "sensors": Entry(
-        "rpg.tasks.sensors.config:SensorsConfig", "rpg.tasks.sensors.sensors:SensorsTask",
+        "rpg.tasks.sensors.config:SensorsConfig", "rpg.tasks.sensors.task:SensorsTask",
         "rpg.experiments.sensors:experiment", "demo",
     ),
     "fields": Entry(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,17 +15,20 @@ from torch import Tensor
 from rpg.config import TrainConfig
 from rpg.generation.text_encoder import text_table
 from rpg.models import ModelConfig
-from rpg.models.batch import Batch, CodeBatch
 from rpg.models.centre import StateConfig
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
+from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng, permutation
-from rpg.training.examples import example_conditions
+from rpg.training.requests import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
 from tokenization.zoo.condition import WITHHELD
 from tokenization.zoo.metric import MetricScale, metric_conditions
 from tokenization.zoo.zoo import Zoo
+
+MOST_ROUNDS = 3
+"""Times that the generator goes on from its own networks, in training, at most."""
 
 MOST_PAIRS = 2048
 """Pairs by which the size of differences is measured."""
@@ -59,6 +62,31 @@ class InitialPairs:
         earlier, rng = self.earlier[place], make_rng(self.seed, "start", *address)
         first, which = torch.rand(2, generator=rng).tolist()
         return earlier[0] if first < self.config.first else earlier[int(which * len(earlier))]
+
+
+@torch.no_grad()
+def with_own_initial(network: RecurrentDiffusion, batch: Batch, mask: Tensor, rng: torch.Generator) -> Batch:
+    """The batch with a share of its initial weights (``model.initial.own``) replaced by networks made of them.
+
+    They are made in one to three rounds, each of which goes on from the last. A round asks for the example's own
+    condition or, in half of the cases, for something between it and 1: of a loss, for less improvement.
+
+    Args:
+        network: as it is now.
+        batch: of which ``initial`` and ``conditions`` are given.
+        mask: ``[L, D]``, 1 where a token holds values.
+        rng: on the CPU; draws rows, rounds, what is asked for, and noise.
+    """
+    assert network.config.initial is not None and batch.initial is not None and batch.conditions is not None
+    initial, conditions = batch.initial.clone(), batch.conditions
+    num = round(network.config.initial.own * len(initial))
+    rows = torch.randperm(len(initial), generator=rng)[:num].to(initial.device)
+    for _ in range(int(torch.randint(1, MOST_ROUNDS + 1, (), generator=rng)) if num else 0):
+        less = (torch.rand(num, 1, generator=rng) * (torch.rand(num, 1, generator=rng) < 0.5)).to(conditions)
+        asked = conditions[rows] + less * (1 - conditions[rows])
+        noise = torch.randn(num, *mask.shape, generator=rng).to(initial)
+        initial[rows] = network.one_step(noise, mask, None, asked, initial[rows])
+    return replace(batch, initial=initial)
 
 
 def sample_differences(

@@ -20,17 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.config import BehaviourConfig, NewStatesConfig, TrainConfig
-from rpg.models.batch import Batch, Loss
 from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.unet1d import UNet1d
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, LossTask, Task, TaskSimulator
 from rpg.tasks.side_by_side import SideBySide
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import Descriptions, ExampleConditions, example_conditions
+from rpg.training.requests import Descriptions, ExampleConditions, example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.metric import MetricScale
@@ -246,13 +245,14 @@ NEAR = 0.2
 
 
 class TargetLoss:
-    """Scores predicted tokens by how far the decoded networks' loss is from the one asked for.
+    """Scores predicted tokens by how far the decoded networks' loss is from the one asked for, by how far their answers
+    are from those of the checkpoints that are learned, or by the sum (``train.behaviour.target``).
 
     Args:
         condition: the metric, which must be a loss on training images.
 
     Raises:
-        InputError: the task cannot run many networks at once, or the metric is no such loss.
+        InputError: the task cannot run many networks at once, the metric is no such loss, or a base is to answer.
     """
 
     def __init__(
@@ -268,9 +268,13 @@ class TargetLoss:
                 f"train.behaviour asks for a loss on training images, which the metric {condition.name!r} is not; "
                 "leave train.behaviour out, or set model.condition.name to loss"
             )
+        if config.target == "base":
+            raise InputError("train.behaviour.target: base has no use with a metric; set it to labels or both")
         self.task, self.layout, self.config, self.scale = task, layout, config, scale
 
-    def __call__(self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator, originals: Tensor
+    ) -> Tensor:
         """The weighted mean loss.
 
         Args:
@@ -278,10 +282,16 @@ class TargetLoss:
             conditions: what is asked for, on the scale, ``[E, 1]``.
             dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
             rng: draws the images, on the CPU.
+            originals: the tokens that were to be predicted, ``[E, L, D]``.
         """
-        weights = self.layout.decode_batch(tokens, constants=True)
-        found = self.scale.scaled(self.task.losses(weights, "train", self.config.images, rng))  # [E]
-        errors = F.smooth_l1_loss(found, conditions[:, 0], reduction="none", beta=NEAR)
+        weights, settings = self.layout.decode_batch(tokens, constants=True), self.config
+        errors = tokens.new_zeros(len(tokens))
+        if settings.target != "original":
+            found = self.scale.scaled(self.task.losses(weights, "train", settings.images, rng))  # [E]
+            errors = F.smooth_l1_loss(found, conditions[:, 0], reduction="none", beta=NEAR)
+        if settings.target in OF_ORIGINALS:
+            others = self.layout.decode_batch(originals, constants=True)
+            errors = errors + self.task.divergences(weights, others, settings.images, rng, settings.noise)
         kept = torch.ones_like(errors) if dropped is None else (~dropped).to(errors.dtype)
         return self.config.weight * (errors * kept).sum() / kept.sum().clamp(min=1)
 
@@ -372,10 +382,7 @@ class AuxiliaryLosses:
         dropped = None if batch.dropped is None else batch.dropped[rows]
         rng = make_rng(self.seed, "behaviour", step, 0)  # the same images on every process
         tasks = batch.conditions if batch.tasks is None else batch.tasks
-        given = (loss.samples, tasks[rows], dropped, rng)
-        if isinstance(self.behaviour, BehaviourLoss):
-            return self.behaviour(*given, batch.samples[: batch.num_last])
-        return self.behaviour(*given)
+        return self.behaviour(loss.samples, tasks[rows], dropped, rng, batch.samples[: batch.num_last])
 
     def _new_states_of(self, step: int) -> torch.Tensor | float:
         """The loss of new states, once it has set in."""

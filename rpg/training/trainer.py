@@ -19,9 +19,8 @@ from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
 from rpg.models.backbone.mamba2 import describe_kernels
-from rpg.models.batch import CodeBatch
 from rpg.models.centre import TaskTable
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.training import checkpointing
@@ -39,11 +38,12 @@ from rpg.training.data import (
     to_batch,
     training_conditions,
     training_entries,
+    with_own_initial,
 )
 from rpg.training.distributed import DistributedContext
-from rpg.training.examples import Descriptions, example_conditions, fresh_codes, take_networks
 from rpg.training.losses import AuxiliaryLosses, num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
+from rpg.training.requests import Descriptions, example_conditions, fresh_codes, take_networks
 from rpg.training.run_folder import RunFolder, require_learned, seconds_of
 from rpg.training.validation_errors import measure_known_range
 from tokenization.errors import InputError
@@ -146,6 +146,9 @@ class Trainer:
         """What reads the rows of each step."""
         check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
         config = self.config
+        own = config.model.initial is not None and config.model.initial.own
+        if own and (world_size > 1 or self.distributed.spread != "none"):
+            raise InputError("model.initial.own works in a single process without DeepSpeed or FSDP; start one.")
         return BatchSampler(self.zoo, self.layout, config.train, config.model, config.seed, rank, world_size)
 
     def _build_auxiliary(self) -> AuxiliaryLosses:
@@ -206,6 +209,10 @@ class Trainer:
         num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
         codes = self._codes(step, part)
         batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
+        if self.config.model.initial is not None and self.config.model.initial.own:
+            rng = make_rng(self.config.seed, "own starts", step, part)
+            with self.accelerator.autocast():
+                batch = with_own_initial(self.network, batch, self.layout.mask.float().to(batch.samples), rng)
         shown = batch if self.examples is None else self.examples(batch, step, self.sampler.number(part))
         with self.accelerator.autocast():
             loss = self.model(shown, self._state_noise(rows))

@@ -14,7 +14,7 @@ from rpg.tasks.base import TaskFamily, TaskSimulator
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import training_entries, zoo_conditions
-from rpg.training.examples import Descriptions, example_conditions
+from rpg.training.requests import Descriptions, example_conditions
 from tokenization.zoo.zoo import Zoo
 
 NUM_FRESH = 200

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from rpg.config import Config
 from rpg.generation import sampler
 from rpg.generation.generator import Generator
-from rpg.models.batch import Batch, CodeBatch
+from rpg.models.recurrent_diffusion import Batch, CodeBatch
 from rpg.training.trainer import build_network
 from tests.conftest import make_zoo, small_config, small_network
 from tokenization.layout.layout import TokenLayout

@@ -93,9 +93,6 @@ class Part:
     """A compressed weight of all checkpoints of a zoo.
 
     Attributes:
-        kind: how it is stored.
-        name: of the weight itself.
-        shape: of the weight.
         stored: dtype and shape of each stored tensor, by name, in the order of ``SUFFIXES``.
         alive: of a pruned weight: how many values live, on average over the zoo.
         varies: whether that number differs between the checkpoints.

@@ -33,12 +33,10 @@ class LayoutDescription:
     """All that ``layout.json`` and ``statistics.safetensors`` hold, and what follows from it.
 
     Attributes:
-        options: how the tokens are cut.
         names: every key of the state dict, in order.
         layers: the tokenised tensors, in order.
         num_tokens: L.
         ties: ``{alias: name}``.
-        statistics: the normalisation.
         constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
         canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
         compressed: pruned and quantised weights, if any: the names above are of their tokens, ``decode`` stores them.
@@ -174,7 +172,6 @@ class LayerGroup:
     """All layers of one kind. Over all groups, ``tokens`` add up to L and ``values + padding`` to ``L * D``.
 
     Attributes:
-        kind: what the layers are.
         tensors: how many they are.
         values: how many values they hold.
         tokens: tokens that begin in them.

@@ -134,7 +134,6 @@ class Statistics:
     """The statistics of all layers.
 
     Attributes:
-        normalization: the mode.
         centre, scale, variance_mean: as in `LayerStatistics`, ``[K]`` float64; the centre is 0 in ``residual``.
         means: per-parameter means under ``centre.<layer name>`` (``residual``), else None.
     """

@@ -146,7 +146,6 @@ class FittedBasis:
     """A basis and where the zoo lies in it.
 
     Attributes:
-        basis: the directions.
         coefficients: ``[n, T, k]`` float32, of the checkpoints that were measured, of root mean square 1 in each token.
         gram: ``[n, n]`` float64, the inner products of whole checkpoints' deviations.
     """

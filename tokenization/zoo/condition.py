@@ -23,7 +23,6 @@ class Setting:
     """One number of a condition.
 
     Attributes:
-        name: what users call it.
         low, high: the least and greatest value that was learned; of a periodic one they mean the same.
         kind: ``real``; ``periodic``, whose range closes to a circle; ``boolean``, 0 or 1.
         default: its value where a user names none.

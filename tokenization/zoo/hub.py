@@ -86,9 +86,6 @@ def publish(
         branch: made if it is not there; the main one when None.
         token: what ``hf auth login`` or HF_TOKEN left when None.
 
-    Returns:
-        The address of the commit.
-
     Raises:
         InputError: a file holds a path of this machine or a token, or the hub refuses or cannot be reached.
     """
@@ -264,9 +261,6 @@ class SharedZoo:
         Args:
             repo: ``name/zoo``; made if it is not there.
             options: ``private``, ``branch``, ``token`` and ``message``, as `tokenization.zoo.hub.publish` takes them.
-
-        Returns:
-            The address of the commit.
 
         Raises:
             InputError: the zoo is empty or damaged, or the hub refuses or cannot be reached.

@@ -38,8 +38,6 @@ class Holder:
     """Who writes a folder: what a lock file holds.
 
     Attributes:
-        host: name of the machine.
-        pid: number of the process there.
         started: when the process started, in seconds since 1970.
         command: what it was started as, in two words.
     """

@@ -61,13 +61,9 @@ class Page:
     """What the page shows beside the report; parts that are empty are left out.
 
     Attributes:
-        title: of the page.
-        provenance: rows of the last table.
         losses: (optimizer steps, losses) of training.
         denoising_path: (sampling steps taken, first metric of each network then).
         condition: of the denoising_path, in words.
-        heatmaps: parameters.
-        tables: further tables.
         pictures: PNG files to show, by title.
     """
 

@@ -7,8 +7,9 @@ draws of Gaussian kernels around the codes of *anchors*: the training checkpoint
 bootstrapping made of those (`rpg.labs.sane.trainer`).
 
 Left out: windows of the sequence and their halos (a network's tokens are taken together, so that memory bounds it),
-permutation of hidden units as augmentation (`rpg align` brings runs into one order beforehand; views differ by noise),
-and the conditioning of batch norm's statistics after generation.
+permutations of hidden units as augmentation (`rpg align` brings runs into one order beforehand), and the conditioning
+of batch norm's statistics after generation. docs/ablations.md has what the first two cost. A linear path beside the
+transformers (`SaneConfig.linear`) is not in the paper.
 
 B examples, L tokens of a checkpoint, D token width, H model width, Z code width of a token, K anchors.
 """
@@ -51,6 +52,9 @@ class SaneConfig(Section):
     noise: float = Field(0.1, ge=0, description="added to tokens in training, in units of the normalised tokens")
     contrast: float = Field(
         0.05, ge=0, le=1, description="weight γ of the contrastive loss; the rest is reconstruction"
+    )
+    linear: bool = Field(
+        False, description="a linear map of each token beside both transformers, whose layer norms lose its size"
     )
     draw: Literal["value", "token", "network"] = Field(
         "token",
@@ -118,6 +122,8 @@ class TokenAutoencoder(FittedBuffers):
         self.contrast = nn.Sequential(
             nn.Linear(config.code_size, config.code_size), nn.ReLU(), nn.Linear(config.code_size, config.code_size)
         )
+        self.encoder_path = nn.Linear(token_size, config.code_size) if config.linear else None
+        self.decoder_path = nn.Linear(config.code_size, token_size) if config.linear else None
         self.register_buffer("position", position_embedding("2d", positions, config.d_model)[1], persistent=False)
         self.register_buffer("anchors", torch.zeros(0, len(positions), config.code_size))
 
@@ -128,11 +134,13 @@ class TokenAutoencoder(FittedBuffers):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Normalised tokens ``[B, L, D]`` → codes ``[B, L, Z]``."""
-        return self.code_projection(self.encoder(self.token_projection(tokens) + self.position)).float()
+        codes = self.code_projection(self.encoder(self.token_projection(tokens) + self.position))
+        return (codes if self.encoder_path is None else codes + self.encoder_path(tokens)).float()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[B, L, Z]`` → normalised tokens ``[B, L, D]``, padding included."""
-        return self.output_projection(self.decoder(self.decoder_projection(codes) + self.position)).float()
+        tokens = self.output_projection(self.decoder(self.decoder_projection(codes) + self.position))
+        return (tokens if self.decoder_path is None else tokens + self.decoder_path(codes)).float()
 
     def forward(self, tokens: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         """``(1 - γ)`` times the mean squared error a value, and ``γ`` times NT-Xent of the two views of the batch.
@@ -142,11 +150,13 @@ class TokenAutoencoder(FittedBuffers):
             mask: ``[L, D]``, 1 where a token holds a value.
             noise: ``[2, B, L, D]`` standard normal, of the two views.
         """
+        if not self.config.contrast or len(tokens) < 2:
+            noise = noise[:1]  # one view is enough
         views = (tokens + self.config.noise * noise * mask).flatten(0, 1)  # [2B, L, D]
         codes = self.encode(views)
-        error = (self.decode(codes) - tokens.repeat(2, 1, 1)).square() * mask
+        error = (self.decode(codes) - tokens.repeat(len(noise), 1, 1)).square() * mask
         reconstruction = error.sum() / (len(views) * mask.sum())
-        if not self.config.contrast or len(tokens) < 2:
+        if len(noise) == 1:
             return reconstruction
         projected = F.normalize(self.contrast(codes.mean(1)), dim=1)  # [2B, Z]
         contrast = nt_xent(projected, 0.1)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rpg.config import TrainConfig
 from rpg.generation.whole_networks import unflatten_values
@@ -17,7 +18,7 @@ from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
 from rpg.labs.sane.sampler import random_numbers
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import Classifier, MetricsTask
+from rpg.tasks.base import Classifier, LogitTask, MetricsTask
 from rpg.training.data import training_entries
 from rpg.training.trainer import Trainer
 from rpg.training.whole_networks import VectorSampler, require_one_process
@@ -102,9 +103,15 @@ class SaneTrainer(Trainer):
         return codes[chosen], scores[chosen]
 
     def _scores(self, network: TokenAutoencoder, codes: Tensor, split: str) -> Tensor:
-        """The score of the network that each of the codes ``[n, L, Z]`` decodes to, ``[n]``; more is better."""
+        """The score of the network that each of the codes ``[n, L, Z]`` decodes to, ``[n]``; more is better.
+
+        Classifiers are scored by their cross-entropy, where the task tells logits.
+        """
         task: Any = task_of(self.zoo, self.config.task)
         networks = [self.layout.decode(network.decode(each[None])[0] * self.layout.mask) for each in codes]
+        if isinstance(task, LogitTask) and isinstance(task, Classifier):
+            labels = task.labels(split)
+            return torch.stack([-F.cross_entropy(logits.float(), labels) for logits in task.logits(networks, split)])
         if isinstance(task, Classifier):
             return (task.predict(networks, split) == task.labels(split)).float().mean(1)
         if isinstance(task, MetricsTask):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
 from rpg.tasks.collecting import BASE, Progress, single_threaded
-from rpg.tasks.images.collection import finetune_many
 from rpg.tasks.images.digits import DigitsSubsetsTask
+from rpg.tasks.images.training import finetune_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
 from tokenization.checkpoint.structure import cut_mask
 from tokenization.zoo.condition import ConditionSpec

@@ -5,6 +5,7 @@ T networks, A asked losses, P values of a network.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ BETTER: dict[str, Literal["more", "less"]] = {"spearman": "more", "test_spearman
 
 ROUNDS = 5
 """Times that a generated network becomes the next start."""
+
+DRAWS = 16
+"""Networks drawn from one start, of which the one of least loss on training images is taken."""
 
 
 def experiment(config: Config) -> Experiment:
@@ -78,6 +82,14 @@ class Learned:
             len(asked), seed=self.seed, initial=unstack(starts), condition=asked[:, None].double()
         )
         return stack(made)  # type: ignore[arg-type]
+
+    def best_step(self, starts: Stacked, asked: Tensor) -> Stacked:
+        """The same of losses ``[A]``: of `DRAWS` networks of each start the one of least loss on training images."""
+        num = len(starts["bias"])
+        each = asked.repeat(-(-DRAWS // len(asked)))[:DRAWS]
+        made = self.step(repeated(starts, DRAWS), each.repeat_interleave(num))
+        best = self.task.losses(made, "train").view(DRAWS, num).argmin(0)
+        return {name: value.unflatten(0, (DRAWS, num))[best, torch.arange(num)] for name, value in made.items()}
 
     def scores(self, weights: Stacked, tested: str) -> dict[str, Tensor]:
         """Loss and accuracy on training images, and on those of the split ``tested`` under the name of test."""
@@ -121,7 +133,7 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
             extras={"direction": towards, "by_asked": found["by_asked"]},
         )  # fmt: skip
     chosen = _choose_level(learned, zoo, levels)
-    one_step = _one_step(learned, zoo, starts, chosen, tested)
+    one_step = _one_step(learned, zoo, starts, levels, chosen, tested)
     recursive = _recursive(learned, starts, levels, chosen, tested)
     report = Report(
         experiment="target_loss", judge=f"from {num} held-out first weights", split=split, seed=seed, better=BETTER,
@@ -159,10 +171,20 @@ def _choose_level(learned: Learned, zoo: Zoo, levels: Tensor) -> float:
     return levels[losses.argmin()].item()
 
 
-def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, level: float, tested: str) -> dict[str, Any]:
-    """One generated step beside so many of Adam and of gradient descent, all tuned on validation runs and images."""
-    made = learned.step(starts, torch.full((len(starts["bias"]),), level))
+def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, levels: Tensor, level: float, tested: str) -> dict[str, Any]:
+    """One generated step beside so many of Adam and of gradient descent, all tuned on validation runs and images.
+
+    ``level`` of ``levels`` is asked for; of several draws those below it, too. ``average`` is that of the training
+    runs' checkpoints of this loss.
+    """
+    asked, began = torch.full((len(starts["bias"]),), level), time.process_time()
+    made = learned.step(starts, asked)
+    seconds = time.process_time() - began
     report: dict[str, Any] = {"asked": level, "generated": _means(learned.scores(made, tested))}
+    best = learned.best_step(starts, levels[levels <= level][-DRAWS:])
+    report[f"best_of_{DRAWS}"] = _means(learned.scores(best, tested))
+    average = TrainingRuns.of(zoo, "train").nearest(level).mean(0, keepdim=True)
+    report["average"] = _means(learned.scores(TrainingRuns.of(zoo, "validation").space.unflatten(average), tested))
     runs = TrainingRuns.of(zoo, "validation")
     choosing = runs.space.unflatten(runs.vectors[:, 0])
     for optimizer in RATES:
@@ -171,6 +193,9 @@ def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, level: float, tested:
             str(steps): {"learning_rate": rate, **_means(learned.scores(weights, tested))}
             for steps, (rate, weights) in found.items()
         }
+    began = time.process_time()
+    learned.task.train(starts, "adam", RATES["adam"][0], [10])
+    report["adam_steps_of_same_seconds"] = 10 * seconds / (time.process_time() - began)
     for name in ("test_loss", "test_accuracy"):
         sign = 1 if name == "test_loss" else -1
         equal = [int(s) for s, each in report["adam"].items() if sign * each[name] <= sign * report["generated"][name]]
@@ -199,7 +224,9 @@ def _means(scores: dict[str, Tensor]) -> dict[str, float]:
 def _optimizers(step: dict[str, Any]) -> PageTable:
     """One generated step beside training."""
     table = []
-    rows = [("generated", "1", step["generated"])]
+    best = f"best_of_{DRAWS}"
+    rows = [("generated", "1", step["generated"]), (f"best of {DRAWS} by training loss", "1", step[best])]
+    rows.append(("average of runs", "0", step["average"]))
     rows += [(name, steps, each) for name in RATES for steps, each in step[name].items()]
     for name, steps, each in rows:
         rate = f"{each['learning_rate']:g}" if "learning_rate" in each else f"asked {step['asked']:.3f}"

@@ -165,6 +165,21 @@ class TrainingRunsTask:
         wanted = labels.to(device).expand(len(logits), -1)
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape).mean(1)
 
+    def divergences(
+        self, weights: Stacked, originals: Stacked, num_images: int, rng: torch.Generator, noise: float = 0.0
+    ) -> Tensor:
+        """Mean Kullback-Leibler divergence ``[T]`` of networks' class probabilities from those of originals.
+
+        On ``num_images`` random training images, under noise of this deviation; differentiable in ``weights``.
+        """
+        pixels = self.images("train").flatten(1)
+        pixels = pixels[torch.randperm(len(pixels), generator=rng)[:num_images]]
+        pixels = (pixels + noise * torch.randn(pixels.shape, generator=rng)).to(weights["bias"].device)
+        with torch.no_grad():
+            wanted = logits_of(originals, pixels).float().log_softmax(-1)  # [T, B, K]
+        found = logits_of(weights, pixels).float().log_softmax(-1)
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean(1)
+
     @torch.no_grad()
     def metrics(self, weights: Stacked, split: str, prefix: str = "") -> dict[str, Tensor]:
         """``loss`` and ``accuracy`` of T stacked networks on a split's images, ``[T]`` each."""

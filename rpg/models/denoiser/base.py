@@ -56,9 +56,6 @@ class Denoiser(nn.Module):
             x: noisy tokens ``[N, D]``.
             time: ``[N]`` on the scale 0 … 1000; pass a scalar as ``scalar.expand(N)`` and it is embedded only once.
             context: what :meth:`precompute` returned for these tokens.
-
-        Returns:
-            The prediction ``[N, D]``.
         """
         raise NotImplementedError
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks.collecting import DTYPES, convert_floats, use_threads
-from rpg.tasks.images.collection import Compression, train_run
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
 from rpg.tasks.images.subsets import SubsetTask
+from rpg.tasks.images.training import Compression, train_run
 from rpg.tasks.stepwise import Kept, StepwiseTask, Tick
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
@@ -101,7 +101,7 @@ class DigitsTask(StepwiseTask):
         return self.config.train_steps + (self.compression.steps if self.compression is not None else 0)
 
     def train_run(self, zoo: Zoo, run: int, tick: Tick) -> Iterator[Kept]:
-        """See `rpg.tasks.images.collection.train_run`."""
+        """See `rpg.tasks.images.training.train_run`."""
         for step, network in train_run(self.build, self.splits, self.config, run, tick, self.compression):
             yield step, network.state_dict(), None
 

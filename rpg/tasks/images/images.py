@@ -24,7 +24,6 @@ class ImageSplits:
     Attributes:
         images: float32 [n, C, S, S], standardised with the statistics of the training images alone.
         labels: int64 [n].
-        num_classes: number of classes.
         mean, std: of the training images' values before they were standardised.
     """
 

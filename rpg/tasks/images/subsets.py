@@ -30,8 +30,8 @@ from rpg.tasks.collecting import (
     single_threaded,
     without_arithmetic,
 )
-from rpg.tasks.images.collection import binary_start, finetune_many
 from rpg.tasks.images.images import predict_images
+from rpg.tasks.images.training import binary_start, finetune_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD, ConditionSpec

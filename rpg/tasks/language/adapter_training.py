@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.tasks.collecting import warm_cosine
-from rpg.tasks.images.collection import average_into, checkpoint_stretches
+from rpg.tasks.images.training import average_into, checkpoint_stretches
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     adapter_state,

@@ -19,8 +19,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from rpg.app.digits import answer, classes_of, drawn
 from rpg.app.loaded import LoadedRun
+from rpg.app.panels import answer, classes_of, drawn
 from rpg.app.serve import served
 from rpg.config import Config
 from rpg.experiments.single import collect

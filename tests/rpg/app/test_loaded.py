@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rpg.app.controls import condition_controls, initial_controls, request_of, sampling_controls
-from rpg.app.digits import PREFIX, classes_of, counted, drawn, read_image
 from rpg.app.loaded import LoadedRun, PageRequest
+from rpg.app.panels import PREFIX, classes_of, counted, drawn, read_image
 from rpg.app.serve import show_header, show_made, show_mistake
 from rpg.config import Config
 from rpg.experiments.single import collect

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rpg.app.controls import condition_controls, knob_values
 from rpg.app.loaded import LoadedRun, PageRequest
-from rpg.app.sensors import condition_for, look, settings_of
+from rpg.app.panels import condition_for, look, settings_of
 from rpg.app.serve import served
 from tests.processes import free_port
 from tests.rpg.app.test_browser import (

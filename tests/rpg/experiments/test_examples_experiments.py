@@ -11,7 +11,7 @@ import torch
 
 from rpg.experiments import by_examples, draws
 from rpg.experiments.by_examples import ExampleSets
-from rpg.experiments.direct_generators import drawn, log_likelihoods
+from rpg.experiments.draws import drawn, log_likelihoods
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.training.data import zoo_conditions

@@ -19,7 +19,7 @@ from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks
 from rpg.generation.generator import Generator
 from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
-from rpg.tasks.language.language import LanguageTask
+from rpg.tasks.language.task import LanguageTask
 from rpg.tasks.side_by_side import stack
 from tests.reports import checked_report
 from tokenization.errors import InputError

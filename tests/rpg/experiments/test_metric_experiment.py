@@ -13,8 +13,15 @@ from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs import rivals as metric_rivals
-from rpg.labs.training_runs.experiment import asked_and_got, direction, evaluate_metric, training_runs_task
-from rpg.labs.training_runs.rivals import TrainingRuns
+from rpg.labs.training_runs.experiment import (
+    DRAWS,
+    Learned,
+    asked_and_got,
+    direction,
+    evaluate_metric,
+    training_runs_task,
+)
+from rpg.labs.training_runs.rivals import TrainingRuns, repeated
 from rpg.models.conditioning import InitialConfig
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import InitialPairs
@@ -36,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             f"run={folder / 'run'}", f"zoo={folder / 'zoo'}", "task.runs=24", "task.validation=3", "task.unseen=4",
             "task.hidden=8", "task.steps=[0,5,15,60]", "task.group=8", "model.backbone.d_model=32", "train.steps=150",
             "train.ema_decay=0.9", "model.backbone.num_layers=1", "train.batch_size=16", "train.behaviour.images=100",
-            "train.warmup_steps=5",
+            "train.warmup_steps=5", "train.behaviour.target=both", "train.behaviour.noise=0.3", "model.initial.own=0.3",
         ]  # fmt: skip
         config = Config.load("configs/gpt.yaml", changes)
         run_experiment(config, experiment_of(config))
@@ -64,6 +71,16 @@ def test_a_generated_step_from_held_out_first_weights_lowers_the_loss(run: Path)
     state_dicts = [{name: value[row] for name, value in starts.items()} for row in range(4)]
     made = stack(generator.generate(4, initial=state_dicts, condition=[0.2]))
     assert bool((task.losses(made, "train") < task.losses(starts, "train")).all())
+
+
+def test_of_several_draws_the_one_of_least_training_loss_is_taken(run: Path) -> None:
+    generator = Generator.from_pretrained(run)
+    task, zoo = training_runs_task(generator.config), Zoo.open(generator.config.zoo)
+    held_out, learned = TrainingRuns.of(zoo, "unseen"), Learned(generator, task, seed=0)
+    starts, asked = held_out.space.unflatten(held_out.vectors[:, 0]), torch.tensor([1.0, 0.2, 0.5])
+    best = task.losses(learned.best_step(starts, asked), "train")
+    draws = learned.step(repeated(starts, DRAWS), asked.repeat(6)[:DRAWS].repeat_interleave(len(best)))
+    torch.testing.assert_close(best, task.losses(draws, "train").view(DRAWS, -1).min(0).values)
 
 
 def test_starts_are_of_the_same_run_and_no_later(run: Path) -> None:
@@ -104,6 +121,8 @@ def test_a_metric_works_without_a_start(run: Path, tmp_path: Path) -> None:
     assert len(generator.generate(2, condition=[0.5])) == 2
     with pytest.raises(InputError, match="without initial weights"):
         generator.generate(1, condition=[0.5], initial={})
+    with pytest.raises(InputError, match="train.behaviour.target: base has no use with a metric"):
+        train(Config.load(run / "config.yaml", ["train.behaviour.target=base", f"run={tmp_path / 'base'}"]))
     accuracy = ["model.condition.name=accuracy", "model.condition.scale=linear"]
     config = Config.load(run / "config.yaml", [*accuracy, f"run={tmp_path / 'other'}"])
     with pytest.raises(InputError, match="train.behaviour"):

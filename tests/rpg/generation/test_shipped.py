@@ -10,7 +10,7 @@ import torch
 from rpg.generation.folders import SHIPPED_FOLDER, find_folder, which_generator
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
-from rpg.tasks.sensors.sensors import SensorsTask
+from rpg.tasks.sensors.task import SensorsTask
 from rpg.tasks.side_by_side import stack
 from scripts import ship
 from tokenization.errors import InputError

@@ -3,9 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from rpg.models.batch import Batch
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion, StateConfig
+from rpg.models.recurrent_diffusion import Batch, RecurrentConfig, RecurrentDiffusion, StateConfig
 
 L, D, C = 6, 8, 3
 POSITIONS = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]])

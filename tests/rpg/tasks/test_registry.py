@@ -33,7 +33,7 @@ def test_a_configuration_imports_no_task():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in (
         *(each.task for each in TASKS.values()),
-        "rpg.tasks.images.collection",
+        "rpg.tasks.images.training",
         "rpg.tasks.language.adapter_bank",
     ):
         assert repr(module.partition(":")[0]) not in found

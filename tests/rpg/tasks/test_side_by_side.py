@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from rpg.tasks.images.collection import binary_start, finetune_many, learning_rate_share, task_losses
 from rpg.tasks.images.config import FinetuneConfig, Stage
 from rpg.tasks.images.networks import build_network
+from rpg.tasks.images.training import binary_start, finetune_many, learning_rate_share, task_losses
 from rpg.tasks.side_by_side import SideBySide, repeat, stack, unstack
 
 

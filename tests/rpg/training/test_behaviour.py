@@ -130,10 +130,11 @@ def test_every_process_draws_the_same_images():
     def draw(rank: int, step: int = 3, seed: int = 0) -> int:
         losses = AuxiliaryLosses.__new__(AuxiliaryLosses)
         losses.settings, losses.seed, losses.distributed = TrainConfig(), seed, SimpleNamespace(rank=rank)
-        losses.behaviour, losses.new_states = lambda *arguments: arguments[-1].initial_seed(), None
+        losses.behaviour, losses.new_states = lambda *arguments: arguments[3].initial_seed(), None
         batch = SimpleNamespace(
-            group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None
-        )
+            group=torch.tensor([0]), num_last=1, dropped=None, conditions=torch.zeros(1, 1), tasks=None,
+            samples=torch.zeros(1),
+        )  # fmt: skip
         return losses(step, batch, SimpleNamespace(samples=torch.zeros(1)))
 
     assert draw(0) == draw(1)

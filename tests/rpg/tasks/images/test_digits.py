@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 from rpg.tasks import DigitsConfig, build_task, task_of
-from rpg.tasks.images.collection import train_run
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.digits import DigitsTask, load_splits
 from rpg.tasks.images.images import augment, predict_images
+from rpg.tasks.images.training import train_run
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

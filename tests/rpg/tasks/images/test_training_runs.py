@@ -54,3 +54,22 @@ def test_a_zoo_has_every_stage_of_every_run_with_its_metrics(tmp_path):
 def test_steps_ascend_from_0():
     with pytest.raises(InputError, match="ascending from 0"):
         validated(TrainingRunsConfig, {"steps": [1, 5]}, "test")
+
+
+def test_divergences_are_of_each_network_from_its_own_original():
+    task = build()
+    weights, originals = task.first_weights([0, 1]), task.train(task.first_weights([2, 3]), "sgd", 0.2, [9])[9]
+    images = task.images("train")
+    found = task.divergences(weights, originals, len(images), torch.Generator())
+    for row in range(2):
+        logits = []
+        for each in (weights, originals):
+            network = task.build()
+            network.load_state_dict(unstack(each)[row])
+            logits.append(network(images).softmax(-1))
+        expected = (logits[1] * (logits[1] / logits[0]).log()).sum(-1).mean()
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+    same = task.divergences(originals, originals, 50, torch.Generator(), noise=0.5)
+    torch.testing.assert_close(same, torch.zeros(2), atol=1e-6, rtol=0)
+    few = [task.divergences(weights, originals, 50, torch.Generator().manual_seed(0), noise=n) for n in (0.0, 0.5)]
+    assert not torch.equal(*few)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from rpg.config import Config
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig, RowsConfig, SymbolsConfig
-from rpg.tasks.language.language import LanguageTask
 from rpg.tasks.language.rows import IGNORED, find_tasks, make_tokenizer, read_rows, write_tasks
+from rpg.tasks.language.task import LanguageTask
 from tests.conftest import small_config
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout

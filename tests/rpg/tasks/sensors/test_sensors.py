@@ -12,12 +12,12 @@ from rpg.generation.request import RequestOptions
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.sensors.config import SensorsConfig
-from rpg.tasks.sensors.sensors import SensorsTask, TinyMLP
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
+from rpg.tasks.sensors.task import SensorsTask, TinyMLP
 from rpg.tasks.side_by_side import repeat, stack
-from rpg.training.examples import example_conditions
 from rpg.training.loop import train
 from rpg.training.losses import DrawnTasksLoss
+from rpg.training.requests import example_conditions
 from rpg.training.trainer import build_network
 from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError

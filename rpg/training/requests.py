@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder
-from rpg.models.batch import Batch, CodeBatch
 from rpg.models.conditioning import ConditionConfig, example_rows, row_size
-from rpg.models.recurrent_diffusion import RecurrentDiffusion
+from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import DescribedTask, ExampleTask, TaskSimulator
