@@ -146,7 +146,7 @@ class SubsetTask:
             self.classes("train")  # images that are missing are missed before there is a folder
         return collect_many(
             task, path, self.condition, self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies,
-            lambda folder: save_base(folder, task.train_base),
+            lambda folder: save_base(folder, task.train_base), self.config.group,
             processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
 
