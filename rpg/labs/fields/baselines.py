@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
+from rpg.models.code_prior import Neighbourhoods
 from rpg.tasks.collecting import append_many
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -23,7 +24,8 @@ VALUES = "values"
 def baseline_configs(config: Config) -> dict[str, Config]:
     """Configurations by name, whose runs lie in the experiment's.
 
-    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): the same generator, of the data themselves on their grid.
+    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): recurrent diffusion of the data themselves on their grid, its
+      codes by a diffusion from noise alone.
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
 
@@ -37,6 +39,8 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
+    prior = {**(plain["model"]["state"]["prior"] or {}), **GRID_PRIOR}
+    grid_state = {"of": "code", "width": plain["model"]["state"]["width"], "prior": prior}
     steps = max(2, config.train.steps // 2)
     stages = {
         "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
@@ -46,7 +50,10 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     originals = [each for each in config.train.splits if not each.startswith("altered")]
     direct = f"{grid_element(config)}_diffusion"
     return {
-        direct: changed(direct, grid_zoo(config), task=None),
+        direct: changed(
+            direct, grid_zoo(config), task=None, model={**plain["model"], "state": grid_state},
+            generate={**plain["generate"], "state": "prior"},
+        ),
         "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
         "pdiff": changed(
             "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
@@ -78,8 +85,14 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     append_many(zoo, entries, [{VALUES: each} for _, each in missing])
 
 
+GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24, "start": None}
+"""Of a diffusion of data on their grid; its size is that of the generator's prior, if there is one."""
+
 PARTS = 8
 """Gaussians of a class's mixture."""
+
+NEIGHBOURS = 40
+"""Of a neighbourhood, as in the configurations of fields."""
 
 
 def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
@@ -100,7 +113,8 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
 
     Returns:
         ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
-        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means).
+        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means), and draws of its
+        `Neighbourhoods`.
     """
     made: dict[str, list[Tensor]] = {
         name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")
@@ -120,4 +134,6 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
         part = members[own == own[torch.randint(len(own), (), generator=rng)]]  # a part by its share
         combination = torch.randn(len(part), generator=rng) / len(part) ** 0.5
         made["mixture"].append(part.mean(0) + combination @ (part - part.mean(0)))
-    return {name: torch.stack(rows) for name, rows in made.items()}
+    numbers = torch.randn(len(wanted), 1 + NEIGHBOURS, generator=rng)
+    near = Neighbourhoods(weights, labels, NEIGHBOURS).draw(wanted, torch.special.ndtr(numbers[:, 0]), numbers[:, 1:])
+    return {name: torch.stack(rows) for name, rows in made.items()} | {"neighbourhood": near}

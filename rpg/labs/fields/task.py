@@ -154,5 +154,9 @@ class FieldsTask:
         values = evaluate(self.config, fields, grid_points(*sizes))  # [T, P, C]
         return values.mT.reshape(len(values), -1, *sizes)
 
+    def shown(self, weights: Stacked) -> Tensor:
+        """`sample_stacked` on the data's own grid, ``[T, F]``."""
+        return self.sample_stacked(weights, self.data.size).flatten(1)
+
     def _view_stacked(self, fields: Stacked, size: int) -> Tensor:
         return views(lambda points: evaluate(self.config, fields, points)[..., 0], size)
