@@ -150,7 +150,7 @@ def test_only_fields_show_something(run, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("model.state={of: run, shown: true}", "shown and neighbours need of: code"),
+        ("model.state={of: run, prior: null}", "shown and neighbours need of: code"),
         ("model.state.neighbours=null", "prior.start needs neighbours"),
         ("model.condition.kind=none", "state.neighbours needs condition.kind: class"),
         ("model.state.prior.objective=flow", "churn and start need objective: edm"),
