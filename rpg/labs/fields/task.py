@@ -71,8 +71,7 @@ LEARNED = ("train", "validation")
 
 
 class FieldsTask:
-    """Collects zoos of fields and renders fields. Entries: ``run`` is the datum, ``step`` its copy, 0 the original.
-    """
+    """Collects zoos of fields and renders fields. Entries: ``run`` is the datum, ``step`` its copy, 0 the original."""
 
     def __init__(self, config: FieldsConfig) -> None:
         self.config = config
