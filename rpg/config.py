@@ -38,6 +38,9 @@ class BehaviourConfig(Section):
         0.0, ge=0, description="standard deviation of noise on images, of sensors: networks that bear it are found "
         "between the tasks of a small zoo, too; of a metric, where the checkpoint's answers are asked for"
     )  # fmt: skip
+    temperature: float = Field(
+        1.0, gt=0, description="of groupings, what the log-odds of right answers are divided by: below 1 they are surer"
+    )  # fmt: skip
     fraction: float = Field(0.5, gt=0, le=1, description="fraction of the batch whose tokens are all at the last time")
 
 

@@ -72,6 +72,7 @@ def small_config(folder: Path, **sections: object) -> Config:
             "precision": "fp32",
         },
         "generate": {"steps": 3, "tile_tokens": 32},
+        "evaluate": {"num_baseline": 8},
     }
     for name, section in sections.items():
         same_kind = not isinstance(section, dict) or section.get("kind") is None

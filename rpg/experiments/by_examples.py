@@ -7,6 +7,7 @@ V values of a network, m directions."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -125,12 +126,16 @@ class ExampleSets:
                 ]
             )
 
-    def likelihoods(self, networks: Stacked, num: int) -> Tensor:
-        """Mean log-probability that M networks of every task give ``num`` labelled examples, ``[T, M]``."""
+    def likelihoods(self, networks: Stacked, num: int, shared: bool = False) -> Tensor:
+        """Mean log-probability that M networks of every task, or ``shared`` by all, give ``num`` labelled examples.
+
+        ``[T, M]``.
+        """
         values, classes = self.shown(num)
+        owned = itertools.repeat(networks, len(values)) if shared else self._by_task(networks)
         found = []
         with torch.inference_mode():
-            for own, shown, right in zip(self._by_task(networks), self.task.inputs(values), classes, strict=True):
+            for own, shown, right in zip(owned, self.task.inputs(values), classes, strict=True):
                 answers = self.task.side(own, shown).log_softmax(-1)  # [M, num, K]
                 found.append(answers[:, torch.arange(num), right].mean(1))
         return torch.stack(found)
@@ -211,12 +216,7 @@ class FewExamples:
 
     def _best_specialist(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
         """The specialist with the least loss on the examples, then fine-tuned."""
-        values, classes = sets.shown(num)
-        inputs, best = self.task.inputs(values), []
-        with torch.inference_mode():
-            for shown, right in zip(inputs, classes, strict=True):
-                answers = self.task.side(self.specialists, shown).log_softmax(-1)  # [S, n, K]
-                best.append(int(answers[:, torch.arange(num), right].mean(1).argmax()))
+        best = sets.likelihoods(self.specialists, num, shared=True).argmax(1)
         return self._finetuned({name: value[best] for name, value in self.specialists.items()}, sets, num, way)
 
     def _generalist_finetuned(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:

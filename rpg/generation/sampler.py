@@ -264,7 +264,13 @@ class TokenSampler(TiledSampler):
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            return self.network.prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs)
+            begun = (
+                None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            )
+            noise = request.temperature * noise.to(self.device)
+            return self.network.prior.sample(noise, conditions, rngs=rngs, begun=begun)
+        if request.state == "density" and self.network.config.state.neighbours:
+            return self._among_neighbours(request, rngs, conditions)
         if request.state == "density":
             size = 1 + len(self.density.directions)
             numbers = even_noise(derive_seed(request.seed, "state"), networks, size).to(self.device)
@@ -273,6 +279,12 @@ class TokenSampler(TiledSampler):
         # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
         weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
         return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
+
+    def _among_neighbours(self, request: Request, rngs: Sequence[torch.Generator], conditions: Any) -> Tensor:
+        """Codes ``[G, S]`` of the classes asked for, each from numbers of its own one of G ``rngs``."""
+        table: Any = self.network.state
+        numbers = torch.stack([torch.randn(1 + table.neighbours, generator=rng) for rng in rngs]).to(self.device)
+        return table.among_neighbours(conditions[:, 0].round().long(), numbers, request.temperature)
 
     def _sample_tile(
         self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None

@@ -19,7 +19,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rpg.models.code_prior import CodePriorConfig
+from rpg.models.code_prior import CodePriorConfig, Neighbourhoods
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
 from rpg.section import Section
@@ -49,13 +49,20 @@ class CodeTable(FittedBuffers):
 
     Args:
         size: m; cut to n - 1.
+        neighbours: how many codes of a class are a neighbourhood, for new ones; null for none.
     """
 
     weight: Tensor
+    classes: Tensor | None
+    spread: Tensor | None
 
-    def __init__(self, num_states: int, size: int) -> None:
+    def __init__(self, num_states: int, size: int, neighbours: int | None = None) -> None:
         super().__init__()
+        self.neighbours = neighbours
         self.register_buffer("weight", torch.zeros(num_states, max(1, min(size, num_states - 1))))
+        # Of whom codes are, and how far the zoo reaches along each direction: what neighbourhoods are told by.
+        self.register_buffer("classes", torch.zeros(num_states, dtype=torch.long) if neighbours else None)
+        self.register_buffer("spread", torch.ones(self.weight.shape[1]) if neighbours else None)
 
     @property
     def num_embeddings(self) -> int:
@@ -70,6 +77,12 @@ class CodeTable(FittedBuffers):
     def forward(self, states: Tensor) -> Tensor:
         """Codes ``[G, m]`` of states ``[G]``."""
         return self.weight[states]
+
+    def among_neighbours(self, classes: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+        """New codes ``[G, m]`` of classes ``[G]``, from standard normal numbers ``[G, 1 + neighbours]``."""
+        assert self.classes is not None and self.spread is not None and self.neighbours is not None
+        density = Neighbourhoods(self.weight * self.spread, self.classes, self.neighbours)
+        return density.draw(classes, torch.special.ndtr(numbers[:, 0]), temperature * numbers[:, 1:]) / self.spread
 
 
 class TaskTable(CodeTable):
@@ -196,6 +209,7 @@ def fit_centre(
     code_size: int,
     weight: Tensor,
     groups: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> FittedCentre:
     """Fit both parts to a zoo, into ``centre``.
 
@@ -210,6 +224,7 @@ def fit_centre(
         weight: ``[T]``, by which each token's values are multiplied where checkpoints are compared.
         groups: ``[n]`` long, where networks will be requested for unseen conditions: checkpoints of one number
             have one condition.
+        shown: ``[n, F]``, what each checkpoint shows: codes are components of that, in place of tokens.
     """
     num, _, token_size = tokens.shape
     values = rearrange(tokens, "n l d -> n (l d)").to(torch.float64)
@@ -231,7 +246,7 @@ def fit_centre(
     left_out = rearrange(values, "n (l d) -> n l d", d=token_size)
     code_size = min(code_size, num - 1)
     differing = values if groups is None else _within(values, groups)
-    weighted = differing * weights
+    weighted = differing * weights if shown is None else (shown - shown.mean(0)).to(torch.float64)
     codes = _whitened(weighted, code_size)  # [n, m or 0]
     reach = (codes.T @ weighted).norm(dim=1)  # [m]
     code_map = codes.T @ values / num  # least squares: the codes are orthogonal, of mean square 1
@@ -290,6 +305,14 @@ class StateConfig(Section):
     initial: Literal["random", "constant"] = Field(
         "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
     )
+    shown: bool = Field(
+        False, description="of code: components of what fields show on the grid of their data, in place of weights, so "
+        "that a prior works in the metric in which they are compared"
+    )  # fmt: skip
+    neighbours: int | None = Field(
+        None, ge=2, description="of code, where the condition is a class: generate.state: density draws from the "
+        "Gaussians of so many checkpoints of the class that are nearest to one another"
+    )  # fmt: skip
     noise: float = Field(
         0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
     )
@@ -302,6 +325,10 @@ class StateConfig(Section):
     def _only_codes_have_a_prior(self) -> StateConfig:
         if self.prior is not None and self.of not in ("code", "task"):
             raise ValueError("prior needs of: code or task")
+        if (self.shown or self.neighbours) and self.of != "code":
+            raise ValueError("shown and neighbours need of: code")
+        if self.prior is not None and self.prior.start and self.neighbours is None:
+            raise ValueError("prior.start needs neighbours")
         if self.linear and self.of not in ("code", "task"):
             raise ValueError("linear needs of: code or task")
         if self.of in ("code", "task") and self.width is None:
@@ -312,7 +339,8 @@ class StateConfig(Section):
 def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:
     """The table of states, and what maps them to the width of the backbone."""
     if config.of in ("code", "task"):
-        codes = (CodeTable if config.of == "code" else TaskTable)(num_states, config.width or width)
+        size, near = config.width or width, config.neighbours
+        codes = TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, near)
         first = nn.Linear(codes.embedding_dim, width)
         return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
     table = nn.Embedding(num_states, config.width or width)

@@ -1,4 +1,4 @@
-"""New codes of whole checkpoints: from a diffusion prior, or in closed form from a kernel density of the zoo's.
+"""New codes of whole checkpoints: from a diffusion prior, or in closed form from a density of the zoo's.
 
 The prior is flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv
 2206.00364), on vectors ``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a
@@ -47,10 +47,17 @@ class CodePriorConfig(Section):
         description="of EDM: fresh noise while sampling (its S_churn), which corrects errors of earlier steps",
     )
 
+    start: float | None = Field(
+        None,
+        gt=0,
+        description="of EDM: the noise level at which sampling sets out, from a draw of the neighbourhoods' density "
+        "(state.neighbours) and noise of that size; null: from noise alone",
+    )
+
     @model_validator(mode="after")
     def _flow_has_no_churn(self) -> CodePriorConfig:
-        if self.churn and self.objective != "edm":
-            raise ValueError("churn needs objective: edm")
+        if (self.churn or self.start) and self.objective != "edm":
+            raise ValueError("churn and start need objective: edm")
         if self.churn and self.draws == "even":
             raise ValueError("churn adds independent noise; set draws: independent")
         return self
@@ -152,15 +159,20 @@ class CodePrior(nn.Module):
         conditions: Tensor | None = None,
         watch: Callable[[Tensor], None] | None = None,
         rngs: Sequence[torch.Generator] = (),
+        begun: Tensor | None = None,
     ) -> Tensor:
         """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's.
 
         With churn that is EDM's algorithm 2, and each code's noise comes from its own one of B ``rngs``.
         ``watch`` is told, at every step, the codes ``[B, m]`` that one step from there to the end would give.
+        With ``begun``, codes ``[B, m]``, sampling sets out from those, as noisy as the configuration's start.
         """
         if self.config.objective == "edm":
-            ramp = torch.linspace(MOST_NOISE ** (1 / SPACING), LEAST_NOISE ** (1 / SPACING), self.config.steps)
-            times, x = [*(ramp**SPACING).tolist(), 0.0], MOST_NOISE * noise
+            most = MOST_NOISE if begun is None or self.config.start is None else self.config.start
+            ramp = torch.linspace(most ** (1 / SPACING), LEAST_NOISE ** (1 / SPACING), self.config.steps)
+            times, x = [*(ramp**SPACING).tolist(), 0.0], most * noise
+            if begun is not None:
+                x = x + (begun if self.spread is None else begun * self.spread)
         else:
             times, x = torch.linspace(1, 0, self.config.steps + 1).tolist(), noise
         for level, after in itertools.pairwise(times):
@@ -286,3 +298,44 @@ def left_out_likelihood(products: Tensor, size: int, bandwidth: float) -> float:
     exponent = (-(shrink**2) * halves).add(products, alpha=shrink * precision).fill_diagonal_(-math.inf)
     near = (torch.logsumexp(exponent, 1) - halves).mean()  # of squared distances to the shrunk codes
     return (near - math.log(len(products) - 1) - size * math.log(bandwidth)).item()
+
+
+DRAWN_IN = 0.7
+"""How far draws move from a checkpoint to its neighbourhood's Gaussian; chosen on validation digits and shapes."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """A density over codes of classes: of each checkpoint the Gaussian of those of its class that are nearest to it.
+
+    Around the checkpoints themselves that would be manifold Parzen windows (Vincent and Bengio, 2002), which are wider
+    than what they are fitted to; these are drawn in to each neighbourhood's mean by as much as its Gaussian adds.
+
+    Attributes:
+        codes: ``[n, m]``, distances between which count.
+        classes: ``[n]`` long.
+        num: how many are a neighbourhood, the checkpoint itself included.
+    """
+
+    codes: Tensor
+    classes: Tensor
+    num: int
+
+    def draw(self, classes: Tensor, places: Tensor, noise: Tensor) -> Tensor:
+        """Codes ``[B, m]`` of classes ``[B]`` that have checkpoints.
+
+        Args:
+            classes: asked for, long.
+            places: ``[B]`` in 0 … 1: which of a class's checkpoints each is drawn around.
+            noise: ``[B, num]`` standard normal.
+        """
+        members = {label: self.codes[self.classes == label] for label in classes.unique().tolist()}
+        drawn = []
+        for label, place, numbers in zip(classes.tolist(), places.tolist(), noise, strict=True):
+            known = members[label]
+            around = known[min(int(place * len(known)), len(known) - 1)]
+            near = known[(known - around).square().sum(1).topk(min(self.num, len(known)), largest=False).indices]
+            mean = near.mean(0)
+            moved = numbers[: len(near)] @ (near - mean) / len(near) ** 0.5
+            drawn.append(mean + (1 - DRAWN_IN**2) ** 0.5 * (around - mean) + DRAWN_IN * moved)
+        return torch.stack(drawn)

@@ -98,6 +98,8 @@ class RecurrentConfig(Section):
             raise ValueError("initial.own asks for a metric; set condition.kind to metric, or leave own out")
         if self.denoiser.kind == "decoder" and self.diffusion.prediction != "sample":
             raise ValueError("denoiser decoder predicts clean tokens; set diffusion.prediction to sample")
+        if self.state.neighbours and self.condition.kind != "class":
+            raise ValueError("state.neighbours needs condition.kind: class")
         if self.condition.inject == "prior" and self.state.prior is None:
             raise ValueError("condition.inject: prior needs state.prior")
         return self
@@ -191,15 +193,19 @@ class RecurrentDiffusion(nn.Module):
         return tuple(self.objective.samplers)
 
     @torch.no_grad()
-    def fit_centre(self, tokens: Tensor, conditions: Tensor | None, weight: Tensor) -> None:
+    def fit_centre(
+        self, tokens: Tensor, conditions: Tensor | None, weight: Tensor, shown: Tensor | None = None
+    ) -> None:
         """Measure what is known of tokens in closed form, and codes; see `rpg.models.centre.fit_centre`."""
         assert self.centre is not None
         code_size = self.state.embedding_dim if isinstance(self.state, CodeTable) else 0
         grouped = conditions is not None and are_new(self.config.condition.kind)
         groups = condition_groups(conditions) if grouped else None  # type: ignore[arg-type]
-        fitted = fit_centre(self.centre, tokens, conditions, code_size, weight, groups)
+        fitted = fit_centre(self.centre, tokens, conditions, code_size, weight, groups, shown)
         if isinstance(self.state, CodeTable):
             self.state.fill(weight=fitted.codes)
+            if self.state.classes is not None and conditions is not None:
+                self.state.fill(classes=conditions[:, 0], spread=fitted.spread)
         if self.prior is not None and self.prior.spread is not None:
             self.prior.spread.copy_(fitted.spread)
 

@@ -86,6 +86,14 @@ class BehaviourTask(Task, Protocol):
 
 
 @runtime_checkable
+class FunctionTask(Task, Protocol):
+    """A task whose networks are functions that can be compared by what they show."""
+
+    def shown(self, weights: Stacked) -> Tensor:
+        """What T stacked networks show, ``[T, F]``."""
+
+
+@runtime_checkable
 class ExampleTask(Task, Protocol):
     """Tasks with conditions that can be shown by labelled examples."""
 

@@ -227,7 +227,7 @@ def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Te
 
 def collect_many(
     task: Any, path: Path | str, condition: ConditionSpec, bits: Tensor, splits: Sequence[str],
-    prepare: Callable[[Path], object], *, ignore: Collection[str] = (), processes: int | None = None,
+    prepare: Callable[[Path], object], group: int, *, ignore: Collection[str] = (), processes: int | None = None,
     progress: Progress | None = None, limit: int | None = None, write: Write = write_file,
 ) -> Zoo:  # fmt: skip
     """Train the networks of a family that the zoo at ``path`` lacks, and list them.
@@ -235,9 +235,10 @@ def collect_many(
     Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
 
     Args:
-        task: trains parts (`Trainable`) of ``config.group`` tasks.
+        task: trains parts (`Trainable`), as its ``config`` says.
         bits: the tasks ``[T, C]``: task i becomes run i.
         prepare: makes what all tasks share, given the folder, unless it is there; only in the first process.
+        group: tasks of a part.
         ignore: as of `open_zoo`.
         processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
         limit: train at least this many tasks only.
@@ -245,7 +246,7 @@ def collect_many(
     """
     from accelerate import PartialState
 
-    place, group = PartialState(timeout=PATIENCE), task.config.group
+    place = PartialState(timeout=PATIENCE)
     with place.main_process_first():
         zoo = open_zoo(path, task.config, condition, ignore=ignore)
         if place.is_main_process:

@@ -58,8 +58,9 @@ class BehaviourLoss:
             )
         if config.target in OF_ORIGINALS and not isinstance(task, ImageTaskFamily):
             raise InputError(f"train.behaviour.target: {config.target} needs a family of image tasks; set it to labels")
-        if config.noise and "noise" not in inspect.signature(task.behaviour_losses).parameters:
-            raise InputError(f"{type(task).__name__} has no noise on images; set train.behaviour.noise to 0")
+        self.options = config.model_dump(include={"noise", "temperature"}, exclude_defaults=True)
+        for name in self.options.keys() - inspect.signature(task.behaviour_losses).parameters:
+            raise InputError(f"{type(task).__name__} takes no train.behaviour.{name}; leave it out")
         self.task, self.layout, self.config = task, layout, config
         self.teacher = task.teacher(zoo) if config.target in ("base", "both") else None
         self.seconds = 0.0
@@ -86,10 +87,10 @@ class BehaviourLoss:
         if tokens.requires_grad:
             tokens.register_hook(self._end_backward)
         weights = self.layout.decode_batch(tokens, constants=True)
-        more: dict[str, Any] = {"teacher": self.teacher} | ({"noise": self.config.noise} if self.config.noise else {})
+        more: dict[str, Any] = {"teacher": self.teacher, **self.options}
         if self.config.target in OF_ORIGINALS:
             assert originals is not None
-            more = {"teacher": self.teacher, "originals": self.layout.decode_batch(originals, constants=True)}
+            more["originals"] = self.layout.decode_batch(originals, constants=True)
         losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, **more)  # [E]
         kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
         loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)

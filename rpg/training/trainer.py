@@ -23,6 +23,7 @@ from rpg.models.centre import TaskTable
 from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
+from rpg.tasks.base import FunctionTask
 from rpg.training import checkpointing
 from rpg.training.data import (
     BatchSampler,
@@ -63,7 +64,20 @@ def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout,
         network.fit_initial(sample_differences(zoo, layout, indices, config.model.initial, config.seed))
     elif network.centre is not None:
         conditions = training_conditions(zoo, indices, config.model.condition)
-        network.fit_centre(all_tokens(zoo, layout, indices), conditions, layout.token_weight)
+        tokens = all_tokens(zoo, layout, indices)
+        shown = _shown(tokens, config, layout, zoo) if config.model.state.shown else None
+        network.fit_centre(tokens, conditions, layout.token_weight, shown)
+
+
+def _shown(tokens: torch.Tensor, config: Config, layout: Layout, zoo: Zoo) -> torch.Tensor:
+    """What checkpoints ``[n, L, D]`` show, ``[n, F]``."""
+    task = task_of(zoo, config.task)
+    if not isinstance(task, FunctionTask):
+        raise InputError(
+            f"{type(task).__name__} has no networks that show something; set model.state.shown to false, or choose the "
+            "task fields"
+        )
+    return task.shown(layout.decode_batch(tokens, constants=True))
 
 
 class Trainer:

@@ -1,1 +1,1 @@
-"""Lab: neural fields, one small network per image, whose weights are the datum."""
+"""Lab: neural fields, one small network per image or shape, whose weights represent it."""

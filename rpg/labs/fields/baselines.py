@@ -1,4 +1,4 @@
-"""Baselines of generated fields: made of weights, or trained themselves."""
+"""Baselines for generated fields: computed from weights, or trained generators."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
+from rpg.models.code_prior import Neighbourhoods
 from rpg.tasks.collecting import append_many
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 VALUES = "values"
-"""The one tensor of a checkpoint that holds what a field would show, on the grid of the data."""
+"""Name of the only tensor of checkpoints that store data on their grid instead of a field."""
 
 
 def baseline_configs(config: Config) -> dict[str, Config]:
-    """Configurations by name, whose runs lie in the experiment's.
+    """Configurations of trained baselines by name; their runs lie inside the experiment's.
 
-    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): the same generator, of the data themselves on their grid.
+    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): recurrent diffusion of the data themselves on their grid, its
+      codes by a diffusion from noise alone.
     - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
     - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
 
-    A run that is not a recurrent diffusion has none.
+    Empty for other kinds of models than recurrent diffusion.
     """
     if config.model.kind != "recurrent":
         return {}
@@ -37,6 +39,8 @@ def baseline_configs(config: Config) -> dict[str, Config]:
         return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
 
     model = {**plain["model"], "state": {"of": "none"}}
+    prior = {**(plain["model"]["state"]["prior"] or {}), **GRID_PRIOR}
+    grid_state = {"of": "code", "width": plain["model"]["state"]["width"], "prior": prior}
     steps = max(2, config.train.steps // 2)
     stages = {
         "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
@@ -46,7 +50,10 @@ def baseline_configs(config: Config) -> dict[str, Config]:
     originals = [each for each in config.train.splits if not each.startswith("altered")]
     direct = f"{grid_element(config)}_diffusion"
     return {
-        direct: changed(direct, grid_zoo(config), task=None),
+        direct: changed(
+            direct, grid_zoo(config), task=None, model={**plain["model"], "state": grid_state},
+            generate={**plain["generate"], "state": "prior"},
+        ),
         "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
         "pdiff": changed(
             "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
@@ -57,18 +64,18 @@ def baseline_configs(config: Config) -> dict[str, Config]:
 
 
 def grid_element(config: Config) -> str:
-    """What the values of a grid are called."""
+    """Name of a grid value: ``pixel`` or ``voxel``."""
     return "voxel" if getattr(config.task, "dimensions", 2) == 3 else "pixel"
 
 
 def grid_zoo(config: Config) -> str:
-    """Where the zoo of the data themselves lies."""
+    """Folder of the zoo that stores the data on their grid."""
     return f"{config.zoo}_{grid_element(config)}s"
 
 
 @locks(lambda task, fields, path: path)
 def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
-    """Write a zoo of the values of fields on the data's own grid, unless it is complete."""
+    """Write the zoo of the fields' values on the data's grid, unless it is complete."""
     if (path / "zoo.json").exists() and len(Zoo.open(path)) == len(fields):
         return
     zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)
@@ -78,29 +85,34 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     append_many(zoo, entries, [{VALUES: each} for _, each in missing])
 
 
+GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24, "start": None}
+"""Of a diffusion of data on their grid; its size is that of the generator's prior, if there is one."""
+
 PARTS = 8
-"""Gaussians of a class's mixture."""
+"""Number of Gaussians in a class's mixture."""
+
+NEIGHBOURS = 40
+"""Of a neighbourhood, as in the configurations of fields."""
 
 
 def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
-    """The cluster of each of a class's members ``[n, P]``, ``[n]`` long."""
+    """Cluster index of each member ``[n, P]`` of a class: ``[n]``."""
     seed = int(torch.randint(2**31 - 1, (), generator=rng))
     model = KMeans(min(PARTS, len(members)), n_init=4, random_state=seed)
     return torch.from_numpy(model.fit_predict(members.double().numpy())).long()
 
 
 def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    """What takes no generator, of the training data of each wanted class.
+    """Weights that need no generator, computed from the training data of each requested class.
 
     Args:
-        weights: ``[T, P]``, flattened checkpoints.
-        labels: their classes ``[T]``.
-        wanted: a class for each to make, ``[M]``.
-        rng: source of the draws.
+        weights, labels: flattened checkpoints ``[T, P]`` and their classes ``[T]``.
+        wanted: the class of each result, ``[M]``.
 
     Returns:
         ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
-        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means).
+        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means), and draws of its
+        `Neighbourhoods`.
     """
     made: dict[str, list[Tensor]] = {
         name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")
@@ -120,4 +132,6 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
         part = members[own == own[torch.randint(len(own), (), generator=rng)]]  # a part by its share
         combination = torch.randn(len(part), generator=rng) / len(part) ** 0.5
         made["mixture"].append(part.mean(0) + combination @ (part - part.mean(0)))
-    return {name: torch.stack(rows) for name, rows in made.items()}
+    numbers = torch.randn(len(wanted), 1 + NEIGHBOURS, generator=rng)
+    near = Neighbourhoods(weights, labels, NEIGHBOURS).draw(wanted, torch.special.ndtr(numbers[:, 0]), numbers[:, 1:])
+    return {name: torch.stack(rows) for name, rows in made.items()} | {"neighbourhood": near}

@@ -1,4 +1,4 @@
-"""What fields are fitted to: scikit-learn's digits, solid shapes, or a folder of either kind; and altered copies."""
+"""Data for fields: scikit-learn's digits, solid shapes, or a folder of images or meshes; and their altered copies."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rpg.tasks.images.images import IMAGES, class_files, read_images
 from tokenization.errors import InputError
 
 TRUNCATION = 0.3
-"""Fields of shapes show tanh(-signed distance / TRUNCATION)."""
+"""Fields of shapes represent tanh(-signed distance / TRUNCATION)."""
 
 ALTERATION = 2.0
-"""How much copies are altered; 1: turned by 3 degrees (standard deviation)."""
+"""Strength of alterations; 1 is a rotation by 3 degrees (standard deviation)."""
 
 MESHES = {".ply", ".obj", ".stl"}
 DIGIT_SPLITS = {"train": "train", "validation": "validation", "unseen": "test"}
@@ -35,8 +35,7 @@ class FieldData:
         values: ``[n, C, S, S]`` in 0 … 1 of images; ``[n, 1, S, S, S]`` of shapes, their truncated signed distances in
             -1 … 1, positive inside.
         labels: int64 ``[n]``.
-        splits: ``train``, ``validation`` or ``unseen``, one a datum.
-        class_names: what the classes are called.
+        splits: ``train``, ``validation`` or ``unseen`` for each datum.
     """
 
     values: Tensor
@@ -46,12 +45,12 @@ class FieldData:
 
     @property
     def size(self) -> int:
-        """S, the points along each edge of the grid."""
+        """S, the number of grid points along each edge."""
         return self.values.shape[-1]
 
 
 def load_data(config: FieldsConfig) -> FieldData:
-    """The data of a configuration. Raises InputError for a folder without classes or a file without a datum."""
+    """The data of a configuration. Raises InputError if a folder has no classes or a file cannot be used."""
     if config.data == "digits":
         return _digits()
     return _shapes(config) if config.data == "shapes" else _folder(config)
@@ -110,7 +109,7 @@ def _split(num: int, config: FieldsConfig) -> list[str]:
 
 
 def alter(values: Tensor, config: FieldsConfig, copy: int) -> Tensor:
-    """Each datum ``[n, C, *grid]`` moved, turned, slanted and stretched at random, by interpolation."""
+    """Randomly translated, rotated, sheared and scaled copies of data ``[n, C, *grid]``, by interpolation."""
     num, size, dimensions = len(values), values.shape[-1], values.dim() - 2
     rng = make_rng(config.seed, "alteration", copy)
     if dimensions == 2:

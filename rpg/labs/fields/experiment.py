@@ -40,30 +40,30 @@ from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 NUM_SETS = 5
-"""Sets of fields, generated and of each baseline, over which metrics are averaged."""
+"""Number of generated sets of fields, and of each baseline's, over which metrics are averaged."""
 
 JUDGE_COPIES = 2
-"""Altered copies of every datum that the judge of classes learns from."""
+"""Altered copies per datum on which the class judge is trained."""
 
 BETTER: dict[str, Literal["more", "less"]] = {
     "one_nna": "less", "coverage": "more", "mmd": "less", "precision": "more", "recall": "more", "frechet": "less",
     "class_accuracy": "more", "nearest": "more",
 }  # fmt: skip
-"""Measures of generated data; the first, 1-NNA, is 0.5 where they cannot be told from real ones."""
+"""Measures of generated data; the first, 1-NNA, is 0.5 if they are indistinguishable from real data."""
 
 
 def experiment(_: Config) -> Experiment:
-    """What `rpg run` does with a configuration."""
+    """The experiment that `rpg run` performs for a configuration."""
     return Experiment("fields", evaluate_fields, train_with_baselines, "rpg render {run}/generated/*.safetensors")
 
 
 def fields_task(config: Config) -> FieldsTask:
-    """The task of a configuration. Raises InputError if it is another one."""
+    """The task of a configuration. Raises InputError if it is not ``fields``."""
     return require_task(config.task, FieldsTask, "but this is the experiment on fields; set task.name to fields")
 
 
 def train_with_baselines(config: Config, **_: Any) -> None:
-    """Train the generator and the baselines that are trained, two at a time."""
+    """Train the generator and the trained baselines, two at a time."""
     write_grid_zoo(fields_task(config), Zoo.open(config.zoo), Path(grid_zoo(config)))
     configs = [config, *baseline_configs(config).values()]
     # The longest first; each on a thread of its own, which two cores bear better than two threads each.
@@ -78,13 +78,13 @@ def _train(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """The data that generated data are compared with, as vectors of values on the data's own grid.
+    """Reference data for the comparison, as vectors of values on the data's grid.
 
     Attributes:
-        training: what the originals show that were learned from ``[T, F]``.
-        weights, labels: theirs, ``[T, P]`` and ``[T]``.
-        held_out: data that nothing was learned from, ``[N, F]``.
-        wanted: their classes ``[N]``, which are asked for.
+        training: values of the training fields, ``[T, F]``.
+        weights, labels: their weights ``[T, P]`` and classes ``[T]``.
+        held_out: data that no generator was trained on, ``[N, F]``.
+        wanted: their classes ``[N]``, which generators are conditioned on.
     """
 
     training: Tensor
@@ -97,7 +97,7 @@ class Reference:
 @single_threaded()
 @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
 def evaluate_fields(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
-    """Generate one field for every held-out datum, of its class, and compare; nothing is chosen here.
+    """Generate one field of the class of each held-out datum, and compare; nothing is tuned here.
 
     Training data are the report's originals.
     """
@@ -153,7 +153,7 @@ def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Refere
 
 
 def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
-    """What the judge of classes learns from: the data of the splits that were learned from, and altered copies."""
+    """Training data of the class judge: data of the training splits, and altered copies."""
     rows = torch.tensor([i for i, split in enumerate(task.data.splits) if split in config.train.splits])
     values, labels = task.data.values[rows], task.data.labels[rows]
     copies = range(min(task.config.altered, JUDGE_COPIES) + 1)
@@ -164,7 +164,7 @@ def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
 def _samples(
     run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, reference: Reference, seed: int
 ) -> dict[str, list[Tensor]]:
-    """What the fields of every kind show ``[N, F]``: generated, trained baselines (where they exist), simple ones."""
+    """Values ``[N, F]`` of fields of each kind: generated, trained baselines (if they exist), simple baselines."""
     size, wanted = task.data.size, reference.wanted
 
     def drawn(source: Generator, number: int) -> Tensor:

@@ -31,8 +31,8 @@ PER_CLASS, FINE, NUM_NEAREST, NUM_PATHS, PATH_POINTS = 8, 64, 12, 6, 12
 def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, seed: int) -> None:
     """Write the pictures into ``run``.
 
-    ``fine.png`` and, of images on their own grid, ``classes.png``: generated ones of each class beside held-out ones;
-    ``nearest.png``; of a prior over codes, ``path.png``. Of shapes also one mesh of each class in ``meshes``.
+    ``fine.png`` and, for images on their own grid, ``classes.png``: generated beside held-out fields of each class;
+    ``nearest.png``; with a prior over codes, ``path.png``; for shapes also one mesh per class in ``meshes``.
     """
     data = task.data
     num_classes = len(data.class_names)
@@ -65,12 +65,12 @@ def draw_pictures(run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, s
 
 
 def learned_originals(zoo: Zoo, config: Config) -> list[int]:
-    """The entries that were learned from, without altered copies."""
+    """The entries of the training splits, without altered copies."""
     return [i for i in training_entries(zoo, config.train.splits) if zoo.entries[i].step == 0]
 
 
 def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: Sequence) -> None:
-    """A row for each of some generated fields: it, and the five training data nearest to it."""
+    """One row per generated field: the field and its five nearest training data."""
     rows, size = learned_originals(zoo, config), task.data.size
     training = shown_by(torch.stack([task.data.values[zoo.entries[i].run] for i in rows]))
     distances = DISTANCES[task.config.dimensions](shown_by(task.sample(made, size)), training)
@@ -83,7 +83,7 @@ def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: S
 
 @torch.inference_mode()
 def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list]:
-    """What the prior takes its codes for on the way, as fields of the classes ``[B]``: from noise to the last step."""
+    """Fields of the classes ``[B]`` predicted by the prior at its sampling steps, from noise to the last."""
     network = generator.network
     assert isinstance(network, RecurrentDiffusion) and network.prior is not None
     rngs = [make_rng(seed, "state", i) for i in range(len(labels))]
@@ -103,13 +103,13 @@ def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list
 
 
 def render_files(files: Sequence[Path], size: int, output: Path | None, config: Config | None = None) -> list[Path]:
-    """Draw fields as PNG files beside them, or in ``output``; of solid shapes a view, and a mesh as a PLY file.
+    """Render fields as PNG files beside them or in ``output``; for solid shapes also a mesh as a PLY file.
 
     Args:
         files: safetensors of a zoo of fields, or generated ones.
         size: height and width of the images; the grid on which meshes are made has as many points along each edge.
-        output: a folder; made if it is not there.
-        config: says how the fields were made, for files that lie in no run or zoo.
+        output: a folder, created if missing.
+        config: configuration of the fields, for files outside runs and zoos.
 
     Raises:
         InputError: a file is not a field, or nothing says how it was made; a shape is empty.

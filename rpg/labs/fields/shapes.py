@@ -2,7 +2,7 @@
 
 A shape is a function of points ``[..., 3]`` in -1 … 1, negative inside. Primitives and their combinations by least and
 greatest (union, intersection) are Quílez's distance functions (iquilezles.org/articles/distfunctions); a combination
-is exact at the surface and a bound elsewhere.
+is exact on the surface and a bound elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Draw = Callable[[float, float], float]
 
 
 def box(points: Tensor, *half: float) -> Tensor:
-    """A box around the origin, by half its edges."""
+    """A box around the origin, given half its edge lengths."""
     beyond = points.abs() - torch.tensor(half)
     return beyond.clamp(min=0).norm(dim=-1) + beyond.amax(-1).clamp(max=0)
 
@@ -50,17 +50,17 @@ def torus(points: Tensor, radius: float, thickness: float) -> Tensor:
 
 
 def moved(points: Tensor, *by: float) -> Tensor:
-    """The points as a part sees them that is moved by so much."""
+    """Points in the coordinates of a part that is moved by the offset."""
     return points - torch.tensor(by)
 
 
 def union(*parts: Tensor) -> Tensor:
-    """What is inside of any part."""
+    """Union of parts."""
     return torch.stack(parts).amin(0)
 
 
 def without(shape: Tensor, hole: Tensor) -> Tensor:
-    """What is inside of the one and outside of the other."""
+    """Difference: inside the first, outside the second."""
     return torch.maximum(shape, -hole)
 
 
@@ -127,7 +127,7 @@ CLASSES: dict[str, Callable[[Draw], Shape]] = {
 
 
 def random_shape(name: str, rng: torch.Generator) -> Shape:
-    """A shape of a class, its proportions drawn and turned around z by up to 30 degrees either way."""
+    """A shape of a class with random proportions, rotated around z by up to ±30 degrees."""
 
     def draw(least: float, most: float) -> float:
         return least + (most - least) * torch.rand((), generator=rng).item()
@@ -140,17 +140,17 @@ def random_shape(name: str, rng: torch.Generator) -> Shape:
 EDGE = 0.8
 """Half of the longest edge of a mesh's bounding box, once it is moved and scaled to lie in -1 … 1."""
 SAMPLES, CANDIDATES = 20_000, 8
-"""Points sampled on a surface, beside its triangles' centres, and how many of the nearest ones' triangles are looked at
-for the distance."""
+"""Points sampled on a surface besides its triangles' centres, and the number of nearest samples whose triangles are
+checked for the distance."""
 MOST_ANGLES = 1 << 22
-"""Solid angles that are computed at once."""
+"""Number of solid angles computed at once."""
 
 
 def mesh_distances(file: Path, points: Tensor) -> Tensor:
     """Signed distances ``[P]`` of points ``[P, 3]`` to the surface of a mesh file, negative inside.
 
-    The mesh is moved and scaled to fit -1 … 1. Inside is where its winding number (Jacobson et al., 2013,
-    doi 10.1145/2461912.2461916) exceeds 1 / 2, which small holes do not disturb.
+    The mesh is moved and scaled to fit -1 … 1. Points are inside if the winding number (Jacobson et al., 2013,
+    doi 10.1145/2461912.2461916) exceeds 1 / 2, which is robust to small holes.
 
     Raises:
         InputError: the file holds no mesh, or one that encloses nothing.
@@ -176,7 +176,7 @@ def mesh_distances(file: Path, points: Tensor) -> Tensor:
 
 
 def _distances(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """To the nearest point of some triangles: those on which the nearest of many samples lie."""
+    """Distance to the nearest point of the triangles that contain the nearest samples."""
     trimesh = _trimesh()
     mesh = trimesh.Trimesh(triangles.reshape(-1, 3), np.arange(3 * len(triangles)).reshape(-1, 3), process=False)
     samples, faces = trimesh.sample.sample_surface(mesh, SAMPLES, seed=0)
@@ -188,7 +188,7 @@ def _distances(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _winding_numbers(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """How often a surface goes around each point ``[P]``: solid angle over 4 π (van Oosterom and Strackee, 1983)."""
+    """Winding number of each point ``[P]``: solid angle over 4 π (van Oosterom and Strackee, 1983)."""
     found = []
     for part in np.array_split(points, max(1, len(points) * len(triangles) // MOST_ANGLES)):
         a, b, c = np.moveaxis(triangles[None] - part[:, None, None], 2, 0)  # [P, F, 3] each

@@ -25,7 +25,7 @@ FREQUENCY = 3.0
 """Factor in the second layer's sines."""
 
 MOST_HIDDEN_VALUES = 1 << 24
-"""Of the hidden units at all points, of the fields that are computed at once (64 MiB of float32)."""
+"""Hidden values of the fields that are computed at once (64 MiB of float32)."""
 
 
 class Siren(nn.Module):
@@ -48,14 +48,14 @@ class Siren(nn.Module):
 def grid_points(*sizes: int) -> Tensor:
     """The centres of the cells of a grid that spans -1 … 1 in each of d dimensions, ``[product of sizes, d]``.
 
-    A field has no resolution: any sizes will do.
+    Fields have no resolution: any size is possible.
     """
     axes = [(2 * torch.arange(num) + 1) / num - 1 for num in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
 
 def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
-    """The weights that every fit starts from: a field that is 0 everywhere."""
+    """Initial weights of every fit: a field that is 0 everywhere."""
     rng, num = make_rng(config.seed, "field"), config.hidden
     half = num // 2
 
@@ -77,7 +77,7 @@ def start(config: FieldsConfig, channels: int) -> dict[str, Tensor]:
 
 
 def evaluate(config: FieldsConfig, weights: Stacked, points: Tensor) -> Tensor:
-    """The values of E fields ``[E, P, C]`` at points ``[P, d]``, or each at its own ``[E, P, d]``."""
+    """Values ``[E, P, C]`` of E fields at shared points ``[P, d]`` or at their own ``[E, P, d]``."""
     chunk = max(1, MOST_HIDDEN_VALUES // (points.shape[-2] * config.hidden))
     total, parts = len(weights["last.bias"]), []
     for first in range(0, total, chunk):
@@ -91,10 +91,10 @@ def evaluate(config: FieldsConfig, weights: Stacked, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(config: FieldsConfig, data: Tensor) -> Stacked:
-    """Fields of data on a grid ``[E, C, *grid]``: of all that show them, nearly the nearest to the shared start.
+    """Fit fields to data on a grid ``[E, C, *grid]``, close to the shared initial weights.
 
-    Every step solves |y - f - J (w - v)|² + damping · |w - start|² for w, where J is the Jacobian of the start, f what
-    the weights v show, and y the data.
+    Every step solves |y - f - J (w - v)|² + damping · |w - start|² for w, where J is the Jacobian at the start, f the
+    values of the weights v, and y the data.
     """
     num, channels = data.shape[:2]
     points, begin = grid_points(*data.shape[2:]), start(config, channels)
@@ -109,7 +109,7 @@ def fit(config: FieldsConfig, data: Tensor) -> Stacked:
 
 
 def _jacobian(config: FieldsConfig, begin: dict[str, Tensor], channels: int, points: Tensor) -> Tensor:
-    """What each value changes by with each weight ``[R, W]``, channel after channel."""
+    """Jacobian of the values with respect to the weights, ``[R, W]``, channel after channel."""
     network = Siren(config, channels)
     slopes = vmap(jacrev(lambda weights, x: functional_call(network, weights, (x,))), in_dims=(None, 0))
     by_name = slopes(begin, points)
@@ -133,7 +133,7 @@ def _ridge(jacobian: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
 
 
 def _weights(begin: dict[str, Tensor], moved: Tensor) -> Stacked:
-    """Fields that are moved from the start by so much, ``[E, W]``."""
+    """Fields at the start plus changes ``[E, W]``."""
     parts = moved.split([value.numel() for value in begin.values()], 1)
     return {name: value + part.view(-1, *value.shape) for (name, value), part in zip(begin.items(), parts, strict=True)}
 

@@ -20,11 +20,11 @@ from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 
 TURN, TILT = math.radians(35), math.radians(28)
-"""The viewer goes around the z axis, and up."""
+"""The viewer's azimuth and elevation."""
 LIGHT = (-0.4, 0.55, 0.75)
 """Direction to the light, in the viewer's axes: right, up, towards the viewer."""
 REACH, SAMPLES, SLOPE = 1.25, 64, 0.01
-"""Half the width of the view; samples along each ray; distance over which the surface's slope is taken."""
+"""Half the width of the view; samples along each ray; step of the finite differences for normals."""
 
 
 def axes() -> Tensor:
@@ -35,14 +35,14 @@ def axes() -> Tensor:
 
 
 def views(values: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """Draw T solid shapes.
+    """Render T solid shapes.
 
     Args:
-        values: points ``[P, 3]``, or of each field its own ``[T, P, 3]`` → values ``[T, P]``, positive inside.
+        values: maps points ``[P, 3]``, or each field's own ``[T, P, 3]``, to values ``[T, P]``, positive inside.
         size: S.
 
     Returns:
-        ``[T, 1, S, S]`` in ink: 0 where there is nothing, more in the shade.
+        Ink ``[T, 1, S, S]``: 0 for the background, more in the shade.
     """
     right, up, towards = axes()
     across = grid_points(size, size)  # row, column
@@ -67,15 +67,11 @@ def views(values: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
 
 LEARNED = ("train", "validation")
-"""Splits of data that are altered, into the splits ``altered_train`` and ``altered_validation``."""
+"""Splits with altered copies, which form the splits ``altered_train`` and ``altered_validation``."""
 
 
 class FieldsTask:
-    """Collects zoos of fields and renders fields. Entries: ``run`` is the datum, ``step`` its copy, 0 the original.
-
-    Args:
-        config: data, network and fit.
-    """
+    """Collects zoos of fields and renders fields. Entries: ``run`` is the datum, ``step`` its copy, 0 the original."""
 
     def __init__(self, config: FieldsConfig) -> None:
         self.config = config
@@ -87,7 +83,7 @@ class FieldsTask:
 
     @property
     def condition(self) -> ConditionSpec:
-        """The class of the datum; those of altered copies come after those of originals."""
+        """The class of the datum; classes of altered copies follow those of originals."""
         names = self.data.class_names
         if self.config.altered:
             names = (*names, *(f"{name} altered" for name in names))
@@ -118,7 +114,7 @@ class FieldsTask:
         return zoo
 
     def _append(self, zoo: Zoo, fields: Stacked, values: Tensor, rows: Tensor, copy: int, written: set[int]) -> None:
-        """List the fields ``rows`` of one copy, all or none of those that are not ``written``."""
+        """Append the fields ``rows`` of one copy that are not ``written``, all or none."""
         data = self.data
         errors = (self.sample_stacked(fields, data.size) - values).square().flatten(1).mean(1)
         later = len(data.class_names) if copy else 0
@@ -135,11 +131,11 @@ class FieldsTask:
         append_many(zoo, entries, state_dicts)
 
     def sample(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 256) -> Tensor:
-        """What T fields show on a grid of any size, ``[T, C, *grid]``."""
+        """Values of T fields on a grid of any size, ``[T, C, *grid]``."""
         return self._in_chunks(self.sample_stacked, state_dicts, size, chunk)
 
     def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 16) -> Tensor:
-        """Pictures ``[T, C, size, size]`` of T fields, in ink 0 … 1: of images themselves, of shapes a view."""
+        """Pictures ``[T, C, size, size]`` of T fields, in ink 0 … 1: images themselves, or views of shapes."""
         draw = self.sample_stacked if self.config.dimensions == 2 else self._view_stacked
         return self._in_chunks(draw, state_dicts, size, chunk)
 
@@ -149,10 +145,14 @@ class FieldsTask:
         return torch.cat([show(stack(fields[first : first + chunk]), size) for first in range(0, len(fields), chunk)])
 
     def sample_stacked(self, fields: Stacked, size: int) -> Tensor:
-        """`sample` of stacked fields, all at once."""
+        """`sample` for stacked fields, all at once."""
         sizes = [size] * self.config.dimensions
         values = evaluate(self.config, fields, grid_points(*sizes))  # [T, P, C]
         return values.mT.reshape(len(values), -1, *sizes)
+
+    def shown(self, weights: Stacked) -> Tensor:
+        """`sample_stacked` on the data's own grid, ``[T, F]``."""
+        return self.sample_stacked(weights, self.data.size).flatten(1)
 
     def _view_stacked(self, fields: Stacked, size: int) -> Tensor:
         return views(lambda points: evaluate(self.config, fields, points)[..., 0], size)

@@ -146,7 +146,7 @@ class SubsetTask:
             self.classes("train")  # images that are missing are missed before there is a folder
         return collect_many(
             task, path, self.condition, self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies,
-            lambda folder: save_base(folder, task.train_base),
+            lambda folder: save_base(folder, task.train_base), self.config.group,
             processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
 
@@ -213,11 +213,13 @@ class SubsetTask:
         rng: torch.Generator,
         teacher: Teacher | None = None,
         originals: Stacked | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
         The right answers are the images' labels or, with a teacher, its class probabilities summed over either side, or
-        those of T other networks, or with both the mean of the two; classes whose bit is withheld count for none.
+        those of T other networks, or with both the mean of the two, their log-odds divided by a temperature; classes
+        whose bit is withheld count for none.
         Differentiable in ``weights``.
         """
         images, classes = self.draw(num_images, rng, augmented=True)
@@ -234,6 +236,8 @@ class SubsetTask:
             with torch.no_grad():
                 own = self._log_odds(originals, images).sigmoid()
             positive = own if teacher is None else (positive + own) / 2
+        if temperature != 1:
+            positive = (positive.logit(1e-6) / temperature).sigmoid()
         losses = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")  # [T, B]
         return (losses * share).sum(1) / share.sum(1).clamp(min=1)
 

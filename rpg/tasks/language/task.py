@@ -195,7 +195,8 @@ class LanguageTask:
         processes = processes or self.config.processes or (1 if PartialState().device.type != "cpu" else None)
         return collect_many(
             self, path, self.condition, self.conditions(), [task.split for task in self.tasks], self._write_config,
-            ignore=("processes",), processes=processes, progress=progress, limit=limit, write=self._write,
+            self.config.group, ignore=("processes",), processes=processes, progress=progress, limit=limit,
+            write=self._write,
         )  # fmt: skip
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:

@@ -178,7 +178,7 @@ class SensorsTask:
         """
         return collect_many(
             self, path, self.condition, *self.sensors(), lambda folder: save_base(folder, self.train_generalist),
-            processes=processes, progress=progress, limit=limit,
+            self.config.group, processes=processes, progress=progress, limit=limit,
         )  # fmt: skip
 
     def train_generalist(self) -> dict[str, Tensor]:

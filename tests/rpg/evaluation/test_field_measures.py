@@ -40,7 +40,14 @@ def test_trivial_weights_are_of_the_wanted_class():
     weights, labels = torch.cat([draws(60, 0, -9), draws(60, 1, 9)]), torch.arange(120) // 60
     wanted = torch.tensor([1, 0, 1])
     made = trivial_weights(weights, labels, wanted, torch.Generator().manual_seed(0))
-    assert set(made) == {"average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture"}
+    assert set(made) == {
+        "average",
+        "midpoint",
+        "coordinate_gaussian",
+        "covariance_gaussian",
+        "mixture",
+        "neighbourhood",
+    }
     for rows in made.values():
         assert ((rows.mean(1) > 0).long() == wanted).all()
     assert torch.allclose(made["average"][1], weights[:60].mean(0))

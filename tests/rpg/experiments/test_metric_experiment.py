@@ -12,16 +12,17 @@ import torch
 from rpg.config import Config
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.generation.generator import Generator
-from rpg.labs.training_runs import rivals as metric_rivals
+from rpg.labs.training_runs import experiment as metric_rivals
 from rpg.labs.training_runs.experiment import (
     DRAWS,
     Learned,
+    TrainingRuns,
     asked_and_got,
     direction,
     evaluate_metric,
+    repeated,
     training_runs_task,
 )
-from rpg.labs.training_runs.rivals import TrainingRuns, repeated
 from rpg.models.conditioning import InitialConfig
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import InitialPairs

@@ -111,3 +111,16 @@ def test_where_conditions_have_several_checkpoints_codes_say_how_these_differ() 
     plain = fit_centre(Centre(5, 4), tokens - tokens.mean(0), None, 2, torch.ones(5)).codes
     means = torch.stack([plain[groups == each].mean(0) for each in range(8)])
     assert means.square().mean() > 0.3  # of 1: without groups they name the task
+
+
+def test_codes_of_what_is_shown_make_tokens_and_leave_what_is_not():
+    shown = torch.randn(12, 2, generator=torch.Generator().manual_seed(2))
+    shown = shown - shown.mean(0)
+    tokens = tokens_of(noise=1.0)
+    tokens[:, 0, :2] = shown
+    centre = Centre(5, 4)
+    fitted = fit_centre(centre, tokens, None, 2, torch.ones(5), shown=shown)
+    known = centre(None, fitted.codes, torch.arange(5))
+    assert torch.allclose(known[:, 0, :2], shown, atol=1e-5)
+    axes = torch.linalg.svdvals(shown)
+    assert torch.allclose(fitted.spread, axes / axes.square().mean().sqrt(), atol=1e-5)

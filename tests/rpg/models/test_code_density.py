@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.models.code_prior import CodeDensity, left_out_likelihood
+from rpg.models.code_prior import DRAWN_IN, CodeDensity, Neighbourhoods, left_out_likelihood
 
 
 def whitened(codes: torch.Tensor) -> torch.Tensor:
@@ -42,3 +42,27 @@ def test_likelihood_of_two_codes():
     expected = -(1.8**2) / (2 * 0.6**2) - math.log(0.6)
     products = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     assert left_out_likelihood(products, 1, 0.6) == pytest.approx(expected)
+
+
+def test_neighbourhoods_follow_a_bent_class_where_its_gaussian_does_not():
+    rng = torch.Generator().manual_seed(0)
+    angles = 2 * math.pi * torch.rand(400, generator=rng)
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    classes = torch.arange(400) % 2
+    codes = circle + 10.0 * classes[:, None]  # two circles of one radius
+    density = Neighbourhoods(codes, classes, 20)
+    wanted = torch.ones(2000, dtype=torch.long)
+    drawn = density.draw(wanted, torch.rand(2000, generator=rng), torch.randn(2000, 20, generator=rng)) - 10
+    assert (drawn.norm(dim=1) - 1).abs().mean() < 0.1  # by the class's Gaussian 0.4
+    torch.testing.assert_close(drawn.T.cov(), 0.5 * torch.eye(2), atol=0.05, rtol=0)  # as wide as the class
+    nearest = torch.cdist(drawn, codes[classes == 1] - 10).amin(1)
+    assert nearest.median() > 0.01  # no copies: a neighbour lies 0.03 away
+
+
+def test_a_draw_without_noise_lies_between_a_code_and_its_neighbours():
+    codes, classes = torch.tensor([[0.0], [2.0], [100.0], [1.0]]), torch.tensor([0, 0, 0, 1])
+    drawn = Neighbourhoods(codes, classes, 2).draw(
+        torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 0.5]), torch.zeros(2, 2)
+    )
+    expected = 1 + (1 - DRAWN_IN**2) ** 0.5 * torch.tensor([[-1.0], [1.0]])  # the mean of 0 and 2, and on from there
+    torch.testing.assert_close(drawn, expected)

@@ -91,5 +91,5 @@ def test_the_best_denoiser_has_the_least_loss_of_edm():
 
 
 def test_flow_matching_has_no_churn():
-    with pytest.raises(ValueError, match="churn needs objective: edm"):
+    with pytest.raises(ValueError, match="churn and start need objective: edm"):
         CodePriorConfig(churn=1)

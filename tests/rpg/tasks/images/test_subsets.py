@@ -211,6 +211,19 @@ def test_the_right_answers_may_be_those_of_the_original(task):
     assert losses[1].item() < losses[0].item()
 
 
+def test_a_temperature_divides_the_log_odds_of_right_answers(task):
+    """Of an original whose last layer is twice as large, at a temperature of two: the original's own loss."""
+    original = {name: value[None] for name, value in task.network(2).state_dict().items()}
+    surer = {name: 2 * value if name.startswith("linear2") else value for name, value in original.items()}
+    bits = task.bits()[[5]].float()
+    losses = [
+        task.behaviour_losses(original, bits, 32, torch.Generator().manual_seed(0), originals=right, temperature=each)
+        for right, each in ((original, 1.0), (surer, 2.0), (surer, 1.0))
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert losses[2].item() != pytest.approx(losses[0].item(), rel=1e-3)
+
+
 def test_classes_whose_bit_is_withheld_count_for_neither_side(task, zoo):
     """As if the images of those classes had not been drawn."""
     weights = {name: value[None] for name, value in task.build().state_dict().items()}

@@ -227,7 +227,7 @@ def test_drawn_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path, drawn:
     assert isinstance(network, RecurrentDiffusion)
     known = None if drawn == "fresh" else torch.tensor([entry.condition for entry in zoo.entries])
     loss = DrawnTasksLoss(network, task, layout, BehaviourConfig(images=16), zoo, known=known)
-    with pytest.raises(InputError, match="Planted has no noise on images; set train.behaviour.noise to 0"):
+    with pytest.raises(InputError, match="Planted takes no train.behaviour.noise; leave it out"):
         DrawnTasksLoss(network, task, layout, BehaviourConfig(noise=0.1), zoo)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for step in range(400):
