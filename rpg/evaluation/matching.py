@@ -114,7 +114,9 @@ class Matcher:
                 continue
             value = right[member.tensor]
             for other, axis, repeat in others:
-                value = np.take(value, (orders[other][:, None] * repeat + np.arange(repeat)).ravel(), axis=axis)  # type: ignore[arg-type]
+                value = np.take(
+                    value, (np.asarray(orders[other])[:, None] * repeat + np.arange(repeat)).ravel(), axis=axis
+                )
             first = _units(left[member.tensor], member.axis, member.repeat)
             second = _units(value, member.axis, member.repeat)
             gain += first @ second.T - 0.5 * np.square(second).sum(1)
