@@ -1,6 +1,7 @@
 """Work shared between this process and others."""
 
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,19 @@ def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
     return number, os.getpid()
 
 
+class Network:
+    """What several pieces of work share and change while they run, so that it cannot be pickled meanwhile."""
+
+    def __init__(self) -> None:
+        self.parameters: object = 1
+
+    def run(self, number: int) -> tuple[int, int]:
+        before, self.parameters = self.parameters, threading.Lock()
+        time.sleep(0.1)
+        self.parameters = before
+        return number, os.getpid()
+
+
 @pytest.mark.parametrize("num", [1, 2])
 def test_little_work_is_done_here_in_order(processes, tmp_path, num):
     done = []
@@ -39,6 +53,13 @@ def test_other_processes_take_their_part_of_much_work_and_results_keep_their_ord
     found = processes.share(work, 2, done.append)
     assert [number for number, _ in found] == list(range(100, 140)) and sorted(done) == list(range(40))
     assert len({process for _, process in found}) == 2 and os.getpid() in {process for _, process in found}
+
+
+def test_work_may_change_what_it_shares_while_others_are_started(processes, monkeypatch):
+    monkeypatch.setattr(processes, "ALONE", 0.0)
+    network = Network()
+    found = processes.share([partial(network.run, number) for number in range(60)], 2)
+    assert [number for number, _ in found] == list(range(60)) and len({process for _, process in found}) == 2
 
 
 @pytest.mark.parametrize("alone", [0.0, 30.0])
