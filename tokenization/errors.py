@@ -11,9 +11,6 @@ class InputError(ValueError):
         raise InputError(f"{path} has no tensor {name!r}; save the checkpoint again")
 
     The command line prints it after ``error:`` and exits with code 2. Internal invariants use ``assert`` instead.
-
-    Args:
-        message: the sentence. Line breaks become spaces.
     """
 
     def __init__(self, message: str) -> None:

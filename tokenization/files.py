@@ -34,8 +34,7 @@ HUGE_PAGE = 2 << 20
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; put it in place when the block ends without an error.
 
-    The bytes are on the disk (fsync) before the name is, so that neither a kill nor a power cut leaves a
-    half-written file under ``path``. After an error the temporary file is gone and ``path`` is as it was.
+    The bytes are on the disk (fsync) before the name is. After an error or a kill ``path`` is as it was.
 
     Raises:
         InputError: the file cannot be written (no space, no permission, a folder in its place).
@@ -85,11 +84,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
-    """Yield a new folder; when the block ends without an error its files, each of them whole, are put into ``folder``.
-
-    Raises:
-        InputError: they cannot be written.
-    """
+    """Yield a new folder; after the block its files, each of them whole, are put into ``folder``. Raises InputError."""
     temporary = temporary_name(folder / "files")
     with _cleaned_up(folder, temporary):
         temporary.mkdir(parents=True)
@@ -104,16 +99,13 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 def recover_folder(path: Path | str) -> None:
     """Undo what a kill in the last steps of `atomic_folder` left: afterwards ``path`` is the old or the new folder.
 
-    Call it before a folder that may have been replaced is read; it costs one look at the disk. Raises OSError.
+    Call it before a folder that may have been replaced is read. Raises OSError.
     """
     path = Path(path)
     aside = _aside(path)
     if not aside.exists():
         return
-    if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(aside, path)
+    shutil.rmtree(aside, ignore_errors=True) if path.exists() else os.replace(aside, path)
 
 
 def recover_folders(parent: Path) -> None:
@@ -129,15 +121,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each after where it stands: ``FILE: line 3``; empty lines are passed over.
-
-    Args:
-        text: what the file holds.
+    """The objects in the text of a JSONL file, each after where it stands, ``FILE: line 3``; empty lines are left out.
 
     Raises:
         InputError: a line is not a JSON object; names the line.
     """
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -179,10 +168,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_abandoned(folder: Path, pattern: str = "*") -> None:
-    """Delete the temporary files and folders in ``folder`` that a process of this machine was filling when killed.
-
-    Those of processes that run, and of other machines, stay: they may be at work in the same folder.
-    """
+    """Delete the temporary files in ``folder`` of killed processes of this machine; those of others may be in use."""
     owner = re.compile(rf"\.{re.escape(platform.node())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     for path in folder.glob(f".{pattern}{TEMPORARY_SUFFIX}"):
         match = owner.search(path.name)
@@ -254,8 +240,7 @@ def empty_huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def drop_pages(map_begin: int, map_size: int, begin: int, size: int) -> None:
     """Drop the pages of ``size`` bytes at address ``begin`` in a private, unchanged map of a file from this process.
 
-    The system maps a page with all of its large page, so that whatever else of the map lies there goes too and is
-    mapped again when it is read. Beyond the map the memory is someone else's.
+    Whatever else of the map lies in the same large pages goes too; it is mapped again when it is read.
     """
     advise = _madvise()
     if advise is None or not size:

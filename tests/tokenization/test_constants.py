@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.rows import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter, read_rows
 from tokenization.layout.verify import verify_round_trip
 from tokenization.layouts import fit_layout
 from tokenization.zoo.importing import collect_from
@@ -89,7 +89,7 @@ def test_every_number_is_learned(kind: str, options: dict[str, Any], tmp_path: P
             writer.write(0, tokens)
         new = safetensors.torch.load_file(tmp_path / "new.safetensors")
         assert all(same(new[name], state[name]) for name in state)
-    assert torch.equal(layout.read_tokens(zoo, [2], range(layout.num_tokens))[0], layout.encode(states[2]))
+    assert torch.equal(read_rows(layout, zoo, [2], range(layout.num_tokens))[0], layout.encode(states[2]))
     assert verify_round_trip(zoo, layout).num_values == 3 * layout.num_values
 
 

@@ -19,14 +19,16 @@ from tokenization.checkpoint.safetensors import (
     ORDER_KEY,
     TIES_KEY,
     TensorInfo,
+    TensorSpec,
     locate,
     order_of,
     read_header,
     read_json,
+    shards_of,
     tensor_at,
     ties_of,
 )
-from tokenization.checkpoint.tensor_file import TensorSpec, find_ties, save_checkpoint
+from tokenization.checkpoint.tensor_file import find_ties, save_checkpoint
 from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
 from tokenization.files import drop_pages
@@ -111,6 +113,11 @@ class Checkpoint:
         }
         return cls(path, tensors, ties, list(state_dict), True, {}, {})
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of each stored tensor."""
+        return {name: info.spec for name, info in self.tensors.items()}
+
     def arranged(self, ties: Mapping[str, str], not_finite: Collection[str] = ()) -> Checkpoint:
         """The same with these ties in place of its own: copies are dropped, and what it left out is put in.
 
@@ -172,7 +179,7 @@ class Checkpoint:
         for name, (dtype, shape) in specs.items():
             info = self.tensors.get(name)
             found = "missing" if info is None else f"{info.dtype} of shape {list(info.shape)}"
-            if info is None or (info.dtype, info.shape) != (dtype, shape):
+            if info is None or info.spec != (dtype, shape):
                 what = f"{tensor_at(self.path, name)} is {found}, but should be {dtype} of shape {list(shape)}"
                 raise InputError(f"{what}; copy the file again")
 
@@ -247,40 +254,12 @@ def pickled_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         if path.name.endswith(".bin.index.json"):
-            return _shards(path)
+            return shards_of(read_json(path), path)
         return [path] if kind_of(path) in ("torch", "pickle") else []
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return []
     for name in _FOLDER_FILES:
         file = path / name
         if file.is_file():
-            return _shards(file) if file.suffix == ".json" else [file]
+            return shards_of(read_json(file), file) if file.suffix == ".json" else [file]
     return []
-
-
-def _shards(index: Path) -> list[Path]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise InputError(f"{index} names the shard {name}, which is not in its folder; copy it there")
-    return [index.parent / name for name in names]
-
-
-def free_place(folder: Path, number: int, state_dict: Mapping[str, Tensor]) -> Path:
-    """The first ``000000.safetensors`` from ``number`` on that is not there, or holds these very tensors."""
-    while (path := folder / f"{number:06d}.safetensors").exists() and not _holds(path, state_dict):
-        number += 1
-    return path
-
-
-def _holds(path: Path, state_dict: Mapping[str, Tensor]) -> bool:
-    try:
-        found = Checkpoint.open(path).state_dict()
-    except InputError:
-        return False
-    pairs = [(found.get(name), value) for name, value in state_dict.items()]
-    return len(found) == len(pairs) and all(
-        mine is not None and mine.dtype == value.dtype and torch.equal(mine, value.cpu()) for mine, value in pairs
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -20,33 +21,28 @@ ORDER_KEY = "rpg.order"
 TIES_KEY = "rpg.ties"
 """Metadata key: JSON object ``{alias: stored name}`` of the tensors that are stored once under another name."""
 
-DTYPES: dict[str, torch.dtype] = {
-    code: getattr(torch, name)
-    for code, name in {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz",
-        "F8_E8M0": "float8_e8m0fnu",
-        "I64": "int64",
-        "I32": "int32",
-        "I16": "int16",
-        "I8": "int8",
-        "U64": "uint64",
-        "U32": "uint32",
-        "U16": "uint16",
-        "U8": "uint8",
-        "BOOL": "bool",
-        "C64": "complex64",
-    }.items()
-    if hasattr(torch, name)
-}
+_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, n) for code, n in _NAMES.items() if hasattr(torch, n)}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""What the format calls a dtype, and the other way round."""
+
+DTYPES_BY_NAME = {_NAMES[code]: dtype for code, dtype in DTYPES.items()}
+"""Dtypes by their names in torch, ``float32``."""
+
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+"""Stored dtype and shape of a tensor."""
 
 _POWERS_OF_TWO = getattr(torch, "float8_e8m0fnu", None)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What torch calls a dtype: ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_learned(dtype: torch.dtype) -> bool:
@@ -72,6 +68,11 @@ class TensorInfo:
     file: Path
     offset: int
     finite: bool = True
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape."""
+        return self.dtype, self.shape
 
     @property
     def num_values(self) -> int:
@@ -138,11 +139,9 @@ def read_header(path: Path) -> Header:
     """Read and check the header(s) of a safetensors file or of the shards that an index JSON names.
 
     Raises:
-        InputError: the file is unreadable, truncated or contradicts itself; names the tensor where one is at fault.
+        InputError: the file is unreadable, truncated or contradicts itself.
     """
-    if path.suffix == ".json":
-        return _read_index(path)
-    return _read_file(path)
+    return _read_index(path) if path.suffix == ".json" else _read_file(path)
 
 
 def _read_file(path: Path) -> Header:
@@ -169,35 +168,50 @@ def _read_file(path: Path) -> Header:
 
 def _read_index(path: Path) -> Header:
     index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(
-            f"{path} has no weight_map; name the index JSON of a sharded checkpoint, or a safetensors file"
-        )
+    files, listed = shards_of(index, path), weight_map(index)
     extra = index.get("metadata")
     metadata = {key: text for key, text in (extra if isinstance(extra, dict) else {}).items() if isinstance(text, str)}
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[Path, int] = {}
-    for shard in sorted(set(weight_map.values()), key=natural_key):
-        names = [name for name, file in weight_map.items() if file == shard]
-        where = tensor_at(path, names[0])
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise InputError(f"{where} is said to be in {shard!r}; a shard is a file of the same folder")
-        file = path.parent / shard
-        if not file.is_file():
-            raise InputError(f"{where} is in the shard {shard}, which is not in the folder; copy it there")
+    for file in files:
         header = _read_file(file)
-        for name in names:
-            if name not in header.tensors:
+        for name, shard in listed.items():
+            if shard == file.name and name not in header.tensors:
                 raise InputError(f"{tensor_at(file, name)} is missing, though {path.name} lists it; {_REWRITE}")
         for name in header.tensors:
-            if weight_map.get(name) != shard:
+            if listed.get(name) != file.name:
                 raise InputError(f"{tensor_at(file, name)} is not listed in {path.name}; {_REWRITE}")
         tensors |= header.tensors
         sizes |= header.sizes
         # A shard's own order and ties speak of a part only.
         metadata = {k: v for k, v in header.metadata.items() if k not in (ORDER_KEY, TIES_KEY)} | metadata
     return Header(tensors, metadata, sizes)
+
+
+def weight_map(index: Any) -> dict[str, str]:
+    """The shard of each tensor, as the content of an index JSON says; empty if it says nothing."""
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    return found if isinstance(found, dict) and all(isinstance(shard, str) for shard in found.values()) else {}
+
+
+def shards_of(index: Any, path: Path) -> list[Path]:
+    """The shards that the content of the index JSON at ``path`` names.
+
+    Raises:
+        InputError: there are none, or one is not a file of the same folder; names a tensor in it.
+    """
+    names = {shard: name for name, shard in reversed(weight_map(index).items())}
+    if not names:
+        what = f"{path} has no weight_map"
+        raise InputError(f"{what}; name the index JSON of a sharded checkpoint, or a safetensors file")
+    for shard, name in names.items():
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            what = f"{tensor_at(path, name)} is said to be in {shard!r}"
+            raise InputError(f"{what}; a shard is a file of the same folder")
+        if not (path.parent / shard).is_file():
+            what = f"{tensor_at(path, name)} is in the shard {shard}, which is not in the folder"
+            raise InputError(f"{what}; copy it there")
+    return [path.parent / shard for shard in sorted(names, key=natural_key)]
 
 
 def ties_of(header: Header, path: Path) -> dict[str, str]:
@@ -275,39 +289,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _diagnose(path: Path, error: Exception) -> str:
-    """What is wrong with a file that was refused, and with which tensor if the header can be parsed so far."""
+    """What is wrong with a file that was refused: where it is cut off, else what the library says."""
     if path.is_dir():
         return f"{path} is a folder"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = reason.removeprefix("Error while deserializing header: ")
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 return f"{path} has {size} bytes, fewer than its header announces ({reason})"
             entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        end, last = 0, ""
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if fault := _fault_of_entry(entry, size - 8 - length, end, last):
-                return f"{tensor_at(path, name)} {fault}"
-            end, last = entry["data_offsets"][1], name
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
+        for name, entry in entries.items():
+            if name != "__metadata__" and (missing := 8 + length + entry["data_offsets"][1] - size) > 0:
+                return f"{tensor_at(path, name)} is cut off: {missing} bytes are missing"
     return f"{path} is unreadable ({reason})"
-
-
-def _fault_of_entry(entry: dict[str, Any], size: int, end: int, last: str) -> str:
-    """What is wrong with a tensor's place in ``size`` bytes of data, after ``last``, which stops at ``end``."""
-    start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop:
-        return f"is said to lie in bytes {start} to {stop}"
-    if stop > size:
-        return f"is cut off: {stop - size} bytes are missing"
-    if start < end:
-        return f"has bytes that overlap those of {last!r}"
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is not None and math.prod(entry["shape"]) * dtype.itemsize != stop - start:
-        return f"has shape {entry['shape']} of {entry['dtype']}, but {stop - start} bytes"
-    return f"follows {start - end} bytes that belong to no tensor" if start > end else ""

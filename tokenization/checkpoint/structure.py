@@ -7,14 +7,13 @@ import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, find_ties
-from tokenization.checkpoint.safetensors import tensor_at
+from tokenization.checkpoint.safetensors import DTYPES_BY_NAME, TensorSpec, dtype_name, tensor_at
 from tokenization.errors import InputError
 from tokenization.files import file_digest
 
@@ -33,13 +32,13 @@ class Structure:
     """Names, dtypes and shapes of the stored tensors in the order of the state dict, and the ties between keys.
 
     Attributes:
-        tensors: ``{name: (dtype without "torch.", shape)}``.
+        tensors: dtype and shape by name.
         ties: ``{alias: stored name}``.
         ordered: whether the order is the state dict's own, and not that of sorted names.
         not_finite: floating tensors with NaN or infinite values, the same in every checkpoint.
     """
 
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: dict[str, TensorSpec]
     ties: dict[str, str]
     ordered: bool
     not_finite: frozenset[str] = frozenset()
@@ -47,18 +46,13 @@ class Structure:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Structure:
         """The structure of a checkpoint on disk."""
-        tensors = {name: (_dtype_name(info.dtype), info.shape) for name, info in checkpoint.tensors.items()}
-        return cls(tensors, dict(checkpoint.ties), checkpoint.ordered)
+        return cls(checkpoint.specs, dict(checkpoint.ties), checkpoint.ordered)
 
     @classmethod
     def of_state_dict(cls, state_dict: Mapping[str, Tensor]) -> Structure:
         """The structure that a state dict has once it is saved."""
         ties = find_ties(state_dict)
-        tensors = {
-            name: (_dtype_name(tensor.dtype), tuple(tensor.shape))
-            for name, tensor in state_dict.items()
-            if name not in ties
-        }
+        tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items() if name not in ties}
         return cls(tensors, ties, True)
 
     @classmethod
@@ -66,7 +60,7 @@ class Structure:
         """Read what `to_json` wrote. Raises InputError that names ``where`` if it is something else."""
         try:
             tensors = {
-                str(item["name"]): (str(item["dtype"]), tuple(int(size) for size in item["shape"]))
+                str(item["name"]): (DTYPES_BY_NAME[item["dtype"]], tuple(int(size) for size in item["shape"]))
                 for item in content["tensors"]
             }
             ties = {str(alias): str(name) for alias, name in content["ties"].items()}
@@ -80,7 +74,7 @@ class Structure:
         """As plain values; the list of tensors keeps the order."""
         finite = {name: {"finite": False} for name in self.not_finite}
         tensors = [
-            {"name": name, "dtype": dtype, "shape": list(shape), **finite.get(name, {})}
+            {"name": name, "dtype": dtype_name(dtype), "shape": list(shape), **finite.get(name, {})}
             for name, (dtype, shape) in self.tensors.items()
         ]
         return {"ordered": self.ordered, "tensors": tensors, "ties": self.ties}
@@ -90,11 +84,10 @@ class Structure:
 
         Args:
             found: of another checkpoint; what it ties may be copies here, and the other way round.
-            where: the file to name in errors.
             keys: further ones that ``found`` has, as copies of others.
 
         Raises:
-            InputError: names ``where``, the first tensor that differs, and what both sides hold.
+            InputError: names the file ``where``, the first tensor that differs, and what both sides hold.
         """
         if fault := self._difference(found, keys):
             name, what, cure = fault
@@ -109,19 +102,19 @@ class Structure:
             if spec is None and name in keys:
                 continue
             if spec is None:
-                return name, f"is missing, but the zoo's is {dtype} of shape {list(shape)}", leave
+                return name, f"is missing, but the zoo's is {dtype_name(dtype)} of shape {list(shape)}", leave
             if spec[1] != shape:
                 return name, f"has shape {list(spec[1])}, but the zoo's has {list(shape)}", leave
             if spec[0] != dtype:
-                return name, f"has dtype {spec[0]}, but the zoo's has {dtype}", "save it in that dtype, too"
+                what = f"has dtype {dtype_name(spec[0])}, but the zoo's has {dtype_name(dtype)}"
+                return name, what, "save it in that dtype, too"
         for name in [*found.tensors, *found.ties]:
             if name not in self.tensors and name not in self.ties:
                 return name, "is not in the zoo's structure", leave
         if self.ordered and found.ordered:
             common = [name for name in self.tensors if name in found.tensors]
-            for place, (expected, name) in enumerate(
-                zip(common, (name for name in found.tensors if name in self.tensors), strict=True)
-            ):
+            others = [name for name in found.tensors if name in self.tensors]
+            for place, (expected, name) in enumerate(zip(common, others, strict=True)):
                 if name != expected:
                     return name, f"is at place {place}, where the zoo has {expected!r}", leave
         return None
@@ -149,19 +142,27 @@ def num_not_finite(values: Tensor) -> int:
 
 def digest_of(checkpoint: Checkpoint) -> str:
     """SHA-256 (hexadecimal) of a checkpoint's file; of the shards' digests in the order of their names."""
-    digests = [_digest_of_file(file) for file in sorted(checkpoint.sizes)]
+    try:
+        digests = [file_digest(file) for file in sorted(checkpoint.sizes)]
+    except OSError as error:
+        what = f"{error.filename} is unreadable ({error.strerror})"
+        raise InputError(f"{what}; make it readable or leave it out") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _digest_of_file(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except OSError as error:
-        raise InputError(f"{path} is unreadable ({error.strerror}); make it readable or leave it out") from error
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes on the CPU, flat uint8; no copy of what lies there in order."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def same_tensors(one: StateDict, other: StateDict) -> bool:
+    """Whether two state dicts hold the same names, dtypes, shapes and bytes."""
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype
+        and value.shape == other[name].shape
+        and torch.equal(bytes_of(value), bytes_of(other[name]))
+        for name, value in one.items()
+    )
 
 
 def fits(name: str, pattern: str, known: Container[str]) -> bool:

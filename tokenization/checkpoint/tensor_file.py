@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.safetensors import DTYPES, ORDER_KEY, TIES_KEY, tensor_at
+from tokenization.checkpoint.safetensors import CODES, ORDER_KEY, TIES_KEY, TensorSpec, tensor_at
 from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 from tokenization.files import synchronise, temporary_name, writing_failed
-
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
-"""Stored dtype and shape of a tensor."""
-
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-"""What the format calls a dtype."""
 
 
 def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:

@@ -58,7 +58,7 @@ class Compressed(Form):
             if not any(fits(name, pattern, checkpoint.tensors) for name in checkpoint.tensors):
                 what = f"tokens.pruned: {pattern!r} fits no tensor of {checkpoint.path}"
                 raise InputError(f"{what}; write glob patterns of tensor names")
-        specs = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        specs = checkpoint.specs
         if not checkpoint.sizes:  # nothing can be read of it: only what needs no shape is found
             specs = {name: spec for name, spec in specs.items() if not name.endswith(("_crow_indices", "_packed"))}
         meant = {name for name in specs for pattern in zeros if fits(name, pattern, specs)}
@@ -81,10 +81,8 @@ class Compressed(Form):
             parts.append(part)
         return Compressed(parts, self.order)
 
-    def with_sparsity(self, sparsity: float | None) -> Compressed:
+    def with_sparsity(self, sparsity: float) -> Compressed:
         """The same, that stores masks of another share. Raises InputError if nothing is pruned or it is not a share."""
-        if sparsity is None:
-            return self
         if not any(part.pruned for part in self.parts):
             raise InputError("this generator's networks are not pruned; leave the sparsity out")
         if not 0 <= sparsity <= 1:
@@ -102,7 +100,7 @@ class Compressed(Form):
         return 1 - sum(part.alive for part in pruned) / total if pruned else None
 
     @functools.cached_property
-    def key(self) -> str:
+    def key(self) -> str:  # type: ignore[override]
         """SHA-256 (hexadecimal) of all that decides the form."""
         parts = [{**part.to_json(), "alive": 0, "varies": False} for part in self.parts]
         return hashlib.sha256(json.dumps([VERSION, "compressed", parts]).encode()).hexdigest()
@@ -138,12 +136,6 @@ class Compressed(Form):
             original.path, infos, original.ties, order, original.ordered, metadata, {**original.sizes, **sizes}
         )
 
-    def apply(self, source: Checkpoint | StateDict) -> Checkpoint | StateDict:
-        """A checkpoint in this form, in memory; one that ``checkpoint`` gave stays as it is. Raises as `expand`."""
-        if not isinstance(source, Checkpoint):
-            return self.expand(source)
-        return source if source.metadata.get(MARK) == self.key else self.expand(source.state_dict())
-
     def expand(self, network: StateDict) -> dict[str, Tensor]:
         """A state dict, as it is stored, in this form.
 
@@ -152,9 +144,8 @@ class Compressed(Form):
         """
         missing = [name for part in self.parts for name in part.stored if name not in network]
         if missing:
-            raise InputError(
-                f"tensor {missing[0]!r} is missing from the state dict; give a network stored as the zoo's"
-            )
+            what = f"tensor {missing[0]!r} is missing from the state dict"
+            raise InputError(f"{what}; give a network stored as the zoo's")
         return self._merge(network, lambda part: dict(zip(part.tokens, part.expand(network.__getitem__), strict=True)))
 
     def compress(self, expanded: StateDict) -> dict[str, Tensor]:

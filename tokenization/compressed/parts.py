@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenization.checkpoint.safetensors import DTYPES
+from tokenization.checkpoint.safetensors import DTYPES_BY_NAME, TensorSpec, dtype_name
 from tokenization.checkpoint.structure import SUFFIXES, cut_mask
-from tokenization.checkpoint.tensor_file import TensorSpec
 from tokenization.errors import InputError
 
 LARGEST = {8: 127, 4: 7}
@@ -84,7 +83,6 @@ def scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, .
 
 Kind = Literal["mask", "zeros", "csr", "int8", "int4"]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 Read = Callable[[str], Tensor]
 
 
@@ -199,15 +197,13 @@ class Part:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        stored = [
-            [name, str(dtype).removeprefix("torch."), list(shape)] for name, (dtype, shape) in self.stored.items()
-        ]
+        stored = [[name, dtype_name(dtype), list(shape)] for name, (dtype, shape) in self.stored.items()]
         return {**asdict(replace(self, stored={})), "shape": list(self.shape), "stored": stored}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Part:
         """Read what ``to_json`` wrote. Raises KeyError, TypeError or ValueError if it is something else."""
-        stored = {str(n): (_DTYPES[dtype], tuple(int(s) for s in shape)) for n, dtype, shape in content["stored"]}
+        stored = {str(n): (DTYPES_BY_NAME[kind], tuple(int(s) for s in shape)) for n, kind, shape in content["stored"]}
         if content["kind"] not in get_args(Kind) or set(content) != set(cls.__dataclass_fields__):
             raise ValueError("a compressed weight of an unknown kind")
         shape = tuple(int(size) for size in content["shape"])

@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import TensorSpec, tensor_at
+from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource
 from tokenization.layout.placement import CanonicalForm, Layer, TokenOptions
@@ -39,13 +40,12 @@ def reference_name(layer_name: str) -> str:
     return f"reference.{layer_name}"
 
 
-def reference_specs(layers: Sequence[Layer]) -> dict[str, TensorSpec]:
-    """Dtype and shape of the tensors of a reference for these layers, by name."""
-    return {reference_name(layer.name): (torch.float32, layer.shape) for layer in layers}
+Pair = tuple[Layer, Layer]
+"""The layers ``(A [r, in], B [out, r])`` of a LoRA update."""
 
 
-def find_pairs(layers: Sequence[Layer]) -> tuple[tuple[Layer, Layer], ...]:
-    """The layers ``(A [r, in], B [out, r])`` of each LoRA update of a linear or embedding layer.
+def find_pairs(layers: Sequence[Layer]) -> tuple[Pair, ...]:
+    """The pair of each LoRA update of a linear or embedding layer.
 
     Those of convolutions are left out: in a grouped one the components cannot be mixed.
     """
@@ -74,9 +74,7 @@ class Canonical(Form):
         reference: of ``aligned``, what pairs are rotated to, float32 under `reference_name`; None for ``svd``.
     """
 
-    def __init__(
-        self, form: CanonicalForm, pairs: Sequence[tuple[Layer, Layer]], reference: TensorSource | None
-    ) -> None:
+    def __init__(self, form: CanonicalForm, pairs: Sequence[Pair], reference: TensorSource | None) -> None:
         super().__init__()
         self.form = form
         self.pairs = tuple(pairs)
@@ -99,7 +97,7 @@ class Canonical(Form):
         return cls(options.lora_canonical, pairs, reference)
 
     @functools.cached_property
-    def key(self) -> str:
+    def key(self) -> str:  # type: ignore[override]
         """SHA-256 (hexadecimal) of all that decides the form."""
         digest = hashlib.sha256(json.dumps([VERSION, self.form, [layer.name for layer in self.layers]]).encode())
         if self.reference is not None:
@@ -112,9 +110,10 @@ class Canonical(Form):
         """The layers of all pairs."""
         return [layer for pair in self.pairs for layer in pair]
 
+    @property
     def reference_specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of the reference's tensors, by name; none without a reference."""
-        return reference_specs(self.layers) if self.reference is not None else {}
+        """Dtype and shape of the tensors of a reference, by name."""
+        return {reference_name(layer.name): (torch.float32, layer.shape) for layer in self.layers}
 
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:
         original = zoo.checkpoint(index)
@@ -132,16 +131,9 @@ class Canonical(Form):
         metadata = {**original.metadata, MARK: self.key}
         return Checkpoint(original.path, tensors, original.ties, original.order, original.ordered, metadata, sizes)
 
-    def apply(self, source: Checkpoint | Mapping[str, Tensor]) -> Checkpoint | Mapping[str, Tensor]:
-        """An adapter in canonical form, in memory; one that ``checkpoint`` gave is returned as it is.
-
-        A pair that is missing or of another shape is left alone.
-        """
-        if isinstance(source, Checkpoint):
-            if source.metadata.get(MARK) == self.key:
-                return source
-            source = {name: source.flat(name).view(info.shape) for name, info in source.tensors.items()}
-        result = dict(source)
+    def expand(self, network: StateDict) -> dict[str, Tensor]:
+        """An adapter in canonical form; a pair that is missing or of another shape is left alone."""
+        result = dict(network)
         for pair in self.pairs:
             if all(layer.name in result and tuple(result[layer.name].shape) == layer.shape for layer in pair):
                 values = [result[layer.name].detach().cpu() for layer in pair]
@@ -149,7 +141,7 @@ class Canonical(Form):
                     result[layer.name] = factor.to(layer.dtype)
         return result
 
-    def _factors(self, pair: tuple[Layer, Layer], values: Sequence[Tensor], where: str = "") -> tuple[Tensor, Tensor]:
+    def _factors(self, pair: Pair, values: Sequence[Tensor], where: str = "") -> tuple[Tensor, Tensor]:
         """The canonical ``(A, B)`` of a pair's ``values``, float64."""
         for layer, tensor in zip(pair, values, strict=True):
             if not bool(torch.isfinite(tensor).all()):
@@ -161,7 +153,7 @@ class Canonical(Form):
         return align_factors(a, b, *(self.reference.flat(reference_name(x.name)).view(x.shape) for x in pair))
 
 
-def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[Layer, Layer]]) -> Checkpoint:
+def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[Pair]) -> Checkpoint:
     """The mean of aligned adapters (generalised Procrustes analysis, Gower 1975), from the cache or made now."""
     step = max(1, -(-len(indices) // REFERENCE_CHECKPOINTS))
     checkpoints = [zoo.checkpoint(index) for index in indices[::step]]
@@ -177,10 +169,10 @@ def _fitted_reference(zoo: Zoo, indices: Sequence[int], pairs: Sequence[tuple[La
 
     digests = [zoo.digest_of(index) for index in indices[::step]]
     key = [VERSION, digests, [layer.name for layer in form.layers]]
-    return cached_tensors(zoo, "reference", key, reference_specs(form.layers), write)
+    return cached_tensors(zoo, "reference", key, form.reference_specs, write)
 
 
-def _values(checkpoint: Checkpoint, pair: tuple[Layer, Layer]) -> tuple[list[Tensor], str]:
+def _values(checkpoint: Checkpoint, pair: Pair) -> tuple[list[Tensor], str]:
     return [checkpoint.flat(layer.name).view(layer.shape) for layer in pair], str(checkpoint.path)
 
 

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.safetensors import DTYPES, read_json
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import DTYPES_BY_NAME, TensorSpec, dtype_name, read_json
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layout.canonical import Canonical, find_pairs
 from tokenization.layout.normalization import LayerStatistics, Statistics, TensorSource, mean_name, statistics_specs
 from tokenization.layout.placement import Layer, RunTable, TokenOptions
+from tokenization.zoo.cache import Form
 from tokenization.zoo.zoo import Zoo
 
 
@@ -121,19 +122,20 @@ class LayoutDescription:
         """The normalisation of one layer."""
         return self.statistics.layer(index, self.layers[index].name)
 
-    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
-        """An entry of a zoo as it is cut into tokens: the zoo's own, its LoRA pairs in canonical form."""
-        form = self.compressed or self.canonical
-        return zoo.checkpoint(index) if form is None else form.checkpoint(zoo, index)
-
-    def finished(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict as its tokens say it, as the zoo's checkpoints are stored."""
-        return state_dict if self.compressed is None else self.compressed.compress(state_dict)
-
     @property
-    def constants(self) -> dict[str, Tensor]:
-        """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
-        return self.with_aliases({name: self.constant(name) for name in self.constant_specs})
+    def form(self) -> Form | None:
+        """The form in which checkpoints are cut, if it is not their own."""
+        return self.compressed or self.canonical
+
+    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
+        """An entry of a zoo as it is cut into tokens: the zoo's own, or in its other form."""
+        return zoo.checkpoint(index) if self.form is None else self.form.checkpoint(zoo, index)
+
+    def finished(self, layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of decoded layers: with the constants and aliases, as the zoo's checkpoints are stored."""
+        constants = {name: self.constant(name).clone() for name in self.constant_specs}
+        state_dict = self.with_aliases({**layers, **constants})
+        return state_dict if self.compressed is None else self.compressed.compress(state_dict)
 
     def constant(self, name: str) -> Tensor:
         """One tensor outside the tokens, in the memory map it is read from."""
@@ -220,14 +222,14 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
 FORMAT, VERSION, COMPRESSED_VERSION = "rpg.layout", 1, 2
 LAYOUT_FILE, STATISTICS_FILE = "layout.json", "statistics.safetensors"
 CONSTANT_PREFIX = "constant."
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def save_layout(layout: LayoutDescription, folder: Path) -> None:
     """Write ``layout.json`` and ``statistics.safetensors``, the former last: a folder with it is complete."""
     statistics, canonical = layout.statistics, layout.canonical
     specs = statistics_specs(layout.layers, statistics.normalization)
-    specs |= canonical.reference_specs() if canonical is not None else {}
+    reference = canonical.reference if canonical is not None else None
+    specs |= canonical.reference_specs if canonical is not None and reference is not None else {}
     specs |= {CONSTANT_PREFIX + name: spec for name, spec in layout.constant_specs.items()}
     with TensorFile(folder / STATISTICS_FILE, specs, {"format": FORMAT, "version": str(VERSION)}) as file:
         statistics.write_numbers(file)
@@ -237,9 +239,9 @@ def save_layout(layout: LayoutDescription, folder: Path) -> None:
                 statistics.release(layer.name)
         for name in layout.constant_specs:
             file.write(CONSTANT_PREFIX + name, 0, layout.constant(name))
-        if canonical is not None and canonical.reference is not None:
-            for name in canonical.reference_specs():
-                file.write(name, 0, canonical.reference.flat(name))
+        if canonical is not None and reference is not None:
+            for name in canonical.reference_specs:
+                file.write(name, 0, reference.flat(name))
     write_text(folder / LAYOUT_FILE, json.dumps(_to_json(layout), indent=1) + "\n")
 
 
@@ -284,8 +286,9 @@ def _canonical(source: Checkpoint, layers: Sequence[Layer], options: TokenOption
     pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
     if not pairs:
         return None
-    canonical = Canonical(options.lora_canonical, pairs, source if options.lora_canonical == "aligned" else None)
-    source.require(canonical.reference_specs())
+    aligned = options.lora_canonical == "aligned"
+    canonical = Canonical(options.lora_canonical, pairs, source if aligned else None)
+    source.require(canonical.reference_specs if aligned else {})
     return canonical
 
 
@@ -297,12 +300,7 @@ def _to_json(layout: LayoutDescription) -> dict[str, Any]:
             tensors.append({"name": name, "role": "tie", "of": layout.ties[name]})
             continue
         dtype, shape = layout.spec(name)
-        entry: dict[str, Any] = {
-            "name": name,
-            "role": "constant",
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(shape),
-        }
+        entry: dict[str, Any] = {"name": name, "role": "constant", "dtype": dtype_name(dtype), "shape": list(shape)}
         if name in layout.copied:
             entry["varies"] = True
         if layer := layers.get(name):
@@ -333,7 +331,7 @@ def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
         if entry["role"] == "tie":
             ties[name] = entry["of"]
             continue
-        spec = (_DTYPE_NAMES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+        spec = (DTYPES_BY_NAME[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
         if entry["role"] == "constant":
             constants[name] = spec
             copied += [name] if entry.get("varies") else []

@@ -33,7 +33,6 @@ from tokenization.layout.placement import (
     place_layers,
     rounded,
 )
-from tokenization.layout.rows import read_rows
 from tokenization.zoo.cache import cached_tensors
 from tokenization.zoo.comparison import varying_constant
 from tokenization.zoo.zoo import Zoo
@@ -56,10 +55,9 @@ class TokenLayout(LayoutDescription):
 
     @classmethod
     def fit(cls, zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = None) -> TokenLayout:
-        """Place the tokens of a zoo and measure its statistics in one streaming pass.
+        """Place the tokens of a zoo and measure its statistics in one streaming pass, or take them from its cache.
 
-        The statistics are kept in the zoo's folder ``cache`` (which may be deleted at any time), under the digest of
-        the zoo. Memory stays below a few blocks a checkpoint, whatever the checkpoints' size.
+        Memory stays below a few blocks a checkpoint, whatever the checkpoints' size.
 
         Args:
             indices: entries to measure; all of them when None.
@@ -77,14 +75,11 @@ class TokenLayout(LayoutDescription):
         layout = cls._placed(first, options, _open_base(zoo, options.base, compressed) or first)
         layout.compressed = compressed
         layout.canonical = Canonical.fit(zoo, indices, layout.layers, options) if compressed is None else None
-        form = compressed or layout.canonical
-        opened = steps("bringing checkpoints into one form", indices) if form else indices
+        opened = steps("bringing checkpoints into one form", indices) if layout.form else indices
         checkpoints = [layout.checkpoint(zoo, index) for index in opened]
         layout.copied = copied_constants(zoo, indices, checkpoints, layout.layers, options)
-        mode = options.normalization
-        layout.statistics = fitted_statistics(
-            zoo, indices, checkpoints, layout.layers, mode, None if form is None else form.key
-        )
+        key = None if layout.form is None else layout.form.key
+        layout.statistics = fitted_statistics(zoo, indices, checkpoints, layout.layers, options.normalization, key)
         return layout
 
     @classmethod
@@ -106,7 +101,7 @@ class TokenLayout(LayoutDescription):
     def _placed(cls, checkpoint: Checkpoint, options: TokenOptions, base: Checkpoint) -> TokenLayout:
         layers, num_tokens = place_layers(choose_layers(checkpoint, options), options)
         tokenised = {layer.name for layer in layers}
-        specs = {info.name: (info.dtype, info.shape) for info in base.tensors.values() if info.name not in tokenised}
+        specs = {name: spec for name, spec in base.specs.items() if name not in tokenised}
         statistics = Statistics.identity(len(layers))
         return cls(options, checkpoint.order, layers, num_tokens, checkpoint.ties, specs, statistics, base)
 
@@ -120,8 +115,7 @@ class TokenLayout(LayoutDescription):
                 (such a layer decodes to the zoo's values).
         """
         tokens = empty_huge((self.num_tokens, self.token_size), dtype)
-        source = source if self.canonical is None else self.canonical.apply(source)
-        source = source if self.compressed is None else self.compressed.apply(source)
+        source = source if self.form is None else self.form.apply(source)
         self.encode_into(tokens, source)
         for index, layer in enumerate(self.layers):
             statistics = self.layer_statistics(index)
@@ -138,10 +132,7 @@ class TokenLayout(LayoutDescription):
         return tokens
 
     def encode_into(self, tokens: Tensor, source: Checkpoint | Mapping[str, Tensor]) -> None:
-        """``encode`` into ``tokens`` (``[L, D]``, contiguous), a layer that does not vary becoming 0 in any case.
-
-        LoRA pairs are taken to be in canonical form, as those of ``checkpoint`` are.
-        """
+        """``encode`` into ``tokens`` (``[L, D]``, contiguous) of what is in the form of ``checkpoint``, unchecked."""
         # All rows with padding are cleared first; that is cheaper than finding every gap.
         num_values = self.runs.num_values(np.arange(self.num_tokens))
         tokens[torch.from_numpy(np.flatnonzero(num_values < self.token_size))] = 0
@@ -158,13 +149,12 @@ class TokenLayout(LayoutDescription):
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens ``[L, D]`` of any float dtype and device → the whole state dict on the CPU.
 
-        Order, shapes and stored dtypes are the checkpoints'; an alias is the very tensor it is tied to; tensors outside
-        the tokens are copies of the base checkpoint's.
+        An alias is the very tensor it is tied to; tensors outside the tokens are copies of the base checkpoint's.
 
         Raises:
             ValueError: tokens of another shape.
         """
-        self._require_shape(tokens.shape)
+        require_shape(self, tokens.shape)
         buffer = tokens.detach().cpu().contiguous().view(-1)
         stored: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
@@ -176,24 +166,21 @@ class TokenLayout(LayoutDescription):
                 values[block] = rounded(statistics.denormalize(window[block], centres(block)), layer.real_dtype)
             stored[layer.name] = layer.stored(values.view(-1))
             self._release(None, layer)
-        stored |= {name: self.constant(name).clone() for name in self.constant_specs}
-        return self.finished(self.with_aliases(stored))
+        return self.finished(stored)
 
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
-        """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]`` in the tokens' dtype and on their device.
+        """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]``, aliases too, differentiable.
 
-        Differentiable. Aliases are included.
+        Dtype and device are the tokens'.
 
         Args:
-            tokens: of any float dtype and device.
-            constants: add the tensors outside the tokens, ``[..., *shape]`` too, in their own dtype; no copy is made
-                for each network.
+            constants: add the tensors outside the tokens, ``[..., *shape]``, in their own dtype; expanded, not copied.
 
         Raises:
             ValueError: tokens of another shape.
             InputError: of compressed weights, which no gradient goes through.
         """
-        self._require_shape(tokens.shape[-2:])
+        require_shape(self, tokens.shape[-2:])
         if self.compressed is not None:
             raise InputError("losses on data need dense networks, and the zoo's are pruned or quantised; drop the loss")
         batch = tokens.shape[:-2]
@@ -212,12 +199,6 @@ class TokenLayout(LayoutDescription):
             value = self.constant(name)
             stored[name] = value.to(tokens.device).expand(*batch, *value.shape)
         return self.with_aliases(stored)
-
-    def read_tokens(
-        self, zoo: Zoo, checkpoint_ids: Tensor | Sequence[int], token_ids: Tensor | Sequence[int]
-    ) -> Tensor:
-        """Rows of the zoo's tokens, ``[B, N, D]`` float32, read without touching the rest; see `TokenReader.read`."""
-        return read_rows(self, zoo, checkpoint_ids, token_ids)
 
     def describe(self) -> list[LayerGroup]:
         """The layers by kind: how many tensors, values and tokens, and how much padding."""
@@ -259,9 +240,11 @@ class TokenLayout(LayoutDescription):
             source.release(layer.name)
         self.statistics.release(layer.name)
 
-    def _require_shape(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != (self.num_tokens, self.token_size):
-            raise ValueError(f"tokens of shape {list(shape)} must be [{self.num_tokens}, {self.token_size}]")
+
+def require_shape(layout: Any, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``shape`` is that of a network's tokens in a layout of any kind."""
+    if tuple(shape) != (layout.num_tokens, layout.token_size):
+        raise ValueError(f"tokens of shape {list(shape)} must be [{layout.num_tokens}, {layout.token_size}]")
 
 
 def _open_base(zoo: Zoo, base: str | None, compressed: Compressed | None) -> Checkpoint | None:
@@ -289,9 +272,7 @@ def copied_constants(
     layers: Sequence[Layer],
     options: TokenOptions,
 ) -> tuple[str, ...]:
-    """The tensors that the options keep out of the tokens although they differ between the checkpoints.
-
-    Every generated network has those of one checkpoint. Counters are not among them.
+    """The tensors, counters apart, that the options keep out of the tokens although checkpoints differ in them.
 
     Raises:
         InputError: a tensor differs that the options do not leave out; names it and two files.
@@ -315,18 +296,15 @@ def copied_constants(
         if not is_left_out(first, name, options):
             other = next(place for place, each in enumerate(checkpoints) if place and _differ(first, each, name))
             files = (zoo.entries[indices[place]].source or str(checkpoints[place].path) for place in (0, other))
-            raise InputError(varying_constant(name, str(info.dtype).removeprefix("torch."), *files))
+            raise InputError(varying_constant(name, info.dtype, *files))
         copied.append(name)
     return tuple(copied)
 
 
 def _differ(first: Checkpoint, other: Checkpoint, name: str) -> bool:
     """Whether two checkpoints have different bytes there; reads no further than to the first that differs."""
-    left, right = (each.flat(name).view(torch.uint8) for each in (first, other))
-    found = False
-    for start in range(0, len(left), _CHUNK_BYTES):
-        if found := not torch.equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES]):
-            break
+    chunks = (each.flat(name).view(torch.uint8).split(_CHUNK_BYTES) for each in (first, other))
+    found = any(not torch.equal(left, right) for left, right in zip(*chunks, strict=True))
     first.release(name)
     other.release(name)
     return found

@@ -11,18 +11,19 @@ the tokens say, so that a generator's noise never reaches it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import TensorSpec, tensor_at
+from tokenization.checkpoint.structure import num_not_finite
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization, as_reals
 from tokenization.zoo.cache import cached_tensors
@@ -39,23 +40,18 @@ LARGEST_LOG = 80.0
 """Generated log variances are cut here: e^80 is still finite in float32."""
 
 
-class TensorSource(Protocol):
-    """Named flat tensors; a `Checkpoint` is one, and reads them from its memory map."""
-
-    def flat(self, name: str) -> Tensor:
-        """All values of a tensor, 1-D."""
-        ...
-
-
 @dataclass(frozen=True)
 class InMemory:
-    """A `TensorSource` of tensors that take little room: nothing is mapped or let go."""
+    """Named flat tensors that take little room: nothing is mapped or let go."""
 
     tensors: Mapping[str, Tensor]
 
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, 1-D."""
         return self.tensors[name]
+
+
+TensorSource = Checkpoint | InMemory
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,7 @@ class LayerStatistics:
         return lambda where: window[where]
 
     def normalize(self, values: Tensor, centre: float | Tensor) -> Tensor:
-        """Values in the stored dtype → tokens, elementwise; float64 unless identity.
-
-        Args:
-            values: any shape.
-            centre: ``self.centre``, or the part of it that belongs to ``values``, in their shape.
-        """
+        """Values of any shape in the stored dtype → tokens, with their ``centre``, in float64 unless identity."""
         if self.identity:
             return values
         tokens = values.to(torch.float64, copy=True)
@@ -194,11 +185,8 @@ def statistics_specs(layers: Sequence[Layer], normalization: Normalization) -> d
 VERSION = 1
 """Changes when the same zoo is measured differently."""
 
-VARIANCE_SUFFIX = "running_var"
-
 JOB_VALUES = 1 << 25
 """Values (over all checkpoints) that one thread reads before it lets their pages go."""
-
 
 MOST_THREADS = 8
 """More would only wait for the disk."""
@@ -234,10 +222,6 @@ class Moments:
         return Moments(count, self.mean + delta * (other.count / count), squares)
 
 
-WriteMeans = Callable[[str, int, Tensor], None]
-"""Takes (name, first value, values) of a stretch of per-parameter means."""
-
-
 def fitted_statistics(
     zoo: Zoo,
     indices: Sequence[int],
@@ -246,15 +230,11 @@ def fitted_statistics(
     normalization: Normalization,
     form: str | None,
 ) -> Statistics:
-    """The statistics of a zoo, from its cache or measured now.
+    """The statistics of a zoo, from its cache or measured now; errors as of `fit_statistics`.
 
     Args:
-        indices: its entries to measure.
-        checkpoints: those entries as they are cut into tokens.
+        checkpoints: its entries ``indices`` as they are cut into tokens.
         form: key of the canonical form that the checkpoints are in, if any.
-
-    Raises:
-        InputError: a value is NaN or infinite; names file and tensor.
     """
     specs = statistics_specs(layers, normalization)
 
@@ -273,14 +253,14 @@ def fit_statistics(
     checkpoints: Sequence[Checkpoint],
     layers: Sequence[Layer],
     normalization: Normalization,
-    write_means: WriteMeans,
+    write_means: Callable[[str, int, Tensor], None],
     num_threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stream the zoo once and measure every layer. The result does not depend on the number of threads.
 
     Args:
         checkpoints: of one structure.
-        write_means: receives the per-parameter means (``residual`` only), from several threads.
+        write_means: takes name, first place and values of a stretch of per-parameter means, on any thread.
 
     Returns:
         centre, scale and variance_mean, ``[K]`` float64 each.
@@ -316,16 +296,10 @@ def fit_statistics(
     return tuple(torch.tensor(numbers, dtype=torch.float64) for numbers in (centre, scale, variance_means))  # type: ignore[return-value]
 
 
-def _blocks(num_values: int) -> Iterator[slice]:
-    for first in range(0, num_values, BLOCK_VALUES):
-        yield slice(first, first + BLOCK_VALUES)
-
-
 def _measure_layer(flats: Sequence[Tensor], transform: LayerStatistics, _: Callable[[int, Tensor], None]) -> Moments:
     moments = Moments()
-    for flat in flats:
-        for block in _blocks(len(flat)):
-            moments = moments.merge(Moments.of(transform.normalize(flat[block], 0.0)))
+    for block in (block for flat in flats for block in flat.split(BLOCK_VALUES)):
+        moments = moments.merge(Moments.of(transform.normalize(block, 0.0)))
     return moments
 
 
@@ -334,26 +308,22 @@ def _measure_residual(
 ) -> Moments:
     """Each parameter's mean, and the sum of squared deviations from them all (Welford 1962)."""
     squares = 0.0
-    for block in _blocks(len(flats[0])):
-        mean: Tensor | None = None
-        for count, flat in enumerate(flats, start=1):
-            values = transform.normalize(flat[block], 0.0)
-            if mean is None:
-                mean = values
-                continue
+    for first in range(0, len(flats[0]), BLOCK_VALUES):
+        blocks = (transform.normalize(flat[first : first + BLOCK_VALUES], 0.0) for flat in flats)
+        mean = next(blocks)
+        for count, values in enumerate(blocks, start=2):
             delta = values - mean
             mean.add_(delta, alpha=1 / count)
             squares += float(torch.dot(delta, values.sub_(mean)))
-        assert mean is not None
         if not math.isfinite(squares) or not bool(torch.isfinite(mean).all()):
             return Moments(1, math.nan, math.nan)
-        write(block.start, mean)
+        write(first, mean)
     return Moments(len(flats) * len(flats[0]), 0.0, max(squares, 0.0))
 
 
 def _variance_mean(checkpoints: Sequence[Checkpoint], layer: Layer, normalization: Normalization) -> float:
     """Mean of a running variance over the zoo; 0 for other layers, and for what cannot go through the logarithm."""
-    if not layer.name.endswith(VARIANCE_SUFFIX):
+    if not layer.name.endswith("running_var"):
         return 0.0
     moments, varies = Moments(), False
     for checkpoint in checkpoints:
@@ -369,11 +339,8 @@ def _variance_mean(checkpoints: Sequence[Checkpoint], layer: Layer, normalizatio
 
 def _raise_not_finite(checkpoints: Sequence[Checkpoint], layer: Layer) -> None:
     for checkpoint in checkpoints:
-        flat = as_reals(checkpoint.flat(layer.name))
-        for block in _blocks(len(flat)):
-            num_bad = int((~torch.isfinite(flat[block])).sum())
-            if num_bad:
-                what = f"{tensor_at(checkpoint.path, layer.name)} has NaN or infinite values"
-                raise InputError(f"{what}; leave the checkpoint out of the zoo")
+        if num_not_finite(checkpoint.flat(layer.name)):
+            what = f"{tensor_at(checkpoint.path, layer.name)} has NaN or infinite values"
+            raise InputError(f"{what}; leave the checkpoint out of the zoo")
     what = f"{tensor_at(checkpoints[0].path, layer.name)} has values too large to measure, of 1e150 or more"
     raise InputError(f"{what}; list it in tokens.exclude, or set tokens.normalization to none")

@@ -116,11 +116,10 @@ class TokenOptions:
 
     def written(self) -> dict[str, Any]:
         """As a layout's file says them: without what belongs to directions where there are none."""
-        of_directions = () if self.rank is not None else ("rank", "rank_share", "basis", "basis_dtype")
-        if self.centre == "zoo" and self.rank is None:
-            of_directions = (*of_directions, "centre")
-        of_directions = of_directions if self.pruned else (*of_directions, "pruned")
-        return {name: value for name, value in asdict(self).items() if name not in of_directions}
+        unsaid = {"pruned"} if not self.pruned else set()
+        if self.rank is None:
+            unsaid |= {"rank", "rank_share", "basis", "basis_dtype", *(("centre",) if self.centre == "zoo" else ())}
+        return {name: value for name, value in asdict(self).items() if name not in unsaid}
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,7 @@ class Layer:
 
 
 def place_layers(tensors: Sequence[TensorInfo], options: TokenOptions) -> tuple[tuple[Layer, ...], int]:
-    """Give each tensor its strided run, in order.
-
-    Returns:
-        the layers, and the number of tokens L they need.
-    """
+    """Give each tensor its strided run, in order. Returns the layers, and the number of tokens L they need."""
     size, layers, cursor = options.size, [], 0
     for tensor in tensors:
         num_values = tensor.num_values * (2 if tensor.dtype.is_complex else 1)
@@ -195,10 +190,7 @@ def place_layers(tensors: Sequence[TensorInfo], options: TokenOptions) -> tuple[
 
 
 def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorInfo]:
-    """The tensors that become tokens: of real or complex numbers, single ones too, that the patterns let in.
-
-    Integers, empty tensors and those with NaN or infinite values stay constants. A tied tensor goes by any of its
-    names.
+    """The tensors that become tokens: those that can be learned and that the patterns let in, by any of their names.
 
     Raises:
         InputError: a pattern fits no tensor, or nothing is left.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.structure import is_counter
+from tokenization.checkpoint.structure import bytes_of, is_counter
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.normalization import VARIANCE_OFFSET, LayerStatistics
@@ -109,16 +109,12 @@ def _num_constants(checkpoint: Checkpoint, layout: TokenLayout, network: Mapping
         tensor, stored = network.get(name), checkpoint.ties.get(name, name)
         info, same = checkpoint.info(name), tensor is not None
         if tensor is not None and name != stored:
-            same = torch.equal(_bytes(tensor), _bytes(network[stored]))
+            same = torch.equal(bytes_of(tensor), bytes_of(network[stored]))
         elif tensor is not None and name in layout.constant_specs and name not in layout.copied:
-            same = torch.equal(_bytes(tensor), _bytes(checkpoint.flat(name)))
+            same = torch.equal(bytes_of(tensor), bytes_of(checkpoint.flat(name)))
             same = same or is_counter(name, info.dtype, info.num_values)
             num_same += tensor.numel()
         if not same:
             what = f"{tensor_at(checkpoint.path, name)} is another one in a network that is put together of its tokens"
             raise InputError(f"{what}; report it, with this file")
     return num_same
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import TensorSpec
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.normalization import TensorSource
@@ -34,11 +35,15 @@ BLOCK_VALUES = 1 << 22
 """Values of directions that are widened to float32 at a time: few enough to stay in the processor's cache."""
 
 
-def basis_specs(num_tokens: int, num_spectral: int, rank: int, size: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Dtypes and shapes of the tensors of a basis on disk."""
+BASIS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def basis_specs(num_tokens: int, rank: int, options: TokenOptions) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of the tensors of a basis of ``rank`` directions on disk."""
+    num_spectral = num_tokens if options.basis == "token" else 1
     shapes = ((num_spectral,), (num_spectral, rank), (num_tokens,), (num_tokens,))
     numbers = {name: (torch.float64, shape) for name, shape in zip(NUMBERS, shapes, strict=True)}
-    return {DIRECTIONS: (dtype, (num_tokens, rank, size)), **numbers}
+    return {DIRECTIONS: (BASIS_DTYPES[options.basis_dtype], (num_tokens, rank, options.size)), **numbers}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Basis:
         return cls(source, (num_tokens, rank, size), *numbers)
 
     @property
-    def kind(self) -> BasisKind:
+    def kind(self) -> Literal["token", "network"]:
         """``token``: each token has directions of its own; ``network``: one set, whose parts the tokens hold."""
         return "token" if len(self.scale) == self.shape[0] else "network"
 
@@ -132,7 +137,6 @@ class Basis:
 
 VERSION = 1
 COEFFICIENTS, GRAM, SPECTRUM = "zoo.coefficients", "zoo.gram", "zoo.spectrum"
-BASIS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 BLOCK_BYTES = 128 << 20
 """Memory of the rows of all checkpoints that are looked at together, in float64."""
@@ -171,13 +175,12 @@ def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: To
         rank = min(_enough(spectrum[SPECTRUM], options.rank_share) if rank == "auto" else int(rank or 1), most)
         vectors = _leading(spectrum[GRAM], rank) if options.basis == "network" else None
     rank = min(int(rank or 1), most)
-    num_spectral = layout.num_tokens if options.basis == "token" else 1
-    specs = basis_specs(layout.num_tokens, num_spectral, rank, options.size, BASIS_DTYPES[options.basis_dtype])
+    specs = basis_specs(layout.num_tokens, rank, options)
+    dtype, num_spectral = specs[DIRECTIONS][0], specs["basis.scale"][1][0]
     more = {
         COEFFICIENTS: (torch.float32, (len(indices), num_spectral, rank)),
         GRAM: (torch.float64, (len(indices), len(indices))),
     }
-    dtype = specs[DIRECTIONS][0]
 
     def write(file: TensorFile) -> None:
         found = _Found(num_spectral, rank, len(indices), layout.num_tokens)
@@ -185,7 +188,7 @@ def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: To
             directions = found.add(tokens, rows, vectors)  # [m, k, D]
             file.write(DIRECTIONS, tokens.start * rank * options.size, directions.to(dtype))
         if vectors is not None:
-            found.add_network(*vectors)
+            found.keep(slice(0, 1), *(each[None] for each in vectors))
         for name, values in found.tensors().items():
             file.write(name, 0, values.contiguous())
 
@@ -221,17 +224,14 @@ class _Found:
         self.total[tokens] = gram.diagonal(dim1=1, dim2=2).sum(1) / self.num
         vectors, values = network if network is not None else _leading(gram, self.rank)  # [(m,) n, k], [(m,) k]
         if network is None:
-            self._keep(tokens, vectors, values)
+            self.keep(tokens, vectors, values)
         weights = vectors.mT * values.clamp(min=1e-300).rsqrt()[..., None] * (values > 0)[..., None]
         directions = weights @ rows
         self.kept[tokens] = (directions.square().sum(2) * values).sum(-1) / self.num
         return directions
 
-    def add_network(self, vectors: Tensor, values: Tensor) -> None:
-        """Take the network's coefficients."""
-        self._keep(slice(0, 1), vectors[None], values[None])
-
-    def _keep(self, tokens: slice, vectors: Tensor, values: Tensor) -> None:
+    def keep(self, tokens: slice, vectors: Tensor, values: Tensor) -> None:
+        """Take scale, variance and coefficients of spectral tokens from eigenvectors ``[m, n, k]`` and values."""
         alive = (values > 0).sum(1).clamp(min=1)  # [m]
         scale = (values.sum(1) / (alive * self.num)).sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
@@ -298,6 +298,3 @@ def _enough(spectrum: Tensor, share: float) -> int:
     """The smallest number of directions that hold ``share`` of the variance."""
     kept = spectrum.cumsum(0) / spectrum.sum().clamp(min=1e-300)
     return int((kept < share).sum()) + 1
-
-
-BasisKind = Literal["token", "network"]

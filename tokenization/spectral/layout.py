@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import TensorSpec
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.files import empty_huge
 from tokenization.layout.canonical import Canonical
 from tokenization.layout.description import LayerGroup
-from tokenization.layout.layout import TokenLayout
+from tokenization.layout.layout import TokenLayout, require_shape
+from tokenization.layout.normalization import InMemory
 from tokenization.layout.placement import Layer, TokenOptions
 from tokenization.layout.rows import CheckpointWriter, values_of
-from tokenization.spectral.fit import BASIS_DTYPES, DIRECTIONS, NUMBERS, Basis, FittedBasis, basis_specs, fit_basis
+from tokenization.spectral.fit import DIRECTIONS, NUMBERS, Basis, FittedBasis, basis_specs, fit_basis
 from tokenization.zoo.zoo import Zoo
 
 BASIS_FILE = "basis.safetensors"
+
+
+def _of_cut(name: str) -> Any:
+    """What a `SpectralLayout` has from its cut."""
+    return property(operator.attrgetter(f"cut.{name}"))
 
 
 class SpectralLayout:
@@ -60,76 +68,24 @@ class SpectralLayout:
         cut = TokenLayout.without_statistics(checkpoint, options)
         most = max(1, num_checkpoints - 1)
         rank = most if options.rank in (None, "auto") else min(int(options.rank or 1), most)
-        num_spectral = cut.num_tokens if options.basis == "token" else 1
-        specs = basis_specs(cut.num_tokens, num_spectral, rank, options.size, BASIS_DTYPES[options.basis_dtype])
+        specs = basis_specs(cut.num_tokens, rank, options)
         numbers = [torch.ones(specs[name][1], dtype=torch.float64) for name in NUMBERS]
-        return cls(cut, Basis(_NoValues(), specs[DIRECTIONS][1], *numbers))  # type: ignore[arg-type]
+        return cls(cut, Basis(InMemory({}), specs[DIRECTIONS][1], *numbers))  # type: ignore[arg-type]
 
-    # What is the cut's is asked of the cut.
-
-    @property
-    def options(self) -> TokenOptions:
-        """How the tokens are cut."""
-        return self.cut.options
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every key of the state dict, in order."""
-        return self.cut.names
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The tokenised tensors, in order."""
-        return self.cut.layers
-
-    @property
-    def num_values(self) -> int:
-        """How many values of a checkpoint are in its tokens."""
-        return self.cut.num_values
-
-    @property
-    def padding_share(self) -> float:
-        """The part of ``L * D`` that holds nothing."""
-        return self.cut.padding_share
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """``{alias: name}``."""
-        return self.cut.ties
-
-    @property
-    def constant_specs(self) -> dict[str, TensorSpec]:
-        """Dtypes and shapes of the tensors outside the tokens."""
-        return self.cut.constant_specs
-
-    @property
-    def canonical(self) -> Canonical | None:
-        """The form that LoRA pairs are brought into before they are cut, if any."""
-        return self.cut.canonical
-
-    @property
-    def compressed(self) -> Compressed | None:
-        """Pruned and quantised weights, if any."""
-        return self.cut.compressed
-
-    @property
-    def copied(self) -> tuple[str, ...]:
-        """Those of them that differ in the zoo, and of which every network has the base's."""
-        return self.cut.copied
-
-    @property
-    def copied_note(self) -> str:
-        """What a user must know of ``copied``."""
-        return self.cut.copied_note
-
-    @property
-    def constants(self) -> dict[str, Tensor]:
-        """The tensors outside the tokens, aliases included, as the base checkpoint has them."""
-        return self.cut.constants
-
-    def spec(self, name: str) -> TensorSpec:
-        """Stored dtype and shape of a key of the state dict."""
-        return self.cut.spec(name)
+    options: TokenOptions = _of_cut("options")
+    names: tuple[str, ...] = _of_cut("names")
+    layers: tuple[Layer, ...] = _of_cut("layers")
+    num_values: int = _of_cut("num_values")
+    padding_share: float = _of_cut("padding_share")
+    ties: dict[str, str] = _of_cut("ties")
+    constant_specs: dict[str, TensorSpec] = _of_cut("constant_specs")
+    canonical: Canonical | None = _of_cut("canonical")
+    compressed: Compressed | None = _of_cut("compressed")
+    copied: tuple[str, ...] = _of_cut("copied")
+    copied_note: str = _of_cut("copied_note")
+    spec: Callable[[str], TensorSpec] = _of_cut("spec")
+    checkpoint: Callable[[Zoo, int], Checkpoint] = _of_cut("checkpoint")
+    describe: Callable[[], list[LayerGroup]] = _of_cut("describe")
 
     def shares(self) -> list[tuple[str, float, float]]:
         """Of each layer (by its tokens' first values): name, part of the zoo's variance, part of that which is kept."""
@@ -139,16 +95,6 @@ class SpectralLayout:
         kept.index_add_(0, layers, self.basis.kept)
         parts, shares = total / total.sum().clamp(min=1e-300), torch.where(total > 0, kept / total, 1.0)
         return list(zip((layer.name for layer in self.layers), parts.tolist(), shares.tolist(), strict=True))
-
-    def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
-        """An entry of a zoo as it is cut into tokens."""
-        return self.cut.checkpoint(zoo, index)
-
-    def describe(self) -> list[LayerGroup]:
-        """The layers by kind."""
-        return self.cut.describe()
-
-    # What a spectral token is.
 
     @property
     def token_size(self) -> int:
@@ -190,18 +136,16 @@ class SpectralLayout:
 
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
         """Coefficients ``[T, k]`` → the whole state dict on the CPU. Raises ValueError for another shape."""
-        self._require_shape(tokens.shape)
+        require_shape(self, tokens.shape)
         stored = {layer.name: empty_huge((layer.num_values,), layer.real_dtype) for layer in self.cut.layers}
         for first, rows in self.expand(tokens.detach().cpu(), 0, self.num_tokens):
             for name, place, values in values_of(self.cut, first, rows, exact=False):
                 stored[name][place : place + len(values)] = values
-        stored = {layer.name: layer.stored(stored[layer.name]) for layer in self.cut.layers}
-        constants = {name: self.cut.constant(name).clone() for name in self.cut.constant_specs}
-        return self.cut.finished(self.cut.with_aliases({**stored, **constants}))
+        return self.cut.finished({layer.name: layer.stored(stored[layer.name]) for layer in self.cut.layers})
 
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Coefficients ``[..., T, k]`` → the tokenised tensors ``[..., *shape]``; see `TokenLayout.decode_batch`."""
-        self._require_shape(tokens.shape[-2:])
+        require_shape(self, tokens.shape[-2:])
         blocks = [rows for _, rows in self.basis.expand(tokens, 0, self.cut.num_tokens)]
         return self.cut.decode_batch(torch.cat(blocks, -2), constants=constants)
 
@@ -211,46 +155,25 @@ class SpectralLayout:
         for tokens, wide in self.basis.expand(rows, *span):
             yield tokens.start, wide
 
-    def _require_shape(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != (self.num_tokens, self.token_size):
-            raise ValueError(f"tokens of shape {list(shape)} must be [{self.num_tokens}, {self.token_size}]")
-
     def save(self, folder: Path | str) -> None:
         """Write the cut's files and ``basis.safetensors``. Raises InputError when the disk refuses."""
-        specs = basis_specs(self.cut.num_tokens, self.num_tokens, self.token_size, self.options.size, self.basis_dtype)
-        path = Path(folder) / BASIS_FILE
-        numbers = dict(zip(NUMBERS, self.basis.numbers, strict=True))
-        with TensorFile(path, specs) as file:
-            for name, values in numbers.items():
+        specs = basis_specs(self.cut.num_tokens, self.token_size, self.options)
+        with TensorFile(Path(folder) / BASIS_FILE, specs) as file:
+            for name, values in zip(NUMBERS, self.basis.numbers, strict=True):
                 file.write(name, 0, values.contiguous())
             for tokens, directions in self.basis.blocks(0, self.cut.num_tokens):
                 file.write(DIRECTIONS, tokens.start * directions[0].numel(), directions)
         self.cut.save(folder)
-
-    @property
-    def basis_dtype(self) -> torch.dtype:
-        """In which the directions are stored."""
-        return BASIS_DTYPES[self.options.basis_dtype]
 
     @classmethod
     def load(cls, folder: Path | str) -> SpectralLayout:
         """Read what ``save`` wrote; directions stay in the file until they are used. Raises as `TokenLayout.load`."""
         cut = TokenLayout.load(folder)
         source = Checkpoint.open(Path(folder) / BASIS_FILE)
-        options = cut.options
         rank = source.info(DIRECTIONS).shape[1] if DIRECTIONS in source.tensors else 1
-        num_spectral = cut.num_tokens if options.basis == "token" else 1
-        specs = basis_specs(cut.num_tokens, num_spectral, rank, options.size, BASIS_DTYPES[options.basis_dtype])
+        specs = basis_specs(cut.num_tokens, rank, cut.options)
         source.require(specs)
         return cls(cut, Basis.read(source, specs))
-
-
-class _NoValues:
-    """Directions that were not measured."""
-
-    def flat(self, name: str) -> Tensor:
-        """There are none."""
-        raise ValueError("a layout without statistics has no directions; fit it")
 
 
 class SpectralReader:
@@ -288,7 +211,7 @@ class SpectralReader:
             return self._known[number]
 
 
-class SpectralWriter:
+class SpectralWriter(CheckpointWriter):
     """`CheckpointWriter` for coefficients: they become tokens block by block on their way to the file.
 
     Raises:
@@ -296,29 +219,14 @@ class SpectralWriter:
     """
 
     def __init__(self, path: Path | str, layout: SpectralLayout, metadata: Mapping[str, str] | None = None) -> None:
-        self.layout = layout
-        self._writer = CheckpointWriter(path, layout.cut, metadata, exact=False)
+        super().__init__(path, layout.cut, metadata, exact=False)
+        self.spectral = layout
 
     def write(self, first_token: int, rows: Tensor) -> None:
         """Write spectral tokens ``first_token …``, ``[n, k]``. Raises ValueError if they do not fit into ``[T, k]``."""
-        layout = self.layout
+        layout = self.spectral
         if rows.shape[1:] != (layout.token_size,) or not 0 <= first_token <= layout.num_tokens - len(rows):
-            raise ValueError(
-                f"rows from token {first_token} on have shape {list(rows.shape)}, which does not fit the layout"
-            )
+            what = f"rows from token {first_token} on have shape {list(rows.shape)}"
+            raise ValueError(f"{what}, which does not fit the layout")
         for first, wide in layout.expand(rows.detach().cpu(), first_token, first_token + len(rows)):
-            self._writer.write(first, wide)
-
-    def close(self) -> None:
-        """Put the file in place. Raises ValueError when a token was never written."""
-        self._writer.close()
-
-    def abort(self) -> None:
-        """Drop all that was written."""
-        self._writer.abort()
-
-    def __enter__(self) -> SpectralWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close() if error is None else self.abort()
+            super().write(first, wide)

@@ -16,8 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.tensor_file import TensorFile, TensorSpec
+from tokenization.checkpoint.safetensors import TensorSpec
+from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.files import remove_abandoned
 from tokenization.zoo.zoo import Zoo
@@ -39,8 +43,7 @@ def cached_tensors(
     Args:
         kind: what they are, the first part of the file's name.
         key: JSON values: all that decides them.
-        specs: their dtypes and shapes.
-        write: computes them and writes them into the file.
+        write: computes tensors of these ``specs`` and writes them into the file.
 
     Raises:
         InputError: what ``write`` raises, or no disk has room.
@@ -95,6 +98,21 @@ class Form(ABC):
             if index not in opened:
                 opened[index] = self._open(zoo, index)
             return opened[index]
+
+    def apply(self, source: Checkpoint | StateDict) -> Checkpoint | StateDict:
+        """A checkpoint in this form, in memory; one that ``checkpoint`` gave is returned as it is."""
+        if not isinstance(source, Checkpoint):
+            return self.expand(source)
+        return source if source.metadata.get(MARK) == self.key else self.expand(source.state_dict())
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """SHA-256 (hexadecimal) of all that decides the form."""
+
+    @abstractmethod
+    def expand(self, network: StateDict) -> dict[str, Tensor]:
+        """A state dict, as it is stored, in this form."""
 
     @abstractmethod
     def _open(self, zoo: Zoo, index: int) -> Checkpoint:

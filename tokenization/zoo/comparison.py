@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.safetensors import is_learned, tensor_at
-from tokenization.checkpoint.structure import SUFFIXES, Structure, is_counter, num_not_finite
+from tokenization.checkpoint.safetensors import TensorSpec, dtype_name, is_learned, tensor_at
+from tokenization.checkpoint.structure import (
+    SUFFIXES,
+    Structure,
+    bytes_of,
+    is_counter,
+    num_not_finite,
+    same_tensors,
+)
 from tokenization.checkpoint.weights import Chosen
 from tokenization.errors import InputError
 
@@ -32,7 +39,7 @@ class Comparison:
 
     def __init__(self, expected: Structure | None = None) -> None:
         self._expected = expected
-        self._specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._digests: dict[str, tuple[str, str]] = {}  # of what is not learned: digest, and the file it is of
         self._codes: set[str] = set()
         self._groups: dict[str, str] = {}  # keys of one group were the same in all checkpoints
@@ -80,7 +87,7 @@ class Comparison:
         self._num += 1
         for name in found.tensors:
             self._compare(name, flat(name), where)
-        numbers = [name for name, spec in found.tensors.items() if is_learned(_dtype(spec))]
+        numbers = [name for name, spec in found.tensors.items() if is_learned(spec[0])]
         if numbers and all(name in self._digests for name in numbers):
             what = f"{tensor_at(where, numbers[0])} is empty or not finite, and so is all else that could be learned"
             raise InputError(f"{what}; save the trained network (with ZeRO stage 3, gather its weights first)")
@@ -110,7 +117,7 @@ class Comparison:
 
     @property
     def _not_finite(self) -> frozenset[str]:
-        return frozenset(name for name in self._digests if is_learned(_dtype(self._specs[name])))
+        return frozenset(name for name in self._digests if is_learned(self._specs[name][0]))
 
     def _start(self, found: Structure, twins: dict[str, str]) -> None:
         self._specs = {**found.tensors, **{alias: found.tensors[name] for alias, name in found.ties.items()}}
@@ -156,12 +163,12 @@ class Comparison:
                 self.varying.setdefault(name, (name_of_first[1], where))
 
 
-def varying_constant(name: str, dtype: str, first: str, other: str) -> str:
+def varying_constant(name: str, dtype: torch.dtype, first: str, other: str) -> str:
     """What to say of a tensor that is not learned although it differs between two files."""
     return (
-        f"{tensor_at(first, name)} ({dtype}) differs in {other}, and only finite floating-point values are learned; "
-        "list it in tokens.exclude to give every network the first checkpoint's, or, if it holds codes of quantised "
-        "weights, collect the weights dequantised"
+        f"{tensor_at(first, name)} ({dtype_name(dtype)}) differs in {other}, and only finite floating-point values "
+        "are learned; list it in tokens.exclude to give every network the first checkpoint's, or, if it holds codes of "
+        "quantised weights, collect the weights dequantised"
     )
 
 
@@ -171,20 +178,16 @@ def _twins(found: Structure, flat: Callable[[str], Tensor]) -> dict[str, str]:
     alike: dict[object, list[str]] = {}
     for name, (dtype, shape) in found.tensors.items():
         twins[name] = name
-        values = _bytes(flat(name))
-        if not values.numel() or not is_learned(_dtype((dtype, shape))):
+        values = bytes_of(flat(name))
+        if not values.numel() or not is_learned(dtype):
             continue
         others = alike.setdefault((dtype, shape, values[:_FIRST_BYTES].numpy().tobytes()), [])
-        same = next((other for other in others if torch.equal(_bytes(flat(other)), values)), None)
+        same = next((other for other in others if torch.equal(bytes_of(flat(other)), values)), None)
         if same is None:
             others.append(name)
         else:
             twins[name] = same
     return {**twins, **{alias: twins[name] for alias, name in found.ties.items()}}
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def _varies(values: Tensor) -> bool:
@@ -193,14 +196,10 @@ def _varies(values: Tensor) -> bool:
 
 
 def _digest(values: Tensor) -> str:
-    digest, data = hashlib.blake2b(digest_size=16), _bytes(values).numpy().data
+    digest, data = hashlib.blake2b(digest_size=16), bytes_of(values).numpy().data
     for start in range(0, len(data), _CHUNK_BYTES):
         digest.update(data[start : start + _CHUNK_BYTES])
     return digest.hexdigest()
-
-
-def _dtype(spec: tuple[str, tuple[int, ...]]) -> torch.dtype:
-    return getattr(torch, spec[0])  # type: ignore[no-any-return]
 
 
 _LOOK_BYTES = 4096
@@ -218,16 +217,10 @@ def fingerprint(weights: Mapping[str, Tensor] | Checkpoint) -> str:
         most = max(1, _LOOK_BYTES // flat.dtype.itemsize)
         digest.update(f"{name} {flat.dtype} {list(shape)} ".encode(errors="surrogatepass"))
         for part in (flat[:most], flat[-most:]):
-            digest.update(_bytes(part).numpy().tobytes())
+            digest.update(bytes_of(part).numpy().tobytes())
     return digest.hexdigest()
 
 
 def are_twins(first: Path, second: Path, chosen: Chosen) -> bool:
     """Whether two checkpoints hold the same tensors, bit for bit."""
-    one, other = read_state_dict(first, chosen), read_state_dict(second, chosen)
-    return one.keys() == other.keys() and all(
-        value.dtype == other[name].dtype
-        and value.shape == other[name].shape
-        and torch.equal(_bytes(value.reshape(-1)), _bytes(other[name].reshape(-1)))
-        for name, value in one.items()
-    )
+    return same_tensors(read_state_dict(first, chosen), read_state_dict(second, chosen))

@@ -14,52 +14,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.lora.adapter import CONFIG_NAME
-from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.manifest import Description, ZooEntry, read_manifest, require_new_folder
 
 Kind = Literal["model", "dataset"]
 
 
-def pull(
-    repo: str,
-    kind: Kind,
-    patterns: Sequence[str],
-    *,
-    revision: str | None = None,
-    cache_dir: Path | str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
-    """Fetch a repository into the hub's cache, or find it there where the hub cannot be reached.
+def pull(repo: str, kind: Kind, patterns: Sequence[str], **options: Any) -> Path:
+    """Fetch the files ``patterns`` of a repository into the hub's cache, or find them there where it cannot be reached.
 
     Args:
         repo: its id, ``name/repository``.
-        kind: of repository.
-        patterns: the files to fetch.
-        revision: a branch, tag or commit; the main branch when None.
-        cache_dir: the cache; the hub's own when None.
-        token: for a private repository; what ``hf auth login`` or HF_TOKEN left when None.
-        local_files_only: look into the cache alone.
-        force_download: fetch what the cache has, too.
+        options: ``revision`` (branch, tag or commit), ``cache_dir``, ``token``, ``local_files_only`` and
+            ``force_download``, as `huggingface_hub.snapshot_download` takes them.
 
     Raises:
         InputError: there is no such repository or revision, or neither the hub nor the cache can give it.
     """
     from huggingface_hub import snapshot_download
 
-    with _explained(repo, kind, revision, local_files_only):
-        folder = snapshot_download(
-            repo, repo_type=kind, allow_patterns=list(patterns), revision=revision, cache_dir=cache_dir, token=token,
-            local_files_only=local_files_only, force_download=force_download,
-        )  # fmt: skip
-        return Path(folder)
+    with _explained(repo, kind, options.get("revision"), options.get("local_files_only", False)):
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns), **options))
 
 
 def publish(
@@ -79,11 +59,9 @@ def publish(
 
     Args:
         files: what to publish, by path in the repository.
-        repo: its id, ``name/repository``; made if it is not there.
-        kind: of repository.
+        repo: its id, ``name/repository``; made if it is not there, as ``branch`` is.
         patterns: what else is of an earlier version; it is deleted in the same commit.
         private: whether a new repository is private; as the account has it when None.
-        branch: made if it is not there; the main one when None.
         token: what ``hf auth login`` or HF_TOKEN left when None.
 
     Raises:
@@ -104,9 +82,8 @@ def publish(
             *(CommitOperationAdd(name, content) for name, content in files.items()),
             *(CommitOperationDelete(name) for name in old),
         ]
-        message = message or f"Upload a {kind} with rpg"
-        made = api.create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
-        return str(made.commit_url)
+        said = message or f"Upload a {kind} with rpg"
+        return api.create_commit(repo, operations, commit_message=said, repo_type=kind, revision=branch).commit_url
 
 
 def is_local_path(text: object) -> bool:
@@ -180,7 +157,7 @@ def _explained(
         disable_progress_bars()
     try:
         yield
-    except InputError:
+    except (InputError, TypeError):
         raise
     except Exception as error:  # the client has a class for every mishap, other ones in every version
         if isinstance(error, OSError) and error.filename:  # of this machine's disk
@@ -192,131 +169,94 @@ def _explained(
             enable_progress_bars()
 
 
-if TYPE_CHECKING:
-    from tokenization.checkpoint.structure import Structure
-
 FETCHED = ("*.json", "*.jsonl", "README.md", "*.safetensors")
 REPLACED = ("checkpoints/*", "base.safetensors", CONFIG_NAME)
 """What of a repository a zoo consists of, and what of it an earlier version may have left."""
 
-AnyZoo = TypeVar("AnyZoo", bound="SharedZoo")
+
+def fetch_zoo(repo: str, path: Path | None, **options: Any) -> Path:
+    """The folder of a zoo that lies on the hub; arguments and errors as of `tokenization.zoo.zoo.Zoo.from_hub`."""
+    from huggingface_hub import cached_assets_path
+
+    snapshot = pull(repo, "dataset", FETCHED, **options)
+    if not (snapshot / "zoo.json").is_file():
+        raise InputError(f"dataset {repo} is not a zoo: it has no zoo.json; make one with `rpg push ZOO {repo}`")
+    if any(entry.external for entry in read_manifest(snapshot / "manifest.jsonl")):
+        raise InputError(f"dataset {repo}: its manifest.jsonl names files outside the zoo; ask its owner to fix it")
+    target = path or Path(cached_assets_path("rpg", f"zoos--{repo}", snapshot.name))
+    if path is not None:
+        require_new_folder(path)
+    elif (target / "zoo.json").is_file():
+        return target
+    with atomic_folder(target) as temporary:
+        for file in (each for each in snapshot.rglob("*") if each.is_file()):
+            _place(file.resolve(), temporary / file.relative_to(snapshot))
+    return target
 
 
-class SharedZoo:
-    """The part of a `tokenization.zoo.zoo.Zoo` that speaks to the hub."""
+def publish_zoo(
+    folder: Path, content: Description, checkpoints: Sequence[tuple[ZooEntry, Checkpoint]], repo: str, **options: Any
+) -> str:
+    """Publish the zoo in a folder; the rest and errors as of `tokenization.zoo.zoo.Zoo.push_to_hub`.
 
-    path: Path
-    task: dict[str, Any] | None
-    condition: ConditionSpec | None
-    runs: list[str]
-    entries: list[ZooEntry]
-    if TYPE_CHECKING:
+    Args:
+        content: of its ``zoo.json``.
+        checkpoints: those that its manifest lists.
+    """
+    files: dict[str, Path | bytes] = {}
+    lines = [_published_line(folder, index, *each, files) for index, each in enumerate(checkpoints)]
+    runs = without_local_paths(content.runs)
+    runs = runs if len(set(runs)) == len(runs) else [f"run {index}" for index in range(len(runs))]
+    for name in ("base.safetensors", CONFIG_NAME):
+        if (folder / name).is_file():
+            files[name] = _content(folder / name)
+    shared = dataclasses.replace(content, task=without_local_paths(content.task), runs=runs)
+    files["zoo.json"] = shared.to_text().encode()
+    files["manifest.jsonl"] = "".join(lines).encode()
+    files["README.md"] = _card(repo, content, [entry for entry, _ in checkpoints]).encode()
+    return publish(files, repo, "dataset", REPLACED, **options)
 
-        @property
-        def structure(self) -> Structure:
-            """What all checkpoints have in common."""
 
-        @classmethod
-        def open(cls: type[AnyZoo], path: Path | str) -> AnyZoo:
-            """Open a zoo's folder."""
-
-        def checkpoint(self, index: int) -> Checkpoint:
-            """Open an entry's checkpoint."""
-
-    @classmethod
-    def from_hub(cls: type[AnyZoo], repo: str, path: Path | str | None = None, **options: Any) -> AnyZoo:
-        """Open a zoo that lies on the Hugging Face hub.
-
-        Args:
-            repo: id of the data set, ``name/zoo``.
-            path: a new folder for it; without one it lies in the hub's cache of assets, and is fetched once a commit.
-            options: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and ``force_download``, as
-                `tokenization.zoo.hub.pull` takes them.
-
-        Raises:
-            InputError: there is no such zoo, it cannot be fetched, or it names files outside itself.
-        """
-        from huggingface_hub import cached_assets_path
-
-        snapshot = pull(repo, "dataset", FETCHED, **options)
-        if not (snapshot / "zoo.json").is_file():
-            raise InputError(f"dataset {repo} is not a zoo: it has no zoo.json; make one with `rpg push ZOO {repo}`")
-        if any(entry.external for entry in read_manifest(snapshot / "manifest.jsonl")):
-            raise InputError(f"dataset {repo}: its manifest.jsonl names files outside the zoo; ask its owner to fix it")
-        if path is None:
-            target = Path(cached_assets_path("rpg", f"zoos--{repo}", snapshot.name))
-            if (target / "zoo.json").is_file():
-                return cls.open(target)
-        else:
-            target = Path(path)
-            require_new_folder(target)
-        with atomic_folder(target) as temporary:
-            for file in (each for each in snapshot.rglob("*") if each.is_file()):
-                _place(file.resolve(), temporary / file.relative_to(snapshot))
-        return cls.open(target)
-
-    def push_to_hub(self, repo: str, **options: Any) -> str:
-        """Publish the zoo as a data set, adopted checkpoints with it; paths of this machine stay out.
-
-        Args:
-            repo: ``name/zoo``; made if it is not there.
-            options: ``private``, ``branch``, ``token`` and ``message``, as `tokenization.zoo.hub.publish` takes them.
-
-        Raises:
-            InputError: the zoo is empty or damaged, or the hub refuses or cannot be reached.
-        """
-        structure = self.structure
-        files: dict[str, Path | bytes] = {}
-        lines = [self._publish_entry(index, files) for index in range(len(self.entries))]
-        runs = without_local_paths(self.runs)
-        runs = runs if len(set(runs)) == len(runs) else [f"run {index}" for index in range(len(runs))]
-        description = Description(without_local_paths(self.task), self.condition, runs, structure)
-        for name in ("base.safetensors", CONFIG_NAME):
-            if (self.path / name).is_file():
-                files[name] = _content(self.path / name)
-        files["zoo.json"] = description.to_text().encode()
-        files["manifest.jsonl"] = "".join(lines).encode()
-        files["README.md"] = self._card(repo).encode()
-        return publish(files, repo, "dataset", REPLACED, **options)
-
-    def _publish_entry(self, index: int, files: dict[str, Path | bytes]) -> str:
-        """Add the files of an entry, and give its line in the published manifest."""
-        entry, checkpoint = self.entries[index], self.checkpoint(index)
-        path, parts = self.path / entry.file, set(checkpoint.sizes)
+def _published_line(
+    folder: Path, index: int, entry: ZooEntry, checkpoint: Checkpoint, files: dict[str, Path | bytes]
+) -> str:
+    """Add the files of an entry, and give its line in the published manifest."""
+    path, parts = folder / entry.file, set(checkpoint.sizes)
+    if path.is_dir():
+        parts |= {*path.glob("*.index.json"), *path.glob(CONFIG_NAME)}
+    else:
+        parts.add(path)  # of a sharded one the index
+    names = {part: Path(os.path.relpath(part, folder)) for part in (path, *parts)}
+    if entry.external:
+        adopted = Path("checkpoints") / f"adopted-{index:06}"
+        names = {part: adopted / part.name for part in names}
         if path.is_dir():
-            parts |= {*path.glob("*.index.json"), *path.glob(CONFIG_NAME)}
-        else:
-            parts.add(path)  # of a sharded one the index
-        names = {part: Path(os.path.relpath(part, self.path)) for part in (path, *parts)}
-        if entry.external:
-            adopted = Path("checkpoints") / f"adopted-{index:06}"
-            names = {part: adopted / part.name for part in names}
-            if path.is_dir():
-                names[path] = adopted
-            elif len(parts) == 1:
-                names[path] = adopted.with_suffix(path.suffix)
-        files |= {names[part].as_posix(): _content(part) for part in parts}
-        return dataclasses.replace(entry, file=names[path].as_posix(), source="", external=False).to_line()
+            names[path] = adopted
+        elif len(parts) == 1:
+            names[path] = adopted.with_suffix(path.suffix)
+    files |= {names[part].as_posix(): _content(part) for part in parts}
+    return dataclasses.replace(entry, file=names[path].as_posix(), source="", external=False).to_line()
 
-    def _card(self, repo: str) -> str:
-        from huggingface_hub import DatasetCardData
 
-        values = sum(math.prod(shape) for _, shape in self.structure.tensors.values())
-        condition = f"{self.condition.kind}, {self.condition.size}" if self.condition else "none"
-        splits = Counter(entry.split for entry in self.entries)
-        rows = {
-            "checkpoints": len(self.entries),
-            "training runs": len({entry.run for entry in self.entries}),
-            "values of a checkpoint": f"{values:,} in {len(self.structure.tensors)} tensors",
-            "condition": condition,
-            "splits": ", ".join(f"{name} {count}" for name, count in splits.items()),
-        }
-        for name in {key: None for entry in self.entries for key in entry.metrics}:
-            found = [entry.metrics[name] for entry in self.entries if name in entry.metrics]
-            rows[f"mean {name}"] = f"{sum(found) / len(found):.4g}"
-        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-        data = DatasetCardData(pretty_name=repo.partition("/")[2], tags=["rpg", "model-zoo", "neural-network-weights"])
-        return f"""---
+def _card(repo: str, content: Description, entries: Sequence[ZooEntry]) -> str:
+    from huggingface_hub import DatasetCardData
+
+    assert content.structure is not None
+    tensors, condition = content.structure.tensors, content.condition
+    values = sum(math.prod(shape) for _, shape in tensors.values())
+    rows = {
+        "checkpoints": len(entries),
+        "training runs": len({entry.run for entry in entries}),
+        "values of a checkpoint": f"{values:,} in {len(tensors)} tensors",
+        "condition": f"{condition.kind}, {condition.size}" if condition else "none",
+        "splits": ", ".join(f"{name} {count}" for name, count in Counter(each.split for each in entries).items()),
+    }
+    for name in {key: None for entry in entries for key in entry.metrics}:
+        found = [entry.metrics[name] for entry in entries if name in entry.metrics]
+        rows[f"mean {name}"] = f"{sum(found) / len(found):.4g}"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    data = DatasetCardData(pretty_name=repo.partition("/")[2], tags=["rpg", "model-zoo", "neural-network-weights"])
+    return f"""---
 {data.to_yaml()}
 ---
 # A zoo of trained networks

@@ -24,7 +24,7 @@ from tokenization.zoo.condition import ConditionKind, ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.manifest import ZooEntry, entry_of, require_new_folder, with_digest
 from tokenization.zoo.metadata_table import Label, infer_condition, label_of, read_name, read_table, resolve_condition
-from tokenization.zoo.reading import Reading, Row, Source, find_checkpoints, folder_of
+from tokenization.zoo.reading import Reading, Row, Source, and_more, find_checkpoints, folder_of
 from tokenization.zoo.zoo import Zoo
 
 STEP_WORDS = (
@@ -55,9 +55,8 @@ class Recognised:
     """What the names of some checkpoints tell.
 
     Attributes:
-        rows: ``run`` and ``step``, as far as each name tells them, in the order of the checkpoints; empty where
-            nothing was recognised.
-        notice: one line about it for the user; empty where there is nothing to say.
+        rows: ``run`` and ``step`` of each, as far as its name tells them; empty where nothing was recognised.
+        notice: one line about it for the user; may be empty.
     """
 
     rows: tuple[dict[str, str], ...] = ()
@@ -99,14 +98,11 @@ def recognise(paths: Sequence[Path]) -> Recognised:
     if len(set(told)) < len(told):
         return Recognised(notice=f"the names tell one step of a run twice, so they are not used; {_cure(texts)}")
     shown = next(place for place, step in enumerate(steps) if step is not None)
-    notice = (
-        f"{_count(runs)} found in the names, e.g. run {runs[shown]}, step {int(steps[shown] or 0)} from "
-        f"{_short(paths[shown])}"
-    )
+    notice = f"{_count(runs)} found in the names, e.g. run {runs[shown]}, step {int(steps[shown] or 0)} from "
+    notice += _short(paths[shown])
     if any(late):
-        notice += (
-            f"; {sum(late)} last or final, e.g. {_short(paths[late.index(True)])}, taken as a step after the others"
-        )
+        last = _short(paths[late.index(True)])
+        notice += f"; {sum(late)} last or final, e.g. {last}, taken as a step after the others"
     if None in steps:
         notice += f"; {steps.count(None)} without a step, e.g. {_short(paths[steps.index(None)])}, taken as step 0"
     rows = ({"run": run} | ({} if step is None else {"step": step}) for run, step in zip(runs, steps, strict=True))
@@ -271,9 +267,21 @@ def _not_in(zoo: Zoo, rows: Sequence[Row]) -> list[Row]:
 
 def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str], list[tuple[Source, dict[str, Any]]]]:
     """The names of all runs, and the sources with the fields of their lines in the manifest."""
+    # Weights of unknown origin may be permuted against each other: none share a run unless the user says so.
+    names = [label.run if label.run is not None else each.row.path.as_posix() for each, label in kept]
     runs = zoo.runs + [str(run) for run in range(len(zoo.runs), zoo.num_runs)]  # a task's runs have no names
-    runs += sorted({_run_name(each.row.path, label) for each, label in kept} - set(runs), key=natural_key)
-    return runs, [(each, _fields(each.row.path, label, zoo, runs)) for each, label in kept]
+    runs += sorted(set(names) - set(runs), key=natural_key)
+    fields = [
+        {
+            "run": runs.index(name),
+            "step": label.step,
+            "condition": resolve_condition(label, zoo.condition),
+            "metrics": label.metrics,
+            "split": label.split,
+        }
+        for name, (_, label) in zip(names, kept, strict=True)
+    ]
+    return runs, [(each, its) for (each, _), its in zip(kept, fields, strict=True)]
 
 
 def _opened(zoo: Zoo, exists: bool, runs: list[str], sources: Sequence[Source], structure: Structure) -> Zoo:
@@ -301,8 +309,7 @@ def _rows(
         for item in sources:
             rows += [Row(path, str(path), {}) for path in find_checkpoints(item, zoo_path, ignored)]
         if ignored:
-            more = f" (and {len(ignored) - 1} more such)" if len(ignored) > 1 else ""
-            say(f"left out: {ignored[0]}{more}")
+            say(f"left out: {ignored[0]}{and_more(ignored)}")
     else:
         folders = [Path(table).parent, *(folder_of(item) for item in sources)]
         for where, told in read_table(Path(table)):
@@ -348,21 +355,6 @@ def _write(zoo: Zoo, entries: Sequence[tuple[Source, dict[str, Any]]], chosen: C
         state_dict = source.state_dict(chosen, zoo.structure if zoo.entries else None)
         zoo.append(state_dict, source=str(path.resolve()), **fields)
     zoo.extend(adopted)
-
-
-def _fields(path: Path, label: Label, zoo: Zoo, runs: list[str]) -> dict[str, Any]:
-    return {
-        "run": runs.index(_run_name(path, label)),
-        "step": label.step,
-        "condition": resolve_condition(label, zoo.condition),
-        "metrics": label.metrics,
-        "split": label.split,
-    }
-
-
-def _run_name(path: Path, label: Label) -> str:
-    # Weights of unknown origin may be permuted against each other: none share a run unless the user says so.
-    return label.run if label.run is not None else path.as_posix()
 
 
 def _adopted(checkpoint: Checkpoint, zoo: Zoo, fields: dict[str, Any]) -> ZooEntry:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import read_json
 from tokenization.checkpoint.structure import Structure, digest_of
 from tokenization.errors import InputError
-from tokenization.files import atomic_file, write_text, writing_failed
+from tokenization.files import atomic_file, json_lines, write_text, writing_failed
 from tokenization.zoo.condition import ConditionSpec
 
 
@@ -60,10 +60,8 @@ class ZooEntry:
 _FIELDS = {f.name: f for f in dataclasses.fields(ZooEntry)}
 
 
-def entry_of(content: Any, where: str) -> ZooEntry:
+def entry_of(content: Mapping[str, Any], where: str) -> ZooEntry:
     """Check the fields of one entry. Raises InputError that names ``where`` and the field at fault."""
-    if not isinstance(content, dict):
-        raise InputError(f"{where} is of type {type(content).__name__}; write a JSON object")
 
     def refuse(key: str, expected: str) -> InputError:
         return InputError(f"{where}: field {key!r} is {content.get(key)!r}; write {expected}")
@@ -114,40 +112,42 @@ def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} is unreadable ({error.strerror}); put the manifest of the zoo there") from error
-    entries: list[ZooEntry] = []
-    lines_of_files: dict[str, int] = {}
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            parsed = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number < len(lines):
-                raise InputError(f"{where} is not complete JSON ({error}); fix or drop it") from error
+        last = content.rpartition(b"\n")[2]
+        if not _is_json(last):
             if not repair:
-                cure = "collect again, which drops it and continues"
-                raise InputError(f"{where} is a line cut in half; {cure}") from error
-            os.truncate(path, len(content) - len(line))
-            break
-        entry = entry_of(parsed, where)
-        if entry.file in lines_of_files:
-            first = lines_of_files[entry.file]
-            raise InputError(f"{where} lists {entry.file!r} a second time, after line {first}; drop one of the lines")
-        lines_of_files[entry.file] = number
-        entries.append(entry)
+                what = f"{path}: line {content.count(10) + 1} is a line cut in half"
+                raise InputError(f"{what}; collect again, which drops it and continues")
+            os.truncate(path, len(content) - len(last))
+            content = content.removesuffix(last)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path} is unreadable ({reason}); put the manifest of the zoo there") from error
+    entries: list[ZooEntry] = []
+    seen: dict[str, str] = {}
+    for where, parsed in json_lines(text, path):
+        entries.append(entry := entry_of(parsed, where))
+        if entry.file in seen:
+            raise InputError(
+                f"{where} lists {entry.file!r} a second time, after {seen[entry.file]}; drop one of the lines"
+            )
+        seen[entry.file] = where.rpartition(": ")[2]
     return entries
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.strip() or b"null")
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) -> int:
-    """Append entries durably, all or none, be it that the process is killed; return the new size of the file in bytes.
+    """Append entries durably, all or none, even if the process is killed; return the new size of the file in bytes.
 
     Raises:
-        InputError: the file is not ``expected_size`` bytes long (another process collects too), or the disk
-            refuses; the file is then as it was.
+        InputError: the file is not ``expected_size`` bytes long (another process collects too), or the disk refuses.
     """
     data = "".join(entry.to_line() for entry in entries).encode()
     try:

@@ -60,8 +60,8 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num} is not CSV ({error}); fix the line") from error
     elif path.suffix in (".jsonl", ".json"):
-        for where, parsed in json_lines(text, path):
-            rows.append((where, {key: value for key, value in parsed.items() if value is not None}))
+        lines = json_lines(text, path)
+        rows += [(where, {key: each for key, each in row.items() if each is not None}) for where, row in lines]
     else:
         raise InputError(f"{path} has the suffix {path.suffix!r}; give a table in .csv, .tsv or .jsonl")
     if not rows:
@@ -73,11 +73,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_name(pattern: str, name: str) -> dict[str, Any]:
-    """What the named groups of a regular expression find in a file's name.
-
-    Raises:
-        InputError: the expression is invalid, has no named groups, or does not match.
-    """
+    """What the named groups of a regular expression find in a file's name. Raises InputError if it finds nothing."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_weights
 from tokenization.checkpoint.pickles import INDEX_SUFFIXES, SUFFIXES, kind_of
-from tokenization.checkpoint.safetensors import natural_key, read_json
+from tokenization.checkpoint.safetensors import natural_key, read_json, weight_map
 from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
@@ -40,8 +40,6 @@ class Source:
     """One checkpoint that is read and checked.
 
     Attributes:
-        row: where it was named.
-        fingerprint: of its tensors.
         adopted: it stays where it is; None: to be converted.
         factors: of adapters with another scaling than the zoo's, what tensors are multiplied by.
     """
@@ -92,8 +90,7 @@ class Reading:
         for note, count in notes.items():
             self.say(f"{note} ({count} of {len(sources)} checkpoints)")
         if empty:
-            more = f" (and {len(empty) - 1} more such)" if len(empty) > 1 else ""
-            self.say(f"left out: {str(empty[0]).partition(';')[0]}{more}")
+            self.say(f"left out: {str(empty[0]).partition(';')[0]}{and_more(empty)}")
         for notice in self.comparison.notices:
             self.say(notice)
         for fault in bad:
@@ -132,11 +129,9 @@ class Reading:
         return Source(row, found, checkpoint, factors)
 
     def without_twins(self, sources: Sequence[tuple[Source, Label]], keep: bool) -> list[tuple[Source, Label]]:
-        """Each network once: of the same one under two names, that with a step of its own; the rest is said.
+        """Each network once: of the same one under two names, that with a step of its own; the rest is reported.
 
-        Args:
-            sources: all that were read, with their labels.
-            keep: only say what is there twice, as the user named every checkpoint's run and step.
+        ``keep`` only reports what is there twice, where the user named every checkpoint's run and step.
         """
         kept: dict[tuple[str, Any], tuple[Source, Label]] = {}
         twins: list[tuple[Path, Path]] = []
@@ -156,12 +151,15 @@ class Reading:
             else:
                 twins.append((path, first.row.path))
         if twins:
-            copy, original = twins[0]
-            more = f" (and {len(twins) - 1} more such)" if len(twins) > 1 else ""
             what = "kept, as table or pattern name both" if keep else "counted once"
-            self.say(f"{what}: {copy} is the same network as {original}{more}")
+            self.say(f"{what}: {twins[0][0]} is the same network as {twins[0][1]}{and_more(twins)}")
         left = {id(each) for each, _ in kept.values()}
         return [pair for pair in sources if keep or id(pair[0]) in left]
+
+
+def and_more(found: Sequence[Any]) -> str:
+    """What to say of all but the first."""
+    return f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
 
 
 def in_order(state_dict: Mapping[str, Tensor], structure: Structure | None) -> dict[str, Tensor]:
@@ -193,10 +191,9 @@ _SURE = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pyth")
 
 
 def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: list[str] | None = None) -> list[Path]:
-    """The checkpoints (files, or folders that hold one) that a folder or glob stands for, ``step2`` before ``step10``.
+    """The checkpoints (files, or folders that hold one) that a path or glob stands for, ``step2`` before ``step10``.
 
     Args:
-        source: an existing path, or a glob.
         zoo_path: a zoo whose own files are not sources: those it converted, and all if it lies in the source.
         ignored: takes a line on each file of a folder that is left out and may have been meant.
 
@@ -222,9 +219,8 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
     found = {path: None for path in found if path not in inside}
     if zoo_path is not None:
         own = (zoo_path / "checkpoints").resolve()
-        found = {
-            path: None for path in found if path.resolve().parent != own or not CONVERTED_NAME.fullmatch(path.name)
-        }
+        converted = [path for path in found if path.resolve().parent == own and CONVERTED_NAME.fullmatch(path.name)]
+        found = {path: None for path in found if path not in converted}
     if not found:
         what = f"has no checkpoint that is read: {left_out[0]}" if left_out else "has no checkpoint in it"
         raise InputError(f"{text} {what}" + ("" if left_out else "; name the files, or another folder"))
@@ -258,9 +254,7 @@ def _search(
         indices = [child for child in children if child.name.endswith(INDEX_SUFFIXES)]
         shards: set[str] = set()
         for index in indices:
-            content = read_json(index)
-            weight_map = content.get("weight_map") if isinstance(content, dict) else None
-            shards |= set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+            shards.update(weight_map(read_json(index)).values())
         files = [child for child in children if child.name not in shards and _is_checkpoint(child, left_out)]
         found = sorted([*indices, *files], key=lambda path: natural_key(path.name))
         if whole and found:

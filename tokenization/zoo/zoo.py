@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, free_place, save_checkpoint
-from tokenization.checkpoint.structure import Structure, digest_of
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.checkpoint.structure import StateDict, Structure, digest_of, same_tensors
 from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text
 from tokenization.zoo.comparison import Comparison
 from tokenization.zoo.condition import ConditionSpec, require_condition
-from tokenization.zoo.hub import SharedZoo
+from tokenization.zoo.hub import fetch_zoo, publish_zoo
 from tokenization.zoo.manifest import (
     Description,
     ZooEntry,
@@ -37,7 +37,7 @@ from tokenization.zoo.manifest import (
 __all__ = ["ConditionSpec", "Zoo", "ZooEntry", "with_digest"]
 
 
-class Zoo(SharedZoo):
+class Zoo:
     """A folder of checkpoints of one structure. Make one with `create`, open one with `open` or `from_hub`.
 
     Attributes:
@@ -77,7 +77,7 @@ class Zoo(SharedZoo):
     ) -> Zoo:
         """Start an empty zoo in a new or empty folder, or one that holds one of the checkpoints ``among``.
 
-        The first checkpoint that is added sets the ``structure``, unless it is given.
+        Without a ``structure`` the first checkpoint sets it.
 
         Raises:
             InputError: there is a zoo, or anything else, or the folder cannot be written.
@@ -118,6 +118,32 @@ class Zoo(SharedZoo):
         if repair and zoo.entries and content.structure is None:
             zoo._write_description()
         return zoo
+
+    @classmethod
+    def from_hub(cls, repo: str, path: Path | str | None = None, **options: Any) -> Zoo:
+        """Open a zoo that lies on the Hugging Face hub.
+
+        Args:
+            repo: id of the data set, ``name/zoo``.
+            path: a new folder for it; without one it lies in the hub's cache of assets, and is fetched once a commit.
+            options: as of `tokenization.zoo.hub.pull`.
+
+        Raises:
+            InputError: there is no such zoo, it cannot be fetched, or it names files outside itself.
+        """
+        return cls.open(fetch_zoo(repo, None if path is None else Path(path), **options))
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Publish the zoo as the data set ``name/zoo``, adopted checkpoints with it; paths of this machine stay out.
+
+        ``options`` are ``private``, ``branch``, ``token`` and ``message`` (`tokenization.zoo.hub.publish`).
+
+        Raises:
+            InputError: the zoo is empty or damaged, or the hub refuses or cannot be reached.
+        """
+        checkpoints = [(entry, self.checkpoint(index)) for index, entry in enumerate(self.entries)]
+        content = Description(self.task, self.condition, self.runs, self.structure)
+        return publish_zoo(self.path, content, checkpoints, repo, **options)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -186,22 +212,18 @@ class Zoo(SharedZoo):
         split: str = "train",
         source: str = "",
     ) -> ZooEntry:
-        """Write a state dict into the zoo and list it.
-
-        Args:
-            state_dict: the tensors; the first one sets the structure of the zoo.
-            run, step, condition, metrics, split, source: as in `ZooEntry`.
+        """Write a state dict into the zoo and list it; the first one sets the structure, the rest is as in `ZooEntry`.
 
         Raises:
             InputError: another structure, NaN or infinity, a wrong condition, no space; the zoo is as it was.
         """
-        path = free_place(self.path / "checkpoints", len(self), state_dict)
+        path = _free_place(self.path / "checkpoints", len(self), state_dict)
         saved = path.exists()  # by a collection that was killed before it listed it
         where = source or str(path)
         numbers = condition if condition is None else [float(value) for value in condition]
+        fields = {"run": run, "step": step, "condition": numbers, "split": split, "source": source}
         file = path.relative_to(self.path).as_posix()
-        fields = {"file": file, "run": run, "step": step, "condition": numbers, "split": split, "source": source}
-        entry = entry_of({**fields, "metrics": dict(metrics or {})}, where)
+        entry = entry_of({**fields, "file": file, "metrics": dict(metrics or {})}, where)
         require_condition(self.condition, entry.condition, where)
         tensors = check_tensors(state_dict, where)
         comparison = self._compared() or Comparison(self._structure or Structure.of_state_dict(tensors))
@@ -224,9 +246,7 @@ class Zoo(SharedZoo):
         return entry
 
     def extend(self, entries: Sequence[ZooEntry]) -> None:
-        """List checkpoints that are in place already, all or none of them.
-
-        The caller vouches for their structure and values; `verify` checks them at any time.
+        """List checkpoints that are in place already, all or none; their structure and values are not checked.
 
         Raises:
             InputError: a file is missing or out of bounds, is listed already, or the disk refuses.
@@ -272,15 +292,11 @@ class Zoo(SharedZoo):
             checkpoint = Checkpoint.open(self.file(index))  # not kept: a whole zoo would stay in memory
             comparison.add_checkpoint(checkpoint, str(checkpoint.path))
             if entry.sha256 and (found := digest_of(checkpoint)) != entry.sha256:
-                raise InputError(
-                    f"{checkpoint.path} has digest {found[:12]}…, but another as collected; collect it again"
-                )
+                what = f"{checkpoint.path} has digest {found[:12]}…, but another as collected"
+                raise InputError(f"{what}; collect it again")
 
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of the structure and of every file's digest in the order of the entries.
-
-        It costs no reading: the files' digests were taken when they were collected.
-        """
+        """SHA-256 (hexadecimal) of the structure and of every file's recorded digest, in the entries' order."""
         digests = [json.dumps(self.structure.to_json()), *(self.digest_of(index) for index in range(len(self)))]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -321,3 +337,13 @@ class Zoo(SharedZoo):
     def _write_description(self) -> None:
         structure = self.structure if self.entries else self._structure
         Description(self.task, self.condition, self.runs, structure).write(self.path / "zoo.json")
+
+
+def _free_place(folder: Path, number: int, state_dict: StateDict) -> Path:
+    """The first ``000000.safetensors`` from ``number`` on that is not there, or holds these very tensors."""
+    while (path := folder / f"{number:06d}.safetensors").exists():
+        with contextlib.suppress(InputError):
+            if same_tensors(Checkpoint.open(path).state_dict(), state_dict):
+                break
+        number += 1
+    return path

@@ -14,6 +14,7 @@ from tokenization.errors import InputError
 from tokenization.layout.canonical import find_pairs
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
+from tokenization.layout.rows import read_rows
 from tokenization.layout.verify import verify_round_trip
 from tokenization.lora.adapter import CONFIG_NAME, product_distance
 from tokenization.zoo.zoo import Zoo
@@ -128,7 +129,7 @@ def test_a_saved_layout_encodes_the_same(form: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(new), layout.encode(new))
     ids = torch.arange(layout.num_tokens)
     cached = sorted((tmp_path / "zoo" / "cache").iterdir())
-    assert torch.equal(loaded.read_tokens(zoo, range(5), ids), layout.read_tokens(zoo, range(5), ids))
+    assert torch.equal(read_rows(loaded, zoo, range(5), ids), read_rows(layout, zoo, range(5), ids))
     assert sorted((tmp_path / "zoo" / "cache").iterdir()) == cached
 
 
@@ -159,7 +160,7 @@ def test_the_cache_is_used_and_may_be_deleted(tmp_path: Path, monkeypatch: pytes
     again = Zoo.open(zoo.path)
     layout = TokenLayout.fit(again, options("aligned"))
     ids = torch.arange(layout.num_tokens)
-    assert torch.equal(layout.read_tokens(again, [2], ids)[0], expected)
+    assert torch.equal(read_rows(layout, again, [2], ids)[0], expected)
     assert files.keys() == set(cache.iterdir())
 
 
@@ -170,7 +171,7 @@ def test_a_zoo_that_cannot_be_written_is_read_all_the_same(tmp_path: Path) -> No
     (tmp_path / "other" / "cache").write_text("in the way")
     layout = TokenLayout.fit(other, options("aligned"))
     ids = torch.arange(layout.num_tokens)
-    assert torch.equal(layout.read_tokens(other, [1], ids)[0], expected)
+    assert torch.equal(read_rows(layout, other, [1], ids)[0], expected)
     assert (tmp_path / "other" / "cache").read_text() == "in the way"
 
 

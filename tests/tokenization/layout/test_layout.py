@@ -124,7 +124,7 @@ def test_constants_ties_order_and_dtypes_come_back(zoo: Zoo):
     assert decoded["head.weight"] is decoded["embed.weight"]
     for name, tensor in original.items():
         assert (decoded[name].dtype, decoded[name].shape) == (tensor.dtype, tensor.shape)
-    assert set(layout.constants) == {"bn.num_batches_tracked", "ids"}
+    assert set(layout.constant_specs) == {"bn.num_batches_tracked", "ids"}
     # Counters are the base checkpoint's, whichever checkpoint the tokens came from.
     assert layout.decode(layout.encode(zoo.checkpoint(2)))["bn.num_batches_tracked"] == 7
     decoded["ids"].fill_(9)
@@ -137,7 +137,7 @@ def test_decode_batch_equals_decode_and_is_differentiable(zoo: Zoo):
         tokens = torch.stack([layout.encode(zoo.checkpoint(i), torch.float64) for i in range(3)])[None]
         tokens.requires_grad_()
         batch = layout.decode_batch(tokens)
-        assert set(batch) | set(layout.constants) == set(layout.names)
+        assert set(batch) | set(layout.constant_specs) == set(layout.names)
         assert batch["head.weight"] is batch["embed.weight"]
         for i in range(3):
             for name, tensor in layout.decode(tokens[0, i]).items():
@@ -145,7 +145,7 @@ def test_decode_batch_equals_decode_and_is_differentiable(zoo: Zoo):
                     torch.testing.assert_close(batch[name][0, i].to(tensor.dtype), tensor, rtol=0, atol=0)
         whole = layout.decode_batch(tokens, constants=True)
         assert list(whole) == list(layout.names)
-        for name, constant in layout.constants.items():
+        for name, constant in ((name, layout.constant(name)) for name in layout.constant_specs):
             assert whole[name].dtype == constant.dtype
             torch.testing.assert_close(whole[name], constant.expand(1, 3, *constant.shape), rtol=0, atol=0)
         sum(tensor.sum() for tensor in batch.values()).backward()

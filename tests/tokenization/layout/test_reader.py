@@ -12,6 +12,7 @@ from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout import rows as rows_module
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.reader import TokenReader
+from tokenization.layout.rows import read_rows
 from tokenization.zoo.zoo import Zoo
 
 CUTS = [("layer", False), ("layer", True), ("channel", False), ("channel", True), ("flat", False)]
@@ -52,7 +53,7 @@ def test_rows_are_those_of_encode(zoo: Zoo, monkeypatch, normalization, flatten,
         reader = TokenReader(zoo, layout, cache_bytes)
         assert torch.equal(reader.read(checkpoint_ids, shared), encoded[checkpoint_ids][:, shared])
         assert torch.equal(reader.read(checkpoint_ids.tolist(), own), encoded[checkpoint_ids[:, None], own])
-    assert torch.equal(layout.read_tokens(zoo, [1], range(layout.num_tokens))[0], encoded[1])
+    assert torch.equal(read_rows(layout, zoo, [1], range(layout.num_tokens))[0], encoded[1])
 
 
 def test_no_rows_are_no_error(zoo: Zoo):

@@ -119,7 +119,7 @@ def test_coefficients_have_unit_size_and_training_reads_no_checkpoint(zoo, kind,
     rows = reader.read(range(len(zoo)), range(layout.num_tokens))
     assert torch.allclose(rows.square().mean((0, 2)), torch.ones(layout.num_tokens), atol=1e-5)
     assert torch.equal(reader.read([3], [[layout.num_tokens - 1, 0]])[0], rows[3, [layout.num_tokens - 1, 0]])
-    layout.checkpoint = None  # type: ignore[assignment, method-assign]
+    layout.cut.checkpoint = None  # type: ignore[assignment, method-assign]
     assert torch.equal(reader.read([5], [0]), rows[5:6, :1])
 
 
