@@ -35,9 +35,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; put it in place when the block ends without an error.
 
     The bytes are on the disk (fsync) before the name is. After an error or a kill ``path`` is as it was.
-
-    Raises:
-        InputError: the file cannot be written (no space, no permission, a folder in its place).
+    Raises InputError if the file cannot be written (no space, no permission, a folder in its place).
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -54,9 +52,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
     All its files are on the disk before the name is. A folder that was there is moved aside, removed only when the
     new one is in place, and brought back by `recover_folder` if the process was killed in between. Parents are made.
-
-    Raises:
-        InputError: the folder cannot be written (no space, no permission, a file in its place).
+    Raises InputError if the folder cannot be written (no space, no permission, a file in its place).
     """
     path = Path(path)
     if path.is_symlink():
@@ -123,8 +119,7 @@ def write_text(path: Path | str, text: str) -> None:
 def json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects in the text of a JSONL file, each after where it stands, ``FILE: line 3``; empty lines are left out.
 
-    Raises:
-        InputError: a line is not a JSON object; names the line.
+    Raises InputError that names a line which is not a JSON object.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

@@ -57,8 +57,7 @@ def checkpoint_writer(path: Path | str, layout: Layout, metadata: Mapping[str, s
 def with_sparsity(layout: Layout, sparsity: float | None) -> Layout:
     """The layout, that stores pruned weights of another share of zeros; None for the zoo's own.
 
-    Raises:
-        InputError: nothing is pruned, or it is not a share.
+    Raises InputError if nothing is pruned, or it is not a share.
     """
     if sparsity is None:
         return layout

@@ -1,7 +1,7 @@
 """One checkpoint on disk: opened lazily by memory map, checked before use, saved atomically.
 
-A checkpoint is a safetensors file, a sharded one with its index, or a folder that holds either (a PEFT adapter, a
-timm or transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alone, to be converted once.
+It is a safetensors file, a sharded one with its index, or a folder that holds either (a PEFT adapter, a timm or
+transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alone, to be converted once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Checkpoint:
         order: every key of the state dict, aliases included.
         ordered: whether the file records that order; without it names are sorted, ``block.2`` before ``block.10``.
         metadata: the strings in the header, ``rpg.order`` and ``rpg.ties`` left out.
-        sizes: the files the values lie in, and their sizes in bytes.
+        sizes: bytes of each file the values lie in.
     """
 
     def __init__(
@@ -82,8 +82,7 @@ class Checkpoint:
     def open(cls, path: Path | str) -> Checkpoint:
         """Read and check the header(s); no values are read.
 
-        Raises:
-            InputError: there is no checkpoint, or it is truncated, inconsistent, or of an unknown dtype.
+        Raises InputError if there is no checkpoint, or it is truncated, inconsistent, or of an unknown dtype.
         """
         path = Path(path)
         if pickled := pickled_files(path):
@@ -100,11 +99,7 @@ class Checkpoint:
 
     @classmethod
     def without_values(cls, state_dict: Mapping[str, Tensor], path: Path) -> Checkpoint:
-        """The names, dtypes, shapes and ties of a state dict, as a checkpoint whose values cannot be read.
-
-        Args:
-            state_dict: the tensors; they may be on the meta device.
-        """
+        """Names, dtypes, shapes and ties of a state dict (on the meta device, too): its values cannot be read."""
         ties = find_ties(state_dict)
         tensors = {
             name: TensorInfo(name, tensor.dtype, tuple(tensor.shape), path, 0)
@@ -119,11 +114,9 @@ class Checkpoint:
         return {name: info.spec for name, info in self.tensors.items()}
 
     def arranged(self, ties: Mapping[str, str], not_finite: Collection[str] = ()) -> Checkpoint:
-        """The same with these ties in place of its own: copies are dropped, and what it left out is put in.
+        """The same with the ties ``{alias: stored name}`` alone: copies are dropped, what was left out is put in.
 
-        Args:
-            ties: ``{alias: stored name}``; what is tied has the same values.
-            not_finite: tensors known to hold NaN or infinite values.
+        ``not_finite`` are tensors known to hold NaN or infinite values.
         """
         order = [*self.order, *(alias for alias in ties if alias not in self.order)]
         order += [name for name in dict.fromkeys(ties.values()) if name not in order]
@@ -136,10 +129,7 @@ class Checkpoint:
         return Checkpoint(self.path, tensors, dict(ties), order, self.ordered, self.metadata, self.sizes)
 
     def flat(self, name: str) -> Tensor:
-        """All values of a tensor, ``[num_values]`` of the stored dtype, in the memory map: no copy is made.
-
-        Writing into it changes this process's view, never the file.
-        """
+        """All values of a tensor, ``[num_values]`` of the stored dtype, in the private memory map: no copy is made."""
         info = self.info(name)
         data = self._map(info.file)[info.offset : info.offset + info.num_bytes]
         if info.offset % info.dtype.itemsize:  # only foreign writers leave tensors unaligned
@@ -163,10 +153,7 @@ class Checkpoint:
         return state_dict
 
     def release(self, name: str, first: int = 0, last: int | None = None) -> None:
-        """Drop the pages of values ``[first, last)`` of a tensor from this process; reading maps them again.
-
-        The file's bytes stay in the system's cache. Does nothing where the system has no ``madvise``.
-        """
+        """Drop the pages of values ``[first, last)`` from this process, where it can; reading maps them again."""
         info = self.tensors[name]
         if info.offset % info.dtype.itemsize:  # an unaligned tensor is a copy, not the map
             return
@@ -221,12 +208,11 @@ def read_weights(path: Path | str, chosen: Chosen = AS_FOUND) -> Weights:
 
     Args:
         path: safetensors, a pickle, shards of either, or a folder that holds one.
-        chosen: which of several sets of weights, and the prefix to cut off.
 
     Raises:
         NoWeightsError: it is read and holds no weights.
-        InputError: there is no checkpoint, a broken one, one of another program or with several sets of weights; a
-            pickle that holds code is refused, not run.
+        InputError: there is no checkpoint, a broken one, one of another program, several sets of weights and none
+            chosen, or a pickle that holds code, which is not run.
     """
     path = Path(path)
     if pickled := pickled_files(path):
@@ -247,11 +233,7 @@ def has_plain_names(checkpoint: Checkpoint, chosen: Chosen) -> bool:
 
 
 def pickled_files(path: Path) -> list[Path]:
-    """The pickles that ``path`` (a pickle or a folder with no safetensors but pickles) stands for; else none.
-
-    Raises:
-        InputError: the file is of another program's format.
-    """
+    """The pickles that ``path``, one or a folder of them, stands for. Raises InputError for foreign formats."""
     if path.is_file():
         if path.name.endswith(".bin.index.json"):
             return shards_of(read_json(path), path)

@@ -74,13 +74,9 @@ _TF_INDEX_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
 
 def kind_of(path: Path) -> Kind:
-    """What a file is.
+    """What a file is; ``unknown`` if neither content nor suffix tell, or it cannot be opened.
 
-    Returns:
-        ``unknown`` if neither content nor suffix tell, or the file cannot be opened.
-
-    Raises:
-        InputError: it is of a format that is not read, which is named with a cure.
+    Raises InputError, with a cure, if it is of a format that is not read.
     """
     try:
         size = path.stat().st_size
@@ -228,8 +224,7 @@ class InertArray(Inert):
 def load_inert(path: Path) -> Any:
     """What a pickle holds: tensors on the CPU, memory-mapped where the file allows it, containers, numbers, `Inert`.
 
-    Raises:
-        InputError: the file names functions that run programs (they are not run), is truncated or no pickle.
+    Raises InputError if it names functions that run programs (they are not run), is truncated or no pickle.
     """
     try:
         if zipfile.is_zipfile(path):

@@ -136,11 +136,7 @@ def locate(path: Path) -> Path:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header(s) of a safetensors file or of the shards that an index JSON names.
-
-    Raises:
-        InputError: the file is unreadable, truncated or contradicts itself.
-    """
+    """Read the header(s) of a safetensors file or of the shards that an index names. Raises InputError if broken."""
     return _read_index(path) if path.suffix == ".json" else _read_file(path)
 
 
@@ -197,8 +193,7 @@ def weight_map(index: Any) -> dict[str, str]:
 def shards_of(index: Any, path: Path) -> list[Path]:
     """The shards that the content of the index JSON at ``path`` names.
 
-    Raises:
-        InputError: there are none, or one is not a file of the same folder; names a tensor in it.
+    Raises InputError if there are none, or one is not a file of the same folder; names a tensor in it.
     """
     names = {shard: name for name, shard in reversed(weight_map(index).items())}
     if not names:

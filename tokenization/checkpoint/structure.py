@@ -32,7 +32,6 @@ class Structure:
     """Names, dtypes and shapes of the stored tensors in the order of the state dict, and the ties between keys.
 
     Attributes:
-        tensors: dtype and shape by name.
         ties: ``{alias: stored name}``.
         ordered: whether the order is the state dict's own, and not that of sorted names.
         not_finite: floating tensors with NaN or infinite values, the same in every checkpoint.
@@ -86,8 +85,7 @@ class Structure:
             found: of another checkpoint; what it ties may be copies here, and the other way round.
             keys: further ones that ``found`` has, as copies of others.
 
-        Raises:
-            InputError: names the file ``where``, the first tensor that differs, and what both sides hold.
+        Raises InputError that names the file ``where``, the first tensor that differs, and what both sides hold.
         """
         if fault := self._difference(found, keys):
             name, what, cure = fault
@@ -184,17 +182,10 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def cut_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """The mask of the highest scores.
+    """Which weights live, bool in the shape of ``scores``: those of the highest scores, of equal ones the earlier.
 
     Args:
-        scores: of any shape; the higher, the sooner a weight lives. Ties go to the earlier place.
-        sparsity: share of weights that are zero, 0 … 1; their number is rounded to the nearest whole one.
-
-    Returns:
-        bool, of the shape of ``scores``: whether each weight lives.
-
-    Raises:
-        InputError: the share is not in 0 … 1.
+        sparsity: share of weights that are zero, 0 … 1; their number is rounded. Raises InputError for others.
     """
     if not 0 <= sparsity <= 1:
         raise InputError(f"sparsity is {sparsity}, but it is a share of zeros; give one of 0 to 1")
@@ -208,9 +199,8 @@ def share_out(total: int, shares: Sequence[float], sizes: Sequence[int]) -> list
     """``total`` living weights among tensors, in proportion to their shares, none above its size.
 
     Args:
-        total: 0 … the sum of ``sizes``.
         shares: of each tensor, above 0; what does not fit into one goes to the others.
-        sizes: values of each tensor.
+        sizes: values of each tensor, of a sum of ``total`` or more.
 
     Returns:
         whole numbers that sum to ``total``; largest remainders are rounded up.

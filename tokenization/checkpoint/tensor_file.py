@@ -22,14 +22,10 @@ from tokenization.files import synchronise, temporary_name, writing_failed
 
 
 def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """Lay out a safetensors file.
+    """Lay out a safetensors file: its first bytes (length and header), each tensor's offset and its size in bytes.
 
-    The library's own writer puts the metadata in random order; here the same input gives the same bytes.
-
-    Returns:
-        The bytes that the file begins with (length and header), the offset of every tensor in the file and the size
-        of the file, in bytes. Wider dtypes come first, so that every tensor is aligned; within a dtype the order is
-        kept.
+    The library's own writer puts the metadata in random order; here the same input gives the same bytes. Wider dtypes
+    come first, so that every tensor is aligned; within a dtype the order is kept.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offsets: dict[str, int] = {}
@@ -183,8 +179,7 @@ def save_checkpoint(
         ties: ``{alias: stored name}`` in addition to those found: keys whose tensors are the same memory.
         materialize_ties: store aliases as copies instead, so that any loader finds every key in the file.
 
-    Raises:
-        InputError: a tensor cannot be stored, a tie is wrong, or the disk refuses; ``path`` is then as it was.
+    Raises InputError if a tensor cannot be stored, a tie is wrong, or the disk refuses; ``path`` is then as it was.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

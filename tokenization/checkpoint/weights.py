@@ -92,13 +92,9 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> Weights:
 def plain_names(names: Sequence[str], path: Path, chosen: Chosen, shapes: Mapping[str, tuple[int, ...]]) -> Renamed:
     """What tensors are called in the network itself, without what wrappers, compilers and averages add.
 
-    Args:
-        names: keys of the state dict.
-        chosen: the prefix to cut off.
-        shapes: of the tensors, where they are known.
+    ``shapes`` are those of the tensors, where they are known.
 
-    Raises:
-        InputError: two tensors would have one name, or a name lacks the prefix to cut off.
+    Raises InputError if two tensors would have one name, or a name lacks the prefix to cut off.
     """
     notes = []
     kept = [name for name in names if name != "n_averaged"]

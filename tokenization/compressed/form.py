@@ -1,7 +1,7 @@
 """The compressed weights of a zoo: found, brought into the form that becomes tokens, and stored again.
 
-In that form each is two tensors of floats (`tokenization.compressed.parts`), whatever it is on disk; they are computed
-once and kept in the zoo's folder ``cache``. Everything else a checkpoint holds stays as it is.
+In that form each is two tensors of floats (`tokenization.compressed.parts`), computed once and kept in the zoo's
+folder ``cache``. Everything else a checkpoint holds stays as it is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ VERSION = 1
 class Compressed(Form):
     """Brings checkpoints of one structure into the form of tokens, and state dicts back into the zoo's.
 
-    Attributes:
-        sparsity: share of zeros among the pruned weights of what is stored again; the zoo's when None.
+    ``sparsity`` is the share of zeros among the pruned weights of what is stored again; the zoo's when None.
     """
 
     def __init__(self, parts: Sequence[Part], order: Sequence[str]) -> None:
@@ -46,13 +45,9 @@ class Compressed(Form):
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, zeros: Sequence[str] = ()) -> Compressed | None:
-        """The compressed weights of one checkpoint; None without any.
+        """The compressed weights of one checkpoint; None without. The zeros of tensors like ``zeros`` are masks.
 
-        Args:
-            zeros: glob patterns of weights whose zeros are their mask.
-
-        Raises:
-            InputError: a pattern fits nothing, sizes contradict each other, or a compressed weight is tied.
+        Raises InputError if a pattern fits nothing, sizes contradict each other, or a compressed weight is tied.
         """
         for pattern in zeros:
             if not any(fits(name, pattern, checkpoint.tensors) for name in checkpoint.tensors):
@@ -137,11 +132,7 @@ class Compressed(Form):
         )
 
     def expand(self, network: StateDict) -> dict[str, Tensor]:
-        """A state dict, as it is stored, in this form.
-
-        Raises:
-            InputError: a tensor is missing, or is not a mask, no scale, or of other indices.
-        """
+        """A state dict, as it is stored, in this form. Raises InputError if a tensor is missing or broken."""
         missing = [name for part in self.parts for name in part.stored if name not in network]
         if missing:
             what = f"tensor {missing[0]!r} is missing from the state dict"
@@ -197,11 +188,7 @@ class Compressed(Form):
 
 
 def dense(network: StateDict) -> StateDict:
-    """A state dict with what a network computes with in place of pruned and quantised weights, if it has any.
-
-    Raises:
-        InputError: masks, scales or indices are broken.
-    """
+    """A state dict with dense weights in place of any compressed ones. Raises InputError if those are broken."""
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in network.items()}
     parts = find_parts(specs, lambda name: network[name].tolist())
     if not parts:
@@ -213,13 +200,8 @@ def dense(network: StateDict) -> StateDict:
 class CompressedWriter:
     """`CheckpointWriter` for compressed weights: a mask is cut once all of its logits are there.
 
-    One network, in the form of its tokens, is in memory while the file is closed.
-
-    Args:
-        open_writer: a writer of the tokens' own form, given a path.
-
-    Raises:
-        InputError: the disk is full or refuses; nothing is left behind.
+    One network, in the form of its tokens, is in memory while the file is closed. ``open_writer`` writes that form.
+    Raises InputError as it does.
     """
 
     def __init__(

@@ -33,13 +33,9 @@ LARGEST = {8: 127, 4: 7}
 
 
 def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of a weight ``[out, …]`` and its scales ``[out]``: a channel's largest value is the last code.
+    """Symmetric codes of a weight ``[out, …]`` for 8 or 4 bits, and its scales ``[out]``; weight ≈ codes · scale.
 
-    Args:
-        bits: 8 or 4.
-
-    Returns:
-        codes, float32 whole numbers of the weight's shape, and scales; weight ≈ codes · scale.
+    Codes are whole numbers in float32; a channel's largest value gets the last one.
     """
     largest = weight.detach().flatten(1).abs().amax(1)
     scale = (largest / LARGEST[bits]).clamp(min=torch.finfo(weight.dtype).tiny)
@@ -65,11 +61,7 @@ def unpacked(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...], where: str) -> tuple[Tensor, ...]:
-    """A dense tensor of values, and its mask, from compressed rows; foreign indices may be anything.
-
-    Raises:
-        InputError: they do not fit; ``where`` says of what.
-    """
+    """A dense tensor of values and its mask from compressed rows. Raises InputError where indices do not fit."""
     width, counts, columns = math.prod(shape[1:]), rows.long().diff(), columns.long()
     whole = int(rows[0]) == 0 and int(rows[-1]) == len(columns) and bool((counts >= 0).all())
     inside = whole and bool(((columns >= 0) & (columns < width)).all())
@@ -127,14 +119,9 @@ class Part:
         return {f"{self.name}_codes": (torch.float32, self.shape), f"{self.name}_scale": scale}
 
     def expand(self, read: Read, where: str = "the state dict") -> tuple[Tensor, Tensor]:
-        """Stored tensors → the two that become tokens.
+        """Stored tensors, which ``read`` gives by name in any shape, → the two that become tokens.
 
-        Args:
-            read: gives a stored tensor by name, in any shape.
-            where: what to call the checkpoint in errors.
-
-        Raises:
-            InputError: a mask of other values than 0 and 1, indices that do not fit, a scale that is not positive.
+        Raises InputError of ``where`` for mask values beside 0 and 1, indices that do not fit, scales of 0 or less.
         """
         found = []
         for name, (_, shape) in self.stored.items():
@@ -158,11 +145,9 @@ class Part:
         return torch.where(mask, values, torch.zeros((), dtype=values.dtype)), mask.float() * 2 - 1
 
     def restore(self, first: Tensor, second: Tensor, alive: int | None = None) -> dict[str, Tensor]:
-        """Values and mask logits, or codes and log scales, of ``shape`` → the stored tensors.
+        """Values and mask logits, or codes and log scales, of ``shape`` → the stored tensors: cut, rounded and clipped.
 
-        Args:
-            first, second: what became tokens, or was made of them: masks are cut, codes rounded and clipped.
-            alive: how many values live; when None, as many as in the zoo, or those above 0 where that differs.
+        ``alive`` values live; when None, as many as in the zoo, or those above 0 where that differs.
         """
         if not self.pruned:
             most = LARGEST[8 if self.kind == "int8" else 4]
@@ -222,11 +207,7 @@ class Part:
 
 
 def new_part(kind: Kind, name: str, weight: Tensor, alive: int = 0) -> Part:
-    """How a dense weight ``[out, …]`` is stored anew: indices int32, masks and scales in its own dtype.
-
-    Args:
-        alive: how many of its values shall live.
-    """
+    """How a dense weight ``[out, …]`` of ``alive`` values is stored: indices int32, masks and scales in its dtype."""
     out, rest = weight.shape[0], weight[0].numel()
     shape = (torch.int64, (weight.ndim,))
     scale = (weight.dtype, (out,))
@@ -249,12 +230,10 @@ def find_parts(
     """The compressed weights among tensors, by names, dtypes and shapes.
 
     Args:
-        specs: dtype and shape of each stored tensor.
         shape_of: reads a ``w_shape``.
         zeros: names of weights whose zeros are their mask.
 
-    Raises:
-        InputError: sizes that contradict each other.
+    Raises InputError if sizes contradict each other.
     """
     parts = []
     for name, (_, shape) in specs.items():

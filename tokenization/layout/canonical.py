@@ -1,8 +1,7 @@
 """Adapters whose LoRA pairs all have one form, so that the runs of a zoo compare value by value.
 
-The canonical factors of a zoo's adapters are computed once and kept in its folder ``cache``; tokens are read from them
-as from any other file. A pair keeps its product ``B A`` up to the rounding of the stored dtype; whatever else an
-adapter holds (DoRA magnitudes, biases) stays as it is.
+The factors are computed once and kept in the zoo's folder ``cache``. A pair keeps its product ``B A`` up to the
+rounding of the stored dtype; whatever else an adapter holds (DoRA magnitudes, biases) stays as it is.
 """
 
 from __future__ import annotations
@@ -45,10 +44,7 @@ Pair = tuple[Layer, Layer]
 
 
 def find_pairs(layers: Sequence[Layer]) -> tuple[Pair, ...]:
-    """The pair of each LoRA update of a linear or embedding layer.
-
-    Those of convolutions are left out: in a grouped one the components cannot be mixed.
-    """
+    """The pair of each LoRA update of a linear or embedding layer; in grouped convolutions components cannot mix."""
     by_name = {layer.name: layer for layer in layers}
     pairs = []
     for a in layers:
@@ -66,12 +62,9 @@ def no_product(zoo: Zoo) -> str | None:
 
 
 class Canonical(Form):
-    """Brings adapters of one structure into canonical form.
+    """Brings the ``pairs`` of adapters of one structure into the form ``svd`` or ``aligned``.
 
-    Args:
-        form: ``svd`` or ``aligned``.
-        pairs: as `find_pairs` gives them.
-        reference: of ``aligned``, what pairs are rotated to, float32 under `reference_name`; None for ``svd``.
+    ``reference`` is what pairs are rotated to, float32 under `reference_name`; None for ``svd``.
     """
 
     def __init__(self, form: CanonicalForm, pairs: Sequence[Pair], reference: TensorSource | None) -> None:
@@ -84,8 +77,7 @@ class Canonical(Form):
     def fit(cls, zoo: Zoo, indices: Sequence[int], layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:
         """The form that ``options.lora_canonical`` names for a zoo; None without it, or where there are no pairs.
 
-        Raises:
-            InputError: the adapters are of a variant of LoRA whose pairs are not simply multiplied.
+        Raises InputError if the adapters are of a variant of LoRA whose pairs are not simply multiplied.
         """
         pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
         if not pairs:

@@ -41,7 +41,7 @@ class LayoutDescription:
         constant_specs: ``{name: (dtype, shape)}`` of the tensors outside the tokens.
         canonical: the form that LoRA pairs are brought into before they are cut, if any; ``decode`` gives that form.
         compressed: pruned and quantised weights, if any: the names above are of their tokens, ``decode`` stores them.
-        copied: those outside the tokens that differ in the zoo, and of which every network has the base's.
+        copied: constants that differ in the zoo, and of which every network has the base's.
     """
 
     def __init__(
@@ -171,13 +171,9 @@ class LayoutDescription:
 
 @dataclass
 class LayerGroup:
-    """All layers of one kind. Over all groups, ``tokens`` add up to L and ``values + padding`` to ``L * D``.
+    """All layers of one kind: how many tensors, their values, tokens that begin in them, places left empty after them.
 
-    Attributes:
-        tensors: how many they are.
-        values: how many values they hold.
-        tokens: tokens that begin in them.
-        padding: places left empty after them.
+    Over all groups, ``tokens`` add up to L and ``values + padding`` to ``L * D``.
     """
 
     kind: str
@@ -246,13 +242,9 @@ def save_layout(layout: LayoutDescription, folder: Path) -> None:
 
 
 def load_layout(folder: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote.
+    """The arguments of `LayoutDescription`, as saved; means and constants stay in the file until they are used.
 
-    Returns:
-        the arguments of `LayoutDescription`; means and constants stay in the file until they are used.
-
-    Raises:
-        InputError: a file is missing, damaged, or of another version.
+    Raises InputError if a file is missing, damaged, or of another version.
     """
     path = folder / LAYOUT_FILE
     if not path.is_file():

@@ -84,11 +84,7 @@ class TokenLayout(LayoutDescription):
 
     @classmethod
     def without_statistics(cls, checkpoint: Checkpoint, options: TokenOptions) -> TokenLayout:
-        """The layout of a single checkpoint, without statistics: as with normalization ``none``.
-
-        Raises:
-            InputError: patterns that fit nothing, a tensor of a dtype that cannot be tokenised.
-        """
+        """The layout of a single checkpoint, not measured, as with normalization ``none``; errors as of ``fit``."""
         compressed = Compressed.find(checkpoint, options.pruned)
         checkpoint = checkpoint if compressed is None else compressed.describe(checkpoint)
         layout = cls._placed(checkpoint, options, checkpoint)
@@ -109,10 +105,8 @@ class TokenLayout(LayoutDescription):
         """Cut a checkpoint or a state dict into normalised tokens ``[L, D]`` of ``dtype``; padding is 0.
 
         LoRA pairs are brought into the layout's canonical form first, compressed weights into that of their tokens.
-
-        Raises:
-            InputError: a tensor is missing or has another shape, or differs in a layer that does not vary in the zoo
-                (such a layer decodes to the zoo's values).
+        Raises InputError if a tensor is missing, has another shape, or differs in a layer that does not vary in the zoo
+        (such a layer decodes to the zoo's values).
         """
         tokens = empty_huge((self.num_tokens, self.token_size), dtype)
         source = source if self.form is None else self.form.apply(source)
@@ -150,9 +144,7 @@ class TokenLayout(LayoutDescription):
         """Tokens ``[L, D]`` of any float dtype and device → the whole state dict on the CPU.
 
         An alias is the very tensor it is tied to; tensors outside the tokens are copies of the base checkpoint's.
-
-        Raises:
-            ValueError: tokens of another shape.
+        Raises ValueError for tokens of another shape.
         """
         require_shape(self, tokens.shape)
         buffer = tokens.detach().cpu().contiguous().view(-1)
@@ -171,10 +163,8 @@ class TokenLayout(LayoutDescription):
     def decode_batch(self, tokens: Tensor, *, constants: bool = False) -> dict[str, Tensor]:
         """Tokens ``[..., L, D]`` → the tokenised tensors ``[..., *shape]``, aliases too, differentiable.
 
-        Dtype and device are the tokens'.
-
-        Args:
-            constants: add the tensors outside the tokens, ``[..., *shape]``, in their own dtype; expanded, not copied.
+        Dtype and device are the tokens'. With ``constants`` also the tensors outside the tokens, ``[..., *shape]`` in
+        their own dtype, expanded and not copied.
 
         Raises:
             ValueError: tokens of another shape.
@@ -210,11 +200,7 @@ class TokenLayout(LayoutDescription):
 
     @classmethod
     def load(cls, folder: Path | str) -> TokenLayout:
-        """Read what ``save`` wrote; means and constants stay in the file until they are used.
-
-        Raises:
-            InputError: a file is missing, damaged, or of another version.
-        """
+        """Read what ``save`` wrote. Raises InputError if a file is missing, damaged, or of another version."""
         return cls(**load_layout(Path(folder)))
 
     def _values(self, source: Checkpoint | Mapping[str, Tensor], layer: Layer) -> Tensor:
@@ -274,8 +260,7 @@ def copied_constants(
 ) -> tuple[str, ...]:
     """The tensors, counters apart, that the options keep out of the tokens although checkpoints differ in them.
 
-    Raises:
-        InputError: a tensor differs that the options do not leave out; names it and two files.
+    Raises InputError that names a tensor which differs and is not left out, and two files.
     """
     first, tokenised = checkpoints[0], {layer.name for layer in layers}
     names = [name for name in first.tensors if name not in tokenised and first.tensors[name].num_values]

@@ -122,11 +122,9 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of all layers.
+    """Of all layers, as in `LayerStatistics`, ``[K]`` float64; the centre is 0 in ``residual``.
 
-    Attributes:
-        centre, scale, variance_mean: as in `LayerStatistics`, ``[K]`` float64; the centre is 0 in ``residual``.
-        means: per-parameter means under ``centre.<layer name>`` (``residual``), else None.
+    ``means`` has the per-parameter means under ``centre.<layer name>`` (``residual``), else it is None.
     """
 
     normalization: Normalization
@@ -230,11 +228,9 @@ def fitted_statistics(
     normalization: Normalization,
     form: str | None,
 ) -> Statistics:
-    """The statistics of a zoo, from its cache or measured now; errors as of `fit_statistics`.
+    """`fit_statistics` of a zoo's entries ``indices``, from its cache or measured now.
 
-    Args:
-        checkpoints: its entries ``indices`` as they are cut into tokens.
-        form: key of the canonical form that the checkpoints are in, if any.
+    ``checkpoints`` are those entries in the form, of this key, in which they are cut into tokens.
     """
     specs = statistics_specs(layers, normalization)
 
@@ -256,17 +252,14 @@ def fit_statistics(
     write_means: Callable[[str, int, Tensor], None],
     num_threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stream the zoo once and measure every layer. The result does not depend on the number of threads.
+    """Stream checkpoints of one structure once and measure every layer, whatever the number of threads.
 
-    Args:
-        checkpoints: of one structure.
-        write_means: takes name, first place and values of a stretch of per-parameter means, on any thread.
+    ``write_means`` takes name, first place and values of a stretch of per-parameter means, on any thread.
 
     Returns:
         centre, scale and variance_mean, ``[K]`` float64 each.
 
-    Raises:
-        InputError: a value is NaN or infinite; names file and tensor.
+    Raises InputError that names file and tensor where a value is NaN or infinite.
     """
     residual = normalization == "residual"
     measure = _measure_residual if residual else _measure_layer

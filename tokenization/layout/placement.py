@@ -192,8 +192,7 @@ def place_layers(tensors: Sequence[TensorInfo], options: TokenOptions) -> tuple[
 def choose_layers(checkpoint: Checkpoint, options: TokenOptions) -> list[TensorInfo]:
     """The tensors that become tokens: those that can be learned and that the patterns let in, by any of their names.
 
-    Raises:
-        InputError: a pattern fits no tensor, or nothing is left.
+    Raises InputError if a pattern fits no tensor, or nothing is left.
     """
     for field, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:
@@ -239,12 +238,8 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Pieces:
     """Contiguous stretches of single layers that tokens are made of; int64 arrays of one length.
 
-    Attributes:
-        row: which of the asked tokens.
-        layer: layer index.
-        source: first value, counted in the layer.
-        target: first place in the token.
-        length: values.
+    ``row`` is which of the asked tokens, ``layer`` the layer's index, ``source`` the first value, counted in the layer,
+    ``target`` the first place in the token, ``length`` the number of values.
     """
 
     row: np.ndarray

@@ -46,14 +46,11 @@ class TokenReader:
         return num_bytes if num_bytes <= cache_bytes else 0
 
     def read(self, checkpoint_ids: Ids, token_ids: Ids) -> Tensor:
-        """Normalised rows, equal to those of ``encode``.
+        """Normalised rows ``[B, N, D]`` float32, equal to those of ``encode``; padding is 0.
 
         Args:
             checkpoint_ids: entries of the zoo, ``[B]``.
             token_ids: tokens of each, ``[N]``, or of each its own, ``[B, N]``.
-
-        Returns:
-            ``[B, N, D]`` float32; padding is 0.
 
         Raises:
             IndexError: an id out of range.

@@ -129,14 +129,10 @@ class CheckpointWriter:
     """Streams tokens, denormalised, to their places in one safetensors file, and puts it in place on ``close``.
 
     Rows may come in any order and from several processes (send each a pickled copy). Every key of the state dict is
-    in the file, tied ones as copies, so that ``load_state_dict(strict=True)`` takes it as it is.
+    in the file, tied ones as copies, so that ``load_state_dict(strict=True)`` takes it as it is. The header gets
+    ``metadata`` and ``format: pt``, which transformers asks for.
 
-    Args:
-        metadata: strings for the header; ``format: pt`` is added, which transformers asks for.
-        exact: denormalise in float64, as ``decode`` does; in float32 otherwise.
-
-    Raises:
-        InputError: the disk is full or refuses; nothing is left behind.
+    Raises InputError if the disk is full or refuses; nothing is left behind.
     """
 
     def __init__(
@@ -160,14 +156,7 @@ class CheckpointWriter:
             self._put(name, 0, layout.constant(name))
 
     def write(self, first_token: int, rows: Tensor) -> None:
-        """Write tokens ``first_token …``.
-
-        Args:
-            rows: ``[n, D]``, any float dtype and device; padding is ignored.
-
-        Raises:
-            ValueError: the rows do not fit into ``[L, D]``.
-        """
+        """Write tokens ``first_token …``, ``[n, D]`` of any float dtype. Raises ValueError if they do not fit."""
         layout = self.layout
         fits = rows.dim() == 2 and rows.shape[1] == layout.token_size
         if not fits or not 0 <= first_token <= layout.num_tokens - len(rows):
@@ -182,8 +171,7 @@ class CheckpointWriter:
     def close(self) -> None:
         """Put the file in place; in another process's copy, only stop writing.
 
-        Raises:
-            ValueError: a token was never written (the file is then abandoned).
+        Raises ValueError, and abandons the file, if a token was never written.
         """
         if self._file.is_owner:
             missing = self._file.read_extra().find(b"\0")

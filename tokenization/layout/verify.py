@@ -44,13 +44,10 @@ def verify_round_trip(
     """Encode every checkpoint into float64 tokens, decode whole networks, and compare all of them with what is on disk.
 
     LoRA pairs are compared with their canonical form, whose product is compared with that on disk; pruned and quantised
-    weights in the form of their tokens.
+    weights in the form of their tokens. Holds one checkpoint's tokens and values in memory.
 
-    Holds one checkpoint's tokens and values in memory.
-
-    Raises:
-        InputError: names the file and the tensor that does not come back as closely as `TokenLayout` promises, or the
-            pair whose product changes.
+    Raises InputError that names the file and the tensor that comes back less closely than `TokenLayout` promises, or the
+    pair whose product changes.
     """
     num_exact, num_constants = 0, 0
     for index in range(len(zoo)):
@@ -101,8 +98,7 @@ def _num_exact(checkpoint: Checkpoint, layer: Layer, statistics: LayerStatistics
 def _num_constants(checkpoint: Checkpoint, layout: TokenLayout, network: Mapping[str, Tensor]) -> int:
     """How many values outside the tokens are those of a checkpoint; what is known to be another's does not count.
 
-    Raises:
-        InputError: one differs, a key is missing, or a tied one is not a copy.
+    Raises InputError if one differs, a key is missing, or a tied one is not a copy.
     """
     num_same = 0
     for name in checkpoint.order:

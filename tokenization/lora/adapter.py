@@ -51,8 +51,7 @@ def is_adapter(path: Path) -> bool:
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration.
 
-    Raises:
-        InputError: it is missing or broken, or of another kind than LoRA (DoRA is LoRA with ``use_dora``).
+    Raises InputError if it is missing or broken, or of another kind than LoRA (DoRA is LoRA with ``use_dora``).
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -127,16 +126,14 @@ def conversion(
     update holds ``scaling · B A`` as a whole, so that this is right for all of them.
 
     Args:
-        config, expected: of the adapter, and of the other.
-        found_in, expected_in: their folders, for errors.
+        config, expected: of the adapter, and of the other; their folders are for errors.
         names: the tensors of both.
         base: the base of all of them, whatever path each names.
 
     Returns:
         Factor by name of the tensors that change: none where scalings agree.
 
-    Raises:
-        InputError: they cannot mean the same; names the field and both values.
+    Raises InputError that names the field and both values where they cannot mean the same.
     """
     path = found_in / CONFIG_NAME
 
@@ -175,13 +172,10 @@ def conversion(
 def check_adapter_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path) -> None:
     """Check that both factors of every low-rank update are there and of the configured rank.
 
-    Args:
-        shapes: shape by name: ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``; of grouped
-            convolutions B has the rank of one group, of experts both have that of all.
-        config: the adapter's configuration.
+    Shapes by name are ``…lora_A.weight`` ``[rank, in]``, ``…lora_B.weight`` ``[out, rank]``; of grouped convolutions B
+    has the rank of one group, of experts both have that of all.
 
-    Raises:
-        InputError: names the tensor that is missing, empty or of another rank.
+    Raises InputError that names the tensor which is missing, empty or of another rank.
     """
     pairs = 0
     for name, shape in shapes.items():
@@ -233,7 +227,7 @@ def _base(config: Mapping[str, Any]) -> str:
 
 
 def balanced_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The balanced singular value decomposition of ``B A = U Σ Vᵀ``: ``(Σ^½ Vᵀ, U Σ^½)``.
+    """The balanced singular value decomposition of ``B A = U Σ Vᵀ``: ``(Σ^½ Vᵀ, U Σ^½)``, float64.
 
     Singular values descend. Each pair of vectors has the sign that makes ``Σ u |u| + Σ v |v|`` positive, a sum over all
     entries, which small changes of single ones do not turn over. Components below float64's resolution of the product,
@@ -243,9 +237,6 @@ def balanced_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         a: ``[r, in]``, finite, any float dtype.
         b: ``[out, r]``.
-
-    Returns:
-        float64 factors in the shapes of ``a`` and ``b``; their product is ``b @ a`` up to float64 rounding.
     """
     left, right = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
     u, sigma, vh = torch.linalg.svd(left.R @ right.R.T)  # the core, [min(out, r), min(in, r)]
@@ -263,12 +254,8 @@ def align_factors(a: Tensor, b: Tensor, reference_a: Tensor, reference_b: Tensor
     """Rotate factors as near as they come to a reference, their product unchanged (orthogonal Procrustes).
 
     The ``Q`` that minimises ``|Qᵀ A - A₀|² + |B Q - B₀|²`` is ``U Vᵀ`` of ``A A₀ᵀ + Bᵀ B₀ = U S Vᵀ`` (Schönemann 1966).
-    It does not depend on the rotation that the factors come in, so that signs, order and equal singular values no
-    longer matter where the reference tells the components apart.
-
-    Args:
-        a, b: balanced factors, float64.
-        reference_a, reference_b: in their shapes, any float dtype.
+    It does not depend on the rotation that the factors, balanced and float64, come in, so that signs, order and equal
+    singular values no longer matter where the reference tells the components apart.
     """
     u, _, vh = torch.linalg.svd(a @ reference_a.double().T + b.T @ reference_b.double())
     rotation = u @ vh  # [r, r]
@@ -276,12 +263,7 @@ def align_factors(a: Tensor, b: Tensor, reference_a: Tensor, reference_b: Tensor
 
 
 def product_distance(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> tuple[float, float]:
-    """Frobenius norms ``(|B A - B' A'|, |B A|)`` in float64.
-
-    Args:
-        a, other_a: ``[r, in]``.
-        b, other_b: ``[out, r]``.
-    """
+    """Frobenius norms ``(|B A - B' A'|, |B A|)`` in float64 of factors ``[r, in]`` and ``[out, r]``."""
     left = torch.cat([b.double(), other_b.double()], 1)  # [out, 2 r]
     right = torch.cat([a.double(), -other_a.double()])  # [2 r, in]
     return _product_norm(right, left), _product_norm(a.double(), b.double())
@@ -295,17 +277,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class CollectedAdapters:
-    """Compares the adapters of a zoo one after the other.
+    """Compares the adapters of a zoo, which may have some already, one after the other.
 
     PEFT adapters have a configuration. Files for the Stable Diffusion interfaces have none, but an ``alpha`` beside
-    each pair of factors.
+    each pair of factors. ``base`` is the base of all of them, whatever path each names.
 
-    Args:
-        zoo: a zoo that has adapters, whose configuration is the measure; None for a new one.
-        base: the base of all of them, whatever path each names.
-
-    Raises:
-        InputError: the zoo's adapters are of another base.
+    Raises InputError if the zoo's adapters are of another base.
     """
 
     def __init__(self, zoo: Path | None, base: str | None = None) -> None:
@@ -327,8 +304,7 @@ class CollectedAdapters:
     ) -> dict[str, float]:
         """Factors of the next adapter's tensors; empty if it is like the first or not an adapter.
 
-        Raises:
-            InputError: it is not whole, or cannot mean the same as the others.
+        Raises InputError if it is not whole, or cannot mean the same as the others.
         """
         found: dict[str, float] = {}
         if config is not None:
@@ -353,11 +329,7 @@ class CollectedAdapters:
         return found
 
     def finish(self, zoo: Path, say: Callable[[str], None]) -> None:
-        """Say what was converted and which adapters change nothing, and give a new zoo its ``adapter_config.json``.
-
-        Raises:
-            InputError: the disk refuses.
-        """
+        """Report conversions and adapters that change nothing, and give a new zoo its ``adapter_config.json``."""
         if self._rescaled:
             how = "up to the rounding of their dtype" if self._rounded else "exactly"
             say(

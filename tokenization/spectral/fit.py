@@ -1,9 +1,8 @@
 """The directions of a zoo, and the way from coefficients to tokens and back.
 
-They are the eigenvectors of the n × n Gram matrix of every token (or of all together).
-
-With the rows ``X`` ``[n, D]`` of one token, ``X Xᵀ = V Λ Vᵀ`` gives the directions ``Λ^-½ Vᵀ X`` and the checkpoints'
-coefficients ``V Λ^½`` (principal components by the method of snapshots, Sirovich 1987). D × D never appears.
+With the rows ``X`` ``[n, D]`` of one token (or of all together), ``X Xᵀ = V Λ Vᵀ`` gives the directions ``Λ^-½ Vᵀ X``
+and the checkpoints' coefficients ``V Λ^½`` (principal components by the method of snapshots, Sirovich 1987). D × D
+never appears.
 """
 
 from __future__ import annotations
@@ -107,13 +106,9 @@ class Basis:
                 self.directions.release(DIRECTIONS, span.start, span.stop)
 
     def expand(self, coefficients: Tensor, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
-        """Tokens ``first`` to ``last`` from their coefficients, block by block.
+        """Tokens ``first`` to ``last`` from their coefficients ``[..., m, k]``, or from a network's ``[..., 1, k]``.
 
-        Args:
-            coefficients: ``[..., m, k]``, of those tokens; of a network's basis ``[..., 1, k]``, of all of them.
-
-        Yields:
-            which tokens, and their rows ``[..., m', D]`` float32, on the coefficients' device. Differentiable.
+        Yields, in blocks, which tokens, and their rows ``[..., m', D]`` float32, on the same device. Differentiable.
         """
         scale = self.scale.to(coefficients.device, torch.float32)
         scaled = coefficients.float() * (scale[first:last, None] if self.kind == "token" else scale)
@@ -160,11 +155,7 @@ class FittedBasis:
 
 
 def fit_basis(layout: TokenLayout, zoo: Zoo, indices: Sequence[int], options: TokenOptions) -> FittedBasis:
-    """The leading directions of a zoo, from its cache or found now, block by block of tokens.
-
-    Raises:
-        InputError: a single checkpoint, which varies in no direction.
-    """
+    """The leading directions of a zoo, from its cache or found now. Raises InputError for a single checkpoint."""
     if len(indices) < 2:
         raise InputError(f"{zoo.path} has one checkpoint, which varies in no direction; tokens.rank needs two or more")
     subject = [VERSION, zoo.digest(), list(indices), options.cut]

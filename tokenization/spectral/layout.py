@@ -180,10 +180,6 @@ class SpectralReader:
     """Reads coefficients of a zoo's checkpoints: those that the basis was found from are in memory.
 
     Other checkpoints are projected when they are first asked for, and kept. Thread-safe.
-
-    Args:
-        zoo: the checkpoints.
-        layout: as ``SpectralLayout.fit`` made it for this zoo.
     """
 
     def __init__(self, zoo: Zoo, layout: SpectralLayout) -> None:
@@ -212,11 +208,7 @@ class SpectralReader:
 
 
 class SpectralWriter(CheckpointWriter):
-    """`CheckpointWriter` for coefficients: they become tokens block by block on their way to the file.
-
-    Raises:
-        InputError: the disk is full or refuses; nothing is left behind.
-    """
+    """`CheckpointWriter` for coefficients: they become tokens block by block on their way to the file."""
 
     def __init__(self, path: Path | str, layout: SpectralLayout, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(path, layout.cut, metadata, exact=False)

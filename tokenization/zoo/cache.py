@@ -45,8 +45,7 @@ def cached_tensors(
         key: JSON values: all that decides them.
         write: computes tensors of these ``specs`` and writes them into the file.
 
-    Raises:
-        InputError: what ``write`` raises, or no disk has room.
+    Raises InputError where ``write`` does, or no disk has room.
     """
     path = cache_path(zoo, kind, key)
     folders = [path.parent, Path(_scratch().name)] if _scratch.cache_info().currsize else [path.parent]
@@ -88,8 +87,7 @@ class Form(ABC):
     def checkpoint(self, zoo: Zoo, index: int) -> Checkpoint:
         """An entry of a zoo in this form: what differs from the zoo's cache, made if need be, the rest as it is.
 
-        Raises:
-            InputError: the checkpoint is broken, or there is no place to write.
+        Raises InputError if the checkpoint is broken, or there is no place to write.
         """
         with self._lock:
             if self._opened[0] is not zoo:

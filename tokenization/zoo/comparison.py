@@ -66,8 +66,7 @@ class Comparison:
             found: its structure.
             flat: the values of a tensor, 1-D.
 
-        Raises:
-            InputError: another structure, values that are not finite and not the same in the others, nothing to learn.
+        Raises InputError for another structure, values that are not finite unlike others', or nothing to learn.
         """
         twins = _twins(found, flat)
         if not self._num:

@@ -58,8 +58,7 @@ class Setting:
 def parse_settings(settings: Sequence[Setting], given: Mapping[str, Any]) -> list[float]:
     """The values of all settings, defaults where none is given; texts are read as numbers, true or false.
 
-    Raises:
-        InputError: there is no such setting, or a value is not a number or lies outside the range.
+    Raises InputError if there is no such setting, or a value is not a number or lies outside the range.
     """
     known = {each.name: each for each in settings}
     values = {each.name: each.default for each in settings}
@@ -123,11 +122,8 @@ class ConditionSpec:
     ``examples`` of a generator alone: any number of examples of ``size`` numbers, of the classes in ``names``
     ===========  ==========================================================================
 
-    Attributes:
-        kind: as above.
-        size: as above, at least 1.
-        names: what the components, classes or texts are called; may be empty except for ``text``.
-        settings: of a vector whose numbers are declared settings: their kinds and ranges, in the order of ``names``.
+    ``names`` are what the components, classes or texts are called; they may be empty except for ``text``. A vector of
+    declared numbers has ``settings``: their kinds and ranges, in the order of ``names``.
     """
 
     kind: ConditionKind

@@ -52,12 +52,7 @@ _SAYS_NOTHING = re.compile(
 
 @dataclass(frozen=True)
 class Recognised:
-    """What the names of some checkpoints tell.
-
-    Attributes:
-        rows: ``run`` and ``step`` of each, as far as its name tells them; empty where nothing was recognised.
-        notice: one line about it for the user; may be empty.
-    """
+    """What the names of some checkpoints tell: ``run`` and ``step`` of each, and a line about it; either may be empty."""
 
     rows: tuple[dict[str, str], ...] = ()
     notice: str = ""

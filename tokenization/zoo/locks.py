@@ -35,12 +35,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes a folder: what a lock file holds.
-
-    Attributes:
-        started: when the process started, in seconds since 1970.
-        command: what it was started as, in two words.
-    """
+    """Who writes a folder, as the lock file says: ``started`` in seconds since 1970, ``command`` in two words."""
 
     host: str
     pid: int
@@ -92,16 +87,14 @@ _taken: dict[Path, _Lock] = {}
 def locked(path: Path | str, *, beside: bool = False, together: bool = True) -> Iterator[None]:
     """Have ``path`` to oneself: no other command that asks for it writes there until the block ends.
 
-    Of several launched processes the first one takes the lock for all, and they enter together. A command, and what it
-    starts, may take its lock again. Temporary files of processes that were killed go.
+    Of several launched processes the first one takes the lock for all, and they enter together, unless ``together`` is
+    false. A command, and what it starts, may take its lock again. Temporary files of processes that were killed go.
 
     Args:
         path: the folder that is written; it is made, and goes if nothing was written.
         beside: the lock lies beside ``path``, which may be a file, or a folder that appears as a whole.
-        together: whether all launched processes are here; without, the lock is for this process alone.
 
-    Raises:
-        InputError: on all processes: another command writes there, or the folder may not be written.
+    Raises InputError, on all processes, if another command writes there, or the folder may not be written.
     """
     with lock_scope(path, beside=beside):
         if together:

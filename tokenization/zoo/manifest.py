@@ -102,13 +102,9 @@ def with_digest(entry: ZooEntry, checkpoint: Checkpoint) -> ZooEntry:
 
 
 def read_manifest(path: Path, *, repair: bool = False) -> list[ZooEntry]:
-    """Read every line.
+    """Read every line; with ``repair``, cut off a last one that a killed process left unfinished.
 
-    Args:
-        repair: cut off a last line that a killed process left unfinished.
-
-    Raises:
-        InputError: a line is cut in half, malformed, or lists a file a second time; names the line.
+    Raises InputError that names a line which is cut in half, malformed, or lists a file a second time.
     """
     try:
         content = path.read_bytes()
@@ -146,8 +142,7 @@ def _is_json(line: bytes) -> bool:
 def append_lines(path: Path, entries: Sequence[ZooEntry], expected_size: int) -> int:
     """Append entries durably, all or none, even if the process is killed; return the new size of the file in bytes.
 
-    Raises:
-        InputError: the file is not ``expected_size`` bytes long (another process collects too), or the disk refuses.
+    Raises InputError if it has not the ``expected_size`` (another process collects too), or the disk refuses.
     """
     data = "".join(entry.to_line() for entry in entries).encode()
     try:
@@ -244,8 +239,7 @@ class Description:
 def require_new_folder(path: Path, among: Sequence[Path] = ()) -> None:
     """Check that a zoo may be made in a folder: it is new or empty, or holds one of the checkpoints ``among``.
 
-    Raises:
-        InputError: there is a zoo, a file, or a folder full of something else.
+    Raises InputError if there is a zoo, a file, or a folder full of something else.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; choose a folder for the zoo")

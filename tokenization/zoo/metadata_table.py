@@ -35,8 +35,7 @@ class Label:
 def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Rows of a CSV (with commas, semicolons or tabs) or JSONL file with a column ``file``: ``[(where, row)]``.
 
-    Raises:
-        InputError: the table is unreadable, empty or without that column; names the line.
+    Raises InputError that names the line if the table is unreadable, empty or without that column.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -90,9 +89,7 @@ def label_of(row: Mapping[str, Any], where: str, kind: ConditionKind | None = No
     """Read the columns ``run, step, split, condition, condition.NAME, metrics``; every other one is a metric.
 
     Conditions of the kind ``text`` are taken as they are, "3 cats" too.
-
-    Raises:
-        InputError: a value is of the wrong kind; names the column.
+    Raises InputError that names a column whose value is of the wrong kind.
     """
     metrics: dict[str, float] = {}
     components: dict[str, float] = {}
@@ -127,9 +124,7 @@ def infer_condition(labels: Sequence[Label], kind: ConditionKind | None = None) 
 
     Names become classes (``kind="text"``: texts), single whole numbers class indices. Several numbers are a binary
     vector if all are 0 or 1, else a real vector.
-
-    Raises:
-        InputError: some have a condition and others none, or they are of different kinds or lengths.
+    Raises InputError if some have a condition and others none, or they are of different kinds or lengths.
     """
     given = [label for label in labels if label.condition is not None]
     if not given:

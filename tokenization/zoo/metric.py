@@ -15,13 +15,7 @@ from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 @dataclass(frozen=True)
 class MetricScale:
-    """How far a metric reaches in a zoo; its lowest value becomes -1, its highest 1.
-
-    Attributes:
-        name: of the metric in the manifest.
-        low, high: its least and greatest value among the checkpoints that were learned from.
-        log: whether the scale is logarithmic.
-    """
+    """How far a metric of the manifest reaches among the checkpoints to learn: -1 is its lowest value, 1 its highest."""
 
     name: str
     low: float

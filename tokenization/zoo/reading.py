@@ -37,11 +37,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint that is read and checked.
+    """One checkpoint that is read and checked. It stays where it is (``adopted``) or is to be converted.
 
-    Attributes:
-        adopted: it stays where it is; None: to be converted.
-        factors: of adapters with another scaling than the zoo's, what tensors are multiplied by.
+    ``factors`` multiply tensors of adapters with another scaling than the zoo's.
     """
 
     row: Row
@@ -197,8 +195,7 @@ def find_checkpoints(source: Path | str, zoo_path: Path | None = None, ignored: 
         zoo_path: a zoo whose own files are not sources: those it converted, and all if it lies in the source.
         ignored: takes a line on each file of a folder that is left out and may have been meant.
 
-    Raises:
-        InputError: there are none.
+    Raises InputError if there are none.
     """
     text = str(source)
     matches = [Path(text)] if os.path.exists(text) else [Path(match) for match in glob.glob(text, recursive=True)]

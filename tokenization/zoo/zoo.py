@@ -77,10 +77,7 @@ class Zoo:
     ) -> Zoo:
         """Start an empty zoo in a new or empty folder, or one that holds one of the checkpoints ``among``.
 
-        Without a ``structure`` the first checkpoint sets it.
-
-        Raises:
-            InputError: there is a zoo, or anything else, or the folder cannot be written.
+        Without a ``structure`` the first checkpoint sets it. Raises InputError if the folder is not free or refuses.
         """
         zoo = cls(path, task=task, condition=condition, runs=runs)
         require_new_folder(zoo.path, among)
@@ -95,11 +92,9 @@ class Zoo:
     def open(cls, path: Path | str, *, repair: bool = False) -> Zoo:
         """Open a zoo; headers and values of its checkpoints are read later, as they are used.
 
-        Args:
-            repair: clean up after a killed collection: an unfinished last line or description, temporary files.
+        ``repair`` cleans up after a killed collection: an unfinished last line or description, temporary files.
 
-        Raises:
-            InputError: there is no zoo, its files are malformed, or an entry's file is missing or out of bounds.
+        Raises InputError if there is no zoo, its files are malformed, or an entry's file is missing or out of bounds.
         """
         path = Path(path)
         if not (path / "zoo.json").is_file():
@@ -137,9 +132,7 @@ class Zoo:
         """Publish the zoo as the data set ``name/zoo``, adopted checkpoints with it; paths of this machine stay out.
 
         ``options`` are ``private``, ``branch``, ``token`` and ``message`` (`tokenization.zoo.hub.publish`).
-
-        Raises:
-            InputError: the zoo is empty or damaged, or the hub refuses or cannot be reached.
+        Raises InputError if the zoo is empty or damaged, or the hub refuses or cannot be reached.
         """
         checkpoints = [(entry, self.checkpoint(index)) for index, entry in enumerate(self.entries)]
         content = Description(self.task, self.condition, self.runs, self.structure)
@@ -179,8 +172,7 @@ class Zoo:
     def checkpoint(self, index: int) -> Checkpoint:
         """Open the checkpoint of an entry lazily; it is kept for the next call.
 
-        Raises:
-            InputError: the file is broken, has changed since its collection, or is of another structure.
+        Raises InputError if the file is broken, has changed since its collection, or is of another structure.
         """
         file = self.file(index)
         if file not in self._checkpoints:
@@ -214,8 +206,7 @@ class Zoo:
     ) -> ZooEntry:
         """Write a state dict into the zoo and list it; the first one sets the structure, the rest is as in `ZooEntry`.
 
-        Raises:
-            InputError: another structure, NaN or infinity, a wrong condition, no space; the zoo is as it was.
+        Raises InputError for another structure, NaN or infinity, a wrong condition, no space; the zoo is as it was.
         """
         path = _free_place(self.path / "checkpoints", len(self), state_dict)
         saved = path.exists()  # by a collection that was killed before it listed it
@@ -248,8 +239,7 @@ class Zoo:
     def extend(self, entries: Sequence[ZooEntry]) -> None:
         """List checkpoints that are in place already, all or none; their structure and values are not checked.
 
-        Raises:
-            InputError: a file is missing or out of bounds, is listed already, or the disk refuses.
+        Raises InputError if a file is missing or out of bounds, is listed already, or the disk refuses.
         """
         if not entries:
             return
@@ -280,11 +270,7 @@ class Zoo:
         self._write_description()
 
     def verify(self) -> None:
-        """Read every checkpoint and check structure, values and digest.
-
-        Raises:
-            InputError: at the first fault, naming file and tensor; also for an empty zoo.
-        """
+        """Read every checkpoint; check structure, values and digest. Raises InputError that names file and tensor."""
         self.file(0)
         comparison = Comparison(self.structure)
         for index, entry in enumerate(self.entries):
