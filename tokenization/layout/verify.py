@@ -46,8 +46,8 @@ def verify_round_trip(
     LoRA pairs are compared with their canonical form, whose product is compared with that on disk; pruned and quantised
     weights in the form of their tokens. Holds one checkpoint's tokens and values in memory.
 
-    Raises InputError that names the file and the tensor that comes back less closely than `TokenLayout` promises, or the
-    pair whose product changes.
+    Raises InputError that names the file and the tensor that comes back less closely than `TokenLayout` promises, or
+    the pair whose product changes.
     """
     num_exact, num_constants = 0, 0
     for index in range(len(zoo)):

@@ -52,7 +52,7 @@ _SAYS_NOTHING = re.compile(
 
 @dataclass(frozen=True)
 class Recognised:
-    """What the names of some checkpoints tell: ``run`` and ``step`` of each, and a line about it; either may be empty."""
+    """What names of checkpoints tell: ``run`` and ``step`` of each, and a line about it; either may be empty."""
 
     rows: tuple[dict[str, str], ...] = ()
     notice: str = ""

@@ -15,7 +15,7 @@ from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 @dataclass(frozen=True)
 class MetricScale:
-    """How far a metric of the manifest reaches among the checkpoints to learn: -1 is its lowest value, 1 its highest."""
+    """How far a metric of the manifest reaches among the checkpoints to learn, mapped to -1 … 1."""
 
     name: str
     low: float
