@@ -7,7 +7,7 @@ transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alon
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,16 @@ from tokenization.checkpoint.safetensors import (
     tensor_at,
     ties_of,
 )
-from tokenization.checkpoint.tensor_file import find_ties, save_checkpoint
+from tokenization.checkpoint.tensor_file import find_ties
+from tokenization.checkpoint.tensor_file import save_checkpoint as save_checkpoint
 from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
 from tokenization.files import drop_pages
 
-__all__ = [
-    "Checkpoint",
-    "TensorInfo",
-    "find_ties",
-    "read_state_dict",
-    "save_checkpoint",
-]
-
 _FOLDER_FILES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+@dataclass(eq=False, repr=False)
 class Checkpoint:
     """A checkpoint whose values stay on disk until they are asked for.
 
@@ -59,24 +53,14 @@ class Checkpoint:
         sizes: bytes of each file the values lie in.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: dict[str, TensorInfo],
-        ties: dict[str, str],
-        order: list[str],
-        ordered: bool,
-        metadata: dict[str, str],
-        sizes: dict[Path, int],
-    ) -> None:
-        self.path = path
-        self.tensors = tensors
-        self.ties = ties
-        self.order = order
-        self.ordered = ordered
-        self.metadata = metadata
-        self.sizes = sizes
-        self._maps: dict[Path, Tensor] = {}
+    path: Path
+    tensors: dict[str, TensorInfo]
+    ties: dict[str, str]
+    order: list[str]
+    ordered: bool
+    metadata: dict[str, str]
+    sizes: dict[Path, int]
+    _maps: dict[Path, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:

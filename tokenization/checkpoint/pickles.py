@@ -29,19 +29,8 @@ Kind = Literal["safetensors", "index", "torch", "pickle", "unknown"]
 """``torch``: written by torch.save, of any age; ``pickle``: any other pickle; ``index``: JSON that names shards."""
 
 SUFFIXES = (
-    ".pth",
-    ".pt",
-    ".bin",
-    ".ckpt",
-    ".tar",
-    ".th",
-    ".pyth",
-    ".pkl",
-    ".pickle",
-    ".model",
-    ".weights",
-    ".pdparams",
-)
+    ".pth", ".pt", ".bin", ".ckpt", ".tar", ".th", ".pyth", ".pkl", ".pickle", ".model", ".weights", ".pdparams",
+)  # fmt: skip
 """Endings that pickles of weights commonly have."""
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
@@ -228,11 +217,7 @@ def load_inert(path: Path) -> Any:
     """
     try:
         if zipfile.is_zipfile(path):
-            # A TorchScript program would be given to another reader by torch.load.
-            with zipfile.ZipFile(path) as archive:
-                is_program = any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
-            if is_program:
-                raise InputError(f"{path} is a TorchScript program; save its state_dict() alone")
+            _kind_of_zip(path)  # torch.load would give a TorchScript program to another reader
             if path.suffix != ".safetensors":
                 return _torch_load(path, mmap=True)
             with path.open("rb") as file:  # torch.load goes by that ending

@@ -30,6 +30,7 @@ from tokenization.zoo.cache import Form
 from tokenization.zoo.zoo import Zoo
 
 
+@dataclass(eq=False, repr=False)
 class LayoutDescription:
     """All that ``layout.json`` and ``statistics.safetensors`` hold, and what follows from it.
 
@@ -44,33 +45,18 @@ class LayoutDescription:
         copied: constants that differ in the zoo, and of which every network has the base's.
     """
 
-    def __init__(
-        self,
-        options: TokenOptions,
-        names: Sequence[str],
-        layers: Sequence[Layer],
-        num_tokens: int,
-        ties: Mapping[str, str],
-        constant_specs: Mapping[str, TensorSpec],
-        statistics: Statistics,
-        constant_source: TensorSource,
-        constant_prefix: str = "",
-        canonical: Canonical | None = None,
-        compressed: Compressed | None = None,
-        copied: Sequence[str] = (),
-    ) -> None:
-        self.options = options
-        self.names = tuple(names)
-        self.layers = tuple(layers)
-        self.num_tokens = num_tokens
-        self.ties = dict(ties)
-        self.constant_specs = dict(constant_specs)
-        self.statistics = statistics
-        self.canonical = canonical
-        self.compressed = compressed
-        self.copied = tuple(copied)
-        self._constant_source = constant_source
-        self._constant_prefix = constant_prefix
+    options: TokenOptions
+    names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    num_tokens: int
+    ties: dict[str, str]
+    constant_specs: dict[str, TensorSpec]
+    statistics: Statistics
+    constant_source: TensorSource
+    constant_prefix: str = ""
+    canonical: Canonical | None = None
+    compressed: Compressed | None = None
+    copied: tuple[str, ...] = ()
 
     @property
     def token_size(self) -> int:
@@ -139,7 +125,7 @@ class LayoutDescription:
 
     def constant(self, name: str) -> Tensor:
         """One tensor outside the tokens, in the memory map it is read from."""
-        return self._constant_source.flat(self._constant_prefix + name).view(self.constant_specs[name][1])
+        return self.constant_source.flat(self.constant_prefix + name).view(self.constant_specs[name][1])
 
     @property
     def copied_note(self) -> str:
@@ -336,12 +322,12 @@ def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("names or ties contradict each other")
     return {
         "options": options,
-        "names": names,
-        "layers": layers,
+        "names": tuple(names),
+        "layers": tuple(layers),
         "num_tokens": num_tokens,
         "ties": ties,
         "constant_specs": constants,
-        "copied": copied,
+        "copied": tuple(copied),
     }
 
 

@@ -99,7 +99,7 @@ class TokenLayout(LayoutDescription):
         tokenised = {layer.name for layer in layers}
         specs = {name: spec for name, spec in base.specs.items() if name not in tokenised}
         statistics = Statistics.identity(len(layers))
-        return cls(options, checkpoint.order, layers, num_tokens, checkpoint.ties, specs, statistics, base)
+        return cls(options, tuple(checkpoint.order), layers, num_tokens, checkpoint.ties, specs, statistics, base)
 
     def encode(self, source: Checkpoint | Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Cut a checkpoint or a state dict into normalised tokens ``[L, D]`` of ``dtype``; padding is 0.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.structure import bytes_of, is_counter
 from tokenization.errors import InputError
@@ -38,9 +39,7 @@ class RoundTrip:
     num_constants: int
 
 
-def verify_round_trip(
-    zoo: Zoo, layout: TokenLayout, *, progress: Callable[[int, int], None] | None = None
-) -> RoundTrip:
+def verify_round_trip(zoo: Zoo, layout: TokenLayout) -> RoundTrip:
     """Encode every checkpoint into float64 tokens, decode whole networks, and compare all of them with what is on disk.
 
     LoRA pairs are compared with their canonical form, whose product is compared with that on disk; pruned and quantised
@@ -50,7 +49,7 @@ def verify_round_trip(
     the pair whose product changes.
     """
     num_exact, num_constants = 0, 0
-    for index in range(len(zoo)):
+    for index in steps("checking tokens", range(len(zoo))):
         checkpoint = layout.checkpoint(zoo, index)
         _check_products(zoo.checkpoint(index), checkpoint, layout)
         network = layout.decode(layout.encode(checkpoint, torch.float64))
@@ -58,8 +57,6 @@ def verify_round_trip(
         for place, layer in enumerate(layout.layers):
             num_exact += _num_exact(checkpoint, layer, layout.layer_statistics(place), network[layer.name])
         num_constants = _num_constants(checkpoint, layout, network)
-        if progress is not None:
-            progress(index + 1, len(zoo))
     return RoundTrip(len(zoo), len(zoo) * layout.num_values, num_exact, num_constants)
 
 

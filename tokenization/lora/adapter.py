@@ -28,16 +28,9 @@ _FACTOR = re.compile(r"\blora_(embedding_)?([AB])\b")
 # What decides the meaning of the same tensors and cannot be converted. PEFT's versions write what is absent as null,
 # false, {} or not at all. Ranks, alphas, rsLoRA, base and initialisation have rules of their own.
 _FIELDS = (
-    "use_dora",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-)
+    "use_dora", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora",
+    "kasa_config", "arrow_config", "alora_invocation_tokens",
+)  # fmt: skip
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` under which PEFT takes the initial adapter out of the base when it loads one."""

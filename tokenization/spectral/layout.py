@@ -39,7 +39,7 @@ class SpectralLayout:
     ``decode(encode(x))`` is ``x`` without what lies outside the directions: for a checkpoint of the zoo nothing once
     k reaches n - 1 and directions are kept in fp32, up to rounding. The arithmetic of values is float32 here.
 
-    Args:
+    Attributes:
         cut: cuts and normalises, ``[L, D]``.
         basis: the directions of its tokens.
         fitted: where the zoo's checkpoints lie, as measured; only of a layout that `fit` made.
@@ -49,10 +49,7 @@ class SpectralLayout:
     def __init__(
         self, cut: TokenLayout, basis: Basis, fitted: FittedBasis | None = None, indices: Sequence[int] = ()
     ) -> None:
-        self.cut = cut
-        self.basis = basis
-        self.fitted = fitted
-        self.indices = tuple(indices)
+        self.cut, self.basis, self.fitted, self.indices = cut, basis, fitted, tuple(indices)
 
     @classmethod
     def fit(cls, zoo: Zoo, options: TokenOptions, indices: Sequence[int] | None = None) -> SpectralLayout:

@@ -24,10 +24,9 @@ def zoo(tmp_path: Path) -> Zoo:
 
 @pytest.mark.parametrize("normalization", ["residual", "layer", "none"])
 def test_every_value_comes_back(zoo: Zoo, normalization: str) -> None:
-    seen: list[tuple[int, int]] = []
     layout = TokenLayout.fit(zoo, TokenOptions(size=8, normalization=normalization))  # type: ignore[arg-type]
-    trip = verify_round_trip(zoo, layout, progress=lambda done, total: seen.append((done, total)))
-    assert trip == RoundTrip(3, 3 * 27, 3 * 27, 1) and seen == [(1, 3), (2, 3), (3, 3)]
+    trip = verify_round_trip(zoo, layout)
+    assert trip == RoundTrip(3, 3 * 27, 3 * 27, 1)
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
