@@ -82,12 +82,11 @@ def collect(
 
         if zoo is None:
             raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
-        with progress_bar("reading") as advance:
-            kind = cast("ConditionKind | None", condition)
-            made = collect_from(
-                [*source, *(config or [])], zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs,
-                base=base, chosen=Chosen(key, strip or ""), skip_bad=skip_bad, progress=advance, say=notices.append,
-            )  # fmt: skip
+        kind = cast("ConditionKind | None", condition)
+        made = collect_from(
+            [*source, *(config or [])], zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs,
+            base=base, chosen=Chosen(key, strip or ""), skip_bad=skip_bad, say=notices.append,
+        )  # fmt: skip
         for notice in notices:
             console.print(notice, highlight=False, markup=False, soft_wrap=True)
     elif config:

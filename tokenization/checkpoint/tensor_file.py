@@ -7,10 +7,10 @@ import errno
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,7 +41,25 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> t
     return len(text).to_bytes(8, "little") + text, places, start + end
 
 
-class TensorFile:
+class Closing(ABC):
+    """A context manager that is closed after its block, and aborted after an error in it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Put in place what was written."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop all that was written. Harmless when repeated."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self.abort()
+
+
+class TensorFile(Closing):
     """A safetensors file of tensors known by dtype and shape, filled through ``write`` and put in place by ``close``.
 
     Until then it has a temporary name, which goes when the object is dropped, aborted, or left with an error as a
@@ -134,12 +152,6 @@ class TensorFile:
         except OSError as error:
             self.abort()
             raise writing_failed(self.path, error) from error
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close() if error is None else self.abort()
 
     def __del__(self) -> None:
         self.abort()

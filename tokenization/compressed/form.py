@@ -14,14 +14,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
 from tokenization.checkpoint.structure import StateDict, fits, share_out
-from tokenization.checkpoint.tensor_file import TensorFile, save_checkpoint
+from tokenization.checkpoint.tensor_file import Closing, TensorFile, save_checkpoint
 from tokenization.compressed.parts import Part, find_parts
 from tokenization.errors import InputError
 from tokenization.files import temporary_name
@@ -197,7 +196,7 @@ def dense(network: StateDict) -> StateDict:
     return form._merge(network, lambda part: {part.name: part.dense(*part.expand(network.__getitem__))})
 
 
-class CompressedWriter:
+class CompressedWriter(Closing):
     """`CheckpointWriter` for compressed weights: a mask is cut once all of its logits are there.
 
     One network, in the form of its tokens, is in memory while the file is closed. ``open_writer`` writes that form.
@@ -230,9 +229,3 @@ class CompressedWriter:
     def abort(self) -> None:
         """Drop all that was written. Harmless when repeated."""
         self._writer.abort()
-
-    def __enter__(self) -> CompressedWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close() if error is None else self.abort()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from tokenization.layout.normalization import LayerStatistics, Statistics, Tenso
 from tokenization.layout.placement import Layer, RunTable, TokenOptions
 from tokenization.zoo.cache import Form
 from tokenization.zoo.zoo import Zoo
+
+FORMAT, VERSION, COMPRESSED_VERSION = "rpg.layout", 1, 2
+LAYOUT_FILE, STATISTICS_FILE = "layout.json", "statistics.safetensors"
+CONSTANT_PREFIX = "constant."
 
 
 @dataclass(eq=False, repr=False)
@@ -151,6 +155,72 @@ class LayoutDescription:
     def _layer_by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
+    def describe(self) -> list[LayerGroup]:
+        """The layers by kind: how many tensors, values and tokens, and how much padding."""
+        groups: dict[str, LayerGroup] = {}
+        size, ends = self.token_size, [layer.start for layer in self.layers[1:]] + [self.num_tokens * self.token_size]
+        for layer, end in zip(self.layers, ends, strict=True):
+            kind = kind_of(layer.name, layer.shape)
+            group = groups.setdefault(kind, LayerGroup(kind))
+            group.tensors += 1
+            group.values += layer.num_values
+            group.tokens += -(-end // size) - -(-layer.start // size)
+            group.padding += end - layer.start - layer.num_values
+        return list(groups.values())
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``layout.json`` (last) and ``statistics.safetensors``. Raises InputError if the disk refuses."""
+        statistics, canonical = self.statistics, self.canonical
+        reference = canonical.reference if canonical is not None else None
+        specs = statistics_specs(self.layers, statistics.normalization)
+        specs |= canonical.reference_specs if canonical is not None and reference is not None else {}
+        specs |= {CONSTANT_PREFIX + name: spec for name, spec in self.constant_specs.items()}
+        with TensorFile(Path(folder) / STATISTICS_FILE, specs, {"format": FORMAT, "version": str(VERSION)}) as file:
+            statistics.write_numbers(file)
+            if statistics.means is not None:
+                for layer in self.layers:
+                    file.write(mean_name(layer.name), 0, statistics.means.flat(mean_name(layer.name)))
+                    statistics.release(layer.name)
+            for name in self.constant_specs:
+                file.write(CONSTANT_PREFIX + name, 0, self.constant(name))
+            if canonical is not None and reference is not None:
+                for name in canonical.reference_specs:
+                    file.write(name, 0, reference.flat(name))
+        write_text(Path(folder) / LAYOUT_FILE, json.dumps(_to_json(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read what ``save`` wrote; means and constants stay in the file until they are used.
+
+        Raises InputError if a file is missing, damaged, or of another version.
+        """
+        path = Path(folder) / LAYOUT_FILE
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; name the folder of a generator")
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path} is not a layout: its format is not {FORMAT!r}; name the folder of a generator")
+        if content.get("version") != (COMPRESSED_VERSION if "compressed" in content else VERSION):
+            what = f"{path} has version {content.get('version')!r}, and this rpg reads version {VERSION}"
+            raise InputError(f"{what}; use the rpg that wrote it, or train again")
+        try:
+            arguments = _from_json(content)
+            compressed = Compressed.from_json(content["compressed"]) if "compressed" in content else None
+            normalization = TokenOptions(normalization=content["normalization"]).normalization
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} has a malformed entry ({error!r}); copy the folder again") from error
+        source = Checkpoint.open(Path(folder) / STATISTICS_FILE)
+        source.require(statistics_specs(arguments["layers"], normalization))
+        source.require({CONSTANT_PREFIX + name: spec for name, spec in arguments["constant_specs"].items()})
+        return cls(
+            **arguments,
+            statistics=Statistics.read(source, normalization),
+            constant_source=source,
+            constant_prefix=CONSTANT_PREFIX,
+            canonical=None if compressed else _canonical(source, arguments["layers"], arguments["options"]),
+            compressed=compressed,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("runs", "_layer_by_name")}
 
@@ -174,19 +244,6 @@ class LayerGroup:
         return self.padding / (self.values + self.padding)
 
 
-def group_layers(layers: Sequence[Layer], num_tokens: int, size: int) -> list[LayerGroup]:
-    """Sum up layers by kind, in the order in which the kinds first appear."""
-    groups: dict[str, LayerGroup] = {}
-    ends = [layer.start for layer in layers[1:]] + [num_tokens * size]
-    for layer, end in zip(layers, ends, strict=True):
-        group = groups.setdefault(kind_of(layer.name, layer.shape), LayerGroup(kind_of(layer.name, layer.shape)))
-        group.tensors += 1
-        group.values += layer.num_values
-        group.tokens += -(-end // size) - -(-layer.start // size)
-        group.padding += end - layer.start - layer.num_values
-    return list(groups.values())
-
-
 def kind_of(name: str, shape: Sequence[int]) -> str:
     """A word for what a tensor does, judged by its name and number of dimensions."""
     leaf = name.rsplit(".", 1)[-1]
@@ -199,65 +256,6 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
     if len(shape) > 1:
         return "linear" if len(shape) == 2 else "convolution"
     return "bias" if leaf.endswith("bias") else "scale"
-
-
-FORMAT, VERSION, COMPRESSED_VERSION = "rpg.layout", 1, 2
-LAYOUT_FILE, STATISTICS_FILE = "layout.json", "statistics.safetensors"
-CONSTANT_PREFIX = "constant."
-
-
-def save_layout(layout: LayoutDescription, folder: Path) -> None:
-    """Write ``layout.json`` and ``statistics.safetensors``, the former last: a folder with it is complete."""
-    statistics, canonical = layout.statistics, layout.canonical
-    specs = statistics_specs(layout.layers, statistics.normalization)
-    reference = canonical.reference if canonical is not None else None
-    specs |= canonical.reference_specs if canonical is not None and reference is not None else {}
-    specs |= {CONSTANT_PREFIX + name: spec for name, spec in layout.constant_specs.items()}
-    with TensorFile(folder / STATISTICS_FILE, specs, {"format": FORMAT, "version": str(VERSION)}) as file:
-        statistics.write_numbers(file)
-        if statistics.means is not None:
-            for layer in layout.layers:
-                file.write(mean_name(layer.name), 0, statistics.means.flat(mean_name(layer.name)))
-                statistics.release(layer.name)
-        for name in layout.constant_specs:
-            file.write(CONSTANT_PREFIX + name, 0, layout.constant(name))
-        if canonical is not None and reference is not None:
-            for name in canonical.reference_specs:
-                file.write(name, 0, reference.flat(name))
-    write_text(folder / LAYOUT_FILE, json.dumps(_to_json(layout), indent=1) + "\n")
-
-
-def load_layout(folder: Path) -> dict[str, Any]:
-    """The arguments of `LayoutDescription`, as saved; means and constants stay in the file until they are used.
-
-    Raises InputError if a file is missing, damaged, or of another version.
-    """
-    path = folder / LAYOUT_FILE
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; name the folder of a generator")
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a layout: its format is not {FORMAT!r}; name the folder of a generator")
-    if content.get("version") != (COMPRESSED_VERSION if "compressed" in content else VERSION):
-        what = f"{path} has version {content.get('version')!r}, and this rpg reads version {VERSION}"
-        raise InputError(f"{what}; use the rpg that wrote it, or train again")
-    try:
-        arguments = _from_json(content)
-        compressed = Compressed.from_json(content["compressed"]) if "compressed" in content else None
-        normalization = TokenOptions(normalization=content["normalization"]).normalization
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} has a malformed entry ({error!r}); copy the folder again") from error
-    source = Checkpoint.open(folder / STATISTICS_FILE)
-    source.require(statistics_specs(arguments["layers"], normalization))
-    source.require({CONSTANT_PREFIX + name: spec for name, spec in arguments["constant_specs"].items()})
-    return {
-        **arguments,
-        "statistics": Statistics.read(source, normalization),
-        "constant_source": source,
-        "constant_prefix": CONSTANT_PREFIX,
-        "canonical": None if compressed else _canonical(source, arguments["layers"], arguments["options"]),
-        "compressed": compressed,
-    }
 
 
 def _canonical(source: Checkpoint, layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:

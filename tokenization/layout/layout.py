@@ -6,7 +6,6 @@ Letters: B examples, L tokens of a checkpoint, D token width, N chosen tokens, K
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.files import empty_huge
 from tokenization.layout.canonical import Canonical, find_pairs
-from tokenization.layout.description import LayerGroup, LayoutDescription, group_layers, load_layout, save_layout
+from tokenization.layout.description import LayoutDescription
 from tokenization.layout.normalization import Statistics, fitted_statistics
 from tokenization.layout.placement import (
     BLOCK_VALUES,
@@ -189,19 +188,6 @@ class TokenLayout(LayoutDescription):
             value = self.constant(name)
             stored[name] = value.to(tokens.device).expand(*batch, *value.shape)
         return self.with_aliases(stored)
-
-    def describe(self) -> list[LayerGroup]:
-        """The layers by kind: how many tensors, values and tokens, and how much padding."""
-        return group_layers(self.layers, self.num_tokens, self.token_size)
-
-    def save(self, folder: Path | str) -> None:
-        """Write ``layout.json`` and ``statistics.safetensors``. Raises InputError when the disk refuses."""
-        save_layout(self, Path(folder))
-
-    @classmethod
-    def load(cls, folder: Path | str) -> TokenLayout:
-        """Read what ``save`` wrote. Raises InputError if a file is missing, damaged, or of another version."""
-        return cls(**load_layout(Path(folder)))
 
     def _values(self, source: Checkpoint | Mapping[str, Tensor], layer: Layer) -> Tensor:
         """All values of a layer, flat, checked."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import ORDER_KEY
-from tokenization.checkpoint.tensor_file import TensorFile
+from tokenization.checkpoint.tensor_file import Closing, TensorFile
 from tokenization.files import empty_huge
 from tokenization.layout.description import LayoutDescription
 from tokenization.layout.normalization import LayerStatistics
@@ -125,7 +124,7 @@ def _require_range(what: str, ids: np.ndarray, count: int) -> None:
         raise IndexError(f"{what}_ids {ids.min()} to {ids.max()} must lie in 0 to {count - 1}")
 
 
-class CheckpointWriter:
+class CheckpointWriter(Closing):
     """Streams tokens, denormalised, to their places in one safetensors file, and puts it in place on ``close``.
 
     Rows may come in any order and from several processes (send each a pickled copy). Every key of the state dict is
@@ -187,9 +186,3 @@ class CheckpointWriter:
     def _put(self, name: str, first: int, values: Tensor) -> None:
         for copy in self._copies.get(name, [name]):
             self._file.write(copy, first, values)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close() if error is None else self.abort()

@@ -205,7 +205,6 @@ def collect_from(
     find_runs: bool = True,
     chosen: Chosen = AS_FOUND,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Zoo:
     """Make a zoo of checkpoints that exist, or add those that are not yet in it.
@@ -219,16 +218,14 @@ def collect_from(
         table: CSV or JSONL with ``file`` (relative to the table or the source's folder), ``run``, ``step``, ``split``,
             ``condition`` (or ``condition.NAME``); other columns are metrics. Its rows choose the checkpoints.
         pattern: regular expression on each path; named groups mean the same as the columns, which go first.
-        find_runs: without a pattern, take what a table leaves open from common names; no run
-            from anywhere: every checkpoint is one.
+        find_runs: without a pattern, take what a table leaves open from common names; otherwise each is a run.
         condition: what the conditions mean, or their kind; inferred if left out.
         task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
         chosen: which of several sets of weights in a file, and the prefix to cut off names.
         skip_bad: go on past checkpoints that cannot be read or do not belong.
-        progress: called with (checked, total) checkpoints; say: receives a line on all that was told or left out.
+        say: receives a line on all that was told or left out.
 
-    Raises:
-        InputError: no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
+    Raises InputError for no checkpoints, a broken one, one of another structure, with NaN, or a bad label.
     """
     zoo_path = Path(zoo_path)
     exists = (zoo_path / "zoo.json").exists()
@@ -237,9 +234,10 @@ def collect_from(
     rows = _rows(source, zoo_path, table, pattern, say)
     if not exists:
         require_new_folder(zoo_path, [row.path for row in rows])
-    fresh = _not_in(zoo, rows)
+    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
+    fresh = [row for row in rows if row.path.resolve() not in known]
     adapters = CollectedAdapters(zoo.path if zoo.entries else None, base)
-    sources = (reading := Reading(zoo, adapters, chosen, skip_bad, say)).read(fresh, progress)
+    sources = (reading := Reading(zoo, adapters, chosen, skip_bad, say)).read(fresh)
     rows = [row for row in rows if row not in fresh or any(row is each.row for each in sources)]
     labels = _labels(rows, kind, say if find_runs and pattern is None else None)
     if not exists:
@@ -253,11 +251,6 @@ def collect_from(
     adapters.finish(zoo.path, say)
     _write(zoo, entries, chosen)
     return zoo
-
-
-def _not_in(zoo: Zoo, rows: Sequence[Row]) -> list[Row]:
-    known = {Path(entry.source or zoo.path / entry.file).resolve() for entry in zoo.entries}
-    return [row for row in rows if row.path.resolve() not in known]
 
 
 def _entries(zoo: Zoo, kept: Sequence[tuple[Source, Label]]) -> tuple[list[str], list[tuple[Source, dict[str, Any]]]]:

@@ -147,7 +147,8 @@ def take_lock(path: Path | str, *, beside: bool = False) -> None:
         return
     made: list[Path] = []
     try:
-        _make_folders(file.parent, made)
+        made = [each for each in (file.parent, *file.parent.parents) if not each.exists()]  # innermost first
+        file.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(file, timeout=WAIT, poll_interval=WAIT / 10, thread_local=False)
         held.acquire()
         _taken[file] = _Lock(os.getpid(), held, made)
@@ -184,13 +185,6 @@ def _count(file: Path) -> int:
     """How often this process has taken a lock; one that was forked has taken none."""
     lock = _taken.get(file)
     return lock.count if lock is not None and lock.pid == os.getpid() else 0
-
-
-def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make a folder and its parents; those that were not there are put into ``made``, innermost first."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    made += missing
 
 
 def _remove_folders(folders: list[Path]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_weights
 from tokenization.checkpoint.pickles import INDEX_SUFFIXES, SUFFIXES, kind_of
+from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import natural_key, read_json, weight_map
 from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
@@ -62,7 +63,7 @@ class Reading:
         self.expected = zoo.structure if zoo.entries else None
         self.comparison = Comparison(self.expected)
 
-    def read(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None) -> list[Source]:
+    def read(self, rows: Sequence[Row]) -> list[Source]:
         """Read and check all; those without weights are left out where others have some, bad ones if that was asked."""
         sources: list[Source] = []
         notes: Counter[str] = Counter()
@@ -70,7 +71,7 @@ class Reading:
         bad: list[InputError] = []
         if self.zoo.entries and rows:
             self.comparison.add_checkpoint(Checkpoint.open(self.zoo.file(0)), str(self.zoo.file(0)))
-        for index, row in enumerate(rows):
+        for row in steps("reading", rows):
             before = copy.deepcopy(self.comparison) if self.skip_bad else self.comparison
             try:
                 sources.append(self._read(row, notes))
@@ -81,8 +82,6 @@ class Reading:
                     raise
                 bad.append(error)
                 self.comparison = before
-            if progress is not None:
-                progress(index + 1, len(rows))
         if not sources and (empty or bad):
             raise [*bad, *empty][0]
         for note, count in notes.items():
