@@ -17,13 +17,12 @@ from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layout.rows import CheckpointWriter
 from tokenization.zoo.zoo import Zoo
 
-SLOW = pytest.mark.slow
+LARGE = ("resnet18", "resnet50", "vit_small_patch16_224", "vit_base_patch16_224", "convnext_large")
 TIMM_NETWORKS = [
-    "resnet18",
-    "vit_tiny_patch16_224",
-    "convnext_atto",
-    *(pytest.param(name, marks=SLOW) for name in ("resnet50", "vit_small_patch16_224", "vit_base_patch16_224")),
-    pytest.param("convnext_large", marks=SLOW),
+    "test_resnet",
+    "test_vit",
+    "test_convnext",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
 ]
 
 
@@ -84,8 +83,8 @@ def assert_round_trips(
 def test_timm(tmp_path: Path, name: str):
     torch.manual_seed(0)
     network = timm.create_model(name).eval()
-    images = torch.randn(1, 3, 224, 224)
-    size = 16384 if name in ("vit_base_patch16_224", "convnext_large") else 8192
+    images = torch.randn(1, *network.pretrained_cfg["input_size"])
+    size = 16384 if name in ("vit_base_patch16_224", "convnext_large") else 8192 if name in LARGE else 500
 
     @torch.no_grad()
     def reload(path: Path) -> Tensor:
