@@ -7,12 +7,13 @@ import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, find_ties
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import DTYPES_BY_NAME, TensorSpec, dtype_name, tensor_at
 from tokenization.errors import InputError
 from tokenization.files import file_digest
@@ -50,9 +51,7 @@ class Structure:
     @classmethod
     def of_state_dict(cls, state_dict: Mapping[str, Tensor]) -> Structure:
         """The structure that a state dict has once it is saved."""
-        ties = find_ties(state_dict)
-        tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items() if name not in ties}
-        return cls(tensors, ties, True)
+        return cls.of_checkpoint(Checkpoint.without_values(state_dict, Path()))
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> Structure:

@@ -1,16 +1,8 @@
 """One compressed weight: how it is stored, what of it becomes tokens, and what a network computes with.
 
-A pruned weight is values and a mask, a quantised one codes and a scale for each output channel. A weight called ``w``
-is stored as one of
-
-- ``mask``: ``w_orig`` and ``w_mask``, as `torch.nn.utils.prune` saves it;
-- ``zeros``: ``w`` alone, whose zeros are the mask;
-- ``csr``: ``w_crow_indices``, ``w_col_indices``, ``w_values``, of ``w`` flattened to ``[out, rest]``, as
-  `torch.sparse_csr_tensor` takes them, and ``w_shape``;
-- ``int8``: ``w`` (codes) and ``w_scale``;
-- ``int4``: ``w_packed`` ``[out, rest / 2]``, two codes plus 8 in a byte, the earlier one low, ``w_scale``, ``w_shape``.
-
-In tokens it is two tensors of floats: values (0 where a weight is dead) and the mask as ±1, or codes and log scales.
+A pruned weight is values and a mask, a quantised one codes and a scale for each output channel. docs/formats.md says
+which tensors a weight is stored as, ``SUFFIXES`` how they are called. In tokens it is two tensors of floats: values (0
+where a weight is dead) and the mask as ±1, or codes and log scales.
 """
 
 from __future__ import annotations

@@ -131,12 +131,11 @@ class TokenLayout(LayoutDescription):
         tokens[torch.from_numpy(np.flatnonzero(num_values < self.token_size))] = 0
         buffer = tokens.view(-1)
         for index, layer in enumerate(self.layers):
-            statistics = self.layer_statistics(index)
+            statistics = self.layer_statistics(index).in_runs(layer)
             values = self._values(source, layer).view(layer.num_runs, layer.run_length)
             window = layer.window(buffer)
-            centres = statistics.centre_window(layer.num_runs, layer.run_length)
             for block in layer.blocks():
-                window[block] = statistics.normalize(values[block], centres(block)).to(tokens.dtype)
+                window[block] = statistics.normalize(values[block], statistics.centre_at(block)).to(tokens.dtype)
             self._release(source, layer)
 
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -149,12 +148,12 @@ class TokenLayout(LayoutDescription):
         buffer = tokens.detach().cpu().contiguous().view(-1)
         stored: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            statistics = self.layer_statistics(index)
+            statistics = self.layer_statistics(index).in_runs(layer)
             values = empty_huge((layer.num_runs, layer.run_length), layer.real_dtype)
             window = layer.window(buffer)
-            centres = statistics.centre_window(layer.num_runs, layer.run_length)
             for block in layer.blocks():
-                values[block] = rounded(statistics.denormalize(window[block], centres(block)), layer.real_dtype)
+                made = statistics.denormalize(window[block], statistics.centre_at(block))
+                values[block] = rounded(made, layer.real_dtype)
             stored[layer.name] = layer.stored(values.view(-1))
             self._release(None, layer)
         return self.finished(stored)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,13 +74,11 @@ class LayerStatistics:
         """The centres of the values at ``where``, an index into the flattened layer."""
         return self.centre[where] if isinstance(self.centre, Tensor) else self.centre
 
-    def centre_window(self, num_runs: int, run_length: int) -> Callable[[Any], float | Tensor]:
-        """A function from an index into the layer as ``[num_runs, run_length]`` to the centres there."""
-        centre = self.centre
-        if not isinstance(centre, Tensor):
-            return lambda where: centre
-        window = centre.view(num_runs, run_length)
-        return lambda where: window[where]
+    def in_runs(self, layer: Layer) -> LayerStatistics:
+        """The same with centres ``[num_runs, run_length]`` where each value has its own."""
+        if not isinstance(self.centre, Tensor):
+            return self
+        return replace(self, centre=self.centre.view(layer.num_runs, layer.run_length))
 
     def normalize(self, values: Tensor, centre: float | Tensor) -> Tensor:
         """Values of any shape in the stored dtype → tokens, with their ``centre``, in float64 unless identity."""
@@ -238,8 +236,7 @@ def fitted_statistics(
         def write_means(name: str, first: int, values: Tensor) -> None:
             file.write(name, first, values.to(specs[name][0]))
 
-        numbers = fit_statistics(checkpoints, layers, normalization, write_means)
-        Statistics(normalization, *numbers).write_numbers(file)
+        fit_statistics(checkpoints, layers, normalization, write_means).write_numbers(file)
 
     key = [VERSION, zoo.digest(), list(indices), normalization, [layer.name for layer in layers], form]
     return Statistics.read(cached_tensors(zoo, "statistics", key, specs, write), normalization)
@@ -251,13 +248,10 @@ def fit_statistics(
     normalization: Normalization,
     write_means: Callable[[str, int, Tensor], None],
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Statistics:
     """Stream checkpoints of one structure once and measure every layer, whatever the number of threads.
 
     ``write_means`` takes name, first place and values of a stretch of per-parameter means, on any thread.
-
-    Returns:
-        centre, scale and variance_mean, ``[K]`` float64 each.
 
     Raises InputError that names file and tensor where a value is NaN or infinite.
     """
@@ -286,7 +280,8 @@ def fit_statistics(
             totals[index] = totals[index].merge(moments)
     centre = [0.0 if residual else moments.mean for moments in totals]
     scale = [math.sqrt(moments.squares / moments.count) for moments in totals]
-    return tuple(torch.tensor(numbers, dtype=torch.float64) for numbers in (centre, scale, variance_means))  # type: ignore[return-value]
+    numbers = (torch.tensor(each, dtype=torch.float64) for each in (centre, scale, variance_means))
+    return Statistics(normalization, *numbers)
 
 
 def _measure_layer(flats: Sequence[Tensor], transform: LayerStatistics, _: Callable[[int, Tensor], None]) -> Moments:

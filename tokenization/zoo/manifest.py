@@ -23,19 +23,10 @@ from tokenization.zoo.condition import ConditionSpec
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One line of the manifest.
+    """One line of the manifest, field by field as in docs/formats.md.
 
-    Attributes:
-        file: the checkpoint, relative to the zoo; for an ``external`` one an absolute path or one that leaves it.
-        run: which training run it comes from, 0, 1, ….
-        step: how many steps into that run.
-        condition: what it was trained for, as the zoo's `ConditionSpec` says.
-        metrics: its scores, e.g. ``{"accuracy": 0.97}``.
-        split: "train", "test", ….
-        size: bytes of its file(s); 0 if not recorded.
-        sha256: digest of its file(s), hexadecimal; empty if not recorded.
-        source: the file it was converted from, if any.
-        external: whether it lies outside the zoo, adopted where it is.
+    ``file`` is relative to the zoo, or a path that leaves it if ``external``; ``size`` is in bytes, ``sha256`` hexadecimal,
+    0 and empty if not recorded; ``source`` is what the file was converted from.
     """
 
     file: str
