@@ -25,8 +25,8 @@ from tokenization.zoo.condition import ConditionSpec
 class ZooEntry:
     """One line of the manifest, field by field as in docs/formats.md.
 
-    ``file`` is relative to the zoo, or a path that leaves it if ``external``; ``size`` is in bytes, ``sha256`` hexadecimal,
-    0 and empty if not recorded; ``source`` is what the file was converted from.
+    ``file`` is relative to the zoo, or a path that leaves it if ``external``; ``size`` is in bytes, ``sha256``
+    hexadecimal, 0 and empty if not recorded; ``source`` is what the file was converted from.
     """
 
     file: str
