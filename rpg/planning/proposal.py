@@ -66,15 +66,17 @@ class Proposal:
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
 
 
-def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
+def propose(zoo: Zoo | Path | str, run: str | None = None, overrides: Sequence[str] = ()) -> Proposal:
     """A configuration to train a generator on a zoo with; no values are read.
 
     Args:
         zoo: two checkpoints or more, or the folder that they are in.
         run: the run folder; ``runs/`` and the zoo's name when None.
+        overrides: ``section.field=value``, as `Config.load` takes them; they stand, whatever else is proposed.
 
     Raises:
-        InputError: a single checkpoint, or no size of training fits into the memory that is free.
+        InputError: a single checkpoint, no size of training fits into the memory that is free, an encoder of texts that
+            cannot be loaded, or an override is of no field.
     """
     zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
     splits = Counter(entry.split for entry in zoo.entries)
@@ -109,7 +111,10 @@ def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
         tree["evaluate"] = {"num": 24, "num_baseline": 5}
     if zoo.task is not None:
         reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
-    return _fitted(Proposal(tree, tuple(reasons), _asked(zoo)))
+    tree = overridden(tree, overrides)
+    Config.parse(tree, "--set")
+    proposal = _fitted(Proposal(tree, tuple(reasons), _asked(zoo)))
+    return replace(proposal, tree=overridden(proposal.tree, overrides))
 
 
 def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
@@ -122,9 +127,7 @@ def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Propos
         raise InputError(f"--write-config needs a zoo, and {zoo} is not one; collect one first")
     if path.exists():
         raise InputError(f"{path} already exists; name another file with --write-config, or remove it")
-    proposal = propose(Zoo.open(zoo))
-    proposal = replace(proposal, tree=overridden(proposal.tree, overrides))
-    Config.parse(proposal.tree, "--set")
+    proposal = propose(Zoo.open(zoo), overrides=overrides)
     write_text(path, proposal.text())
     return proposal
 
