@@ -92,7 +92,9 @@ def evaluate(
     """
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
+    from rpg.experiments.driver import Experiment
     from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
+    from rpg.generation.folders import find_folder, load_config
     from rpg.generation.sampler import join_processes
     from rpg.planning.plan import evaluation_need
 
@@ -109,7 +111,7 @@ def evaluate(
                 f"{refused[0]} is not for runs of sensors, which are judged in a way of their own; leave it out"
             )
         report = own.evaluate(run, seed=seed)
-        print_report(report, console, folder=run, full=full, then=own.then.format(run=run))
+        print_report(report, console, folder=run, full=full, then=own.next(load_config(find_folder(run)), run))
         return told_of(report, run, run)
     if not is_zoo:
         guard(lambda: evaluation_need(run), ignore_memory)
@@ -126,7 +128,9 @@ def evaluate(
                 changes=overrides or (),
             )  # fmt: skip
     folder = output or run
-    then = f"rpg inspect {run} --write-config mine.yaml" if is_zoo else f"rpg generate {run} --num 10"
+    then = f"rpg inspect {run} --write-config mine.yaml"
+    if not is_zoo:
+        then = Experiment("networks", evaluate_run).next(load_config(find_folder(run)), run)
     print_report(report, console, folder=folder, full=full, then=then)
     return told_of(report, run, folder)
 

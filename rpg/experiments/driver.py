@@ -20,6 +20,7 @@ from rpg.experiments.grouping_examples import evaluate_groupings
 from rpg.experiments.single import collect, requested_condition
 from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
+from rpg.planning.proposal import asked
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.config import TASKS
@@ -46,15 +47,19 @@ class Experiment:
         evaluate: takes a run folder, and ``seed``, ``split`` (``test``, or ``validation`` to make choices by) and
             ``workers`` by name; returns the report, and writes it unless the split is ``validation``.
         train: takes a configuration, and ``progress`` and ``watch`` by name, as `rpg.training.loop.train` does.
-        then: the command to run next; ``{run}`` stands for the run.
+        then: the command to run next; ``{run}`` stands for the run, ``{asked}`` for what its generator is asked for.
         further: options of ``evaluate`` for the generators of further seeds.
     """
 
     name: str
     evaluate: Callable[..., Report]
     train: Callable[..., Any] = train_anew
-    then: str = "rpg generate {run} --num 10"
+    then: str = "rpg generate {run}{asked} --num 10"
     further: Mapping[str, Any] = field(default_factory=dict)
+
+    def next(self, config: Config, run: Path | str) -> str:
+        """The command to run next."""
+        return self.then.format(run=run, asked=asked(config.zoo, config.model.condition))
 
 
 def experiment_of(
