@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -63,12 +63,11 @@ def with_sparsity(layout: Layout, sparsity: float | None) -> Layout:
         return layout
     if layout.compressed is None:
         raise InputError("this generator's networks are not pruned; leave the sparsity out")
-    changed = copy.copy(layout)
-    if isinstance(changed, SpectralLayout):
-        changed.cut = copy.copy(changed.cut)
-    cut = changed.cut if isinstance(changed, SpectralLayout) else changed
-    cut.compressed = layout.compressed.with_sparsity(sparsity)
-    return changed
+    compressed = layout.compressed.with_sparsity(sparsity)
+    if isinstance(layout, SpectralLayout):
+        cut = replace(layout.cut, compressed=compressed)
+        return SpectralLayout(cut, layout.basis, layout.fitted, layout.indices)
+    return replace(layout, compressed=compressed)
 
 
 def cached_bytes(layout: Layout, num_checkpoints: int) -> int:

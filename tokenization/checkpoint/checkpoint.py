@@ -60,7 +60,7 @@ class Checkpoint:
     ordered: bool
     metadata: dict[str, str]
     sizes: dict[Path, int]
-    _maps: dict[Path, Tensor] = field(default_factory=dict)
+    _maps: dict[Path, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -110,7 +110,7 @@ class Checkpoint:
             for name in order
             if name not in ties
         }
-        return Checkpoint(self.path, tensors, dict(ties), order, self.ordered, self.metadata, self.sizes)
+        return replace(self, tensors=tensors, ties=dict(ties), order=order)
 
     def flat(self, name: str) -> Tensor:
         """All values of a tensor, ``[num_values]`` of the stored dtype, in the private memory map: no copy is made."""

@@ -126,9 +126,7 @@ class Compressed(Form):
     def _opened_as(self, original: Checkpoint, infos: dict[str, TensorInfo], sizes: Mapping[Any, int]) -> Checkpoint:
         order = list(self._merge(dict.fromkeys(original.order), lambda part: dict.fromkeys(part.tokens)))
         metadata = {**original.metadata, MARK: self.key}
-        return Checkpoint(
-            original.path, infos, original.ties, order, original.ordered, metadata, {**original.sizes, **sizes}
-        )
+        return replace(original, tensors=infos, order=order, metadata=metadata, sizes={**original.sizes, **sizes})
 
     def expand(self, network: StateDict) -> dict[str, Tensor]:
         """A state dict, as it is stored, in this form. Raises InputError if a tensor is missing or broken."""

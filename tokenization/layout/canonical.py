@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -119,9 +120,8 @@ class Canonical(Form):
         specs = {layer.name: (layer.dtype, layer.shape) for layer in self.layers}
         cached = cached_tensors(zoo, "canonical", [self.key, zoo.digest_of(index)], specs, write)
         tensors = {n: cached.tensors.get(n, info) for n, info in original.tensors.items()}
-        sizes = {**original.sizes, **cached.sizes}
-        metadata = {**original.metadata, MARK: self.key}
-        return Checkpoint(original.path, tensors, original.ties, original.order, original.ordered, metadata, sizes)
+        sizes, metadata = {**original.sizes, **cached.sizes}, {**original.metadata, MARK: self.key}
+        return replace(original, tensors=tensors, metadata=metadata, sizes=sizes)
 
     def expand(self, network: StateDict) -> dict[str, Tensor]:
         """An adapter in canonical form; a pair that is missing or of another shape is left alone."""

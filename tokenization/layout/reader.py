@@ -30,11 +30,8 @@ class TokenReader:
         self.zoo = zoo
         self.layout = layout
         self.cache_bytes = cache_bytes
-        self._start()
-
-    def _start(self) -> None:
-        shape = (len(self.zoo), self.layout.num_tokens, self.layout.token_size)
-        fits = self.cached_bytes(len(self.zoo), self.layout, self.cache_bytes) > 0
+        shape = (len(zoo), layout.num_tokens, layout.token_size)
+        fits = self.cached_bytes(len(zoo), layout, cache_bytes) > 0
         self._cache = torch.empty(shape) if fits else None
         self._cached: set[int] = set()
         self._lock = threading.Lock()

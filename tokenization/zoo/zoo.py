@@ -55,11 +55,11 @@ class Zoo:
         task: dict[str, Any] | None = None,
         condition: ConditionSpec | None = None,
         runs: Sequence[str] = (),
+        structure: Structure | None = None,
     ) -> None:
         self.path = Path(path)
-        self.task, self.condition, self.runs = task, condition, list(runs)
+        self.task, self.condition, self.runs, self._structure = task, condition, list(runs), structure
         self.entries: list[ZooEntry] = []
-        self._structure: Structure | None = None
         self._comparison: Comparison | None = None
         self._manifest_size = 0
         self._checkpoints: dict[Path, Checkpoint] = {}
@@ -72,17 +72,16 @@ class Zoo:
         task: dict[str, Any] | None = None,
         condition: ConditionSpec | None = None,
         runs: Sequence[str] = (),
-        among: Sequence[Path] = (),
         structure: Structure | None = None,
+        among: Sequence[Path] = (),
     ) -> Zoo:
         """Start an empty zoo in a new or empty folder, or one that holds one of the checkpoints ``among``.
 
         Without a ``structure`` the first checkpoint sets it. Raises InputError if the folder is not free or refuses.
         """
-        zoo = cls(path, task=task, condition=condition, runs=runs)
+        zoo = cls(path, task=task, condition=condition, runs=runs, structure=structure)
         require_new_folder(zoo.path, among)
         make_folder(zoo.path)
-        zoo._structure = structure
         # A zoo is what has a zoo.json: it comes last.
         write_text(zoo.path / "manifest.jsonl", "")
         zoo._write_description()
@@ -101,8 +100,7 @@ class Zoo:
             what = "is not a zoo: it has no zoo.json" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}; make a zoo with `rpg collect`")
         content = Description.read(path / "zoo.json")
-        zoo = cls(path, task=content.task, condition=content.condition, runs=content.runs)
-        zoo._structure = content.structure
+        zoo = cls(path, **vars(content))
         if repair:
             remove_leftovers(path)
             remove_leftovers(path / "checkpoints")
