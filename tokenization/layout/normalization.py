@@ -280,8 +280,8 @@ def fit_statistics(
             totals[index] = totals[index].merge(moments)
     centre = [0.0 if residual else moments.mean for moments in totals]
     scale = [math.sqrt(moments.squares / moments.count) for moments in totals]
-    numbers = (torch.tensor(each, dtype=torch.float64) for each in (centre, scale, variance_means))
-    return Statistics(normalization, *numbers)
+    first, second, third = (torch.tensor(each, dtype=torch.float64) for each in (centre, scale, variance_means))
+    return Statistics(normalization, first, second, third)
 
 
 def _measure_layer(flats: Sequence[Tensor], transform: LayerStatistics, _: Callable[[int, Tensor], None]) -> Moments:
