@@ -224,7 +224,7 @@ def gpu_training(name: str, folder: Path, num_steps: int, peak_tflops: float | N
         seconds.append(time.perf_counter() - started)
     step_seconds = float(torch.tensor(seconds[num_steps // 4 :]).median())  # the first ones choose kernels
     plan = make_plan(config, ZooSummary.of(Zoo.open(config.zoo), config))
-    rows = config.train.batch_size * (config.train.tokens or plan.zoo.layout.num_tokens)
+    rows = config.train.batch_size * (config.train.tokens or plan.estimator.zoo.layout.num_tokens)
     return {
         "device": device,
         "training_step_seconds": step_seconds,

@@ -68,8 +68,7 @@ class Collection:
 def plan_collection(config: Config) -> Collection | None:
     """What collecting the zoo takes; None of a task that nothing is known of here.
 
-    Raises:
-        InputError: the device that the task names is not there.
+    Raises InputError where the device that the task names is not there.
     """
     task, target = config.task, find_target(config.task)
     if target is None:
@@ -118,16 +117,11 @@ def num_runs(task: SubsetsConfig) -> int:
 
 
 def collection_need(config: Config) -> Need | None:
-    """What one process of collecting the zoo takes; None where nothing is known, or nothing is left to collect.
-
-    Raises:
-        InputError: as `plan_collection`.
-    """
+    """What one process of it takes; None where nothing is known or left to collect. Raises as `plan_collection`."""
     task, there = config.task, (Path(config.zoo) / "zoo.json").exists()
     if isinstance(task, SubsetsConfig) and there and Zoo.open(config.zoo).num_runs >= num_runs(task):
         return None
-    planned = plan_collection(config)
-    return planned.need if planned is not None else None
+    return planned.need if (planned := plan_collection(config)) is not None else None
 
 
 def collection_table(planned: Collection) -> Table:

@@ -120,7 +120,7 @@ def test_small_generators_are_not_planned(tmp_path: Path, monkeypatch: pytest.Mo
     assert generation_need(config.run) is None
     monkeypatch.setattr(plan, "free_memory", lambda: 1 << 20)
     need = generation_need(config.run)
-    assert need is not None and 0 < need.host < plan.rough_generation_bytes(Path(config.run) / "generator")
+    assert need is not None and 0 < need.host < plan.rough_generation_bytes(plan.saved_parts(config.run))
     evaluating = evaluation_need(config.run)
     assert evaluating is not None and 0 < evaluating.host < 1 << 30  # one network after the other
 

@@ -150,9 +150,9 @@ def test_our_recipe_costs_twenty_thousand_times_less_and_is_smaller_than_its_net
 def test_every_large_network_is_planned_without_its_zoo(tmp_path, path):
     config = Config.load(path, [f"zoo={tmp_path / 'none'}"])
     plan = make_plan(config, find_zoo_summary(config))
-    assert plan.zoo.layout.token_size == config.tokens.rank == 8 and plan.zoo.num_states == 50
-    assert sum(plan.parameters.values()) < plan.zoo.layout.num_values
-    assert plan.generation_flops.directions >= 2 * 8 * plan.zoo.layout.num_values
+    assert plan.estimator.zoo.layout.token_size == config.tokens.rank == 8 and plan.estimator.zoo.num_states == 50
+    assert sum(plan.parameters.values()) < plan.estimator.zoo.layout.num_values
+    assert plan.generation_flops.directions >= 2 * 8 * plan.estimator.zoo.layout.num_values
 
 
 def test_moments_of_eight_bits(tmp_path):
