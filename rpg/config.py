@@ -94,6 +94,11 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
 
+    @property
+    def draws_tasks(self) -> bool:
+        """Whether fresh tasks are drawn in every step."""
+        return self.behaviour is not None and self.behaviour.tasks == "fresh"
+
     @model_validator(mode="after")
     def _something_teaches(self) -> TrainConfig:
         if not self.imitation and (self.behaviour is None or not self.behaviour.weight or self.new_states is not None):

@@ -26,7 +26,7 @@ from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import derive_seed, make_rng, permutation
+from rpg.seeding import derive_seed, in_turns, make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
@@ -53,10 +53,7 @@ class Partition:
 def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
     """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
 
-    All processes wait here for one another.
-
-    Args:
-        device: what the user asked for; launched processes have devices of their own unless it is ``cpu``.
+    All processes wait here for one another. Launched ones have devices of their own unless ``device`` is ``cpu``.
 
     Raises:
         InputError: there is no such device, or it was named for launched processes.
@@ -134,6 +131,10 @@ class TiledSampler:
             return range(0)
         return range(num // partition.size * partition.size, num)
 
+    def asked(self, num: int, seed: int) -> list[int]:
+        """Which checkpoint each network of a seed is asked to be; none where states are not those of checkpoints."""
+        return []
+
     def group_size(self) -> int:
         """G: networks of a tile."""
         return max(1, self.tile_tokens // self.layout.num_tokens)
@@ -178,11 +179,7 @@ class TiledSampler:
 
 
 class TokenSampler(TiledSampler):
-    """Denoises tokens tile by tile.
-
-    Args:
-        network: the networks, in evaluation mode.
-    """
+    """Denoises tokens tile by tile, by networks in evaluation mode."""
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         super().__init__(layout, settings.tile_tokens)
@@ -209,10 +206,9 @@ class TokenSampler(TiledSampler):
             yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
     def asked(self, num: int, seed: int) -> list[int]:
-        """The stored state of each network of a seed, where states are of checkpoints; else none."""
-        if self.network.config.state.of in ("none", "run"):
-            return []
-        return stored_states(seed, range(num), self.network.num_states)
+        """The stored state of each network of a seed, where states are of checkpoints."""
+        of_checkpoints = self.network.config.state.of not in ("none", "run")
+        return stored_states(seed, range(num), self.network.num_states) if of_checkpoints else []
 
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
         made, given = max(num, COMPANY), request.conditions
@@ -251,24 +247,21 @@ class TokenSampler(TiledSampler):
         """
         if self.network.state is None:
             return None
-        table = self.network.state.weight.detach()
+        table, prior = self.network.state.weight.detach(), self.network.prior
         if len(table) == 1:
             return table
         if request.state == "stored":
             return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
         rngs = [make_rng(request.seed, "state", network) for network in networks]
         if request.state == "prior":
-            if self.network.prior is None:
+            if prior is None:
                 raise InputError("This generator has no prior over codes; ask for states stored, density or gaussian.")
-            if self.network.prior.config.draws == "even":
+            if prior.config.draws == "even":
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            begun = (
-                None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
-            )
-            noise = request.temperature * noise.to(self.device)
-            return self.network.prior.sample(noise, conditions, rngs=rngs, begun=begun)
+            begun = None if prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            return prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs, begun=begun)
         if request.state == "density" and self.network.config.state.neighbours:
             return self._among_neighbours(request, rngs, conditions)
         if request.state == "density":
@@ -291,48 +284,35 @@ class TokenSampler(TiledSampler):
     ) -> Tensor:
         """Denoise one tile, padded to its full shape or to ``num`` networks: ``[G, n, D]``."""
         group, width, token_ids = num or self.group_size(), self.layout.token_size, self.token_ids(tile)
-        num_tokens = len(token_ids)
+        num_tokens, network = len(token_ids), self.network
         rng = make_rng(request.seed, "tile", tile.network, tile.token, device=self.device)
         noise = first_of_normal(group * num_tokens, self.group_size() * num_tokens, width, rng)
         mask = self._mask(token_ids, group)
         contexts = []
         for each in inputs.prototypes:
             rows = each[:group, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
-            contexts.append(self.network.denoiser.precompute(rows))
-        scale = request.guidance_scale
+            contexts.append(network.denoiser.precompute(rows))
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             times = time.expand(len(x))
-            prediction = self.network.predict(x, times, contexts[0], mask)
+            prediction = network.predict(x, times, contexts[0], mask)
             if len(contexts) == 1:
                 return prediction
-            free = self.network.predict(x, times, contexts[1], mask)
-            return torch.lerp(free, prediction, scale)
+            return torch.lerp(network.predict(x, times, contexts[1], mask), prediction, request.guidance_scale)
 
         def whole(x: Tensor) -> Tensor:
             rows = _masked(x, mask).view(group, num_tokens, width)
-            if self.network.centre is None or inputs.known is None:
+            if network.centre is None or inputs.known is None:
                 return rows
             ids = token_ids.to(self.device)
-            return self.network.centre.complete(rows, inputs.known[:group, ids], ids)
+            return network.centre.complete(rows, inputs.known[:group, ids], ids)
 
         def tell(step: int, x: Tensor) -> None:
-            def rows() -> Tensor:
-                return whole(x)[: tile.num_networks, : tile.num_tokens]
-
             if watch is not None:
-                watch(tile, step, rows)
+                watch(tile, step, lambda: whole(x)[: tile.num_networks, : tile.num_tokens])
 
-        rows = self.network.objective.sample(
-            predict,
-            _masked(noise, mask),
-            sampler=request.sampler,
-            num_steps=request.steps,
-            generator=rng,
-            eta=request.eta,
-            callback=tell,
-        )
-        return whole(rows)
+        how: Any = {"sampler": request.sampler, "num_steps": request.steps, "eta": request.eta}
+        return whole(network.objective.sample(predict, _masked(noise, mask), generator=rng, callback=tell, **how))
 
     def _mask(self, token_ids: Tensor, group: int) -> Tensor | None:
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
@@ -352,13 +332,10 @@ def check_tiles(network: RecurrentDiffusion, layout: Layout, settings: GenerateC
 def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
     """Which of the stored permutation states each network of a seed is made of, whatever else is asked for.
 
-    Network after network takes them in a random order, each once before any comes again: where states are of
-    checkpoints, independent draws would name some several times, and a zoo's spread rests on its few outermost.
+    They come in turns: where states are of checkpoints, independent draws would name some several times, and a zoo's
+    spread rests on its few outermost.
     """
-    orders = {
-        each: permutation(num_states, seed, "states", each) for each in {place // num_states for place in networks}
-    }
-    return [int(orders[place // num_states][place % num_states]) for place in networks]
+    return in_turns(networks, num_states, seed, "states")
 
 
 @contextlib.contextmanager

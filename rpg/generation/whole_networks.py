@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,27 +37,13 @@ def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
     return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
 
 
-class LatentSampler:
+class LatentSampler(TiledSampler):
     """Samples latents and decodes them, in tiles of whole networks."""
 
     def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
-        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
-        self.device = network.latent_mean.device
-
-    def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
-        """The tiles of ``num`` networks; each process takes whole ones."""
-        partition = partition or Partition()
-        for first in range(0, num, GROUP):
-            if partition.takes(first // GROUP):
-                yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
-
-    def shared(self, num: int, partition: Partition) -> range:
-        """The networks that several processes compute together: none."""
-        return range(0)
-
-    def asked(self, num: int, seed: int) -> list[int]:
-        """No network is asked to be a checkpoint: there are no states."""
-        return []
+        super().__init__(layout, GROUP * layout.num_tokens)
+        self.network, self.bf16 = network, settings.precision == "bf16"
+        self.device = next(network.buffers()).device
 
     def sample(
         self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
@@ -85,15 +72,8 @@ class LatentSampler:
             if watch is not None:
                 watch(tile, step, lambda: self._rows(tile, x))
 
-        return self.network.objective.sample(
-            predict,
-            noise,
-            sampler=request.sampler,
-            num_steps=request.steps,
-            generator=rng,
-            eta=request.eta,
-            callback=tell,
-        )
+        how: Any = {"sampler": request.sampler, "num_steps": request.steps, "eta": request.eta}
+        return self.network.objective.sample(predict, noise, generator=rng, callback=tell, **how)
 
 
 class PosteriorSampler(TiledSampler):
@@ -115,10 +95,6 @@ class PosteriorSampler(TiledSampler):
             if watch is not None:
                 watch(tile, request.steps - 1, lambda rows=rows: rows)  # type: ignore[misc]
             yield tile, rows
-
-    def asked(self, num: int, seed: int) -> list[int]:
-        """None: a draw of the posterior is not a checkpoint's."""
-        return []
 
     def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:
         group = self.group(request, tile.network, num)

@@ -68,29 +68,31 @@ class DistributedContext:
             )
 
     def __str__(self) -> str:
-        ways = {
+        spread = {
             "none": "each with all weights",
             "zero": "weights spread by DeepSpeed",
             "fsdp": "weights spread by FSDP",
         }
-        return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {ways[self.spread]}"
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {spread[self.spread]}"
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    def require_single(self, what: str) -> None:
+        """Raise InputError for several processes, DeepSpeed or FSDP, for which ``what`` is not made."""
+        if self.world_size > 1 or self.spread != "none":
+            raise InputError(f"{what} works in a single process without DeepSpeed or FSDP; start one.")
+
     def prepare(
         self, network: nn.Module, build_optimizer: Callable[[], torch.optim.Optimizer]
     ) -> tuple[nn.Module, Any, Shards]:
-        """Spread the networks over the processes.
-
-        Args:
-            network: the networks, with the weights that the run begins from; changed in place.
-            build_optimizer: called once their parameters are final.
+        """Spread the networks, with the weights that the run begins from, over the processes, in place.
 
         Returns:
-            What to call in the forward pass, the optimizer, and how to put whole tensors together.
+            What to call in the forward pass, the optimizer of their final parameters, and how to put whole tensors
+            together.
         """
         if self.spread != "none":
             for parameter in network.parameters():  # convolutions' weights may lie channels last, which neither cuts
@@ -125,11 +127,7 @@ class DistributedContext:
         return chosen[0]  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Run ``action`` on the main process while the others wait.
-
-        Raises:
-            InputError: on all processes, when it raised one on the main process.
-        """
+        """Run ``action`` on the main process while the others wait; its InputError is raised on all of them."""
 
         def attempt() -> InputError | None:
             try:

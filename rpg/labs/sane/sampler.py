@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpg.config import Config, GenerateConfig
+from rpg.config import Config
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, WatchTile
 from rpg.generation.whole_networks import GROUP, LatentSampler
@@ -18,17 +18,12 @@ from rpg.planning.estimators import WholeNetworksEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
-from tokenization.layouts import Layout
 
 
 class CodeSampler(LatentSampler):
     """Draws codes and decodes them, in tiles of whole networks; ``temperature`` scales the kernels."""
 
     network: TokenAutoencoder  # type: ignore[assignment]
-
-    def __init__(self, network: TokenAutoencoder, layout: Layout, settings: GenerateConfig) -> None:
-        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
-        self.device = network.anchors.device
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
         mask = self.layout.mask.to(self.device)  # [L, D]

@@ -81,7 +81,7 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
 
     layout = TokenLayout.fit(zoo, config.tokens)
     network = build_network(config.model, layout, summary.num_states, summary.condition_size).train()
-    sampler = BatchSampler(zoo, layout, config.train, config.model, config.seed)
+    sampler = BatchSampler(zoo, layout, config)
     batch = to_batch(sampler.load(0), network.objective, torch.device("cpu"))  # type: ignore[arg-type]
     with LiveBytes() as live:
         network(batch).mean.backward()
