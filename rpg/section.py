@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from tokenization.errors import InputError
 
 _OTHER = object()
 SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("it must be odd")
+    return value
+
+
+Odd = Annotated[int, AfterValidator(_odd)]
 
 
 class Section(BaseModel):

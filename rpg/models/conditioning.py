@@ -149,8 +149,7 @@ class ConditionEncoder(nn.Module):
     Args:
         kind: one of ``ConditionConfig.kind`` except ``none``.
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
-            of the sentence encoder, for ``examples`` what `rpg.models.conditioning.row_size` says (and the condition is
-            ``[B, n · size]``).
+            of the sentence encoder, for ``examples`` what `row_size` says (and the condition is ``[B, n · size]``).
         num_classes: of examples.
         features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
             Of examples: the first F numbers of an embedding are what tasks are told by.
@@ -187,12 +186,9 @@ class ConditionEncoder(nn.Module):
         """Embed ``condition`` ``[B, C]``; rows where ``dropped`` ``[B]`` is true get the null embedding."""
         if self.reader is not None and condition.shape[1] != self.reader.width:
             condition = self.reader(condition)  # [B, F]
-        if self.kind == "class":
-            embedded = self.network(condition[:, 0].long())  # [B, H]
-        elif self.kind == "binary":
-            embedded = self.network(condition * 2 - 1)  # bits as ±1, [B, H]
-        else:
-            embedded = self.network(condition)  # [B, H]
+        if self.kind in ("class", "binary"):
+            condition = condition[:, 0].long() if self.kind == "class" else condition * 2 - 1  # bits as ±1
+        embedded = self.network(condition)  # [B, H]
         self.told = embedded[:, : self.features] if self.features else None
         if dropped is not None:
             embedded = torch.where(dropped[:, None], self.null.to(embedded.dtype), embedded)
@@ -234,14 +230,11 @@ LONGEST_PERIOD = 10_000.0
 
 
 def sinusoid_1d(index: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of ``index`` at frequencies from 1 down to nearly 1 / 10,000.
-
-    Args:
-        index: ``[L]``, whole or real numbers.
-        width: of the embedding; with an odd one the last cosine is left out.
+    """Sines, then cosines, of the numbers ``index`` ``[L]`` at frequencies from 1 down to nearly 1 / 10,000.
 
     Returns:
-        ``[L, width]`` float32, computed in float64: a float32 product is off by whole radians at large indices.
+        ``[L, width]`` float32, computed in float64: a float32 product is off by whole radians at large indices. Where
+        ``width`` is odd the last cosine is left out.
 
     Raises:
         ValueError: ``width`` is below 1 or ``index`` is not 1-D.
@@ -257,12 +250,7 @@ def sinusoid_1d(index: Tensor, width: int) -> Tensor:
 def sinusoid_2d(positions: Tensor, width: int) -> Tensor:
     """Half of the width for the layer, half for the token in the layer (which gets the odd place, if there is one).
 
-    Args:
-        positions: (layer, token in the layer), ``[L, 2]``.
-        width: of the embedding, at least 2.
-
-    Returns:
-        ``[L, width]`` float32.
+    Positions (layer, token in the layer) ``[L, 2]`` → ``[L, width]`` float32.
 
     Raises:
         ValueError: ``width`` is below 2 or ``positions`` is not ``[L, 2]``.

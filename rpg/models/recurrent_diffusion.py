@@ -147,10 +147,8 @@ class RecurrentDiffusion(nn.Module):
         regress: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.num_tokens = len(positions)
-        self.token_size = token_size
-        self.condition_size = condition_size
+        self.config, self.num_tokens = config, len(positions)
+        self.token_size, self.condition_size = token_size, condition_size
         self.backbone = build_backbone(config.backbone)
         width, d_prototype = self.backbone.d_model, self.backbone.d_output
         self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype, self.num_tokens)
@@ -261,10 +259,8 @@ class RecurrentDiffusion(nn.Module):
             assert conditions is not None
             embedded = self.condition(conditions, dropped)  # [G, H]
             if self.config.condition.inject == "last_tokens":
-                last = (
-                    torch.arange(self.num_tokens, device=x.device)
-                    >= self.num_tokens - self.config.condition.last_tokens
-                )
+                first = self.num_tokens - self.config.condition.last_tokens
+                last = torch.arange(self.num_tokens, device=x.device) >= first
                 x = x + embedded[:, None] * last[None, :, None]
             else:
                 x = x + embedded[:, None]
@@ -343,7 +339,7 @@ class RecurrentDiffusion(nn.Module):
         samples = batch.samples
         known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids, batch.initial)
         if self.centre is not None and known is not None:
-            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [G, N, D] → [B, N, D]
+            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [B, N, D]
             samples = self.centre.remainder(samples, known, batch.token_ids) * batch.mask
         x0, noise = samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
         time = batch.time.flatten()  # [B·N]
@@ -368,7 +364,8 @@ class RecurrentDiffusion(nn.Module):
     def prior_loss(self, codes: CodeBatch) -> Tensor:
         """The loss of the prior over codes."""
         assert self.prior is not None and self.state is not None
-        table = self.state
-        drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
-        vectors = table(codes.states) if drawn is None else drawn
+        if codes.tasks is not None and isinstance(self.state, TaskTable):
+            vectors = self.state.codes(codes.tasks)
+        else:
+            vectors = self.state(codes.states)
         return self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)

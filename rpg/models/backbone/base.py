@@ -35,12 +35,8 @@ class BackboneSection(Section):
 class Backbone(nn.Module):
     """A network over the L positions of a checkpoint: position, state and condition in, prototypes out.
 
-    A backbone never sees the weights that are being generated, so that it runs once per generated network.
-
-    Args:
-        d_model: width of the input.
-        d_output: width of the output; ``d_model`` where it is not given.
-        checkpointing: recompute the activations of every layer in the backward pass.
+    A backbone never sees the weights that are being generated, so that it runs once per generated network. Without
+    ``d_output`` what goes out is as wide as what goes in.
     """
 
     def __init__(self, d_model: int, d_output: int | None = None, checkpointing: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -22,12 +21,7 @@ DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfi
 
 __all__ = ["DecoderConfig", "Denoiser", "DenoiserConfig", "JointConfig", "MLPConfig", "UNet1dConfig", "build_denoiser"]
 
-DENOISERS: dict[str, Callable[[Any, int, int, int], Denoiser]] = {
-    "mlp": lambda config, token_size, d_prototype, _: MLPDenoiser(config, token_size, d_prototype),
-    "unet1d": lambda config, token_size, d_prototype, _: UNet1d(config, token_size, d_prototype),
-    "joint": JointDenoiser,
-    "decoder": lambda config, token_size, d_prototype, _: Decoder(config, token_size, d_prototype),
-}
+DENOISERS: dict[str, Any] = {"mlp": MLPDenoiser, "unet1d": UNet1d, "joint": JointDenoiser, "decoder": Decoder}
 
 
 def build_denoiser(
@@ -38,4 +32,6 @@ def build_denoiser(
     Args:
         d_prototype: width of the prototypes, H.
     """
-    return DENOISERS[config.kind](config, token_size, d_prototype, num_tokens)
+    kind = DENOISERS[config.kind]
+    made: Denoiser = kind(config, token_size, d_prototype, *([num_tokens] if kind.needs_whole_networks else []))
+    return made
