@@ -134,36 +134,14 @@ TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
 
 Baseline = Literal[
-    "noise",
-    "run_average",
-    "average_of_k",
-    "interpolation",
-    "coordinate_gaussian",
-    "covariance_gaussian",
-    "low_rank_gaussian",
-    "noise_at_distance",
-    "coordinate_gaussian_at_distance",
-    "sharpened_gaussian_at_distance",
-    "covariance_gaussian_at_distance",
-    "low_rank_gaussian_at_distance",
-    "run_coordinate_gaussian_at_distance",
-    "run_sharpened_gaussian_at_distance",
-    "run_covariance_gaussian_at_distance",
-    "extrapolation_at_distance",
-    "nearest_seen",
-    "kernel_ridge",
-    "merge_linear",
-    "merge_slerp",
-    "merge_ties",
-    "merge_dare_linear",
-    "merge_dare_ties",
-    "merge_model_stock",
-    "peft_linear",
-    "peft_svd",
-    "peft_ties",
-    "peft_dare_linear",
+    "noise", "run_average", "average_of_k", "interpolation", "coordinate_gaussian", "covariance_gaussian",
+    "low_rank_gaussian", "noise_at_distance", "coordinate_gaussian_at_distance", "sharpened_gaussian_at_distance",
+    "covariance_gaussian_at_distance", "low_rank_gaussian_at_distance", "run_coordinate_gaussian_at_distance",
+    "run_sharpened_gaussian_at_distance", "run_covariance_gaussian_at_distance", "extrapolation_at_distance",
+    "nearest_seen", "kernel_ridge", "merge_linear", "merge_slerp", "merge_ties", "merge_dare_linear",
+    "merge_dare_ties", "merge_model_stock", "peft_linear", "peft_svd", "peft_ties", "peft_dare_linear",
     "peft_dare_ties",
-]
+]  # fmt: skip
 """Kinds of networks that no generator is needed for; the average of all originals is always there."""
 
 

@@ -94,11 +94,8 @@ class Originals:
         """Evenly spaced values of networks ``[N, columns]``: deviations from the mean, in their layers' spread."""
         rows = []
         for network in networks:
-            parts = [
-                (network[name].flatten().float() - self.span.means[name]) / scale
-                for name, scale in self.span.scales.items()
-            ]
-            values = torch.cat(parts)
+            scales = self.span.scales.items()
+            values = torch.cat([(network[each].flatten().float() - self.span.means[each]) / by for each, by in scales])
             rows.append(values[torch.linspace(0, len(values) - 1, min(COLUMNS, len(values))).round().long()])
         return torch.stack(rows).nan_to_num()
 
@@ -249,11 +246,7 @@ class LoadedRun:
         own = Path(tempfile.mkdtemp(prefix="networks-", dir=folder))
         try:
             started = time.perf_counter()
-            files: Any = self.generator.generate(
-                request.num, seed=request.seed, steps=request.steps, state=request.state,
-                temperature=request.temperature, condition=request.condition, initial=request.initial,
-                output=own / "generated", progress=progress,
-            )  # fmt: skip
+            files: Any = self.generator.generate(**vars(request), output=own / "generated", progress=progress)
             seconds = (time.perf_counter() - started) / request.num
             networks: list[StateDict] = [Checkpoint.open(file).state_dict() for file in files]
             made = PageResult(request, own, files, networks, told(self.condition, request.condition), seconds)

@@ -78,13 +78,11 @@ def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int
     if spec.settings:
         return values
     rng, settings = make_rng(0, "page"), torch.tensor([values])
-    # One by one, so that the first of three pictures is the one that was shown alone.
-    pictures = [
-        task.examples(settings, torch.randint(len(task.class_names), (1, 1), generator=rng), rng, "validation")[0]
-        for _ in range(num)
-    ]
-    shown = torch.cat(pictures)
-    return example_rows(shown, None, len(task.class_names))
+    num_classes, shown = len(task.class_names), []
+    for _ in range(num):  # one by one, so that the first of three pictures is the one that was shown alone
+        which = torch.randint(num_classes, (1, 1), generator=rng)
+        shown.append(task.examples(settings, which, rng, "validation")[0])
+    return example_rows(torch.cat(shown), None, num_classes)
 
 
 def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:

@@ -196,11 +196,9 @@ def adapter_config_of(folder: Path, layout: Layout) -> str | None:
 
 
 def write_side_files(folder: Path, config: str, metadata: Mapping[str, str]) -> None:
-    """Write what goes with the weights. Raises InputError when the disk refuses.
+    """Write ``adapter_config.json``, and a model card that says what the weights' file does in its ``metadata``.
 
-    Args:
-        config: text of ``adapter_config.json``.
-        metadata: of the weights' file; ``rpg.provenance`` goes into the model card.
+    Raises InputError when the disk refuses.
     """
     write_text(folder / CONFIG_NAME, config)
     write_text(folder / CARD_NAME, _card(json.loads(config), json.loads(metadata.get("rpg.provenance", "{}"))))

@@ -68,8 +68,7 @@ class Generator:
         texts: TextTable | None = None,
         metric: MetricScale | None = None,
     ) -> None:
-        self.config = config
-        self.layout = layout
+        self.config, self.layout = config, layout
         self.network = network.eval().requires_grad_(False)
         self.condition = condition if config.model.condition.kind != "none" else None
         self.facts = facts or {}
@@ -237,10 +236,9 @@ class Generator:
         return [tile.network + i for tile in tiles if tile.token == 0 for i in range(tile.num_networks)]
 
     def asked(self, num: int, seed: int = 0) -> list[int]:
-        """Which checkpoint each network of a seed is asked to be, given ``state="stored"``.
+        """Which of the checkpoints it was trained on each network of a seed is asked to be, given ``state="stored"``.
 
-        Returns:
-            Places among the checkpoints it was trained on; none where its states are not those of checkpoints.
+        None where its states are not those of checkpoints.
         """
         return self.sampler().asked(num, seed)
 
@@ -249,11 +247,8 @@ class Generator:
     ) -> list[tuple[int, list[dict[str, Tensor]]]]:
         """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
 
-        Args:
-            num: networks; network i is the one that ``generate`` makes of the same seed.
-            seed: decides everything.
-            points: how many steps to show at most, spread evenly over the sampling, its last among them.
-            condition: as ``generate`` takes it.
+        Network i is the one that ``generate`` makes of the same seed and condition. At most ``points`` steps are shown,
+        spread evenly over the sampling, its last among them.
 
         Raises:
             InputError: the generator takes a condition and there is none, or it is impossible.
@@ -284,22 +279,13 @@ class Generator:
         elif conditions is not None and self.condition is not None and self.condition.settings:
             values, conditions = conditions, self.condition.inputs(conditions)
         return Request(
-            num=num,
-            seed=seed,
-            sampler=sampler,
-            steps=settings.steps,
-            eta=settings.eta,
-            guidance_scale=settings.guidance_scale,
-            state=settings.state,
-            conditions=conditions,
-            values=values,
+            num=num, seed=seed, sampler=sampler, steps=settings.steps, eta=settings.eta, state=settings.state,
+            guidance_scale=settings.guidance_scale, temperature=settings.temperature, sparsity=options.sparsity,
+            conditions=conditions, values=values, texts=requested_texts(options.condition, num),
             of_examples=self.condition is not None and self.condition.kind == "examples",
             distances=self._distances(conditions),
             initial=requested_initial(options.initial, num, self.layout, self.takes_initial),
-            texts=requested_texts(options.condition, num),
-            temperature=settings.temperature,
-            sparsity=options.sparsity,
-        )
+        )  # fmt: skip
 
     def _distances(self, conditions: Tensor | None) -> tuple[Distance, ...]:
         if self.known is None or self.condition is None or conditions is None:

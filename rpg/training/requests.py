@@ -60,10 +60,10 @@ def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None
     other = Generator.from_pretrained(run)
     taken, own = ({name: value for name, value in each.state_dict().items() if not name.startswith(READER)}
                   for each in (other.network, network))  # fmt: skip
-    means = [each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout)]
-    same = {name: value.shape for name, value in taken.items()} == {name: value.shape for name, value in own.items()}
-    same = same and means[0].keys() == means[1].keys()
-    if not same or not all(torch.equal(value, means[1][name]) for name, value in means[0].items()):
+    means, wanted = (each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout))
+    shapes, own_shapes = ({name: value.shape for name, value in each.items()} for each in (taken, own))
+    same = shapes == own_shapes and means.keys() == wanted.keys()
+    if not same or not all(torch.equal(value, wanted[name]) for name, value in means.items()):
         raise InputError(
             f"train.networks {run} has other networks, or learned from another zoo; give it the same zoo, tokens, "
             "backbone and denoiser"

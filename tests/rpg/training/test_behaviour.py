@@ -89,8 +89,8 @@ def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
     for objective, last in ((build_objective(FlowConfig()), 1.0), (build_objective(DDPMConfig()), 999)):
         batch = to_batch(rows, objective, torch.device("cpu"), 2)
         assert (batch.time[:2] == last).all() and (batch.time[2:] < last).all()
-    assert num_at_last_time(None, 8) == 0
-    assert num_at_last_time(BehaviourConfig(fraction=0.5), 8) == 4
+    assert num_at_last_time(TrainConfig(), 8) == 0
+    assert num_at_last_time(TrainConfig(behaviour=BehaviourConfig(fraction=0.5)), 8) == 4
 
 
 def test_training_with_it_reports_its_cost(zoo, tmp_path):
