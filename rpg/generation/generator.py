@@ -157,7 +157,7 @@ class Generator:
         None where that was never measured: for conditions other than settings and examples, or without validation
         tasks. Raises InputError if the condition is impossible.
         """
-        found = self.request(options=RequestOptions(condition=condition)).distances
+        found = self.request(condition=condition).distances
         return found[0] if found else None
 
     def generate(
@@ -202,8 +202,10 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, initial, sparsity)
-        request = self.request(num, seed, options)
+        request = self.request(
+            num, seed, steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, state=state,
+            temperature=temperature, condition=condition, initial=initial, sparsity=sparsity,
+        )  # fmt: skip
         partition = partition or Partition()
         tokens = self.sampler()
         sink = self._sink(request, output, partition, tokens.shared(num, partition), overwrite)
@@ -222,10 +224,9 @@ class Generator:
     ) -> Iterator[dict[str, Tensor]]:
         """The networks of ``generate``, each given away before the next is made: no more than a tile's are held.
 
-        ``options`` are the fields of `rpg.generation.request.RequestOptions`. Of several processes each makes those of
-        its `share`.
+        ``options`` are as `request` takes them. Of several processes each makes those of its `share`.
         """
-        request = self.request(num, seed, RequestOptions(**options))
+        request = self.request(num, seed, **options)
         part = replace(partition or Partition(), whole=True)
         tiles = self.sampler().sample(request, partition=part)
         return decoded_networks(with_sparsity(self.layout, request.sparsity), tiles)
@@ -253,7 +254,7 @@ class Generator:
         Raises:
             InputError: the generator takes a condition and there is none, or it is impossible.
         """
-        request = self.request(num, seed, RequestOptions(condition=condition))
+        request = self.request(num, seed, condition=condition)
         shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
         sinks: dict[int, MemorySink] = {}
 
@@ -265,9 +266,12 @@ class Generator:
             pass
         return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
 
-    def request(self, num: int = 1, seed: int = 0, options: RequestOptions | None = None) -> Request:
-        """What ``num`` networks ask of the sampler, every default filled in. Raises InputError if it is impossible."""
-        options = options or RequestOptions()
+    def request(self, num: int = 1, seed: int = 0, **given: Any) -> Request:
+        """What ``num`` networks ask of the sampler, every default filled in, given fields of `RequestOptions`.
+
+        Raises InputError if it is impossible.
+        """
+        options = RequestOptions(**given)
         settings, samplers = options.over(self.config.generate), self.network.samplers
         sampler = settings.sampler or samplers[0]
         if sampler not in samplers:

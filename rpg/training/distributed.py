@@ -14,7 +14,7 @@ from torch import nn
 from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
 from rpg.models.backbone.mamba2 import Mamba2
-from rpg.packages import install_command
+from rpg.packages import require_package
 from rpg.training.checkpointing import Shards, ZeROShards
 from tokenization.errors import InputError
 
@@ -173,15 +173,12 @@ def _leave() -> None:
 def _deepspeed_on_cpu() -> list[Any]:
     """What accelerate needs to run DeepSpeed without a GPU: its rank and world size come with the backend."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        from deepspeed.ops import __compatible_ops__
-    except ImportError:
-        cure = f"run {install_command('deepspeed')}"
-        raise InputError(f"the launcher asks for DeepSpeed, which is not installed; {cure}") from None
+    require_package("deepspeed", "the launcher asks for DeepSpeed")
+    from accelerate.utils import InitProcessGroupKwargs
+    from deepspeed.ops import __compatible_ops__
+
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    from accelerate.utils import InitProcessGroupKwargs
-
     return [InitProcessGroupKwargs(backend="gloo")]
 
 
@@ -211,11 +208,7 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     """What accelerate logs with; ``tensorboard`` is a folder of the run, ``wandb`` goes by its own environment."""
     if "wandb" not in names:
         return list(names)
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        cure = f"run {install_command('wandb')}, or leave it out"
-        raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
+    require_package("wandb", "train.log_with has wandb", ", or leave it out")
     from accelerate.tracking import WandBTracker
 
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)

@@ -157,7 +157,7 @@ def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monk
     config = Config.load("configs/cifar10_unseen.yaml")
     planned = plan_collection(config)
     assert planned is not None and planned.processes == 16 and planned.groups == 256
-    assert 3 * GIB < planned.host < 7 * GIB  # 100 of the 500 images at a time, of one network of four
+    assert 3 * GIB < planned.need.host < 7 * GIB  # 100 of the 500 images at a time, of one network of four
     assert planned.disk == pytest.approx(1022 * 5 * 4 * 5_524_802, rel=1e-3)
     monkeypatch.setattr(collection, "free_memory", lambda: 16 * GIB)
     assert 2 <= planned.processes <= 4
