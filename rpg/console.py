@@ -149,37 +149,23 @@ _live = False
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
+def progress_bar(title: str) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None, note="").
 
     A report after the last one begins a line of its own: several runs, one after the other.
-
-    Args:
-        after: seconds from when on the bar appears; what takes less shows none.
     """
     global _live
-    bar: Any = (
-        _NotebookBar()
-        if console.is_jupyter
-        else Progress(
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-            console=console,
-            redirect_stdout=False,
-        )
-    )
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    note_column = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True))
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), _Rate(), left, note_column)
+    bar: Any = _NotebookBar() if console.is_jupyter else Progress(*columns, console=console, redirect_stdout=False)
     tasks: list[Any] = []
-    began, finished = time.monotonic(), False
+    finished = False
 
     def advance(done: int, total: int, loss: float | None = None, note: str = "") -> None:
         global _live
         nonlocal finished
-        late = time.monotonic() - began >= after
-        if not tasks and (not late or _live or (finished and done >= total)):
+        if not tasks and (_live or (finished and done >= total)):
             return
         if not tasks:
             bar.start()

@@ -53,7 +53,7 @@ def install_command(*names: str) -> str:
 
 
 def require_package(name: str, what: str, otherwise: str = "") -> None:
-    """Raise InputError where a package (and module) is missing; ``what`` needs it, and ``otherwise`` is another cure."""
+    """Raise InputError where a package, which ``what`` needs, is missing; ``otherwise`` is another cure."""
     if importlib.util.find_spec(name) is None:
         raise InputError(f"{what}, which is not installed; run {install_command(name)}{otherwise}")
 

@@ -81,10 +81,10 @@ class Originals:
         what = told(self.zoo.condition, entry.condition)
         return f"{what} ({where})" if what else where
 
-    def nearest(self, networks: Sequence[StateDict], num: int = 3) -> list[list[Neighbour]]:
-        """The originals nearest to each of N networks, by all values, each layer in units of its spread."""
+    def nearest(self, networks: Sequence[StateDict]) -> list[list[Neighbour]]:
+        """The three originals nearest to each of N networks, by all values, each layer in units of its spread."""
         distances = self.span.distances(self.span.project(networks)) / self.unit  # [N, n]
-        least = distances.topk(min(num, len(self)), largest=False)
+        least = distances.topk(min(3, len(self)), largest=False)
         return [
             [Neighbour(self.indices[i], self.name(self.indices[i]), each) for i, each in zip(row, far, strict=True)]
             for row, far in zip(least.indices.tolist(), least.values.tolist(), strict=True)

@@ -16,8 +16,6 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.devices import chosen_device, parse_device
 from rpg.generation.folders import (
-    FILES,
-    OPTIONAL_FILES,
     adapter_config_of,
     find_folder,
     folder_digest,
@@ -58,16 +56,10 @@ class Generator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        network: Network,
-        condition: ConditionSpec | None = None,
-        facts: dict[str, Any] | None = None,
-        adapter: str | None = None,
-        texts: TextTable | None = None,
+        self, config: Config, layout: Layout, network: Network, condition: ConditionSpec | None = None,
+        facts: dict[str, Any] | None = None, adapter: str | None = None, texts: TextTable | None = None,
         metric: MetricScale | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.layout = config, layout
         self.network = network.eval().requires_grad_(False)
         self.condition = condition if config.model.condition.kind != "none" else None
@@ -109,7 +101,7 @@ class Generator:
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
         loaded.known = KnownRange.load(folder / KNOWN_FILE) if (folder / KNOWN_FILE).is_file() else None
-        loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
+        loaded.digest, loaded.folder = folder_digest(folder), folder
         return loaded
 
     def save_pretrained(self, path: Path | str) -> Path:
@@ -133,7 +125,7 @@ class Generator:
             if self.known is not None:
                 self.known.save(temporary / KNOWN_FILE)
             (temporary / "README.md").write_text(model_card(self), encoding="utf-8")
-        self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
+        self.digest = folder_digest(target)
         return target
 
     def push_to_hub(self, repo: str, **options: Any) -> str:

@@ -70,18 +70,11 @@ class FolderSink:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        folder: Path,
-        metadata: Callable[[int], dict[str, str]],
-        num: int,
-        adapter: str | None = None,
-        partition: Partition | None = None,
-        shared: range = range(0),
-        overwrite: bool = True,
-    ) -> None:
+        self, layout: Layout, folder: Path, metadata: Callable[[int], dict[str, str]], num: int, adapter: str | None,
+        partition: Partition, shared: range, overwrite: bool,
+    ) -> None:  # fmt: skip
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
-        self.partition, self.shared, self.overwrite = partition or Partition(), shared, overwrite
+        self.partition, self.shared, self.overwrite = partition, shared, overwrite
         self.open: dict[int, Writer] = {}
         self.adapters: dict[int, AbstractContextManager[Path]] = {}  # folders that are being filled
         self.lock = contextlib.ExitStack()

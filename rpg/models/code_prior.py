@@ -154,13 +154,9 @@ class CodePrior(nn.Module):
         return (velocity.float() - (noise - codes)).square().mean()
 
     def sample(
-        self,
-        noise: Tensor,
-        conditions: Tensor | None = None,
-        watch: Callable[[Tensor], None] | None = None,
-        rngs: Sequence[torch.Generator] = (),
-        begun: Tensor | None = None,
-    ) -> Tensor:
+        self, noise: Tensor, conditions: Tensor | None = None, watch: Callable[[Tensor], None] | None = None,
+        rngs: Sequence[torch.Generator] = (), begun: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's.
 
         With churn that is EDM's algorithm 2, and each code's noise comes from its own one of B ``rngs``.

@@ -119,9 +119,9 @@ class LatentDenoiser(nn.Module):
         channels: of the encoder's convolutions, halving the length each; the decoder mirrors them.
     """
 
-    def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int, d_time: int = 128) -> None:
+    def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int) -> None:
         super().__init__()
-        step = 2 ** len(channels)
+        step, d_time = 2 ** len(channels), 128
         self.size = size
         self.padded = math.ceil(size / step) * step
         width = channels[-1] * self.padded // step

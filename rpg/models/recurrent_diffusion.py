@@ -138,14 +138,9 @@ class RecurrentDiffusion(nn.Module):
         return cls(config, positions, layout.token_size, num_states, condition_size, regress)
 
     def __init__(
-        self,
-        config: RecurrentConfig,
-        positions: Tensor,
-        token_size: int,
-        num_states: int = 1,
-        condition_size: int = 0,
-        regress: bool = False,
-    ) -> None:
+        self, config: RecurrentConfig, positions: Tensor, token_size: int, num_states: int = 1,
+        condition_size: int = 0, regress: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.num_tokens = config, len(positions)
         self.token_size, self.condition_size = token_size, condition_size
@@ -232,12 +227,9 @@ class RecurrentDiffusion(nn.Module):
         return self.state.num_embeddings if self.state is not None else 1
 
     def prototypes(
-        self,
-        states: Tensor | None,
-        conditions: Tensor | None = None,
-        dropped: Tensor | None = None,
+        self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Prototypes ``[G, L, H]`` of G (state, condition) pairs.
 
         Args:
@@ -303,13 +295,9 @@ class RecurrentDiffusion(nn.Module):
         return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
 
     def one_step(
-        self,
-        noise: Tensor,
-        mask: Tensor,
-        states: Tensor | None = None,
-        conditions: Tensor | None = None,
+        self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The tokens that one sampling step makes of normal noise ``[E, L, D]``, float32, differentiable.
 
         ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings; ``initial``
@@ -321,9 +309,8 @@ class RecurrentDiffusion(nn.Module):
         def predict(x: Tensor, time: Tensor) -> Tensor:
             return self.predict(x, time.expand(len(x)), context, rows)
 
-        made = self.objective.sample(
-            predict, noise.flatten(0, 1) * rows, sampler=self.objective.plain_sampler, num_steps=1
-        ).view_as(noise)
+        sampler = self.objective.plain_sampler
+        made = self.objective.sample(predict, noise.flatten(0, 1) * rows, sampler=sampler, num_steps=1).view_as(noise)
         token_ids = torch.arange(self.num_tokens, device=noise.device)
         known = self.known(states, conditions, token_ids, initial)
         if self.centre is not None and known is not None:

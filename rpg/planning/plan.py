@@ -184,10 +184,8 @@ class Need:
     cure: str
 
 
-def require_memory(need: Need, ignore: bool = False) -> None:
-    """Raise InputError where more is needed than is free, unless that is to be ignored."""
-    if ignore:
-        return
+def require_memory(need: Need) -> None:
+    """Raise InputError where more is needed than is free."""
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     compared = [(need.host * processes, free_memory(), "of memory")]
     if need.device and (free := free_on_device()) is not None:

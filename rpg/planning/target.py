@@ -78,8 +78,7 @@ class Target:
 def find_target(task: Any) -> Target | None:
     """The network of a task's configuration; None of a task that nothing is known of here.
 
-    Raises:
-        InputError: the device that the task names is not there.
+    Raises InputError where the device that the task names is not there.
     """
     if isinstance(task, DigitsConfig | DigitsSubsetsConfig):
         classes, size = 10 if isinstance(task, DigitsConfig) else 2, task.image_size

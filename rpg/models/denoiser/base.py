@@ -60,19 +60,13 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
 
-def time_sinusoid(time: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sines and cosines of a time on the scale 0 … 1000 (arXiv 1706.03762, section 3.5).
+def time_sinusoid(time: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of times ``[N]`` on the scale 0 … 1000 (arXiv 1706.03762, section 3.5): ``[N, E]`` in fp32.
 
-    Args:
-        time: ``[N]``, on the scale 0 … 1000.
-        width: E, an even number.
-        max_period: the longest wavelength is 2π times this.
-
-    Returns:
-        ``[N, E]`` in fp32, the cosines first.
+    The width E is even; the longest wavelength is 2π times 10,000.
     """
     index = torch.arange(width // 2, device=time.device, dtype=torch.float32)  # [E/2]
-    frequency = torch.exp(index * (-2 * math.log(max_period) / width))  # [E/2]
+    frequency = torch.exp(index * (-2 * math.log(10_000.0) / width))  # [E/2]
     angle = time.float()[:, None] * frequency  # [N, E/2]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [N, E]
 

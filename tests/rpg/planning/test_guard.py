@@ -48,7 +48,6 @@ def test_too_much_is_one_sentence_with_both_figures_and_the_cure(monkeypatch: py
         InputError, match=r"training needs 31 GiB, 16 GiB of memory are free; lower train.batch_size, .*--ignore-memory"
     ):
         require_memory(need)
-    require_memory(need, ignore=True)
     half = Need("training", 10 * GIB, 0, "wait")
     require_memory(half)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
