@@ -176,26 +176,23 @@ MODEL_KINDS = {"rpg": "recurrent", "pdiff": "pdiff"}
 """What ``generator`` was, and the kind of model that it is."""
 
 
+RENAMED = (
+    ("model", "start", "initial"), ("model.state", "start", "initial"), ("train", "fresh", "new_states"),
+    ("train.behaviour", "share", "fraction"),
+)  # fmt: skip
+"""Sections, keys of earlier versions, and what they are called now; for tasks see `migrate_task`."""
+
+
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration, or a part of one, with the keys of earlier versions replaced.
 
-    - ``generator: pdiff`` with a section ``pdiff``, and ``generator: rpg`` with a section ``model``, became one section
-      ``model`` with its ``kind``;
-    - ``train.fresh`` became ``train.new_states``, and ``train.behaviour.share`` became ``train.behaviour.fraction``;
-    - ``model.start`` and ``model.state.start`` became ``initial``; for tasks see `migrate_task`.
+    ``generator: pdiff`` with a section ``pdiff``, and ``generator: rpg`` with a section ``model``, became one section
+    ``model`` with its ``kind``. Others were renamed.
     """
     if isinstance(tree.get("task"), dict):
         tree = {**tree, "task": migrate_task(tree["task"])}
-    if isinstance(tree.get("model"), dict):
-        model = _renamed(tree["model"], "start", "initial")
-        if isinstance(model.get("state"), dict):
-            model = {**model, "state": _renamed(model["state"], "start", "initial")}
-        tree = {**tree, "model": model}
-    if isinstance(tree.get("train"), dict):
-        train = _renamed(tree["train"], "fresh", "new_states")
-        if isinstance(train.get("behaviour"), dict):
-            train = {**train, "behaviour": _renamed(train["behaviour"], "share", "fraction")}
-        tree = {**tree, "train": train}
+    for section, old, new in RENAMED:
+        tree = _renamed(tree, old, new, *section.split("."))
     if "generator" not in tree and "pdiff" not in tree:
         return tree
     tree = dict(tree)
@@ -221,8 +218,11 @@ def migrate_task(task: Mapping[str, Any]) -> dict[str, Any]:
     return task | {key: migrate_task(task[key]) for key in ("family",) if isinstance(task.get(key), dict)}
 
 
-def _renamed(section: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The section with ``new`` for ``old``; one that has both is left to be refused."""
+def _renamed(section: dict[str, Any], old: str, new: str, *path: str) -> dict[str, Any]:
+    """The section with ``new`` for ``old`` in the one at ``path``, which is left to be refused if it has both."""
+    if path:
+        inner = section.get(path[0])
+        return {**section, path[0]: _renamed(inner, old, new, *path[1:])} if isinstance(inner, dict) else section
     return section if new in section else {new if key == old else key: value for key, value in section.items()}
 
 

@@ -146,15 +146,13 @@ class ConditionConfig(Section):
 class ConditionEncoder(nn.Module):
     """A condition ``[B, C]`` as an embedding ``[B, H]``; a dropped one becomes a learned null embedding.
 
+    Where a text is a set of phrases, or examples are to be read, it is first read as ``features`` numbers, and these
+    are taken, too. Of other examples the first ``features`` numbers of an embedding are what tasks are told by.
+
     Args:
-        kind: one of ``ConditionConfig.kind`` except ``none``.
+        config: of any kind but ``none``.
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
             of the sentence encoder, for ``examples`` what `row_size` says (and the condition is ``[B, n · size]``).
-        num_classes: of examples.
-        features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
-            Of examples: the first F numbers of an embedding are what tasks are told by.
-        read: read examples as a text is, too.
-        depth: of a `SetEncoder`.
 
     Attributes:
         told: of examples with F: those numbers of the last batch, ``[B, F]``; None otherwise.
@@ -162,23 +160,21 @@ class ConditionEncoder(nn.Module):
 
     told: Tensor | None
 
-    def __init__(
-        self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0, read: bool = False,
-        depth: int = 1,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ConditionConfig, size: int, width: int) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind = kind = config.kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
-        self.features, self.told = features if kind == "examples" and not read else 0, None
+        told, classes, depth = kind == "examples" and not config.read, config.classes, config.depth
+        self.features, self.told = config.features if told else 0, None
         self.reader: SetEncoder | None = None
-        if features and not self.features:
-            self.reader = SetEncoder(size, num_classes, features, depth)
-        size = size if self.reader is None else features
+        if config.features and not told:
+            self.reader = SetEncoder(size, classes, config.features, depth)
+        size = size if self.reader is None else config.features
         if kind == "class":
             self.network = nn.Embedding(size, width)
-        elif kind == "examples" and not read:
-            self.network = SetEncoder(size, num_classes, width, depth)
+        elif told:
+            self.network = SetEncoder(size, classes, width, depth)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 

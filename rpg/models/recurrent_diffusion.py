@@ -161,11 +161,7 @@ class RecurrentDiffusion(nn.Module):
         self.denoiser_condition: nn.Module | None = None
         encoder: Callable[[int], ConditionEncoder] | None = None
         if config.condition.kind != "none":
-            asked = config.condition
-            encoder = partial(
-                ConditionEncoder, asked.kind, condition_size, num_classes=asked.classes, features=asked.features,
-                read=asked.read, depth=asked.depth,
-            )  # fmt: skip
+            encoder = partial(ConditionEncoder, config.condition, condition_size)
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":
