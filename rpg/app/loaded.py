@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,14 @@ class LoadedRun:
     def _open_originals(self) -> None:
         if self.zoo is not None:
             self.originals = Originals(self.generator, self.zoo, self.task)
+
+    @cached_property
+    def fixed_network(self) -> StateDict | None:
+        """The network for an upright sensor, of generators conditioned on settings or words."""
+        if (spec := self.condition) is None or spec.kind == "examples":
+            return None
+        asked = "upright" if spec.kind == "text" else [each.default for each in spec.settings]
+        return self.generator.generate(1, condition=asked)[0]  # type: ignore[return-value]
 
     def make(
         self, request: PageRequest, folder: Path, progress: Callable[[float, float], None] | None = None

@@ -129,10 +129,6 @@ class TextTable:
         mean, scale = self._centre
         return (vectors - mean) / scale if scale > 0 else vectors  # a single text is all that it can be
 
-    def condition(self, text: str) -> Tensor:
-        """What the networks are given for a text, ``[width]``; raises as `conditions_of`."""
-        return self.conditions_of([text])[0]
-
     def conditions_of(self, texts: Sequence[str]) -> Tensor:
         """What the networks are given for texts, ``[n, width]``; what is not in the table is encoded now.
 

@@ -208,11 +208,10 @@ class Estimator(ABC):
         return network
 
     @abstractmethod
-    def sampling_memory(self, network: Any, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: Any, weights: int) -> GenerationMemory:
         """Peak memory of generation by a `fake_network` of ``weights`` bytes, in a `FakeTensorMode`.
 
-        Args:
-            loading: bytes at the peak of loading them.
+        Loading is counted here only where it takes other than the parameters once more.
         """
 
     @abstractmethod
@@ -310,4 +309,5 @@ class Estimator(ABC):
             network = self.fake_network(network)
             parameters = num_bytes(network.parameters())
             weights = parameters + num_bytes(network.buffers())
-            return self.sampling_memory(network, weights, loading=weights + parameters)
+            found = self.sampling_memory(network, weights)
+            return replace(found, loading=found.loading or weights + parameters)

@@ -74,7 +74,7 @@ class RecurrentEstimator(Estimator):
         num_rows = 2 * per_process - per_process // self.num_parts
         return num_rows * self.zoo.layout.token_size * FLOAT_BYTES
 
-    def sampling_memory(self, network: RecurrentDiffusion, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: RecurrentDiffusion, weights: int) -> GenerationMemory:
         """All prototypes first, then tile after tile."""
         layout, tile_tokens = self.zoo.layout, self.config.generate.tile_tokens
         if self.config.generate.precision == "bf16":
@@ -95,7 +95,7 @@ class RecurrentEstimator(Estimator):
             time = torch.empty(()).expand(num_rows)
             predictions = [network.predict(held[0], time, context, held[1]) for context in contexts]
         del predictions
-        return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak, loading=loading)
+        return GenerationMemory(weights, prototypes=kept, backbone=backbone, tile=live.peak)
 
     def sampling_flops(self, network: RecurrentDiffusion, steps: int) -> GenerationFlops:
         """Of the backbone and what is known of tokens, once a network; of the denoiser, for every token and step."""
@@ -171,13 +171,13 @@ class PDiffEstimator(WholeNetworksEstimator):
         """The autoencoder keeps its last weights."""
         return network.denoiser
 
-    def sampling_memory(self, network: ParameterDiffusion, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: ParameterDiffusion, weights: int) -> GenerationMemory:
         """A tile of whole networks is decoded."""
         layout = self.zoo.layout
         with LiveBytes() as live:
             network.decode_standardised(torch.empty(GROUP, network.config.latent_size))  # [GROUP, d]
         rows = GROUP * layout.num_tokens * layout.token_size * FLOAT_BYTES
-        return GenerationMemory(weights, tile=live.peak + rows, loading=loading)
+        return GenerationMemory(weights, tile=live.peak + rows)
 
     def sampling_flops(self, network: ParameterDiffusion, steps: int) -> GenerationFlops:
         """Of the decoder, once a network; of the latent's denoiser, unless a VAE has none."""
@@ -218,7 +218,7 @@ class KernelRidgeEstimator(WholeNetworksEstimator):
             self._fitted_bytes, activations=6 * self.cache_bytes, cache=self.cache_bytes, fitting=self.fitting_bytes
         )
 
-    def sampling_memory(self, network: KernelRidgeGenerator, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: KernelRidgeGenerator, weights: int) -> GenerationMemory:
         """What was fitted, and the rows of a tile."""
         group = max(1, self.config.generate.tile_tokens // self.zoo.layout.num_tokens)
         rows = FLOAT_BYTES * max(group * self.tokens, self.config.generate.tile_tokens * self.zoo.layout.token_size)

@@ -68,12 +68,12 @@ class SaneEstimator(WholeNetworksEstimator):
         inputs.append(torch.empty(2, self.checkpoints_per_step, *shape))
         return StepPart(lambda: (network(*inputs),), num_bytes(inputs))
 
-    def sampling_memory(self, network: TokenAutoencoder, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: TokenAutoencoder, weights: int) -> GenerationMemory:
         """A tile of whole networks is decoded."""
         with LiveBytes() as live:
             network.decode(torch.empty(GROUP, *network.anchors.shape[1:]))  # [GROUP, L, D]
         drawn = 3 * GROUP * network.anchors[0].numel() * FLOAT_BYTES
-        return GenerationMemory(weights, tile=live.peak + drawn, loading=loading)
+        return GenerationMemory(weights, tile=live.peak + drawn)
 
     def sampling_flops(self, network: TokenAutoencoder, steps: int) -> GenerationFlops:
         """Of the decoder, once a network."""

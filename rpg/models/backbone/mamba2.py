@@ -246,7 +246,7 @@ class Mamba2Backbone(Backbone):
     """Prototypes from Mamba-2 layers that read the positions in the checkpoint's order."""
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__(config.d_model, config.d_output, config.checkpointing)
+        super().__init__(config)
         sizes = {name: getattr(config, name) for name in ("d_state", "d_conv", "expand", "headdim", "chunk_size")}
         self.layers = nn.ModuleList(
             Mamba2Layer(Mamba2(width, **sizes), width, config.residual, config.norm) for width in config.layer_widths
