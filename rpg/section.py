@@ -98,11 +98,7 @@ def read_variants(file: Path) -> dict[str, Any]:
 
 
 def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
-    """Plain values as a section.
-
-    Args:
-        kind: the section, or a discriminated union of sections.
-        where: names their source in errors; may be empty.
+    """Plain values as a section, or as one of a discriminated union; ``where`` names their source in errors.
 
     Raises:
         InputError: a key is unknown or a value impossible; it names the field and the cure.

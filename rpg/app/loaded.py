@@ -38,17 +38,11 @@ COLUMNS = 600
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An original near a network.
+    """An original near a network."""
 
-    Attributes:
-        index: its entry in the zoo.
-        name: its condition, run and step.
-        distance: in the median distance of an original to its nearest neighbour.
-    """
-
-    index: int
-    name: str
-    distance: float
+    index: int  # its entry in the zoo
+    name: str  # its condition, run and step
+    distance: float  # in the median distance of an original to its nearest neighbour
 
 
 class Originals:

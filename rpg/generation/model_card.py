@@ -168,8 +168,7 @@ def without_places(generator: Any) -> Any:
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The means that ``evaluation.json`` holds, by kind of networks: the generated first, then the others.
 
-    Returns:
-        Metrics by kind; empty where nothing of the generated networks is known, and of files of earlier versions.
+    Empty where nothing of the generated networks is known, and of files of earlier versions.
     """
     kinds = evaluation.get("kinds") or {}
     found = {

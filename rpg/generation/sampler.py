@@ -35,10 +35,8 @@ from tokenization.layouts import Layout
 class Partition:
     """The part of one of ``size`` processes that generate together; by default the whole.
 
-    Tiles do not depend on one another, so whoever computes one computes the same bytes.
-
-    Attributes:
-        whole: no network is shared tile by tile, as it must not be where networks are not written but looked at.
+    Tiles do not depend on one another, so whoever computes one computes the same bytes. With ``whole`` no network is
+    shared tile by tile, as it must not be where networks are not written but looked at.
     """
 
     rank: int = 0
@@ -151,10 +149,7 @@ class TiledSampler:
 
         A matrix product of few rows may round differently from one of many, and a sampler may draw for all of them. So
         a number of networks is first computed beside the full tile, and is enough from then on if its bits are the
-        same.
-
-        Args:
-            compute: the rows of the first G' networks of a tile.
+        same. ``compute`` makes the rows of the first G' networks.
         """
         full, num = self.group_size(), tile.num_networks
         if num * FEW > full:

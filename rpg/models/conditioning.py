@@ -28,11 +28,9 @@ def row_size(num_values: int, num_classes: int) -> int:
 
 
 def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Tensor:
-    """Examples as numbers, ``[…, n, P + K + 1]``.
+    """Examples with values ``[…, n, P]`` as numbers, ``[…, n, P + K + 1]``.
 
-    Args:
-        values: ``[…, n, P]``.
-        classes: ``[…, n]`` long, -1 where a class is unknown; None where all are.
+    Classes ``[…, n]`` (long) are -1 where one is unknown; None where all are.
     """
     known = values.new_zeros(*values.shape[:-1], num_classes)
     if classes is not None:
@@ -41,12 +39,7 @@ def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Te
 
 
 class SetEncoder(nn.Module):
-    """Sets of examples as vectors.
-
-    Args:
-        size: P + K + 1.
-        depth: hidden layers after what is known of single ones is pooled.
-    """
+    """Sets of examples of ``size`` P + K + 1 as vectors, with ``depth`` hidden layers after they are pooled."""
 
     def __init__(self, size: int, num_classes: int, width: int, depth: int = 1) -> None:
         super().__init__()

@@ -42,8 +42,7 @@ class KernelRidgeConfig(Section):
 class KernelRidgeGenerator(FittedBuffers):
     """The fitted regression as buffers, so that it is saved and loaded as every generator is.
 
-    Args:
-        condition_size: C of the numbers that the regression sees (`regression_inputs`); 0 without a condition.
+    ``condition_size`` is C of the numbers that the regression sees (`regression_inputs`); 0 without a condition.
     """
 
     conditions: Tensor
@@ -114,11 +113,9 @@ class KernelRidgeGenerator(FittedBuffers):
         return regression.kernel(inputs).to(self.dual.dtype), regression.variance(inputs).sqrt().to(self.dual.dtype)
 
     def tokens(self, kernel: Tensor, draws: Tensor, token_ids: Tensor) -> Tensor:
-        """Tokens ``[G, N, k]`` of networks.
+        """Tokens ``[G, N, k]`` of networks, from the kernel ``[G, n]`` that `posterior` gives.
 
-        Args:
-            kernel: ``[G, n]``, as `posterior` gives it.
-            draws: ``[G, n]`` standard normal times the size of a draw; zeros for the mean.
+        ``draws`` ``[G, n]`` are standard normal times the size of a draw; zeros for the mean.
         """
         rows = torch.tensordot(draws, self.spread[:, token_ids], 1)
         if self.condition_size:

@@ -114,9 +114,7 @@ class ConvDecoder(nn.Module):
 class LatentDenoiser(nn.Module):
     """1-D convolutional encoder-decoder over the latent as a signal, with skip connections and the time everywhere.
 
-    Args:
-        size: Z.
-        channels: of the encoder's convolutions, halving the length each; the decoder mirrors them.
+    Each of the encoder's convolutions halves the length; the decoder mirrors them.
     """
 
     def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int) -> None:
@@ -156,9 +154,6 @@ class ParameterDiffusion(nn.Module):
 
     Unscaled latents have a variance far from the one the noise schedule supposes, so that samples of whole networks
     collapse; the statistics are measured between the two stages by :meth:`measure_latents`.
-
-    Args:
-        num_values: d.
     """
 
     latent_mean: Tensor
@@ -217,10 +212,7 @@ class ParameterDiffusion(nn.Module):
     def diffusion_loss(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Mean squared error of the denoiser on standardised latents (equation 6).
 
-        Args:
-            latents: ``[B, Z]``, as encoded.
-            noise: ``[B, Z]`` standard normal.
-            time: ``[B]`` in the objective's unit.
+        Latents ``[B, Z]`` are as encoded, the noise ``[B, Z]`` is standard normal, time ``[B]`` in the objective's unit.
         """
         x0 = (latents - self.latent_mean) / self.latent_std  # [B, Z]
         noisy = self.objective.add_noise(x0, noise, time)

@@ -40,10 +40,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate while it is active, and their peak.
 
     What existed before is not counted; a view costs nothing. What a kernel allocates and frees itself is not seen.
-
-    Attributes:
-        live: bytes alive now.
-        peak: the most there ever were.
+    ``live`` are the bytes alive now, ``peak`` the most there ever were.
     """
 
     def __init__(self) -> None:

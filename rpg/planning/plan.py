@@ -89,11 +89,7 @@ def build_estimator(config: Config, zoo: ZooSummary) -> Estimator:
 
 
 def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Plan:
-    """Estimate everything without computing it; see `rpg.planning.estimator` for how.
-
-    Args:
-        num_processes: processes over which a step's batch is split, data parallel.
-    """
+    """Estimate everything without computing it (`rpg.planning.estimator`), a batch split over ``num_processes``."""
     process = psutil.Process().memory_info().rss
     to_load = 0 if "torch._dynamo" in sys.modules else OPTIMIZER_BYTES  # planning loads it, too
     bf16, estimator = _in_bf16(config), build_estimator(config, zoo)

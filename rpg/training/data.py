@@ -34,11 +34,7 @@ MOST_PAIRS = 2048
 
 
 class InitialPairs:
-    """Draws a start for a training checkpoint.
-
-    Args:
-        zoo: the checkpoints; their ``run`` and ``step`` say what is earlier.
-        indices: those that are trained on.
+    """Draws a start for a training checkpoint, one of ``indices``; ``run`` and ``step`` say what is earlier.
 
     Raises:
         InputError: no run has two checkpoints.

@@ -24,9 +24,8 @@ T = TypeVar("T")
 class DistributedContext:
     """The processes of a run, as ``rpg train``, ``torchrun`` or ``accelerate launch`` started them.
 
-    Args:
-        settings: decides precision, accumulation and clipping; a launcher's own settings of these are overridden,
-            except that ``train.precision: auto`` leaves the precision to the launcher.
+    The configuration decides precision, accumulation and clipping, and overrides a launcher's own settings of these,
+    except that ``train.precision: auto`` leaves the precision to the launcher.
 
     Raises:
         InputError: the launcher asks for what the training loop cannot do.

@@ -40,10 +40,7 @@ OF_ORIGINALS = ("original", "both")
 
 
 class BehaviourLoss:
-    """Scores predicted tokens by the outputs of the decoded networks.
-
-    Args:
-        zoo: holds the base network, where that gives the right answers.
+    """Scores predicted tokens by the outputs of the decoded networks; a base network that answers lies with the zoo.
 
     Raises:
         InputError: the task cannot score many networks at once, the zoo has no base network, or originals of the task
@@ -185,10 +182,8 @@ class NewStatesLoss:
     A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights
     vary, neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than
     they spread, and the cross-entropy of their networks reaches the generator. A second term keeps the networks of a
-    step apart: without it, or if it only kept them away from the zoo, one new place would do for them all.
-
-    Args:
-        layout: decodes tokens; residual normalisation, so that 1 is the zoo's own root mean square deviation.
+    step apart: without it, or if it only kept them away from the zoo, one new place would do for them all. Tokens have
+    residual normalisation, so that 1 is the zoo's own root mean square deviation.
 
     Raises:
         InputError: there is no table of states to draw around, or the task has no images.
@@ -249,9 +244,6 @@ class TargetLoss:
     """Scores predicted tokens by how far the decoded networks' loss is from the one asked for, by how far their answers
     are from those of the checkpoints that are learned, or by the sum (``train.behaviour.target``).
 
-    Args:
-        condition: the metric, which must be a loss on training images.
-
     Raises:
         InputError: the task cannot run many networks at once, the metric is no such loss, or a base is to answer.
     """
@@ -290,10 +282,6 @@ class TargetLoss:
 
 class AuxiliaryLosses:
     """The sum of the losses that ``train.behaviour`` and ``train.new_states`` ask for; 0 without either.
-
-    Args:
-        zoo: the checkpoints; beside them may lie the base network that is to be matched.
-        network: the generator's networks; only the loss of new states runs them, which p-diff refuses to have.
 
     Raises:
         InputError: the task, the sampled tokens, the conditions or the processes do not allow it.

@@ -218,11 +218,7 @@ class PDiffTrainer(WholeNetworkTrainer):
 
 
 class ClosedFormTrainer:
-    """A run without steps; the loop sees the interface of `rpg.training.trainer.Trainer`.
-
-    Args:
-        config, resume, overwrite, say: as of `rpg.training.loop.train`; a run that was interrupted is fitted again.
-    """
+    """A run without steps, with the interface of `rpg.training.trainer.Trainer`; an interrupted one is fitted again."""
 
     step = num_steps = 0
 

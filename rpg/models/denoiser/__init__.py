@@ -27,11 +27,7 @@ DENOISERS: dict[str, Any] = {"mlp": MLPDenoiser, "unet1d": UNet1d, "joint": Join
 def build_denoiser(
     config: MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, token_size: int, d_prototype: int, num_tokens: int
 ) -> Denoiser:
-    """Build the denoiser a configuration describes, randomly initialised from torch's global generator.
-
-    Args:
-        d_prototype: width of the prototypes, H.
-    """
+    """Build the denoiser a configuration describes, randomly initialised from torch's global generator."""
     kind = DENOISERS[config.kind]
     made: Denoiser = kind(config, token_size, d_prototype, *([num_tokens] if kind.needs_whole_networks else []))
     return made

@@ -38,10 +38,7 @@ class Denoiser(nn.Module):
     needs_whole_networks: bool = False
 
     def precompute(self, prototype: Tensor) -> tuple[Tensor, ...]:
-        """Compute all that depends on the prototype alone, once for all sampling steps.
-
-        Args:
-            prototype: ``[N, H]``.
+        """Compute all that depends on the prototype ``[N, H]`` alone, once for all sampling steps.
 
         Returns:
             The ``context`` that :meth:`forward` takes: tensors with leading dimension N, so that a chunk of tokens
