@@ -104,7 +104,10 @@ The rows are a function because p-diff has to decode them: most of a thousand st
 
 
 class TiledSampler:
-    """How generation is cut into tiles, for every model that makes tokens from positions."""
+    """How generation is cut into tiles, for every model; a kind adds the `rows` of one."""
+
+    device: torch.device
+    bf16 = False
 
     def __init__(self, layout: Layout, tile_tokens: int) -> None:
         self.layout, self.tile_tokens = layout, tile_tokens
@@ -122,6 +125,19 @@ class TiledSampler:
             for number, token in enumerate(range(0, length, size if group == 1 else length)):
                 if partition.takes(number if network in shared else network // group):
                     yield Tile(network, min(group, num - network), token, min(size, length - token))
+
+    def sample(
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``partition`` with its rows ``[G, n, D]``; ``watch`` is told after every step."""
+        for tile in self.tiles(request.num, partition):
+            with inference(self.device, self.bf16):
+                rows = self.rows(request, tile, watch)
+            yield tile, rows
+
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, n, D]`` of a tile."""
+        raise NotImplementedError
 
     def shared(self, num: int, partition: Partition) -> range:
         """The networks that several processes compute together."""

@@ -6,7 +6,6 @@ checkpoints that were seen, k values of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rpg.config import GenerateConfig
 from rpg.generation.request import Request
-from rpg.generation.sampler import Partition, Tile, TiledSampler, WatchTile, inference
+from rpg.generation.sampler import Tile, TiledSampler, WatchTile
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import make_rng
@@ -45,14 +44,9 @@ class LatentSampler(TiledSampler):
         self.network, self.bf16 = network, settings.precision == "bf16"
         self.device = next(network.buffers()).device
 
-    def sample(
-        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
-    ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``partition`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
-        for tile in self.tiles(request.num, partition):
-            with inference(self.device, self.bf16):
-                rows = self._rows(tile, self.latents(request, tile, watch))
-            yield tile, rows
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, L, D]`` that a tile's latents are decoded to."""
+        return self._rows(tile, self.latents(request, tile, watch))
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
         values = self.network.decode_standardised(latents)  # [GROUP, d]
@@ -84,17 +78,12 @@ class PosteriorSampler(TiledSampler):
         self.network = network
         self.device = network.spread.device
 
-    def sample(
-        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
-    ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``partition`` with its rows ``[G, n, k]``; ``watch`` is told once."""
-        for tile in self.tiles(request.num, partition):
-            with inference(self.device, bf16=False):
-                rows = self.fewest(request, tile, partial(self._rows, request, tile))
-            rows = rows[: tile.num_networks, : tile.num_tokens]
-            if watch is not None:
-                watch(tile, request.steps - 1, lambda rows=rows: rows)  # type: ignore[misc]
-            yield tile, rows
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, n, k]`` of a tile; ``watch`` is told once."""
+        rows = self.fewest(request, tile, partial(self._rows, request, tile))[: tile.num_networks, : tile.num_tokens]
+        if watch is not None:
+            watch(tile, request.steps - 1, lambda: rows)
+        return rows
 
     def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:
         group = self.group(request, tile.network, num)

@@ -212,7 +212,7 @@ class ParameterDiffusion(nn.Module):
     def diffusion_loss(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Mean squared error of the denoiser on standardised latents (equation 6).
 
-        Latents ``[B, Z]`` are as encoded, the noise ``[B, Z]`` is standard normal, time ``[B]`` in the objective's unit.
+        Latents ``[B, Z]`` are as encoded, noise ``[B, Z]`` is standard normal, time ``[B]`` in the objective's unit.
         """
         x0 = (latents - self.latent_mean) / self.latent_std  # [B, Z]
         noisy = self.objective.add_noise(x0, noise, time)
