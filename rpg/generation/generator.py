@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.devices import chosen_device, parse_device
+from rpg.devices import Partition, chosen_device, parse_device
 from rpg.generation.folders import (
     adapter_config_of,
     find_folder,
@@ -27,7 +27,7 @@ from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, conditi
 from rpg.generation.model_card import model_card, push_generator
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
-from rpg.generation.sampler import Partition, Tile
+from rpg.generation.sampler import Tile
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network, part_of
 from tokenization.errors import InputError

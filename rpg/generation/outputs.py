@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.devices import Partition
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.request import PROVENANCE
-from rpg.generation.sampler import Partition, Tile
+from rpg.generation.sampler import Tile
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder

@@ -8,10 +8,8 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.config import GenerateConfig
-from rpg.devices import PATIENCE, note_device, use_device
+from rpg.devices import Partition
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, even_noise
@@ -29,46 +27,6 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, in_turns, make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The part of one of ``size`` processes that generate together; by default the whole.
-
-    Tiles do not depend on one another, so whoever computes one computes the same bytes. With ``whole`` no network is
-    shared tile by tile, as it must not be where networks are not written but looked at.
-    """
-
-    rank: int = 0
-    size: int = 1
-    whole: bool = False
-
-    def takes(self, number: int) -> bool:
-        """Whether this process is the one for the thing of this number."""
-        return number % self.size == self.rank
-
-
-def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
-    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
-
-    All processes wait here for one another. Launched ones have devices of their own unless ``device`` is ``cpu``.
-
-    Raises:
-        InputError: there is no such device, or it was named for launched processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Partition(), use_device(device)
-    if device not in ("auto", "cpu"):
-        raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # Left to itself, accelerate takes several processes without a GPU for as many single ones.
-    no_gpu = device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-    atexit.register(torch.distributed.destroy_process_group)
-    note_device(state.device)
-    return Partition(state.process_index, state.num_processes), state.device
 
 
 @dataclass(frozen=True)
