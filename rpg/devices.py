@@ -1,4 +1,4 @@
-"""Devices and their arithmetic: which are there, which one a command (of several processes each) takes, and in bf16.
+"""Devices: which are there, which one a command takes, alone or in several processes, and mixed precision on it.
 
 Commands note it in the environment variable that accelerate reads, so that training, tasks and the processes they start
 agree. A program that uses the package without a command has noted nothing: generators are then on the CPU.
