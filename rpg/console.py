@@ -152,10 +152,11 @@ _live = False
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
+def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None, note="").
 
-    A report after the last one begins a line of its own: several runs, one after the other.
+    A report after the last one begins a line of its own: several runs, one after the other. What takes less than
+    ``after`` seconds shows no bar.
     """
     global _live
     left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
@@ -163,12 +164,13 @@ def progress_bar(title: str) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), _Rate(), left, note_column)
     bar: Any = _NotebookBar() if console.is_jupyter else Progress(*columns, console=console, redirect_stdout=False)
     tasks: list[Any] = []
-    finished = False
+    began, finished = time.monotonic(), False
 
     def advance(done: int, total: int, loss: float | None = None, note: str = "") -> None:
         global _live
         nonlocal finished
-        if not tasks and (_live or (finished and done >= total)):
+        late = time.monotonic() - began >= after
+        if not tasks and (not late or _live or (finished and done >= total)):
             return
         if not tasks:
             bar.start()

@@ -136,7 +136,11 @@ def test_steps_tell_who_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_a_bar_appears_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_appears_once_and_not_for_what_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("short", after=60) as advance:
+        advance(1, 2)
+        advance(2, 2)
+    assert capsys.readouterr().out == ""
     with progress_bar("long") as advance, progress_bar("inside") as inner:
         advance(1, 2)
         inner(1, 2)
