@@ -94,6 +94,11 @@ class TrainConfig(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
 
+    @property
+    def draws_tasks(self) -> bool:
+        """Whether fresh tasks are drawn in every step."""
+        return self.behaviour is not None and self.behaviour.tasks == "fresh"
+
     @model_validator(mode="after")
     def _something_teaches(self) -> TrainConfig:
         if not self.imitation and (self.behaviour is None or not self.behaviour.weight or self.new_states is not None):
@@ -129,36 +134,14 @@ TAUS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
 
 Baseline = Literal[
-    "noise",
-    "run_average",
-    "average_of_k",
-    "interpolation",
-    "coordinate_gaussian",
-    "covariance_gaussian",
-    "low_rank_gaussian",
-    "noise_at_distance",
-    "coordinate_gaussian_at_distance",
-    "sharpened_gaussian_at_distance",
-    "covariance_gaussian_at_distance",
-    "low_rank_gaussian_at_distance",
-    "run_coordinate_gaussian_at_distance",
-    "run_sharpened_gaussian_at_distance",
-    "run_covariance_gaussian_at_distance",
-    "extrapolation_at_distance",
-    "nearest_seen",
-    "kernel_ridge",
-    "merge_linear",
-    "merge_slerp",
-    "merge_ties",
-    "merge_dare_linear",
-    "merge_dare_ties",
-    "merge_model_stock",
-    "peft_linear",
-    "peft_svd",
-    "peft_ties",
-    "peft_dare_linear",
+    "noise", "run_average", "average_of_k", "interpolation", "coordinate_gaussian", "covariance_gaussian",
+    "low_rank_gaussian", "noise_at_distance", "coordinate_gaussian_at_distance", "sharpened_gaussian_at_distance",
+    "covariance_gaussian_at_distance", "low_rank_gaussian_at_distance", "run_coordinate_gaussian_at_distance",
+    "run_sharpened_gaussian_at_distance", "run_covariance_gaussian_at_distance", "extrapolation_at_distance",
+    "nearest_seen", "kernel_ridge", "merge_linear", "merge_slerp", "merge_ties", "merge_dare_linear",
+    "merge_dare_ties", "merge_model_stock", "peft_linear", "peft_svd", "peft_ties", "peft_dare_linear",
     "peft_dare_ties",
-]
+]  # fmt: skip
 """Kinds of networks that no generator is needed for; the average of all originals is always there."""
 
 

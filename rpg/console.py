@@ -155,26 +155,14 @@ _live = False
 def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
     """A progress bar that appears with its first report; yields its callback (done, total, loss=None, note="").
 
-    A report after the last one begins a line of its own: several runs, one after the other.
-
-    Args:
-        after: seconds from when on the bar appears; what takes less shows none.
+    A report after the last one begins a line of its own: several runs, one after the other. What takes less than
+    ``after`` seconds shows no bar.
     """
     global _live
-    bar: Any = (
-        _NotebookBar()
-        if console.is_jupyter
-        else Progress(
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-            console=console,
-            redirect_stdout=False,
-        )
-    )
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    note_column = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True))
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), _Rate(), left, note_column)
+    bar: Any = _NotebookBar() if console.is_jupyter else Progress(*columns, console=console, redirect_stdout=False)
     tasks: list[Any] = []
     began, finished = time.monotonic(), False
 

@@ -1,4 +1,4 @@
-"""Devices and their arithmetic: which are there, which one a command takes, and mixed precision on it.
+"""Devices: which are there, which one a command takes, alone or in several processes, and mixed precision on it.
 
 Commands note it in the environment variable that accelerate reads, so that training, tasks and the processes they start
 agree. A program that uses the package without a command has noted nothing: generators are then on the CPU.
@@ -6,10 +6,12 @@ agree. A program that uses the package without a command has noted nothing: gene
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -64,11 +66,54 @@ def device_of_run(name: str = "auto") -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return use_device(name)
+    _require_own_devices(name)
     if name == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif name != "auto":
-        raise InputError(f"--device {name} names one device for several processes; leave it out, or give cpu")
     return parse_device("cpu" if os.environ.get("ACCELERATE_USE_CPU", "") == "true" else "auto")
+
+
+def _require_own_devices(name: str) -> None:
+    if name not in ("auto", "cpu"):
+        raise InputError(f"--device {name} names one device for several processes; leave it out, or give cpu")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of one of ``size`` processes that generate together; by default the whole.
+
+    Tiles do not depend on one another, so whoever computes one computes the same bytes. With ``whole`` no network is
+    shared tile by tile, as it must not be where networks are not written but looked at.
+    """
+
+    rank: int = 0
+    size: int = 1
+    whole: bool = False
+
+    def takes(self, number: int) -> bool:
+        """Whether this process is the one for the thing of this number."""
+        return number % self.size == self.rank
+
+
+def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
+    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
+
+    All processes wait here for one another. Launched ones have devices of their own unless ``device`` is ``cpu``.
+
+    Raises:
+        InputError: there is no such device, or it was named for launched processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Partition(), use_device(device)
+    _require_own_devices(device)
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Left to itself, accelerate takes several processes without a GPU for as many single ones.
+    no_gpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    atexit.register(torch.distributed.destroy_process_group)
+    note_device(state.device)
+    return Partition(state.process_index, state.num_processes), state.device
 
 
 def note_device(device: torch.device) -> None:

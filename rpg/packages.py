@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import platform
 import re
@@ -12,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, distribution, requires, ver
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tokenization.errors import InputError
 
 DISTRIBUTION = "rpg-weights"
 """What package indexes call this program."""
@@ -47,6 +50,12 @@ def install_command(*names: str) -> str:
     wanted = (known.get(canonicalize_name(name)) for name in names)
     specs = (f"{found.name}{found.specifier}" if found else name for name, found in zip(names, wanted, strict=True))
     return "pip install " + " ".join(shlex.quote(spec) for spec in specs)
+
+
+def require_package(name: str, what: str, otherwise: str = "") -> None:
+    """Raise InputError where a package, which ``what`` needs, is missing; ``otherwise`` is another cure."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"{what}, which is not installed; run {install_command(name)}{otherwise}")
 
 
 def unmet() -> list[str]:

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from tokenization.errors import InputError
 
 _OTHER = object()
 SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("it must be odd")
+    return value
+
+
+Odd = Annotated[int, AfterValidator(_odd)]
 
 
 class Section(BaseModel):
@@ -89,11 +98,7 @@ def read_variants(file: Path) -> dict[str, Any]:
 
 
 def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
-    """Plain values as a section.
-
-    Args:
-        kind: the section, or a discriminated union of sections.
-        where: names their source in errors; may be empty.
+    """Plain values as a section, or as one of a discriminated union; ``where`` names their source in errors.
 
     Raises:
         InputError: a key is unknown or a value impossible; it names the field and the cure.
@@ -167,26 +172,23 @@ MODEL_KINDS = {"rpg": "recurrent", "pdiff": "pdiff"}
 """What ``generator`` was, and the kind of model that it is."""
 
 
+RENAMED = (
+    ("model", "start", "initial"), ("model.state", "start", "initial"), ("train", "fresh", "new_states"),
+    ("train.behaviour", "share", "fraction"),
+)  # fmt: skip
+"""Sections, keys of earlier versions, and what they are called now; for tasks see `migrate_task`."""
+
+
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:
     """A configuration, or a part of one, with the keys of earlier versions replaced.
 
-    - ``generator: pdiff`` with a section ``pdiff``, and ``generator: rpg`` with a section ``model``, became one section
-      ``model`` with its ``kind``;
-    - ``train.fresh`` became ``train.new_states``, and ``train.behaviour.share`` became ``train.behaviour.fraction``;
-    - ``model.start`` and ``model.state.start`` became ``initial``; for tasks see `migrate_task`.
+    ``generator: pdiff`` with a section ``pdiff``, and ``generator: rpg`` with a section ``model``, became one section
+    ``model`` with its ``kind``. Others were renamed.
     """
     if isinstance(tree.get("task"), dict):
         tree = {**tree, "task": migrate_task(tree["task"])}
-    if isinstance(tree.get("model"), dict):
-        model = _renamed(tree["model"], "start", "initial")
-        if isinstance(model.get("state"), dict):
-            model = {**model, "state": _renamed(model["state"], "start", "initial")}
-        tree = {**tree, "model": model}
-    if isinstance(tree.get("train"), dict):
-        train = _renamed(tree["train"], "fresh", "new_states")
-        if isinstance(train.get("behaviour"), dict):
-            train = {**train, "behaviour": _renamed(train["behaviour"], "share", "fraction")}
-        tree = {**tree, "train": train}
+    for section, old, new in RENAMED:
+        tree = _renamed(tree, old, new, *section.split("."))
     if "generator" not in tree and "pdiff" not in tree:
         return tree
     tree = dict(tree)
@@ -212,8 +214,11 @@ def migrate_task(task: Mapping[str, Any]) -> dict[str, Any]:
     return task | {key: migrate_task(task[key]) for key in ("family",) if isinstance(task.get(key), dict)}
 
 
-def _renamed(section: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The section with ``new`` for ``old``; one that has both is left to be refused."""
+def _renamed(section: dict[str, Any], old: str, new: str, *path: str) -> dict[str, Any]:
+    """The section with ``new`` for ``old`` in the one at ``path``, which is left to be refused if it has both."""
+    if path:
+        inner = section.get(path[0])
+        return {**section, path[0]: _renamed(inner, old, new, *path[1:])} if isinstance(inner, dict) else section
     return section if new in section else {new if key == old else key: value for key, value in section.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,3 +23,9 @@ def make_rng(*parts: int | str, device: torch.device | str = "cpu") -> torch.Gen
 def permutation(num: int, *parts: int | str) -> Tensor:
     """A random order of ``range(num)``, ``[num]`` long, decided by the parts."""
     return torch.randperm(num, generator=make_rng(*parts))
+
+
+def in_turns(places: Sequence[int], num: int, *parts: int | str) -> list[int]:
+    """Which of ``num`` things come at ``places``: each once in a random order, then each once in another, and so on."""
+    orders = {turn: permutation(num, *parts, turn) for turn in {place // num for place in places}}
+    return [int(orders[place // num][place % num]) for place in places]

@@ -23,7 +23,6 @@ from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.diffusion.samplers import randn
 from rpg.generation.generator import Generator
-from rpg.generation.request import RequestOptions
 from rpg.models import RecurrentConfig
 from rpg.models.denoiser import build_denoiser
 from rpg.planning.estimator import peak_resident_bytes
@@ -224,7 +223,7 @@ def gpu_training(name: str, folder: Path, num_steps: int, peak_tflops: float | N
         seconds.append(time.perf_counter() - started)
     step_seconds = float(torch.tensor(seconds[num_steps // 4 :]).median())  # the first ones choose kernels
     plan = make_plan(config, ZooSummary.of(Zoo.open(config.zoo), config))
-    rows = config.train.batch_size * (config.train.tokens or plan.zoo.layout.num_tokens)
+    rows = config.train.batch_size * (config.train.tokens or plan.estimator.zoo.layout.num_tokens)
     return {
         "device": device,
         "training_step_seconds": step_seconds,
@@ -243,7 +242,7 @@ def gpu_generation(folder: Path, steps: int | None, tile_tokens: int) -> dict[st
     generator = Generator.from_pretrained(folder / "generator", "cuda")
     changed = generator.config.generate.model_copy(update={"tile_tokens": tile_tokens})
     generator.config = generator.config.model_copy(update={"generate": changed})
-    request = generator.request(options=RequestOptions(steps=steps))
+    request = generator.request(steps=steps)
     figures: dict[str, float] = {}
     for _ in range(2):  # the first run chooses kernels
         torch.cuda.reset_peak_memory_stats()

@@ -185,11 +185,9 @@ def sampling_controls(run: LoadedRun) -> Controls:
             gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed", min_width=90),
         ]
     state = getattr(model, "state", None)
-    states = (
-        []
-        if state is None or state.of == "none"
-        else ["stored", "density", "gaussian", *(["prior"] if state.prior else [])]
-    )
+    states: list[str] = []
+    if state is not None and state.of != "none":
+        states = ["stored", "density", "gaussian", *(["prior"] if state.prior else [])]
     with gr.Accordion("Sampling", open=False):
         if model.kind != "kernel_ridge":
             names.append("steps")

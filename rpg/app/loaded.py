@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,11 @@ COLUMNS = 600
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An original near a network.
+    """An original near a network."""
 
-    Attributes:
-        index: its entry in the zoo.
-        name: its condition, run and step.
-        distance: in the median distance of an original to its nearest neighbour.
-    """
-
-    index: int
-    name: str
-    distance: float
+    index: int  # its entry in the zoo
+    name: str  # its condition, run and step
+    distance: float  # in the median distance of an original to its nearest neighbour
 
 
 class Originals:
@@ -81,10 +76,10 @@ class Originals:
         what = told(self.zoo.condition, entry.condition)
         return f"{what} ({where})" if what else where
 
-    def nearest(self, networks: Sequence[StateDict], num: int = 3) -> list[list[Neighbour]]:
-        """The originals nearest to each of N networks, by all values, each layer in units of its spread."""
+    def nearest(self, networks: Sequence[StateDict]) -> list[list[Neighbour]]:
+        """The three originals nearest to each of N networks, by all values, each layer in units of its spread."""
         distances = self.span.distances(self.span.project(networks)) / self.unit  # [N, n]
-        least = distances.topk(min(num, len(self)), largest=False)
+        least = distances.topk(min(3, len(self)), largest=False)
         return [
             [Neighbour(self.indices[i], self.name(self.indices[i]), each) for i, each in zip(row, far, strict=True)]
             for row, far in zip(least.indices.tolist(), least.values.tolist(), strict=True)
@@ -94,11 +89,8 @@ class Originals:
         """Evenly spaced values of networks ``[N, columns]``: deviations from the mean, in their layers' spread."""
         rows = []
         for network in networks:
-            parts = [
-                (network[name].flatten().float() - self.span.means[name]) / scale
-                for name, scale in self.span.scales.items()
-            ]
-            values = torch.cat(parts)
+            scales = self.span.scales.items()
+            values = torch.cat([(network[each].flatten().float() - self.span.means[each]) / by for each, by in scales])
             rows.append(values[torch.linspace(0, len(values) - 1, min(COLUMNS, len(values))).round().long()])
         return torch.stack(rows).nan_to_num()
 
@@ -236,6 +228,14 @@ class LoadedRun:
         if self.zoo is not None:
             self.originals = Originals(self.generator, self.zoo, self.task)
 
+    @cached_property
+    def fixed_network(self) -> StateDict | None:
+        """The network for an upright sensor, of generators conditioned on settings or words."""
+        if (spec := self.condition) is None or spec.kind == "examples":
+            return None
+        asked = "upright" if spec.kind == "text" else [each.default for each in spec.settings]
+        return self.generator.generate(1, condition=asked)[0]  # type: ignore[return-value]
+
     def make(
         self, request: PageRequest, folder: Path, progress: Callable[[float, float], None] | None = None
     ) -> PageResult:
@@ -249,11 +249,7 @@ class LoadedRun:
         own = Path(tempfile.mkdtemp(prefix="networks-", dir=folder))
         try:
             started = time.perf_counter()
-            files: Any = self.generator.generate(
-                request.num, seed=request.seed, steps=request.steps, state=request.state,
-                temperature=request.temperature, condition=request.condition, initial=request.initial,
-                output=own / "generated", progress=progress,
-            )  # fmt: skip
+            files: Any = self.generator.generate(**vars(request), output=own / "generated", progress=progress)
             seconds = (time.perf_counter() - started) / request.num
             networks: list[StateDict] = [Checkpoint.open(file).state_dict() for file in files]
             made = PageResult(request, own, files, networks, told(self.condition, request.condition), seconds)

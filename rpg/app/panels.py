@@ -78,13 +78,11 @@ def condition_for(run: LoadedRun, values: list[float], words: str = "", num: int
     if spec.settings:
         return values
     rng, settings = make_rng(0, "page"), torch.tensor([values])
-    # One by one, so that the first of three pictures is the one that was shown alone.
-    pictures = [
-        task.examples(settings, torch.randint(len(task.class_names), (1, 1), generator=rng), rng, "validation")[0]
-        for _ in range(num)
-    ]
-    shown = torch.cat(pictures)
-    return example_rows(shown, None, len(task.class_names))
+    num_classes, shown = len(task.class_names), []
+    for _ in range(num):  # one by one, so that the first of three pictures is the one that was shown alone
+        which = torch.randint(num_classes, (1, 1), generator=rng)
+        shown.append(task.examples(settings, which, rng, "validation")[0])
+    return example_rows(torch.cat(shown), None, num_classes)
 
 
 def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
@@ -107,7 +105,7 @@ def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
             shares = task.side(stack(networks), seen[0]).softmax(-1)  # [T, B, K]
             name = "made for it" if len(networks) == 1 else f"{len(networks)} networks together"
             accuracies[name] = (shares.mean(0).argmax(-1) == known).double().mean().item()
-        if (fixed := fixed_network(run)) is not None:
+        if (fixed := run.fixed_network) is not None:
             answers = task.side(stack([fixed]), seen[0]).argmax(-1)[0]
             accuracies["one fixed network, for an upright sensor"] = (answers == known).double().mean().item()
     num_classes = len(task.class_names)
@@ -118,16 +116,6 @@ def look(run: LoadedRun, values: list[float], made: PageResult | None) -> Panel:
         said = shares[:, first].mean(0).argmax(-1)
     pictures = seen_by(images[first], task.settings, settings)[0]
     return Panel(pictures, accuracies, votes, said, len(networks), tuple(task.class_names))
-
-
-def fixed_network(run: LoadedRun) -> StateDict | None:
-    """The network for an upright sensor, generated once, for generators conditioned on settings or words."""
-    spec, kept = run.condition, getattr(run, "_fixed", None)
-    if kept is None and spec is not None and spec.kind != "examples":
-        asked = "upright" if spec.kind == "text" else [each.default for each in spec.settings]
-        kept = run.generator.generate(1, condition=asked)[0]
-        run._fixed = kept  # type: ignore[attr-defined]
-    return kept
 
 
 FINE, BLOCK = 32, 4

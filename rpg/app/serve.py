@@ -93,19 +93,15 @@ def show_made(run: LoadedRun, made: PageResult | None) -> str:
     ]
     name = next(iter(made.metrics[0])) if made.metrics else ""
     mean = statistics.fmean(map(_first, made.metrics)) if made.metrics else None
+    is_share = "accuracy" in name and not less_is_better([name])  # shown in percent
     return _render(
-        "made", made=made, rows=rows, name=name, percent=_is_share(name), mean=mean, wanted=made.wanted,
+        "made", made=made, rows=rows, name=name, percent=is_share, mean=mean, wanted=made.wanted,
         heat=_heat(run, made), fields=_fields(run, made), large=run.is_large,
     )  # fmt: skip
 
 
 def _first(metrics: dict[str, float]) -> float:
     return next(iter(metrics.values()))
-
-
-def _is_share(name: str) -> bool:
-    """Whether a metric is a share, shown in percent."""
-    return "accuracy" in name and not less_is_better([name])
 
 
 def _heat(run: LoadedRun, made: PageResult) -> tuple[list[str], str] | None:
@@ -151,11 +147,6 @@ def show_sensor(panel: Panel) -> str:
         places.append({"picture": _png(picture), "said": panel.classes[int(said)] if said >= 0 else "", "votes": fan,
                        "right": right == said})  # fmt: skip
     return _render("sensor", places=places, accuracies=panel.accuracies, several=panel.num > 1)
-
-
-def show_drawing() -> str:
-    """Explanation of the canvas."""
-    return _render("draw")
 
 
 def show_answers(
@@ -205,7 +196,7 @@ def build_page(run: LoadedRun, folder: Path) -> Any:
                 sensor = gr.HTML(elem_id="sensor", visible=sensors_task(run) is not None)
                 result = gr.HTML(show_made(run, None), elem_id="result")
                 if reads_digits(run):
-                    gr.HTML(show_drawing(), elem_id="draw-head")
+                    gr.HTML(_render("draw"), elem_id="draw-head")
                     with gr.Row(elem_id="draw"):
                         pad = gr.HTML(html_template=CANVAS, js_on_load=PAD, elem_id="pad")
                         said = gr.HTML(elem_id="answers")

@@ -227,12 +227,12 @@ def generate(
 
     On several devices: accelerate launch -m rpg generate RUN -n NUM
     """
+    from rpg.devices import join_processes
     from rpg.experiments.single import copies_notice
     from rpg.generation.conditions import choose_condition
     from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
     from rpg.generation.folders import shipped_folder, which_generator
     from rpg.generation.generator import Generator
-    from rpg.generation.sampler import join_processes
     from rpg.planning.plan import generation_need
 
     partition, place = join_processes(device)

@@ -151,11 +151,11 @@ def experiment(
         InputError: the configuration's task has another experiment than the command is for.
     """
     from rpg.cli.scoring import told_of
+    from rpg.devices import join_processes
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.folders import find_folder, require_files
-    from rpg.generation.sampler import join_processes
     from rpg.tasks.config import TASKS
     from rpg.training.run_folder import saved_config
     from tokenization.zoo.locks import locked

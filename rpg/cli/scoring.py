@@ -90,11 +90,11 @@ def evaluate(
     With neither a task nor a function that scores, networks are compared by their weights alone.
     On several devices: accelerate launch -m rpg evaluate RUN
     """
+    from rpg.devices import join_processes
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
     from rpg.experiments.driver import evaluate as judge
     from rpg.experiments.driver import next_command
-    from rpg.generation.sampler import join_processes
     from rpg.planning.plan import evaluation_need
 
     partition, place = join_processes(device)
@@ -131,10 +131,10 @@ def score(
     device: o.Device = "auto",
 ) -> dict[str, Any]:
     """Score single checkpoints with a task or with your own function."""
+    from rpg.devices import join_processes
     from rpg.evaluation.table import print_checkpoints
     from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints
-    from rpg.generation.sampler import join_processes
     from tokenization.checkpoint.weights import Chosen
 
     partition, place = join_processes(device)

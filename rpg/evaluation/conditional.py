@@ -194,7 +194,7 @@ def conditions_asked(
     text = zoo.condition.kind == "text"
     known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
     if generator.texts is not None:
-        inputs = torch.stack([generator.texts.condition(each) for each in known]).double()
+        inputs = generator.texts.conditions_of(known).double()
     else:
         inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
     conditions = Conditions(

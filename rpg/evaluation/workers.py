@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rpg.generation.sampler import Partition
+from rpg.devices import Partition
 
 T = TypeVar("T")
 R = TypeVar("R")

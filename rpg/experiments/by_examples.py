@@ -27,7 +27,6 @@ from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.single import existing
 from rpg.generation.generator import Generator
-from rpg.generation.request import RequestOptions
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
@@ -47,8 +46,7 @@ def error_by_distance(generator: Generator, conditions: Any, errors: Tensor) -> 
     The statistics: ``known_to``, the number of requests ``beyond`` it, and the mean ``expected`` and ``measured`` error
     of the others.
     """
-    options = RequestOptions(condition=conditions)
-    found = generator.request(len(errors), options=options).distances
+    found = generator.request(len(errors), condition=conditions).distances
     within = sorted((each.distance, each.error, error) for each, error in zip(found, errors.tolist(), strict=False)
                     if each.error is not None)  # fmt: skip
     if not within:

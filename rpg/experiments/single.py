@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.console import bar_in_notebook
+from rpg.devices import join_processes
 from rpg.evaluation.span import ZooSpan
 from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import join_processes
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily

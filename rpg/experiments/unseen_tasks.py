@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import Partition
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
@@ -36,7 +37,6 @@ from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import Partition
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily

@@ -30,14 +30,11 @@ NEUTRAL = "the things in this list"
 
 def parse_condition(text: str | None) -> list[float] | None:
     """Comma-separated values as numbers. Raises InputError for anything else."""
-    if text is None:
-        return None
     try:
-        return [float(part) for part in text.split(",")]
+        return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(
-            f"--condition {text!r} is not understood; write comma-separated numbers such as 1,0,0,1"
-        ) from None
+        what = f"--condition {text!r} is not understood"
+        raise InputError(f"{what}; write comma-separated numbers such as 1,0,0,1") from None
 
 
 def named_condition(spec: ConditionSpec | None, text: str, where: str) -> list[float] | str:
@@ -74,26 +71,18 @@ def named_condition(spec: ConditionSpec | None, text: str, where: str) -> list[f
 
 
 def choose_condition(
-    generator: Any,
-    condition: str | None,
-    classes: str | None,
-    prompt: str | None,
-    prompt_model: str | None,
-    metric: str | None = None,
-    examples: Path | None = None,
-    settings: Sequence[str] | None = None,
-) -> list[float] | Tensor | str | None:
+    generator: Any, condition: str | None, classes: str | None, prompt: str | None, prompt_model: str | None,
+    metric: str | None = None, examples: Path | None = None, settings: Sequence[str] | None = None,
+) -> list[float] | Tensor | str | None:  # fmt: skip
     """The condition that a user asks for by values, classes or words; words are shown as the vector they became.
 
     Args:
-        generator: a :class:`rpg.generation.generator.Generator`; of one that takes texts the sentence encoder is set.
+        generator: a `rpg.generation.generator.Generator`; of one that takes texts the sentence encoder is set.
         condition: comma-separated values, or the name of a class.
         classes: comma-separated names or numbers of the positive classes.
-        prompt: the task in words.
-        prompt_model: language model or sentence encoder for the prompt.
-        metric: ``NAME=VALUE``; a value outside the zoo's is warned of.
+        prompt, prompt_model: the task in words, and a language model or sentence encoder for it.
+        metric, settings: ``NAME=VALUE`` (each); a metric's value outside the zoo's is warned of.
         examples: what `rpg.generation.examples.read_examples` reads.
-        settings: ``NAME=VALUE`` each.
 
     Raises:
         InputError: more than one is given, or what is given is not a condition of this generator.
@@ -127,10 +116,8 @@ def choose_condition(
             f"--{given[0] if given else 'classes'} needs a generator of named classes, which this one is not; use "
             "--condition instead"
         )
-    if classes is not None:
-        bits = bits_of_classes(classes.split(","), spec.names)
-    else:
-        bits = bits_of_prompt(prompt or "", spec.names, prompt_model)
+    named = None if classes is None else bits_of_classes(classes.split(","), spec.names)
+    bits = bits_of_prompt(prompt or "", spec.names, prompt_model) if named is None else named
     console.print(f"condition {describe_bits(bits, spec.names)}", highlight=False)
     return bits.float().tolist()
 
@@ -173,7 +160,6 @@ def bits_of_prompt(prompt: str, classes: Sequence[str], model: str | None = None
 
     Args:
         prompt: a list of class names or numbers (``cat, dog and frog``), or any text if there is a model.
-        classes: names of the classes.
         model: name or local path of a causal language model or a sentence encoder, for transformers.
 
     Raises:

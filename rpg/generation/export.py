@@ -74,9 +74,6 @@ def export(
             that it takes, or a function that makes one for it.
         say: receives a line where there was no network to compare with.
 
-    Returns:
-        ``output``.
-
     Raises:
         InputError: there is no such form or source, ``output`` is in the way or being written, ``base`` is missing or
             does not fit the weights, or the disk refuses; nothing is left behind then.
@@ -85,7 +82,8 @@ def export(
         raise InputError(f"--to {to!r} is not a format of weights; choose one of {', '.join(FORMS)}")
     output = _beside(Path(source), to) if output is None else Path(output)
     _require_free(output, to)
-    with locked(output, beside=True), _checkpoint(source, output, seed, condition, initial, progress) as checkpoint:
+    asked = {"seed": seed, "condition": condition, "initial": initial, "progress": progress}
+    with locked(output, beside=True), _checkpoint(source, output, asked) as checkpoint:
         if to in SUFFIXES:
             _write_file(to, checkpoint, output, None if base is None else str(base), say)
         else:
@@ -153,18 +151,11 @@ def _is_generator(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _checkpoint(
-    source: Path | str,
-    output: Path,
-    seed: int,
-    condition: Any,
-    initial: Path | str | None,
-    progress: Callable[[float, float], None] | None,
-) -> Iterator[Checkpoint]:
-    """The weights to export, generated now if need be."""
-    path = Path(source)
+def _checkpoint(source: Path | str, output: Path, asked: dict[str, Any]) -> Iterator[Checkpoint]:
+    """The weights to export, generated now if need be, as is ``asked``."""
+    path, condition = Path(source), asked["condition"]
     if path.exists() and not _is_generator(path):
-        if initial is not None or (condition is not None and not callable(condition)):
+        if asked["initial"] is not None or (condition is not None and not callable(condition)):
             raise InputError(f"{path} is a checkpoint, which takes no condition and no initial weights; leave them out")
         if pickled_files(path):
             raise InputError(f"{path} is a pickle, the form that torch loads already; name a safetensors checkpoint")
@@ -173,8 +164,8 @@ def _checkpoint(
     generator = Generator.from_pretrained(source)
     folder = temporary_name(output.with_name(f"{output.name}.generated"))
     try:
-        wanted = condition(generator) if callable(condition) else condition
-        [made] = generator.generate(1, seed=seed, condition=wanted, initial=initial, output=folder, progress=progress)
+        asked["condition"] = condition(generator) if callable(condition) else condition
+        [made] = generator.generate(1, output=folder, **asked)
         yield Checkpoint.open(made)  # type: ignore[arg-type]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

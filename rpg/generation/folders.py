@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def find_folder(path: Path | str, **options: Any) -> Path:
 
 
 def require_files(folder: Path) -> None:
-    """Check that a generator folder is whole. Raises InputError that names the first file that is missing."""
+    """Raise InputError if a generator folder is not whole; it names the first file that is missing."""
     for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; train again or copy the whole generator folder.")
@@ -158,10 +158,10 @@ def read_weights(path: Path) -> SavedWeights:
         raise InputError(f"{path} cannot be read ({error}); train again or copy the folder again.") from None
 
 
-def folder_digest(folder: Path, names: Iterable[str]) -> str:
-    """SHA-256 over the digests of those of the named files that are there, in the order of ``names``."""
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the digests of a generator folder's files, in the order of ``FILES``, then ``OPTIONAL_FILES``."""
     digest = hashlib.sha256()
-    for name in names:
+    for name in FILES + OPTIONAL_FILES:
         path = folder / name
         if path.is_file():
             digest.update((_tensors_digest(path) if path.suffix == ".safetensors" else file_digest(path)).encode())
@@ -196,11 +196,9 @@ def adapter_config_of(folder: Path, layout: Layout) -> str | None:
 
 
 def write_side_files(folder: Path, config: str, metadata: Mapping[str, str]) -> None:
-    """Write what goes with the weights. Raises InputError when the disk refuses.
+    """Write ``adapter_config.json``, and a model card that says what the weights' file does in its ``metadata``.
 
-    Args:
-        config: text of ``adapter_config.json``.
-        metadata: of the weights' file; ``rpg.provenance`` goes into the model card.
+    Raises InputError when the disk refuses.
     """
     write_text(folder / CONFIG_NAME, config)
     write_text(folder / CARD_NAME, _card(json.loads(config), json.loads(metadata.get("rpg.provenance", "{}"))))

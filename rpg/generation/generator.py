@@ -14,10 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.devices import chosen_device, parse_device
+from rpg.devices import Partition, chosen_device, parse_device
 from rpg.generation.folders import (
-    FILES,
-    OPTIONAL_FILES,
     adapter_config_of,
     find_folder,
     folder_digest,
@@ -29,7 +27,7 @@ from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, conditi
 from rpg.generation.model_card import model_card, push_generator
 from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
-from rpg.generation.sampler import Partition, Tile
+from rpg.generation.sampler import Tile
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network, part_of
 from tokenization.errors import InputError
@@ -58,18 +56,11 @@ class Generator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        network: Network,
-        condition: ConditionSpec | None = None,
-        facts: dict[str, Any] | None = None,
-        adapter: str | None = None,
-        texts: TextTable | None = None,
+        self, config: Config, layout: Layout, network: Network, condition: ConditionSpec | None = None,
+        facts: dict[str, Any] | None = None, adapter: str | None = None, texts: TextTable | None = None,
         metric: MetricScale | None = None,
-    ) -> None:
-        self.config = config
-        self.layout = layout
+    ) -> None:  # fmt: skip
+        self.config, self.layout = config, layout
         self.network = network.eval().requires_grad_(False)
         self.condition = condition if config.model.condition.kind != "none" else None
         self.facts = facts or {}
@@ -110,7 +101,7 @@ class Generator:
         adapter = adapter_config_of(folder, layout)
         loaded = cls(config, layout, network.to(device), condition, saved.facts, adapter, texts, saved.metric)
         loaded.known = KnownRange.load(folder / KNOWN_FILE) if (folder / KNOWN_FILE).is_file() else None
-        loaded.digest, loaded.folder = folder_digest(folder, FILES + OPTIONAL_FILES), folder
+        loaded.digest, loaded.folder = folder_digest(folder), folder
         return loaded
 
     def save_pretrained(self, path: Path | str) -> Path:
@@ -134,7 +125,7 @@ class Generator:
             if self.known is not None:
                 self.known.save(temporary / KNOWN_FILE)
             (temporary / "README.md").write_text(model_card(self), encoding="utf-8")
-        self.digest = folder_digest(target, FILES + OPTIONAL_FILES)
+        self.digest = folder_digest(target)
         return target
 
     def push_to_hub(self, repo: str, **options: Any) -> str:
@@ -158,7 +149,7 @@ class Generator:
         None where that was never measured: for conditions other than settings and examples, or without validation
         tasks. Raises InputError if the condition is impossible.
         """
-        found = self.request(options=RequestOptions(condition=condition)).distances
+        found = self.request(condition=condition).distances
         return found[0] if found else None
 
     def generate(
@@ -203,8 +194,10 @@ class Generator:
         Raises:
             InputError: an impossible request.
         """
-        options = RequestOptions(steps, sampler, eta, guidance_scale, state, temperature, condition, initial, sparsity)
-        request = self.request(num, seed, options)
+        request = self.request(
+            num, seed, steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, state=state,
+            temperature=temperature, condition=condition, initial=initial, sparsity=sparsity,
+        )  # fmt: skip
         partition = partition or Partition()
         tokens = self.sampler()
         sink = self._sink(request, output, partition, tokens.shared(num, partition), overwrite)
@@ -223,10 +216,9 @@ class Generator:
     ) -> Iterator[dict[str, Tensor]]:
         """The networks of ``generate``, each given away before the next is made: no more than a tile's are held.
 
-        ``options`` are the fields of `rpg.generation.request.RequestOptions`. Of several processes each makes those of
-        its `share`.
+        ``options`` are as `request` takes them. Of several processes each makes those of its `share`.
         """
-        request = self.request(num, seed, RequestOptions(**options))
+        request = self.request(num, seed, **options)
         part = replace(partition or Partition(), whole=True)
         tiles = self.sampler().sample(request, partition=part)
         return decoded_networks(with_sparsity(self.layout, request.sparsity), tiles)
@@ -237,10 +229,9 @@ class Generator:
         return [tile.network + i for tile in tiles if tile.token == 0 for i in range(tile.num_networks)]
 
     def asked(self, num: int, seed: int = 0) -> list[int]:
-        """Which checkpoint each network of a seed is asked to be, given ``state="stored"``.
+        """Which of the checkpoints it was trained on each network of a seed is asked to be, given ``state="stored"``.
 
-        Returns:
-            Places among the checkpoints it was trained on; none where its states are not those of checkpoints.
+        None where its states are not those of checkpoints.
         """
         return self.sampler().asked(num, seed)
 
@@ -249,16 +240,13 @@ class Generator:
     ) -> list[tuple[int, list[dict[str, Tensor]]]]:
         """Networks on their way from noise: (sampling steps taken, state dicts of the ``num`` networks so far).
 
-        Args:
-            num: networks; network i is the one that ``generate`` makes of the same seed.
-            seed: decides everything.
-            points: how many steps to show at most, spread evenly over the sampling, its last among them.
-            condition: as ``generate`` takes it.
+        Network i is the one that ``generate`` makes of the same seed and condition. At most ``points`` steps are shown,
+        spread evenly over the sampling, its last among them.
 
         Raises:
             InputError: the generator takes a condition and there is none, or it is impossible.
         """
-        request = self.request(num, seed, RequestOptions(condition=condition))
+        request = self.request(num, seed, condition=condition)
         shown = {round((i + 1) * request.steps / points) - 1 for i in range(points)} | {request.steps - 1}
         sinks: dict[int, MemorySink] = {}
 
@@ -270,9 +258,12 @@ class Generator:
             pass
         return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
 
-    def request(self, num: int = 1, seed: int = 0, options: RequestOptions | None = None) -> Request:
-        """What ``num`` networks ask of the sampler, every default filled in. Raises InputError if it is impossible."""
-        options = options or RequestOptions()
+    def request(self, num: int = 1, seed: int = 0, **given: Any) -> Request:
+        """What ``num`` networks ask of the sampler, every default filled in, given fields of `RequestOptions`.
+
+        Raises InputError if it is impossible.
+        """
+        options = RequestOptions(**given)
         settings, samplers = options.over(self.config.generate), self.network.samplers
         sampler = settings.sampler or samplers[0]
         if sampler not in samplers:
@@ -284,22 +275,13 @@ class Generator:
         elif conditions is not None and self.condition is not None and self.condition.settings:
             values, conditions = conditions, self.condition.inputs(conditions)
         return Request(
-            num=num,
-            seed=seed,
-            sampler=sampler,
-            steps=settings.steps,
-            eta=settings.eta,
-            guidance_scale=settings.guidance_scale,
-            state=settings.state,
-            conditions=conditions,
-            values=values,
+            num=num, seed=seed, sampler=sampler, steps=settings.steps, eta=settings.eta, state=settings.state,
+            guidance_scale=settings.guidance_scale, temperature=settings.temperature, sparsity=options.sparsity,
+            conditions=conditions, values=values, texts=requested_texts(options.condition, num),
             of_examples=self.condition is not None and self.condition.kind == "examples",
             distances=self._distances(conditions),
             initial=requested_initial(options.initial, num, self.layout, self.takes_initial),
-            texts=requested_texts(options.condition, num),
-            temperature=settings.temperature,
-            sparsity=options.sparsity,
-        )
+        )  # fmt: skip
 
     def _distances(self, conditions: Tensor | None) -> tuple[Distance, ...]:
         if self.known is None or self.condition is None or conditions is None:

@@ -115,9 +115,7 @@ def condition_codes(network: object, spec: ConditionSpec, conditions: Tensor) ->
     """What distances are measured between, ``[n, P, F]`` on the CPU; None for conditions without such a measure.
 
     Of settings their features, of examples what the networks' encoder makes of the set, of a text its phrases' vectors.
-
-    Args:
-        conditions: as networks see them, ``[n, C]``.
+    ``conditions`` ``[n, C]`` are as networks see them.
     """
     if spec.kind == "text" and isinstance(network, RecurrentDiffusion) and network.config.condition.phrases:
         rows = conditions.cpu().unflatten(1, (network.config.condition.phrases, -1))

@@ -38,12 +38,7 @@ class Published:
 
 
 def model_card(generator: Any, published: Published | None = None) -> str:
-    """The text of a generator's ``README.md``.
-
-    Args:
-        generator: a :class:`rpg.generation.generator.Generator`.
-        published: its repository and scores; None for a local folder.
-    """
+    """The text of the ``README.md`` of a `rpg.generation.generator.Generator`, published or in a local folder."""
     layout, condition, shown = generator.layout, generator.condition, published or Published()
     rows = "\n".join(f"| {name} | {value} |" for name, value in generator.facts.items())
     asked = f"{condition.kind}, {condition.size} values" if condition else "none"
@@ -52,6 +47,7 @@ def model_card(generator: Any, published: Published | None = None) -> str:
     base = json.loads(generator.adapter).get("base_model_name_or_path") if generator.adapter is not None else None
     adapters = f"\nThe checkpoints are adapters of {base}, written as folders for PEFT." if generator.adapter else ""
     copied = f"\n{layout.copied_note}" if layout.copied_note else ""
+    pictures = "".join(f"\n![{Path(path).stem}]({path})\n" for path in shown.pictures)
     return f"""---
 {_metadata(generator, shown, base)}
 ---
@@ -60,7 +56,7 @@ def model_card(generator: Any, published: Published | None = None) -> str:
 Writes checkpoints of {layout.num_values:,} values ({len(layout.layers)} layers, {layout.num_tokens:,} tokens of
 {layout.token_size}). Condition: {asked}. Normalization: {layout.options.normalization}.
 {generator.config.model.description}{adapters}{copied}
-{_pictures(shown.pictures)}
+{pictures}
 ## How to use it
 ```python
 from rpg import Generator
@@ -94,33 +90,24 @@ def _metadata(generator: Any, published: Published, base: str | None) -> str:
         for name, value in figures.items()
     ]  # fmt: skip
     tags = ["rpg", "weight-generation", "neural-network-weights", config.model.kind.replace("_", "-")]
-    data = ModelCardData(
-        library_name="rpg",
-        tags=tags,
-        base_model=base,
-        model_name=published.repo.partition("/")[2],
-        eval_results=results or None,
-    )
+    name = published.repo.partition("/")[2]
+    data = ModelCardData(library_name="rpg", tags=tags, base_model=base, model_name=name, eval_results=results or None)
     return str(data.to_yaml())
 
 
 def _example(generator: Any) -> str:
     """What the call of ``generate`` must be told, with the comma before it."""
     condition: ConditionSpec | None = generator.condition
-    words = ""
+    asked = ""
     if generator.metric is not None:
-        words = f", condition=[{(generator.metric.low + generator.metric.high) / 2:.4g}]"
+        asked = f"[{(generator.metric.low + generator.metric.high) / 2:.4g}]"
     elif condition is not None and condition.kind == "text":
-        words = f", condition={json.dumps(condition.names[0], ensure_ascii=False)}"
-    elif condition is not None and condition.kind == "class":
-        words = ", condition=[0]"
+        asked = json.dumps(condition.names[0], ensure_ascii=False)
     elif condition is not None:
-        words = f", condition=[1] + [0] * {condition.size - 1}"
-    return words + (', initial="your/checkpoint.safetensors"' if generator.takes_initial else "")
-
-
-def _pictures(paths: Sequence[str]) -> str:
-    return "".join(f"\n![{Path(path).stem}]({path})\n" for path in paths)
+        asked = "[0]" if condition.kind == "class" else f"[1] + [0] * {condition.size - 1}"
+    return (f", condition={asked}" if asked else "") + (
+        ', initial="your/checkpoint.safetensors"' if generator.takes_initial else ""
+    )
 
 
 def _table(scores: Scores) -> str:
@@ -142,16 +129,11 @@ REPLACED = (*OPTIONAL_FILES, "evaluation.json", "pictures/*.png")
 
 
 def push_generator(generator: Any, repo: str, run: Path | None, **options: Any) -> str:
-    """Publish a generator.
+    """Publish a `rpg.generation.generator.Generator` as ``name/generator``, and return the address of the commit.
 
     Args:
-        generator: a :class:`rpg.generation.generator.Generator`.
-        repo: ``name/generator``; made if it is not there.
         run: the run folder whose ``evaluation.json`` and pictures go with it, if any.
         options: as `tokenization.zoo.hub.publish` takes them.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         InputError: the hub refuses or cannot be reached.
@@ -186,8 +168,7 @@ def without_places(generator: Any) -> Any:
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The means that ``evaluation.json`` holds, by kind of networks: the generated first, then the others.
 
-    Returns:
-        Metrics by kind; empty where nothing of the generated networks is known, and of files of earlier versions.
+    Empty where nothing of the generated networks is known, and of files of earlier versions.
     """
     kinds = evaluation.get("kinds") or {}
     found = {

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg.devices import Partition
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.request import PROVENANCE
-from rpg.generation.sampler import Partition, Tile
+from rpg.generation.sampler import Tile
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
@@ -70,18 +71,11 @@ class FolderSink:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        folder: Path,
-        metadata: Callable[[int], dict[str, str]],
-        num: int,
-        adapter: str | None = None,
-        partition: Partition | None = None,
-        shared: range = range(0),
-        overwrite: bool = True,
-    ) -> None:
+        self, layout: Layout, folder: Path, metadata: Callable[[int], dict[str, str]], num: int, adapter: str | None,
+        partition: Partition, shared: range, overwrite: bool,
+    ) -> None:  # fmt: skip
         self.layout, self.folder, self.metadata, self.num, self.adapter = layout, folder, metadata, num, adapter
-        self.partition, self.shared, self.overwrite = partition or Partition(), shared, overwrite
+        self.partition, self.shared, self.overwrite = partition, shared, overwrite
         self.open: dict[int, Writer] = {}
         self.adapters: dict[int, AbstractContextManager[Path]] = {}  # folders that are being filled
         self.lock = contextlib.ExitStack()

@@ -42,12 +42,8 @@ class RequestOptions:
 
     def over(self, settings: GenerateConfig) -> GenerateConfig:
         """The section with these options in place of its values."""
-        wanted = {
-            name: value
-            for name, value in vars(self).items()
-            if name in GenerateConfig.model_fields and value is not None
-        }
-        return settings.model_copy(update=wanted)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return settings.model_copy(update={name: given[name] for name in given.keys() & GenerateConfig.model_fields})
 
 
 @dataclass(frozen=True)
@@ -88,27 +84,17 @@ class Request:
 
         ``copied`` names the tensors that are one checkpoint's, although they differ in the zoo.
         """
-        facts: dict[str, Any] = {
-            "generator": generator,
-            "seed": self.seed,
-            "index": index,
-            "sampler": self.sampler,
-            "steps": self.steps,
-            "eta": self.eta,
-            "guidance_scale": self.guidance_scale,
-            "state": self.state,
-            "temperature": self.temperature,
-            "condition": None if self.conditions is None else self.conditions[index].tolist(),
-        }
+        sampled = ("sampler", "steps", "eta", "guidance_scale", "state", "temperature")
+        facts: dict[str, Any] = {"generator": generator, "seed": self.seed, "index": index}
+        facts |= {name: getattr(self, name) for name in sampled}
+        facts["condition"] = None if self.conditions is None else self.conditions[index].tolist()
         if self.texts is not None:
             facts["condition"] = self.texts[index]
         if self.values is not None:
             facts["condition"] = [float(f"{value:.6g}") for value in self.values[index].tolist()]
         if self.of_examples and self.conditions is not None:
             facts["condition"] = f"examples {digest_of(self.conditions[index])}"
-        facts["start"] = None
-        if self.initial is not None:
-            facts["start"] = digest_of(self.initial[index])
+        facts["start"] = None if self.initial is None else digest_of(self.initial[index])
         if self.sparsity is not None:
             facts["sparsity"] = self.sparsity
         if self.distances:
@@ -198,12 +184,10 @@ def requested_examples(condition: Any, num: int, spec: ConditionSpec) -> Tensor:
 def requested_initial(initial: Any, num: int, layout: Layout, wanted: bool) -> Tensor | None:
     """What networks go on from, as tokens ``[num, L, D]``; None of a generator that takes none.
 
-    Args:
-        initial: a checkpoint's path or state dict, for all networks, or a list of ``num``.
-        wanted: whether the generator takes initial weights.
+    ``initial`` is a checkpoint's path or state dict, for all networks, or a list of ``num``.
 
     Raises:
-        InputError: it is missing, of another structure, or the generator takes none.
+        InputError: it is missing, of another structure, or not ``wanted``: the generator takes none.
     """
     if not wanted:
         if initial is not None:

@@ -8,10 +8,8 @@ G networks of a tile, L tokens of a checkpoint, D token width, H model width, S 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,59 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rpg.config import GenerateConfig
-from rpg.devices import PATIENCE, note_device, use_device
+from rpg.devices import Partition
 from rpg.generation.request import Request
 from rpg.models.centre import CodeTable
 from rpg.models.code_prior import CodeDensity, even_noise
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import derive_seed, make_rng, permutation
+from rpg.seeding import derive_seed, in_turns, make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The part of one of ``size`` processes that generate together; by default the whole.
-
-    Tiles do not depend on one another, so whoever computes one computes the same bytes.
-
-    Attributes:
-        whole: no network is shared tile by tile, as it must not be where networks are not written but looked at.
-    """
-
-    rank: int = 0
-    size: int = 1
-    whole: bool = False
-
-    def takes(self, number: int) -> bool:
-        """Whether this process is the one for the thing of this number."""
-        return number % self.size == self.rank
-
-
-def join_processes(device: str = "auto") -> tuple[Partition, torch.device]:
-    """This process's part and device, as ``torchrun`` or ``accelerate launch`` started it; else all, on ``device``.
-
-    All processes wait here for one another.
-
-    Args:
-        device: what the user asked for; launched processes have devices of their own unless it is ``cpu``.
-
-    Raises:
-        InputError: there is no such device, or it was named for launched processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Partition(), use_device(device)
-    if device not in ("auto", "cpu"):
-        raise InputError(f"--device {device} names one device for several processes; leave it out, or give cpu")
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # Left to itself, accelerate takes several processes without a GPU for as many single ones.
-    no_gpu = device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=no_gpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-    atexit.register(torch.distributed.destroy_process_group)
-    note_device(state.device)
-    return Partition(state.process_index, state.num_processes), state.device
 
 
 @dataclass(frozen=True)
@@ -109,7 +62,10 @@ The rows are a function because p-diff has to decode them: most of a thousand st
 
 
 class TiledSampler:
-    """How generation is cut into tiles, for every model that makes tokens from positions."""
+    """How generation is cut into tiles, for every model; a kind adds the `rows` of one."""
+
+    device: torch.device
+    bf16 = False
 
     def __init__(self, layout: Layout, tile_tokens: int) -> None:
         self.layout, self.tile_tokens = layout, tile_tokens
@@ -128,11 +84,28 @@ class TiledSampler:
                 if partition.takes(number if network in shared else network // group):
                     yield Tile(network, min(group, num - network), token, min(size, length - token))
 
+    def sample(
+        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
+    ) -> Iterator[tuple[Tile, Tensor]]:
+        """Yield each tile of ``partition`` with its rows ``[G, n, D]``; ``watch`` is told after every step."""
+        for tile in self.tiles(request.num, partition):
+            with inference(self.device, self.bf16):
+                rows = self.rows(request, tile, watch)
+            yield tile, rows
+
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, n, D]`` of a tile."""
+        raise NotImplementedError
+
     def shared(self, num: int, partition: Partition) -> range:
         """The networks that several processes compute together."""
         if partition.whole or self.tile_tokens >= self.layout.num_tokens:
             return range(0)
         return range(num // partition.size * partition.size, num)
+
+    def asked(self, num: int, seed: int) -> list[int]:
+        """Which checkpoint each network of a seed is asked to be; none where states are not those of checkpoints."""
+        return []
 
     def group_size(self) -> int:
         """G: networks of a tile."""
@@ -150,10 +123,7 @@ class TiledSampler:
 
         A matrix product of few rows may round differently from one of many, and a sampler may draw for all of them. So
         a number of networks is first computed beside the full tile, and is enough from then on if its bits are the
-        same.
-
-        Args:
-            compute: the rows of the first G' networks of a tile.
+        same. ``compute`` makes the rows of the first G' networks.
         """
         full, num = self.group_size(), tile.num_networks
         if num * FEW > full:
@@ -178,11 +148,7 @@ class TiledSampler:
 
 
 class TokenSampler(TiledSampler):
-    """Denoises tokens tile by tile.
-
-    Args:
-        network: the networks, in evaluation mode.
-    """
+    """Denoises tokens tile by tile, by networks in evaluation mode."""
 
     def __init__(self, network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
         super().__init__(layout, settings.tile_tokens)
@@ -209,10 +175,9 @@ class TokenSampler(TiledSampler):
             yield tile, rows[: tile.num_networks, : tile.num_tokens]
 
     def asked(self, num: int, seed: int) -> list[int]:
-        """The stored state of each network of a seed, where states are of checkpoints; else none."""
-        if self.network.config.state.of in ("none", "run"):
-            return []
-        return stored_states(seed, range(num), self.network.num_states)
+        """The stored state of each network of a seed, where states are of checkpoints."""
+        of_checkpoints = self.network.config.state.of not in ("none", "run")
+        return stored_states(seed, range(num), self.network.num_states) if of_checkpoints else []
 
     def _of_networks(self, request: Request, tile: Tile, num: int) -> Tensor:
         made, given = max(num, COMPANY), request.conditions
@@ -251,24 +216,21 @@ class TokenSampler(TiledSampler):
         """
         if self.network.state is None:
             return None
-        table = self.network.state.weight.detach()
+        table, prior = self.network.state.weight.detach(), self.network.prior
         if len(table) == 1:
             return table
         if request.state == "stored":
             return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
         rngs = [make_rng(request.seed, "state", network) for network in networks]
         if request.state == "prior":
-            if self.network.prior is None:
+            if prior is None:
                 raise InputError("This generator has no prior over codes; ask for states stored, density or gaussian.")
-            if self.network.prior.config.draws == "even":
+            if prior.config.draws == "even":
                 noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
             else:
                 noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            begun = (
-                None if self.network.prior.config.start is None else self._among_neighbours(request, rngs, conditions)
-            )
-            noise = request.temperature * noise.to(self.device)
-            return self.network.prior.sample(noise, conditions, rngs=rngs, begun=begun)
+            begun = None if prior.config.start is None else self._among_neighbours(request, rngs, conditions)
+            return prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs, begun=begun)
         if request.state == "density" and self.network.config.state.neighbours:
             return self._among_neighbours(request, rngs, conditions)
         if request.state == "density":
@@ -291,48 +253,35 @@ class TokenSampler(TiledSampler):
     ) -> Tensor:
         """Denoise one tile, padded to its full shape or to ``num`` networks: ``[G, n, D]``."""
         group, width, token_ids = num or self.group_size(), self.layout.token_size, self.token_ids(tile)
-        num_tokens = len(token_ids)
+        num_tokens, network = len(token_ids), self.network
         rng = make_rng(request.seed, "tile", tile.network, tile.token, device=self.device)
         noise = first_of_normal(group * num_tokens, self.group_size() * num_tokens, width, rng)
         mask = self._mask(token_ids, group)
         contexts = []
         for each in inputs.prototypes:
             rows = each[:group, token_ids.to(self.device)].expand(group, -1, -1).reshape(group * num_tokens, -1)
-            contexts.append(self.network.denoiser.precompute(rows))
-        scale = request.guidance_scale
+            contexts.append(network.denoiser.precompute(rows))
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             times = time.expand(len(x))
-            prediction = self.network.predict(x, times, contexts[0], mask)
+            prediction = network.predict(x, times, contexts[0], mask)
             if len(contexts) == 1:
                 return prediction
-            free = self.network.predict(x, times, contexts[1], mask)
-            return torch.lerp(free, prediction, scale)
+            return torch.lerp(network.predict(x, times, contexts[1], mask), prediction, request.guidance_scale)
 
         def whole(x: Tensor) -> Tensor:
             rows = _masked(x, mask).view(group, num_tokens, width)
-            if self.network.centre is None or inputs.known is None:
+            if network.centre is None or inputs.known is None:
                 return rows
             ids = token_ids.to(self.device)
-            return self.network.centre.complete(rows, inputs.known[:group, ids], ids)
+            return network.centre.complete(rows, inputs.known[:group, ids], ids)
 
         def tell(step: int, x: Tensor) -> None:
-            def rows() -> Tensor:
-                return whole(x)[: tile.num_networks, : tile.num_tokens]
-
             if watch is not None:
-                watch(tile, step, rows)
+                watch(tile, step, lambda: whole(x)[: tile.num_networks, : tile.num_tokens])
 
-        rows = self.network.objective.sample(
-            predict,
-            _masked(noise, mask),
-            sampler=request.sampler,
-            num_steps=request.steps,
-            generator=rng,
-            eta=request.eta,
-            callback=tell,
-        )
-        return whole(rows)
+        how: Any = {"sampler": request.sampler, "num_steps": request.steps, "eta": request.eta}
+        return whole(network.objective.sample(predict, _masked(noise, mask), generator=rng, callback=tell, **how))
 
     def _mask(self, token_ids: Tensor, group: int) -> Tensor | None:
         """1 where the rows hold values, ``[G·n, D]``; None without padding, the usual case in a large network."""
@@ -352,13 +301,10 @@ def check_tiles(network: RecurrentDiffusion, layout: Layout, settings: GenerateC
 def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
     """Which of the stored permutation states each network of a seed is made of, whatever else is asked for.
 
-    Network after network takes them in a random order, each once before any comes again: where states are of
-    checkpoints, independent draws would name some several times, and a zoo's spread rests on its few outermost.
+    They come in turns: where states are of checkpoints, independent draws would name some several times, and a zoo's
+    spread rests on its few outermost.
     """
-    orders = {
-        each: permutation(num_states, seed, "states", each) for each in {place // num_states for place in networks}
-    }
-    return [int(orders[place // num_states][place % num_states]) for place in networks]
+    return in_turns(networks, num_states, seed, "states")
 
 
 @contextlib.contextmanager

@@ -129,10 +129,6 @@ class TextTable:
         mean, scale = self._centre
         return (vectors - mean) / scale if scale > 0 else vectors  # a single text is all that it can be
 
-    def condition(self, text: str) -> Tensor:
-        """What the networks are given for a text, ``[width]``; raises as `conditions_of`."""
-        return self.conditions_of([text])[0]
-
     def conditions_of(self, texts: Sequence[str]) -> Tensor:
         """What the networks are given for texts, ``[n, width]``; what is not in the table is encoded now.
 
@@ -251,10 +247,7 @@ def static_encoder(where: str) -> StaticEncoder:
 
 
 class SentenceEncoder:
-    """A frozen transformers model whose mean last hidden state stands for a text.
-
-    Args:
-        name: for ``AutoModel.from_pretrained``: a name on the hub or a local path.
+    """A frozen transformers model, by its name on the hub or local path, whose mean last hidden state is a text's.
 
     Raises:
         InputError: it cannot be loaded.
@@ -299,14 +292,10 @@ class SentenceEncoder:
 
 
 def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
-    """A transformers model in float32, frozen, and its tokenizer.
+    """A transformers model, by its name on the hub or local path, in float32 and frozen, and its tokenizer.
 
     The hub is asked once whether it answers, where transformers would ask for every file six times, half a minute in
-    all. If it does not, its cache is read.
-
-    Args:
-        name: a name on the hub or a local path.
-        choose: from its configuration to the class that loads it.
+    all. If it does not, its cache is read. ``choose`` tells from a configuration which class loads it.
 
     Raises:
         InputError: it cannot be loaded.

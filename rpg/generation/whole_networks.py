@@ -6,15 +6,15 @@ checkpoints that were seen, k values of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpg.config import GenerateConfig
 from rpg.generation.request import Request
-from rpg.generation.sampler import Partition, Tile, TiledSampler, WatchTile, inference
+from rpg.generation.sampler import Tile, TiledSampler, WatchTile
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import make_rng
@@ -36,36 +36,17 @@ def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
     return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
 
 
-class LatentSampler:
+class LatentSampler(TiledSampler):
     """Samples latents and decodes them, in tiles of whole networks."""
 
     def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
-        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
-        self.device = network.latent_mean.device
+        super().__init__(layout, GROUP * layout.num_tokens)
+        self.network, self.bf16 = network, settings.precision == "bf16"
+        self.device = next(network.buffers()).device
 
-    def tiles(self, num: int, partition: Partition | None = None) -> Iterator[Tile]:
-        """The tiles of ``num`` networks; each process takes whole ones."""
-        partition = partition or Partition()
-        for first in range(0, num, GROUP):
-            if partition.takes(first // GROUP):
-                yield Tile(first, min(GROUP, num - first), 0, self.layout.num_tokens)
-
-    def shared(self, num: int, partition: Partition) -> range:
-        """The networks that several processes compute together: none."""
-        return range(0)
-
-    def asked(self, num: int, seed: int) -> list[int]:
-        """No network is asked to be a checkpoint: there are no states."""
-        return []
-
-    def sample(
-        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
-    ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``partition`` with its rows ``[G, L, D]``; ``watch`` is told after every step."""
-        for tile in self.tiles(request.num, partition):
-            with inference(self.device, self.bf16):
-                rows = self._rows(tile, self.latents(request, tile, watch))
-            yield tile, rows
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, L, D]`` that a tile's latents are decoded to."""
+        return self._rows(tile, self.latents(request, tile, watch))
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
         values = self.network.decode_standardised(latents)  # [GROUP, d]
@@ -85,15 +66,8 @@ class LatentSampler:
             if watch is not None:
                 watch(tile, step, lambda: self._rows(tile, x))
 
-        return self.network.objective.sample(
-            predict,
-            noise,
-            sampler=request.sampler,
-            num_steps=request.steps,
-            generator=rng,
-            eta=request.eta,
-            callback=tell,
-        )
+        how: Any = {"sampler": request.sampler, "num_steps": request.steps, "eta": request.eta}
+        return self.network.objective.sample(predict, noise, generator=rng, callback=tell, **how)
 
 
 class PosteriorSampler(TiledSampler):
@@ -104,21 +78,12 @@ class PosteriorSampler(TiledSampler):
         self.network = network
         self.device = network.spread.device
 
-    def sample(
-        self, request: Request, watch: WatchTile | None = None, partition: Partition | None = None
-    ) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile of ``partition`` with its rows ``[G, n, k]``; ``watch`` is told once."""
-        for tile in self.tiles(request.num, partition):
-            with inference(self.device, bf16=False):
-                rows = self.fewest(request, tile, partial(self._rows, request, tile))
-            rows = rows[: tile.num_networks, : tile.num_tokens]
-            if watch is not None:
-                watch(tile, request.steps - 1, lambda rows=rows: rows)  # type: ignore[misc]
-            yield tile, rows
-
-    def asked(self, num: int, seed: int) -> list[int]:
-        """None: a draw of the posterior is not a checkpoint's."""
-        return []
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, n, k]`` of a tile; ``watch`` is told once."""
+        rows = self.fewest(request, tile, partial(self._rows, request, tile))[: tile.num_networks, : tile.num_tokens]
+        if watch is not None:
+            watch(tile, request.steps - 1, lambda: rows)
+        return rows
 
     def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:
         group = self.group(request, tile.network, num)

@@ -74,8 +74,7 @@ def part_of(config: ModelConfig, part: str) -> Any:
 def build_network(config: ModelConfig, layout: Layout, num_states: int = 1, condition_size: int = 0) -> Network:
     """The untrained networks that a configuration describes, drawn from torch's global random state.
 
-    Args:
-        condition_size: values of a condition (width of the sentence encoder, if it is a text); 0 without one.
+    A condition has ``condition_size`` values (if it is a text, the sentence encoder's width); 0 without one.
     """
     made: Network = part_of(config, "network").of_layout(config, layout, num_states, condition_size)
     return made

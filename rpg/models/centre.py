@@ -47,9 +47,7 @@ class FittedBuffers(nn.Module):
 class CodeTable(FittedBuffers):
     """The codes of the training checkpoints: a table of permutation states that is measured, not learned.
 
-    Args:
-        size: m; cut to n - 1.
-        neighbours: how many codes of a class are a neighbourhood, for new ones; null for none.
+    Their size m is cut to n - 1. New ones are drawn in neighbourhoods of so many ``neighbours`` of a class, if any.
     """
 
     weight: Tensor
@@ -86,11 +84,7 @@ class CodeTable(FittedBuffers):
 
 
 class TaskTable(CodeTable):
-    """Codes that are what the zoo says of each checkpoint's task, standardised: new tasks have codes, too.
-
-    Args:
-        size: m, how many numbers that is.
-    """
+    """Codes that are what the zoo says of each checkpoint's task, m numbers, standardised: new tasks have them, too."""
 
     mean: Tensor
     std: Tensor
@@ -114,8 +108,7 @@ class TaskTable(CodeTable):
 class Centre(FittedBuffers):
     """The closed-form part of tokens, and the spread of what remains. It has no parameters, only buffers.
 
-    Args:
-        condition: kind and size of the conditions that are regressed on; None for none.
+    ``condition`` is kind and size of the conditions that are regressed on; None for none.
     """
 
     conditions: Tensor
@@ -148,11 +141,9 @@ class Centre(FittedBuffers):
             )
 
     def forward(self, conditions: Tensor | None, codes: Tensor | None, token_ids: Tensor) -> Tensor:
-        """The known part of tokens ``[N]`` of G networks, ``[G or 1, N, k]`` float32.
+        """The known part of tokens ``[N]`` of G networks with codes ``[G, m]``, ``[G or 1, N, k]`` float32.
 
-        Args:
-            conditions: ``[G, C]`` as they come from a zoo; without regression they are ignored.
-            codes: ``[G, m]``; None without.
+        Conditions ``[G, C]`` are as they come from a zoo; without regression they are ignored.
         """
         known = self.code_map.new_zeros(1, len(token_ids), self.code_map.shape[-1])
         with torch.autocast(known.device.type, enabled=False):

@@ -93,12 +93,7 @@ class _Block(nn.Module):
 
 
 class CodePrior(nn.Module):
-    """Draws codes.
-
-    Args:
-        code_size: m.
-        build_condition: makes the encoder of conditions for a width, if there are any.
-    """
+    """Draws codes; ``build_condition`` makes the encoder of conditions for a width, if there are any."""
 
     def __init__(
         self, config: CodePriorConfig, code_size: int, build_condition: Callable[[int], nn.Module] | None = None
@@ -154,13 +149,9 @@ class CodePrior(nn.Module):
         return (velocity.float() - (noise - codes)).square().mean()
 
     def sample(
-        self,
-        noise: Tensor,
-        conditions: Tensor | None = None,
-        watch: Callable[[Tensor], None] | None = None,
-        rngs: Sequence[torch.Generator] = (),
-        begun: Tensor | None = None,
-    ) -> Tensor:
+        self, noise: Tensor, conditions: Tensor | None = None, watch: Callable[[Tensor], None] | None = None,
+        rngs: Sequence[torch.Generator] = (), begun: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Codes ``[B, m]`` from standard normal noise, by Heun's method; its last step is Euler's.
 
         With churn that is EDM's algorithm 2, and each code's noise comes from its own one of B ``rngs``.
@@ -248,8 +239,7 @@ class CodeDensity:
     def fit(cls, table: Tensor, *, whitened: bool) -> CodeDensity:
         """Fit to the states ``[n, S]`` of n ≥ 2 checkpoints.
 
-        Args:
-            whitened: whether they are codes already, the direction of the largest variance first.
+        If ``whitened`` they are codes already, the direction of the largest variance first.
         """
         mean = table.mean(0)
         centres, directions = table - mean, torch.eye(table.shape[1], device=table.device)
@@ -271,11 +261,9 @@ class CodeDensity:
         return cls(centres, directions, mean, best[1], best[2])
 
     def draw(self, places: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """States ``[B, S]``.
+        """States ``[B, S]`` from standard normal noise ``[B, m]``.
 
-        Args:
-            places: ``[B]`` in 0 … 1: which checkpoint each is drawn around, these sorted by their first direction.
-            noise: ``[B, m]`` standard normal.
+        ``places`` ``[B]`` in 0 … 1 say which checkpoint each is drawn around, these sorted by their first direction.
         """
         num, r = len(self.centres), self.leading
         order = self.centres[:, 0].argsort()
@@ -288,10 +276,7 @@ class CodeDensity:
 def left_out_likelihood(products: Tensor, size: int, bandwidth: float) -> float:
     """Mean log-likelihood of each of n codes under the shrunk kernels of the others, up to r log(2π) / 2.
 
-    Args:
-        products: ``[n, n]`` inner products of the codes.
-        size: r, values of a code.
-        bandwidth: of the kernels.
+    ``products`` ``[n, n]`` are the inner products of the codes, ``size`` is r, the values of one.
     """
     precision, shrink = bandwidth**-2, (1 - bandwidth**2) ** 0.5
     halves = products.diagonal() * (precision / 2)
@@ -322,12 +307,9 @@ class Neighbourhoods:
     num: int
 
     def draw(self, classes: Tensor, places: Tensor, noise: Tensor) -> Tensor:
-        """Codes ``[B, m]`` of classes ``[B]`` that have checkpoints.
+        """Codes ``[B, m]`` of classes ``[B]`` (long) that have checkpoints, from standard normal noise ``[B, num]``.
 
-        Args:
-            classes: asked for, long.
-            places: ``[B]`` in 0 … 1: which of a class's checkpoints each is drawn around.
-            noise: ``[B, num]`` standard normal.
+        ``places`` ``[B]`` in 0 … 1 say which of a class's checkpoints each is drawn around.
         """
         members = {label: self.codes[self.classes == label] for label in classes.unique().tolist()}
         drawn = []

@@ -28,11 +28,9 @@ def row_size(num_values: int, num_classes: int) -> int:
 
 
 def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Tensor:
-    """Examples as numbers, ``[…, n, P + K + 1]``.
+    """Examples with values ``[…, n, P]`` as numbers, ``[…, n, P + K + 1]``.
 
-    Args:
-        values: ``[…, n, P]``.
-        classes: ``[…, n]`` long, -1 where a class is unknown; None where all are.
+    Classes ``[…, n]`` (long) are -1 where one is unknown; None where all are.
     """
     known = values.new_zeros(*values.shape[:-1], num_classes)
     if classes is not None:
@@ -41,12 +39,7 @@ def example_rows(values: Tensor, classes: Tensor | None, num_classes: int) -> Te
 
 
 class SetEncoder(nn.Module):
-    """Sets of examples as vectors.
-
-    Args:
-        size: P + K + 1.
-        depth: hidden layers after what is known of single ones is pooled.
-    """
+    """Sets of examples of ``size`` P + K + 1 as vectors, with ``depth`` hidden layers after they are pooled."""
 
     def __init__(self, size: int, num_classes: int, width: int, depth: int = 1) -> None:
         super().__init__()
@@ -146,16 +139,13 @@ class ConditionConfig(Section):
 class ConditionEncoder(nn.Module):
     """A condition ``[B, C]`` as an embedding ``[B, H]``; a dropped one becomes a learned null embedding.
 
+    Where a text is a set of phrases, or examples are to be read, it is first read as ``features`` numbers, and these
+    are taken, too. Of other examples the first ``features`` numbers of an embedding are what tasks are told by.
+
     Args:
-        kind: one of ``ConditionConfig.kind`` except ``none``.
+        config: of any kind but ``none``.
         size: C; for ``class`` the number of classes (and the condition itself is ``[B, 1]``), for ``text`` the width
-            of the sentence encoder, for ``examples`` what `rpg.models.conditioning.row_size` says (and the condition is
-            ``[B, n · size]``).
-        num_classes: of examples.
-        features: F, where a text is a set of phrases: it is first read as so many features, and these are taken, too.
-            Of examples: the first F numbers of an embedding are what tasks are told by.
-        read: read examples as a text is, too.
-        depth: of a `SetEncoder`.
+            of the sentence encoder, for ``examples`` what `row_size` says (and the condition is ``[B, n · size]``).
 
     Attributes:
         told: of examples with F: those numbers of the last batch, ``[B, F]``; None otherwise.
@@ -163,23 +153,21 @@ class ConditionEncoder(nn.Module):
 
     told: Tensor | None
 
-    def __init__(
-        self, kind: str, size: int, width: int, num_classes: int = 0, features: int = 0, read: bool = False,
-        depth: int = 1,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ConditionConfig, size: int, width: int) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind = kind = config.kind
         self.null = nn.Parameter(torch.randn(width) * 0.02)
         self.network: nn.Module
-        self.features, self.told = features if kind == "examples" and not read else 0, None
+        told, classes, depth = kind == "examples" and not config.read, config.classes, config.depth
+        self.features, self.told = config.features if told else 0, None
         self.reader: SetEncoder | None = None
-        if features and not self.features:
-            self.reader = SetEncoder(size, num_classes, features, depth)
-        size = size if self.reader is None else features
+        if config.features and not told:
+            self.reader = SetEncoder(size, classes, config.features, depth)
+        size = size if self.reader is None else config.features
         if kind == "class":
             self.network = nn.Embedding(size, width)
-        elif kind == "examples" and not read:
-            self.network = SetEncoder(size, num_classes, width, depth)
+        elif told:
+            self.network = SetEncoder(size, classes, width, depth)
         else:
             self.network = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -187,12 +175,9 @@ class ConditionEncoder(nn.Module):
         """Embed ``condition`` ``[B, C]``; rows where ``dropped`` ``[B]`` is true get the null embedding."""
         if self.reader is not None and condition.shape[1] != self.reader.width:
             condition = self.reader(condition)  # [B, F]
-        if self.kind == "class":
-            embedded = self.network(condition[:, 0].long())  # [B, H]
-        elif self.kind == "binary":
-            embedded = self.network(condition * 2 - 1)  # bits as ±1, [B, H]
-        else:
-            embedded = self.network(condition)  # [B, H]
+        if self.kind in ("class", "binary"):
+            condition = condition[:, 0].long() if self.kind == "class" else condition * 2 - 1  # bits as ±1
+        embedded = self.network(condition)  # [B, H]
         self.told = embedded[:, : self.features] if self.features else None
         if dropped is not None:
             embedded = torch.where(dropped[:, None], self.null.to(embedded.dtype), embedded)
@@ -234,14 +219,11 @@ LONGEST_PERIOD = 10_000.0
 
 
 def sinusoid_1d(index: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of ``index`` at frequencies from 1 down to nearly 1 / 10,000.
-
-    Args:
-        index: ``[L]``, whole or real numbers.
-        width: of the embedding; with an odd one the last cosine is left out.
+    """Sines, then cosines, of the numbers ``index`` ``[L]`` at frequencies from 1 down to nearly 1 / 10,000.
 
     Returns:
-        ``[L, width]`` float32, computed in float64: a float32 product is off by whole radians at large indices.
+        ``[L, width]`` float32, computed in float64: a float32 product is off by whole radians at large indices. Where
+        ``width`` is odd the last cosine is left out.
 
     Raises:
         ValueError: ``width`` is below 1 or ``index`` is not 1-D.
@@ -257,12 +239,7 @@ def sinusoid_1d(index: Tensor, width: int) -> Tensor:
 def sinusoid_2d(positions: Tensor, width: int) -> Tensor:
     """Half of the width for the layer, half for the token in the layer (which gets the odd place, if there is one).
 
-    Args:
-        positions: (layer, token in the layer), ``[L, 2]``.
-        width: of the embedding, at least 2.
-
-    Returns:
-        ``[L, width]`` float32.
+    Positions (layer, token in the layer) ``[L, 2]`` → ``[L, width]`` float32.
 
     Raises:
         ValueError: ``width`` is below 2 or ``positions`` is not ``[L, 2]``.

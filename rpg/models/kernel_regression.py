@@ -99,10 +99,6 @@ class KernelRidge:
         kernel = self.kernel(conditions)
         return (1 + self.penalty - ((kernel @ self.inverse) * kernel).sum(1)).clamp(min=0)
 
-    def root(self) -> Tensor:
-        """``A^½``, ``[n, n]``: its product with the outputs spans their covariance."""
-        return square_root(self.inverse)
-
 
 def condition_groups(conditions: Tensor) -> Tensor:
     """Numbers that are the same for checkpoints of one condition: ``[n, C]`` → ``[n]`` long."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge
+from rpg.models.kernel_regression import KernelRidge, square_root
 from rpg.section import Section
 from tokenization.layouts import Layout
 
@@ -28,11 +28,7 @@ class KernelRidgeConfig(Section):
     kind: Literal["kernel_ridge"] = "kernel_ridge"
     condition: ConditionConfig = ConditionConfig()
 
-    @property
-    def state(self) -> StateConfig:
-        """It has no permutation states."""
-        return StateConfig(of="none")
-
+    state: ClassVar = StateConfig(of="none")
     normalises_batches: ClassVar[bool] = False
     initial: ClassVar[None] = None
 
@@ -46,8 +42,7 @@ class KernelRidgeConfig(Section):
 class KernelRidgeGenerator(FittedBuffers):
     """The fitted regression as buffers, so that it is saved and loaded as every generator is.
 
-    Args:
-        condition_size: C of the numbers that the regression sees (`regression_inputs`); 0 without a condition.
+    ``condition_size`` is C of the numbers that the regression sees (`regression_inputs`); 0 without a condition.
     """
 
     conditions: Tensor
@@ -57,7 +52,7 @@ class KernelRidgeGenerator(FittedBuffers):
     dual: Tensor
     spread: Tensor
 
-    samplers = ("posterior",)
+    samplers, num_states = ("posterior",), 1
 
     @classmethod
     def of_layout(cls, config: KernelRidgeConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
@@ -74,11 +69,6 @@ class KernelRidgeGenerator(FittedBuffers):
         self.register_buffer("inverse", torch.zeros(0, 0, dtype=torch.float64))
         self.register_buffer("dual", torch.zeros(0, num_tokens, token_size))
         self.register_buffer("spread", torch.zeros(0, num_tokens, token_size))
-
-    @property
-    def num_states(self) -> int:
-        """It has no permutation states, so one."""
-        return 1
 
     @torch.no_grad()
     def fit(self, tokens: Tensor, conditions: Tensor | None, weight: Tensor) -> float:
@@ -104,7 +94,7 @@ class KernelRidgeGenerator(FittedBuffers):
                 inverse=regression.inverse,
                 dual=rearrange(regression.inverse @ values, "n (l d) -> n l d", d=tokens.shape[-1]),
             )
-            root, error = regression.root(), regression.error
+            root, error = square_root(regression.inverse), regression.error  # which spans the covariance
         self.fill(spread=rearrange(root @ values / num**0.5, "n (l d) -> n l d", d=tokens.shape[-1]))
         return error
 
@@ -123,11 +113,9 @@ class KernelRidgeGenerator(FittedBuffers):
         return regression.kernel(inputs).to(self.dual.dtype), regression.variance(inputs).sqrt().to(self.dual.dtype)
 
     def tokens(self, kernel: Tensor, draws: Tensor, token_ids: Tensor) -> Tensor:
-        """Tokens ``[G, N, k]`` of networks.
+        """Tokens ``[G, N, k]`` of networks, from the kernel ``[G, n]`` that `posterior` gives.
 
-        Args:
-            kernel: ``[G, n]``, as `posterior` gives it.
-            draws: ``[G, n]`` standard normal times the size of a draw; zeros for the mean.
+        ``draws`` ``[G, n]`` are standard normal times the size of a draw; zeros for the mean.
         """
         rows = torch.tensordot(draws, self.spread[:, token_ids], 1)
         if self.condition_size:

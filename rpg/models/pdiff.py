@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, bui
 from rpg.models.centre import StateConfig
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.base import TimeEmbedding
-from rpg.section import Section
+from rpg.section import Odd, Section
 from tokenization.layouts import Layout
 
 
@@ -40,7 +40,7 @@ class PDiffConfig(Section):
     kind: Literal["pdiff"] = "pdiff"
     latent_size: int = Field(128, ge=1, description="width Z of the latent")
     channels: tuple[int, ...] = Field((8, 16, 32, 32, 32), min_length=1, description="of the encoder's convolutions")
-    kernel_size: int = Field(5, ge=1, description="of all convolutions, odd")
+    kernel_size: Odd = Field(5, ge=1, description="of all convolutions, odd")
     stride: int = Field(2, ge=1, description="of the autoencoder's convolutions, at most the kernel size")
     parameter_noise: float = Field(1e-3, ge=0, description="σ_v, in units of the normalised parameters")
     latent_noise: float = Field(0.1, ge=0, description="σ_z, in units of the latent before it is standardised")
@@ -51,29 +51,11 @@ class PDiffConfig(Section):
     autoencoder: StageConfig = StageConfig(steps=500, learning_rate=2e-5)
     latent: StageConfig = StageConfig(steps=1000, learning_rate=1e-4)
 
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, kernel_size: int) -> int:
-        if kernel_size % 2 == 0:
-            raise ValueError("it must be odd")
-        return kernel_size
-
-    @property
-    def condition(self) -> ConditionConfig:
-        """p-diff takes no condition."""
-        return ConditionConfig()
-
+    # It knows neither, and what is computed of a checkpoint does not depend on those beside it.
+    condition: ClassVar = ConditionConfig()
     initial: ClassVar[None] = None
-
-    @property
-    def state(self) -> StateConfig:
-        """p-diff knows no permutation states."""
-        return StateConfig(of="none")
-
-    @property
-    def normalises_batches(self) -> bool:
-        """No: what is computed of a checkpoint does not depend on those beside it."""
-        return False
+    state: ClassVar = StateConfig(of="none")
+    normalises_batches: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -85,14 +67,6 @@ class PDiffConfig(Section):
     def num_steps(self) -> int:
         """Optimizer steps of both stages; a VAE has no second one."""
         return self.autoencoder.steps + (0 if self.variational else self.latent.steps)
-
-
-class Autoencoded(NamedTuple):
-    """What the autoencoder makes of a batch."""
-
-    reconstruction: Tensor  # [B, d]
-    mean: Tensor  # [B, Z]
-    log_variance: Tensor | None  # [B, Z], of a VAE
 
 
 class ConvEncoder(nn.Module):
@@ -140,14 +114,12 @@ class ConvDecoder(nn.Module):
 class LatentDenoiser(nn.Module):
     """1-D convolutional encoder-decoder over the latent as a signal, with skip connections and the time everywhere.
 
-    Args:
-        size: Z.
-        channels: of the encoder's convolutions, halving the length each; the decoder mirrors them.
+    Each of the encoder's convolutions halves the length; the decoder mirrors them.
     """
 
-    def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int, d_time: int = 128) -> None:
+    def __init__(self, size: int, channels: tuple[int, ...], kernel_size: int) -> None:
         super().__init__()
-        step = 2 ** len(channels)
+        step, d_time = 2 ** len(channels), 128
         self.size = size
         self.padded = math.ceil(size / step) * step
         width = channels[-1] * self.padded // step
@@ -182,13 +154,11 @@ class ParameterDiffusion(nn.Module):
 
     Unscaled latents have a variance far from the one the noise schedule supposes, so that samples of whole networks
     collapse; the statistics are measured between the two stages by :meth:`measure_latents`.
-
-    Args:
-        num_values: d.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
+    num_states = 1
 
     @classmethod
     def of_layout(cls, config: PDiffConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
@@ -213,11 +183,6 @@ class ParameterDiffusion(nn.Module):
         """Names of the samplers, the default first."""
         return tuple(self.objective.samplers)
 
-    @property
-    def num_states(self) -> int:
-        """Permutation states: p-diff has none, so one."""
-        return 1
-
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Parameters ``[B, d]`` → latents ``[B, Z]`` and, of a VAE, their log variance ``[B, Z]``."""
         encoded = self.encoder(values).float()
@@ -226,8 +191,10 @@ class ParameterDiffusion(nn.Module):
         mean, log_variance = encoded.chunk(2, dim=1)
         return mean, log_variance.clamp(-20, 10)
 
-    def autoencode(self, values: Tensor, parameter_noise: Tensor, latent_noise: Tensor) -> Autoencoded:
-        """Encode and decode with noise on both sides (equation 5).
+    def autoencoder_loss(self, values: Tensor, parameter_noise: Tensor, latent_noise: Tensor) -> Tensor:
+        """Mean squared error a value, encoded and decoded with noise on both sides (equation 5).
+
+        For a VAE it is the negative evidence bound in the same unit (twice, over d).
 
         Args:
             values: ``[B, d]`` normalised parameters v.
@@ -236,24 +203,16 @@ class ParameterDiffusion(nn.Module):
         """
         mean, log_variance = self.encode(values + self.config.parameter_noise * parameter_noise)
         scale = self.config.latent_noise if log_variance is None else (log_variance / 2).exp()
-        return Autoencoded(self.decoder(mean + scale * latent_noise).float(), mean, log_variance)
-
-    def autoencoder_loss(self, values: Tensor, parameter_noise: Tensor, latent_noise: Tensor) -> Tensor:
-        """Mean squared error a value; for a VAE the negative evidence bound in the same unit (twice, over d)."""
-        result = self.autoencode(values, parameter_noise, latent_noise)
-        error = (result.reconstruction - values).square().mean()
-        if result.log_variance is None:
+        error = (self.decoder(mean + scale * latent_noise).float() - values).square().mean()
+        if log_variance is None:
             return error
-        divergence = 0.5 * (result.mean.square() + result.log_variance.exp() - 1 - result.log_variance).sum(1).mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         return error + self.config.kl_weight * 2 * divergence / self.num_values
 
     def diffusion_loss(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Mean squared error of the denoiser on standardised latents (equation 6).
 
-        Args:
-            latents: ``[B, Z]``, as encoded.
-            noise: ``[B, Z]`` standard normal.
-            time: ``[B]`` in the objective's unit.
+        Latents ``[B, Z]`` are as encoded, noise ``[B, Z]`` is standard normal, time ``[B]`` in the objective's unit.
         """
         x0 = (latents - self.latent_mean) / self.latent_std  # [B, Z]
         noisy = self.objective.add_noise(x0, noise, time)

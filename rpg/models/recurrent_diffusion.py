@@ -138,19 +138,12 @@ class RecurrentDiffusion(nn.Module):
         return cls(config, positions, layout.token_size, num_states, condition_size, regress)
 
     def __init__(
-        self,
-        config: RecurrentConfig,
-        positions: Tensor,
-        token_size: int,
-        num_states: int = 1,
-        condition_size: int = 0,
-        regress: bool = False,
-    ) -> None:
+        self, config: RecurrentConfig, positions: Tensor, token_size: int, num_states: int = 1,
+        condition_size: int = 0, regress: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config = config
-        self.num_tokens = len(positions)
-        self.token_size = token_size
-        self.condition_size = condition_size
+        self.config, self.num_tokens = config, len(positions)
+        self.token_size, self.condition_size = token_size, condition_size
         self.backbone = build_backbone(config.backbone)
         width, d_prototype = self.backbone.d_model, self.backbone.d_output
         self.denoiser = build_denoiser(config.denoiser, token_size, d_prototype, self.num_tokens)
@@ -168,11 +161,7 @@ class RecurrentDiffusion(nn.Module):
         self.denoiser_condition: nn.Module | None = None
         encoder: Callable[[int], ConditionEncoder] | None = None
         if config.condition.kind != "none":
-            asked = config.condition
-            encoder = partial(
-                ConditionEncoder, asked.kind, condition_size, num_classes=asked.classes, features=asked.features,
-                read=asked.read, depth=asked.depth,
-            )  # fmt: skip
+            encoder = partial(ConditionEncoder, config.condition, condition_size)
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":
@@ -234,12 +223,9 @@ class RecurrentDiffusion(nn.Module):
         return self.state.num_embeddings if self.state is not None else 1
 
     def prototypes(
-        self,
-        states: Tensor | None,
-        conditions: Tensor | None = None,
-        dropped: Tensor | None = None,
+        self, states: Tensor | None, conditions: Tensor | None = None, dropped: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Prototypes ``[G, L, H]`` of G (state, condition) pairs.
 
         Args:
@@ -261,10 +247,8 @@ class RecurrentDiffusion(nn.Module):
             assert conditions is not None
             embedded = self.condition(conditions, dropped)  # [G, H]
             if self.config.condition.inject == "last_tokens":
-                last = (
-                    torch.arange(self.num_tokens, device=x.device)
-                    >= self.num_tokens - self.config.condition.last_tokens
-                )
+                first = self.num_tokens - self.config.condition.last_tokens
+                last = torch.arange(self.num_tokens, device=x.device) >= first
                 x = x + embedded[:, None] * last[None, :, None]
             else:
                 x = x + embedded[:, None]
@@ -307,13 +291,9 @@ class RecurrentDiffusion(nn.Module):
         return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
 
     def one_step(
-        self,
-        noise: Tensor,
-        mask: Tensor,
-        states: Tensor | None = None,
-        conditions: Tensor | None = None,
+        self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The tokens that one sampling step makes of normal noise ``[E, L, D]``, float32, differentiable.
 
         ``mask`` ``[L, D]`` is 1 where a token holds values; ``states`` ``[E, S]`` are embeddings; ``initial``
@@ -325,9 +305,8 @@ class RecurrentDiffusion(nn.Module):
         def predict(x: Tensor, time: Tensor) -> Tensor:
             return self.predict(x, time.expand(len(x)), context, rows)
 
-        made = self.objective.sample(
-            predict, noise.flatten(0, 1) * rows, sampler=self.objective.plain_sampler, num_steps=1
-        ).view_as(noise)
+        sampler = self.objective.plain_sampler
+        made = self.objective.sample(predict, noise.flatten(0, 1) * rows, sampler=sampler, num_steps=1).view_as(noise)
         token_ids = torch.arange(self.num_tokens, device=noise.device)
         known = self.known(states, conditions, token_ids, initial)
         if self.centre is not None and known is not None:
@@ -343,7 +322,7 @@ class RecurrentDiffusion(nn.Module):
         samples = batch.samples
         known = self.known(self.state_vectors(batch.states), batch.conditions, batch.token_ids, batch.initial)
         if self.centre is not None and known is not None:
-            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [G, N, D] → [B, N, D]
+            known = known.expand(len(batch.states), -1, -1)[batch.group]  # [B, N, D]
             samples = self.centre.remainder(samples, known, batch.token_ids) * batch.mask
         x0, noise = samples.flatten(0, 1), batch.noise.flatten(0, 1)  # [B·N, D]
         time = batch.time.flatten()  # [B·N]
@@ -368,7 +347,8 @@ class RecurrentDiffusion(nn.Module):
     def prior_loss(self, codes: CodeBatch) -> Tensor:
         """The loss of the prior over codes."""
         assert self.prior is not None and self.state is not None
-        table = self.state
-        drawn = table.codes(codes.tasks) if isinstance(table, TaskTable) and codes.tasks is not None else None
-        vectors = table(codes.states) if drawn is None else drawn
+        if codes.tasks is not None and isinstance(self.state, TaskTable):
+            vectors = self.state.codes(codes.tasks)
+        else:
+            vectors = self.state(codes.states)
         return self.prior.loss(vectors, codes.noise, codes.time, codes.conditions)

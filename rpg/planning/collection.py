@@ -38,38 +38,28 @@ class Collection:
     """The needs of collecting a zoo.
 
     Attributes:
-        host: bytes of the machine's memory, of one process, Python and its libraries apart.
-        device: bytes of a GPU; 0 where the CPU computes.
+        need: of one process, Python and its libraries apart.
         groups: how many processes at most have something to do.
         disk: bytes of the whole zoo.
-        cure: what to change where memory is short.
     """
 
-    host: int
-    device: int
+    need: Need
     groups: int
     disk: int
-    cure: str
 
     @property
     def processes(self) -> int:
         """Processes to start: one on a GPU, on a CPU as many as there are cores and as the free memory has room for."""
-        if self.device:
+        if self.need.device:
             return 1
-        room = free_memory() // (self.host + psutil.Process().memory_info().rss)
+        room = free_memory() // (self.need.host + psutil.Process().memory_info().rss)
         return max(1, min(self.groups, collecting.num_cores(), room))
-
-    @property
-    def need(self) -> Need:
-        """What one process needs, as the memory guard compares it."""
-        return Need("collecting", self.host, self.device, self.cure)
 
 
 def plan_collection(config: Config) -> Collection | None:
     """What collecting the zoo takes; None of a task that nothing is known of here.
 
-    Raises:
-        InputError: the device that the task names is not there.
+    Raises InputError where the device that the task names is not there.
     """
     task, target = config.task, find_target(config.task)
     if target is None:
@@ -107,9 +97,8 @@ def _plan_subsets(task: DigitsSubsetsConfig | Cifar10SubsetsConfig, target: Targ
 
 def _on_its_device(target: Target, needed: int, host: int, groups: int, disk: int, cure: str) -> Collection:
     """What is ``needed`` where the task computes, and the machine's part of it where that is a GPU."""
-    if target.device.type == "cpu":
-        return Collection(needed, 0, groups, disk, cure)
-    return Collection(host, needed + CUDA_BYTES, groups, disk, cure)
+    host, device = (needed, 0) if target.device.type == "cpu" else (host, needed + CUDA_BYTES)
+    return Collection(Need("collecting", host, device, cure), groups, disk)
 
 
 def num_runs(task: SubsetsConfig) -> int:
@@ -118,24 +107,19 @@ def num_runs(task: SubsetsConfig) -> int:
 
 
 def collection_need(config: Config) -> Need | None:
-    """What one process of collecting the zoo takes; None where nothing is known, or nothing is left to collect.
-
-    Raises:
-        InputError: as `plan_collection`.
-    """
+    """What one process of it takes; None where nothing is known or left to collect. Raises as `plan_collection`."""
     task, there = config.task, (Path(config.zoo) / "zoo.json").exists()
     if isinstance(task, SubsetsConfig) and there and Zoo.open(config.zoo).num_runs >= num_runs(task):
         return None
-    planned = plan_collection(config)
-    return planned.need if planned is not None else None
+    return planned.need if (planned := plan_collection(config)) is not None else None
 
 
 def collection_table(planned: Collection) -> Table:
     """What `rpg plan` shows of it."""
     table = facts_table("collecting the zoo")
-    table.add_row("memory of a process", format_bytes(planned.host))
-    if planned.device:
-        table.add_row("of the GPU", f"{format_bytes(planned.device)}, CUDA's own included")
+    table.add_row("memory of a process", format_bytes(planned.need.host))
+    if planned.need.device:
+        table.add_row("of the GPU", f"{format_bytes(planned.need.device)}, CUDA's own included")
     if planned.groups > 1:
         table.add_row("processes here", f"{planned.processes:,}, for {planned.groups:,} groups of tasks")
     table.add_row("the zoo on disk", format_bytes(planned.disk))

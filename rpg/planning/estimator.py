@@ -12,8 +12,9 @@ import resource
 import sys
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ from rpg.config import Config
 from rpg.models import build_network
 from rpg.planning.machine import GenerationMemory, TrainingMemory, checkpoint_bytes, moment_bytes, num_bytes
 from rpg.planning.zoo_summary import ZooSummary
-from tokenization.layouts import Layout
 from tokenization.spectral.fit import fitting_bytes
 from tokenization.spectral.layout import SpectralLayout
 
@@ -40,16 +40,12 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate while it is active, and their peak.
 
     What existed before is not counted; a view costs nothing. What a kernel allocates and frees itself is not seen.
-
-    Attributes:
-        live: bytes alive now.
-        peak: the most there ever were.
+    ``live`` are the bytes alive now, ``peak`` the most there ever were.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self.live = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -99,18 +95,13 @@ def peak_resident_bytes() -> int:
 
 
 def fake_copy(network: nn.Module) -> nn.Module:
-    """Give a network on the meta device fake parameters and buffers on the CPU, in place; call it in a fake mode."""
+    """Give a network on the meta device fake parameters and buffers on the CPU, in place, in a `FakeTensorMode`."""
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(module, name, nn.Parameter(_empty_like(parameter), parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, name, _empty_like(buffer))
     return network
-
-
-def fake_mode() -> FakeTensorMode:
-    """The mode in which tensors have shapes, dtypes and devices, but no values."""
-    return FakeTensorMode()
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -131,10 +122,7 @@ def _lstm_backward(input_shape: Any, weight: Any, hidden_weight: Any, *arguments
     return 16 * length * batch * d_model * (d_input + d_model)
 
 
-RECURRENCES = {
-    torch.ops.aten.mkldnn_rnn_layer: _lstm,
-    torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_backward,
-}
+RECURRENCES = {torch.ops.aten.mkldnn_rnn_layer: _lstm, torch.ops.aten.mkldnn_rnn_layer_backward: _lstm_backward}
 """What PyTorch's own counter does not know."""
 
 
@@ -147,21 +135,16 @@ class GenerationFlops:
         once: what is computed once per token.
         step: one call of the denoiser for one token, with its share of what a tile computes once a step.
         known: what of the tokens is known in closed form, of the whole network.
-        directions: the products of coefficients with the zoo's directions, of the whole network.
         total: all of them, with every step of every token.
+        directions: the products of coefficients with the zoo's directions, of the whole network.
     """
 
     backbone: int
     once: int
     step: int
     known: int
-    directions: int
     total: int
-
-
-def directions_flops(layout: Layout) -> int:
-    """Of making one network's values from its coefficients, two for each of the L·k·D numbers of the directions."""
-    return 2 * math.prod(layout.basis.shape) if isinstance(layout, SpectralLayout) else 0
+    directions: int = 0
 
 
 def count_flops() -> Any:
@@ -187,36 +170,27 @@ class Estimator(ABC):
     """The needs of one kind of model, each kind a class of its own.
 
     A kind that is not fitted by gradient steps overrides `training_flops` and `training_memory` instead of `step_part`.
+
+    Attributes:
+        checkpoints_per_step: checkpoints in one training step, over all processes.
+        rows_per_step: token rows in one training step, over all processes.
+        num_parts: parts of a training step, each with a forward and a backward pass.
+        cache_bytes: of the encoded zoo that training keeps in memory; 0 where the rows are read from disk.
     """
+
+    checkpoints_per_step: int
+    rows_per_step: int
+    num_parts: int = 1
+    cache_bytes: int
 
     def __init__(self, config: Config, zoo: ZooSummary) -> None:
         self.config = config
         self.model: Any = config.model  # each kind knows what its own section holds
         self.zoo = zoo
 
-    @property
-    @abstractmethod
-    def checkpoints_per_step(self) -> int:
-        """Checkpoints in one training step, over all processes."""
-
-    @property
-    @abstractmethod
-    def rows_per_step(self) -> int:
-        """Token rows in one training step, over all processes."""
-
-    @property
-    @abstractmethod
-    def num_parts(self) -> int:
-        """Parts of a training step, each with a forward and a backward pass."""
-
-    @property
-    @abstractmethod
-    def cache_bytes(self) -> int:
-        """Bytes of the encoded zoo that training keeps in memory; 0 where the rows are read from disk."""
-
     @abstractmethod
     def step_part(self, network: Any, num_processes: int) -> StepPart:
-        """One process's part of a training step on a `fake_network`; called in a fake mode."""
+        """One process's part of a training step on a `fake_network`, in a `FakeTensorMode`."""
 
     def waiting_bytes(self, num_processes: int) -> int:
         """Bytes of the rows that a process reads ahead; none unless the kind does so."""
@@ -231,16 +205,15 @@ class Estimator(ABC):
         return network
 
     @abstractmethod
-    def sampling_memory(self, network: Any, weights: int, loading: int) -> GenerationMemory:
-        """Peak memory of generation by a `fake_network` of ``weights`` bytes; called in a fake mode.
+    def sampling_memory(self, network: Any, weights: int) -> GenerationMemory:
+        """Peak memory of generation by a `fake_network` of ``weights`` bytes, in a `FakeTensorMode`.
 
-        Args:
-            loading: bytes at the peak of loading them.
+        Loading is counted here only where it takes other than the parameters once more.
         """
 
     @abstractmethod
     def sampling_flops(self, network: Any, steps: int) -> GenerationFlops:
-        """FLOPs of one network generated by a `fake_network` in ``steps`` steps; called in a fake mode."""
+        """FLOPs, less the directions', of a network that a `fake_network` makes in ``steps`` steps; likewise."""
 
     @property
     def fitting_bytes(self) -> int:
@@ -265,31 +238,30 @@ class Estimator(ABC):
             return build_network(self.config.model, self.zoo.layout, self.zoo.num_states, self.zoo.condition_size)
 
     def fake_network(self, network: Any) -> Any:
-        """Give a `meta_network` shapes on the CPU, in place; call it in a fake mode (and make the network outside)."""
+        """Give a `meta_network`, which was made outside of it, shapes on the CPU in a `FakeTensorMode`, in place."""
         return fake_copy(network)
 
     def parameters(self) -> dict[str, int]:
         """Number of parameters by component; they add up to all."""
-        return parameters_by_component(self.meta_network())
+        counts: Counter[str] = Counter()
+        for name, parameter in self.meta_network().named_parameters():
+            component = name.split(".")[0].removesuffix("_embedding").removesuffix("_projection")
+            counts["condition" if component == "denoiser_condition" else component] += parameter.numel()
+        return dict(counts)
 
     def training_flops(self, num_processes: int = 1) -> int:
         """FLOPs of a training step of one process: forward, backward and what activation checkpointing repeats."""
         network = self.meta_network().train()
-        with fake_mode():
+        with FakeTensorMode():
             part = self.step_part(self.fake_network(network), num_processes)
             with count_flops() as counter:
                 part.forward()[0].backward()
         return self.num_parts * counter.get_total_flops()
 
     def training_memory(self, *, bf16: bool = False, num_processes: int = 1) -> TrainingMemory:
-        """Peak memory of one training process, data parallel.
-
-        Args:
-            bf16: whether it computes in bf16 (autocast).
-            num_processes: processes the batch is split over.
-        """
+        """Peak memory of one of ``num_processes`` training processes, data parallel; ``bf16``: under autocast."""
         network = self.meta_network().train()
-        with fake_mode():
+        with FakeTensorMode():
             network = self.fake_network(network)
             gradients = num_bytes(network.parameters())
             weights = gradients + num_bytes(network.buffers())
@@ -318,28 +290,21 @@ class Estimator(ABC):
     def generation_flops(self, steps: int | None = None) -> GenerationFlops:
         """FLOPs of one generated network with ``steps`` sampling steps (the configuration's when None)."""
         network = self.meta_network().eval()
-        with fake_mode():
-            return self.sampling_flops(
-                self.fake_network(network), self.config.generate.steps if steps is None else steps
-            )
+        with FakeTensorMode():
+            found = self.sampling_flops(self.fake_network(network), steps or self.config.generate.steps)
+        if not isinstance(layout := self.zoo.layout, SpectralLayout):
+            return found
+        products = 2 * math.prod(layout.basis.shape)  # of a network's coefficients with L·k·D numbers
+        return replace(found, directions=products, total=found.total + products)
 
     @torch.no_grad()
     def generation_memory(self) -> GenerationMemory:
         """Peak memory of generating into files, however many networks."""
         network = self.meta_network().eval()
         bf16 = self.config.generate.precision == "bf16"
-        with fake_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             network = self.fake_network(network)
             parameters = num_bytes(network.parameters())
             weights = parameters + num_bytes(network.buffers())
-            return self.sampling_memory(network, weights, loading=weights + parameters)
-
-
-def parameters_by_component(network: nn.Module) -> dict[str, int]:
-    """Number of parameters by component; they add up to all."""
-    counts: dict[str, int] = {}
-    for name, parameter in network.named_parameters():
-        component = name.split(".")[0].removesuffix("_embedding").removesuffix("_projection")
-        component = "condition" if component == "denoiser_condition" else component
-        counts[component] = counts.get(component, 0) + parameter.numel()
-    return counts
+            found = self.sampling_memory(network, weights)
+            return replace(found, loading=found.loading or weights + parameters)

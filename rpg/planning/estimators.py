@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rpg.config import Config
 from rpg.diffusion.objectives import build_objective
 from rpg.generation.sampler import low_precision_copy
 from rpg.generation.whole_networks import GROUP
 from rpg.models.kernel_ridge import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
-from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
+from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
+from rpg.planning.zoo_summary import ZooSummary
 from tokenization.layouts import cached_bytes
 
 
 class RecurrentEstimator(Estimator):
     """The needs of recurrent diffusion: a step takes N tokens of each of B checkpoints."""
 
-    @property
-    def checkpoints_per_step(self) -> int:
-        """B."""
-        return self.config.train.batch_size
-
-    @property
-    def rows_per_step(self) -> int:
-        """B times N."""
-        num_tokens = self.zoo.layout.num_tokens
-        return self.checkpoints_per_step * min(self.config.train.tokens or num_tokens, num_tokens)
-
-    @property
-    def num_parts(self) -> int:
-        """Gradients are accumulated."""
-        return self.config.train.gradient_accumulation
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of a zoo that is small enough."""
-        return cached_bytes(self.zoo.layout, self.zoo.num_checkpoints)
+    def __init__(self, config: Config, zoo: ZooSummary) -> None:
+        super().__init__(config, zoo)
+        train, num_tokens = config.train, zoo.layout.num_tokens
+        self.checkpoints_per_step, self.num_parts = train.batch_size, train.gradient_accumulation
+        self.rows_per_step = train.batch_size * min(train.tokens or num_tokens, num_tokens)
+        self.cache_bytes = cached_bytes(zoo.layout, zoo.num_checkpoints)
 
     def meta_network(self) -> RecurrentDiffusion:
         """Without storage; what is measured of a zoo has the sizes that it will have."""
@@ -62,9 +50,8 @@ class RecurrentEstimator(Estimator):
         num_examples = max(1, self.checkpoints_per_step // num_processes // self.num_parts)
         num_sampled = self.rows_per_step // self.checkpoints_per_step
         # A condition of its own for every example is the most there can be.
-        num_groups = (
-            num_examples if self.zoo.condition_size or self.model.initial else min(num_examples, self.zoo.num_states)
-        )
+        distinct = num_examples if self.zoo.condition_size or self.model.initial else self.zoo.num_states
+        num_groups = min(num_examples, distinct)
         rows = (num_examples, num_sampled, self.zoo.layout.token_size)
         batch = Batch(
             samples=torch.empty(rows),
@@ -87,7 +74,7 @@ class RecurrentEstimator(Estimator):
         num_rows = 2 * per_process - per_process // self.num_parts
         return num_rows * self.zoo.layout.token_size * FLOAT_BYTES
 
-    def sampling_memory(self, network: RecurrentDiffusion, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: RecurrentDiffusion, weights: int) -> GenerationMemory:
         """All prototypes first, then tile after tile."""
         layout, tile_tokens = self.zoo.layout, self.config.generate.tile_tokens
         if self.config.generate.precision == "bf16":
@@ -108,26 +95,25 @@ class RecurrentEstimator(Estimator):
             time = torch.empty(()).expand(num_rows)
             predictions = [network.predict(held[0], time, context, held[1]) for context in contexts]
         del predictions
-        return GenerationMemory(weights=weights, prototypes=kept, backbone=backbone, tile=live.peak, loading=loading)
+        return GenerationMemory(weights, prototypes=kept, backbone=backbone, tile=live.peak)
 
     def sampling_flops(self, network: RecurrentDiffusion, steps: int) -> GenerationFlops:
         """Of the backbone and what is known of tokens, once a network; of the denoiser, for every token and step."""
         layout, num_rows = self.zoo.layout, self.config.generate.tile_tokens
+        states, conditions = self._states(network, 1), self._conditions(1)
         with count_flops() as backbone:
-            prototypes = network.prototypes(
-                self._states(network, 1), self._conditions(1), initial=self._initial(1)
-            )  # [1, L, H]
+            prototypes = network.prototypes(states, conditions, initial=self._initial(1))  # [1, L, H]
         with count_flops() as centre:
-            network.known(self._states(network, 1), self._conditions(1), torch.arange(layout.num_tokens))
+            network.known(states, conditions, torch.arange(layout.num_tokens))
         with count_flops() as once:
             context = network.denoiser.precompute(prototypes.new_empty(num_rows, prototypes.shape[-1]))
         with count_flops() as step:
             network.predict(torch.empty(num_rows, layout.token_size), torch.empty(()).expand(num_rows), context, None)
         per_network = self._num_passes * backbone.get_total_flops()
         per_token, per_step = (self._num_passes * (counter.get_total_flops() // num_rows) for counter in (once, step))
-        known, directions = centre.get_total_flops(), directions_flops(layout)
-        total = per_network + layout.num_tokens * (per_token + steps * per_step) + known + directions
-        return GenerationFlops(per_network, per_token, per_step, known, directions, total)
+        known = centre.get_total_flops()
+        total = per_network + layout.num_tokens * (per_token + steps * per_step) + known
+        return GenerationFlops(per_network, per_token, per_step, known, total)
 
     @property
     def _num_passes(self) -> int:
@@ -154,26 +140,17 @@ class RecurrentEstimator(Estimator):
 class WholeNetworksEstimator(Estimator):
     """The needs of models that take whole checkpoints, B a step, from the flattened zoo in memory."""
 
-    num_parts = 1
-
-    @property
-    def rows_per_step(self) -> int:
-        """All tokens of B checkpoints."""
-        return self.checkpoints_per_step * self.zoo.layout.num_tokens
-
-    @property
-    def cache_bytes(self) -> int:
-        """The flattened zoo is always in memory."""
-        return self.zoo.num_checkpoints * self.zoo.layout.num_coordinates * FLOAT_BYTES
+    def __init__(self, config: Config, zoo: ZooSummary, batch_size: int) -> None:
+        super().__init__(config, zoo)
+        self.checkpoints_per_step, self.rows_per_step = batch_size, batch_size * zoo.layout.num_tokens
+        self.cache_bytes = zoo.num_checkpoints * zoo.layout.num_coordinates * FLOAT_BYTES
 
 
 class PDiffEstimator(WholeNetworksEstimator):
     """The needs of p-diff: a step takes whole checkpoints; the autoencoder's are the larger ones of both stages."""
 
-    @property
-    def checkpoints_per_step(self) -> int:
-        """B of the autoencoder's stage."""
-        return self.model.autoencoder.batch_size
+    def __init__(self, config: Any, zoo: ZooSummary) -> None:
+        super().__init__(config, zoo, config.model.autoencoder.batch_size)
 
     def step_part(self, network: ParameterDiffusion, num_processes: int) -> StepPart:
         """A whole step of the autoencoder: values and their noise ``[B, d]``, the latents' noise ``[B, Z]``."""
@@ -194,14 +171,13 @@ class PDiffEstimator(WholeNetworksEstimator):
         """The autoencoder keeps its last weights."""
         return network.denoiser
 
-    def sampling_memory(self, network: ParameterDiffusion, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: ParameterDiffusion, weights: int) -> GenerationMemory:
         """A tile of whole networks is decoded."""
         layout = self.zoo.layout
         with LiveBytes() as live:
-            values = network.decode_standardised(torch.empty(GROUP, network.config.latent_size))  # [GROUP, d]
-            del values
+            network.decode_standardised(torch.empty(GROUP, network.config.latent_size))  # [GROUP, d]
         rows = GROUP * layout.num_tokens * layout.token_size * FLOAT_BYTES
-        return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + rows, loading=loading)
+        return GenerationMemory(weights, tile=live.peak + rows)
 
     def sampling_flops(self, network: ParameterDiffusion, steps: int) -> GenerationFlops:
         """Of the decoder, once a network; of the latent's denoiser, unless a VAE has none."""
@@ -212,27 +188,16 @@ class PDiffEstimator(WholeNetworksEstimator):
             if not network.config.variational:
                 network.denoiser(latents, torch.empty(()).expand(GROUP))
         once, each = (counter.get_total_flops() // GROUP for counter in (decoder, step))
-        directions = directions_flops(self.zoo.layout)
-        return GenerationFlops(0, once, each, 0, directions, once + steps * each + directions)
+        return GenerationFlops(0, once, each, 0, once + steps * each)
 
 
 class KernelRidgeEstimator(WholeNetworksEstimator):
     """The needs of a regression in closed form."""
 
-    @property
-    def tokens(self) -> int:
-        """Values of a checkpoint's tokens, T·k."""
-        return self.zoo.layout.num_tokens * self.zoo.layout.token_size
-
-    @property
-    def checkpoints_per_step(self) -> int:
-        """All of them, once."""
-        return self.zoo.num_checkpoints
-
-    @property
-    def cache_bytes(self) -> int:
-        """The tokens of the zoo."""
-        return FLOAT_BYTES * self.zoo.num_checkpoints * self.tokens
+    def __init__(self, config: Config, zoo: ZooSummary) -> None:
+        super().__init__(config, zoo, zoo.num_checkpoints)
+        self.tokens = zoo.layout.num_tokens * zoo.layout.token_size  # values of a checkpoint's tokens, T·k
+        self.cache_bytes = FLOAT_BYTES * zoo.num_checkpoints * self.tokens
 
     @property
     def _fitted_bytes(self) -> int:
@@ -250,19 +215,18 @@ class KernelRidgeEstimator(WholeNetworksEstimator):
     def training_memory(self, *, bf16: bool = False, num_processes: int = 1) -> TrainingMemory:
         """The zoo's tokens, in float64 three times over while they are fitted, and what comes out."""
         return TrainingMemory(
-            weights=self._fitted_bytes, gradients=0, optimizer=0, ema=0, activations=6 * self.cache_bytes,
-            batch=0, waiting=0, cache=self.cache_bytes, fitting=self.fitting_bytes,
-        )  # fmt: skip
+            self._fitted_bytes, activations=6 * self.cache_bytes, cache=self.cache_bytes, fitting=self.fitting_bytes
+        )
 
-    def sampling_memory(self, network: KernelRidgeGenerator, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: KernelRidgeGenerator, weights: int) -> GenerationMemory:
         """What was fitted, and the rows of a tile."""
         group = max(1, self.config.generate.tile_tokens // self.zoo.layout.num_tokens)
         rows = FLOAT_BYTES * max(group * self.tokens, self.config.generate.tile_tokens * self.zoo.layout.token_size)
         fitted = self._fitted_bytes
-        return GenerationMemory(weights=fitted, prototypes=0, backbone=0, tile=2 * rows, loading=2 * fitted)
+        return GenerationMemory(fitted, tile=2 * rows, loading=2 * fitted)
 
     def sampling_flops(self, network: KernelRidgeGenerator, steps: int) -> GenerationFlops:
         """Two combinations of n checkpoints; one without a condition."""
         once = 2 * self.zoo.num_checkpoints * self.zoo.layout.token_size * (2 if self.zoo.condition_size else 1)
-        known, directions = once * self.zoo.layout.num_tokens, directions_flops(self.zoo.layout)
-        return GenerationFlops(0, 0, 0, known, directions, known + directions)
+        known = once * self.zoo.layout.num_tokens
+        return GenerationFlops(0, 0, 0, known, known)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.jupyter import JupyterMixin
 from rich.table import Table
@@ -30,7 +29,7 @@ from tokenization.zoo.zoo import Zoo
 
 def plan_tables(plan: Plan, largest: Largest | None = None) -> list[RenderableType]:
     """Parameters, FLOPs, and memory by component; ``largest`` adds what fits where."""
-    config, layout = plan.config, plan.zoo.layout
+    config, layout = plan.estimator.config, plan.estimator.zoo.layout
     tables = [_parameters(plan), _work(plan), _memory("memory to train", plan.training, plan.process)]
     writing = _memory("memory to generate into files", plan.generation, plan.process)
     writing.add_row("a network in memory", f"{format_bytes(held_bytes(layout))} more")
@@ -45,7 +44,7 @@ def plan_tables(plan: Plan, largest: Largest | None = None) -> list[RenderableTy
 
 
 def _parameters(plan: Plan) -> Table:
-    total, values = sum(plan.parameters.values()), plan.zoo.layout.num_values
+    total, values = sum(plan.parameters.values()), plan.estimator.zoo.layout.num_values
     table = facts_table("generator's parameters")
     for component, count in plan.parameters.items():
         table.add_row(component, f"{count:,}")
@@ -55,17 +54,15 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _work(plan: Plan) -> Table:
-    config, flops = plan.config, plan.generation_flops
+    step, flops = plan.estimator, plan.generation_flops
     table = facts_table("work")
     table.add_row("a training step", f"{format_flops(plan.training_flops)}, {'bf16' if plan.bf16 else 'fp32'}")
-    table.add_row(
-        "its rows",
-        f"{plan.rows_per_step:,} of {plan.zoo.layout.token_size:,} values, {plan.checkpoints_per_step:,} checkpoints",
-    )
+    rows = f"{step.rows_per_step:,} of {step.zoo.layout.token_size:,} values"
+    table.add_row("its rows", f"{rows}, {step.checkpoints_per_step:,} checkpoints")
     cached = "; kept in memory once read" if plan.training.cache else ""
-    read = format_bytes(plan.bytes_read_per_step) + cached if plan.bytes_read_per_step else "nothing: all is in memory"
+    read = format_bytes(step.bytes_read_per_step) + cached if step.bytes_read_per_step else "nothing: all is in memory"
     table.add_row("it reads", read)
-    table.add_row("a generated network", f"{format_flops(flops.total)}, {config.generate.steps:,} steps")
+    table.add_row("a generated network", f"{format_flops(flops.total)}, {step.config.generate.steps:,} steps")
     table.add_row("of which backbone", format_flops(flops.backbone))
     if flops.directions:
         table.add_row("of which directions", format_flops(flops.directions))
@@ -235,18 +232,16 @@ def layout_tables(layout: Layout) -> list[RenderableType]:
     table = FiguresTable(("layers", "tensors", "values", "tokens", "padding"), rows, title, section=True)
     outside = facts_table("outside the tokens")
     constants = [name for name in layout.names if name in layout.constant_specs]
-    outside.add_row("constants", f"{len(constants):,}" + (f": {_names(constants)}" if constants else ""))
-    counters = {name.rpartition(".")[2] for name in constants if is_counter(name, *_kind(layout, name))}
+    outside.add_row("constants", _counted(constants))
+    specs = {name: layout.spec(name) for name in constants}
+    counters = {
+        name.rpartition(".")[2] for name, (dtype, shape) in specs.items() if is_counter(name, dtype, math.prod(shape))
+    }
     if counters:
         outside.add_row("counters", f"{', '.join(sorted(counters))}: those of the first checkpoint")
     ties = [f"{alias} = {name}" for alias, name in layout.ties.items()]
-    outside.add_row("ties", f"{len(ties):,}" + (f": {_names(ties)}" if ties else ""))
+    outside.add_row("ties", _counted(ties))
     return [table, outside]
-
-
-def _kind(layout: Layout, name: str) -> tuple[torch.dtype, int]:
-    dtype, shape = layout.spec(name)
-    return dtype, math.prod(shape)
 
 
 def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
@@ -262,8 +257,9 @@ def _verified(zoo: Zoo, config: Config) -> list[RenderableType]:
         zeros, kinds = layout.compressed.zoo_sparsity, sorted({part.kind for part in layout.compressed.parts})
         share = "" if zeros is None else f", {zeros:.2%} of their values zero"
         table.add_row("compressed weights", f"{len(layout.compressed.parts):,} ({', '.join(kinds)}){share}")
-    exact = "all the same bits" if trip.num_exact == trip.num_values else f"{trip.num_exact:,} the same bits, the rest"
-    exact += "" if trip.num_exact == trip.num_values else " within the rounding of the dtype or the centre"
+    exact = "all the same bits"
+    if trip.num_exact != trip.num_values:
+        exact = f"{trip.num_exact:,} the same bits, the rest within the rounding of the dtype or the centre"
     table.add_row(f"into tokens ({config.tokens.normalization}) and back", f"{trip.num_values:,} values, {exact}")
     table.add_row("outside the tokens", f"{trip.num_constants:,} values, the same in all checkpoints")
     if layout.copied_note:
@@ -303,6 +299,10 @@ def _condition(zoo: Zoo) -> str:
         return "none"
     names = f": {_names(zoo.condition.names)}" if zoo.condition.names else ""
     return f"{zoo.condition.kind} of {zoo.condition.size}{names}"
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names):,}" + (f": {_names(names)}" if names else "")
 
 
 def _names(names: Sequence[str]) -> str:

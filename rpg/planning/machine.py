@@ -168,13 +168,13 @@ class TrainingMemory(Memory):
     """
 
     weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    activations: int
-    batch: int
-    waiting: int
-    cache: int
+    gradients: int = 0
+    optimizer: int = 0
+    ema: int = 0
+    activations: int = 0
+    batch: int = 0
+    waiting: int = 0
+    cache: int = 0
     fitting: int = 0
     libraries: int = 0
 
@@ -206,10 +206,10 @@ class GenerationMemory(Memory):
     """
 
     weights: int
-    prototypes: int
-    backbone: int
-    tile: int
-    loading: int
+    prototypes: int = 0
+    backbone: int = 0
+    tile: int = 0
+    loading: int = 0
 
     @property
     def total(self) -> int:

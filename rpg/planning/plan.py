@@ -46,20 +46,14 @@ class Plan:
     """The needs of one process.
 
     Attributes:
-        checkpoints_per_step: checkpoints in one training step, over all processes.
-        rows_per_step: token rows in one training step, over all processes.
-        bytes_read_per_step: bytes of the checkpoints that they come from.
+        estimator: knows the configuration, the zoo, and what a training step takes of it.
         bf16: whether training computes in bf16.
         parameters: of the generator, by component.
         training_flops: of one step.
         process: resident bytes of Python and its libraries, on top of either where the CPU computes.
     """
 
-    config: Config
-    zoo: ZooSummary
-    checkpoints_per_step: int
-    rows_per_step: int
-    bytes_read_per_step: int
+    estimator: Estimator
     bf16: bool
     parameters: dict[str, int]
     training_flops: int
@@ -91,36 +85,24 @@ class Largest:
 
 def build_estimator(config: Config, zoo: ZooSummary) -> Estimator:
     """What estimates the needs of the configuration's kind of model."""
-    found: Estimator = part_of(config.model, "estimator")(config, zoo)
-    return found
+    return part_of(config.model, "estimator")(config, zoo)  # type: ignore[no-any-return]
 
 
 def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Plan:
-    """Estimate everything without computing it; see `rpg.planning.estimator` for how.
-
-    Args:
-        num_processes: processes over which a step's batch is split, data parallel.
-    """
+    """Estimate everything without computing it (`rpg.planning.estimator`), a batch split over ``num_processes``."""
     process = psutil.Process().memory_info().rss
     to_load = 0 if "torch._dynamo" in sys.modules else OPTIMIZER_BYTES  # planning loads it, too
-    bf16 = mixed_precision(config.train.precision) == "bf16"
-    estimator = build_estimator(config, zoo)
-    return Plan(
-        config=config,
-        zoo=zoo,
-        checkpoints_per_step=estimator.checkpoints_per_step,
-        rows_per_step=estimator.rows_per_step,
-        bytes_read_per_step=estimator.bytes_read_per_step,
-        bf16=bf16,
-        parameters=estimator.parameters(),
-        training_flops=estimator.training_flops(num_processes),
-        generation_flops=estimator.generation_flops(),
-        training=dataclasses.replace(
-            estimator.training_memory(bf16=bf16, num_processes=num_processes), libraries=to_load
-        ),
-        generation=estimator.generation_memory(),
-        process=process,
-    )
+    bf16, estimator = _in_bf16(config), build_estimator(config, zoo)
+    parameters, training_flops = estimator.parameters(), estimator.training_flops(num_processes)
+    generation_flops = estimator.generation_flops()
+    training = estimator.training_memory(bf16=bf16, num_processes=num_processes)
+    training = dataclasses.replace(training, libraries=to_load)
+    generation = estimator.generation_memory()
+    return Plan(estimator, bf16, parameters, training_flops, generation_flops, training, generation, process)
+
+
+def _in_bf16(config: Config) -> bool:
+    return mixed_precision(config.train.precision) == "bf16"
 
 
 def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
@@ -132,7 +114,7 @@ def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
 
     def needed(num_tokens: int) -> int:
         estimator = build_estimator(config, dataclasses.replace(zoo, layout=_long_layout(config, num_tokens)))
-        training = estimator.training_memory(bf16=mixed_precision(config.train.precision) == "bf16")
+        training = estimator.training_memory(bf16=_in_bf16(config))
         return max(training.on_device, estimator.generation_memory().total) + CUDA_BYTES
 
     low, low_bytes = 1, needed(1)
@@ -156,9 +138,8 @@ def largest_network(config: Config, zoo: ZooSummary, num_bytes: int) -> Largest:
 def _long_layout(config: Config, num_tokens: int) -> Layout:
     values = torch.empty(num_tokens * config.tokens.size, device="meta")
     options = dataclasses.replace(config.tokens, include=("*",), exclude=(), flatten="layer", base=None)
-    return layout_without_statistics(
-        Checkpoint.without_values({"weight": values}, Path("largest")), options, DEFAULT_CHECKPOINTS
-    )
+    checkpoint = Checkpoint.without_values({"weight": values}, Path("largest"))
+    return layout_without_statistics(checkpoint, options, DEFAULT_CHECKPOINTS)
 
 
 def parse_memory(text: str) -> int:
@@ -199,14 +180,8 @@ class Need:
     cure: str
 
 
-def require_memory(need: Need, ignore: bool = False) -> None:
-    """Stop where more is needed than is free.
-
-    Raises:
-        InputError: so it is, and ``ignore`` is not set.
-    """
-    if ignore:
-        return
+def require_memory(need: Need) -> None:
+    """Raise InputError where more is needed than is free."""
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     compared = [(need.host * processes, free_memory(), "of memory")]
     if need.device and (free := free_on_device()) is not None:
@@ -223,8 +198,7 @@ def require_memory(need: Need, ignore: bool = False) -> None:
 def training_need(config: Config) -> Need | None:
     """What training a generator takes; None where it is clearly small, not known yet, or spread over processes.
 
-    Raises:
-        InputError: the zoo does not allow it, as training would say itself.
+    Raises InputError where the zoo does not allow it, as training would say itself.
     """
     from accelerate.utils import parse_flag_from_env
 
@@ -235,9 +209,7 @@ def training_need(config: Config) -> Need | None:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not _on_gpu() and rough_training_bytes(estimator) < CLEARLY_SMALL * free_memory():
         return None
-    memory = estimator.training_memory(
-        bf16=mixed_precision(config.train.precision) == "bf16", num_processes=num_processes
-    )
+    memory = estimator.training_memory(bf16=_in_bf16(config), num_processes=num_processes)
     cure = "lower train.batch_size or train.tokens, or see docs/scale.md for what else saves memory"
     if _on_gpu():
         host = max(memory.fitting, memory.waiting + memory.cache)
@@ -245,20 +217,26 @@ def training_need(config: Config) -> Need | None:
     return Need("training", memory.total, 0, cure)
 
 
-def generation_need(run: Path | str) -> Need | None:
-    """What generating into files takes; None where a rough bound is clearly small, or nothing is there to generate.
-
-    Raises:
-        InputError: the generator folder is broken.
-    """
+def saved_parts(run: Path | str) -> tuple[Config, Layout, Checkpoint] | None:
+    """Configuration, layout and weights of a generator; None where the folder is not whole."""
     folder = find_folder(run)
     if not all((folder / name).is_file() for name in ("config.yaml", "layout.json", "model.safetensors")):
         return None
-    config, layout = load_config(folder), load_layout(folder)
-    weights = (folder / "model.safetensors").stat().st_size
-    if rough_generation_bytes(folder) < CLEARLY_SMALL * free_memory() and not _on_gpu():
+    return load_config(folder), load_layout(folder), Checkpoint.open(folder / "model.safetensors")
+
+
+def generation_need(run: Path | str) -> Need | None:
+    """What generating into files takes; None where a rough bound is clearly small, or nothing is there to generate.
+
+    Raises InputError if the generator folder is broken.
+    """
+    if (saved := saved_parts(run)) is None or (
+        rough_generation_bytes(saved) < CLEARLY_SMALL * free_memory() and not _on_gpu()
+    ):
         return None
-    facts = json.loads(Checkpoint.open(folder / "model.safetensors").metadata.get("rpg", "{}"))
+    config, layout, checkpoint = saved
+    weights = checkpoint.path.stat().st_size
+    facts = json.loads(checkpoint.metadata.get("rpg", "{}"))
     condition = (facts.get("condition") or {}).get("size", 0) if config.model.condition.kind != "none" else 0
     summary = ZooSummary(layout, 1, facts.get("num_states", 1), condition)
     memory = build_estimator(config, summary).generation_memory()
@@ -270,21 +248,16 @@ def generation_need(run: Path | str) -> Need | None:
 
 def evaluation_need(run: Path | str) -> Need | None:
     """What evaluating a run takes; of a task that nothing is known of here the scored network's activations apart.
-    None where there is no run.
 
-    Raises:
-        InputError: the generator folder is broken.
+    None where there is no run. Raises InputError if the generator folder is broken.
     """
-    folder = find_folder(run)
-    if not (folder / "layout.json").is_file() or not (folder / "config.yaml").is_file():
+    if (saved := saved_parts(run)) is None or not (Path(saved[0].zoo) / "zoo.json").exists():
         return None
-    config, layout = load_config(folder), load_layout(folder)
-    if not (Path(config.zoo) / "zoo.json").exists():
-        return None
+    config, layout, checkpoint = saved
     # one network at a time, as it is made, as it is loaded and what is computed of it; the zoo's mean, or a small zoo
     held = min(layout.num_values * len(Zoo.open(config.zoo)), HELD_VALUES)
     values = 5 * layout.num_values + held
-    weights = (folder / "model.safetensors").stat().st_size
+    weights = checkpoint.path.stat().st_size
     host, cure = values * FLOAT_BYTES + 2 * weights, "free memory, or score on a larger machine"
     target = find_target(config.task)
     scoring = (target and target.scoring_bytes) or 0
@@ -316,10 +289,9 @@ def rough_training_bytes(estimator: Estimator) -> int:
     return values * FLOAT_BYTES + estimator.cache_bytes + estimator.fitting_bytes
 
 
-def rough_generation_bytes(folder: Path) -> int:
-    """More than generation of anything small takes, without building the networks of a generator folder."""
-    config, layout = load_config(folder), load_layout(folder)
-    checkpoint = Checkpoint.open(folder / "model.safetensors")
+def rough_generation_bytes(saved: tuple[Config, Layout, Checkpoint]) -> int:
+    """More than generation of anything small takes, without building the networks of a generator's folder."""
+    config, layout, checkpoint = saved
     width = max((max(info.shape[-2:]) for info in checkpoint.tensors.values() if len(info.shape) > 1), default=1)
     rows = 64 * (config.generate.tile_tokens + layout.num_tokens)
     return 3 * sum(checkpoint.sizes.values()) + rows * (layout.token_size + min(width, 1 << 14)) * FLOAT_BYTES

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg.devices import parse_device, task_device
-from rpg.planning.estimator import LiveBytes, fake_copy, fake_mode
+from rpg.planning.estimator import LiveBytes, fake_copy
 from rpg.planning.machine import FLOAT_BYTES, num_bytes
 from rpg.tasks.images.config import (
     Cifar10SubsetsConfig,
@@ -62,7 +63,7 @@ class Target:
 
     def _peak(self, images: int, training: bool) -> int | None:
         try:
-            with fake_mode(), torch.set_grad_enabled(training):
+            with FakeTensorMode(), torch.set_grad_enabled(training):
                 network = fake_copy(self.network).train(training)
                 batch = torch.empty(images, *self.shape)
                 with LiveBytes() as live:
@@ -77,8 +78,7 @@ class Target:
 def find_target(task: Any) -> Target | None:
     """The network of a task's configuration; None of a task that nothing is known of here.
 
-    Raises:
-        InputError: the device that the task names is not there.
+    Raises InputError where the device that the task names is not there.
     """
     if isinstance(task, DigitsConfig | DigitsSubsetsConfig):
         classes, size = 10 if isinstance(task, DigitsConfig) else 2, task.image_size

@@ -52,7 +52,6 @@ def find_zoo_summary(
     """What ``config`` learns from: its zoo, else the network of its task, else a timm network.
 
     Args:
-        config: the experiment.
         network: name of a timm network, which goes before all else.
         num_checkpoints: of a zoo that is not there yet; `DEFAULT_CHECKPOINTS` when None.
         condition_size: values of a condition, or classes, where neither zoo nor task tells.

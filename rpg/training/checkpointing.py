@@ -150,9 +150,7 @@ Tensors = dict[str, Tensor]
 def gather(network: nn.Module, average: ExponentialMovingAverage, shards: Shards, *, keep: bool) -> dict[str, Tensors]:
     """The files of a checkpoint, on the CPU; all processes must call it, as the functions below.
 
-    Args:
-        shards: how both, and the optimizer's state, lie over the processes.
-        keep: whether this process wants them; without, it takes part in putting each tensor together, and forgets it.
+    Without ``keep`` this process takes part in putting each tensor together, and forgets it.
     """
     optimizer = ((f"{key}.{name}", value) for name, state in shards.gather_states() for key, value in state.items())
     num_updates = {"num_updates": torch.tensor(average.num_updates)}

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.config import TrainConfig
+from rpg.config import Config
 from rpg.generation.text_encoder import text_table
-from rpg.models import ModelConfig
 from rpg.models.centre import StateConfig
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, InitialConfig
 from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
-from rpg.seeding import derive_seed, make_rng, permutation
+from rpg.seeding import derive_seed, in_turns, make_rng, permutation
 from rpg.training.requests import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
@@ -35,11 +34,7 @@ MOST_PAIRS = 2048
 
 
 class InitialPairs:
-    """Draws a start for a training checkpoint.
-
-    Args:
-        zoo: the checkpoints; their ``run`` and ``step`` say what is earlier.
-        indices: those that are trained on.
+    """Draws a start for a training checkpoint, one of ``indices``; ``run`` and ``step`` say what is earlier.
 
     Raises:
         InputError: no run has two checkpoints.
@@ -94,12 +89,12 @@ def sample_differences(
 ) -> torch.Tensor:
     """Differences ``[n, L, D]`` of the tokens of some training checkpoints from their starts."""
     pairs, reader = InitialPairs(zoo, indices, config, seed), token_reader(zoo, layout)
-    stride = max(1, len(indices) // MOST_PAIRS)
-    places = range(0, len(indices), stride)
+    places = range(0, len(indices), max(1, len(indices) // MOST_PAIRS))
     starts = [pairs.draw(place, -1, place) for place in places]
-    tokens = range(layout.num_tokens)
-    later = reader.read([indices[place] for place in places], tokens)
-    return later - reader.read([indices[place] for place in starts], tokens)
+    later, earlier = (
+        reader.read([indices[place] for place in some], range(layout.num_tokens)) for some in (places, starts)
+    )
+    return later - earlier
 
 
 MOST_TOKEN_BYTES = 4 << 30
@@ -130,27 +125,18 @@ class BatchSampler:
     """Draws the rows of each step from a zoo.
 
     Args:
-        settings: splits, batch size and sampled tokens.
-        model: what a permutation state is, and how conditions are dropped and withheld.
+        config: says splits, batch size and sampled tokens, what a permutation state is, and how conditions are dropped
+            and withheld.
         rank, world_size: this process, of how many; the batch is split evenly among them.
 
     Raises:
         InputError: the batch cannot be split evenly.
     """
 
-    def __init__(
-        self,
-        zoo: Zoo,
-        layout: Layout,
-        settings: TrainConfig,
-        model: ModelConfig,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.settings, self.condition, self.seed = settings, model.condition, seed
-        self.layout = layout
-        self.indices = training_entries(zoo, settings.splits)
+    def __init__(self, zoo: Zoo, layout: Layout, config: Config, rank: int = 0, world_size: int = 1) -> None:
+        model, seed = config.model, config.seed
+        self.settings, self.condition, self.seed, self.layout = config.train, model.condition, seed, layout
+        self.indices = training_entries(zoo, config.train.splits)
         self.rank, self.world_size = rank, world_size
         self.reader = token_reader(zoo, layout)
         self.states = state_ids(zoo, self.indices, model.state)
@@ -163,10 +149,8 @@ class BatchSampler:
 
     def examples(self, step: int) -> list[int]:
         """Places in ``indices`` of the whole batch of ``step``: epoch after epoch, each in its own random order."""
-        batch_size, count = self.settings.batch_size, len(self.indices)
-        places = range(step * batch_size, (step + 1) * batch_size)
-        orders = {epoch: permutation(count, self.seed, "epoch", epoch) for epoch in {p // count for p in places}}
-        return [int(orders[place // count][place % count]) for place in places]
+        size = self.settings.batch_size
+        return in_turns(range(step * size, (step + 1) * size), len(self.indices), self.seed, "epoch")
 
     def token_ids(self, step: int) -> Tensor:
         """The sampled tokens of ``step``, ``[N]`` ascending; all of them when the config says so."""
@@ -197,9 +181,7 @@ class BatchSampler:
             states=torch.tensor([key[0] for key in distinct]),
             conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
             dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
-            initial=None
-            if self.initial is None
-            else self.reader.read([self.indices[key[3]] for key in distinct], range(self.layout.num_tokens)),
+            initial=self._read_initial([key[3] for key in distinct]),
             tasks=None if self.tasks is None else self.tasks[[chosen[keys.index(key)] for key in distinct]],
             seeds=seeds,
             group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
@@ -224,6 +206,11 @@ class BatchSampler:
         if self.initial is None:
             return [-1] * len(chosen)
         return [self.initial.draw(place, step, first + i) for i, place in enumerate(chosen)]
+
+    def _read_initial(self, starts: Sequence[int]) -> Tensor | None:
+        if self.initial is None:
+            return None
+        return self.reader.read([self.indices[place] for place in starts], range(self.layout.num_tokens))
 
     def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
         if self.conditions is None:
@@ -324,11 +311,7 @@ def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -
 
 
 def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
-    """How many values a condition is to the networks (for ``class``: how many classes); 0 without one.
-
-    Raises:
-        InputError: of ``text``: as `text_table` does.
-    """
+    """How many values a condition is to the networks (for ``class``: classes); 0 without. Raises as `text_table`."""
     if condition.kind == "metric":
         return 1
     if (examples := example_conditions(zoo, condition)) is not None:

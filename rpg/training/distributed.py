@@ -14,7 +14,7 @@ from torch import nn
 from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
 from rpg.models.backbone.mamba2 import Mamba2
-from rpg.packages import install_command
+from rpg.packages import require_package
 from rpg.training.checkpointing import Shards, ZeROShards
 from tokenization.errors import InputError
 
@@ -24,9 +24,8 @@ T = TypeVar("T")
 class DistributedContext:
     """The processes of a run, as ``rpg train``, ``torchrun`` or ``accelerate launch`` started them.
 
-    Args:
-        settings: decides precision, accumulation and clipping; a launcher's own settings of these are overridden,
-            except that ``train.precision: auto`` leaves the precision to the launcher.
+    The configuration decides precision, accumulation and clipping, and overrides a launcher's own settings of these,
+    except that ``train.precision: auto`` leaves the precision to the launcher.
 
     Raises:
         InputError: the launcher asks for what the training loop cannot do.
@@ -68,29 +67,31 @@ class DistributedContext:
             )
 
     def __str__(self) -> str:
-        ways = {
+        spread = {
             "none": "each with all weights",
             "zero": "weights spread by DeepSpeed",
             "fsdp": "weights spread by FSDP",
         }
-        return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {ways[self.spread]}"
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}, {spread[self.spread]}"
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    def require_single(self, what: str) -> None:
+        """Raise InputError for several processes, DeepSpeed or FSDP, for which ``what`` is not made."""
+        if self.world_size > 1 or self.spread != "none":
+            raise InputError(f"{what} works in a single process without DeepSpeed or FSDP; start one.")
+
     def prepare(
         self, network: nn.Module, build_optimizer: Callable[[], torch.optim.Optimizer]
     ) -> tuple[nn.Module, Any, Shards]:
-        """Spread the networks over the processes.
-
-        Args:
-            network: the networks, with the weights that the run begins from; changed in place.
-            build_optimizer: called once their parameters are final.
+        """Spread the networks, with the weights that the run begins from, over the processes, in place.
 
         Returns:
-            What to call in the forward pass, the optimizer, and how to put whole tensors together.
+            What to call in the forward pass, the optimizer of their final parameters, and how to put whole tensors
+            together.
         """
         if self.spread != "none":
             for parameter in network.parameters():  # convolutions' weights may lie channels last, which neither cuts
@@ -125,11 +126,7 @@ class DistributedContext:
         return chosen[0]  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Run ``action`` on the main process while the others wait.
-
-        Raises:
-            InputError: on all processes, when it raised one on the main process.
-        """
+        """Run ``action`` on the main process while the others wait; its InputError is raised on all of them."""
 
         def attempt() -> InputError | None:
             try:
@@ -175,15 +172,12 @@ def _leave() -> None:
 def _deepspeed_on_cpu() -> list[Any]:
     """What accelerate needs to run DeepSpeed without a GPU: its rank and world size come with the backend."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        from deepspeed.ops import __compatible_ops__
-    except ImportError:
-        cure = f"run {install_command('deepspeed')}"
-        raise InputError(f"the launcher asks for DeepSpeed, which is not installed; {cure}") from None
+    require_package("deepspeed", "the launcher asks for DeepSpeed")
+    from accelerate.utils import InitProcessGroupKwargs
+    from deepspeed.ops import __compatible_ops__
+
     # DeepSpeed compiles its own reduction for processes of one machine, for a minute, with a compiler; gloo has one.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    from accelerate.utils import InitProcessGroupKwargs
-
     return [InitProcessGroupKwargs(backend="gloo")]
 
 
@@ -213,11 +207,7 @@ def _trackers(names: Sequence[str], folder: str) -> list[Any]:
     """What accelerate logs with; ``tensorboard`` is a folder of the run, ``wandb`` goes by its own environment."""
     if "wandb" not in names:
         return list(names)
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        cure = f"run {install_command('wandb')}, or leave it out"
-        raise InputError(f"train.log_with has wandb, which is not installed; {cure}") from None
+    require_package("wandb", "train.log_with has wandb", ", or leave it out")
     from accelerate.tracking import WandBTracker
 
     tracker = WandBTracker("rpg", name=Path(folder).name, dir=folder)

@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg.config import BehaviourConfig, NewStatesConfig, TrainConfig
+from rpg.config import BehaviourConfig, Config, NewStatesConfig, TrainConfig
 from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
 from rpg.seeding import make_rng
+from rpg.tasks import task_of
 from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, LossTask, Task, TaskSimulator
 from rpg.tasks.side_by_side import SideBySide
-from rpg.training.data import training_entries, zoo_conditions
+from rpg.training.data import metric_scale, training_entries, zoo_conditions
 from rpg.training.distributed import DistributedContext
 from rpg.training.requests import Descriptions, ExampleConditions, example_conditions
 from tokenization.errors import InputError
@@ -40,10 +40,7 @@ OF_ORIGINALS = ("original", "both")
 
 
 class BehaviourLoss:
-    """Scores predicted tokens by the outputs of the decoded networks.
-
-    Args:
-        zoo: holds the base network, where that gives the right answers.
+    """Scores predicted tokens by the outputs of the decoded networks; a base network that answers lies with the zoo.
 
     Raises:
         InputError: the task cannot score many networks at once, the zoo has no base network, or originals of the task
@@ -67,12 +64,7 @@ class BehaviourLoss:
         self._backward_started = 0.0
 
     def __call__(
-        self,
-        tokens: Tensor,
-        conditions: Tensor,
-        dropped: Tensor | None,
-        rng: torch.Generator,
-        originals: Tensor | None = None,
+        self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator, originals: Any = None
     ) -> Tensor:
         """The weighted mean loss.
 
@@ -89,11 +81,9 @@ class BehaviourLoss:
         weights = self.layout.decode_batch(tokens, constants=True)
         more: dict[str, Any] = {"teacher": self.teacher, **self.options}
         if self.config.target in OF_ORIGINALS:
-            assert originals is not None
             more["originals"] = self.layout.decode_batch(originals, constants=True)
         losses = self.task.behaviour_losses(weights, conditions, self.config.images, rng, **more)  # [E]
-        kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
-        loss = self.config.weight * (losses * kept).sum() / kept.sum().clamp(min=1)
+        loss = weighted_mean(self.config.weight, losses, dropped)
         self.seconds += time.perf_counter() - started
         if loss.requires_grad:
             loss.register_hook(self._start_backward)
@@ -108,6 +98,12 @@ class BehaviourLoss:
     def fraction_of(self, seconds: float) -> str:
         """The time it took, forward and backward, as a fraction of a run's seconds."""
         return f"{self.seconds / seconds:.0%}" if seconds > 0 else "0%"
+
+
+def weighted_mean(weight: float, losses: Tensor, dropped: Tensor | None) -> Tensor:
+    """``weight`` times the mean of the losses ``[E]`` of examples that are not ``dropped`` ``[E]``."""
+    kept = torch.ones_like(losses) if dropped is None else (~dropped).to(losses.dtype)
+    return weight * (losses * kept).sum() / kept.sum().clamp(min=1)
 
 
 class DrawnTasksLoss(BehaviourLoss):
@@ -147,9 +143,9 @@ class DrawnTasksLoss(BehaviourLoss):
         return self.known[torch.randint(len(self.known), (num,), generator=rng)]
 
     def draw(self, rng: torch.Generator) -> Tensor:
-        """The weighted mean loss of as many tasks as are configured; ``rng`` (on the CPU) draws everything.
+        """The weighted mean loss of as many tasks as are configured, and the error of what is told of them, if any is.
 
-        With it the error of what an encoder of examples tells of tasks, if it tells anything.
+        ``rng`` (on the CPU) draws everything.
         """
         tasks = self.draw_tasks(self.config.networks, rng)
         noise = torch.randn(len(tasks), *self.mask.shape, generator=rng)
@@ -174,9 +170,10 @@ class DrawnTasksLoss(BehaviourLoss):
         return loss if told is None else loss + self.config.weight * (told.float() - inputs).square().mean()
 
 
-def num_at_last_time(config: BehaviourConfig | None, num_examples: int) -> int:
+def num_at_last_time(train: TrainConfig, num_examples: int) -> int:
     """How many of a batch's first examples are put at the last time."""
-    return 0 if config is None or config.tasks == "fresh" else max(1, round(config.fraction * num_examples))
+    behaviour = train.behaviour
+    return 0 if behaviour is None or train.draws_tasks else max(1, round(behaviour.fraction * num_examples))
 
 
 class NewStatesLoss:
@@ -185,10 +182,8 @@ class NewStatesLoss:
     A generator that only imitates its zoo is as good as a Gaussian with the zoo's variances: both know which weights
     vary, neither knows which changes hurt. Here states are drawn from a Gaussian around the learned ones, wider than
     they spread, and the cross-entropy of their networks reaches the generator. A second term keeps the networks of a
-    step apart: without it, or if it only kept them away from the zoo, one new place would do for them all.
-
-    Args:
-        layout: decodes tokens; residual normalisation, so that 1 is the zoo's own root mean square deviation.
+    step apart: without it, or if it only kept them away from the zoo, one new place would do for them all. Tokens have
+    residual normalisation, so that 1 is the zoo's own root mean square deviation.
 
     Raises:
         InputError: there is no table of states to draw around, or the task has no images.
@@ -249,9 +244,6 @@ class TargetLoss:
     """Scores predicted tokens by how far the decoded networks' loss is from the one asked for, by how far their answers
     are from those of the checkpoints that are learned, or by the sum (``train.behaviour.target``).
 
-    Args:
-        condition: the metric, which must be a loss on training images.
-
     Raises:
         InputError: the task cannot run many networks at once, the metric is no such loss, or a base is to answer.
     """
@@ -276,15 +268,7 @@ class TargetLoss:
     def __call__(
         self, tokens: Tensor, conditions: Tensor, dropped: Tensor | None, rng: torch.Generator, originals: Tensor
     ) -> Tensor:
-        """The weighted mean loss.
-
-        Args:
-            tokens: predicted x₀, ``[E, L, D]``.
-            conditions: what is asked for, on the scale, ``[E, 1]``.
-            dropped: ``[E]`` bool, whose condition was withheld: they are not scored.
-            rng: draws the images, on the CPU.
-            originals: the tokens that were to be predicted, ``[E, L, D]``.
-        """
+        """As of `BehaviourLoss`; ``conditions`` ``[E, 1]`` are what is asked for, on the scale."""
         weights, settings = self.layout.decode_batch(tokens, constants=True), self.config
         errors = tokens.new_zeros(len(tokens))
         if settings.target != "original":
@@ -293,75 +277,50 @@ class TargetLoss:
         if settings.target in OF_ORIGINALS:
             others = self.layout.decode_batch(originals, constants=True)
             errors = errors + self.task.divergences(weights, others, settings.images, rng, settings.noise)
-        kept = torch.ones_like(errors) if dropped is None else (~dropped).to(errors.dtype)
-        return self.config.weight * (errors * kept).sum() / kept.sum().clamp(min=1)
+        return weighted_mean(self.config.weight, errors, dropped)
 
 
 class AuxiliaryLosses:
     """The sum of the losses that ``train.behaviour`` and ``train.new_states`` ask for; 0 without either.
-
-    Args:
-        find_task: gives the task that scores networks; called only where a loss needs it.
-        condition: what the generator is conditioned on.
-        metric: the scale of its metric, if it is one.
-        zoo: the checkpoints; beside them may lie the base network that is to be matched.
-        network: the generator's networks; only the fresh-state loss runs them, which p-diff refuses to have.
 
     Raises:
         InputError: the task, the sampled tokens, the conditions or the processes do not allow it.
     """
 
     def __init__(
-        self,
-        settings: TrainConfig,
-        seed: int,
-        find_task: Callable[[], Task],
-        condition: ConditionConfig,
-        zoo: Zoo,
-        layout: Layout,
-        network: RecurrentDiffusion,
-        distributed: DistributedContext,
-        metric: MetricScale | None = None,
+        self, config: Config, zoo: Zoo, layout: Layout, network: RecurrentDiffusion, distributed: DistributedContext
     ) -> None:
-        self.settings, self.seed, self.distributed = settings, seed, distributed
+        settings, condition = config.train, config.model.condition
+        self.settings, self.seed, self.distributed = settings, config.seed, distributed
         self.behaviour: BehaviourLoss | TargetLoss | None = None
         self.new_states: NewStatesLoss | None = None
         if settings.behaviour is not None and settings.behaviour.weight:
-            if settings.tokens is not None and settings.tokens < layout.num_tokens:
-                raise InputError(
-                    f"train.tokens is {settings.tokens}, but train.behaviour needs a whole network; set it to null"
-                )
-            if condition.kind == "none":
-                raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
-            if metric is not None:
-                self.behaviour = TargetLoss(find_task(), layout, settings.behaviour, condition, metric)
-            elif settings.behaviour.tasks == "fresh" or not settings.imitation:
-                if distributed.world_size > 1 or distributed.spread != "none":
-                    what = (
-                        "train.imitation: 0 works" if not settings.imitation else "train.behaviour.tasks: fresh works"
-                    )
-                    raise InputError(f"{what} in a single process without DeepSpeed or FSDP; start one.")
-                fresh = settings.behaviour.tasks == "fresh"
-                known = None if fresh else zoo_conditions(zoo, training_entries(zoo, settings.splits))
-                examples = example_conditions(zoo, condition, seed)
-                self.behaviour = DrawnTasksLoss(
-                    network,
-                    find_task(),
-                    layout,
-                    settings.behaviour,
-                    zoo,
-                    examples,
-                    known,
-                    settings.networks is not None,
-                )
-            else:
-                self.behaviour = BehaviourLoss(find_task(), layout, settings.behaviour, zoo)
+            self.behaviour = self._behaviour(config, settings.behaviour, zoo, layout, network)
         if condition.kind == "examples" and condition.features and not isinstance(self.behaviour, DrawnTasksLoss):
             raise InputError("model.condition.features of examples needs train.behaviour and train.imitation: 0")
         if settings.new_states is not None:
-            if distributed.world_size > 1 or distributed.spread != "none":
-                raise InputError("train.new_states works in a single process without DeepSpeed or FSDP; start one.")
-            self.new_states = NewStatesLoss(network, find_task(), layout, settings.new_states)
+            distributed.require_single("train.new_states")
+            self.new_states = NewStatesLoss(network, task_of(zoo, config.task), layout, settings.new_states)
+
+    def _behaviour(
+        self, config: Config, behaviour: BehaviourConfig, zoo: Zoo, layout: Layout, network: RecurrentDiffusion
+    ) -> BehaviourLoss | TargetLoss:
+        train, condition = config.train, config.model.condition
+        if train.tokens is not None and train.tokens < layout.num_tokens:
+            raise InputError(
+                f"train.tokens is {train.tokens}, but train.behaviour needs a whole network; set it to null"
+            )
+        if condition.kind == "none":
+            raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
+        indices, task = training_entries(zoo, train.splits), task_of(zoo, config.task)
+        if (scale := metric_scale(zoo, indices, condition)) is not None:
+            return TargetLoss(task, layout, behaviour, condition, scale)
+        if train.imitation and not train.draws_tasks:
+            return BehaviourLoss(task, layout, behaviour, zoo)
+        self.distributed.require_single("train.behaviour.tasks: fresh" if train.imitation else "train.imitation: 0")
+        known = None if train.draws_tasks else zoo_conditions(zoo, indices)
+        examples = example_conditions(zoo, condition, config.seed)
+        return DrawnTasksLoss(network, task, layout, behaviour, zoo, examples, known, train.networks is not None)
 
     def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         """The losses of a step of this process, given its batch and what the denoiser made of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rpg.config import TrainConfig
-from rpg.packages import install_command
+from rpg.packages import require_package
 from rpg.tasks.collecting import cosine_decay
-from tokenization.errors import InputError
 
 
 def build_optimizer(settings: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -23,16 +21,11 @@ def build_optimizer(settings: TrainConfig, parameters: Iterable[torch.nn.Paramet
     Raises:
         InputError: the library that it needs is not installed.
     """
-    choices: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": settings.betas,
-        "weight_decay": settings.weight_decay,
-    }
+    rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
+    choices: dict[str, Any] = {"lr": rate, "betas": betas, "weight_decay": decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **choices)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        cure = f"run {install_command('bitsandbytes')}"
-        raise InputError(f"train.optimizer adamw8bit needs bitsandbytes, which is not installed; {cure}")
+    require_package("bitsandbytes", "train.optimizer adamw8bit needs bitsandbytes")
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, **choices)

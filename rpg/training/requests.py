@@ -60,10 +60,10 @@ def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None
     other = Generator.from_pretrained(run)
     taken, own = ({name: value for name, value in each.state_dict().items() if not name.startswith(READER)}
                   for each in (other.network, network))  # fmt: skip
-    means = [each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout)]
-    same = {name: value.shape for name, value in taken.items()} == {name: value.shape for name, value in own.items()}
-    same = same and means[0].keys() == means[1].keys()
-    if not same or not all(torch.equal(value, means[1][name]) for name, value in means[0].items()):
+    means, wanted = (each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout))
+    shapes, own_shapes = ({name: value.shape for name, value in each.items()} for each in (taken, own))
+    same = shapes == own_shapes and means.keys() == wanted.keys()
+    if not same or not all(torch.equal(value, wanted[name]) for name, value in means.items()):
         raise InputError(
             f"train.networks {run} has other networks, or learned from another zoo; give it the same zoo, tokens, "
             "backbone and denoiser"
@@ -75,9 +75,6 @@ def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None
 
 class ExampleConditions:
     """Replaces the zoo's conditions by examples of the tasks.
-
-    Args:
-        config: how many, and whether they are labelled.
 
     Raises:
         InputError: the task shows none, or of another number of classes.
@@ -107,8 +104,7 @@ class ExampleConditions:
     def __call__(self, batch: Batch, step: int, number: int) -> Batch:
         """The batch as the networks see it: its conditions ``[G, C]`` become sets ``[G, n · size]``.
 
-        Args:
-            number: which part of the step, over all processes.
+        ``number`` says which part of the step it is, over all processes.
         """
         assert batch.conditions is not None
         rng = make_rng(self.seed, "examples", step, number)
@@ -136,9 +132,7 @@ class ExampleConditions:
 class Descriptions(ExampleConditions):
     """Words for tasks of settings. Networks are taught by the settings' features, a reader to tell these from words.
 
-    Args:
-        zoo: whose training tasks' phrases, in one wording each, are the generator's table of texts.
-        config: encoder, and how many phrases there are at most.
+    The phrases of the zoo's training tasks, in one wording each, are the generator's table of texts.
 
     Raises:
         InputError: the task has no words for its conditions, or the encoder cannot be loaded.

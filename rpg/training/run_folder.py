@@ -130,9 +130,8 @@ def saved_config(run: Path | str) -> Config | None:
 def record_files(folder: Path, step: int, seconds: float, learned: str) -> None:
     """Write a checkpoint's ``complete.json``: step, seconds of training, what it learns from, and every file."""
     files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(folder.iterdir())}
-    (folder / COMPLETE).write_text(
-        json.dumps({"step": step, "seconds": seconds, "learned": learned, "files": files}, indent=1)
-    )
+    record = {"step": step, "seconds": seconds, "learned": learned, "files": files}
+    (folder / COMPLETE).write_text(json.dumps(record, indent=1))
 
 
 def seconds_of(path: Path) -> float:
@@ -141,14 +140,9 @@ def seconds_of(path: Path) -> float:
 
 
 def require_learned(path: Path, learned: str, single: str | None) -> None:
-    """Check that a checkpoint's run learned from the present data.
+    """Raise InputError if a checkpoint's run learned from other data than now; ``learned`` is the digest of these.
 
-    Args:
-        learned: digest of what is there now.
-        single: the name of a layer of a single value, which earlier versions did not learn, if there is one.
-
-    Raises:
-        InputError: the zoo, or the way into tokens, has changed since.
+    ``single`` names a layer of a single value, which earlier versions did not learn, if there is one.
     """
     before = json.loads((path / COMPLETE).read_text()).get("learned")
     if before is None and single is not None:
@@ -183,7 +177,5 @@ def _first_difference(old: object, new: object, free: set[str], field: str = "")
         return None
     if not isinstance(old, dict) or not isinstance(new, dict):
         return field, old, new
-    parts = (
-        _first_difference(old.get(key), new.get(key), free, f"{field}.{key}".lstrip(".")) for key in {**old, **new}
-    )
+    parts = (_first_difference(old.get(key), new.get(key), free, f"{field}.{key}".lstrip(".")) for key in old | new)
     return next(filter(None, parts), None)

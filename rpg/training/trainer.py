@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class Trainer:
         indices = training_entries(zoo, config.train.splits)
         self.layout = fit_layout(zoo, config.tokens, indices=indices)
         self.learned = _digest_of(zoo, indices, self.layout)
-        self.sampler = self.build_sampler(self.distributed.rank, self.distributed.world_size)
+        self.sampler = self.build_sampler()
         self.network = self.build_network()
         self.fit_closed_form()
         if config.train.networks is not None:
@@ -117,15 +116,14 @@ class Trainer:
         if saved is not None:
             checkpointing.load_average(saved, self.ema, self.shards)
             checkpointing.load_optimizer(saved, self.shards)
-        self.auxiliary = self._build_auxiliary()
+        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.distributed)
         self.examples = example_conditions(zoo, config.model.condition, config.seed)
         # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
         if self.distributed.world_size > 1 or self.distributed.spread != "none":
             self.say(str(self.distributed))
-        kernels = describe_kernels(self.network, self.distributed.device)
-        if kernels is not None:
+        if (kernels := describe_kernels(self.network, self.distributed.device)) is not None:
             self.say(kernels)
 
     def check(self, zoo: Zoo) -> None:
@@ -156,23 +154,13 @@ class Trainer:
         """That of the configuration, over all parameters."""
         return build_optimizer(self.config.train, self.network.parameters())
 
-    def build_sampler(self, rank: int, world_size: int) -> Any:
+    def build_sampler(self) -> Any:
         """What reads the rows of each step."""
-        check_split(self.config.train.batch_size, world_size, self.config.train.gradient_accumulation)
-        config = self.config
-        own = config.model.initial is not None and config.model.initial.own
-        if own and (world_size > 1 or self.distributed.spread != "none"):
-            raise InputError("model.initial.own works in a single process without DeepSpeed or FSDP; start one.")
-        return BatchSampler(self.zoo, self.layout, config.train, config.model, config.seed, rank, world_size)
-
-    def _build_auxiliary(self) -> AuxiliaryLosses:
-        config = self.config
-        task = partial(task_of, self.zoo, config.task)
-        scale = metric_scale(self.zoo, training_entries(self.zoo, config.train.splits), config.model.condition)
-        return AuxiliaryLosses(
-            config.train, config.seed, task, config.model.condition, self.zoo, self.layout, self.network,
-            self.distributed, scale,
-        )  # fmt: skip
+        config, distributed = self.config, self.distributed
+        check_split(config.train.batch_size, distributed.world_size, config.train.gradient_accumulation)
+        if config.model.initial is not None and config.model.initial.own:
+            distributed.require_single("model.initial.own")
+        return BatchSampler(self.zoo, self.layout, config, distributed.rank, distributed.world_size)
 
     def compile(self) -> None:
         """Compile the networks in place, each on its first call."""
@@ -201,11 +189,15 @@ class Trainer:
         """The learning rate of ``step``."""
         return learning_rate(self.config.train, step)
 
-    def train_step(self, step: int, parts: Sequence[Rows | None]) -> float:
-        """One optimizer step over the step's rows; returns the loss of this process."""
+    def begin_step(self, step: int) -> None:
+        """Set the learning rate of ``step``, and what is to be trained to training."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.model.train()
+
+    def train_step(self, step: int, parts: Sequence[Rows | None]) -> float:
+        """One optimizer step over the step's rows; returns the loss of this process."""
+        self.begin_step(step)
         total = 0.0
         for part, rows in enumerate(parts):
             with self.accelerator.accumulate(self.model):
@@ -220,7 +212,7 @@ class Trainer:
 
     def _imitate(self, step: int, part: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch of checkpoints, behaviour included, and ids of tokens whose loss is not finite."""
-        num_last = num_at_last_time(self.config.train.behaviour, len(rows.samples))
+        num_last = num_at_last_time(self.config.train, len(rows.samples))
         codes = self._codes(step, part)
         batch = to_batch(rows, self.network.objective, self.distributed.device, num_last, codes)
         if self.config.model.initial is not None and self.config.model.initial.own:
@@ -248,15 +240,12 @@ class Trainer:
         encoder = self.network.condition
         if not isinstance(self.examples, Descriptions) or encoder is None or part:
             return 0.0
-        behaviour = self.config.train.behaviour
-        fresh = behaviour is not None and behaviour.tasks == "fresh"
-        return READING_WEIGHT * self.examples.reading_loss(encoder.reader, step, fresh)
+        return READING_WEIGHT * self.examples.reading_loss(encoder.reader, step, self.config.train.draws_tasks)
 
     def backward_and_step(self, step: int, loss: torch.Tensor) -> None:
         """Add the gradients of ``loss``; with those of a step's last part, step the optimizer.
 
-        Raises:
-            InputError: the gradients are not finite; the parameters are as they were.
+        Raises InputError if the gradients are not finite; the parameters are as they were.
         """
         self.accelerator.backward(loss)  # under DeepSpeed this clips and steps too, or skips what is not finite
         if self.accelerator.sync_gradients:
@@ -276,8 +265,7 @@ class Trainer:
         if prior is None:
             return None
         codes = self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
-        behaviour = self.config.train.behaviour
-        if self.examples is None or behaviour is None or behaviour.tasks == "zoo":
+        if self.examples is None or not self.config.train.draws_tasks:
             return codes
         rng = make_rng(self.config.seed, "fresh codes", step, self.sampler.number(part))
         return fresh_codes(codes, self.examples.task, self.zoo.condition, rng)
@@ -293,8 +281,7 @@ class Trainer:
     def check_finite(self, step: int, loss: float, bad_tokens: torch.Tensor) -> None:
         """Raise InputError on all processes if the loss of one is not finite.
 
-        Raises:
-            InputError: on all processes; it names the step and the layer of one of ``bad_tokens`` (ids, ``[n]`` long).
+        It names the step and the layer of one of ``bad_tokens`` (ids, ``[n]`` long).
         """
         code = 0 if math.isfinite(loss) else 1 if not len(bad_tokens) else 2 + int(bad_tokens[0])
         code = int(self.distributed.reduce(code, "max"))
@@ -372,9 +359,8 @@ class Trainer:
 
 def _digest_of(zoo: Zoo, indices: Sequence[int], layout: Layout) -> str:
     """A digest of the training data: the checkpoints' digests and labels, and the learned layers."""
-    entries = [
-        (entry.sha256, entry.run, entry.step, entry.condition) for entry in map(zoo.entries.__getitem__, indices)
-    ]
+    trained = [zoo.entries[index] for index in indices]
+    entries = [(entry.sha256, entry.run, entry.step, entry.condition) for entry in trained]
     layers = [(layer.name, layer.num_values) for layer in layout.layers]
     return hashlib.sha256(json.dumps([entries, layers]).encode()).hexdigest()
 

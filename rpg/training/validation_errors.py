@@ -37,9 +37,9 @@ def measure_known_range(generator: Generator, zoo: Zoo) -> KnownRange | None:
     task = task_of(zoo, config.task)
     if not isinstance(task, TaskFamily):
         return None
-    rng, behaviour = make_rng(config.seed, "known range"), config.train.behaviour
+    rng = make_rng(config.seed, "known range")
     seen, tasks = zoo_conditions(zoo, training_entries(zoo, config.train.splits)), zoo_conditions(zoo, held_out)
-    if behaviour is not None and behaviour.tasks == "fresh" and isinstance(task, TaskSimulator):
+    if config.train.draws_tasks and isinstance(task, TaskSimulator):
         tasks = torch.cat([tasks, task.draw_tasks(NUM_FRESH, rng)])
     examples = example_conditions(zoo, config.model.condition)
     requests: Any = tasks

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from rpg.config import Config, TrainConfig
 from rpg.generation.whole_networks import flatten_tokens
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
-from rpg.seeding import make_rng, permutation
+from rpg.seeding import in_turns, make_rng
 from rpg.tasks.collecting import cosine_decay
 from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
 from rpg.training.distributed import DistributedContext
@@ -28,24 +28,9 @@ from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
 
 OF_STAGES = ("steps", "batch_size", "learning_rate", "weight_decay")
-"""What each stage of ``model`` has for itself, in place of ``train``."""
-OF_RECURRENT = ("betas", "warmup_steps", "tokens", "optimizer", "behaviour", "new_states", "imitation")
+"""What each stage of p-diff's ``model`` has for itself, in place of ``train``."""
+OF_RECURRENT = ("tokens", "behaviour", "new_states", "imitation")
 """What only recurrent diffusion is trained with."""
-
-
-def require_one_process(trainer: Trainer, world_size: int) -> None:
-    """Raise InputError for several processes, DeepSpeed, compilation and accumulation."""
-    kind = trainer.config.model.kind
-    if world_size > 1 or trainer.distributed.spread != "none":
-        raise InputError(
-            f"model.kind {kind} trains in one process without DeepSpeed or FSDP, not in {world_size} or with them; "
-            "launch it so"
-        )
-    if trainer.config.train.compile or trainer.config.train.gradient_accumulation > 1:
-        raise InputError(
-            f"train.compile and train.gradient_accumulation have no use with model.kind {kind}, whose networks are "
-            "small; leave them out"
-        )
 
 
 class VectorSampler:
@@ -58,16 +43,8 @@ class VectorSampler:
         stage_steps: optimizer steps of the first stage.
     """
 
-    rank, world_size = 0, 1
-
     def __init__(
-        self,
-        zoo: Zoo,
-        indices: list[int],
-        layout: Layout,
-        seed: int,
-        batch_sizes: tuple[int, int],
-        stage_steps: int,
+        self, zoo: Zoo, indices: list[int], layout: Layout, seed: int, batch_sizes: tuple[int, int], stage_steps: int
     ) -> None:
         self.vectors = torch.stack([flatten_tokens(layout, layout.encode(zoo.checkpoint(i))) for i in indices])
         self.seed, self.batch_sizes, self.stage_steps = seed, batch_sizes, stage_steps
@@ -78,11 +55,9 @@ class VectorSampler:
     def examples(self, step: int) -> list[int]:
         """Checkpoints of ``step``: epoch after epoch of its stage, each in its own random order."""
         stage = int(step >= self.stage_steps)
-        size, count = self.batch_sizes[stage], len(self)
+        size = self.batch_sizes[stage]
         first = (step - stage * self.stage_steps) * size
-        places = range(first, first + size)
-        orders = {e: permutation(count, self.seed, "epoch", stage, e) for e in {place // count for place in places}}
-        return [int(orders[place // count][place % count]) for place in places]
+        return in_turns(range(first, first + size), len(self), self.seed, "epoch", stage)
 
     def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[int]]]:
         """Yield each step with its examples."""
@@ -90,7 +65,76 @@ class VectorSampler:
             yield step, self.examples(step)
 
 
-class PDiffTrainer(Trainer):
+class WholeNetworkTrainer(Trainer):
+    """The state of a run that takes whole checkpoints, from memory and in one process; a kind adds its `loss`.
+
+    Attributes:
+        title: what the kind is called.
+        unused: fields of ``train`` that have no effect on it, and what to do about each.
+    """
+
+    sampler: VectorSampler
+    title: str
+    unused: ClassVar[dict[str, str]] = dict.fromkeys(OF_RECURRENT, "leave it out")
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], int]:
+        """Checkpoints a step of both stages, and the steps of the first; there is one here."""
+        return (self.config.train.batch_size,) * 2, self.num_steps
+
+    def check(self, zoo: Zoo) -> None:
+        """Raise InputError for what cannot be trained, and for settings without effect."""
+        super().check(zoo)
+        defaults, kind = TrainConfig(), self.config.model.kind
+        for name, cure in self.unused.items():
+            if getattr(self.config.train, name) != getattr(defaults, name):
+                raise InputError(f"train.{name} has no effect on {self.title} (model.kind: {kind}); {cure}.")
+
+    def fit_closed_form(self) -> None:
+        """Nothing: what is fitted needs the trained networks."""
+
+    def build_sampler(self) -> VectorSampler:
+        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
+        train, distributed, kind = self.config.train, self.distributed, self.config.model.kind
+        if distributed.world_size > 1 or distributed.spread != "none":
+            raise InputError(
+                f"model.kind {kind} trains in one process without DeepSpeed or FSDP, not in {distributed.world_size} "
+                "or with them; launch it so"
+            )
+        if train.compile or train.gradient_accumulation > 1:
+            raise InputError(
+                f"train.compile and train.gradient_accumulation have no use with model.kind {kind}, whose networks are "
+                "small; leave them out"
+            )
+        indices = training_entries(self.zoo, train.splits)
+        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, *self.stages)
+
+    def loss(self, step: int, examples: list[int]) -> Tensor:
+        """The loss of a step's checkpoints, its random numbers decided by (seed, step)."""
+        raise NotImplementedError
+
+    def is_averaged(self, step: int) -> bool:
+        """Whether the weights' average moves after ``step``."""
+        return True
+
+    def rate_field(self, step: int) -> str:
+        """The field that sets the learning rate of ``step``."""
+        return "train.learning_rate"
+
+    def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
+        """One optimizer step; returns its loss."""
+        self.begin_step(step)
+        loss = self.loss(step, examples)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"the loss of step {step + 1} is {value}; lower {self.rate_field(step)}")
+        self.backward_and_step(step, loss)
+        if self.is_averaged(step):
+            self.update_average()
+        return value
+
+
+class PDiffTrainer(WholeNetworkTrainer):
     """The state of a p-diff run.
 
     One optimizer serves both stages: it passes over parameters without a gradient, which are those of the other stage.
@@ -98,7 +142,12 @@ class PDiffTrainer(Trainer):
     """
 
     network: ParameterDiffusion
-    sampler: VectorSampler
+    title = "p-diff"
+    unused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(OF_STAGES, "set it in model.autoencoder and model.latent"),
+        **dict.fromkeys((*OF_RECURRENT, "betas", "warmup_steps", "optimizer"), "leave it out"),
+    }
+    _latents: Tensor | None = None
 
     @property
     def settings(self) -> PDiffConfig:
@@ -110,17 +159,11 @@ class PDiffTrainer(Trainer):
         """Optimizer steps of both stages."""
         return self.settings.num_steps
 
-    def check(self, zoo: Zoo) -> None:
-        """Raise InputError for what cannot be trained, and for settings without effect on p-diff."""
-        super().check(zoo)
-        defaults = TrainConfig()
-        for name in OF_STAGES + OF_RECURRENT:
-            if getattr(self.config.train, name) != getattr(defaults, name):
-                cure = "set it in model.autoencoder and model.latent" if name in OF_STAGES else "leave it out"
-                raise InputError(f"train.{name} has no effect on p-diff (model.kind: pdiff); {cure}.")
-
-    def fit_closed_form(self) -> None:
-        """Nothing: its latents are measured once the autoencoder is trained."""
+    @property
+    def stages(self) -> tuple[tuple[int, int], int]:
+        """Of the autoencoder, and of diffusion."""
+        first, second = self.settings.autoencoder, self.settings.latent
+        return (first.batch_size, second.batch_size), first.steps
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW with one group a stage."""
@@ -132,15 +175,6 @@ class PDiffTrainer(Trainer):
         ]
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
-    def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
-        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
-        require_one_process(self, world_size)
-        stages = self.settings.autoencoder, self.settings.latent
-        sizes = (stages[0].batch_size, stages[1].batch_size)
-        self._latents: Tensor | None = None
-        indices = training_entries(self.zoo, self.config.train.splits)
-        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, sizes, stages[0].steps)
-
     def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The denoiser's parameters."""
         return ((f"denoiser.{name}", parameter) for name, parameter in self.network.denoiser.named_parameters())
@@ -151,33 +185,25 @@ class PDiffTrainer(Trainer):
         stage, done = (first, step) if step < first.steps else (second, step - first.steps)
         return stage.learning_rate * cosine_decay(done, stage.steps)
 
-    def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
-        """One optimizer step of the stage that ``step`` is in; returns its loss."""
-        stage = int(step >= self.settings.autoencoder.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.model.train()
-        loss = self.model(stage, *self._inputs(stage, step, examples))
-        value = loss.item()
-        if not math.isfinite(value):
-            name = ("autoencoder", "latent")[stage]
-            raise InputError(f"the loss of step {step + 1} is {value}; lower model.{name}.learning_rate")
-        self.backward_and_step(step, loss)
-        if stage:
-            self.update_average()
-        return value
+    def is_averaged(self, step: int) -> bool:
+        """In the second stage."""
+        return step >= self.settings.autoencoder.steps
 
-    def _inputs(self, stage: int, step: int, examples: list[int]) -> tuple[Tensor, ...]:
-        """The tensors of a step's loss, their random numbers decided by (seed, step)."""
+    def rate_field(self, step: int) -> str:
+        """That of the stage."""
+        return f"model.{'latent' if self.is_averaged(step) else 'autoencoder'}.learning_rate"
+
+    def loss(self, step: int, examples: list[int]) -> Tensor:
+        """The loss of the stage that ``step`` is in."""
         device, latent_size = self.accelerator.device, self.settings.latent_size
         rng = make_rng(self.config.seed, "pdiff", step)
         noise = torch.randn(len(examples), latent_size, generator=rng)
-        if stage == 0:
+        if not self.is_averaged(step):
             values = self.sampler.vectors[examples]
             parameter_noise = torch.randn(values.shape, generator=rng)
-            return values.to(device), parameter_noise.to(device), noise.to(device)
+            return self.model(0, values.to(device), parameter_noise.to(device), noise.to(device))
         time = self.network.objective.sample_time(len(examples), rng, device)
-        return self.latents()[examples], noise.to(device), time
+        return self.model(1, self.latents()[examples], noise.to(device), time)
 
     @torch.no_grad()
     def latents(self) -> Tensor:
@@ -192,11 +218,7 @@ class PDiffTrainer(Trainer):
 
 
 class ClosedFormTrainer:
-    """A run without steps; the loop sees the interface of `rpg.training.trainer.Trainer`.
-
-    Args:
-        config, resume, overwrite, say: as of `rpg.training.loop.train`; a run that was interrupted is fitted again.
-    """
+    """A run without steps, with the interface of `rpg.training.trainer.Trainer`; an interrupted one is fitted again."""
 
     step = num_steps = 0
 

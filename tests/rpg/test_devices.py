@@ -11,9 +11,8 @@ import torch
 from accelerate import PartialState
 
 from rpg import devices
-from rpg.devices import VARIABLE, chosen_device, device_of_run, parse_device, task_device, use_device
+from rpg.devices import VARIABLE, chosen_device, device_of_run, join_processes, parse_device, task_device, use_device
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import join_processes
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.rpg.conftest import Run, refused

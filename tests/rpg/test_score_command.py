@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.devices import join_processes
 from rpg.evaluation.report import Report
 from rpg.evaluation.workers import Workers
 from rpg.experiments import score_files
 from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import join_processes
 from rpg.tasks import DigitsConfig, build_task
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config

@@ -71,16 +71,8 @@ class SaneConfig(Section):
 
     initial: ClassVar[None] = None
     normalises_batches: ClassVar[bool] = False  # the contrastive loss looks at the batch, but no statistics are kept
-
-    @property
-    def condition(self) -> ConditionConfig:
-        """It takes no condition."""
-        return ConditionConfig()
-
-    @property
-    def state(self) -> StateConfig:
-        """It knows no permutation states."""
-        return StateConfig(of="none")
+    condition: ClassVar = ConditionConfig()
+    state: ClassVar = StateConfig(of="none")
 
     @property
     def description(self) -> str:
@@ -100,7 +92,7 @@ class TokenAutoencoder(FittedBuffers):
 
     anchors: Tensor  # [K, L, Z]; filled once the networks are trained
 
-    samplers = ("kernel_density",)
+    samplers, num_states = ("kernel_density",), 1
 
     @classmethod
     def of_layout(cls, config: SaneConfig, layout: Layout, num_states: int, condition_size: int) -> Self:
@@ -126,11 +118,6 @@ class TokenAutoencoder(FittedBuffers):
         self.decoder_path = nn.Linear(config.code_size, token_size) if config.linear else None
         self.register_buffer("position", position_embedding("2d", positions, config.d_model)[1], persistent=False)
         self.register_buffer("anchors", torch.zeros(0, len(positions), config.code_size))
-
-    @property
-    def num_states(self) -> int:
-        """It has no permutation states, so one."""
-        return 1
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Normalised tokens ``[B, L, D]`` → codes ``[B, L, Z]``."""

@@ -8,26 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpg.config import GenerateConfig
+from rpg.config import Config
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, WatchTile
 from rpg.generation.whole_networks import GROUP, LatentSampler
 from rpg.labs.sane.model import TokenAutoencoder
-from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops, directions_flops
+from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops
 from rpg.planning.estimators import WholeNetworksEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
+from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
-from tokenization.layouts import Layout
 
 
 class CodeSampler(LatentSampler):
     """Draws codes and decodes them, in tiles of whole networks; ``temperature`` scales the kernels."""
 
     network: TokenAutoencoder  # type: ignore[assignment]
-
-    def __init__(self, network: TokenAutoencoder, layout: Layout, settings: GenerateConfig) -> None:
-        self.network, self.layout, self.bf16 = network, layout, settings.precision == "bf16"
-        self.device = network.anchors.device
 
     def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
         mask = self.layout.mask.to(self.device)  # [L, D]
@@ -55,10 +51,8 @@ def random_numbers(
 class SaneEstimator(WholeNetworksEstimator):
     """The needs of SANE: a step takes two views of whole checkpoints."""
 
-    @property
-    def checkpoints_per_step(self) -> int:
-        """B."""
-        return self.config.train.batch_size
+    def __init__(self, config: Config, zoo: ZooSummary) -> None:
+        super().__init__(config, zoo, config.train.batch_size)
 
     def meta_network(self) -> TokenAutoencoder:
         """Without storage; with as many anchors as there are checkpoints."""
@@ -74,17 +68,16 @@ class SaneEstimator(WholeNetworksEstimator):
         inputs.append(torch.empty(2, self.checkpoints_per_step, *shape))
         return StepPart(lambda: (network(*inputs),), num_bytes(inputs))
 
-    def sampling_memory(self, network: TokenAutoencoder, weights: int, loading: int) -> GenerationMemory:
+    def sampling_memory(self, network: TokenAutoencoder, weights: int) -> GenerationMemory:
         """A tile of whole networks is decoded."""
         with LiveBytes() as live:
-            rows = network.decode(torch.empty(GROUP, *network.anchors.shape[1:]))  # [GROUP, L, D]
-            del rows
+            network.decode(torch.empty(GROUP, *network.anchors.shape[1:]))  # [GROUP, L, D]
         drawn = 3 * GROUP * network.anchors[0].numel() * FLOAT_BYTES
-        return GenerationMemory(weights=weights, prototypes=0, backbone=0, tile=live.peak + drawn, loading=loading)
+        return GenerationMemory(weights, tile=live.peak + drawn)
 
     def sampling_flops(self, network: TokenAutoencoder, steps: int) -> GenerationFlops:
         """Of the decoder, once a network."""
         with count_flops() as decoder:
             network.decode(torch.empty(1, *network.anchors.shape[1:]))
-        once, directions = decoder.get_total_flops(), directions_flops(self.zoo.layout)
-        return GenerationFlops(0, 0, 0, once, directions, once + directions)
+        once = decoder.get_total_flops()
+        return GenerationFlops(0, 0, 0, once, once)

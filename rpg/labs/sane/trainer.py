@@ -5,73 +5,40 @@ B examples, K training checkpoints, L tokens of a checkpoint, D token width, Z c
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpg.config import TrainConfig
 from rpg.generation.whole_networks import unflatten_values
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
 from rpg.labs.sane.sampler import random_numbers
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import Classifier, LogitTask, MetricsTask
-from rpg.training.data import training_entries
-from rpg.training.trainer import Trainer
-from rpg.training.whole_networks import VectorSampler, require_one_process
+from rpg.training.whole_networks import WholeNetworkTrainer
 from tokenization.errors import InputError
-from tokenization.zoo.zoo import Zoo
-
-OF_RECURRENT = ("tokens", "behaviour", "new_states", "imitation")
-"""What only recurrent diffusion is trained with."""
 
 
-class SaneTrainer(Trainer):
+class SaneTrainer(WholeNetworkTrainer):
     """The state of a run of SANE; a step takes whole checkpoints, twice with different noise."""
 
     network: TokenAutoencoder
-    sampler: VectorSampler
+    title = "SANE"
 
     @property
     def settings(self) -> SaneConfig:
         """The section ``model`` of the configuration."""
         return cast(SaneConfig, self.config.model)
 
-    def check(self, zoo: Zoo) -> None:
-        """Raise InputError for what cannot be trained, and for settings without effect on SANE."""
-        super().check(zoo)
-        for name in OF_RECURRENT:
-            if getattr(self.config.train, name) != getattr(TrainConfig(), name):
-                raise InputError(f"train.{name} has no effect on SANE (model.kind: sane); leave it out.")
-
-    def fit_closed_form(self) -> None:
-        """Nothing: the anchors are encoded once the autoencoder is trained (`complete`)."""
-
-    def build_sampler(self, rank: int, world_size: int) -> VectorSampler:
-        """The zoo in memory. Raises InputError for several processes, DeepSpeed, compilation and accumulation."""
-        require_one_process(self, world_size)
-        size, indices = self.config.train.batch_size, training_entries(self.zoo, self.config.train.splits)
-        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, (size, size), self.num_steps)
-
-    def train_step(self, step: int, examples: list[int]) -> float:  # type: ignore[override]
-        """One optimizer step; returns its loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.model.train()
+    def loss(self, step: int, examples: list[int]) -> Tensor:
+        """The loss of a step's checkpoints."""
         tokens = unflatten_values(self.layout, self.sampler.vectors[examples])  # [B, L, D]
         noise = torch.randn(2, *tokens.shape, generator=make_rng(self.config.seed, "sane", step))
         inputs = (each.to(self.accelerator.device) for each in (tokens, self.layout.mask.float(), noise))
         with self.accelerator.autocast():
-            loss = self.model(*inputs)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise InputError(f"the loss of step {step + 1} is {value}; lower train.learning_rate")
-        self.backward_and_step(step, loss)
-        self.update_average()
-        return value
+            return self.model(*inputs)
 
     @torch.no_grad()
     def complete(self, network: TokenAutoencoder) -> None:

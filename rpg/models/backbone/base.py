@@ -36,18 +36,11 @@ class Backbone(nn.Module):
     """A network over the L positions of a checkpoint: position, state and condition in, prototypes out.
 
     A backbone never sees the weights that are being generated, so that it runs once per generated network.
-
-    Args:
-        d_model: width of the input.
-        d_output: width of the output; ``d_model`` where it is not given.
-        checkpointing: recompute the activations of every layer in the backward pass.
     """
 
-    def __init__(self, d_model: int, d_output: int | None = None, checkpointing: bool = False) -> None:
+    def __init__(self, config: BackboneSection) -> None:
         super().__init__()
-        self.d_model = d_model
-        self.d_output = d_model if d_output is None else d_output
-        self.checkpointing = checkpointing
+        self.d_model, self.d_output, self.checkpointing = config.d_model, config.d_output, config.checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
         """Map embedded positions ``[B, L, d_model]`` to prototypes ``[B, L, d_output]``."""
@@ -71,7 +64,7 @@ class NoneBackbone(Backbone):
     """The identity, or one linear layer shared by all tokens."""
 
     def __init__(self, config: NoneConfig) -> None:
-        super().__init__(config.d_model)
+        super().__init__(config)
         self.layer = nn.Linear(config.d_model, config.d_model) if config.linear else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +111,7 @@ class LSTMBackbone(Backbone):
     """Prototypes from an LSTM that reads the positions in the checkpoint's order."""
 
     def __init__(self, config: LSTMConfig) -> None:
-        super().__init__(config.d_model, checkpointing=config.checkpointing)
+        super().__init__(config)
         self.layers = nn.ModuleList(
             LSTMLayer(config.d_model, config.residual, config.norm) for _ in range(config.num_layers)
         )
@@ -173,7 +166,7 @@ class TransformerBackbone(Backbone):
     """Prototypes from attention over the positions."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config.d_model, checkpointing=config.checkpointing)
+        super().__init__(config)
         self.layers = nn.ModuleList(
             TransformerBlock(config.d_model, config.num_heads, config.expand, config.causal)
             for _ in range(config.num_layers)

@@ -141,13 +141,7 @@ def fused_scan() -> Callable[..., Tensor] | None:
 class Mamba2(nn.Module):
     """One Mamba-2 layer (arXiv 2405.21060): projection, causal convolution, state-space recurrence, gate.
 
-    Args:
-        d_model: H.
-        d_state: S.
-        d_conv: width of the convolution.
-        expand: I / H.
-        headdim: P.
-        chunk_size: tokens the recurrence takes at once.
+    Its sizes are those of `Mamba2Config`.
     """
 
     def __init__(
@@ -252,25 +246,16 @@ class Mamba2Backbone(Backbone):
     """Prototypes from Mamba-2 layers that read the positions in the checkpoint's order."""
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__(config.d_model, config.d_output, config.checkpointing)
-        self.layers = nn.ModuleList(self._layer(config, width) for width in config.layer_widths)
+        super().__init__(config)
+        sizes = {name: getattr(config, name) for name in ("d_state", "d_conv", "expand", "headdim", "chunk_size")}
+        self.layers = nn.ModuleList(
+            Mamba2Layer(Mamba2(width, **sizes), width, config.residual, config.norm) for width in config.layer_widths
+        )
         # joints[i] leads from layer i to layer i + 1.
         self.joints = nn.ModuleList(
             nn.Identity() if width == following else nn.Linear(width, following)
             for width, following in pairwise(config.layer_widths)
         )
-
-    @staticmethod
-    def _layer(config: Mamba2Config, width: int) -> Mamba2Layer:
-        mixer = Mamba2(
-            width,
-            d_state=config.d_state,
-            d_conv=config.d_conv,
-            expand=config.expand,
-            headdim=config.headdim,
-            chunk_size=config.chunk_size,
-        )
-        return Mamba2Layer(mixer, width, config.residual, config.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, L, d_model]`` to ``[B, L, d_output]``."""

@@ -38,10 +38,7 @@ class Denoiser(nn.Module):
     needs_whole_networks: bool = False
 
     def precompute(self, prototype: Tensor) -> tuple[Tensor, ...]:
-        """Compute all that depends on the prototype alone, once for all sampling steps.
-
-        Args:
-            prototype: ``[N, H]``.
+        """Compute all that depends on the prototype ``[N, H]`` alone, once for all sampling steps.
 
         Returns:
             The ``context`` that :meth:`forward` takes: tensors with leading dimension N, so that a chunk of tokens
@@ -59,34 +56,20 @@ class Denoiser(nn.Module):
         """
         raise NotImplementedError
 
-    def flops_per_token(self) -> int:
-        """FLOPs of one forward call per token, less what is computed once per prototype or per step."""
-        raise NotImplementedError
 
+def time_sinusoid(time: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of times ``[N]`` on the scale 0 … 1000 (arXiv 1706.03762, section 3.5): ``[N, E]`` in fp32.
 
-def time_sinusoid(time: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sines and cosines of a time on the scale 0 … 1000 (arXiv 1706.03762, section 3.5).
-
-    Args:
-        time: ``[N]``, on the scale 0 … 1000.
-        width: E, an even number.
-        max_period: the longest wavelength is 2π times this.
-
-    Returns:
-        ``[N, E]`` in fp32, the cosines first.
+    The width E is even; the longest wavelength is 2π times 10,000.
     """
     index = torch.arange(width // 2, device=time.device, dtype=torch.float32)  # [E/2]
-    frequency = torch.exp(index * (-2 * math.log(max_period) / width))  # [E/2]
+    frequency = torch.exp(index * (-2 * math.log(10_000.0) / width))  # [E/2]
     angle = time.float()[:, None] * frequency  # [N, E/2]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [N, E]
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid and a two-layer MLP.
-
-    Args:
-        d_sinusoid: width of the sinusoid, even.
-    """
+    """Sinusoid, of an even width ``d_sinusoid``, and a two-layer MLP."""
 
     def __init__(self, d_output: int, d_sinusoid: int = 256) -> None:
         super().__init__()
@@ -196,11 +179,6 @@ class MLPDenoiser(Denoiser):
             x = x + self.time_skip(embedded) * x_t  # [N, D]
         return x
 
-    def flops_per_token(self) -> int:
-        """FLOPs of one forward call per token, less what is computed once per prototype or per step."""
-        width, hidden = self.config.width, self.config.hidden
-        return 2 * width * (2 * self.token_size + 2 * hidden * self.config.depth)
-
 
 class DecoderConfig(Section):
     """Size of the decoder."""
@@ -235,9 +213,7 @@ class Decoder(Denoiser):
         super().__init__()
         widths = [d_prototype, *[config.width] * config.depth]
         pairs, gated = itertools.pairwise(widths), config.gated
-        layers = [
-            GatedLinear(*pair) if gated else nn.Sequential(nn.ReLU(), nn.Linear(*pair)) for pair in pairs
-        ]  # fmt: skip
+        layers = [GatedLinear(*pair) if gated else nn.Sequential(nn.ReLU(), nn.Linear(*pair)) for pair in pairs]
         between = [] if gated else [nn.ReLU()]
         self.network = nn.Sequential(*layers, *between, nn.Linear(widths[-1], token_size))
         last: Any = self.network[-1]
@@ -251,10 +227,6 @@ class Decoder(Denoiser):
     def forward(self, x: Tensor, time: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """The same tokens ``[N, D]`` whatever the noise and the time."""
         return context[0]
-
-    def flops_per_token(self) -> int:
-        """None: everything is computed once per prototype."""
-        return 0
 
 
 class JointConfig(Section):
@@ -311,8 +283,3 @@ class JointDenoiser(MLPDenoiser):
     def build_block(self, config: JointConfig) -> Block:  # type: ignore[override]
         """One of the blocks."""
         return JointBlock(config, self.num_tokens)
-
-    def flops_per_token(self) -> int:
-        """FLOPs of one forward call per token, less what is computed once per prototype or per step."""
-        width = self.config.width
-        return super().flops_per_token() + self.config.depth * (8 * width**2 + 4 * self.num_tokens * width)

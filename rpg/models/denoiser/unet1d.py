@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rpg.models.denoiser.base import Denoiser, TimeEmbedding
-from rpg.section import Section
+from rpg.section import Odd, Section
 
 EPSILON = 1e-5
 MOMENTUM = 0.1
@@ -42,18 +42,10 @@ class BatchNorm(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_channels))
-        self.bias = nn.Parameter(torch.empty(num_channels))
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_variance", torch.ones(num_channels))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start as a plain normalisation, without statistics of the past."""
-        for ones, zeros in ((self.weight, self.bias), (self.running_variance, self.running_mean)):
-            ones.fill_(1.0)
-            zeros.zero_()
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Normalise ``[N, C, 1, D]``; also returns mean and unbiased variance ``[C]``, in evaluation None."""
@@ -110,8 +102,8 @@ class UNet1dConfig(Section):
         min_length=3,
         description="Channels between the convolutions, the same backwards; one at both ends.",
     )
-    kernel_size: int = Field(7, ge=1, description="Width of the kernels, odd.")
-    d_time: int = Field(256, ge=2, description="Width of the time's sinusoid, even.")
+    kernel_size: Odd = Field(7, ge=1, description="Width of the kernels, odd.")
+    d_time: int = Field(256, ge=2, multiple_of=2, description="Width of the time's sinusoid, even.")
     checkpointing: bool = Field(
         False, description="Recompute each layer in the backward pass: a third of the memory, more time."
     )
@@ -123,20 +115,6 @@ class UNet1dConfig(Section):
             expected = "an odd count of positive numbers with 1 first and last, the same backwards"
             raise ValueError(f"the skip connections need {expected}")
         return channels
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, kernel_size: int) -> int:
-        if kernel_size % 2 == 0:
-            raise ValueError("it must be odd, which keeps the length")
-        return kernel_size
-
-    @field_validator("d_time")
-    @classmethod
-    def _even(cls, d_time: int) -> int:
-        if d_time % 2:
-            raise ValueError("it must be even, as half of it are sines")
-        return d_time
 
 
 class ModulatedConvolution(nn.Module):
@@ -212,8 +190,3 @@ class UNet1d(Denoiser):
         if statistics is not None:
             layer.norm.track(statistics)
         return x
-
-    def flops_per_token(self) -> int:
-        """FLOPs of one forward call per token, less what is computed once per prototype or per step."""
-        pairs = sum(c_in * c_out for c_in, c_out in pairwise(self.config.channels))
-        return 2 * self.config.kernel_size * self.token_size * pairs

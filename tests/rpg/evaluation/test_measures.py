@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rpg.config import EvaluateConfig
+from rpg.devices import Partition
 from rpg.evaluation import span as span_module
 from rpg.evaluation.conditional import Conditions, nearest_rows
 from rpg.evaluation.judges import OwnScorer, TaskScorer
@@ -17,7 +18,6 @@ from rpg.evaluation.measures import Evaluation, Made, Options
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.workers import Workers
-from rpg.generation.sampler import Partition
 from rpg.tasks import DigitsConfig, build_task
 from tests.conftest import make_zoo
 from tests.golden_record import check_report

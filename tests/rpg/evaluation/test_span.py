@@ -9,7 +9,6 @@ from rpg.evaluation import span as span_module
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.experiments.single import zoo_span
 from rpg.generation.generator import Generator
-from rpg.generation.request import RequestOptions
 from rpg.training.data import training_entries
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
@@ -125,7 +124,7 @@ def test_networks_are_the_checkpoints_that_they_were_asked_to_be_unless_the_stat
 
 def test_asked_are_the_states_that_were_drawn(folder):
     generator = Generator.from_pretrained(folder / "run")
-    table, request = generator.network.state.weight, generator.request(5, 7, RequestOptions(state="stored"))
+    table, request = generator.network.state.weight, generator.request(5, 7, state="stored")
     drawn = generator.sampler().state_vectors(request, list(range(5)))
     assert torch.equal(table[generator.asked(5, 7)], drawn)
     assert generator.asked(2, 7) == generator.asked(5, 7)[:2] and sorted(generator.asked(12, 7)) == list(range(12))

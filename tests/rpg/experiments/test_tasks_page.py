@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from rpg.devices import join_processes
 from rpg.evaluation.report import Report
 from rpg.evaluation.workers import Workers
 from rpg.experiments.tasks_page import head_of, requested_task, task_name, worst_table
 from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import join_processes
 from tests.processes import in_two_processes
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page

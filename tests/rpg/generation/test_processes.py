@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from rpg.config import GenerateConfig
+from rpg.devices import Partition
 from rpg.generation.folders import WEIGHTS_NAME
 from rpg.generation.generator import Generator
-from rpg.generation.sampler import Partition, TokenSampler, low_precision_copy
+from rpg.generation.sampler import TokenSampler, low_precision_copy
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError

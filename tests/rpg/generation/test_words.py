@@ -16,7 +16,7 @@ from rpg.config import Config
 from rpg.experiments.sensors import evaluate_sensors
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import phrases_of, spelled, static_encoder
-from rpg.models.conditioning import ConditionEncoder
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings
 from rpg.tasks.sensors.words import GRADED, LEFT, QUARTERS, RIGHT, SLIGHT, STRONG, TURNED, describe
@@ -90,7 +90,7 @@ def test_wordllama_is_loaded_without_a_network_and_leaves_logging_alone() -> Non
 
 def test_the_order_of_phrases_and_padding_do_not_matter() -> None:
     torch.manual_seed(0)
-    encoder = ConditionEncoder("text", 5, 8, features=3)
+    encoder = ConditionEncoder(ConditionConfig(kind="text", features=3), 5, 8)
     rows = torch.cat([torch.randn(2, 4), torch.ones(2, 1)], 1)
     padded = torch.cat([rows, torch.zeros(1, 5)]).flatten()[None]
     assert torch.allclose(encoder(rows.flatten()[None]), encoder(rows.flip(0).flatten()[None]), atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpg.models.code_prior import CodePrior, CodePriorConfig, even_noise
-from rpg.models.conditioning import ConditionEncoder
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder
 
 
 def test_the_untrained_prior_returns_its_noise():
@@ -43,7 +43,9 @@ def test_even_noise_is_normal_and_fills_every_cell_of_any_row_of_networks():
 def test_it_learns_what_the_condition_says():
     torch.manual_seed(0)
     prior = CodePrior(
-        CodePriorConfig(width=32, depth=2, dropout=0.0), 2, lambda width: ConditionEncoder("class", 2, width)
+        CodePriorConfig(width=32, depth=2, dropout=0.0),
+        2,
+        lambda width: ConditionEncoder(ConditionConfig(kind="class"), 2, width),
     )
     centres = torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
     optimizer = torch.optim.Adam(prior.parameters(), 3e-3)

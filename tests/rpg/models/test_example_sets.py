@@ -2,7 +2,7 @@
 
 import torch
 
-from rpg.models.conditioning import ConditionEncoder, SetEncoder, example_rows, row_size
+from rpg.models.conditioning import ConditionConfig, ConditionEncoder, SetEncoder, example_rows, row_size
 
 NUM_VALUES, NUM_CLASSES = 6, 3
 SIZE = row_size(NUM_VALUES, NUM_CLASSES)
@@ -51,8 +51,9 @@ def test_examples_are_told_or_read_as_settings():
     """What is told lies within the embedding; what is read is all that the embedding is made of."""
     torch.manual_seed(0)
     rows = example_rows(torch.rand(3, 5, 4), torch.randint(2, (3, 5)), 2).flatten(1)
-    telling = ConditionEncoder("examples", row_size(4, 2), 8, num_classes=2, features=3)
+    asked = ConditionConfig(kind="examples", counts=(1,), classes=2, features=3)
+    telling = ConditionEncoder(asked, row_size(4, 2), 8)
     assert torch.equal(telling(rows)[:, :3], telling.told)
-    reading = ConditionEncoder("examples", row_size(4, 2), 8, num_classes=2, features=3, read=True)
+    reading = ConditionEncoder(asked.model_copy(update={"read": True}), row_size(4, 2), 8)
     read = reading.reader(rows)
     assert read.shape == (3, 3) and torch.equal(reading(rows), reading(read)) and reading.told is None

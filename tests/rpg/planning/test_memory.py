@@ -9,10 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.estimator import LiveBytes, fake_copy, fake_mode, parameters_by_component
+from rpg.planning.estimator import LiveBytes, fake_copy
 from rpg.planning.inspect import plan_tables
 from rpg.planning.machine import checkpoint_bytes, held_bytes
 from rpg.planning.plan import build_estimator, make_plan
@@ -80,14 +81,14 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
 
     layout = TokenLayout.fit(zoo, config.tokens)
     network = build_network(config.model, layout, summary.num_states, summary.condition_size).train()
-    sampler = BatchSampler(zoo, layout, config.train, config.model, config.seed)
+    sampler = BatchSampler(zoo, layout, config)
     batch = to_batch(sampler.load(0), network.objective, torch.device("cpu"))  # type: ignore[arg-type]
     with LiveBytes() as live:
         network(batch).mean.backward()
     gradients = sum(parameter.grad.nbytes for parameter in network.parameters() if parameter.grad is not None)
     assert memory.gradients == sum(parameter.nbytes for parameter in network.parameters()) >= gradients
     assert memory.activations + memory.gradients == pytest.approx(live.peak, rel=0.1)
-    assert sum(parameters_by_component(network).values()) * 4 == memory.gradients
+    assert sum(build_estimator(config, summary).parameters().values()) * 4 == memory.gradients
     assert memory.total == sum(memory.components().values())
 
 
@@ -185,6 +186,6 @@ def test_pdiff_is_shown_with_its_own_batches(tmp_path: Path) -> None:
 
 def test_fake_networks_compute_shapes_alone() -> None:
     network = nn.LSTM(8, 8, device="meta")
-    with fake_mode():
+    with FakeTensorMode():
         out, _ = fake_copy(network)(torch.empty(5, 2, 8))
     assert out.shape == (5, 2, 8) and out.device.type == "cpu"

@@ -16,6 +16,7 @@ from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.section import default_config
 from rpg.training.loop import train
 from tests.conftest import configurations, make_zoo, small_config
+from tests.rpg.denoiser_flops import flops_per_token
 from tokenization.errors import InputError
 
 WIDTH, HIDDEN, DEPTH, D, TIME = 32, 64, 2, 16, 256
@@ -45,7 +46,7 @@ def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, zoo):
     assert found.once == 2 * WIDTH * num_modulations * WIDTH
     once_a_step = 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # the embedding of the time
     denoiser = build_estimator(config, zoo).meta_network().denoiser
-    assert found.step == denoiser.flops_per_token() + once_a_step // tile
+    assert found.step == flops_per_token(denoiser) + once_a_step // tile
     assert found.total == found.backbone + length * (found.once + config.generate.steps * found.step)
 
 
@@ -53,7 +54,7 @@ def test_flops_of_generation_are_those_of_the_closed_forms(tmp_path, zoo):
 def test_counted_flops_of_a_denoiser_call_are_the_closed_form(tmp_path, zoo, kind):
     """For a very long tile, so that nothing computed once a step is left."""
     config = config_of(tmp_path, model={"denoiser": {"kind": kind}}, generate={"tile_tokens": 1 << 20})
-    closed = build_estimator(config, zoo).meta_network().denoiser.flops_per_token()
+    closed = flops_per_token(build_estimator(config, zoo).meta_network().denoiser)
     assert build_estimator(config, zoo).generation_flops().step == pytest.approx(closed, rel=1e-3)
 
 
@@ -65,7 +66,7 @@ def test_a_training_step_costs_three_forward_passes(tmp_path, zoo):
     forward = groups * (2 * config.model.state.width * WIDTH + 16 * length * WIDTH * 2 * WIDTH)
     forward += rows * 2 * WIDTH * num_modulations * WIDTH  # of the prototypes
     forward += rows * 2 * WIDTH * (TIME + WIDTH + num_modulations * WIDTH)  # of every row's own time
-    forward += rows * build_estimator(config, zoo).meta_network().denoiser.flops_per_token()
+    forward += rows * flops_per_token(build_estimator(config, zoo).meta_network().denoiser)
     # The inputs, the times' sinusoids and the noisy rows, need no gradient; the position embedding neither.
     needless = rows * 2 * WIDTH * (TIME + D)
     assert build_estimator(config, zoo).training_flops() == pytest.approx(3 * forward - needless, rel=0.02)
@@ -150,9 +151,9 @@ def test_our_recipe_costs_twenty_thousand_times_less_and_is_smaller_than_its_net
 def test_every_large_network_is_planned_without_its_zoo(tmp_path, path):
     config = Config.load(path, [f"zoo={tmp_path / 'none'}"])
     plan = make_plan(config, find_zoo_summary(config))
-    assert plan.zoo.layout.token_size == config.tokens.rank == 8 and plan.zoo.num_states == 50
-    assert sum(plan.parameters.values()) < plan.zoo.layout.num_values
-    assert plan.generation_flops.directions >= 2 * 8 * plan.zoo.layout.num_values
+    assert plan.estimator.zoo.layout.token_size == config.tokens.rank == 8 and plan.estimator.zoo.num_states == 50
+    assert sum(plan.parameters.values()) < plan.estimator.zoo.layout.num_values
+    assert plan.generation_flops.directions >= 2 * 8 * plan.estimator.zoo.layout.num_values
 
 
 def test_moments_of_eight_bits(tmp_path):

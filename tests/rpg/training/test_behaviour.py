@@ -85,12 +85,12 @@ def test_both_is_halfway_between_the_base_and_the_checkpoint(task, zoo):
 
 def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
-    rows = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config.train, config.model, config.seed).load(0)
+    rows = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config).load(0)
     for objective, last in ((build_objective(FlowConfig()), 1.0), (build_objective(DDPMConfig()), 999)):
         batch = to_batch(rows, objective, torch.device("cpu"), 2)
         assert (batch.time[:2] == last).all() and (batch.time[2:] < last).all()
-    assert num_at_last_time(None, 8) == 0
-    assert num_at_last_time(BehaviourConfig(fraction=0.5), 8) == 4
+    assert num_at_last_time(TrainConfig(), 8) == 0
+    assert num_at_last_time(TrainConfig(behaviour=BehaviourConfig(fraction=0.5)), 8) == 4
 
 
 def test_training_with_it_reports_its_cost(zoo, tmp_path):
@@ -117,7 +117,7 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
     condition = config.model.condition.model_copy(update={"withhold": 0.3})
     config = config.model_copy(update={"model": config.model.model_copy(update={"condition": condition})})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config.train, config.model, config.seed)
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config)
     drawn = torch.cat([sampler.load(step).conditions for step in range(40)])
     assert set(drawn.unique().tolist()) == {0.0, WITHHELD, 1.0}
     assert (drawn == WITHHELD).float().mean().item() == pytest.approx(0.3, abs=0.05)

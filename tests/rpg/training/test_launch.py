@@ -97,7 +97,7 @@ def poisoned_config(folder: Path, run: str) -> tuple[Config, int]:
         zoo.append(state, run=0, step=9)
     zoo = Zoo.open(path)
     config = small_config(folder, run=str(folder / run), zoo=str(path), tokens={"normalization": "none"})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config.train, config.model, config.seed)
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
     return config, next(step + 1 for step in range(2) if len(zoo) - 1 in sampler.examples(step))
 
 

@@ -135,8 +135,8 @@ def test_a_generator_that_a_kill_moved_aside_does_not_come_back_after_a_new_run(
 def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
     config = small_config(tmp_path, tokens={"size": 8}, train={"tokens": 5})
     layout = TokenLayout.fit(zoo, config.tokens)
-    whole = BatchSampler(zoo, layout, config.train, config.model, config.seed).load(7)
-    halves = [BatchSampler(zoo, layout, config.train, config.model, config.seed, rank, 2).load(7) for rank in range(2)]
+    whole = BatchSampler(zoo, layout, config).load(7)
+    halves = [BatchSampler(zoo, layout, config, rank, 2).load(7) for rank in range(2)]
     assert torch.equal(torch.cat([half.samples for half in halves]), whole.samples)
     assert halves[0].seeds + halves[1].seeds == whole.seeds
     assert all(torch.equal(half.token_ids, whole.token_ids) for half in halves)
@@ -144,7 +144,7 @@ def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
 
 def test_an_epoch_visits_every_checkpoint_once(tmp_path, zoo):
     config = small_config(tmp_path, train={"batch_size": 3})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config.train, config.model, config.seed)
+    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
     for epoch in range(3):
         assert sorted(sampler.examples(2 * epoch) + sampler.examples(2 * epoch + 1)) == list(range(6))
 

@@ -8,7 +8,6 @@ from PIL import Image
 from rpg.config import BehaviourConfig, Config
 from rpg.diffusion.objectives import FlowConfig
 from rpg.generation.generator import Generator
-from rpg.generation.request import RequestOptions
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.sensors.config import SensorsConfig
@@ -295,7 +294,7 @@ def test_a_generator_of_settings_is_asked_by_name_and_says_so(tmp_path: Path) ->
     by_name = generator.generate(1, condition={"angle": 137, "inverted": True})
     by_values = generator.generate(1, condition=[137, 1, 0, 0, 1])
     assert all(torch.equal(value, by_values[0][name]) for name, value in by_name[0].items())
-    request = generator.request(2, options=RequestOptions(condition={"angle": 137.5}))
+    request = generator.request(2, condition={"angle": 137.5})
     assert '"condition": [137.5, 1.0, 0.0, 0.0, 0.0]' in request.provenance("", (), 1)["rpg.provenance"]
     with pytest.raises(InputError, match="setting scale is 1.3; give 0.8 to 1.2"):
         generator.generate(1, condition=[137, 1.3, 0, 0, 1])
