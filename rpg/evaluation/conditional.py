@@ -5,7 +5,6 @@ n checkpoints of a zoo, W wanted networks, C numbers of a condition, T tasks, S 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,13 +92,9 @@ def regression_grid() -> dict[str, list[Regression]]:
 
 def tune(regressions: Iterable[Regression], score: Callable[[Regression], float]) -> tuple[Regression, float]:
     """The regression that scores best, the first of equals, and its score. There must be one."""
-    best: tuple[Regression, float] | None = None
-    for each in regressions:
-        value = score(each)
-        if best is None or value > best[1]:
-            best = (each, value)
-    assert best is not None, "no candidates"
-    return best
+    scores = {each: score(each) for each in regressions}
+    best = max(scores, key=scores.__getitem__)
+    return best, scores[best]
 
 
 def choose_regressions(
@@ -115,12 +110,12 @@ def choose_regressions(
     grid = regression_grid()
     if train.is_large:
         known, crossed = train.products(train), validation.products(train)  # each reads every network, once for all
-        shares = functools.partial(Regression.mixture, seen=train.bits, bits=validation.bits)
+        shares = {each: each.mixture(train.bits, validation.bits) for kinds in grid.values() for each in kinds}
         grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
 
     def score(regression: Regression) -> float:
-        mixture = regression.mixture(train.bits, validation.bits)
-        return score_method(task, train.mixed(mixture), validation.bits, "validation").first.mean().item()
+        made = train.mixed(regression.mixture(train.bits, validation.bits))
+        return score_method(task, made, validation.bits, "validation").first.mean().item()
 
     every = [each for regressions in grid.values() for each in regressions]
     places = workers.places(len(every))
@@ -132,22 +127,23 @@ def choose_regressions(
 
 
 def _nearest_in_weights(
-    regressions: list[Regression], mixture: Callable[[Regression], Tensor], known: Tensor, crossed: Tensor
+    regressions: list[Regression], mixtures: Mapping[Regression, Tensor], known: Tensor, crossed: Tensor
 ) -> list[Regression]:
     """The ``NUM_TRIED`` regressions whose predictions lie nearest to the validation tasks' own weights.
 
     Args:
         regressions: one kind.
-        mixture: the shares ``[V, S]`` of the S training networks in the V predictions.
+        mixtures: of each the shares ``[V, S]`` of the S training networks in the V predictions.
         known: inner products of the training networks, ``[S, S]``.
         crossed: those of the validation tasks' own networks with them, ``[V, S]``.
     """
-    errors = []
-    for each in regressions:
-        shares = mixture(each)  # |prediction - own|² less |own|², which is the same for all
-        errors.append(((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item())
-    order = sorted(range(len(regressions)), key=errors.__getitem__)
-    return [regressions[index] for index in sorted(order[:NUM_TRIED])]
+
+    def error(regression: Regression) -> float:  # |prediction - own|² less |own|², which is the same for all
+        shares = mixtures[regression]
+        return ((shares @ known) * shares).sum().item() - 2 * (shares * crossed).sum().item()
+
+    nearest = sorted(regressions, key=error)[:NUM_TRIED]
+    return [each for each in regressions if each in nearest]
 
 
 Condition = Sequence[float] | None
@@ -220,7 +216,7 @@ def _spread(places: Sequence[int], num: int) -> list[int]:
 def conditional_baselines(
     zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
 ) -> dict[str, Sequence[Combination | Maker]]:
-    """Baselines for the first ``num`` of the wanted conditions, and merged networks or adapters.
+    """Baselines for the first ``num`` of the wanted conditions, and merges that are asked for or affordable.
 
     Merged are those with the largest shares in the regression; without conditions, some drawn at random.
     """
@@ -237,25 +233,16 @@ def conditional_baselines(
             if name in wanted:
                 made[name] = [Combination(row) for row in each]
         shares = weights + (1 - weights.sum(1, keepdim=True)) / count  # of the checkpoints, not of their deviations
-    return {**made, **merged(zoo, merges, config, num, seed, shares)}
-
-
-def merged(
-    zoo: ZooSpan, merges: Merges | None, config: EvaluateConfig, num: int, seed: int, shares: Tensor | None = None
-) -> dict[str, list[Maker]]:
-    """Merged networks that are asked for or affordable, by method, of the networks with the largest ``shares``.
-
-    Without shares ``[num, n]`` they are drawn at random.
-    """
-    if merges is None or len(zoo.checkpoints) < 2:
-        return {}
-    default = (*AFFORDABLE_MERGES, "peft_svd") if is_large(zoo) else merges.methods
-    wanted = [name for name in merges.methods if name in (default if config.baselines is None else config.baselines)]
+    if merges is None or count < 2:
+        return made
     rows = merges.draw(num, make_rng(seed, "merged")) if shares is None else shares
-    return {
-        name: [partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)]
-        for name in wanted
-    }
+    default = (*AFFORDABLE_MERGES, "peft_svd") if is_large(zoo) else merges.methods
+    for name in merges.methods:
+        if name in (default if config.baselines is None else config.baselines):
+            made[name] = [
+                partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)
+            ]
+    return made
 
 
 def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,6 @@ NUM_MERGED = 4
 
 NUM_MADE = 12
 """Networks of a kind at most where they are drawn at random: merges of one run differ little."""
-
-
-class Merges(Protocol):
-    """Makes one network of a few of a zoo, by several methods."""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods there are."""
-
-    def draw(self, num: int, generator: torch.Generator) -> Tensor:
-        """Shares of the zoo's networks in ``num`` merged ones, drawn at random: float64 ``[num, n]``."""
-
-    def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
-        """The network that ``method`` makes of those with the largest shares."""
 
 
 class NetworkMerges:
@@ -253,3 +239,7 @@ class PeftMerges:
                 model.add_adapter(str(number), config)
             self._models[key] = model, base.layer
         return self._models[key]
+
+
+Merges = NetworkMerges | PeftMerges
+"""Makes one network of a few of a zoo, by several methods."""

@@ -123,7 +123,9 @@ def evaluate_run(
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
     merges = _merges(generator.adapter, zoo, trained, generator.layout)
-    matching, control = _matching(span, runs, task), _control(config, task, seed)
+    # hidden units are matched of small networks that a single classifier judges
+    matching = Distances(span, symmetries(task)) if task is not None and span.held and span.scales else None
+    control = _control(config, task, seed)
     options = Options(judge.lower, judge.higher, split, seed, merges, matching, control)
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
     stored = generator.asked(num, seed) if config.generate.state == "stored" else []
@@ -239,13 +241,6 @@ def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None
     write_report(folder, report, page)
     if drawn is not None:
         save_image(drawn, folder / "samples.png", SCALE)
-
-
-def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Distances | None:
-    """Matches hidden units of small networks that a single classifier judges."""
-    if task is None or not span.held:
-        return None
-    return Distances([each.load() for each in span.checkpoints], runs, symmetries(task))
 
 
 def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:

@@ -21,7 +21,6 @@ from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import (
-    Diversity,
     SplitScores,
     base_summed,
     measure_diversity,
@@ -232,8 +231,7 @@ def evaluate_unseen(
         }
         extras |= {"linear_head": tried} if tried else {}
         if isinstance(task, ImageTaskFamily) and not choosing:
-            spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
-            extras["diversity"] = spread.model_dump(mode="json")
+            extras["diversity"] = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
         report = _report(generator, zoo, task, scored, split, seed, extras)
     if seen.is_large:
         report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
@@ -274,7 +272,7 @@ def _linear_head(
 def diversity(
     generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int,
     workers: Workers | None = None, **options: Any,
-) -> Diversity:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
     workers, bits = workers or Workers(), bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
     rows = generator.share(len(bits), workers.partition)
@@ -318,14 +316,15 @@ def _report(
     if isinstance(task, ImageTaskFamily):
         unseen = scored["unseen"]
         per_task = measure_per_task(task, unseen.probabilities, unseen.bits, split, seed)
-        extras["per_task"] = per_task and per_task.model_dump(mode="json")
+        extras["per_task"] = per_task
         sets = scores_of_sets(task, unseen.probabilities, unseen.bits, split)
         kinds["unseen"] |= {
             name: kinds["unseen"][name].model_copy(update={"joint": each}) for name, each in sets.items()
         }
-        for name, each in (per_task.methods if per_task else {}).items():
-            found = {"error_iou": each.error_iou, "one_nna": each.nearest_neighbour_accuracy, "coverage": each.coverage}
-            kinds["unseen"][name].extras.update({key: value for key, value in found.items() if value is not None})
+        names = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
+        for name, each in (per_task["methods"] if per_task else {}).items():
+            found = {key: each[figure] for key, figure in names.items() if each[figure] is not None}
+            kinds["unseen"][name].extras.update(found)
     names = list(scored["unseen"].metrics["generated"])
     less = less_is_better(names)
     means = {name: scored["unseen"].first(name).mean().item() for name in ("generated", "original")}
