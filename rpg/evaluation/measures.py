@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import EvaluateConfig
-from rpg.evaluation.combinations import Combination, Maker, combine, make_baselines
-from rpg.evaluation.conditional import Conditions, conditional_baselines
+from rpg.evaluation.combinations import Combination, Conditions, Maker, combine, conditional_baselines, make_baselines
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges

@@ -15,12 +15,11 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.conditional import Conditions, conditions_asked
+from rpg.evaluation.combinations import Conditions, conditions_asked
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options
-from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
@@ -32,6 +31,7 @@ from rpg.experiments.single import (
     denoising_path_of,
     existing,
     find_task,
+    merges_of,
     parts_of,
     requested_condition,
     require_for_choices,
@@ -44,7 +44,6 @@ from rpg.training.data import training_entries
 from tokenization.checkpoint.structure import StateDict
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
-from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -122,7 +121,7 @@ def evaluate_run(
     scorer, networks = _in_form(scorer, generator.layout.compressed, made)
     task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
-    merges = _merges(generator.adapter, zoo, trained, generator.layout)
+    merges = merges_of(generator.adapter, zoo, trained, generator.layout)
     # hidden units are matched of small networks that a single classifier judges
     matching = Distances(span, symmetries(task)) if task is not None and span.held and span.scales else None
     control = _control(config, task, seed)
@@ -136,21 +135,16 @@ def evaluate_run(
         report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
     if workers.is_first:
         command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
-        page = _page(run, generator, zoo, report, command)
+        facts = provenance_of(generator, zoo, num, seed, report.facts.get("seconds_per_network"), command)
+        page = Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
         page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
         if asked_for is not None or (generator.condition is None and task is not None):
-            page.condition, page.denoising_path = (
-                path_condition or "",
-                _denoising_path(generator, scorer, span, asked_for, seed),
-            )
-        write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
+            page.condition = path_condition or ""
+            page.denoising_path = _denoising_path(generator, scorer, span, asked_for, seed)
+        write_report(output or run, report, page)
+        if (drawn := _drawn(scorer, generator, zoo, trained, requested, seed)) is not None:
+            save_image(drawn, Path(output or run) / "samples.png", SCALE)
     return report
-
-
-def _page(run: Path, generator: Generator, zoo: Zoo, report: Report, command: str) -> Page:
-    seconds, num = report.facts.get("seconds_per_network"), report.kinds["generated"].count
-    facts = provenance_of(generator, zoo, num, report.seed, seconds, command)
-    return Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
 
 
 @locks(lambda path, judge, config, output=None, **_: output or path)
@@ -190,7 +184,7 @@ def evaluate_zoo(
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
     first = opened(trained[0])
     names = [name for name, info in first.tensors.items() if info.averaged]
-    merges = _merges(text, zoo, trained, form=form)
+    merges = merges_of(text, zoo, trained, form=form)
     runs = [zoo.entries[index].run for index in trained]
     report = Evaluation(
         _in_form(scorer, form)[0],
@@ -206,7 +200,7 @@ def evaluate_zoo(
             "command": f"rpg evaluate {path} --seed {config.seed}{judge.words()}",
             "software": software(),
         }
-        write_results(Path(output or path), report, Page(f"A zoo and simple baselines: {path.name}", facts))
+        write_report(output or path, report, Page(f"A zoo and simple baselines: {path.name}", facts))
     return report
 
 
@@ -234,13 +228,6 @@ def _keep_scores(folder: Path, judge: Judge) -> None:
             f"{folder / FILE} holds what {name} scored, which this would replace; give --score {name}, or another "
             "folder with --output"
         )
-
-
-def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None = None) -> None:
-    """Write the report, and ``drawn`` as ``samples.png``. Raises InputError if the folder refuses."""
-    write_report(folder, report, page)
-    if drawn is not None:
-        save_image(drawn, folder / "samples.png", SCALE)
 
 
 def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:
@@ -292,18 +279,6 @@ def _in_form(
     if form is None:
         return scorer, iter(networks)
     return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
-
-
-def _merges(
-    adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
-) -> Merges:
-    """Merges the zoo's networks, or its adapters as they were saved; the results have the layout's form."""
-    form = layout.compressed if layout is not None else form
-    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
-    if adapter is None:
-        return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
-    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
-    return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 
 
 def _denoising_path(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.console import bar_in_notebook
+from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Report
 from rpg.evaluation.span import ZooSpan
@@ -29,7 +30,9 @@ from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
+from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -165,6 +168,18 @@ def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)
     return trained, sorted(set(range(len(zoo))) - set(trained))
+
+
+def merges_of(
+    adapter: str | None, zoo: Zoo, entries: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
+) -> Merges:
+    """Merges some of a zoo's networks, or its adapters as they were saved; the results have the layout's form."""
+    form = layout.compressed if layout is not None else form
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    if adapter is None:
+        return NetworkMerges([opened(index) for index in entries], [zoo.entries[i].run for i in entries])
+    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
+    return PeftMerges(adapter, [zoo.checkpoint(index) for index in entries], finish)
 
 
 def zoo_span(

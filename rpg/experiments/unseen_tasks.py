@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import (
     SplitScores,
@@ -32,7 +32,7 @@ from rpg.evaluation.per_task import (
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
 from rpg.evaluation.workers import Workers
-from rpg.experiments.single import existing, require_for_choices
+from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
 from rpg.generation.sampler import Partition
@@ -67,9 +67,11 @@ class Methods:
     partition: Partition = field(default_factory=Partition)
 
     @functools.cached_property
-    def merges(self) -> PeftMerges | NetworkMerges:
+    def merges(self) -> Merges:
         """Merges the adapters of ``seen``, or its networks."""
-        return merges_of(self.generator, self.zoo, self.seen)
+        last = {tuple(map(int, entry.condition or ())): index for index, entry in enumerate(self.zoo.entries)}
+        entries = [last[tuple(bits)] for bits in self.seen.bits.tolist()]
+        return merges_of(self.generator.adapter, self.zoo, entries, self.generator.layout)
 
     def rows(self, num: int) -> list[int]:
         """Which of ``num`` tasks are this process's."""
@@ -148,16 +150,6 @@ def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) 
     return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
-def merges_of(generator: Generator, zoo: Zoo, seen: TaskNetworks) -> PeftMerges | NetworkMerges:
-    """Merges the networks of seen tasks; adapters as they were saved."""
-    if generator.adapter is None:
-        return NetworkMerges(seen.checkpoints)
-    last = {tuple(map(int, entry.condition or ())): index for index, entry in enumerate(zoo.entries)}
-    adapters = [zoo.checkpoint(last[tuple(bits)]) for bits in seen.bits.tolist()]
-    canonical = generator.layout.canonical
-    return PeftMerges(generator.adapter, adapters, None if canonical is None else canonical.apply)
-
-
 def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetworks:
     """The last checkpoint of every task of a split; with a layout as that cuts them, LoRA pairs in canonical form.
 
@@ -208,7 +200,7 @@ def evaluate_unseen(
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
     require_for_choices(config, split)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
-    seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
+    seen = networks["train"].join(networks["validation"]) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
     wanted["seen"] = as_many(seen, -(-len(wanted["unseen"].bits) // (SPARED if seen.is_large else 1)))
     scored: dict[str, SplitScores] = {}
@@ -246,10 +238,6 @@ def require_splits(task: TaskFamily) -> None:
     for split in ("unseen", "validation"):
         if split not in splits:
             raise InputError(f"no task has the split {split!r}, which the comparison needs; set task.{split}")
-
-
-def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
-    return networks["train"].join(networks["validation"])
 
 
 def _linear_head(

@@ -10,7 +10,7 @@ import torch
 
 from rpg.config import EvaluateConfig
 from rpg.evaluation import span as span_module
-from rpg.evaluation.conditional import Conditions, nearest_rows
+from rpg.evaluation.combinations import Conditions, nearest_rows
 from rpg.evaluation.judges import OwnScorer, TaskScorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options

@@ -7,7 +7,8 @@ import torch
 
 from rpg.config import Config
 from rpg.evaluation import conditional, task_networks
-from rpg.evaluation.conditional import nearest_rows, regression_grid
+from rpg.evaluation.combinations import nearest_rows
+from rpg.evaluation.conditional import regression_grid
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.span import FlatSpace
