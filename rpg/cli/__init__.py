@@ -48,13 +48,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def options(
-    version: Version = False,
-    quiet: Annotated[bool, o.flag("Print errors only; may stand anywhere.", "--quiet")] = False,
-    as_json: Annotated[
-        bool, o.flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")
-    ] = False,
-) -> None:
+def options(version: Version = False, quiet: o.Quiet = False, as_json: o.AsJson = False) -> None:
     """Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work."""
 
 
@@ -112,7 +106,7 @@ def _told(zoo: Any) -> dict[str, Any]:
 
 
 @app.command()
-def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> dict[str, Any]:
+def align(zoo: o.ZooFolder, output: o.AlignedZoo) -> dict[str, Any]:
     """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
     from rpg.evaluation.matching import align_zoo
     from rpg.tasks.registry import task_of

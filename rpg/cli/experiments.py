@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard, load, training_bar
@@ -91,9 +90,8 @@ def render(
 
 
 def demo(
-    config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
-    overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
+    config: o.DemoConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
     settings = load(config, overrides, "demo.yaml")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import rpg
 from rpg.cli import parameters as o
@@ -11,26 +11,11 @@ from rpg.cli.scoring import guard
 from rpg.console import console
 from tokenization.errors import InputError
 
-Kind = Annotated[
-    Literal["model", "dataset"] | None,
-    o.option("What it is (default: found out): model, a generator; dataset, a zoo.", "--type"),
-]
-
-
-Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
-Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
-
 
 def push(
-    folder: Pushed,
-    repo: Repo,
-    kind: Kind = None,
-    private: Annotated[bool, o.flag("Make a new repository private.", "--private")] = False,
-    branch: Annotated[
-        str | None, o.option("Publish on this branch (made if need be) in place of the main one.")
-    ] = None,
-    message: Annotated[str | None, o.option("What the commit says.")] = None,
-) -> dict[str, Any]:
+    folder: o.Pushed, repo: o.Repo, kind: o.HubKind = None, private: o.Private = False, branch: o.Branch = None,
+    message: o.Message = None,
+) -> dict[str, Any]:  # fmt: skip
     """Publish a generator or a zoo on the Hugging Face hub in one commit; log in first with hf auth login."""
     is_zoo = (folder / "zoo.json").is_file()
     if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
@@ -51,12 +36,7 @@ def push(
     return {"address": address}
 
 
-def pull(
-    repo: Repo,
-    folder: Annotated[Path, o.argument("The new folder.", "FOLDER")],
-    kind: Annotated[Literal["model", "dataset"], o.option("dataset for a zoo.", "--type")] = "model",
-    revision: Annotated[str | None, o.option("A branch, tag or commit (default: the main branch).")] = None,
-) -> dict[str, Any]:
+def pull(repo: o.Repo, folder: o.Pulled, kind: o.PulledKind = "model", revision: o.Revision = None) -> dict[str, Any]:
     """Download a generator or a zoo from the Hugging Face hub into a folder (rpg generate also takes ids)."""
     if folder.exists():
         raise InputError(f"{folder} already exists; name a new folder")

@@ -192,8 +192,7 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
             f"nothing is known of the symmetries of the networks in {zoo.path}; align a zoo of a known network"
         )
     checkpoints = [zoo.checkpoint(index) for index in range(len(zoo))]
-    names = [name for name, info in checkpoints[0].tensors.items() if info.averaged]
-    measure = Distances(ZooSpan(checkpoints, names, [entry.run for entry in zoo.entries], "spread"), groups)
+    measure = Distances(ZooSpan(checkpoints, None, [entry.run for entry in zoo.entries], "spread"), groups)
     orders = run_orders(measure)
     require_new_folder(target)
     with atomic_folder(target) as folder:
@@ -231,8 +230,8 @@ class Distances:
 
     @cached_property
     def zoo(self) -> Tensor:
-        """Normalised values of the originals, ``[n, V]``."""
-        return self.span.vectors()
+        """The originals' values over their layer's scale, ``[n, V]``."""
+        return torch.cat([self.span.held[name] / scale for name, scale in self.span.scales.items()], 1)
 
     @cached_property
     def _references(self) -> list[StateDict]:
@@ -244,8 +243,11 @@ class Distances:
         return distances(self.vectors(networks), self.zoo)
 
     def vectors(self, networks: Sequence[StateDict]) -> Tensor:
-        """Normalised values, ``[N, V]``."""
-        return torch.stack([self.span.vector(each) for each in networks])
+        """Networks' values over their layer's scale, ``[N, V]``; no mean is taken off: it has an order of its own."""
+        scales = self.span.scales
+        return torch.stack(
+            [torch.cat([each[n].detach().flatten().float() / s for n, s in scales.items()]) for each in networks]
+        )
 
     def matched(self, networks: Sequence[StateDict], plain: Tensor) -> Tensor:
         """``[N, n]``, never more than ``plain``."""

@@ -115,11 +115,8 @@ class Evaluation:
         workers: Workers | None = None,
     ) -> None:
         self.scorer, self.zoo, self.config = scorer, zoo, config
-        self.conditions, self.options, self.workers = (
-            conditions or Conditions(),
-            options or Options(),
-            workers or Workers(),
-        )
+        self.conditions, self.options = conditions or Conditions(), options or Options()
+        self.workers = workers or Workers()
         self.kinds: dict[str, _Kind] = {}
         self.notes: list[str] = []
         self.seconds: float | None = None
@@ -351,5 +348,5 @@ class Evaluation:
         right = [each.answer.metrics["accuracy"] for each in kind.seen if "accuracy" in each.answer.metrics]
         accuracy = sum(right) / len(right) if right else None
         if (span := measure_span(self.zoo, places, self.asked, accuracy)) is not None:
-            found["span"] = span.model_dump()
+            found["span"] = span
         return found

@@ -115,8 +115,7 @@ class Networks(Section):
     novel_ci95: tuple[tuple[float, float], ...] = Field((), description="95 % bootstrap interval of each")
     components: tuple[tuple[float, float], ...] = Field((), description="place in the zoo's two principal components")
     joint: dict[str, dict[int, float]] = Field(
-        {},
-        description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks",
+        {}, description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks"
     )
     extras: dict[str, Any] = Field({}, description="metrics of the kind as a whole, for example one_nna")
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
 
@@ -32,15 +30,6 @@ TWINS = 1e-6
 
 HELD_VALUES = 1 << 26
 """Values of all checkpoints together up to which they are held in memory."""
-
-
-class Span(Section):
-    """Generated networks beside the checkpoints that they were asked to be (stored permutation states)."""
-
-    cosine: float = Field(description="of the deviation from the zoo's mean with the asked checkpoint's, mean")
-    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over asked")
-    accuracy: float | None = Field(None, description="mean accuracy; None where it was not asked for")
-    num: int = Field(description="networks that were measured")
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class ZooSpan:
 
     Args:
         checkpoints: the zoo, at least one, read from their memory maps.
-        names: tensors that count, floating-point ones.
+        names: floating-point tensors that count; all that averages are of use of when None.
         runs: which training run each checkpoint is of; all of one when None.
         by: what tensors are divided by: their root mean square ``deviation`` from the zoo's mean, or the ``spread`` of
             their values, by which hidden units are matched.
@@ -86,11 +75,13 @@ class ZooSpan:
     def __init__(
         self,
         checkpoints: Sequence[Checkpoint],
-        names: Sequence[str],
+        names: Sequence[str] | None = None,
         runs: Sequence[int] | None = None,
         by: Literal["deviation", "spread"] = "deviation",
     ) -> None:
         self.checkpoints = list(checkpoints)
+        if names is None:
+            names = [name for name, info in self.checkpoints[0].tensors.items() if info.averaged]
         self.members: dict[int, list[int]] = {}
         for place, run in enumerate(runs or [0] * len(self.checkpoints)):
             self.members.setdefault(run, []).append(place)
@@ -225,14 +216,16 @@ class ZooSpan:
 
 def measure_span(
     zoo: ZooSpan, projections: Projections, asked: Sequence[int], accuracy: float | None = None
-) -> Span | None:
+) -> dict[str, float | None] | None:
     """How near networks are to the checkpoints that they were asked to be, and whether they spread as much.
 
     Args:
         asked: the place in the zoo of the checkpoint that each was asked to be.
 
     Returns:
-        None where the zoo has no spread, nothing was asked, or a network has values that are not finite.
+        ``cosine`` of a deviation from the zoo's mean with the asked checkpoint's, mean; ``spread``, the mean squared
+        deviation, generated over asked; ``accuracy`` as it was given; ``num`` networks that were measured. None where
+        the zoo has no spread, nothing was asked, or a network has values that are not finite.
     """
     if not len(asked) or not zoo.mean_square > 0:
         return None
@@ -243,7 +236,7 @@ def measure_span(
     cosine, spread = cosines.mean().item(), (projections.squares.sum() / squares.sum()).item()
     if not (math.isfinite(cosine) and math.isfinite(spread)):  # JSON has no NaN
         return None
-    return Span(cosine=cosine, spread=spread, accuracy=accuracy, num=len(asked))
+    return {"cosine": cosine, "spread": spread, "accuracy": accuracy, "num": len(asked)}
 
 
 def _products(first: Tensor, second: Tensor) -> Tensor:

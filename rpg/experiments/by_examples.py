@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
+from rpg.evaluation.span import FlatSpace
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.single import judges, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
@@ -245,7 +246,8 @@ class FewExamples:
 
     def _map(self, sets: ExampleSets, num: int, penalty: Choice) -> Stacked:
         """The likeliest network among the mean of the specialists plus their leading directions, under a Gaussian."""
-        flat = torch.cat([value.flatten(1) for value in self.specialists.values()], 1)  # [S, V]
+        space = FlatSpace(self.specialists)
+        flat = space.flatten(self.specialists)  # [S, V]
         mean = flat.mean(0)
         _, sizes, axes = torch.linalg.svd(flat - mean, full_matrices=False)
         kept = min(DIRECTIONS, len(flat) - 1)
@@ -255,17 +257,12 @@ class FewExamples:
         coefficients = torch.zeros(len(sets.conditions), kept, requires_grad=True)
         optimizer = torch.optim.Adam([coefficients], 0.1)
 
-        def networks() -> Stacked:
-            parts = (mean + coefficients @ directions).split([v[0].numel() for v in self.specialists.values()], 1)
-            named = zip(self.specialists.items(), parts, strict=True)
-            return {name: part.view(-1, *value.shape[1:]) for (name, value), part in named}
-
         for _ in range(MAP_STEPS):
             optimizer.zero_grad()
-            fit = num * self.task.losses(networks(), inputs, classes)
+            fit = num * self.task.losses(space.unflatten(mean + coefficients @ directions), inputs, classes)
             (fit + penalty * coefficients.square().sum(1) / 2).sum().backward()
             optimizer.step()
-        return {name: value.detach() for name, value in networks().items()}
+        return space.unflatten((mean + coefficients @ directions).detach())
 
 
 PER_CLASS = (1, 2, 5, 10, 20)

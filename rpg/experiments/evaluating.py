@@ -149,12 +149,7 @@ def evaluate_run(
 
 @locks(lambda path, judge, config, output=None, **_: output or path)
 def evaluate_zoo(
-    path: Path | str,
-    judge: Judge,
-    config: Config,
-    *,
-    output: Path | str | None = None,
-    workers: Workers | None = None,
+    path: Path | str, judge: Judge, config: Config, *, output: Path | str | None = None, workers: Workers | None = None
 ) -> Report:
     """Score the checkpoints of a zoo beside the simple baselines made of them; no generator is needed.
 
@@ -182,13 +177,11 @@ def evaluate_zoo(
     form = Compressed.find(zoo.checkpoint(trained[0]), config.tokens.pruned)
     form = form and form.measured(zoo, trained)
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
-    first = opened(trained[0])
-    names = [name for name, info in first.tensors.items() if info.averaged]
     merges = merges_of(text, zoo, trained, form=form)
     runs = [zoo.entries[index].run for index in trained]
     report = Evaluation(
         _in_form(scorer, form)[0],
-        ZooSpan([opened(index) for index in trained], names, runs),
+        ZooSpan([opened(index) for index in trained], None, runs),
         config.evaluate,
         Conditions(own, others, wanted),
         Options(judge.lower, judge.higher, split, config.seed, merges),
@@ -257,8 +250,7 @@ def _stored_span(
 
     places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
     accuracy = sum(right) / len(right) if None not in right else None
-    span = measure_span(zoo, Projections.join(places), asked, accuracy)
-    return None if span is None else span.model_dump()
+    return measure_span(zoo, Projections.join(places), asked, accuracy)
 
 
 def _drawn(
