@@ -145,7 +145,11 @@ def _units(value: np.ndarray, axis: int, repeat: int) -> np.ndarray:
     return value.reshape(value.shape[0] // repeat, -1)
 
 
-def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
+RUN_SWEEPS = 4
+"""How often every run is matched to the others' mean at most."""
+
+
+def run_orders(measure: Distances) -> dict[int, list[Tensor]]:
     """The order of the hidden units of each run, ``[group]`` permutations each.
 
     The checkpoints of a run keep the order of their units, so that their mean stands for them. All runs are matched to
@@ -153,7 +157,6 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
 
     Args:
         measure: the zoo, and its groups of interchangeable units.
-        sweeps: how often every run is matched to the others' mean at most.
     """
     span, matcher, orders = measure.span, measure.matcher, dict[int, list[Tensor]]()
 
@@ -162,7 +165,7 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
 
     centres = {run: mean([span.checkpoints[row].state_dict() for row in rows]) for run, rows in span.members.items()}
     reference = next(iter(centres.values()))
-    for sweep in range(sweeps + 1):
+    for sweep in range(RUN_SWEEPS + 1):
         changed = False
         for run, centre in centres.items():
             if sweep and len(centres) > 1:

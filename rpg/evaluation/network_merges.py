@@ -36,13 +36,10 @@ class NetworkMerges:
 
     Args:
         runs: which run each is of; all of one when None.
-        base: what all of them began with; the mean of the run that they are of when None.
     """
 
-    def __init__(
-        self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None, base: StateDict | None = None
-    ) -> None:
-        self.networks, self.base = list(networks), base
+    def __init__(self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None) -> None:
+        self.networks = list(networks)
         self.runs = [0] * len(self.networks) if runs is None else list(runs)
 
     @property
@@ -59,10 +56,10 @@ class NetworkMerges:
 
         Args:
             shares: of all networks, ``[n]``; those that count are scaled to add up to 1.
-            base: in place of that of all.
+            base: what they began with; the mean of the run that they are of when None.
         """
         rows, weights = chosen_of(shares)
-        base, first = base or self.base, self.networks[0]
+        first = self.networks[0]
         read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():

@@ -114,11 +114,10 @@ def measure_diversity(
     draws: Sequence[Parts],
     bits: Tensor,
     originals_spread: float,
-    split: str = "test",
     workers: Workers | None = None,
     rows: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """How several networks for one task differ, and what their vote gains: by name, as reports have it.
+    """How several networks for one task differ on test images, and what their vote gains: by name, as reports have it.
 
     Args:
         draws: R times networks for the same T tasks, in the same parts.
@@ -129,7 +128,7 @@ def measure_diversity(
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
     own: list[tuple[Tensor, float, int]] = []
     for parts in steps("generating several networks a task", zip(*draws, strict=True)):
-        made = torch.stack([task.probabilities(each, split) for each in parts])
+        made = torch.stack([task.probabilities(each, "test") for each in parts])
         for number in range(made.shape[1]):
             deviations = [torch.stack([each[name][number] for each in parts]).double().std(0) for name in parts[0]]
             square = sum(each.square().sum().item() for each in deviations)
@@ -138,7 +137,7 @@ def measure_diversity(
     squares, count = sum(all_squares), sum(counts)
     probabilities = torch.stack(every, 1)  # [R, T, images, 2]
     answers = probabilities.argmax(-1)
-    targets = task.targets(bits, split)
+    targets = task.targets(bits, "test")
     pairs = [(a, b) for a in range(len(draws)) for b in range(a)]
     return {
         "num_tasks": len(bits),

@@ -258,15 +258,14 @@ def _linear_head(
 
 
 def diversity(
-    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int,
-    workers: Workers | None = None, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
-    workers, bits = workers or Workers(), bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
+    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int, workers: Workers
+) -> dict[str, Any]:
+    """Several networks for each of some unseen tasks."""
+    bits = bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
     rows = generator.share(len(bits), workers.partition)
     seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
-    draws = [parts_for(generator, bits, each, partition=workers.partition, **options) for each in seeds]
-    return measure_diversity(task, draws, bits, seen.spread(), "test", workers, rows)
+    draws = [parts_for(generator, bits, each, partition=workers.partition) for each in seeds]
+    return measure_diversity(task, draws, bits, seen.spread(), workers, rows)
 
 
 def task_family(config: Config) -> Any:
