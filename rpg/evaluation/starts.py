@@ -30,11 +30,7 @@ INNER_STEPS, INNER_IMAGES = 10, 32
 
 
 def fine_tuning(
-    task: Any,
-    starts: Mapping[str, Stacked],
-    conditions: Tensor,
-    marks: Sequence[int],
-    split: str = "test",
+    task: Any, starts: Mapping[str, Stacked], conditions: Tensor, marks: Sequence[int], *, split: str = "test",
     seed: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Accuracy ``[N, T]`` after so many steps of Adam on all training images, by start.
