@@ -201,9 +201,10 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
     with atomic_folder(target) as folder:
         aligned = Zoo.create(folder, task=zoo.task, condition=zoo.condition)
         for entry, original in zip(zoo.entries, checkpoints, strict=True):
-            network = permute(original.state_dict(), measure.groups, orders[entry.run])
-            about = {"condition": entry.condition, "metrics": entry.metrics, "split": entry.split}
-            aligned.append(network, run=entry.run, step=entry.step, **about)
+            moved, run = permute(original.state_dict(), measure.groups, orders[entry.run]), entry.run
+            aligned.append(
+                moved, run=run, step=entry.step, condition=entry.condition, metrics=entry.metrics, split=entry.split
+            )
     return Zoo.open(target)
 
 

@@ -258,8 +258,8 @@ class Methods:
             scores.append(sets.mean(networks, "joint"))
         curve = partial(Curve, x=SAMPLING_STEPS, across="sampling steps of the prior", log=True)
         return {
-            "Sampling steps": curve(lines={"generated": scores}, up="joint score of 16 draws, one image"),
-            "Time": curve(lines={"generated": seconds}, up="processor seconds a network"),
+            "Sampling steps": curve(lines={"generated": tuple(scores)}, up="joint score of 16 draws, one image"),
+            "Time": curve(lines={"generated": tuple(seconds)}, up="processor seconds a network"),
         }
 
     def _made(self, split: str, num: int) -> dict[str, Stacked]:

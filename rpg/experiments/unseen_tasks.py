@@ -308,9 +308,9 @@ def _report(
         kinds["unseen"] |= {
             name: kinds["unseen"][name].model_copy(update={"joint": each}) for name, each in sets.items()
         }
-        names = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
+        shown = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
         for name, each in (per_task["methods"] if per_task else {}).items():
-            found = {key: each[figure] for key, figure in names.items() if each[figure] is not None}
+            found = {key: each[figure] for key, figure in shown.items() if each[figure] is not None}
             kinds["unseen"][name].extras.update(found)
     names = list(scored["unseen"].metrics["generated"])
     less = less_is_better(names)
