@@ -22,6 +22,7 @@ from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
+from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class Options:
         seed: decides the baselines' draws and the bootstrap.
         merges: merges the zoo's networks, or its adapters as PEFT does; none are merged when None.
         matching: matches hidden units; they stay unmatched when None.
-        train: trains some of the baselines, by name, for the control.
+        train: trains the baselines of `START_NAMES`, by name, for the control.
     """
 
     lower: Collection[str] = ()
@@ -221,7 +222,8 @@ class Evaluation:
         given = self.zoo, self.conditions, options.merges, self.config, num, options.seed
         every: dict[str, Sequence[Combination | Maker]] = {**conditional_baselines(*given), **made}
         if options.train is not None:
-            ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in made.items()}
+            starts = {name: batch for name, batch in made.items() if name in START_NAMES}
+            ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in starts.items()}
             for name, batch in options.train(ready).items():
                 every[name] = [partial(dict, network) for network in batch]
         return every

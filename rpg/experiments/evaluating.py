@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
-from rpg.evaluation.starts import START_NAMES, finetuned_baselines
+from rpg.evaluation.starts import finetuned_baselines
 from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import (
@@ -119,13 +119,13 @@ def evaluate_run(
     runs = [zoo.entries[index].run for index in trained]
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
     scorer, networks = _in_form(scorer, generator.layout.compressed, made)
-    task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
+    task: Any = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
-    merges = merges_of(generator.adapter, zoo, trained, generator.layout)
     # hidden units are matched of small networks that a single classifier judges
     matching = Distances(span, symmetries(task)) if task is not None and span.held and span.scales else None
-    control = _control(config, task, seed)
-    options = Options(judge.lower, judge.higher, split, seed, merges, matching, control)
+    merges, control = merges_of(generator.adapter, zoo, trained, generator.layout), config.evaluate.control
+    train = None if control is None else functools.partial(finetuned_baselines, task, config=control, seed=seed)
+    options = Options(judge.lower, judge.higher, split, seed, merges, matching, train)
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
     stored = generator.asked(num, seed) if config.generate.state == "stored" else []
     others = [generator.layout.checkpoint(zoo, index) for index in held_out]
@@ -221,19 +221,6 @@ def _keep_scores(folder: Path, judge: Judge) -> None:
             f"{folder / FILE} holds what {name} scored, which this would replace; give --score {name}, or another "
             "folder with --output"
         )
-
-
-def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:
-    """Trains baselines on images, if the configuration asks for this control."""
-    control = config.evaluate.control
-    if control is None:
-        return None
-
-    def train(sets: Mapping[str, Sequence[StateDict]]) -> dict[str, Any]:
-        starts = {name: sets[name] for name in START_NAMES if name in sets}
-        return dict(finetuned_baselines(task, starts, control, seed))  # type: ignore[arg-type]
-
-    return train
 
 
 def _stored_span(
