@@ -143,6 +143,9 @@ class _NotebookBar:
     def stop(self) -> None:
         """It stays as it is."""
 
+    def remove_task(self, _: int) -> None:
+        """There is one, and it is replaced."""
+
 
 _live = False
 """Whether a bar is on the screen: of two the second keeps silent."""
@@ -195,7 +198,7 @@ def progress_bar(title: str, after: float = 0.0) -> Iterator[Any]:
         global _live
         bar.stop()
         _live = False
-        tasks.clear()
+        bar.remove_task(tasks.pop())
 
     try:
         yield advance

@@ -189,5 +189,5 @@ def experiment(
             else:
                 progress = {"collect": collecting, **training}
                 report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
-    print_report(report, console, folder=settings.run, full=full, then=chosen.then.format(run=settings.run))
+    print_report(report, console, folder=settings.run, full=full, then=chosen.next(settings, settings.run))
     return told_of(report, settings.run, settings.run)

@@ -72,6 +72,7 @@ class Workers:
         """Report that all is done, also if there were fewer networks than expected."""
         if self.report is not None and self.is_first and 0 < self.done < self.total:
             self.report(self.total, self.total, note="")
+        self.total = 0  # what is still computed is told to nobody
 
     def _tell(self, num: int) -> None:
         self.done = min(self.done + num * self.partition.size, self.total)

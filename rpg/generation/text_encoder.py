@@ -321,9 +321,10 @@ def load_pretrained(name: str, where: str, choose: Any) -> tuple[Any, Any]:
             network = choose(config).from_pretrained(name, dtype=torch.float32, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{where} {name} could not be loaded ({reason}); name a transformers model or its local path"
-        ) from None
+        cure = "name a transformers model or its local path"
+        if where == "model.condition.encoder":
+            cure += f", or take one that needs no download: --set {where}={WORDLLAMA}"
+        raise InputError(f"{where} {name} could not be loaded ({reason}); {cure}") from None
     return network.eval().requires_grad_(False), tokenizer
 
 

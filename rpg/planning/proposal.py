@@ -7,6 +7,7 @@ several networks of one class.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import textwrap
@@ -19,12 +20,14 @@ from typing import Any
 import yaml
 
 from rpg.config import Config, overridden
+from rpg.models.conditioning import ConditionConfig
 from rpg.planning.plan import require_memory, training_need
 from rpg.planning.zoo_summary import ZooSummary
 from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layout.canonical import no_product
 from tokenization.layouts import layout_without_statistics
+from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 
 MANY_VALUES = 100_000
@@ -60,21 +63,26 @@ class Proposal:
         """The whole configuration."""
         return Config.parse(self.tree, "the proposed configuration")
 
+    def __repr__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """As YAML, the reasons as comments above it."""
         lines = [f"# {line}" for reason in self.reasons for line in textwrap.wrap(reason, 116)]
         return "\n".join(lines) + "\n" + yaml.safe_dump(self.tree, sort_keys=False)
 
 
-def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
+def propose(zoo: Zoo | Path | str, run: str | None = None, overrides: Sequence[str] = ()) -> Proposal:
     """A configuration to train a generator on a zoo with; no values are read.
 
     Args:
         zoo: two checkpoints or more, or the folder that they are in.
         run: the run folder; ``runs/`` and the zoo's name when None.
+        overrides: ``section.field=value``, as `Config.load` takes them; they stand, whatever else is proposed.
 
     Raises:
-        InputError: a single checkpoint, or no size of training fits into the memory that is free.
+        InputError: a single checkpoint, no size of training fits into the memory that is free, an encoder of texts that
+            cannot be loaded, or an override is of no field.
     """
     zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
     splits = Counter(entry.split for entry in zoo.entries)
@@ -109,7 +117,10 @@ def propose(zoo: Zoo | Path | str, run: str | None = None) -> Proposal:
         tree["evaluate"] = {"num": 24, "num_baseline": 5}
     if zoo.task is not None:
         reasons.append(f"The zoo's own task, {zoo.task.get('name')}, scores networks: rpg evaluate {tree['run']}.")
-    return _fitted(Proposal(tree, tuple(reasons), _asked(zoo)))
+    tree = overridden(tree, overrides)
+    condition = Config.parse(tree, "--set").model.condition
+    proposal = _fitted(Proposal(tree, tuple(reasons), asked(zoo, condition)))
+    return replace(proposal, tree=overridden(proposal.tree, overrides))
 
 
 def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Proposal:
@@ -122,20 +133,29 @@ def write_config(zoo: Path, path: Path, overrides: Sequence[str] = ()) -> Propos
         raise InputError(f"--write-config needs a zoo, and {zoo} is not one; collect one first")
     if path.exists():
         raise InputError(f"{path} already exists; name another file with --write-config, or remove it")
-    proposal = propose(Zoo.open(zoo))
-    proposal = replace(proposal, tree=overridden(proposal.tree, overrides))
-    Config.parse(proposal.tree, "--set")
+    proposal = propose(Zoo.open(zoo), overrides=overrides)
     write_text(path, proposal.text())
     return proposal
 
 
-def _asked(zoo: Zoo) -> str:
-    condition = next((entry.condition for entry in zoo.entries if entry.condition is not None), None)
-    if zoo.condition is None or condition is None:
+def asked(zoo: Zoo | Path | str, condition: ConditionConfig) -> str:
+    """Words that ask a generator for a network, after ``rpg generate RUN``: as the zoo's first checkpoint, if there."""
+    if condition.kind == "none":
         return ""
-    if zoo.condition.kind == "text":
-        return f" --prompt {shlex.quote(zoo.condition.names[int(condition[0])])}"
-    return f" --condition {','.join(f'{value:g}' for value in condition)}"
+    if condition.kind == "examples":
+        return " --examples FOLDER"
+    entries: Sequence[ZooEntry] = ()
+    with contextlib.suppress(InputError):
+        zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
+        entries = zoo.entries
+    if condition.kind == "metric":
+        values = [entry.metrics[str(condition.name)] for entry in entries if condition.name in entry.metrics]
+        return f" --metric {condition.name}={values[0]:.3g}" if values else f" --metric {condition.name}=VALUE"
+    first = next((entry.condition for entry in entries if entry.condition is not None), None)
+    if condition.kind == "text":
+        names = zoo.condition.names if isinstance(zoo, Zoo) and zoo.condition is not None else ()
+        return f" --prompt {shlex.quote(names[int(first[0])])}" if first is not None and names else " --prompt TEXT"
+    return f" --condition {','.join(f'{value:g}' for value in first)}" if first is not None else " --condition VALUES"
 
 
 def _tokens(values: int, large: bool, reasons: list[str]) -> dict[str, Any]:
@@ -165,7 +185,7 @@ def _state(
     condition: dict[str, Any] = {"kind": kind}
     if kind == "text":
         condition["encoder"] = ENCODER
-        reasons.append(f"Texts: {ENCODER} turns them into vectors; name a local one if there is no network.")
+        reasons.append("Texts: model.condition.encoder turns them into vectors, and prompts later on.")
     several = count / len(set(conditions))
     if several >= 4:
         width = min(64, count - 1)

@@ -174,9 +174,7 @@ def _fields(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
 
 def _metric(sandbox: Sandbox, patch: pytest.MonkeyPatch) -> None:
     """First weights to go on from; few rates for the optimizers beside the generator."""
-    rates = {"adam": (0.01,), "sgd": (0.1,)}
-    for module in ("experiment", "rivals"):
-        patch.setattr(f"rpg.labs.training_runs.{module}.RATES", rates)
+    patch.setattr("rpg.labs.training_runs.experiment.RATES", {"adam": (0.01,), "sgd": (0.1,)})
     config = Config.load(sandbox.folder / "configs" / "gpt.yaml")
     save_file(build_task(config.task).build().state_dict(), sandbox.folder / "start.safetensors")
 

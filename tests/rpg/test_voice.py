@@ -150,6 +150,16 @@ def test_a_bar_appears_once_and_not_for_what_is_short(capsys: pytest.CaptureFixt
     assert out.count("long") == 1 and "inside" not in out and "loss 0.25, accuracy 97.0%" in " ".join(out.split())
 
 
+def test_of_several_runs_each_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("runs") as advance:
+        for total in (20, 30, 40):
+            advance(1, total)
+            advance(total, total)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line.count("runs") for line in lines] == [1, 1, 1]
+    assert all(f"{total}/{total}" in line for total, line in zip((20, 30, 40), lines, strict=True))
+
+
 def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_zoo(tmp_path / "zoo")
     pytest.importorskip("wandb")

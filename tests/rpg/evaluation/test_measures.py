@@ -227,6 +227,16 @@ def test_each_process_computes_its_places_and_progress_counts_all(monkeypatch):
     assert Workers().map(lambda place, item: (place, item), "ab") == [(0, "a"), (1, "b")]
 
 
+def test_nothing_is_told_of_what_is_computed_after_the_end():
+    told = []
+    workers = Workers(report=lambda done, total, note: told.append((done, total)))
+    workers.expect(4)
+    workers.map(lambda place, item: item, [1, 2])
+    workers.finish()
+    workers.map(lambda place, item: item, [1, 2])
+    assert told == [(1, 4), (2, 4), (4, 4)]
+
+
 def test_the_nearest_of_many_conditions_is_never_the_same_one():
     conditions = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     slow = torch.tensor([[(a - b).norm() if i != j else torch.inf for j, b in enumerate(conditions)]

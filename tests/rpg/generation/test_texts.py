@@ -276,3 +276,19 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match=r"model\.condition\.encoder some/encoder could not be loaded") as error:
         SentenceEncoder("some/encoder", "model.condition.encoder")
     assert "\n" not in str(error.value)
+
+
+def test_without_the_hub_the_proposal_names_an_encoder_that_needs_no_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    zoo_at(tmp_path)
+    words = ("inspect", tmp_path / "zoo", "--write-config", tmp_path / "mine.yaml")
+    error = command(monkeypatch, capsys, *words)
+    cure = error.strip().rpartition(": ")[2].split()
+    assert cure[0] == "--set" and not (tmp_path / "mine.yaml").exists()
+    assert not command(monkeypatch, capsys, *words, *cure)
+    assert Config.load(tmp_path / "mine.yaml").model.condition.encoder == "wordllama"

@@ -9,8 +9,9 @@ import torch
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
+from rpg.models.conditioning import ConditionConfig
 from rpg.planning import plan
-from rpg.planning.proposal import propose, write_config
+from rpg.planning.proposal import asked, propose, write_config
 from rpg.training.loop import train
 from tests.conftest import make_zoo
 from tests.rpg.conftest import Run
@@ -127,3 +128,32 @@ def test_adapters_whose_pairs_are_no_products_are_learned_as_saved(rpg: Run, tmp
     code, _, errors = rpg("inspect", zoo.path, "--verify", "--write-config", tmp_path / "mine.yaml")
     assert code == 0, errors
     assert trained(zoo, tmp_path).layout.canonical is None
+
+
+def test_the_command_that_an_evaluation_names_runs(rpg: Run, tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path / "binary", num=6, num_runs=6, condition_size=3)
+    trained(zoo, tmp_path)
+    few = ("--num", "2", "--set", "evaluate.num_baseline=2")
+    code, out, err = rpg("evaluate", tmp_path / "run", *few)
+    assert code == 0, err
+    command = out.splitlines()[-1].partition("next: rpg ")[2].split()
+    assert command[:2] == ["generate", f"{tmp_path}/run"] and "--condition" in command
+    assert rpg(*command, "--output", tmp_path / "new")[0] == 0 and len(list((tmp_path / "new").iterdir())) == 10
+
+
+def test_a_generator_is_asked_as_its_condition_wants(tmp_path: Path) -> None:
+    scored = make_zoo(tmp_path / "scored", num=3)
+    value = scored.entries[0].metrics
+    binary = make_zoo(tmp_path / "binary", num=6, num_runs=6, condition_size=3)
+    first = ",".join(f"{each:g}" for each in binary.entries[0].condition or ())
+    name = next(iter(value), "loss")
+    for zoo, condition, words in (
+        (scored, ConditionConfig(), ""),
+        (scored, ConditionConfig(kind="examples", counts=(1,)), " --examples FOLDER"),
+        (scored, ConditionConfig(kind="metric", name=name), f" --metric {name}={value.get(name, 'VALUE')}"),
+        (scored, ConditionConfig(kind="metric", name="none"), " --metric none=VALUE"),
+        (binary, ConditionConfig(kind="binary"), f" --condition {first}"),
+        (tmp_path / "gone", ConditionConfig(kind="binary"), " --condition VALUES"),
+        (tmp_path / "gone", ConditionConfig(kind="text"), " --prompt TEXT"),
+    ):
+        assert asked(zoo, condition) == words
