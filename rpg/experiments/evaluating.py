@@ -86,7 +86,7 @@ class Judge:
 
 @locks(lambda run, judge=None, output=None, **_: output or existing(run))
 def evaluate_run(
-    run: Path | str, judge: Judge | Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
+    run: Path | str, judge: Judge | None = None, *, num: int | None = None, seed: int = 0,
     output: Path | str | None = None, workers: Workers | None = None, split: str | None = None,
     path_condition: str | None = None, changes: Sequence[str] = (),
 ) -> Report:  # fmt: skip
@@ -97,7 +97,7 @@ def evaluate_run(
     ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
-        judge: who scores: a function of a state dict or path, or its place; the task when None.
+        judge: who scores; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
         path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
@@ -106,7 +106,7 @@ def evaluate_run(
         InputError: there is no generator or zoo, the scorer refuses a network, the results would replace those of a
             function, or a change is one of another section.
     """
-    run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
+    run, workers, judge = Path(run), workers or Workers(), judge or Judge()
     generator = Generator.from_pretrained(run)
     config, zoo = _changed(generator.config, changes), Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
