@@ -9,7 +9,7 @@ from typing import Any
 
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard, load, training_bar
-from rpg.console import console, progress_bar
+from rpg.console import console, progress_bar, say
 from tokenization.errors import InputError
 
 
@@ -129,8 +129,7 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
     chosen = for_choices(settings) if split == "validation" else settings
     if chosen is settings:
         return settings
-    said = f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    say(f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not")
     _guard_memory(chosen, ignore_memory)
     with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
         if chosen.task is not None:
@@ -176,8 +175,7 @@ def experiment(
         if split is None:
             _guard_memory(settings, ignore_memory)
             if saved_config(settings.run) is not None:
-                said = f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it"
-                console.print(said, highlight=False, markup=False, soft_wrap=True)
+                say(f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it")
         with (
             progress_bar("collecting") as collecting,
             training_bar(f"training on {place}") as training,

@@ -215,6 +215,8 @@ Lower = Annotated[
 Higher = Annotated[list[str] | None, option("With --score: a metric for which higher is better.", metavar="NAME")]
 Full = Annotated[bool, flag("Print every baseline, metric and part of the report.", "--full")]
 ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
+
+# of all commands, align and demo
 Quiet = Annotated[bool, flag("Print errors only; may stand anywhere.", "--quiet")]
 AsJson = Annotated[bool, flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")]
 AlignedZoo = Annotated[Path, argument("The zoo to write.")]

@@ -8,7 +8,7 @@ from typing import Any
 import rpg
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard
-from rpg.console import console
+from rpg.console import console, say
 from tokenization.errors import InputError
 
 
@@ -32,7 +32,7 @@ def push(
         address = Generator.from_pretrained(folder).push_to_hub(repo, **how)
     else:
         raise InputError(f"there is no folder {folder}; name a run, a generator folder or a zoo")
-    console.print(address, soft_wrap=True, highlight=False)
+    say(address)
     return {"address": address}
 
 
@@ -58,27 +58,22 @@ def doctor() -> dict[str, Any]:
 
     found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}
     numbers = found["versions"].items()
-    _say(", ".join(f"{name} {number}" for name, number in numbers if number))  # before what takes seconds to load
-    _say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
-    _say(*found["unmet"])
+    say(", ".join(f"{name} {number}" for name, number in numbers if number))  # before what takes seconds to load
+    say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
+    say(*found["unmet"])
 
     from rpg.planning.machine import devices, features, hub, room
 
     found |= {"devices": devices(), "features": features(), **room(), "hub": hub()}
     for each in found["devices"]:
         more = f", {_gib(each['free'])} of {_gib(each['total'])} free" if "total" in each else ""
-        _say(f"device {each['name']}: {each['what']}{more}")
-    _say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
+        say(f"device {each['name']}: {each['what']}{more}")
+    say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
     memory = found["memory"]
-    _say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
-    _say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
-    _say(f"hub: {found['hub']['note']}")
+    say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
+    say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
+    say(f"hub: {found['hub']['note']}")
     return found
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
 
 
 def _gib(size: int) -> str:
@@ -110,5 +105,5 @@ def app(
         raise InputError(f"the page needs Gradio, which is not installed; {cure}") from None
     place = use_device(device)
     guard(lambda: generation_need(run), ignore_memory)
-    console.print(which_generator(run) or f"reading {run}", highlight=False, soft_wrap=True)
+    say(which_generator(run) or f"reading {run}")
     serve(LoadedRun(run, place, prompt_model), host, port, lambda line: console.print(line, highlight=False))

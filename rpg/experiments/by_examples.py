@@ -331,7 +331,7 @@ def _milliseconds(generator: Generator, sets: ExampleSets, seed: int) -> dict[st
 
 
 def _curve(kinds: Mapping[int, Mapping[str, Networks]]) -> Curve:
-    names = [name for name in next(iter(kinds.values())) if name != "original"]
-    means = {name: [found[name].summaries["accuracy"] for found in kinds.values()] for name in names}
+    first = next(iter(kinds.values()))
+    means = {name: [found[name].summaries["accuracy"] for found in kinds.values()] for name in first}
     lines = {name: tuple(each.mean if each else None for each in found) for name, found in means.items()}
     return Curve(x=tuple(map(float, kinds)), lines=lines, across="examples a class", up="accuracy", log=True)
