@@ -265,7 +265,7 @@ class Distances:
             wanted = finite
             if len(runs) > 1:  # leave out where no order of the units can bring it nearer than another original is
                 wanted = finite & (bounds[:, members] < result.amin(1, keepdim=True)).any(1)
-            for rows in wanted.nonzero()[:, 0].split(ROWS):
+            for rows in wanted.nonzero()[:, 0].split(ROWS) if bool(wanted.any()) else ():
                 aligned = self.matcher.match_all(reference, [networks[int(i)] for i in rows])
                 place = rows[:, None], torch.tensor(members)[None]
                 result[place] = torch.minimum(result[place], distances(self.vectors(aligned), self.zoo[members]))

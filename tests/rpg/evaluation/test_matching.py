@@ -169,6 +169,8 @@ def test_copies_have_no_distance_permuted_ones_neither_and_fresh_runs_are_far(zo
     plain = measure.plain(permuted)
     assert (plain.amin(1) / unit).min() > 10 and (measure.matched(permuted, plain).amin(1) / unit).max() < 1e-6
     assert (measure.matched(fresh, measure.plain(fresh)).amin(1) / unit).min() > 10
+    near = measure.plain(originals[:1])  # nothing is left to be matched
+    assert torch.equal(measure.matched(originals[:1], near), near)
 
 
 def test_the_unit_is_the_median_distance_to_the_nearest_neighbour(tmp_path):
