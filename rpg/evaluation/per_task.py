@@ -69,7 +69,8 @@ def measure_per_task(
         made = map(function_vectors, each[rows])
         found = [beside_originals(*pair) for pair in zip(made, originals, strict=True)]
         methods[name] = {
-            "error_iou": overlaps.mean().item(), "accuracy": summarize(accuracies.flatten(), seed).model_dump(mode="json"),
+            "error_iou": overlaps.mean().item(),
+            "accuracy": summarize(accuracies.flatten(), seed).model_dump(mode="json"),
             **{key: None if name == "original" else statistics.fmean(f[key] for f in found) for key in found[0]},
         }  # fmt: skip
     return {"num_tasks": len(rows), "networks_per_task": rows.shape[1], "methods": methods}
