@@ -72,7 +72,7 @@ def measure_per_task(
             "error_iou": overlaps.mean().item(),
             "accuracy": summarize(accuracies.flatten(), seed).model_dump(mode="json"),
             **{key: None if name == "original" else statistics.fmean(f[key] for f in found) for key in found[0]},
-        }  # fmt: skip
+        }
     return {"num_tasks": len(rows), "networks_per_task": rows.shape[1], "methods": methods}
 
 
