@@ -36,6 +36,12 @@ console = Console(quiet=not _IS_FIRST)
 """Where the command line speaks; of several launched processes the first one does."""
 
 
+def say(*lines: object) -> None:
+    """Print lines as they are: brackets in a path are no markup, and nothing is coloured or wrapped."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, of a notebook without widgets
 
 INTERRUPTED = 130

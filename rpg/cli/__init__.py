@@ -17,7 +17,7 @@ import rpg
 from rpg.cli import experiments, merging, scoring, sharing
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard, load, training_bar
-from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, voice_of
+from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, say, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
 
@@ -48,13 +48,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def options(
-    version: Version = False,
-    quiet: Annotated[bool, o.flag("Print errors only; may stand anywhere.", "--quiet")] = False,
-    as_json: Annotated[
-        bool, o.flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")
-    ] = False,
-) -> None:
+def options(version: Version = False, quiet: o.Quiet = False, as_json: o.AsJson = False) -> None:
     """Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work."""
 
 
@@ -87,8 +81,7 @@ def collect(
             [*source, *(config or [])], zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs,
             base=base, chosen=Chosen(key, strip or ""), skip_bad=skip_bad, say=notices.append,
         )  # fmt: skip
-        for notice in notices:
-            console.print(notice, highlight=False, markup=False, soft_wrap=True)
+        say(*notices)
     elif config:
         from rpg.experiments.single import collect as collect_task
         from rpg.planning.collection import collection_need
@@ -111,7 +104,7 @@ def _told(zoo: Any) -> dict[str, Any]:
 
 
 @app.command()
-def align(zoo: o.ZooFolder, output: Annotated[Path, o.argument("The zoo to write.")]) -> dict[str, Any]:
+def align(zoo: o.ZooFolder, output: o.AlignedZoo) -> dict[str, Any]:
     """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
     from rpg.evaluation.matching import align_zoo
     from rpg.tasks.registry import task_of
@@ -140,9 +133,9 @@ def inspect(
         changes += [f"tokens.lora_canonical={form}"] if form else []
     console.print(*describe(path, changes, verify=verify, chosen=Chosen(key, strip or "")))
     if written is not None:
-        console.print(f"{write_config}: {' '.join(written.reasons)}", markup=False, highlight=False)
+        say(f"{write_config}: {' '.join(written.reasons)}")
         commands = written.commands.format(file=write_config)
-        console.print(f"next: {commands}", soft_wrap=True, markup=False, highlight=False)
+        say(f"next: {commands}")
     config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
     return {**facts_of(path, changes), **config}
 
@@ -207,7 +200,7 @@ def train(
             folder = run(settings, **how)
     console.print(f"generator in {folder}")
     if comparison is not None:
-        console.print(comparison.line(), highlight=False, soft_wrap=True)
+        say(comparison.line())
     told = {"run": settings.run, "generator": str(folder), "steps": last[0], "of": last[1]}
     compared = {} if comparison is None else {"comparison": comparison.model_dump(mode="json")}
     return {**told, **compared, "exit_code": 0 if last[0] == last[1] else INTERRUPTED}
@@ -238,7 +231,7 @@ def generate(
     partition, place = join_processes(device)
     guard(lambda: generation_need(run), ignore_memory)
     if (own := which_generator(run)) is not None:
-        console.print(own, highlight=False, soft_wrap=True)
+        say(own)
     generator = Generator.from_pretrained(run, place)
     vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
     judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
@@ -258,7 +251,7 @@ def generate(
     if partition.rank:
         return told
     if (notice := copies_notice(generator, cast(list[Path], paths), state)) is not None:
-        console.print(notice, markup=False, highlight=False, soft_wrap=True)
+        say(notice)
         told["notice"] = notice
     if judge is None and not ensemble:
         return told
@@ -266,11 +259,11 @@ def generate(
     if judge is not None:
         order, scores = favoured(example_task(generator.config.task), draws, judge)
         best, loss = paths[order[0]], -scores[order[0]].item()
-        console.print(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})", highlight=False, soft_wrap=True)
+        say(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})")
         told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
     if ensemble:
         told["ensemble"] = str(save_ensemble(draws, output))
-        console.print(f"all draws in one file: {told['ensemble']}", soft_wrap=True)
+        say(f"all draws in one file: {told['ensemble']}")
     return told
 
 
@@ -292,7 +285,7 @@ def export(
             source, to, output, base=base, seed=seed, initial=start, progress=advance,
             condition=lambda generator: choose_condition(generator, *asked), say=console.print,
         )  # fmt: skip
-    console.print(f"{to}: {path}", soft_wrap=True)
+    say(f"{to}: {path}")
     return {"form": to, "path": str(path)}
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard, load, training_bar
-from rpg.console import console, progress_bar
+from rpg.console import console, progress_bar, say
 from tokenization.errors import InputError
 
 
@@ -91,9 +90,8 @@ def render(
 
 
 def demo(
-    config: Annotated[Path | None, o.option("Configuration (default: configs/demo.yaml).")] = None,
-    overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None, device: o.Device = "auto",
-    ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
+    config: o.DemoConfig = None, overrides: o.Overrides = None, seeds: o.NumSeeds = 1, split: o.ScoredSplit = None,
+    device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False, full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Tiny networks for uncalibrated sensors: zoo, training, generation from settings, comparison."""
     settings = load(config, overrides, "demo.yaml")
@@ -131,8 +129,7 @@ def _to_score(settings: Any, split: str, place: Any, ignore_memory: bool) -> Any
     chosen = for_choices(settings) if split == "validation" else settings
     if chosen is settings:
         return settings
-    said = f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    say(f"{settings.run} learns from the validation split; choices are made by {chosen.run}, which does not")
     _guard_memory(chosen, ignore_memory)
     with progress_bar("collecting") as collecting, training_bar(f"training on {place}") as training:
         if chosen.task is not None:
@@ -178,8 +175,7 @@ def experiment(
         if split is None:
             _guard_memory(settings, ignore_memory)
             if saved_config(settings.run) is not None:
-                said = f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it"
-                console.print(said, highlight=False, markup=False, soft_wrap=True)
+                say(f"{settings.run} exists and is trained anew; `rpg evaluate {settings.run}` only scores it")
         with (
             progress_bar("collecting") as collecting,
             training_bar(f"training on {place}") as training,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rpg.cli import parameters as o
-from rpg.console import console, progress_bar
+from rpg.console import console, progress_bar, say
 from tokenization.errors import InputError
 
 Merged = Annotated[list[Path], o.argument("Checkpoints of one network, of any kind, or PEFT adapters.", "FILE…")]
@@ -75,7 +75,7 @@ def merge(
         with progress_bar("merging") as advance:
             begun = None if base is None else Path(base)
             merge_files(files, how, output, base=begun, chosen=chosen, progress=advance)
-    console.print(f"{method} of {len(files)}: {output}", soft_wrap=True, highlight=False)
+    say(f"{method} of {len(files)}: {output}")
     if function is None:
         return {"path": str(output), "method": method}
     from rpg.evaluation.table import print_checkpoints

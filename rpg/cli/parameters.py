@@ -26,8 +26,7 @@ def flag(text: str, *names: str, **more: Any) -> Any:
 # of several commands
 ConfigFile = Annotated[Path, argument("A YAML configuration, e.g. configs/digits.yaml.", "CONFIG")]
 OtherConfig = Annotated[
-    Path | None,
-    argument("A configuration with a task; unseen, lora, fields and metric have a default.", "CONFIG"),
+    Path | None, argument("A configuration with a task; unseen, lora, fields and metric have a default.", "CONFIG")
 ]
 RunFolder = Annotated[
     Path,
@@ -38,8 +37,7 @@ RunFolder = Annotated[
 AppFolder = Annotated[Path, argument("As for generate (default: the package's own generator of sensors).", "[RUN]")]
 ZooFolder = Annotated[Path, argument("A zoo of several runs.", "ZOO")]
 Overrides = Annotated[
-    list[str] | None,
-    option("Change a field, e.g. --set train.steps=100. Repeatable.", "--set", metavar="KEY=VALUE"),
+    list[str] | None, option("Change a field, e.g. --set train.steps=100. Repeatable.", "--set", metavar="KEY=VALUE")
 ]
 Seed = Annotated[int, option("Random seed.", min=0)]
 Condition = Annotated[str | None, option("Comma-separated values, e.g. 1,0,0,1 for a binary vector.")]
@@ -56,16 +54,14 @@ RowSplit = Annotated[Split, option("Rows of each task's file.")]
 # collect, of checkpoints of your own
 Source = Annotated[list[str] | None, option("Your own checkpoints: any number of folders, files or globs.", "--from")]
 CollectedConfig = Annotated[
-    list[str] | None,
-    argument("A configuration with a task; after --from, more checkpoints.", "CONFIG | FILE"),
+    list[str] | None, argument("A configuration with a task; after --from, more checkpoints.", "CONFIG | FILE")
 ]
 Key = Annotated[
     str | None, option("Which set of weights to read from files that hold several, e.g. generator.", "--key")
 ]
 Strip = Annotated[str | None, option("Prefix to remove from all tensor names, e.g. net.", metavar="PREFIX")]
 SkipBad = Annotated[
-    bool,
-    flag("With --from: skip and list checkpoints that are unreadable or of another network.", "--skip-bad"),
+    bool, flag("With --from: skip and list checkpoints that are unreadable or of another network.", "--skip-bad")
 ]
 NewZoo = Annotated[Path | None, option("With --from: the zoo folder to make.")]
 Table = Annotated[
@@ -219,3 +215,23 @@ Lower = Annotated[
 Higher = Annotated[list[str] | None, option("With --score: a metric for which higher is better.", metavar="NAME")]
 Full = Annotated[bool, flag("Print every baseline, metric and part of the report.", "--full")]
 ResultFolder = Annotated[Path | None, option("Folder for the results (default: RUN).")]
+
+# of all commands, align and demo
+Quiet = Annotated[bool, flag("Print errors only; may stand anywhere.", "--quiet")]
+AsJson = Annotated[bool, flag("Print one JSON object of paths and metrics; may stand anywhere.", "--json")]
+AlignedZoo = Annotated[Path, argument("The zoo to write.")]
+DemoConfig = Annotated[Path | None, option("Configuration (default: configs/demo.yaml).")]
+
+# push and pull
+HubKind = Annotated[
+    Literal["model", "dataset"] | None,
+    option("What it is (default: found out): model, a generator; dataset, a zoo.", "--type"),
+]
+PulledKind = Annotated[Literal["model", "dataset"], option("dataset for a zoo.", "--type")]
+Repo = Annotated[str, argument("Id on the Hugging Face hub: name/repository.", "REPO")]
+Pushed = Annotated[Path, argument("A run or generator folder, or a zoo.", "FOLDER")]
+Pulled = Annotated[Path, argument("The new folder.", "FOLDER")]
+Private = Annotated[bool, flag("Make a new repository private.", "--private")]
+Branch = Annotated[str | None, option("Publish on this branch (made if need be) in place of the main one.")]
+Message = Annotated[str | None, option("What the commit says.")]
+Revision = Annotated[str | None, option("A branch, tag or commit (default: the main branch).")]

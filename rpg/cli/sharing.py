@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import rpg
 from rpg.cli import parameters as o
 from rpg.cli.scoring import guard
-from rpg.console import console
+from rpg.console import console, say
 from tokenization.errors import InputError
-
-Kind = Annotated[
-    Literal["model", "dataset"] | None,
-    o.option("What it is (default: found out): model, a generator; dataset, a zoo.", "--type"),
-]
-
-
-Repo = Annotated[str, o.argument("Id on the Hugging Face hub: name/repository.", "REPO")]
-Pushed = Annotated[Path, o.argument("A run or generator folder, or a zoo.", "FOLDER")]
 
 
 def push(
-    folder: Pushed,
-    repo: Repo,
-    kind: Kind = None,
-    private: Annotated[bool, o.flag("Make a new repository private.", "--private")] = False,
-    branch: Annotated[
-        str | None, o.option("Publish on this branch (made if need be) in place of the main one.")
-    ] = None,
-    message: Annotated[str | None, o.option("What the commit says.")] = None,
-) -> dict[str, Any]:
+    folder: o.Pushed, repo: o.Repo, kind: o.HubKind = None, private: o.Private = False, branch: o.Branch = None,
+    message: o.Message = None,
+) -> dict[str, Any]:  # fmt: skip
     """Publish a generator or a zoo on the Hugging Face hub in one commit; log in first with hf auth login."""
     is_zoo = (folder / "zoo.json").is_file()
     if kind is not None and (kind == "dataset") != is_zoo and folder.is_dir():
@@ -47,16 +32,11 @@ def push(
         address = Generator.from_pretrained(folder).push_to_hub(repo, **how)
     else:
         raise InputError(f"there is no folder {folder}; name a run, a generator folder or a zoo")
-    console.print(address, soft_wrap=True, highlight=False)
+    say(address)
     return {"address": address}
 
 
-def pull(
-    repo: Repo,
-    folder: Annotated[Path, o.argument("The new folder.", "FOLDER")],
-    kind: Annotated[Literal["model", "dataset"], o.option("dataset for a zoo.", "--type")] = "model",
-    revision: Annotated[str | None, o.option("A branch, tag or commit (default: the main branch).")] = None,
-) -> dict[str, Any]:
+def pull(repo: o.Repo, folder: o.Pulled, kind: o.PulledKind = "model", revision: o.Revision = None) -> dict[str, Any]:
     """Download a generator or a zoo from the Hugging Face hub into a folder (rpg generate also takes ids)."""
     if folder.exists():
         raise InputError(f"{folder} already exists; name a new folder")
@@ -78,27 +58,22 @@ def doctor() -> dict[str, Any]:
 
     found: dict[str, Any] = {"versions": {"rpg": rpg.__version__, **versions()}, "unmet": unmet()}
     numbers = found["versions"].items()
-    _say(", ".join(f"{name} {number}" for name, number in numbers if number))  # before what takes seconds to load
-    _say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
-    _say(*found["unmet"])
+    say(", ".join(f"{name} {number}" for name, number in numbers if number))  # before what takes seconds to load
+    say("not installed: " + (", ".join(name for name, number in numbers if not number) or "nothing"))
+    say(*found["unmet"])
 
     from rpg.planning.machine import devices, features, hub, room
 
     found |= {"devices": devices(), "features": features(), **room(), "hub": hub()}
     for each in found["devices"]:
         more = f", {_gib(each['free'])} of {_gib(each['total'])} free" if "total" in each else ""
-        _say(f"device {each['name']}: {each['what']}{more}")
-    _say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
+        say(f"device {each['name']}: {each['what']}{more}")
+    say(*(f"{'✓' if each['found'] else '–'} {each['name']}: {each['note']}" for each in found["features"]))
     memory = found["memory"]
-    _say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
-    _say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
-    _say(f"hub: {found['hub']['note']}")
+    say(f"memory: {_gib(memory['free'])} of {_gib(memory['total'])} free")
+    say(*(f"disk, {name}: {_gib(each['free'])} free in {each['path']}" for name, each in found["disks"].items()))
+    say(f"hub: {found['hub']['note']}")
     return found
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
 
 
 def _gib(size: int) -> str:
@@ -130,5 +105,5 @@ def app(
         raise InputError(f"the page needs Gradio, which is not installed; {cure}") from None
     place = use_device(device)
     guard(lambda: generation_need(run), ignore_memory)
-    console.print(which_generator(run) or f"reading {run}", highlight=False, soft_wrap=True)
+    say(which_generator(run) or f"reading {run}")
     serve(LoadedRun(run, place, prompt_model), host, port, lambda line: console.print(line, highlight=False))

@@ -1,4 +1,4 @@
-"""Simple baselines: each network is a weighted sum of a zoo's checkpoints, plus independent noise.
+"""Simple baselines: a weighted sum of a zoo's checkpoints plus independent noise, or a merge; some for a condition.
 
 A combination is the zoo's mean, plus a weighted sum of the checkpoints' deviations from it, plus noise. What lies in
 the zoo's span needs no basis, as a principal direction is a weighted sum of checkpoints, too; networks of any size are
@@ -6,24 +6,31 @@ made from memory-mapped checkpoints. Small enough noise reaches any accuracy, so
 from the zoo as the generated networks.
 
 arXiv 2506.07998 finds that weight generators do not outperform noise and averages at making networks both new and good;
-a generator is worth its compute only if it beats them. n checkpoints, N networks.
+a generator is worth its compute only if it beats them. n checkpoints, N networks, W wanted ones, C condition values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rpg.config import EvaluateConfig
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import leading_directions
+from rpg.generation.generator import Generator
+from rpg.models.conditioning import are_new, regression_inputs
+from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng
+from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
+from tokenization.zoo.zoo import Zoo
 
 LOW_RANK = 0.99
 """Share of the zoo's variance that the directions of the low-rank Gaussian hold."""
@@ -282,3 +289,110 @@ def _is_collapsed(zoo: ZooSpan, made: list[Combination], distance: float) -> boo
         return False
     bases = zoo.project_combinations(torch.stack([each.weights for each in made]))
     return zoo.distances(bases).amin(1).median().item() > 1.01 * distance
+
+
+Condition = Sequence[float] | None
+CONDITIONAL = ("nearest_seen", "kernel_ridge")
+"""Kinds of baselines that look at the condition."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions that networks are made for; empty without conditions.
+
+    Attributes:
+        originals: of each checkpoint.
+        held_out: of those that nothing was learned from.
+        wanted: of generated networks and of baselines, again and again.
+        targets: a checkpoint that was trained for each of ``wanted``.
+        seen, asked: the conditions of originals and ``wanted`` as numbers to regress on, float64 ``[n, C]``,
+            ``[W, C]``; None where there are no such numbers.
+        own: ``wanted`` are conditions of originals, so that the nearest one is that of another condition.
+        by_class: conditions are one-hot, so that each is left out with one checkpoint at a time.
+    """
+
+    originals: Sequence[Condition] = ()
+    held_out: Sequence[Condition] = ()
+    wanted: Sequence[Condition] = ()
+    targets: Sequence[Checkpoint] = ()
+    seen: Tensor | None = None
+    asked: Tensor | None = None
+    own: bool = False
+    by_class: bool = False
+
+
+def conditions_asked(
+    generator: Generator, zoo: Zoo, trained: Sequence[int], held_out: Sequence[int], num: int, split: str
+) -> tuple[Conditions, Any]:
+    """The conditions to generate for, and the same as `Generator.generate` takes them; empty without conditions."""
+    if generator.condition is None:
+        return Conditions(), None
+    places = _asked_entries(zoo, held_out, split) or trained
+    chosen = _spread(places, num)
+    own, others, wanted = ([zoo.entries[index].condition for index in each] for each in (trained, held_out, chosen))
+    if zoo.condition is None or any(each is None for each in (*own, *wanted)):  # of a metric
+        return Conditions(own, others), None
+    text = zoo.condition.kind == "text"
+    known = [zoo.condition.names[int(each[0])] for each in (*own, *wanted) if each is not None] if text else []
+    if generator.texts is not None:
+        inputs = generator.texts.conditions_of(known).double()
+    else:
+        inputs = regression_inputs(zoo.condition.kind, torch.tensor([*own, *wanted]), zoo.condition.size)
+    conditions = Conditions(
+        own, others, wanted, [generator.layout.checkpoint(zoo, index) for index in chosen],
+        inputs[: len(own)], inputs[len(own) :], own=places is trained, by_class=not are_new(zoo.condition.kind),
+    )  # fmt: skip
+    return conditions, known[len(own) :] if text else wanted
+
+
+def _asked_entries(zoo: Zoo, held_out: Sequence[int], split: str) -> Sequence[int]:
+    """The held-out entries to make networks for: unseen tasks where the zoo tells them apart."""
+    if split == "validation":  # choices look at no unseen task
+        return [index for index in held_out if zoo.entries[index].split == "validation"]
+    return [index for index in held_out if zoo.entries[index].split in ("unseen", "test")] or held_out
+
+
+def _spread(places: Sequence[int], num: int) -> list[int]:
+    """``num`` of ``places``, evenly spaced; again and again where there are fewer."""
+    chosen = places if len(places) <= num else [places[i * len(places) // num] for i in range(num)]
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def conditional_baselines(
+    zoo: ZooSpan, conditions: Conditions, merges: Merges | None, config: EvaluateConfig, num: int, seed: int
+) -> dict[str, Sequence[Combination | Maker]]:
+    """Baselines for the first ``num`` of the wanted conditions, and merges that are asked for or affordable.
+
+    Merged are those with the largest shares in the regression; without conditions, some drawn at random.
+    """
+    count = len(zoo.checkpoints)
+    wanted = CONDITIONAL if config.baselines is None else config.baselines
+    made: dict[str, Sequence[Combination | Maker]] = {}
+    shares: Tensor | None = None
+    if conditions.seen is not None and conditions.asked is not None and count > 1:
+        rows = torch.arange(num) % len(conditions.asked)
+        asked = conditions.asked[rows]
+        weights = KernelRidge.fit(conditions.seen, zoo.gram, by_condition=not conditions.by_class).shares(asked)
+        nearest = torch.eye(count, dtype=torch.float64)[nearest_rows(conditions.seen, asked, conditions.own)]
+        for name, each in (("nearest_seen", nearest), ("kernel_ridge", weights)):
+            if name in wanted:
+                made[name] = [Combination(row) for row in each]
+        shares = weights + (1 - weights.sum(1, keepdim=True)) / count  # of the checkpoints, not of their deviations
+    if merges is None or count < 2:
+        return made
+    rows = merges.draw(num, make_rng(seed, "merged")) if shares is None else shares
+    default = (*AFFORDABLE_MERGES, "peft_svd") if is_large(zoo) else merges.methods
+    for name in merges.methods:
+        if name in (default if config.baselines is None else config.baselines):
+            made[name] = [
+                partial(merges.merge, name, row, derive_seed(seed, name, number)) for number, row in enumerate(rows)
+            ]
+    return made
+
+
+def nearest_rows(seen: Tensor, asked: Tensor, own: bool) -> Tensor:
+    """The nearest of ``seen`` for each of ``asked``, ``[W]``; with ``own`` the nearest of another condition."""
+    distance = exact_distances(asked.double(), seen.double())
+    if own:
+        distance[distance == 0] = float("inf")
+    return distance.argmin(1)

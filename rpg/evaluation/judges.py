@@ -92,14 +92,11 @@ class OwnScorer:
         """The function's metrics of a network. Raises InputError if it fails or returns no numbers."""
         if self.takes_path:
             with self._written(network) as path:
-                return self.of_file(path, where, condition)
-        return self._call(dict(network), condition, where)
+                return self.of(path, condition, where)
+        return self.of(dict(network), condition, where)
 
-    def of_file(self, path: Path, where: str, condition: Sequence[float] | None = None) -> Metrics:
-        """The metrics of a file, from a function that takes a path. Raises InputError as a call does."""
-        return self._call(path, condition, where)
-
-    def _call(self, network: Any, condition: Sequence[float] | None, where: str) -> Metrics:
+    def of(self, network: Any, condition: Sequence[float] | None, where: str) -> Metrics:
+        """The metrics of what the function takes, a path or a state dict. Raises InputError as a call does."""
         more = {"condition": condition} if self.takes_condition else {}
         try:
             found = self.function(network, **more)

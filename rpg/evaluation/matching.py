@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rpg.evaluation.permutations import Group, symmetries
-from rpg.evaluation.span import VectorSpace, average
+from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import distances
 from rpg.tasks import Task
 from tokenization.checkpoint.structure import StateDict
@@ -145,7 +145,11 @@ def _units(value: np.ndarray, axis: int, repeat: int) -> np.ndarray:
     return value.reshape(value.shape[0] // repeat, -1)
 
 
-def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
+RUN_SWEEPS = 4
+"""How often every run is matched to the others' mean at most."""
+
+
+def run_orders(measure: Distances) -> dict[int, list[Tensor]]:
     """The order of the hidden units of each run, ``[group]`` permutations each.
 
     The checkpoints of a run keep the order of their units, so that their mean stands for them. All runs are matched to
@@ -153,22 +157,20 @@ def run_orders(measure: Distances, sweeps: int = 4) -> dict[int, list[Tensor]]:
 
     Args:
         measure: the zoo, and its groups of interchangeable units.
-        sweeps: how often every run is matched to the others' mean at most.
     """
-    runs = measure.runs.tolist()
-    centres: dict[int, StateDict] = {
-        run: average([each for each, other in zip(measure.originals, runs, strict=True) if other == run])
-        for run in dict.fromkeys(runs)
-    }
-    matcher = measure.matcher
-    orders: dict[int, list[Tensor]] = {}
-    reference: StateDict = next(iter(centres.values()))
-    for sweep in range(sweeps + 1):
+    span, matcher, orders = measure.span, measure.matcher, dict[int, list[Tensor]]()
+
+    def mean(networks: Sequence[StateDict]) -> dict[str, Tensor]:
+        return {name: torch.stack([each[name].double() for each in networks]).mean(0) for name in matcher.axes}
+
+    centres = {run: mean([span.checkpoints[row].state_dict() for row in rows]) for run, rows in span.members.items()}
+    reference = next(iter(centres.values()))
+    for sweep in range(RUN_SWEEPS + 1):
         changed = False
         for run, centre in centres.items():
             if sweep and len(centres) > 1:
                 others = {other: order for other, order in orders.items() if other != run}
-                reference = average([permute(centres[other], measure.groups, order) for other, order in others.items()])
+                reference = mean([permute(centres[other], measure.groups, order) for other, order in others.items()])
             found = matcher.orders(reference, centre)
             same = run in orders and all(bool((a == b).all()) for a, b in zip(found, orders[run], strict=True))
             orders[run] = found
@@ -192,20 +194,16 @@ def align_zoo(zoo: Zoo, task: Task, target: Path | str) -> Zoo:
         raise InputError(
             f"nothing is known of the symmetries of the networks in {zoo.path}; align a zoo of a known network"
         )
-    originals: Sequence[StateDict] = [zoo.state_dict(index) for index in range(len(zoo))]
-    measure = Distances(originals, [entry.run for entry in zoo.entries], groups)
+    checkpoints = [zoo.checkpoint(index) for index in range(len(zoo))]
+    measure = Distances(ZooSpan(checkpoints, None, [entry.run for entry in zoo.entries], "spread"), groups)
     orders = run_orders(measure)
     require_new_folder(target)
     with atomic_folder(target) as folder:
         aligned = Zoo.create(folder, task=zoo.task, condition=zoo.condition)
-        for entry, original in zip(zoo.entries, originals, strict=True):
+        for entry, original in zip(zoo.entries, checkpoints, strict=True):
+            moved, run = permute(original.state_dict(), measure.groups, orders[entry.run]), entry.run
             aligned.append(
-                permute(original, measure.groups, orders[entry.run]),
-                run=entry.run,
-                step=entry.step,
-                condition=entry.condition,
-                metrics=entry.metrics,
-                split=entry.split,
+                moved, run=run, step=entry.step, condition=entry.condition, metrics=entry.metrics, split=entry.split
             )
     return Zoo.open(target)
 
@@ -215,55 +213,62 @@ ROWS = 16
 
 
 class Distances:
-    """Distances of networks to the originals of a zoo, plain and after matching.
+    """Distances of networks to the originals of a zoo after matching.
+
+    Checkpoints of a run keep the order of their units, so that a network is matched to one checkpoint of each run and
+    the order found serves them all.
 
     Args:
-        runs: which training run each is of. Checkpoints of a run keep the order of their units, so that a network is
-            matched to one checkpoint of each run and the order found serves them all.
+        span: the zoo, in which values count by their layer's spread; one that is held, except for `run_orders`.
         groups: from ``permutation_groups``.
     """
 
-    def __init__(self, originals: Sequence[StateDict], runs: Sequence[int], groups: Sequence[Group]) -> None:
-        self.originals, self.runs = list(originals), torch.as_tensor(list(runs))
-        self.space = VectorSpace(originals)
-        vectors = self.space.flatten(originals)
-        self.scale = self.space.layer_scale(vectors)
-        self.zoo = vectors / self.scale
-        scales = {slot.name: float(self.scale[slot.start]) for slot in self.space.slots}
+    def __init__(self, span: ZooSpan, groups: Sequence[Group]) -> None:
+        self.span = span
         # a group counts only where what it permutes varies in the zoo
-        self.groups = [group for group in groups if any(member.tensor in scales for member in group.members)]
-        self.matcher = Matcher(self.groups, {**self._fixed_scales(), **scales})
+        self.groups = [group for group in groups if any(member.tensor in span.scales for member in group.members)]
+        # what no network changes weighs next to nothing: a unit order that only such tensors contradict is free
+        first = span.checkpoints[0].load()
+        fixed = {m.tensor: 1e3 * float(first[m.tensor].abs().max() + 1e-12) for g in self.groups for m in g.members}
+        self.matcher = Matcher(self.groups, {**fixed, **span.scales})
 
-    def _fixed_scales(self) -> dict[str, float]:
-        """Tensors that no network changes weigh next to nothing: a unit order that only they contradict is free."""
-        first = self.originals[0]
-        return {m.tensor: 1e3 * float(first[m.tensor].abs().max() + 1e-12) for g in self.groups for m in g.members}
+    @cached_property
+    def zoo(self) -> Tensor:
+        """The originals' values over their layer's scale, ``[n, V]``."""
+        return torch.cat([self.span.held[name] / scale for name, scale in self.span.scales.items()], 1)
 
-    def vectors(self, networks: Sequence[StateDict]) -> Tensor:
-        """Normalised values ``[num, V]``."""
-        return self.space.flatten(networks) / self.scale
+    @cached_property
+    def _references(self) -> list[StateDict]:
+        """The first original of each run."""
+        return [self.span.checkpoints[rows[0]].load() for rows in self.span.members.values()]
 
     def plain(self, networks: Sequence[StateDict]) -> Tensor:
-        """``[num, K]``."""
+        """Distances without matching, ``[N, n]``."""
         return distances(self.vectors(networks), self.zoo)
 
+    def vectors(self, networks: Sequence[StateDict]) -> Tensor:
+        """Networks' values over their layer's scale, ``[N, V]``; no mean is taken off: it has an order of its own."""
+        scales = self.span.scales
+        return torch.stack(
+            [torch.cat([each[n].detach().flatten().float() / s for n, s in scales.items()]) for each in networks]
+        )
+
     def matched(self, networks: Sequence[StateDict], plain: Tensor) -> Tensor:
-        """``[num, K]``, never more than ``plain``."""
+        """``[N, n]``, never more than ``plain``."""
         if not self.groups:
             return plain
-        result = plain.clone()
+        result, runs = plain.clone(), list(self.span.members.values())
         finite = torch.isfinite(plain).all(1)
-        runs = self.runs.unique().tolist()
-        bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo) if len(runs) > 1 else plain
-        for run in runs:
-            members = (self.runs == run).nonzero()[:, 0]
-            zoo, wanted = self.zoo, finite
+        if len(runs) > 1:
+            bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo)
+        for reference, members in zip(self._references, runs, strict=True):
+            wanted = finite
             if len(runs) > 1:  # leave out where no order of the units can bring it nearer than another original is
-                zoo, wanted = zoo[members], finite & (bounds[:, members] < result.amin(1, keepdim=True)).any(1)
-            for rows in wanted.nonzero()[:, 0].split(ROWS):
-                aligned = self.matcher.match_all(self.originals[int(members[0])], [networks[int(i)] for i in rows])
-                place = rows[:, None], members[None]
-                result[place] = torch.minimum(result[place], distances(self.vectors(aligned), zoo))
+                wanted = finite & (bounds[:, members] < result.amin(1, keepdim=True)).any(1)
+            for rows in wanted.nonzero()[:, 0].split(ROWS) if bool(wanted.any()) else ():
+                aligned = self.matcher.match_all(reference, [networks[int(i)] for i in rows])
+                place = rows[:, None], torch.tensor(members)[None]
+                result[place] = torch.minimum(result[place], distances(self.vectors(aligned), self.zoo[members]))
         return result
 
     @cached_property
@@ -272,24 +277,16 @@ class Distances:
 
     def _sorted(self, vectors: Tensor) -> Tensor:
         """Every layer's values in ascending order: their distance is a lower bound for any permutation."""
-        return torch.cat([vectors[:, slot.start : slot.stop].sort(1).values for slot in self.space.slots], 1)
+        sizes = [len(self.span.means[name]) for name in self.span.scales]
+        return torch.cat([layer.sort(1).values for layer in vectors.split(sizes, 1)], 1)
 
     def unit(self) -> float:
         """Median distance of an original to its nearest neighbour, after matching."""
         chosen = torch.linspace(0, len(self.zoo) - 1, min(len(self.zoo), 64)).round().long().unique()
-        networks = [self.originals[int(index)] for index in chosen]
+        own = torch.arange(len(chosen)), chosen
         among = distances(self.zoo[chosen], self.zoo)
-        among[torch.arange(len(chosen)), chosen] = float("inf")
-        nearest = torch.stack([among[:, self.runs == run].amin(1) for run in self.runs.unique().tolist()]).T
-        lonely = torch.tensor([int((self.runs == self.runs[int(i)]).sum()) == 1 for i in chosen])
-        if bool(lonely.any()) and self.groups:  # runs of one checkpoint: their neighbours are of other runs
-            plain = self.plain(networks)
-            plain[torch.arange(len(chosen)), chosen] = 1e30
-            return self.matched_without_self(networks, plain, chosen).amin(1).median().item()
-        return nearest.amin(1).median().item()
-
-    def matched_without_self(self, networks: Sequence[StateDict], plain: Tensor, own: Tensor) -> Tensor:
-        """``matched`` of originals, their own place left out."""
-        result = self.matched(networks, plain)
-        result[torch.arange(len(own)), own] = float("inf")
-        return result
+        if any(len(members) == 1 for members in self.span.members.values()):  # their neighbours are of other runs
+            among[own] = 1e30  # an infinite one would not be matched
+            among = self.matched([self.span.checkpoints[index].load() for index in chosen.tolist()], among)
+        among[own] = float("inf")
+        return among.amin(1).median().item()

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from rpg.config import EvaluateConfig
-from rpg.evaluation.combinations import Combination, Maker, combine, make_baselines
-from rpg.evaluation.conditional import Conditions, conditional_baselines
+from rpg.evaluation.combinations import Combination, Conditions, Maker, combine, conditional_baselines, make_baselines
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
+from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class Options:
         seed: decides the baselines' draws and the bootstrap.
         merges: merges the zoo's networks, or its adapters as PEFT does; none are merged when None.
         matching: matches hidden units; they stay unmatched when None.
-        train: trains some of the baselines, by name, for the control.
+        train: trains the baselines of `START_NAMES`, by name, for the control.
     """
 
     lower: Collection[str] = ()
@@ -116,11 +116,8 @@ class Evaluation:
         workers: Workers | None = None,
     ) -> None:
         self.scorer, self.zoo, self.config = scorer, zoo, config
-        self.conditions, self.options, self.workers = (
-            conditions or Conditions(),
-            options or Options(),
-            workers or Workers(),
-        )
+        self.conditions, self.options = conditions or Conditions(), options or Options()
+        self.workers = workers or Workers()
         self.kinds: dict[str, _Kind] = {}
         self.notes: list[str] = []
         self.seconds: float | None = None
@@ -225,7 +222,8 @@ class Evaluation:
         given = self.zoo, self.conditions, options.merges, self.config, num, options.seed
         every: dict[str, Sequence[Combination | Maker]] = {**conditional_baselines(*given), **made}
         if options.train is not None:
-            ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in made.items()}
+            starts = {name: batch for name, batch in made.items() if name in START_NAMES}
+            ready = {name: [combine(self.zoo, each) for each in batch] for name, batch in starts.items()}
             for name, batch in options.train(ready).items():
                 every[name] = [partial(dict, network) for network in batch]
         return every
@@ -352,5 +350,5 @@ class Evaluation:
         right = [each.answer.metrics["accuracy"] for each in kind.seen if "accuracy" in each.answer.metrics]
         accuracy = sum(right) / len(right) if right else None
         if (span := measure_span(self.zoo, places, self.asked, accuracy)) is not None:
-            found["span"] = span.model_dump()
+            found["span"] = span
         return found

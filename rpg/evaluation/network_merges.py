@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,32 +31,15 @@ NUM_MADE = 12
 """Networks of a kind at most where they are drawn at random: merges of one run differ little."""
 
 
-class Merges(Protocol):
-    """Makes one network of a few of a zoo, by several methods."""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods there are."""
-
-    def draw(self, num: int, generator: torch.Generator) -> Tensor:
-        """Shares of the zoo's networks in ``num`` merged ones, drawn at random: float64 ``[num, n]``."""
-
-    def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
-        """The network that ``method`` makes of those with the largest shares."""
-
-
 class NetworkMerges:
     """Merges checkpoints of one structure, a tensor at a time, read from their memory maps.
 
     Args:
         runs: which run each is of; all of one when None.
-        base: what all of them began with; the mean of the run that they are of when None.
     """
 
-    def __init__(
-        self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None, base: StateDict | None = None
-    ) -> None:
-        self.networks, self.base = list(networks), base
+    def __init__(self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None) -> None:
+        self.networks = list(networks)
         self.runs = [0] * len(self.networks) if runs is None else list(runs)
 
     @property
@@ -73,10 +56,10 @@ class NetworkMerges:
 
         Args:
             shares: of all networks, ``[n]``; those that count are scaled to add up to 1.
-            base: in place of that of all.
+            base: what they began with; the mean of the run that they are of when None.
         """
         rows, weights = chosen_of(shares)
-        base, first = base or self.base, self.networks[0]
+        first = self.networks[0]
         read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
         stored: dict[str, Tensor] = {}
         for name, info in first.tensors.items():
@@ -253,3 +236,7 @@ class PeftMerges:
                 model.add_adapter(str(number), config)
             self._models[key] = model, base.layer
         return self._models[key]
+
+
+Merges = NetworkMerges | PeftMerges
+"""Makes one network of a few of a zoo, by several methods."""

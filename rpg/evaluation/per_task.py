@@ -5,15 +5,15 @@ T tasks, R networks or draws of each, C classes, B images, P values."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.evaluation.report import Networks, Summary, networks, summarize
+from rpg.evaluation.report import Networks, networks, summarize
 from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.two_sample import (
     coverage,
@@ -24,34 +24,9 @@ from rpg.evaluation.two_sample import (
     sets_of_networks,
 )
 from rpg.evaluation.workers import Workers
-from rpg.section import Section
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from tokenization.checkpoint.progress import steps
-
-
-class TaskSamples(Section):
-    """The networks of one method."""
-
-    error_iou: float = Field(description="overlap of the wrong answers of two networks for one task, mean")
-    accuracy: Summary = Field(description="over all networks")
-    nearest_neighbour_accuracy: float | None = Field(
-        description="1-NNA of a task's networks beside its originals, in class probabilities, mean; 0.5 is perfect"
-    )
-    coverage: float | None = Field(
-        None, description="share of a task's originals that are the nearest of one of its networks, mean"
-    )
-    nearest: float | None = Field(
-        None, description="distance in class probabilities to the nearest original of the task, mean"
-    )
-
-
-class PerTask(Section):
-    """Several networks for each of some tasks, by method; the original networks among them."""
-
-    num_tasks: int
-    networks_per_task: int
-    methods: dict[str, TaskSamples]
 
 
 def rows_of_tasks(bits: Tensor) -> Tensor | None:
@@ -69,7 +44,7 @@ def rows_of_tasks(bits: Tensor) -> Tensor | None:
 
 def measure_per_task(
     task: ImageTaskFamily, probabilities: Mapping[str, Tensor], bits: Tensor, split: str = "test", seed: int = 0
-) -> PerTask | None:
+) -> dict[str, Any] | None:
     """Compare a task's networks with its originals.
 
     Args:
@@ -77,21 +52,28 @@ def measure_per_task(
         bits: of each network's task, ``[N, C]``.
 
     Returns:
-        None where no task has several originals.
+        ``num_tasks``, ``networks_per_task``, and of each of ``methods``, as means over tasks, ``error_iou`` (overlap
+        of the wrong answers of two networks for one task), ``accuracy`` (its summary over all networks), and of all but
+        originals the figures of `beside_originals`. None where no task has several originals.
     """
     rows = rows_of_tasks(bits)
     if rows is None:
         return None
     targets = task.targets(bits[rows[:, 0]], split)  # [T, B]
-    of_tasks = {name: each[rows] for name, each in probabilities.items()}  # [T, R, B, 2]
-    return PerTask(
-        num_tasks=len(rows),
-        networks_per_task=rows.shape[1],
-        methods={
-            name: _samples(each, of_tasks["original"] if name != "original" else None, targets, seed)
-            for name, each in of_tasks.items()
-        },
-    )
+    originals = list(map(function_vectors, probabilities["original"][rows]))
+    methods: dict[str, dict[str, Any]] = {}
+    for name, each in probabilities.items():
+        answers = each[rows].argmax(-1)  # [T, R, B]
+        overlaps = torch.stack([_mean_overlap(own, right) for own, right in zip(answers, targets, strict=True)])
+        accuracies = (answers == targets[:, None]).double().mean(-1)  # [T, R]
+        made = map(function_vectors, each[rows])
+        found = [beside_originals(*pair) for pair in zip(made, originals, strict=True)]
+        methods[name] = {
+            "error_iou": overlaps.mean().item(),
+            "accuracy": summarize(accuracies.flatten(), seed).model_dump(mode="json"),
+            **{key: None if name == "original" else statistics.fmean(f[key] for f in found) for key in found[0]},
+        }
+    return {"num_tasks": len(rows), "networks_per_task": rows.shape[1], "methods": methods}
 
 
 def scores_of_sets(
@@ -107,30 +89,15 @@ def scores_of_sets(
     return {name: sets_of_networks(each[rows], targets).joint for name, each in probabilities.items()}
 
 
-def _samples(probabilities: Tensor, originals: Tensor | None, targets: Tensor, seed: int) -> TaskSamples:
-    answers = probabilities.argmax(-1)  # [T, R, B]
-    accuracies = (answers == targets[:, None]).double().mean(-1)  # [T, R]
-    overlaps = torch.stack([_mean_overlap(own, right) for own, right in zip(answers, targets, strict=True)])
-    beside: dict[str, float] = {}
-    if originals is not None:
-        pairs = zip(map(function_vectors, probabilities), map(function_vectors, originals), strict=True)
-        found = [_beside(made, own) for made, own in pairs]
-        beside = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
-    return TaskSamples(
-        error_iou=overlaps.mean().item(),
-        accuracy=summarize(accuracies.flatten(), seed),
-        nearest_neighbour_accuracy=beside.pop("nearest_neighbour_accuracy", None),
-        **beside,
-    )
+def beside_originals(made: Tensor, originals: Tensor) -> dict[str, float]:
+    """How vectors ``[R, F]`` of a task's networks lie beside those of its originals ``[R, F]``.
 
-
-def _beside(made: Tensor, originals: Tensor) -> dict[str, float]:
-    """How vectors ``[R, F]`` of a task's networks lie beside those of its originals ``[R, F]``."""
-    between = distances(made, originals)
+    ``nearest_neighbour_accuracy`` (1-NNA; 0.5 is perfect), ``coverage`` (share of the originals that are the nearest of
+    one of the networks) and ``nearest`` (mean distance to the nearest original), all in class probabilities.
+    """
+    between, own, theirs = distances(made, originals), distances(made, made), distances(originals, originals)
     return {
-        "nearest_neighbour_accuracy": nearest_neighbour_accuracy(
-            distances(made, made), distances(originals, originals), between
-        ),
+        "nearest_neighbour_accuracy": nearest_neighbour_accuracy(own, theirs, between),
         "coverage": coverage(between),
         "nearest": between.amin(1).mean().item(),
     }
@@ -143,27 +110,15 @@ def _mean_overlap(answers: Tensor, targets: Tensor) -> Tensor:
     return (overlap.sum() - overlap.diagonal().sum()) / (num * (num - 1))
 
 
-class Diversity(Section):
-    """Several networks generated for one task: what sampling adds."""
-
-    num_tasks: int
-    networks_per_task: int
-    disagreement: float
-    mean_accuracy: float
-    ensemble_accuracy: float
-    weight_spread: float
-
-
 def measure_diversity(
     task: ImageTaskFamily,
     draws: Sequence[Parts],
     bits: Tensor,
     originals_spread: float,
-    split: str = "test",
     workers: Workers | None = None,
     rows: Sequence[int] | None = None,
-) -> Diversity:
-    """How several networks for one task differ, and what their vote gains.
+) -> dict[str, Any]:
+    """How several networks for one task differ on test images, and what their vote gains: by name, as reports have it.
 
     Args:
         draws: R times networks for the same T tasks, in the same parts.
@@ -174,7 +129,7 @@ def measure_diversity(
     workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
     own: list[tuple[Tensor, float, int]] = []
     for parts in steps("generating several networks a task", zip(*draws, strict=True)):
-        made = torch.stack([task.probabilities(each, split) for each in parts])
+        made = torch.stack([task.probabilities(each, "test") for each in parts])
         for number in range(made.shape[1]):
             deviations = [torch.stack([each[name][number] for each in parts]).double().std(0) for name in parts[0]]
             square = sum(each.square().sum().item() for each in deviations)
@@ -183,22 +138,24 @@ def measure_diversity(
     squares, count = sum(all_squares), sum(counts)
     probabilities = torch.stack(every, 1)  # [R, T, images, 2]
     answers = probabilities.argmax(-1)
-    targets = task.targets(bits, split)
+    targets = task.targets(bits, "test")
     pairs = [(a, b) for a in range(len(draws)) for b in range(a)]
-    return Diversity(
-        num_tasks=len(bits),
-        networks_per_task=len(draws),
-        disagreement=sum((answers[a] != answers[b]).double().mean().item() for a, b in pairs) / len(pairs),
-        mean_accuracy=(answers == targets).double().mean().item(),
-        ensemble_accuracy=(probabilities.mean(0).argmax(-1) == targets).double().mean().item(),
-        weight_spread=(squares / count) ** 0.5 / originals_spread,
-    )
+    return {
+        "num_tasks": len(bits),
+        "networks_per_task": len(draws),
+        "disagreement": sum((answers[a] != answers[b]).double().mean().item() for a, b in pairs) / len(pairs),
+        "mean_accuracy": (answers == targets).double().mean().item(),
+        "ensemble_accuracy": (probabilities.mean(0).argmax(-1) == targets).double().mean().item(),
+        "weight_spread": (squares / count) ** 0.5 / originals_spread,
+    }
 
 
 NUM_WORST = 5
 
 METHODS = ("original", "generated", "kernel_ridge")
 """Those of which more than metrics is kept."""
+
+KEPT = "probabilities"
 
 
 @dataclass(frozen=True)
@@ -260,7 +217,7 @@ class SplitScores:
 
     bits: Tensor
     hamming_to_seen: Tensor
-    metrics: dict[str, Mapping[str, Tensor]]
+    metrics: dict[str, dict[str, Tensor]]
     probabilities: dict[str, Tensor]
 
     def first(self, method: str) -> Tensor:
@@ -300,26 +257,18 @@ def score_split(
     own = bits[list(rows)]
     named = steps("scoring tasks", list(networks), after=0)
     scores = {name: score_method(task, networks[name], own, split, name in METHODS) for name in named}
-    found = workers.collect(rows, [_row(scores, number) for number in range(len(rows))], len(bits))
-    metrics: dict[str, Mapping[str, Tensor]] = {}
-    kept: dict[str, Tensor] = {}
-    for name, (first, held) in found[0].items():
-        every = [row[name][0] for row in found]
-        metrics[name] = {each: torch.stack([metric[each] for metric in every]) for each in first}
-        if held is not None:
-            kept[name] = torch.stack([row[name][1] for row in found])
+    tensors = {(name, metric): values for name, each in scores.items() for metric, values in each.metrics.items()}
+    tensors |= {(name, KEPT): each.probabilities for name, each in scores.items() if each.probabilities is not None}
+    mine = [{key: value[number].clone() for key, value in tensors.items()} for number in range(len(rows))]
+    found = workers.collect(rows, mine, len(bits))
+    metrics, kept = dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+    for name, metric in found[0]:
+        joined = torch.stack([row[name, metric] for row in found])
+        if metric == KEPT:
+            kept[name] = joined
+        else:
+            metrics.setdefault(name, {})[metric] = joined
     return SplitScores(bits, hamming_to_nearest(bits, seen)[0], metrics, kept)
-
-
-def _row(scores: Mapping[str, MethodScores], number: int) -> dict[str, tuple[dict[str, Tensor], Any]]:
-    """One task's metrics and kept probabilities, by method."""
-    return {
-        name: (
-            {metric: values[number].clone() for metric, values in each.metrics.items()},
-            None if each.probabilities is None else each.probabilities[number].clone(),
-        )
-        for name, each in scores.items()
-    }
 
 
 def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:

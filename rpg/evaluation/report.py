@@ -115,8 +115,7 @@ class Networks(Section):
     novel_ci95: tuple[tuple[float, float], ...] = Field((), description="95 % bootstrap interval of each")
     components: tuple[tuple[float, float], ...] = Field((), description="place in the zoo's two principal components")
     joint: dict[str, dict[int, float]] = Field(
-        {},
-        description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks",
+        {}, description="metrics of sets of networks, for example a vote's accuracy, by the number M of networks"
     )
     extras: dict[str, Any] = Field({}, description="metrics of the kind as a whole, for example one_nna")
 
@@ -200,7 +199,39 @@ class Report(Section):
     @property
     def verdict(self) -> str:
         """The result in one sentence, good or bad."""
-        return verdict_of(self)
+        first, rivals = self.first, self.rivals()
+        best = next(iter(rivals), None)
+        original, own = self.mean("original"), self.mean("generated")
+        words = first.replace("_", " ")
+        if own is None and not first:
+            middle = nearest_of(self.kinds["generated"])
+            if middle is None:
+                return "Nothing scores these networks; the table holds distances alone."
+            return (
+                f"Nothing scores these networks; generated ones lie {middle:.2g} nearest-neighbour distances from the "
+                "originals (median)."
+            )
+        if own is None:
+            if best is None or original is None:
+                return "There is nothing to compare with."
+            beside = f"the best baseline, {self.label(best)}, {shown(rivals[best], first)}"
+            return f"Originals have {words} {shown(original, first)}, {beside}."
+        said = f"Generated networks have {words} {shown(own, first)}"
+        beside = "those trained for the sensor" if self.experiment in OF_SENSORS else "originals"
+        said += f", {beside} {shown(original, first)}" if original is not None else ""
+        if best is not None:
+            ahead = self.sign * (own - rivals[best])
+            how = "better than" if ahead > 0 else "as good as" if ahead == 0 else "worse than"
+            said += f"; they are {how} the best simple baseline, {self.label(best)} ({shown(rivals[best], first)})"
+        generated = self.kinds["generated"]
+        if generated.novel and self.taus:
+            place = min(range(len(self.taus)), key=lambda i: abs(self.taus[i] - 2))
+            shares = {name: each.novel[place] for name, each in self.kinds.items() if name in rivals and each.novel}
+            said += f"; at τ = {self.taus[place]:g}, {100 * generated.novel[place]:.0f} % are new and good"
+            if shares:
+                top = max(shares, key=shares.__getitem__)
+                said += f" ({self.label(top)}: {100 * shares[top]:.0f} %)"
+        return said + "."
 
     def to_frame(self) -> Any:
         """Kind, metrics and distances of each network, a row each, in pandas. Raises InputError if that is missing."""
@@ -308,40 +339,3 @@ def shown(value: float | None, metric: str = "") -> str:
     if value is None:
         return ""
     return f"{100 * value:.1f} %" if PERCENT.search(metric) else f"{value:.4g}"
-
-
-def verdict_of(report: Report) -> str:
-    """The result in one sentence."""
-    first, rivals = report.first, report.rivals()
-    best = next(iter(rivals), None)
-    original, own = report.mean("original"), report.mean("generated")
-    words = first.replace("_", " ")
-    if own is None and not first:
-        middle = nearest_of(report.kinds["generated"])
-        if middle is None:
-            return "Nothing scores these networks; the table holds distances alone."
-        return (
-            f"Nothing scores these networks; generated ones lie {middle:.2g} nearest-neighbour distances from the "
-            "originals (median)."
-        )
-    if own is None:
-        if best is None or original is None:
-            return "There is nothing to compare with."
-        beside = f"the best baseline, {report.label(best)}, {shown(rivals[best], first)}"
-        return f"Originals have {words} {shown(original, first)}, {beside}."
-    said = f"Generated networks have {words} {shown(own, first)}"
-    beside = "those trained for the sensor" if report.experiment in OF_SENSORS else "originals"
-    said += f", {beside} {shown(original, first)}" if original is not None else ""
-    if best is not None:
-        ahead = report.sign * (own - rivals[best])
-        how = "better than" if ahead > 0 else "as good as" if ahead == 0 else "worse than"
-        said += f"; they are {how} the best simple baseline, {report.label(best)} ({shown(rivals[best], first)})"
-    generated = report.kinds["generated"]
-    if generated.novel and report.taus:
-        place = min(range(len(report.taus)), key=lambda i: abs(report.taus[i] - 2))
-        shares = {name: each.novel[place] for name, each in report.kinds.items() if name in rivals and each.novel}
-        said += f"; at τ = {report.taus[place]:g}, {100 * generated.novel[place]:.0f} % are new and good"
-        if shares:
-            top = max(shares, key=shares.__getitem__)
-            said += f" ({report.label(top)}: {100 * shares[top]:.0f} %)"
-    return said + "."

@@ -1,4 +1,4 @@
-"""Where networks lie relative to a zoo's checkpoints, and small networks as flat vectors of the values that vary.
+"""Where networks lie relative to a zoo's checkpoints, and stacked networks as flat vectors.
 
 Values count in units of their layer's root mean square deviation from the zoo's mean. Everything asked of a network
 follows from its deviation's square and its inner products with the checkpoints' deviations, computed one tensor at a
@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rpg.section import Section
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
-from tokenization.checkpoint.tensor_file import find_ties
-from tokenization.errors import InputError
 
 BLOCK = 1 << 16
 """Values of each checkpoint that are looked at together."""
@@ -34,15 +30,6 @@ TWINS = 1e-6
 
 HELD_VALUES = 1 << 26
 """Values of all checkpoints together up to which they are held in memory."""
-
-
-class Span(Section):
-    """Generated networks beside the checkpoints that they were asked to be (stored permutation states)."""
-
-    cosine: float = Field(description="of the deviation from the zoo's mean with the asked checkpoint's, mean")
-    spread: float = Field(description="mean squared deviation from the zoo's mean, generated over asked")
-    accuracy: float | None = Field(None, description="mean accuracy; None where it was not asked for")
-    num: int = Field(description="networks that were measured")
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class ZooSpan:
 
     Args:
         checkpoints: the zoo, at least one, read from their memory maps.
-        names: tensors that count, floating-point ones.
+        names: floating-point tensors that count; all that averages are of use of when None.
         runs: which training run each checkpoint is of; all of one when None.
         by: what tensors are divided by: their root mean square ``deviation`` from the zoo's mean, or the ``spread`` of
             their values, by which hidden units are matched.
@@ -88,11 +75,13 @@ class ZooSpan:
     def __init__(
         self,
         checkpoints: Sequence[Checkpoint],
-        names: Sequence[str],
+        names: Sequence[str] | None = None,
         runs: Sequence[int] | None = None,
         by: Literal["deviation", "spread"] = "deviation",
     ) -> None:
         self.checkpoints = list(checkpoints)
+        if names is None:
+            names = [name for name, info in self.checkpoints[0].tensors.items() if info.averaged]
         self.members: dict[int, list[int]] = {}
         for place, run in enumerate(runs or [0] * len(self.checkpoints)):
             self.members.setdefault(run, []).append(place)
@@ -227,14 +216,16 @@ class ZooSpan:
 
 def measure_span(
     zoo: ZooSpan, projections: Projections, asked: Sequence[int], accuracy: float | None = None
-) -> Span | None:
+) -> dict[str, float | None] | None:
     """How near networks are to the checkpoints that they were asked to be, and whether they spread as much.
 
     Args:
         asked: the place in the zoo of the checkpoint that each was asked to be.
 
     Returns:
-        None where the zoo has no spread, nothing was asked, or a network has values that are not finite.
+        ``cosine`` of a deviation from the zoo's mean with the asked checkpoint's, mean; ``spread``, the mean squared
+        deviation, generated over asked; ``accuracy`` as it was given; ``num`` networks that were measured. None where
+        the zoo has no spread, nothing was asked, or a network has values that are not finite.
     """
     if not len(asked) or not zoo.mean_square > 0:
         return None
@@ -245,7 +236,7 @@ def measure_span(
     cosine, spread = cosines.mean().item(), (projections.squares.sum() / squares.sum()).item()
     if not (math.isfinite(cosine) and math.isfinite(spread)):  # JSON has no NaN
         return None
-    return Span(cosine=cosine, spread=spread, accuracy=accuracy, num=len(asked))
+    return {"cosine": cosine, "spread": spread, "accuracy": accuracy, "num": len(asked)}
 
 
 def _products(first: Tensor, second: Tensor) -> Tensor:
@@ -253,30 +244,15 @@ def _products(first: Tensor, second: Tensor) -> Tensor:
     return first.double() @ second.double().T
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies in the flat vector."""
-
-    name: str
-    start: int
-    stop: int
-
-
 class FlatSpace:
     """Stacked weights of T networks as vectors ``[T, P]`` and back.
 
     Args:
         like: tensors ``[T, *shape]`` by name, for any T.
-
-    Attributes:
-        slots: where each tensor lies.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
         self.shapes = {name: value.shape[1:] for name, value in like.items()}
-        stops = itertools.accumulate(shape.numel() for shape in self.shapes.values())
-        self.slots = [Slot(n, stop - s.numel(), stop) for (n, s), stop in zip(self.shapes.items(), stops, strict=True)]
-        self.size = self.slots[-1].stop if self.slots else 0
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """``[T, P]``."""
@@ -284,79 +260,5 @@ class FlatSpace:
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Stacked weights that share the vectors' memory."""
-        return {
-            slot.name: vectors[:, slot.start : slot.stop].reshape(-1, *self.shapes[slot.name]) for slot in self.slots
-        }
-
-
-class VectorSpace:
-    """The values that a zoo's networks differ in, as one float32 vector per network.
-
-    Everything else is copied from the first network: integer tensors, single values, and tensors that are bit for
-    bit the same in all networks (frozen layers, fixed buffers). Of tensors that share memory (tied weights) the first
-    name holds the values and the others stay tied to it. With a single network nothing can be told constant, so that
-    all its floating-point tensors vary.
-
-    All networks are held in memory at once, which suits networks of up to some million values.
-    """
-
-    def __init__(self, state_dicts: Sequence[StateDict]) -> None:
-        if not state_dicts:
-            raise InputError("there are no networks to make vectors of; give at least one")
-        self.first = state_dicts[0]
-        self.ties = find_ties(self.first)
-        varying = {
-            name: tensor[None]
-            for name, tensor in self.first.items()
-            if name not in self.ties and tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()
-            if len(state_dicts) == 1 or any(not torch.equal(tensor, other[name]) for other in state_dicts[1:])
-        }
-        self.flat = FlatSpace(varying)
-        self.slots, self.size = self.flat.slots, self.flat.size
-        self.floors = {
-            name: min(float(other[name].min()) for other in state_dicts)
-            for name in varying
-            if name.endswith("running_var")
-        }
-
-    def flatten(self, state_dicts: Sequence[StateDict]) -> Tensor:
-        """Copy networks into float32 [num, values]."""
-        vectors = torch.empty(len(state_dicts), self.size)
-        for row, state_dict in zip(vectors, state_dicts, strict=True):
-            for slot in self.slots:
-                row[slot.start : slot.stop] = state_dict[slot.name].reshape(-1)
-        return vectors
-
-    def unflatten(self, vectors: Tensor) -> list[dict[str, Tensor]]:
-        """Make networks of [num, values]; none shares memory with the zoo or with another.
-
-        A batch-norm variance below the zoo's smallest is raised to it: a negative one would make the network NaN and
-        a baseline look worse than its idea is.
-        """
-        return [self._network(self.flat.unflatten(vector[None])) for vector in vectors]
-
-    def _network(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        network: dict[str, Tensor] = {}
-        for name, like in self.first.items():
-            if name in self.ties:
-                network[name] = network[self.ties[name]]
-            elif name in values:
-                value = values[name][0]
-                value = value.clamp(min=self.floors[name]) if name in self.floors else value
-                network[name] = value.to(like.dtype, copy=True)
-            else:
-                network[name] = like.detach().clone()
-        return network
-
-    def layer_scale(self, vectors: Tensor) -> Tensor:
-        """Standard deviation of each layer's values over all networks, [num, values] → [values]; at least 1e-12."""
-        scale = torch.empty(self.size)
-        for slot in self.slots:
-            scale[slot.start : slot.stop] = vectors[:, slot.start : slot.stop].std(correction=0)
-        return scale.clamp(min=1e-12)
-
-
-def average(state_dicts: Sequence[StateDict]) -> dict[str, Tensor]:
-    """The average of all weights, summed in float64: p-diff (arXiv 2402.13144) calls it "ensemble", others a soup."""
-    space = VectorSpace(state_dicts)
-    return space.unflatten(space.flatten(state_dicts).mean(0, dtype=torch.float64).float()[None])[0]
+        parts = vectors.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}

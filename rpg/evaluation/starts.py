@@ -22,10 +22,16 @@ from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
+LEARNING_RATE, IMAGES, IMAGES_CHOSEN_BY = 1e-2, 64, 200
+"""Of fine-tuning: Adam's rate, and images of a step; images that a specialist is chosen by."""
+
+INNER_STEPS, INNER_IMAGES = 10, 32
+"""Steps of each task in a step of meta-learning, and their images."""
+
 
 def fine_tuning(
-    task: Any, starts: Mapping[str, Stacked], conditions: Tensor, marks: Sequence[int], *,
-    learning_rate: float = 1e-2, images: int = 64, split: str = "test", seed: int = 0,
+    task: Any, starts: Mapping[str, Stacked], conditions: Tensor, marks: Sequence[int], *, split: str = "test",
+    seed: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Accuracy ``[N, T]`` after so many steps of Adam on all training images, by start.
 
@@ -33,13 +39,12 @@ def fine_tuning(
         task: trains and scores many networks at once: ``behaviour_losses`` and ``accuracies``.
         starts: by name, a network for each task.
         conditions: the tasks ``[T, C]``.
-        marks: numbers of steps, ascending; 0 is the start itself.
-        images: of a step; all networks see the same.
+        marks: numbers of steps, ascending; 0 is the start itself. All networks see the same images.
     """
     num, every = len(conditions), conditions.repeat(len(starts), 1)
     joined = join_stacked(list(starts.values()))
     weights = {name: value.clone().requires_grad_() for name, value in joined.items()}
-    optimizer = torch.optim.Adam(list(weights.values()), learning_rate, fused=True)
+    optimizer = torch.optim.Adam(list(weights.values()), LEARNING_RATE, fused=True)
     rng, found = make_rng(seed, "fine-tuning"), []
     for step in steps("fine-tuning starts", range(max(marks) + 1)):
         if step in marks:
@@ -47,42 +52,40 @@ def fine_tuning(
             found.append(task.accuracies(now, every, split).view(len(starts), num))
         if step < max(marks):
             optimizer.zero_grad()
-            task.behaviour_losses(weights, every, images, rng).sum().backward()
+            task.behaviour_losses(weights, every, IMAGES, rng).sum().backward()
             optimizer.step()
     return dict(zip(starts, torch.stack(found, 1), strict=True))
 
 
-def best_of(task: Any, networks: Stacked, conditions: Tensor, images: int = 200, seed: int = 0) -> Tensor:
+def best_of(task: Any, networks: Stacked, conditions: Tensor, seed: int = 0) -> Tensor:
     """For each task ``[T, C]`` the network with the least loss on its training images, ``[T]`` long."""
     num = len(next(iter(networks.values())))
     losses = [
-        task.behaviour_losses(networks, each.expand(num, -1), images, make_rng(seed, "best of"))
+        task.behaviour_losses(networks, each.expand(num, -1), IMAGES_CHOSEN_BY, make_rng(seed, "best of"))
         for each in steps("choosing specialists", conditions)
     ]
     return torch.stack(losses).argmin(1)
 
 
 def reptile(
-    task: Any, start: Mapping[str, Tensor], conditions: Tensor, num_steps: int, *,
-    inner_steps: int = 10, learning_rate: float = 1e-2, tasks: int = 20, images: int = 32, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+    task: Any, start: Mapping[str, Tensor], conditions: Tensor, num_steps: int, *, tasks: int = 20, seed: int = 0
+) -> dict[str, Tensor]:
     """Weights from which tasks are learned fast (Reptile, arXiv 1803.02999), meta-learned on ``conditions``.
 
     Args:
         task: as `fine_tuning` takes it.
         conditions: the tasks to learn from ``[T, C]``.
-        num_steps: outer steps; their size falls from 1 to 0.
-        inner_steps, learning_rate: Adam without momentum for each task, as in the paper.
-        tasks, images: of each outer and each inner step.
+        num_steps: outer steps; their size falls from 1 to 0. Inner ones take Adam without momentum, as in the paper.
+        tasks: of each outer step.
     """
     rng, mean = make_rng(seed, "reptile"), {name: value.clone() for name, value in start.items()}
     for step in steps("meta-learning", range(num_steps)):
         chosen = conditions[torch.randperm(len(conditions), generator=rng)[:tasks]]
         weights = {name: value.requires_grad_() for name, value in repeat(mean, len(chosen)).items()}
-        optimizer = torch.optim.Adam(list(weights.values()), learning_rate, betas=(0.0, 0.999), fused=True)
-        for _ in range(inner_steps):
+        optimizer = torch.optim.Adam(list(weights.values()), LEARNING_RATE, betas=(0.0, 0.999), fused=True)
+        for _ in range(INNER_STEPS):
             optimizer.zero_grad()
-            task.behaviour_losses(weights, chosen, images, rng).sum().backward()
+            task.behaviour_losses(weights, chosen, INNER_IMAGES, rng).sum().backward()
             optimizer.step()
         for name, value in mean.items():
             value.lerp_(weights[name].detach().mean(0), 1 - step / num_steps)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,18 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
+from rpg.evaluation.span import FlatSpace
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
-from rpg.experiments.single import existing
+from rpg.experiments.single import judges, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import BASE, single_threaded
+from rpg.tasks.collecting import BASE
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from rpg.training.data import training_entries, zoo_conditions
-from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 GROUPS = 5
@@ -83,6 +82,11 @@ class ExampleSets:
     split: str = "test"
     seed: int = 0
 
+    @classmethod
+    def of(cls, task: Any, zoo: Zoo, split: str, seed: int) -> ExampleSets:
+        """The tasks of a zoo that are scored on a split."""
+        return cls(task, zoo_conditions(zoo, zoo.subset(tasks_scored(split))), split, seed)
+
     def rows(self, num: int, labelled: bool) -> Tensor:
         """Sets of ``num`` examples, ``[T, num, P + K + 1]``; classes take turns where they all have room.
 
@@ -123,6 +127,20 @@ class ExampleSets:
                     for own, each in zip(made, self.conditions, strict=True)
                 ]
             )
+
+    def scored(self, networks: Stacked, sizes: Sequence[int] = (1,)) -> Networks:
+        """A report's kind of M networks of every task, in sets of some ``sizes``."""
+        return sets_of_networks(self.probabilities(networks), self.targets, sizes, self.seed)
+
+    def mean(self, networks: Stacked, metric: str = "accuracy") -> float:
+        """A metric of the tasks' sets of networks (`ensemble_metrics`), its mean."""
+        return ensemble_metrics(self.probabilities(networks), self.targets)[metric].mean().item()
+
+    def finetuned(self, start: Stacked, num: int, steps: int, learning_rate: float) -> Stacked:
+        """A network for every task, trained on ``num`` labelled examples."""
+        values, classes = self.shown(num)
+        batch = (self.task.inputs(values), classes)
+        return self.task.train(start, lambda: batch, steps, learning_rate) if steps else start
 
     def likelihoods(self, networks: Stacked, num: int, shared: bool = False) -> Tensor:
         """Mean log-probability that M networks of every task, or ``shared`` by all, give ``num`` labelled examples.
@@ -169,7 +187,6 @@ class FewExamples:
         self, task: Any, seen: Tensor, specialists: Stacked, generalist: dict[str, Tensor], seed: int = 0
     ) -> None:
         self.task, self.seen, self.specialists, self.generalist, self.seed = task, seen, specialists, generalist, seed
-        self._start: dict[str, Tensor] | None = None
 
     @property
     def methods(self) -> dict[str, tuple[Maker, tuple[Choice, ...]]]:
@@ -181,19 +198,10 @@ class FewExamples:
             "map_in_directions": (self._map, PENALTIES),
         }
 
-    def scored(self, sets: ExampleSets, networks: Stacked) -> Networks:
-        """A report's kind of a network for every task."""
-        return sets_of_networks(sets.probabilities(networks), sets.targets, seed=self.seed)
-
-    def accuracy(self, sets: ExampleSets, networks: Stacked) -> Tensor:
-        """Of a network for every task, ``[T]``."""
-        return ensemble_metrics(sets.probabilities(networks), sets.targets)["accuracy"]
-
     def tuned(self, name: str, validation: ExampleSets, num: int) -> Choice:
         """The way that is best on validation tasks for so many examples."""
         make, ways = self.methods[name]
-        scores = [self.accuracy(validation, make(validation, num, way)).mean().item() for way in ways]
-        return ways[max(range(len(ways)), key=scores.__getitem__)]
+        return max(ways, key=lambda way: validation.mean(make(validation, num, way)))
 
     def logistic_regression(self, sets: ExampleSets, num: int) -> Tensor:
         """Accuracy ``[T]`` of scikit-learn's on the examples' values."""
@@ -206,27 +214,20 @@ class FewExamples:
             found.append(np.mean(model.predict(seen) == wanted.numpy()))
         return torch.tensor(np.array(found))
 
-    def _finetuned(self, start: Stacked, sets: ExampleSets, num: int, way: Choice) -> Stacked:
-        steps, learning_rate = way
-        values, classes = sets.shown(num)
-        batch = (self.task.inputs(values), classes)
-        return self.task.train(start, lambda: batch, steps, learning_rate) if steps else start
-
     def _best_specialist(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
         """The specialist with the least loss on the examples, then fine-tuned."""
         best = sets.likelihoods(self.specialists, num, shared=True).argmax(1)
-        return self._finetuned({name: value[best] for name, value in self.specialists.items()}, sets, num, way)
+        return sets.finetuned({name: value[best] for name, value in self.specialists.items()}, num, *way)
 
     def _generalist_finetuned(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
-        return self._finetuned(repeat(self.generalist, len(sets.conditions)), sets, num, way)
+        return sets.finetuned(repeat(self.generalist, len(sets.conditions)), num, *way)
 
     def _reptile(self, sets: ExampleSets, num: int, way: Choice) -> Stacked:
         """Fine-tuned from a start that was meta-learned on the seen tasks (Reptile, arXiv 1803.02999)."""
-        if self._start is None:
-            self._start = self._meta_learned()
-        return self._finetuned(repeat(self._start, len(sets.conditions)), sets, num, way)
+        return sets.finetuned(repeat(self._start, len(sets.conditions)), num, *way)
 
-    def _meta_learned(self) -> dict[str, Tensor]:
+    @cached_property
+    def _start(self) -> dict[str, Tensor]:
         rng = make_rng(self.seed, "reptile")
         start = {name: value.clone() for name, value in self.generalist.items()}
         for number in range(REPTILE_ROUNDS):
@@ -243,7 +244,8 @@ class FewExamples:
 
     def _map(self, sets: ExampleSets, num: int, penalty: Choice) -> Stacked:
         """The likeliest network among the mean of the specialists plus their leading directions, under a Gaussian."""
-        flat = torch.cat([value.flatten(1) for value in self.specialists.values()], 1)  # [S, V]
+        space = FlatSpace(self.specialists)
+        flat = space.flatten(self.specialists)  # [S, V]
         mean = flat.mean(0)
         _, sizes, axes = torch.linalg.svd(flat - mean, full_matrices=False)
         kept = min(DIRECTIONS, len(flat) - 1)
@@ -253,81 +255,61 @@ class FewExamples:
         coefficients = torch.zeros(len(sets.conditions), kept, requires_grad=True)
         optimizer = torch.optim.Adam([coefficients], 0.1)
 
-        def networks() -> Stacked:
-            parts = (mean + coefficients @ directions).split([v[0].numel() for v in self.specialists.values()], 1)
-            named = zip(self.specialists.items(), parts, strict=True)
-            return {name: part.view(-1, *value.shape[1:]) for (name, value), part in named}
-
         for _ in range(MAP_STEPS):
             optimizer.zero_grad()
-            fit = num * self.task.losses(networks(), inputs, classes)
+            fit = num * self.task.losses(space.unflatten(mean + coefficients @ directions), inputs, classes)
             (fit + penalty * coefficients.square().sum(1) / 2).sum().backward()
             optimizer.step()
-        return {name: value.detach() for name, value in networks().items()}
+        return space.unflatten((mean + coefficients @ directions).detach())
 
 
 PER_CLASS = (1, 2, 5, 10, 20)
 """Examples of each class."""
 
 
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+@judges
 def evaluate_by_examples(
-    run: Path | str, *, seed: int = 0, split: str = "test", compare: bool = True, **_: Any
-) -> Report:
+    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+) -> tuple[Report, Page]:
     """Score networks for unseen tasks by the number of examples a class, and everything simpler.
 
     Args:
-        run: a run of ``model.condition.kind: examples`` without codes.
+        generator: one of ``model.condition.kind: examples`` without codes.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images.
         compare: whether the rivals are trained and scored, too.
     """
-    started = time.perf_counter()
-    generator = Generator.from_pretrained(run)
-    zoo, task = Zoo.open(generator.config.zoo), build_task(generator.config.task)  # type: ignore[arg-type]
-    with single_threaded():
-        sets = {
-            name: ExampleSets(task, zoo_conditions(zoo, zoo.subset(name)), "test" if name == "unseen" else name, seed)
-            for name in ("validation", "unseen")
-        }
-        wanted, tuning = sets["validation" if split == "validation" else "unseen"], sets["validation"]
-        seen = training_entries(zoo, generator.config.train.splits)
-        rivals = FewExamples(
-            task, zoo_conditions(zoo, seen), stack([zoo.state_dict(i) for i in seen]), load_file(zoo.path / BASE), seed
-        )
-        kinds: dict[int, dict[str, Networks]] = {}
-        for number in PER_CLASS:
-            num = number * wanted.num_classes
-            found: dict[str, Networks] = {}
-            for name, labelled in (("generated", True), ("generated_unlabelled", False)):
-                found[name] = rivals.scored(wanted, asked(generator, wanted, num, labelled, seed))
-            for name, method in rivals.methods.items() if compare else ():
-                found[name] = rivals.scored(wanted, method[0](wanted, num, rivals.tuned(name, tuning, num)))
-            if compare:
-                found["logistic_regression"] = networks(
-                    {"accuracy": rivals.logistic_regression(wanted, num)}, seed=seed
-                )
-            kinds[number] = found
-        names = zoo.subset("validation" if split == "validation" else "unseen")
-        trained = rivals.scored(wanted, stack([zoo.state_dict(i) for i in names]))
-        wrong = 1 - torch.tensor(kinds[PER_CLASS[0]]["generated"].metrics["accuracy"])
-        calibration, extras = error_by_distance(generator, wanted.rows(PER_CLASS[0] * wanted.num_classes, True), wrong)
-    kinds = {number: {**found, "original": trained} for number, found in kinds.items()}
+    started, task = time.perf_counter(), build_task(generator.config.task)  # type: ignore[arg-type]
+    wanted, tuning = (ExampleSets.of(task, zoo, each, seed) for each in (split, "validation"))
+    seen = training_entries(zoo, generator.config.train.splits)
+    specialists = zoo_conditions(zoo, seen), stacked_networks(zoo, seen)
+    rivals = FewExamples(task, *specialists, load_file(zoo.path / BASE), seed)
+    trained = wanted.scored(stacked_networks(zoo, zoo.subset(tasks_scored(split))))
+    kinds: dict[int, dict[str, Networks]] = {}
+    for number in PER_CLASS:
+        num = number * wanted.num_classes
+        found: dict[str, Networks] = {}
+        for name, labelled in (("generated", True), ("generated_unlabelled", False)):
+            found[name] = wanted.scored(asked(generator, wanted, num, labelled, seed))
+        for name, method in rivals.methods.items() if compare else ():
+            found[name] = wanted.scored(method[0](wanted, num, rivals.tuned(name, tuning, num)))
+        if compare:
+            right = rivals.logistic_regression(wanted, num)
+            found["logistic_regression"] = networks({"accuracy": right}, seed=seed)
+        kinds[number] = {**found, "original": trained}
+    first, *others = kinds
+    wrong = 1 - torch.tensor(kinds[first]["generated"].metrics["accuracy"])
+    calibration, extras = error_by_distance(generator, wanted.rows(first * wanted.num_classes, True), wrong)
     report = Report(
         experiment="examples", judge="sensors", split=split, seed=seed, better={"accuracy": "more", "joint": "less"},
-        kinds=kinds[PER_CLASS[0]],
-        parts={f"{number} examples a class": found for number, found in kinds.items() if number != PER_CLASS[0]},
-        references=("original", "generated_unlabelled"),
-        asked={"examples a class": PER_CLASS[0]},
-        curves={"Accuracy by examples": _curve(kinds), **calibration},
-        extras=extras,
+        kinds=kinds[first], parts={f"{number} examples a class": kinds[number] for number in others},
+        references=("original", "generated_unlabelled"), asked={"examples a class": first},
+        curves={"Accuracy by examples": _curve(kinds), **calibration}, extras=extras,
         facts={
             **generator.facts, "processor milliseconds a network": _milliseconds(generator, wanted, seed),
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip
-    if split == "test":
-        write_report(run, report, Page("Networks asked for by examples"))
-    return report
+    return report, Page("Networks asked for by examples")
 
 
 def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, seed: int) -> Stacked:
@@ -347,11 +329,7 @@ def _milliseconds(generator: Generator, sets: ExampleSets, seed: int) -> dict[st
 
 
 def _curve(kinds: Mapping[int, Mapping[str, Networks]]) -> Curve:
-    names = list(next(iter(kinds.values())))
-
-    def mean(found: Networks) -> float | None:
-        summary = found.summaries["accuracy"]
-        return summary.mean if summary else None
-
-    lines = {name: tuple(mean(found[name]) for found in kinds.values()) for name in names}
+    first = next(iter(kinds.values()))
+    means = {name: [found[name].summaries["accuracy"] for found in kinds.values()] for name in first}
+    lines = {name: tuple(each.mean if each else None for each in found) for name, found in means.items()}
     return Curve(x=tuple(map(float, kinds)), lines=lines, across="examples a class", up="accuracy", log=True)

@@ -178,14 +178,7 @@ def rival_of(config: Config) -> Config:
     )
 
 
-def compare(
-    of: str,
-    model: str,
-    configured: Tensor,
-    kernel_ridge: Tensor,
-    *,
-    seed: int,
-) -> Comparison:
+def compare(of: str, model: str, configured: Tensor, kernel_ridge: Tensor, *, seed: int) -> Comparison:
     """Compare the accuracies ``[N]`` of two generators, in 0 … 1; ``seed`` decides the bootstrap."""
     difference = summarize(configured - kernel_ridge, seed)
     sides = {0: "neither", 1: "configured", -1: "kernel_ridge"}

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpg.evaluation.page.page import Page, PageTable, write_report
+from rpg.evaluation.page.page import Page, PageTable
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
-from rpg.evaluation.two_sample import ensemble_metrics, joint_score, sets_of_networks
+from rpg.evaluation.two_sample import joint_score
 from rpg.experiments.by_examples import ExampleSets, error_by_distance
-from rpg.experiments.single import existing
+from rpg.experiments.single import judges, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import SetEncoder
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
@@ -36,7 +34,6 @@ from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.requests import ExampleConditions
 from tokenization.layouts import Layout
-from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 WIDTH, NUM_TASKS, NUM_IMAGES, LEARNING_RATE = 256, 32, 32, 2e-3
@@ -161,43 +158,36 @@ TUNING = tuple((steps, rate) for steps in (10, 30, 100) for rate in (1e-3, 3e-3,
 IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
 
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_draws(run: Path | str, *, seed: int = 0, split: str = "test", compare: bool = True, **_: Any) -> Report:
+@judges
+def evaluate_draws(
+    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+) -> tuple[Report, Page]:
     """Score draws for unseen tasks, task by task, and everything that is compared with them.
 
     Args:
-        run: a run of ``model.condition.kind: examples`` whose codes have a prior.
+        generator: one of ``model.condition.kind: examples`` whose codes have a prior.
         split: ``test``: unseen tasks and test images; ``validation``: validation tasks and images, to choose by.
         compare: whether rivals are compared; else the draws, and the one that labelled images favour, are scored alone.
     """
     started = time.perf_counter()
-    with single_threaded():
-        methods = Methods(Generator.from_pretrained(run), seed, compare)
-        parts = {num: methods.kinds(split, num) for num in SHOWN}
-        curves = methods.curves(split)
-        wrong = 1 - torch.tensor(parts[SHOWN[0]]["generated"].metrics["network_accuracy"])
-        rows = methods.sets(split).rows(SHOWN[0], False)
-        calibration, extras = error_by_distance(methods.generator, rows, wrong)
+    methods = Methods(generator, zoo, seed, compare)
+    first, *others = SHOWN
+    parts = {num: methods.kinds(split, num) for num in SHOWN}
+    curves = methods.curves(split)
+    wrong = 1 - torch.tensor(parts[first]["generated"].metrics["network_accuracy"])
+    calibration, extras = error_by_distance(generator, methods.sets(split).rows(first, False), wrong)
     report = Report(
-        experiment="draws",
-        judge="sensors",
-        split=split,
-        seed=seed,
+        experiment="draws", judge="sensors", split=split, seed=seed,
         better={"joint": "less", "accuracy": "more", "nll": "less"},
-        kinds=parts[SHOWN[0]],
-        parts={f"{num} images": kinds for num, kinds in parts.items() if num != SHOWN[0]},
-        asked={"images": SHOWN[0], "labelled": False},
-        curves={**curves, **calibration},
-        extras=extras,
+        kinds=parts[first], parts={f"{num} images": parts[num] for num in others},
+        asked={"images": first, "labelled": False}, curves={**curves, **calibration}, extras=extras,
         notes=(
             "joint is -log of the mean over a set's networks of the probability of all right answers, an image: a set "
             "is good if it holds the right network. accuracy and nll are of the set's average answer.",
         ),
-        facts={**methods.generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
-    )
-    if split == "test":
-        write_report(run, report, Page("Draws where a request leaves room", tables=tables_of_sets(report)))
-    return report
+        facts={**generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
+    )  # fmt: skip
+    return report, Page("Draws where a request leaves room", tables=tables_of_sets(report))
 
 
 def tables_of_sets(report: Report) -> list[PageTable]:
@@ -221,32 +211,29 @@ class Methods:
         compared: whether there are rivals at all.
     """
 
-    def __init__(self, generator: Generator, seed: int, compared: bool) -> None:
-        config = generator.config
-        self.generator, self.seed, self.zoo = generator, seed, Zoo.open(config.zoo)
+    def __init__(self, generator: Generator, zoo: Zoo, seed: int, compared: bool) -> None:
+        config, behaviour = generator.config, generator.config.train.behaviour
+        self.generator, self.zoo, self.seed = generator, zoo, seed
         self.task: Any = build_task(config.task)  # type: ignore[arg-type]
-        self.trained = self._networks("train")
-        self.known = zoo_conditions(self.zoo, training_entries(self.zoo, config.train.splits))
-        self.fresh = config.train.behaviour is not None and config.train.behaviour.tasks == "fresh"
-        task: Any = self.task
-        self.simulated = task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
+        self.trained = stacked_networks(zoo, zoo.subset("train"))
+        self.known = zoo_conditions(zoo, training_entries(zoo, config.train.splits))
+        self.fresh = behaviour is not None and behaviour.tasks == "fresh"
+        self.simulated = self.task.draw_tasks(SIMULATED, make_rng(seed, "simulated")) if self.fresh else None
         self.chosen: dict[str, Any] = {}
         self.compared = compared
         self.direct = self._train_direct() if compared else {}
 
     def sets(self, split: str) -> ExampleSets:
         """The tasks that are scored: unseen ones, or those to choose by."""
-        rows = self.zoo.subset("validation" if split == "validation" else "unseen")
-        return ExampleSets(self.task, zoo_conditions(self.zoo, rows), split, self.seed)
+        return ExampleSets.of(self.task, self.zoo, split, self.seed)
 
     def kinds(self, split: str, num: int) -> dict[str, Networks]:
         """Every method's networks for tasks of which ``num`` images are shown, scored."""
         sets, made = self.sets(split), self._made(split, num)
-        kinds = {name: self._scored(sets, networks) for name, networks in made.items()}
-        kinds["original"] = self._scored(sets, self._networks("validation" if split == "validation" else "unseen"))
+        made["original"] = stacked_networks(self.zoo, self.zoo.subset(tasks_scored(split)))
         for name in [each for each in ("generated", "single") if each in made]:
-            kinds[f"{name}_by_{LABELLED}_labelled"] = self._scored(sets, self._helped(name, sets, made[name], num))
-        return kinds
+            made[f"{name}_by_{LABELLED}_labelled"] = self._helped(name, sets, made[name], num)
+        return {name: sets.scored(networks, DRAWS) for name, networks in made.items()}
 
     def draw(self, sets: ExampleSets, num: int, draws: int, steps: int | None = None) -> Stacked:
         """The generator's networks, ``draws`` for every task."""
@@ -268,18 +255,12 @@ class Methods:
             started = time.process_time()
             networks = self.draw(sets, 1, 16, steps)
             seconds.append((time.process_time() - started) / (16 * len(sets.conditions)))
-            scores.append(ensemble_metrics(sets.probabilities(networks), sets.targets)["joint"].mean().item())
-        steps_axis = tuple(map(float, SAMPLING_STEPS))
+            scores.append(sets.mean(networks, "joint"))
+        curve = partial(Curve, x=SAMPLING_STEPS, across="sampling steps of the prior", log=True)
         return {
-            "Sampling steps": Curve(
-                x=steps_axis, lines={"generated": tuple(scores)}, across="sampling steps of the prior",
-                up="joint score of 16 draws, one image", log=True,
-            ),
-            "Time": Curve(
-                x=steps_axis, lines={"generated": tuple(seconds)}, across="sampling steps of the prior",
-                up="processor seconds a network", log=True,
-            ),
-        }  # fmt: skip
+            "Sampling steps": curve(lines={"generated": tuple(scores)}, up="joint score of 16 draws, one image"),
+            "Time": curve(lines={"generated": tuple(seconds)}, up="processor seconds a network"),
+        }
 
     def _made(self, split: str, num: int) -> dict[str, Stacked]:
         """Networks of every method, stacked task by task."""
@@ -301,17 +282,14 @@ class Methods:
         equal = torch.zeros(len(sets.conditions), len(known))
         return {**made, "prior": drawn(equal, networks, most, derive_seed(self.seed, "prior"))}
 
-    def _scored(self, sets: ExampleSets, networks: Stacked) -> Networks:
-        return sets_of_networks(sets.probabilities(networks), sets.targets, DRAWS, self.seed)
-
     def _width(self, name: str, known: Tensor, networks: Stacked, num: int) -> float:
         """The width of the kernel that is best on validation tasks."""
         sets = self.sets("validation")
         found = log_likelihoods(self.task, known, sets.shown(num)[0])
-        draws = [drawn(each, networks, max(DRAWS), self.seed) for each in found]
-        best = self._best([partial(dict, each) for each in draws], sets, "joint", -1)
-        self.chosen[f"{name}, {num} shown"] = WIDTHS[best]
-        return WIDTHS[best]
+        scores = [sets.mean(drawn(each, networks, max(DRAWS), self.seed), "joint") for each in found]
+        best = WIDTHS[scores.index(min(scores))]
+        self.chosen[f"{name}, {num} shown"] = best
+        return best
 
     def _helped(self, name: str, sets: ExampleSets, networks: Stacked, num: int) -> Stacked:
         """The draw that ten labelled images favour, or the single network fine-tuned on them."""
@@ -323,22 +301,8 @@ class Methods:
         if key not in self.chosen:
             own = self.sets("validation")
             start = self.direct[name](own.rows(num, False).flatten(1), 1, make_rng(self.seed, "implicit"))
-            place = self._best([partial(self._finetuned, start, own, *each) for each in TUNING], own, "accuracy", 1)
-            self.chosen[key] = list(TUNING[place])
-        return self._finetuned(networks, sets, *self.chosen[key])
-
-    def _best(self, made: list[Callable[[], Stacked]], sets: ExampleSets, metric: str, sign: int) -> int:
-        scores = [ensemble_metrics(sets.probabilities(each()), sets.targets)[metric].mean() for each in made]
-        return int((sign * torch.stack(scores)).argmax())
-
-    def _finetuned(self, start: Stacked, sets: ExampleSets, steps: int, learning_rate: float) -> Stacked:
-        values, classes = sets.shown(LABELLED)
-        batch = (self.task.inputs(values), classes)
-        return self.task.train(start, lambda: batch, steps, learning_rate)
-
-    def _networks(self, split: str) -> Stacked:
-        """The checkpoints of a split of the zoo."""
-        return stack([self.zoo.state_dict(index) for index in self.zoo.subset(split)])
+            self.chosen[key] = list(max(TUNING, key=lambda way: own.mean(own.finetuned(start, LABELLED, *way))))
+        return sets.finetuned(networks, LABELLED, *self.chosen[key])
 
     def _of_tasks(self, tasks: Tensor) -> Stacked:
         """The networks that the generator makes of what tasks are ``[S, C]``, without any prior."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,23 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
-from rpg.evaluation.conditional import Conditions, conditions_asked
+from rpg.evaluation.combinations import Conditions, conditions_asked
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
 from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options
-from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
-from rpg.evaluation.starts import START_NAMES, finetuned_baselines
+from rpg.evaluation.starts import finetuned_baselines
 from rpg.evaluation.two_sample import distances
 from rpg.evaluation.workers import Workers
 from rpg.experiments.single import (
     denoising_path_of,
     existing,
     find_task,
+    merges_of,
     parts_of,
     requested_condition,
     require_for_choices,
@@ -44,7 +44,6 @@ from rpg.training.data import training_entries
 from tokenization.checkpoint.structure import StateDict
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
-from tokenization.layouts import Layout
 from tokenization.lora.adapter import CONFIG_NAME
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -87,7 +86,7 @@ class Judge:
 
 @locks(lambda run, judge=None, output=None, **_: output or existing(run))
 def evaluate_run(
-    run: Path | str, judge: Judge | Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
+    run: Path | str, judge: Judge | None = None, *, num: int | None = None, seed: int = 0,
     output: Path | str | None = None, workers: Workers | None = None, split: str | None = None,
     path_condition: str | None = None, changes: Sequence[str] = (),
 ) -> Report:  # fmt: skip
@@ -98,7 +97,7 @@ def evaluate_run(
     ``report.html``, and ``samples.png`` of networks that draw.
 
     Args:
-        judge: who scores: a function of a state dict or path, or its place; the task when None.
+        judge: who scores; the task when None.
         num, split, output: networks, data, and where results go; the configuration's, and the run folder, when None.
         path_condition: the condition whose networks are shown on their way from noise.
         changes: of the section ``evaluate``, for example ``evaluate.split=validation``.
@@ -107,7 +106,7 @@ def evaluate_run(
         InputError: there is no generator or zoo, the scorer refuses a network, the results would replace those of a
             function, or a change is one of another section.
     """
-    run, workers, judge = Path(run), workers or Workers(), judge if isinstance(judge, Judge) else Judge(judge)
+    run, workers, judge = Path(run), workers or Workers(), judge or Judge()
     generator = Generator.from_pretrained(run)
     config, zoo = _changed(generator.config, changes), Zoo.open(generator.config.zoo)
     num, split = num or config.evaluate.num, split or config.evaluate.split
@@ -120,11 +119,13 @@ def evaluate_run(
     runs = [zoo.entries[index].run for index in trained]
     made = generator.one_by_one(num, seed=seed, condition=requested, partition=workers.partition)
     scorer, networks = _in_form(scorer, generator.layout.compressed, made)
-    task = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
+    task: Any = scorer.task if isinstance(scorer, TaskScorer) and isinstance(scorer.task, Classifier) else None
     span = zoo_span(generator, zoo, trained, runs, task is not None)
-    merges = _merges(generator.adapter, zoo, trained, generator.layout)
-    matching, control = _matching(span, runs, task), _control(config, task, seed)
-    options = Options(judge.lower, judge.higher, split, seed, merges, matching, control)
+    # hidden units are matched of small networks that a single classifier judges
+    matching = Distances(span, symmetries(task)) if task is not None and span.held and span.scales else None
+    merges, control = merges_of(generator.adapter, zoo, trained, generator.layout), config.evaluate.control
+    train = None if control is None else functools.partial(finetuned_baselines, task, config=control, seed=seed)
+    options = Options(judge.lower, judge.higher, split, seed, merges, matching, train)
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
     stored = generator.asked(num, seed) if config.generate.state == "stored" else []
     others = [generator.layout.checkpoint(zoo, index) for index in held_out]
@@ -134,31 +135,21 @@ def evaluate_run(
         report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
     if workers.is_first:
         command = f"rpg evaluate {config.run} --num {num} --seed {seed}{judge.words()}"
-        page = _page(run, generator, zoo, report, command)
+        facts = provenance_of(generator, zoo, num, seed, report.facts.get("seconds_per_network"), command)
+        page = Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
         page.heatmaps = _heatmaps(span, evaluation.vectors_of("generated"))
         if asked_for is not None or (generator.condition is None and task is not None):
-            page.condition, page.denoising_path = (
-                path_condition or "",
-                _denoising_path(generator, scorer, span, asked_for, seed),
-            )
-        write_results(Path(output or run), report, page, _drawn(scorer, generator, zoo, trained, requested, seed))
+            page.condition = path_condition or ""
+            page.denoising_path = _denoising_path(generator, scorer, span, asked_for, seed)
+        write_report(output or run, report, page)
+        if (drawn := _drawn(scorer, generator, zoo, trained, requested, seed)) is not None:
+            save_image(drawn, Path(output or run) / "samples.png", SCALE)
     return report
-
-
-def _page(run: Path, generator: Generator, zoo: Zoo, report: Report, command: str) -> Page:
-    seconds, num = report.facts.get("seconds_per_network"), report.kinds["generated"].count
-    facts = provenance_of(generator, zoo, num, report.seed, seconds, command)
-    return Page(f"Generated networks: {run.name}", facts, losses_of(run / "metrics.jsonl"))
 
 
 @locks(lambda path, judge, config, output=None, **_: output or path)
 def evaluate_zoo(
-    path: Path | str,
-    judge: Judge,
-    config: Config,
-    *,
-    output: Path | str | None = None,
-    workers: Workers | None = None,
+    path: Path | str, judge: Judge, config: Config, *, output: Path | str | None = None, workers: Workers | None = None
 ) -> Report:
     """Score the checkpoints of a zoo beside the simple baselines made of them; no generator is needed.
 
@@ -186,13 +177,11 @@ def evaluate_zoo(
     form = Compressed.find(zoo.checkpoint(trained[0]), config.tokens.pruned)
     form = form and form.measured(zoo, trained)
     opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
-    first = opened(trained[0])
-    names = [name for name, info in first.tensors.items() if info.averaged]
-    merges = _merges(text, zoo, trained, form=form)
+    merges = merges_of(text, zoo, trained, form=form)
     runs = [zoo.entries[index].run for index in trained]
     report = Evaluation(
         _in_form(scorer, form)[0],
-        ZooSpan([opened(index) for index in trained], names, runs),
+        ZooSpan([opened(index) for index in trained], None, runs),
         config.evaluate,
         Conditions(own, others, wanted),
         Options(judge.lower, judge.higher, split, config.seed, merges),
@@ -204,7 +193,7 @@ def evaluate_zoo(
             "command": f"rpg evaluate {path} --seed {config.seed}{judge.words()}",
             "software": software(),
         }
-        write_results(Path(output or path), report, Page(f"A zoo and simple baselines: {path.name}", facts))
+        write_report(output or path, report, Page(f"A zoo and simple baselines: {path.name}", facts))
     return report
 
 
@@ -234,33 +223,6 @@ def _keep_scores(folder: Path, judge: Judge) -> None:
         )
 
 
-def write_results(folder: Path, report: Report, page: Page, drawn: Tensor | None = None) -> None:
-    """Write the report, and ``drawn`` as ``samples.png``. Raises InputError if the folder refuses."""
-    write_report(folder, report, page)
-    if drawn is not None:
-        save_image(drawn, folder / "samples.png", SCALE)
-
-
-def _matching(span: ZooSpan, runs: Sequence[int], task: Classifier | None) -> Distances | None:
-    """Matches hidden units of small networks that a single classifier judges."""
-    if task is None or not span.held:
-        return None
-    return Distances([each.load() for each in span.checkpoints], runs, symmetries(task))
-
-
-def _control(config: Config, task: Classifier | None, seed: int) -> Callable[..., Any] | None:
-    """Trains baselines on images, if the configuration asks for this control."""
-    control = config.evaluate.control
-    if control is None:
-        return None
-
-    def train(sets: Mapping[str, Sequence[StateDict]]) -> dict[str, Any]:
-        starts = {name: sets[name] for name in START_NAMES if name in sets}
-        return dict(finetuned_baselines(task, starts, control, seed))  # type: ignore[arg-type]
-
-    return train
-
-
 def _stored_span(
     generator: Generator, scorer: Scorer | None, zoo: ZooSpan, asked: Sequence[int], seed: int, workers: Workers
 ) -> dict[str, Any] | None:
@@ -275,8 +237,7 @@ def _stored_span(
 
     places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
     accuracy = sum(right) / len(right) if None not in right else None
-    span = measure_span(zoo, Projections.join(places), asked, accuracy)
-    return None if span is None else span.model_dump()
+    return measure_span(zoo, Projections.join(places), asked, accuracy)
 
 
 def _drawn(
@@ -297,18 +258,6 @@ def _in_form(
     if form is None:
         return scorer, iter(networks)
     return scorer and StoredScorer(scorer, form.compress), map(form.expand, networks)
-
-
-def _merges(
-    adapter: str | None, zoo: Zoo, trained: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
-) -> Merges:
-    """Merges the zoo's networks, or its adapters as they were saved; the results have the layout's form."""
-    form = layout.compressed if layout is not None else form
-    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
-    if adapter is None:
-        return NetworkMerges([opened(index) for index in trained], [zoo.entries[i].run for i in trained])
-    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
-    return PeftMerges(adapter, [zoo.checkpoint(index) for index in trained], finish)
 
 
 def _denoising_path(

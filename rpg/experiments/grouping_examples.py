@@ -7,27 +7,23 @@ T tasks, n examples, S groupings of the family, C classes, B scored images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Networks, Report, networks
 from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import SHOWN as SHOWN_OF
 from rpg.experiments.by_examples import ExampleSets, asked
-from rpg.experiments.single import existing
+from rpg.experiments.single import judges, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import IGNORED, MARKER, Rows
-from rpg.tasks.side_by_side import Stacked, stack
-from rpg.training.data import zoo_conditions
+from rpg.tasks.side_by_side import Stacked
 from tokenization.errors import InputError
-from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 SHOWN, ROWS_SHOWN = (5, 10, 20, 50), (1, 2, 5, 10)
@@ -37,45 +33,36 @@ METRICS = ("symbol_accuracy", "exact_match")
 """Of adapters."""
 
 
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_groupings(run: Path | str, *, seed: int = 0, split: str = "test", **_: Any) -> Report:
-    """Score networks for unseen groupings by the number of examples; writes ``evaluation.json`` and the page.
+@judges
+def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str) -> tuple[Report, Page]:
+    """Score networks for unseen groupings by the number of examples.
 
     Args:
-        run: a run of ``model.condition.kind: examples`` on a family of groupings.
-        split: ``test``: unseen groupings and test images; ``validation``: those to choose by, and nothing is written.
+        generator: one of ``model.condition.kind: examples`` on a family of groupings.
+        split: ``test``: unseen groupings and test images; ``validation``: those to choose by.
     """
-    generator = Generator.from_pretrained(run)
     task: Any = build_task(generator.config.task)  # type: ignore[arg-type]
-    zoo = Zoo.open(generator.config.zoo)
-    rows = zoo.subset("validation" if split == "validation" else "unseen")
-    sets = ExampleSets(task, zoo_conditions(zoo, rows), split, seed)
-    of_rows = isinstance(task.config, LanguageConfig)
+    sets, of_rows = ExampleSets.of(task, zoo, split, seed), isinstance(task.config, LanguageConfig)
     shown = ROWS_SHOWN if of_rows else SHOWN
     scored, posterior = (_by_rows if of_rows else _by_images)(task, zoo, sets)
-
-    with single_threaded():
-        original = scored(stack([zoo.state_dict(row) for row in rows]))
-        kinds = {
-            num: {
-                "generated": scored(asked(generator, sets, num, not of_rows, seed)),
-                "base_posterior": posterior(num),
-                "original": original,
-            }
-            for num in shown
+    original = scored(stacked_networks(zoo, zoo.subset(tasks_scored(split))))
+    kinds = {
+        num: {
+            "generated": scored(asked(generator, sets, num, not of_rows, seed)),
+            "base_posterior": posterior(num),
+            "original": original,
         }
-    better = dict.fromkeys(METRICS, "more") if of_rows else {"accuracy": "more", "joint": "less"}
+        for num in shown
+    }
     report = Report(
-        experiment="groupings", judge=f"{len(rows)} groupings", split=split, seed=seed,
-        better=better, kinds=kinds[shown[0]],
-        parts={f"{num} examples": found for num, found in kinds.items() if num != shown[0]},
+        experiment="groupings", judge=f"{len(sets.conditions)} groupings", split=split, seed=seed,
+        better=dict.fromkeys(METRICS, "more") if of_rows else {"accuracy": "more", "joint": "less"},
+        kinds=kinds[shown[0]], parts={f"{num} examples": kinds[num] for num in shown[1:]},
         asked={"examples": shown[0]}, facts=generator.facts,
         notes=("base posterior: no network is generated; the base network's class probabilities are summed by how "
                "likely each grouping of the family is, given the examples.",),
     )  # fmt: skip
-    if split == "test":
-        write_report(run, report, Page("Groupings asked for by examples"))
-    return report
+    return report, Page("Groupings asked for by examples")
 
 
 Judges = tuple[Callable[[Stacked], Networks], Callable[[int], Networks]]

@@ -48,10 +48,7 @@ def score_checkpoints(
     def score(place: int, item: tuple[str, Path, Path]) -> dict[str, Metrics]:
         name, file, source = item
         if own is not None:
-            condition = None
-            return {
-                "": own.of_file(file, name) if own.takes_path else own(read_state_dict(file, chosen), condition, name)
-            }
+            return {"": own.of(file if own.takes_path else read_state_dict(file, chosen), None, name)}
         task, state_dict = task_of(None if named else source), read_state_dict(file, chosen)
         if isinstance(task, AdapterScorer):
             return task.score(state_dict, split)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +15,20 @@ from torch import Tensor
 
 from rpg.config import Config, EvaluateConfig
 from rpg.evaluation.conditional import Regression, regression_grid, tune
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Report
 from rpg.evaluation.starts import best_of, fine_tuning, reptile
 from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import error_by_distance, evaluate_by_examples
 from rpg.experiments.draws import evaluate_draws
 from rpg.experiments.driver import Experiment
-from rpg.experiments.single import existing, train_or_continue
+from rpg.experiments.single import judges, stacked_networks, tasks_scored, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import BASE, single_threaded
+from rpg.tasks.collecting import BASE
 from rpg.tasks.sensors.task import SensorsTask, informed_probabilities, train_informed
 from rpg.tasks.side_by_side import Stacked, repeat, stack
-from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 LARGE = (128, 128)
@@ -58,28 +56,25 @@ def experiment(config: Config) -> Experiment:
     return Experiment(name, evaluate, train_or_continue, "rpg generate {run} --examples FOLDER --num 16", ALONE)
 
 
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_sensors(run: Path | str, *, split: str = "test", seed: int = 0, compare: bool = True, **_: Any) -> Report:
-    """Generate a network for every unseen sensor and compare; writes ``evaluation.json`` and ``report.html``.
+@judges
+def evaluate_sensors(
+    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+) -> tuple[Report, Page]:
+    """Generate a network for every unseen sensor and compare.
 
     Args:
-        split: images to score on; ``validation`` scores on validation sensors and writes nothing.
+        split: images to score on; ``validation`` scores on validation sensors.
         compare: whether rivals that have to be trained for a while are compared, too.
 
     Raises:
         InputError: the run is not one of sensors.
     """
-    generator = Generator.from_pretrained(run)
-    config, zoo = generator.config, Zoo.open(generator.config.zoo)
-    task = task_of_sensors(config)
-    with single_threaded():
-        if not compare:
-            generator.config = generator.config.model_copy(update={"evaluate": NOTHING_TRAINED})
-        report = _compare(generator, task, zoo, "validation" if split == "validation" else "unseen", split, seed)
-    if split != "validation":
-        facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
-        write_report(run, report, Page("Networks for sensors that nobody calibrated", facts))
-    return report
+    task = task_of_sensors(generator.config)
+    if not compare:
+        generator.config = generator.config.model_copy(update={"evaluate": NOTHING_TRAINED})
+    report = _compare(generator, task, zoo, tasks_scored(split), split, seed)
+    facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
+    return report, Page("Networks for sensors that nobody calibrated", facts)
 
 
 def task_of_sensors(config: Config) -> SensorsTask:
@@ -107,7 +102,7 @@ def requests_of(generator: Generator, settings: Tensor, seed: int, wordings: str
 
 def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, split: str, seed: int) -> Report:
     settings, evaluate = sensors_of(zoo, sensors), generator.config.evaluate
-    seen, base = stack([zoo.state_dict(index) for index in zoo.subset("train")]), load_file(zoo.path / BASE)
+    seen, base = stacked_networks(zoo, zoo.subset("train")), load_file(zoo.path / BASE)
     regression, ridge = tuned_regression(task, zoo, seen)
     started = time.perf_counter()
     made = {"generated": _generated(generator, settings, seed, split)}
@@ -118,7 +113,7 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         asked_by = {"by": "words", "words": requests[:5]}
     known, asked = (task.condition.inputs(sensors_of(zoo, each)) for each in ("train", sensors))
     made |= {
-        "original": stack([zoo.state_dict(index) for index in zoo.subset(sensors)]),
+        "original": stacked_networks(zoo, zoo.subset(sensors)),
         "kernel_ridge": ridge(settings),
         "nearest_seen": {name: value[torch.cdist(asked, known).argmin(1)] for name, value in seen.items()},
         "generalist": repeat(base, len(settings)),
@@ -137,7 +132,7 @@ def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, sp
         curves["accuracy_by_angle"] = _by_angle(generator, task, base, ridge, split, seed)
     if evaluate.fine_tuning:
         curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
-            generator, task, zoo, made, settings, split, seed
+            evaluate, task, zoo, seen, made, settings, split, seed
         )
     errors = 1 - torch.tensor(kinds["generated"].metrics["accuracy"])
     calibration, extras = error_by_distance(generator, requests, errors)
@@ -225,11 +220,10 @@ def _by_angle(
 
 
 def _starts(
-    generator: Generator, task: SensorsTask, zoo: Zoo, made: dict[str, Stacked], settings: Tensor, split: str, seed: int
-) -> tuple[Curve, float]:
+    evaluate: EvaluateConfig, task: SensorsTask, zoo: Zoo, seen: Stacked, made: dict[str, Stacked], settings: Tensor,
+    split: str, seed: int,
+) -> tuple[Curve, float]:  # fmt: skip
     """Accuracy of networks that are fine-tuned, by start, and what a step of one network takes among all of them."""
-    evaluate = generator.config.evaluate
-    seen = stack([zoo.state_dict(index) for index in zoo.subset("train")])
     best = best_of(task, seen, settings, seed=seed)
     untrained = task.build().state_dict()
     starts = {

@@ -1,7 +1,8 @@
-"""Parts that experiments share: collecting, choices by validation data, the zoo's parts, denoising paths, copies."""
+"""Parts that experiments share: collecting, judging, choices by validation data, the zoo's parts, denoising paths."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,19 +14,25 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.devices import join_processes
+from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
+from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.report import Report
 from rpg.evaluation.span import ZooSpan
 from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.collecting import Progress
+from rpg.tasks.collecting import Progress, single_threaded
+from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
+from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
+from tokenization.layouts import Layout
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
@@ -127,10 +134,52 @@ def existing(run: Path | str) -> Path | None:
     return Path(run) if Path(run).is_dir() else None
 
 
+def judges(judge: Callable[..., tuple[Report, Page]]) -> Callable[..., Report]:
+    """An experiment's ``evaluate``: opens a run, has it judged, and writes report and page, but for choices.
+
+    Args:
+        judge: takes generator and zoo, and ``seed``, ``split`` and its own options by name; one thread works for it.
+    """
+
+    @functools.wraps(judge)
+    @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+    def evaluate(run: Path | str, *, seed: int = 0, split: str = "test", workers: Any = None, **options: Any) -> Report:
+        generator = Generator.from_pretrained(run)
+        with single_threaded():
+            report, page = judge(generator, Zoo.open(generator.config.zoo), seed=seed, split=split, **options)
+        if split != "validation":
+            write_report(run, report, page)
+        return report
+
+    return evaluate
+
+
+def tasks_scored(split: str) -> str:
+    """The split of the zoo whose tasks are scored on images of a split: those to choose by, or unseen ones."""
+    return "validation" if split == "validation" else "unseen"
+
+
+def stacked_networks(zoo: Zoo, entries: Sequence[int]) -> Stacked:
+    """Some checkpoints of a zoo, ``[T, *shape]``."""
+    return stack([zoo.state_dict(index) for index in entries])
+
+
 def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)
     return trained, sorted(set(range(len(zoo))) - set(trained))
+
+
+def merges_of(
+    adapter: str | None, zoo: Zoo, entries: Sequence[int], layout: Layout | None = None, form: Compressed | None = None
+) -> Merges:
+    """Merges some of a zoo's networks, or its adapters as they were saved; the results have the layout's form."""
+    form = layout.compressed if layout is not None else form
+    opened = zoo.checkpoint if form is None else functools.partial(form.checkpoint, zoo)
+    if adapter is None:
+        return NetworkMerges([opened(index) for index in entries], [zoo.entries[i].run for i in entries])
+    finish = layout.canonical.apply if layout is not None and layout.canonical is not None else None
+    return PeftMerges(adapter, [zoo.checkpoint(index) for index in entries], finish)
 
 
 def zoo_span(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,19 @@ def _of_kind(report: Report, kind: str) -> dict[str, Any]:
     return found | {name: each.extras.get(name) for name in ("one_nna", "coverage", "nearest_training")}
 
 
-def rows_of_rivals(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def readable_reports(folders: Mapping[str, Path]) -> dict[str, Report]:
+    """The reports that are there and can be read, by the name of the run."""
+    found = {}
+    for name, folder in folders.items():
+        with contextlib.suppress(InputError):
+            found[name] = Report.load(folder)
+    return found
+
+
+def rows_of_rivals(reports: Iterable[Report]) -> list[dict[str, Any]]:
     """A row for every baseline, of the first evaluation that compares it in what networks compute."""
     found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        try:
-            report = Report.load(folder)
-        except InputError:
-            continue
+    for report in reports:
         names = [n for n, each in report.kinds.items() if {"one_nna", "error_iou"} & each.extras.keys()]
         rivals = {name: _of_kind(report, name) for name in names if name != "generated"}
         found = {name: {"name": name, "set": [], **each} for name, each in rivals.items()} | found
@@ -118,14 +124,8 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def write_similarities(folders: Mapping[str, Path], folder: Path) -> None:
+def write_similarities(reports: Mapping[str, Report], folder: Path) -> None:
     """Write ``similarity.md`` and ``similarity.png`` of those runs that were scored by similarity, if any."""
-    reports: dict[str, Report] = {}
-    for name, each in folders.items():
-        try:
-            reports[name] = Report.load(each)
-        except InputError:
-            continue
     reports = {name: each for name, each in reports.items() if "similarity" in each.kinds["generated"].metrics}
     if reports:
         write_text(folder / "similarity.md", similarity_table(reports))
@@ -299,12 +299,12 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     waiting = [each for each in waiting if each.name not in failures]
     failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
-    rows += rows_of_rivals([each.folder for each in experiments])
-    folder = Path(sweep.run)
+    reports, folder = readable_reports({each.name: each.folder for each in experiments}), Path(sweep.run)
+    rows += rows_of_rivals(reports.values())
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
     write_text(folder / "table.md", markdown_table(rows))
-    write_similarities({each.name: each.folder for each in experiments}, folder)
+    write_similarities(reports, folder)
     for name, failure in failures.items():
         say(f"{name}: {failure}")
     return folder / "table.md"

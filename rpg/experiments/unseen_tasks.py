@@ -19,10 +19,9 @@ from rpg.config import Config
 from rpg.devices import Partition
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, NetworkMerges, PeftMerges
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import (
-    Diversity,
     SplitScores,
     base_summed,
     measure_diversity,
@@ -34,7 +33,7 @@ from rpg.evaluation.per_task import (
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
 from rpg.evaluation.workers import Workers
-from rpg.experiments.single import existing, require_for_choices
+from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
 from rpg.seeding import derive_seed
@@ -68,9 +67,11 @@ class Methods:
     partition: Partition = field(default_factory=Partition)
 
     @functools.cached_property
-    def merges(self) -> PeftMerges | NetworkMerges:
+    def merges(self) -> Merges:
         """Merges the adapters of ``seen``, or its networks."""
-        return merges_of(self.generator, self.zoo, self.seen)
+        last = {tuple(map(int, entry.condition or ())): index for index, entry in enumerate(self.zoo.entries)}
+        entries = [last[tuple(bits)] for bits in self.seen.bits.tolist()]
+        return merges_of(self.generator.adapter, self.zoo, entries, self.generator.layout)
 
     def rows(self, num: int) -> list[int]:
         """Which of ``num`` tasks are this process's."""
@@ -149,16 +150,6 @@ def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) 
     return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
-def merges_of(generator: Generator, zoo: Zoo, seen: TaskNetworks) -> PeftMerges | NetworkMerges:
-    """Merges the networks of seen tasks; adapters as they were saved."""
-    if generator.adapter is None:
-        return NetworkMerges(seen.checkpoints)
-    last = {tuple(map(int, entry.condition or ())): index for index, entry in enumerate(zoo.entries)}
-    adapters = [zoo.checkpoint(last[tuple(bits)]) for bits in seen.bits.tolist()]
-    canonical = generator.layout.canonical
-    return PeftMerges(generator.adapter, adapters, None if canonical is None else canonical.apply)
-
-
 def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetworks:
     """The last checkpoint of every task of a split; with a layout as that cuts them, LoRA pairs in canonical form.
 
@@ -209,7 +200,7 @@ def evaluate_unseen(
     config, zoo, task = generator.config, Zoo.open(generator.config.zoo), task_family(generator.config)
     require_for_choices(config, split)
     networks = {each: networks_of(zoo, each, generator.layout) for each in ("train", "validation")}
-    seen = _joined(networks) if "validation" in config.train.splits else networks["train"]
+    seen = networks["train"].join(networks["validation"]) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
     wanted["seen"] = as_many(seen, -(-len(wanted["unseen"].bits) // (SPARED if seen.is_large else 1)))
     scored: dict[str, SplitScores] = {}
@@ -232,8 +223,7 @@ def evaluate_unseen(
         }
         extras |= {"linear_head": tried} if tried else {}
         if isinstance(task, ImageTaskFamily) and not choosing:
-            spread = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
-            extras["diversity"] = spread.model_dump(mode="json")
+            extras["diversity"] = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
         report = _report(generator, zoo, task, scored, split, seed, extras)
     if seen.is_large:
         report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
@@ -248,10 +238,6 @@ def require_splits(task: TaskFamily) -> None:
     for split in ("unseen", "validation"):
         if split not in splits:
             raise InputError(f"no task has the split {split!r}, which the comparison needs; set task.{split}")
-
-
-def _joined(networks: Mapping[str, TaskNetworks]) -> TaskNetworks:
-    return networks["train"].join(networks["validation"])
 
 
 def _linear_head(
@@ -272,15 +258,14 @@ def _linear_head(
 
 
 def diversity(
-    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int,
-    workers: Workers | None = None, **options: Any,
-) -> Diversity:  # fmt: skip
-    """Several networks for each of some unseen tasks; ``options`` as :meth:`Generator.one_by_one` takes them."""
-    workers, bits = workers or Workers(), bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
+    generator: Generator, task: ImageTaskFamily, bits: Tensor, seen: TaskNetworks, seed: int, workers: Workers
+) -> dict[str, Any]:
+    """Several networks for each of some unseen tasks."""
+    bits = bits[: NUM_DIVERSITY_TASKS // (SPARED if seen.is_large else 1)]
     rows = generator.share(len(bits), workers.partition)
     seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
-    draws = [parts_for(generator, bits, each, partition=workers.partition, **options) for each in seeds]
-    return measure_diversity(task, draws, bits, seen.spread(), "test", workers, rows)
+    draws = [parts_for(generator, bits, each, partition=workers.partition) for each in seeds]
+    return measure_diversity(task, draws, bits, seen.spread(), workers, rows)
 
 
 def task_family(config: Config) -> Any:
@@ -318,14 +303,15 @@ def _report(
     if isinstance(task, ImageTaskFamily):
         unseen = scored["unseen"]
         per_task = measure_per_task(task, unseen.probabilities, unseen.bits, split, seed)
-        extras["per_task"] = per_task and per_task.model_dump(mode="json")
+        extras["per_task"] = per_task
         sets = scores_of_sets(task, unseen.probabilities, unseen.bits, split)
         kinds["unseen"] |= {
             name: kinds["unseen"][name].model_copy(update={"joint": each}) for name, each in sets.items()
         }
-        for name, each in (per_task.methods if per_task else {}).items():
-            found = {"error_iou": each.error_iou, "one_nna": each.nearest_neighbour_accuracy, "coverage": each.coverage}
-            kinds["unseen"][name].extras.update({key: value for key, value in found.items() if value is not None})
+        shown = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
+        for name, each in (per_task["methods"] if per_task else {}).items():
+            found = {key: each[figure] for key, figure in shown.items() if each[figure] is not None}
+            kinds["unseen"][name].extras.update(found)
     names = list(scored["unseen"].metrics["generated"])
     less = less_is_better(names)
     means = {name: scored["unseen"].first(name).mean().item() for name in ("generated", "original")}

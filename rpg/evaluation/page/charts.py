@@ -20,6 +20,9 @@ COLORS = ("#d55e00", "#0072b2", "#1c1f24", "#009e73", "#b3457f", "#b07d00", "#2b
 GENERATED, ORIGINAL, AVERAGE = 0, 1, 2
 """Their kinds of `Series`: orange, blue and the colour of text."""
 
+NUM_BINS = 24
+"""Bars of a histogram."""
+
 TEXT, GRID = "#5b6470", "#d9dee5"
 MARKERS = {"o": "●", "D": "◆", "^": "▲", "s": "■", "P": "✚", "v": "▼"}
 """matplotlib's markers and the signs that stand for them in the legend."""
@@ -220,10 +223,10 @@ def principal_components(series: Sequence[Series], explained: float) -> Chart | 
     return scatter(series, Axis("first component"), Axis("second component"), caption)
 
 
-def histogram(series: Sequence[Series], x: Axis, caption: str, num_bins: int = 24) -> Chart:
+def histogram(series: Sequence[Series], x: Axis, caption: str) -> Chart:
     """Distributions of the ``x`` of each series, as outlines that may overlap; the height is a share of the series."""
     finite = [np.asarray(each.x)[np.isfinite(each.x)] for each in series]
-    edges = np.histogram_bin_edges(np.concatenate(finite), num_bins)
+    edges = np.histogram_bin_edges(np.concatenate(finite), NUM_BINS)
 
     def draw(axes: Any) -> None:
         for each, values in zip(series, finite, strict=True):

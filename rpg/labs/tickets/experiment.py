@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.evaluation.conditional import nearest_rows, random_other
+from rpg.evaluation.combinations import nearest_rows
+from rpg.evaluation.conditional import random_other
 from rpg.evaluation.page.page import Page, write_report
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment

@@ -9,9 +9,8 @@ from torch import nn
 from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import AFFORDABLE, NAMES, Combination, combinations, combine, make_baselines
 from rpg.evaluation.report import AT_DISTANCE
-from rpg.evaluation.span import VectorSpace, ZooSpan, average
+from rpg.evaluation.span import ZooSpan
 from tests.rpg.evaluation.test_span import slow_vectors, span_of
-from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
@@ -89,14 +88,14 @@ def test_a_combination_is_the_sum_that_it_says(zoo: Zoo, either: ZooSpan) -> Non
 
 def test_averages_are_those_of_all_and_of_each_run(zoo: Zoo, span: ZooSpan) -> None:
     made, notes = make_baselines(span, EvaluateConfig(), 4, None, 0)
-    originals = [zoo.state_dict(i) for i in range(6)]
+    values = torch.stack([zoo.state_dict(i)["2.weight"] for i in range(6)])
     (mean,) = made["average"]
-    torch.testing.assert_close(combine(span, mean)["2.weight"], average(originals)["2.weight"])
+    torch.testing.assert_close(combine(span, mean)["2.weight"], values.mean(0))
     runs = [combine(span, each)["2.weight"] for each in made["run_average"]]
     for run, found in enumerate(runs):
-        torch.testing.assert_close(found, average(originals[3 * run : 3 * run + 3])["2.weight"])
+        torch.testing.assert_close(found, values[3 * run : 3 * run + 3].mean(0))
     assert len(made["average_of_6"]) == 4 and notes == []
-    torch.testing.assert_close(combine(span, made["average_of_6"][0])["2.weight"], average(originals)["2.weight"])
+    torch.testing.assert_close(combine(span, made["average_of_6"][0])["2.weight"], values.mean(0))
     plain = {name for name in NAMES if not name.endswith(AT_DISTANCE)} - {"noise", "average_of_k"}
     assert set(made) == {"average", "average_of_6", *plain, *(f"noise_{s:g}" for s in EvaluateConfig().noise)}
 
@@ -192,14 +191,3 @@ def test_vectors_of_a_held_zoo_are_those_in_memory(tmp_path) -> None:
     slow, _ = slow_vectors(zoo, [zoo.state_dict(0)])
     torch.testing.assert_close(span.vectors().double(), slow, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(span.vector(zoo.state_dict(2)).double(), slow[2], rtol=1e-4, atol=1e-4)
-
-
-def test_flatten_and_unflatten_are_inverse() -> None:
-    zoo = make_networks()
-    space = VectorSpace(zoo)
-    again = space.unflatten(space.flatten(zoo[2:3]))[0]
-    for slot in space.slots:
-        assert torch.equal(again[slot.name], zoo[2][slot.name])
-    assert {slot.name for slot in space.slots}.isdisjoint({"1.num_batches_tracked", "tied", "frozen"})
-    with pytest.raises(InputError, match="no networks"):
-        VectorSpace([])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from scipy.optimize import linear_sum_assignment
 
 from rpg.evaluation.matching import Distances, Matcher, assignment, permute
 from rpg.evaluation.permutations import Group, permutation_groups
+from rpg.evaluation.span import ZooSpan
 from rpg.tasks import DigitsConfig, build_task
 from rpg.tasks.images.networks import build_network
+from tokenization.zoo.zoo import Zoo
 
 MATCHABLE = {"cnn": 3, "convnet-mini": 4, "mlp-mini": 2, "resnet-mini": 6, "vit-mini": 4, "convnext-mini": 7}
 TASK = build_task(DigitsConfig())
@@ -30,6 +33,15 @@ def random_network(name: str, seed: int = 0) -> torch.nn.Module:
         if key.endswith("gamma"):  # ConvNeXt's layer scale: at 1e-6 its blocks would not matter
             value.uniform_(0.5, 2)
     return network
+
+
+def distances_in(folder: Path, originals: Sequence[dict], runs: Sequence[int], groups: Sequence[Group]) -> Distances:
+    """Distances to networks, which are written into a zoo in the folder."""
+    zoo = Zoo.create(folder / "originals")
+    for step, (network, run) in enumerate(zip(originals, runs, strict=True)):
+        zoo.append(network, run=run, step=step)
+    names = [name for name, value in originals[0].items() if value.is_floating_point()]
+    return Distances(ZooSpan([zoo.checkpoint(i) for i in range(len(runs))], names, runs, "spread"), groups)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +116,9 @@ def test_assignment_is_the_best_one_with_and_without_a_search(noise):
         assert (order[found] == rows).all()
 
 
-def test_matching_many_at_once_is_matching_each(zoo, groups):
+def test_matching_many_at_once_is_matching_each(zoo, groups, tmp_path):
     originals, runs, fresh = zoo
-    measure = Distances(originals, runs, groups["cnn"])
+    measure = distances_in(tmp_path, originals, runs, groups["cnn"])
     networks = [*fresh, originals[4]]
     plain = measure.plain(networks)
     matched = measure.matched(networks, plain)
@@ -147,33 +159,35 @@ def zoo(tmp_path_factory):
     return [zoo.state_dict(i) for i in range(len(zoo))], runs, [fresh.state_dict(i) for i in range(3)]
 
 
-def test_copies_have_no_distance_permuted_ones_neither_and_fresh_runs_are_far(zoo, groups):
+def test_copies_have_no_distance_permuted_ones_neither_and_fresh_runs_are_far(zoo, groups, tmp_path):
     originals, runs, fresh = zoo
     rng = torch.Generator().manual_seed(0)
     permuted = [permute(network, groups["cnn"], random_orders(groups["cnn"], rng)) for network in originals]
-    measure = Distances(originals, runs, groups["cnn"])
+    measure = distances_in(tmp_path, originals, runs, groups["cnn"])
     unit = measure.unit()
     assert measure.plain(originals).amin(1).max() == 0
     plain = measure.plain(permuted)
     assert (plain.amin(1) / unit).min() > 10 and (measure.matched(permuted, plain).amin(1) / unit).max() < 1e-6
     assert (measure.matched(fresh, measure.plain(fresh)).amin(1) / unit).min() > 10
+    near = measure.plain(originals[:1])  # nothing is left to be matched
+    assert torch.equal(measure.matched(originals[:1], near), near)
 
 
-def test_the_unit_is_the_median_distance_to_the_nearest_neighbour():
+def test_the_unit_is_the_median_distance_to_the_nearest_neighbour(tmp_path):
     originals = [{"w": torch.tensor([float(x), 0.0])} for x in (0, 1, 3, 5, 9)]
-    measure = Distances(originals, [0] * 5, [])
+    measure = distances_in(tmp_path, originals, [0] * 5, [])
     scale = torch.tensor([x["w"].tolist() for x in originals]).std(correction=0)
     assert measure.unit() == pytest.approx(2 / float(scale))  # distances 1, 1, 2, 2, 4
     # alone in their runs and without symmetries the same neighbours count
-    assert Distances(originals, list(range(5)), []).unit() == pytest.approx(2 / float(scale))
+    alone = distances_in(tmp_path / "alone", originals, list(range(5)), [])
+    assert alone.unit() == pytest.approx(2 / float(scale))
 
 
-def test_the_unit_of_runs_of_one_checkpoint_is_the_median_after_matching(zoo, groups):
+def test_the_unit_of_runs_of_one_checkpoint_is_the_median_after_matching(zoo, groups, tmp_path):
     """One network at five distances along a line, its units in another order every time."""
     first, rng = zoo[0][0], torch.Generator().manual_seed(0)
     line = [{name: value + 1e-3 * x for name, value in first.items()} for x in (0, 1, 3, 5, 9)]
-    measure = Distances(
-        [permute(each, groups["cnn"], random_orders(groups["cnn"], rng)) for each in line], range(5), groups["cnn"]
-    )
+    permuted = [permute(each, groups["cnn"], random_orders(groups["cnn"], rng)) for each in line]
+    measure = distances_in(tmp_path, permuted, range(5), groups["cnn"])
     vectors = measure.vectors(line)
     assert measure.unit() == pytest.approx((vectors[3] - vectors[2]).norm().item(), rel=1e-4)

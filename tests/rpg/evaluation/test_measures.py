@@ -11,7 +11,7 @@ import torch
 from rpg.config import EvaluateConfig
 from rpg.devices import Partition
 from rpg.evaluation import span as span_module
-from rpg.evaluation.conditional import Conditions, nearest_rows
+from rpg.evaluation.combinations import Conditions, nearest_rows
 from rpg.evaluation.judges import OwnScorer, TaskScorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.measures import Evaluation, Made, Options
@@ -197,7 +197,7 @@ def test_hidden_units_are_matched_and_kinds_are_compared_with_held_out_originals
     names = list(zoo.state_dict(0))
     trained, others = ([zoo.checkpoint(i) for i in range(first, 10, 2)] for first in range(2))
     span = ZooSpan(trained, names, by="spread")
-    matching = Distances([each.state_dict() for each in trained], [0] * 5, symmetries(task))
+    matching = Distances(span, symmetries(task))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     copies = []
     for each in trained:  # copies with their first units in another order

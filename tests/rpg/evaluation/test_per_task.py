@@ -41,17 +41,17 @@ def test_figures_by_hand():
         "kernel_ridge": planted(a, a, a, a, a, a),
     }
     result = measure_per_task(PlantedFamily(), networks, BITS)
-    assert (result.num_tasks, result.networks_per_task) == (3, 2)
-    figures = result.methods
-    assert figures["original"].error_iou == pytest.approx(0.5)
-    assert figures["generated"].error_iou == pytest.approx(0.0) and figures["kernel_ridge"].error_iou == 1.0
-    assert figures["original"].accuracy.mean == pytest.approx((0.75 + 0.5) / 2)
-    assert figures["generated"].accuracy.mean == pytest.approx(0.75)
-    assert figures["original"].nearest_neighbour_accuracy is None
-    assert 0 <= figures["generated"].nearest_neighbour_accuracy <= 1
+    assert (result["num_tasks"], result["networks_per_task"]) == (3, 2)
+    figures = result["methods"]
+    assert figures["original"]["error_iou"] == pytest.approx(0.5)
+    assert figures["generated"]["error_iou"] == pytest.approx(0.0) and figures["kernel_ridge"]["error_iou"] == 1.0
+    assert figures["original"]["accuracy"]["mean"] == pytest.approx((0.75 + 0.5) / 2)
+    assert figures["generated"]["accuracy"]["mean"] == pytest.approx(0.75)
+    assert figures["original"]["nearest_neighbour_accuracy"] is None
+    assert 0 <= figures["generated"]["nearest_neighbour_accuracy"] <= 1
     # twice one network: it is the nearest of one original of two, and is that one
-    assert figures["kernel_ridge"].coverage == 0.5 and figures["original"].coverage is None
-    assert figures["kernel_ridge"].nearest == 0.0 < figures["generated"].nearest
+    assert figures["kernel_ridge"]["coverage"] == 0.5 and figures["original"]["coverage"] is None
+    assert figures["kernel_ridge"]["nearest"] == 0.0 < figures["generated"]["nearest"]
     assert measure_per_task(PlantedFamily(), networks, BITS + torch.arange(6)[:, None]) is None
 
 
@@ -75,7 +75,7 @@ def test_networks_like_the_originals_pass_and_one_network_for_each_task_does_not
     draws = [torch.rand(800, 4, generator=stream) for _ in range(2)]
     networks = {"original": probabilities(draws[0]), "generated": probabilities(draws[1])}
     networks["kernel_ridge"] = probabilities(torch.full((800, 4), 0.5))
-    figures = measure_per_task(PlantedFamily(), networks, bits).methods
-    assert figures["generated"].nearest_neighbour_accuracy == pytest.approx(0.5, abs=0.05)
-    assert figures["kernel_ridge"].nearest_neighbour_accuracy > 0.6
-    assert figures["generated"].error_iou == pytest.approx(figures["original"].error_iou, abs=0.05)
+    figures = measure_per_task(PlantedFamily(), networks, bits)["methods"]
+    assert figures["generated"]["nearest_neighbour_accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert figures["kernel_ridge"]["nearest_neighbour_accuracy"] > 0.6
+    assert figures["generated"]["error_iou"] == pytest.approx(figures["original"]["error_iou"], abs=0.05)

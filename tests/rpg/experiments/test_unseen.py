@@ -7,7 +7,8 @@ import torch
 
 from rpg.config import Config
 from rpg.evaluation import conditional, task_networks
-from rpg.evaluation.conditional import nearest_rows, regression_grid
+from rpg.evaluation.combinations import nearest_rows
+from rpg.evaluation.conditional import regression_grid
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.span import FlatSpace
@@ -229,8 +230,8 @@ def test_equal_draws_have_no_diversity(experiment):
     bits = task.bits()[:3]
     draw = generate_for(generator, bits, 0)
     diversity = measure_diversity(task, [[draw], [draw], [draw]], bits, 1.0)
-    assert diversity.disagreement == 0 and diversity.weight_spread == 0
-    assert math.isclose(diversity.mean_accuracy, diversity.ensemble_accuracy)
+    assert diversity["disagreement"] == 0 and diversity["weight_spread"] == 0
+    assert math.isclose(diversity["mean_accuracy"], diversity["ensemble_accuracy"])
     space = FlatSpace(draw)
     again = space.unflatten(space.flatten(draw))
     assert all(torch.equal(again[name], value) for name, value in draw.items())
