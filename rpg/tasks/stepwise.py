@@ -7,7 +7,7 @@ take a pretrained one, fine-tune all or parts of it, and keep what is fine-tuned
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from rpg.seeding import derive_seed
 from rpg.tasks.collecting import (
     Progress,
     SavedTraining,
+    Tick,
     chosen_parameters,
     cosine_decay,
     open_zoo,
@@ -38,9 +39,6 @@ SAVE_EVERY = 100
 
 TRAINING = "training.safetensors"
 """In a zoo folder: where fine-tuning goes on after a kill; gone when the zoo is whole."""
-
-Tick = Callable[[int], None]
-"""Called with the optimizer steps done of a run."""
 
 Kept = tuple[int, Mapping[str, Tensor], Tensor | None]
 """A fine-tuning step, from 1 on, the tensors of its checkpoint, which may change with the next step, and its loss."""
@@ -201,10 +199,8 @@ class FinetunedTask(StepwiseTask):
     def base_network(self, tick: Tick = lambda done: None) -> nn.Module:
         """The whole network before fine-tuning: read from ``base``, or trained and written there.
 
-        Training that a kill cut short goes on from the last step it saved, to the same bits.
-
-        Raises:
-            InputError: the file at ``base`` is another network's.
+        Training that a kill cut short goes on from the last step it saved, to the same bits. Raises InputError if the
+        file at ``base`` is another network's.
         """
         config, path = self.config, Path(self.config.base)
         network = self.placed()
@@ -250,9 +246,7 @@ class FinetunedTask(StepwiseTask):
     def network_with(self, tensors: Mapping[str, Tensor], where: str = "a network") -> nn.Module:
         """The network with a checkpoint's tensors in it and the base's for the rest; the same object each time.
 
-        Raises:
-            InputError: a tensor of the network called ``where`` does not fit, or there is no base checkpoint where one
-                is needed.
+        Raises InputError if a tensor of the network called ``where`` does not fit, or a base is needed and missing.
         """
         network, chosen = self._scored
         whole = network.state_dict()

@@ -110,8 +110,8 @@ class TimmTask(FinetunedTask):
             yield from map(self._placed_batch, batches_to_score(dataset, self.config))
 
     def batches_after(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of all epochs but the first ``done`` ones, without end."""
-        yield from map(self._placed_batch, batches_to_train(self.dataset("train"), self.config, done))
+        """The training batches but the first ``done`` ones, without end."""
+        return map(self._placed_batch, batches_to_train(self.dataset("train"), self.config, done))
 
     def _placed_batch(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
         images, labels = default_collate(samples)
@@ -155,8 +155,7 @@ class TimmTask(FinetunedTask):
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Predicted classes of each network, int64 [num, images]; 0 where a logit is not finite.
 
-        Raises:
-            InputError: a state dict does not fit the network; names the tensor. Or there is no base checkpoint.
+        Raises InputError for a state dict that does not fit, or a missing base checkpoint.
         """
         found = []
         if not self.is_whole:
@@ -181,8 +180,7 @@ class TimmFinetuneTask(TimmTask):
     def make_network(self) -> nn.Module:
         """The network with as many logits as the data set has classes, with timm's weights if so configured.
 
-        Raises:
-            InputError: there is no such network, its weights cannot be had, or it does not take its arguments.
+        Raises InputError if there is no such network, or its weights or arguments do not serve.
         """
         if ":" in self.config.network:
             return own_network(self.config.network, self.config.network_arguments)
@@ -217,11 +215,7 @@ class ImageNetTask(TimmTask):
         return self.timm_network(self.config.num_classes, False, "")
 
     def base_network(self, tick: Callable[[int], None] = lambda done: None) -> nn.Module:
-        """The network that fine-tuning begins with.
-
-        Raises:
-            InputError: its weights cannot be had, or do not fit.
-        """
+        """The network that fine-tuning begins with. Raises InputError if its weights cannot be had, or do not fit."""
         network, config = self.placed(), self.config
         if config.weights is not None:
             state_dict: StateDict = read_state_dict(Path(config.weights))
@@ -243,11 +237,7 @@ class ImageNetTask(TimmTask):
         return self.config.learning_rate
 
     def steps(self) -> list[int]:
-        """Steps at even distances, the last one among them.
-
-        Raises:
-            InputError: there are fewer steps than checkpoints.
-        """
+        """Steps at even distances, the last one among them. Raises InputError for fewer steps than checkpoints."""
         total, count = round(self.config.epochs * self.steps_an_epoch), self.config.checkpoints
         if total < count:
             raise InputError(
@@ -276,15 +266,10 @@ class ImageNetTask(TimmTask):
 
 
 def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
-    """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
+    """timm's own preparation of RGB images for a network, to float32 ``[3, image_size, image_size]``.
 
-    Args:
-        network: its name; without weights of timm's, those of ImageNet stand.
-        image_size: height and width in pixels, in place of the network's own.
-        training: cut out and mirror at random. Colours stay as they are.
-
-    Returns:
-        A function of an RGB image that gives float32 ``[3, image_size, image_size]``.
+    Interpolation, share of the crop, mean and deviation are the network's, or those of ImageNet. In training images are
+    cut out and mirrored at random; their colours stay as they are.
     """
     import timm  # imported here: slow
 
@@ -294,11 +279,7 @@ def image_transform(network: str, image_size: int, *, training: bool) -> Callabl
 
 
 def require_image_size(network: nn.Module, task: Any, num_classes: int) -> None:
-    """See to it that the network takes images of the task's size, ``[1, 3, image_size, image_size]``.
-
-    Raises:
-        InputError: it does not, or gives anything but ``num_classes`` logits.
-    """
+    """Raise InputError unless the network makes ``num_classes`` logits of images of the task's size."""
     size, training = task.image_size, network.training
     image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     try:

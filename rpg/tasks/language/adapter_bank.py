@@ -79,10 +79,6 @@ class AdapterBank:
         accepted = inspect.signature(base.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
 
-    def start(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-        """A fresh adapter under PEFT's names: A random, B zero, DoRA's norms those of the base."""
-        return fresh_adapter(self.base, config, seed)
-
     def logits(self, weights: Stacked, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits of T adapters, each on its own rows.
 
@@ -171,7 +167,10 @@ def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
 
 
 def fresh_adapter(base: nn.Module, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-    """An untrained adapter under PEFT's names; torch's global random state is as before."""
+    """An untrained adapter under PEFT's names: A random, B zero, DoRA's norms those of the base.
+
+    Torch's global random state is as before.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with peft_on(base, config) as adapted:

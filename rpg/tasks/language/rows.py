@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.collecting import cosine_decay, single_threaded
+from rpg.tasks.collecting import descend, single_threaded, warm_cosine
 from rpg.tasks.language.config import RowsConfig, SymbolsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
@@ -324,15 +324,11 @@ def pretrain(config: SymbolsConfig, tokenizer: Any, seed: int) -> Any:
     first, equals = tokenizer.convert_tokens_to_ids(MARKER), tokenizer.convert_tokens_to_ids(EQUALS)
     rng = make_rng(seed, "pretraining")
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * cosine_decay(step, config.steps)
         shape = (config.batch_size, config.length)
         strings = first + torch.randint(config.symbols + 1, shape, generator=rng)  # the marker and all symbols
         middle, end = torch.full((len(strings), 1), equals), torch.full((len(strings), 1), tokenizer.eos_token_id)
         ids = torch.cat([strings, middle, strings, end], 1)  # [B, 2·length + 2]
         logits = model(ids[:, :-1], use_cache=False).logits[:, config.length :]
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, config.length + 1 :].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps, 50))
     return model.eval()

@@ -141,7 +141,8 @@ def test_no_adapter_is_the_base(experiment):
     task = task_family(config)
     base = AutoModelForCausalLM.from_pretrained(config.task.base)
     ids = task.rows(0)["test"].ids
-    logits = task.bank.logits(stack([task.no_adapter()]), ids[None])[0]
+    (bare,) = task.untrained(Zoo.open(config.zoo), task.conditions()[:1]).values()
+    logits = task.bank.logits(bare, ids[None])[0]
     assert torch.allclose(logits, base(ids).logits, atol=1e-5)
     assert report.mean("no_adapter", "exact_match") < report.mean("original", "exact_match")
 
