@@ -28,6 +28,7 @@ from rpg.tasks.collecting import (
     train_step,
     use_threads,
 )
+from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.images.images import check_structure
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.checkpoint.structure import StateDict
@@ -254,6 +255,40 @@ class FinetunedTask(StepwiseTask):
         check_structure(tensors, {name: whole[name] for name in chosen} if is_part else whole, where)
         network.load_state_dict({**self.base(), **tensors} if is_part else dict(tensors))
         return network
+
+
+class DatasetTask(FinetunedTask):
+    """One whose batches are read from data sets; a task of its own opens them and puts samples together."""
+
+    splits: tuple[str, ...] = ("train", "validation", "test")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._datasets: dict[str, Any] = {}
+
+    @abstractmethod
+    def open_split(self, split: str) -> Any:
+        """The data set of one of ``splits``. Raises InputError where the folder lacks it."""
+
+    @abstractmethod
+    def batch(self, samples: list[Any]) -> Any:
+        """Samples as the loss takes them, where the task computes."""
+
+    def dataset(self, split: str) -> Any:
+        """The data set of a split, opened once. Raises InputError for an unknown split, or as `open_split` does."""
+        if split not in self.splits:
+            raise InputError(f"there is no split {split!r}; choose one of {', '.join(self.splits)}")
+        if split not in self._datasets:
+            self._datasets[split] = self.open_split(split)
+        return self._datasets[split]
+
+    def batches(self, split: str) -> Iterator[Any]:
+        """All samples of a split, in order. Raises InputError if one cannot be read."""
+        return map(self.batch, batches_to_score(self.dataset(split), self.config))
+
+    def batches_after(self, done: int) -> Iterator[Any]:
+        """The training batches but the first ``done`` ones, without end."""
+        return map(self.batch, batches_to_train(self.dataset("train"), self.config, done))
 
 
 def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:

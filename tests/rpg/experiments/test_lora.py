@@ -20,7 +20,6 @@ from rpg.generation.generator import Generator
 from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask
-from rpg.tasks.side_by_side import stack
 from tests.reports import checked_report
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
