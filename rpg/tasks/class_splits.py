@@ -23,15 +23,9 @@ def all_tasks(num_classes: int) -> Tensor:
 
 
 def assign_splits(bits: Tensor, unseen_split: UnseenSplit, num_validation: int, seed: int) -> list[str]:
-    """The split of every task: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
+    """The split of every task ``[T, C]``: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
 
-    Args:
-        bits: ``[T, C]``.
-        unseen_split: which tasks are unseen.
-        num_validation: how many of the others are for validation, at random.
-
-    Raises:
-        InputError: the unseen part is impossible, or leaves nothing to train on.
+    Raises InputError if the unseen part is impossible, or leaves nothing to train on.
     """
     unseen = _unseen(bits, unseen_split, seed)
     splits = ["unseen" if flag else "train" for flag in unseen.tolist()]

@@ -38,12 +38,8 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
 
     In training it takes images and targets and returns losses by name, in evaluation detections.
 
-    Args:
-        num_outputs: classes, of which the first is the background.
-        pretrained: load the backbone's ImageNet weights.
-
-    Raises:
-        InputError: there is no such network, backbone or argument, or the weights cannot be had.
+    The first of its outputs is the background; only the backbone is pretrained. Raises InputError if there is no such
+    network, backbone or argument, or the weights cannot be had.
     """
     kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
     known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
@@ -229,14 +225,9 @@ def _rows(image: int, found: Mapping[str, Tensor]) -> Tensor:
 
 
 def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) -> dict[str, float]:
-    """COCO's AP50 (IoU 0.5) and AP (mean over IoU 0.5 to 0.95).
+    """COCO's AP50 (IoU 0.5) and AP (mean over IoU 0.5 to 0.95). Raises InputError if pycocotools is not installed.
 
-    Args:
-        instances: the ground truth.
-        detections: rows of image, left, top, width, height, score, category, ``[N, 7]``; N may be 0.
-
-    Raises:
-        InputError: pycocotools is not installed.
+    Detections are rows of image, left, top, width, height, score, category, ``[N, 7]``; N may be 0.
     """
     try:
         from pycocotools.coco import COCO

@@ -164,20 +164,13 @@ Draw = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def finetune_many(side: SideBySide, start: Stacked, bits: Tensor, draw: Draw, config: FinetuneConfig) -> list[Stacked]:
-    """Fine-tune T networks; returns ``config.checkpoints`` of each, in the order of their steps.
-
-    Args:
-        start: their weights to start from, ``[T, *shape]``.
-        bits: their tasks, ``[T, C]``.
-    """
+    """Fine-tune T networks for the tasks ``[T, C]``; ``config.checkpoints`` of each, in the order of their steps."""
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     stretches = checkpoint_stretches(config.stages[-1].steps, config.tail, config.checkpoints)
     kept: list[Stacked] = []
     for number, stage in enumerate(config.stages):
         trained = [value for name, value in weights.items() if any(fnmatchcase(name, each) for each in stage.only)]
-        optimizer = torch.optim.AdamW(
-            trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        optimizer = torch.optim.AdamW(trained, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True)
         for value in weights.values():
             value.requires_grad_(any(value is each for each in trained))
         last = number == len(config.stages) - 1
@@ -194,12 +187,7 @@ def finetune_many(side: SideBySide, start: Stacked, bits: Tensor, draw: Draw, co
 
 
 def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: Tensor, config: FinetuneConfig) -> None:
-    """Add the gradients of T networks' losses: some images, and of large networks one, at a time.
-
-    Args:
-        images: ``[B, …]``.
-        targets: right answers ``[T, B]``.
-    """
+    """Add the gradients of T networks' losses on ``[B, …]`` with answers ``[T, B]``, in parts of bounded memory."""
     size = config.images_at_a_time or len(images)
     several = [weights]
     if side.is_large:  # one network's activations are held, not those of all
@@ -209,7 +197,7 @@ def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: 
             with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bf16(config.precision, images.device)):
                 logits = side(own, part)
             loss = task_losses(logits, wanted, config).sum() * (len(part) / len(images))
-            loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
+            loss.backward()
 
 
 def task_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
@@ -234,11 +222,8 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
     sides = sides / sides.sum(-1, keepdim=True)
     for name, like in network.state_dict().items():
         if like.shape != base[name].shape:  # the classifier's weight [C, H] and bias [C]
-            weights[name] = (
-                repeat({name: like}, len(bits))[name]
-                if fresh_head
-                else torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
-            )
+            mean = torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
+            weights[name] = like.expand(len(bits), *like.shape).clone() if fresh_head else mean
     return weights
 
 

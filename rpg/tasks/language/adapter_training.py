@@ -39,14 +39,9 @@ Draw = Callable[[], Rows]
 def train_side_by_side(
     bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining, check: Sequence[Rows] = ()
 ) -> list[Stacked]:
-    """Train T adapters at once.
+    """Train T adapters at once from ``start``, under PEFT's names; ``config.checkpoints`` of each, by their steps.
 
-    Args:
-        start: ``[T, *shape]`` under PEFT's names.
-        check: validation rows of each, with ``config.until``.
-
-    Returns:
-        ``config.checkpoints`` of each, in the order of their steps.
+    With ``config.until``, ``check`` are validation rows of each.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = _optimizer(list(weights.values()), config)

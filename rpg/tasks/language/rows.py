@@ -158,9 +158,7 @@ def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]
     """Tokenise a task's rows, by split: ``train``, ``validation`` and ``test``.
 
     Prompt and completion are tokenised apart and joined as they are; a completion ends with the end-of-text token.
-
-    Raises:
-        InputError: a line is not a row, is too long, or there are too few.
+    Raises InputError if a line is not a row, is too long, or there are too few.
     """
     end = tokenizer.eos_token_id
     if end is None:

@@ -42,11 +42,7 @@ SCORED_ROWS = 2048
 
 
 class LanguageTask:
-    """Trains and scores adapters.
-
-    Raises:
-        InputError: the files, the table or the base are not there or not right.
-    """
+    """Trains and scores adapters. Raises InputError where files, table or base are not there or not right."""
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config

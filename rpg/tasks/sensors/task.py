@@ -41,11 +41,7 @@ class TinyMLP(nn.Sequential):
 
 
 class SensorsTask:
-    """Trains and scores networks for sensors.
-
-    Raises:
-        InputError: there are no such images, or nothing of the sensors is left to vary.
-    """
+    """Trains and scores networks for sensors. Raises InputError for no images, or sensors that are all the same."""
 
     def __init__(self, config: SensorsConfig) -> None:
         self.config = config
