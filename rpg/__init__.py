@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from rpg.config import Config
-    from rpg.experiments.evaluating import evaluate_run as evaluate
+    from rpg.experiments.driver import evaluate
     from rpg.experiments.single import collect
     from rpg.generation.classifier import GeneratedClassifier
     from rpg.generation.generator import Generator
@@ -42,7 +42,7 @@ _HOMES = {
     "collect_from": ("tokenization.zoo.importing", "collect_from"),
     "inspect": ("rpg.planning.inspect", "inspect"),
     "propose": ("rpg.planning.proposal", "propose"),
-    "evaluate": ("rpg.experiments.evaluating", "evaluate_run"),
+    "evaluate": ("rpg.experiments.driver", "evaluate"),
     "train": ("rpg.training.loop", "train"),
 }
 

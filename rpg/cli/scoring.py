@@ -92,57 +92,22 @@ def evaluate(
     """
     from rpg.evaluation.table import print_report
     from rpg.evaluation.workers import Workers
-    from rpg.experiments.driver import Experiment
-    from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
-    from rpg.generation.folders import find_folder, load_config
+    from rpg.experiments.driver import evaluate as judge
+    from rpg.experiments.driver import next_command
     from rpg.generation.sampler import join_processes
     from rpg.planning.plan import evaluation_need
 
     partition, place = join_processes(device)
-    judge, is_zoo = Judge(function, lower or (), higher or ()), (run / "zoo.json").is_file()
-    if is_zoo and num is not None:
-        raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
-    if is_zoo and path_condition is not None:
-        raise InputError("--denoising-path is for generators with conditions; a zoo generates nothing")
-    if not is_zoo and function is None and (own := experiment_of_sensors(run)) is not None:
-        given = {"--num": num, "--lower": lower, "--higher": higher, "--set": overrides, "--output": output}
-        if refused := [name for name, value in {**given, "--denoising-path": path_condition}.items() if value]:
-            raise InputError(
-                f"{refused[0]} is not for runs of sensors, which are judged in a way of their own; leave it out"
-            )
-        report = own.evaluate(run, seed=seed)
-        print_report(report, console, folder=run, full=full, then=own.next(load_config(find_folder(run)), run))
-        return told_of(report, run, run)
-    if not is_zoo:
+    if not (run / "zoo.json").is_file():
         guard(lambda: evaluation_need(run), ignore_memory)
     with progress_bar(f"scoring on {place}") as advance:
-        workers = Workers(partition, advance)
-        if is_zoo:
-            from rpg.config import Config
-
-            config = Config.defaults([*(overrides or []), f"seed={seed}"])
-            report = evaluate_zoo(run, judge, config, output=output, workers=workers)
-        else:
-            report = evaluate_run(
-                run, judge, num=num, seed=seed, output=output, workers=workers, path_condition=path_condition,
-                changes=overrides or (),
-            )  # fmt: skip
+        report = judge(
+            run, function, num=num, seed=seed, lower=lower or (), higher=higher or (), changes=overrides or (),
+            output=output, path_condition=path_condition, workers=Workers(partition, advance),
+        )  # fmt: skip
     folder = output or run
-    then = f"rpg inspect {run} --write-config mine.yaml"
-    if not is_zoo:
-        then = Experiment("networks", evaluate_run).next(load_config(find_folder(run)), run)
-    print_report(report, console, folder=folder, full=full, then=then)
+    print_report(report, console, folder=folder, full=full, then=next_command(run))
     return told_of(report, run, folder)
-
-
-def experiment_of_sensors(run: Path) -> Any:
-    """What judges a run of sensors: by settings, words or examples, or draws; None for other runs."""
-    from rpg.experiments.driver import experiment_of
-    from rpg.generation.folders import find_folder, load_config, require_files
-
-    require_files(folder := find_folder(run))
-    config = load_config(folder)
-    return experiment_of(config) if config.task is not None and config.task.name == "sensors" else None
 
 
 def told_of(report: Any, run: Any, folder: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from rpg.config import Config
+from rpg.console import bar_in_notebook
 from rpg.evaluation.report import Networks, Report
-from rpg.experiments.evaluating import Judge, evaluate_run
+from rpg.evaluation.workers import Workers
+from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.experiments.grouping_examples import evaluate_groupings
 from rpg.experiments.single import collect, requested_condition
 from rpg.experiments.tasks_page import requested_task
 from rpg.experiments.unseen_tasks import evaluate_unseen, require_splits, task_family
+from rpg.generation.folders import find_folder, load_config, require_files
 from rpg.planning.proposal import asked
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
@@ -91,6 +94,67 @@ def experiment_of(
         task = build_task(config.task)
         requested_condition(config, getattr(task, "condition", None), path_condition)
     return Experiment("networks", partial(evaluate_run, judge=judge, path_condition=path_condition))
+
+
+def evaluate(
+    run: Path | str, score: Callable[..., Any] | str | None = None, *, num: int | None = None, seed: int = 0,
+    lower: Collection[str] = (), higher: Collection[str] = (), changes: Sequence[str] = (), split: str | None = None,
+    output: Path | str | None = None, path_condition: str | None = None, workers: Workers | None = None,
+) -> Report:  # fmt: skip
+    """Compare generated networks with originals and simple baselines; for a zoo, only originals and baselines.
+
+    Args:
+        run: a run, a generator's folder or a zoo.
+        score: a function of a state dict or of a path that returns a number or a dict of numbers, or its place,
+            ``module:function``; the task when None, and the weights alone where there is none.
+        num: networks to generate; the configuration's number when None.
+        lower, higher: metrics of which less or more is better, whatever their names say.
+        changes: of the section ``evaluate``, for example ``evaluate.num_baseline=10``; of a zoo of any section.
+        output: where ``evaluation.json`` and ``report.html`` go; the run's or the zoo's folder when None.
+        path_condition: the condition whose networks are shown on their way from noise.
+
+    Raises:
+        InputError: there is neither a generator nor a zoo, the function refuses a network, the results would replace
+            those of a function, or an option is not for what is judged.
+    """
+    run, judge = Path(run), Judge(score, lower, higher)
+    with bar_in_notebook("scoring", workers and workers.report) as bar:
+        workers = workers or Workers(report=bar)
+        if (run / "zoo.json").is_file():
+            if num is not None:
+                raise InputError(f"{run} is a zoo, of which nothing is generated; leave --num out")
+            if path_condition is not None:
+                raise InputError("--denoising-path is for generators with conditions; a zoo generates nothing")
+            more = [f"evaluate.split={split}"] if split is not None else []
+            return evaluate_zoo(
+                run, judge, Config.defaults([*changes, f"seed={seed}", *more]), output=output, workers=workers
+            )
+        if score is None and (own := experiment_of_sensors(run)) is not None:
+            given = {"--num": num, "--lower": lower, "--higher": higher, "--set": changes, "--output": output}
+            if refused := [name for name, value in {**given, "--denoising-path": path_condition}.items() if value]:
+                raise InputError(
+                    f"{refused[0]} is not for runs of sensors, which are judged in a way of their own; leave it out"
+                )
+            return own.evaluate(run, seed=seed, split=split or "test")
+        return evaluate_run(
+            run, judge, num=num, seed=seed, output=output, workers=workers, split=split, path_condition=path_condition,
+            changes=changes,
+        )  # fmt: skip
+
+
+def experiment_of_sensors(run: Path) -> Experiment | None:
+    """What judges a run of sensors: by settings, words or examples, or draws; None for other runs."""
+    require_files(folder := find_folder(run))
+    config = load_config(folder)
+    return experiment_of(config) if config.task is not None and config.task.name == "sensors" else None
+
+
+def next_command(run: Path) -> str:
+    """The command to run after ``rpg evaluate``."""
+    if (run / "zoo.json").is_file():
+        return f"rpg inspect {run} --write-config mine.yaml"
+    own = experiment_of_sensors(run) or Experiment("networks", evaluate_run)
+    return own.next(load_config(find_folder(run)), run)
 
 
 def compares_tasks(config: Config) -> bool:

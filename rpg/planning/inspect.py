@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import RenderableType
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 
 from rpg.config import Config
@@ -112,14 +113,21 @@ MOST_NAMES = 6
 """Names that are listed one by one; more are only counted."""
 
 
+class Description(list[RenderableType], JupyterMixin):
+    """What is known of something, piece by piece; notebooks show it."""
+
+    def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
+        yield from self
+
+
 def inspect(
-    path: Path | str, overrides: Sequence[str] = (), *, verify: bool = False, chosen: Chosen = AS_FOUND
-) -> list[RenderableType]:
+    path: Zoo | Path | str, overrides: Sequence[str] = (), *, verify: bool = False, chosen: Chosen = AS_FOUND
+) -> Description:
     """Describe a zoo folder, a checkpoint of any kind, or a configuration with its zoo and its generator.
 
     Args:
-        path: a folder with ``zoo.json``; a YAML configuration or a run or generator folder, which hold one; anything
-            else is opened as a checkpoint.
+        path: a zoo or its folder; a YAML configuration or a run or generator folder, which hold one; anything else is
+            opened as a checkpoint.
         overrides: ``section.field=value`` over the configuration, or over the defaults (``tokens.size=8192``).
         verify: read the whole zoo: digests, finite values, and the way into tokens and back.
         chosen: which weights of a checkpoint that holds several, and the prefix to cut off their names.
@@ -127,7 +135,11 @@ def inspect(
     Raises:
         InputError: there is nothing of the kind, it is broken, or the configuration does not fit it.
     """
-    path = Path(path)
+    path = path.path if isinstance(path, Zoo) else Path(path)
+    return Description(_described(path, overrides, verify, chosen))
+
+
+def _described(path: Path, overrides: Sequence[str], verify: bool, chosen: Chosen) -> list[RenderableType]:
     if file := _config_file(path):
         return _inspect_config(Config.load(file, list(overrides)), verify)
     config = Config.defaults(list(overrides))

@@ -63,6 +63,9 @@ class Proposal:
         """The whole configuration."""
         return Config.parse(self.tree, "the proposed configuration")
 
+    def __repr__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """As YAML, the reasons as comments above it."""
         lines = [f"# {line}" for reason in self.reasons for line in textwrap.wrap(reason, 116)]

@@ -9,6 +9,8 @@ import pytest
 import rpg
 from rpg.console import progress_bar
 from tests.conftest import make_zoo, small_config
+from tokenization.checkpoint.structure import StateDict
+from tokenization.errors import InputError
 
 
 def test_completion_offers_every_name_and_each_is_there() -> None:
@@ -38,6 +40,30 @@ def test_collecting_and_training_show_a_bar_in_a_notebook(tmp_path: Path, monkey
     rpg.train(small_config(tmp_path, train={"steps": 2}), say=lambda _: None)
     rpg.train(small_config(tmp_path, train={"steps": 2}), overwrite=True, progress=lambda *_: None, say=lambda _: None)
     assert shown == ["training"]
+
+
+def size(weights: StateDict) -> float:
+    return float(sum(value.double().square().sum() for value in weights.values()))
+
+
+def test_what_a_notebook_shows_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    zoo = make_zoo(tmp_path / "zoo", num=6, num_runs=2)
+    assert repr(zoo) == f"Zoo({str(zoo.path)!r}): 6 checkpoints of 2 run(s)"
+    proposed = rpg.propose(zoo, overrides=[f"run={tmp_path / 'run'}", "train.steps=2"])
+    assert repr(proposed).startswith("# Proposed by rpg inspect for 6 checkpoints of 2 run(s)")
+    page = rpg.inspect(zoo)._repr_mimebundle_(include=[], exclude=[])
+    assert "checkpoints" in page["text/plain"] and "<pre" in page["text/html"]
+    run = rpg.train(proposed.config, say=lambda _: None)
+    monkeypatch.setitem(__import__("sys").modules, "ipykernel", rpg)
+    monkeypatch.setattr("rpg.console.progress_bar", lambda title: shown.append(title) or progress_bar(title))
+    result = rpg.evaluate(run, score=size, num=2, lower=["size"], changes=["evaluate.num_baseline=2"])
+    assert shown == ["scoring"] and result.better == {"size": "less"} and result.verdict
+    assert {"generated", "original"} <= set(result.to_frame().reset_index()["kind"])
+    alone = rpg.evaluate(zoo.path, score=size, changes=["evaluate.num_baseline=2"])
+    assert not alone.kinds["generated"].count and alone.mean("original") == result.mean("original")
+    with pytest.raises(InputError, match="is a zoo, of which nothing is generated"):
+        rpg.evaluate(zoo.path, score=size, num=2)
 
 
 def test_a_run_works_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,10 @@ class Zoo(SharedZoo):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __repr__(self) -> str:
+        runs = len({entry.run for entry in self.entries})
+        return f"Zoo({str(self.path)!r}): {len(self)} checkpoints of {runs} run(s)"
+
     @property
     def num_runs(self) -> int:
         """How many training runs the entries' ``run`` counts: the highest + 1."""
