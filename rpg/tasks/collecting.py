@@ -236,7 +236,7 @@ class Trainable(Protocol):
     def splits(self) -> list[str]:
         """The split of every task."""
 
-    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
+    def train_part(self, tasks: list[int], folder: Path, /) -> tuple[list[Stacked], Mapping[str, Tensor]]:
         """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
 
 
