@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,13 @@ LONGEST = (
     "test_short_runs", "test_launch", "test_timm_finetune", "test_page", "test_kills", "test_behaviour",
 )  # fmt: skip
 """The files that take longest, the longest first: with several workers the others fill what is left."""
+
+
+def pytest_configure() -> None:
+    """Keep the tests' files in memory where there is room: what is written is flushed, and a disk takes its time."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 8 * 2**30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

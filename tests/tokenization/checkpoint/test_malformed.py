@@ -676,7 +676,7 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     pickled = tmp_path / "a.pth"
     torch.save(good(), pickled)
     for folder in [tmp_path, *tmp_path.parents]:  # others must be able to come as far as the files
-        if Path(tempfile.gettempdir()) in folder.parents:
+        if {Path(tempfile.gettempdir()), Path("/dev/shm")} & set(folder.parents):
             folder.chmod(0o755)
     for path in (file, pickled):
         path.chmod(0o000)
