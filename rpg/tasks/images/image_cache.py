@@ -15,7 +15,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class Loading(Protocol):
 
 def batches_to_score(dataset: Any, config: Loading) -> Iterator[list[Any]]:
     """All samples in their order. Raises InputError where one cannot be read."""
-    yield from _checked(dataset, dataset, SequentialSampler(dataset), config)
+    yield from _checked(dataset, dataset.__getitem__, SequentialSampler(dataset), config)
 
 
 def steps_an_epoch(dataset: Any, config: Loading) -> int:
@@ -66,15 +67,17 @@ def batches_to_train(dataset: Any, config: Loading, done: int = 0) -> Iterator[l
     first, skip = divmod(done, per_epoch)
     for epoch in itertools.count(first):
         order = RandomSampler(dataset, generator=make_rng(config.seed, "batches", epoch))
-        altered = AddressedSamples(dataset, config.seed, epoch)
-        yield from itertools.islice(_checked(altered, dataset, order, config, skip), per_epoch - skip)
+        altered = partial(_addressed, dataset, config.seed, epoch)
+        yield from itertools.islice(_checked(dataset, altered, order, config, skip), per_epoch - skip)
         skip = 0
 
 
-def _checked(read: Any, dataset: Any, order: Any, config: Loading, skip: int = 0) -> Iterator[list[Any]]:
+def _checked(
+    dataset: Any, read: Callable[[int], Any], order: Any, config: Loading, skip: int = 0
+) -> Iterator[list[Any]]:
     # without a generator of its own each loader would take a number of torch's global state
     batches, rng = LaterBatches(order, config.batch_size, skip), make_rng(config.seed, "workers")
-    return _loaded(CheckedSamples(read, dataset), config.workers, batch_sampler=batches, generator=rng)
+    return _loaded(CheckedSamples(dataset, read), config.workers, batch_sampler=batches, generator=rng)
 
 
 def _loaded(samples: Dataset[Any], workers: int, **options: Any) -> Iterator[list[Any]]:
@@ -97,41 +100,33 @@ class LaterBatches(BatchSampler):
         return itertools.islice(super().__iter__(), self.skip, None)
 
 
-class AddressedSamples(Dataset[Any]):
-    """A data set whose samples draw by seed, epoch and index, whatever the order or process.
+def _addressed(dataset: Any, seed: int, epoch: int, index: int) -> Any:
+    """A sample that draws by seed, epoch and index, whatever the order or process.
 
     timm draws crops from Python's generator and mirrors by torch's; both are left as they were.
     """
+    seed, before = derive_seed(seed, "alterations", epoch, index), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            return dataset[index]
+        finally:
+            random.setstate(before)
 
-    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+class CheckedSamples(Dataset[Any]):
+    """What ``read`` makes of each index; where that fails the error message, since words cross processes."""
+
+    def __init__(self, dataset: Any, read: Callable[[int], Any]) -> None:
+        self.dataset, self.read = dataset, read
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        seed, before = derive_seed(self.seed, "alterations", self.epoch, index), random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            try:
-                return self.dataset[index]
-            finally:
-                random.setstate(before)
-
-
-class CheckedSamples(Dataset[Any]):
-    """The samples of ``read``; for one that cannot be read the error message, since words cross processes."""
-
-    def __init__(self, read: Any, dataset: Any) -> None:
-        self.read, self.dataset = read, dataset
-
-    def __len__(self) -> int:
-        return len(self.read)
-
-    def __getitem__(self, index: int) -> Any:
         try:
-            return self.read[index]
+            return self.read(index)
         except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
             return str(unreadable(self.dataset, index, error))
 
@@ -201,22 +196,14 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     return CachedImages(torch.from_numpy(np.load(path, mmap_mode="c")), labels, mean, std)
 
 
-class _Pixels(Dataset[Any]):
-    """The decoded bytes of each image."""
-
-    def __init__(self, dataset: Any, shape: tuple[int, ...]) -> None:
-        self.dataset, self.shape = dataset, shape
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        pixels = _pixels(self.dataset[index][0])
-        return pixels if pixels.shape == self.shape else f"image {index} has the shape {pixels.shape}, not {self.shape}"
+def _decoded(dataset: Any, shape: tuple[int, ...], index: int) -> Any:
+    """The bytes of an image, or what is wrong with their number."""
+    pixels = _pixels(dataset[index][0])
+    return pixels if pixels.shape == shape else f"image {index} has the shape {pixels.shape}, not {shape}"
 
 
 def _write(path: Path, dataset: Any, shape: tuple[int, ...], workers: int) -> None:
-    samples = CheckedSamples(_Pixels(dataset, shape[1:]), dataset)
+    samples = CheckedSamples(dataset, partial(_decoded, dataset, shape[1:]))
     done, started = 0, time.perf_counter()
     with atomic_file(path) as temporary, progress_bar("decoding images") as advance, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
