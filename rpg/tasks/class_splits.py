@@ -23,15 +23,9 @@ def all_tasks(num_classes: int) -> Tensor:
 
 
 def assign_splits(bits: Tensor, unseen_split: UnseenSplit, num_validation: int, seed: int) -> list[str]:
-    """The split of every task: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
+    """The split of every task ``[T, C]``: ``unseen``, ``validation`` (seen, but kept for choices) or ``train``.
 
-    Args:
-        bits: ``[T, C]``.
-        unseen_split: which tasks are unseen.
-        num_validation: how many of the others are for validation, at random.
-
-    Raises:
-        InputError: the unseen part is impossible, or leaves nothing to train on.
+    Raises InputError if the unseen part is impossible, or leaves nothing to train on.
     """
     unseen = _unseen(bits, unseen_split, seed)
     splits = ["unseen" if flag else "train" for flag in unseen.tolist()]
@@ -68,8 +62,7 @@ def _unseen(bits: Tensor, unseen_split: UnseenSplit, seed: int) -> Tensor:
 def check_bits(values: Sequence[float] | Tensor, num_classes: int, where: str = "condition") -> Tensor:
     """A task's bits, ``[C]`` int64.
 
-    Raises:
-        InputError: the wrong length, values other than 0 and 1, or a task that asks nothing (all 0, all 1).
+    Raises InputError for a wrong length, values other than 0 and 1, or a task that asks nothing (all 0, all 1).
     """
     vector = torch.as_tensor(values, dtype=torch.float32)
     if vector.shape != (num_classes,):
@@ -85,8 +78,7 @@ def check_bits(values: Sequence[float] | Tensor, num_classes: int, where: str = 
 def bits_of_classes(names: Sequence[str], classes: Sequence[str], where: str = "--classes") -> Tensor:
     """The task whose positive classes are ``names``, ``[C]`` int64; a class may also be given by its number.
 
-    Raises:
-        InputError: an unknown class, or a task that asks nothing.
+    Raises InputError for an unknown class, or a task that asks nothing.
     """
     known = {name.lower(): index for index, name in enumerate(classes)}
     known |= {str(index): index for index in range(len(classes)) if str(index) not in known}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ from tokenization.zoo.zoo import Zoo, with_digest
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and their total over all runs."""
 
+Tick = Callable[[int], None]
+"""Called with the optimizer steps done of a run."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Floating-point dtypes by the names that configurations use."""
@@ -64,24 +66,32 @@ def open_zoo(
 ) -> Zoo:
     """Open the zoo at ``path`` to complete it, or create an empty one for ``task`` and ``condition``.
 
-    Fields that a zoo of an earlier version does not record have their defaults; those in ``ignore`` change no
-    checkpoint and are not recorded.
-
-    Raises:
-        InputError: the zoo there was collected with another configuration, which must not be mixed in.
+    Fields in ``ignore`` change no checkpoint and are not recorded. Raises InputError if the zoo there was collected
+    with another configuration.
     """
-    path, wanted = Path(path), task.model_dump(mode="json", exclude=set(ignore))
+    path = Path(path)
     if not (path / "zoo.json").exists():
-        return Zoo.create(path, task=wanted, condition=condition)
+        return Zoo.create(path, task=task.model_dump(mode="json", exclude=set(ignore)), condition=condition)
     zoo = Zoo.open(path, repair=True)
-    recorded, wanted = without_arithmetic(recorded_task(zoo, type(task))), without_arithmetic(wanted)
+    require_same_task(zoo, task, ignore, "choose another folder, or remove this one to collect anew")
+    return zoo
+
+
+def require_same_task(zoo: Zoo, task: Section, ignore: Collection[str], cure: str) -> None:
+    """Raise InputError, with the cure, unless a zoo was collected as configured, but for the fields in ``ignore``.
+
+    Fields that a zoo of an earlier version does not record have their defaults.
+    """
+    recorded = migrate_task(zoo.require_task())
+    with suppress(ValidationError):  # another task's, or a later version's
+        recorded = type(task).model_validate(recorded).model_dump(mode="json")
+    recorded, wanted = without_arithmetic(recorded), without_arithmetic(task.model_dump(mode="json"))
     for key in sorted((wanted.keys() | recorded.keys()) - set(ignore)):
         if recorded.get(key) != wanted.get(key):
             raise InputError(
-                f"{path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but {wanted.get(key)!r} is "
-                "configured; choose another folder, or remove this one to collect anew"
+                f"{zoo.path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but "
+                f"{wanted.get(key)!r} is configured; {cure}"
             )
-    return zoo
 
 
 def without_arithmetic(task: Any) -> Any:
@@ -89,19 +99,6 @@ def without_arithmetic(task: Any) -> Any:
     if not isinstance(task, dict):
         return task
     return {key: without_arithmetic(value) for key, value in task.items() if key != "precision"}
-
-
-def recorded_task(zoo: Zoo, kind: type[Section]) -> dict[str, Any]:
-    """The zoo's recorded task as plain values; fields that an earlier version lacked have their defaults.
-
-    Raises:
-        InputError: the zoo records no task.
-    """
-    recorded = migrate_task(zoo.require_task())
-    try:
-        return kind.model_validate(recorded).model_dump(mode="json")
-    except ValidationError:  # another task's, or a later version's
-        return recorded
 
 
 def convert_floats(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -151,6 +148,30 @@ def train_step(
     return found.detach()
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float | None = None) -> None:
+    """One optimizer step down a loss, at the learning rate ``rate`` where one is given."""
+    for group in optimizer.param_groups if rate is not None else ():
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()  # not autograd.grad: fused optimizers need gradients in the layout of the weights
+    optimizer.step()
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    peak: float,
+    steps: int,
+    tick: Tick = lambda done: None,
+) -> None:
+    """Train with a one-cycle schedule (arXiv 1708.07120); ``loss`` draws a batch."""
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps + 1)
+    for step in range(steps):
+        descend(optimizer, loss())
+        schedule.step()
+        tick(step + 1)
+
+
 NETWORK, OPTIMIZER, STEP = "network/", "optimizer/", "rpg.step"
 
 
@@ -173,11 +194,7 @@ class SavedTraining:
         save_checkpoint(self.path, tensors, {STEP: str(step)})
 
     def load(self) -> int:
-        """Restore the saved state and return its step; 0 without one.
-
-        Raises:
-            InputError: the file is broken.
-        """
+        """Restore the saved state and return its step; 0 without one. Raises InputError for a broken file."""
         if not self.path.is_file():
             return 0
         saved, network = Checkpoint.open(self.path), self.network.state_dict()
@@ -208,9 +225,18 @@ WRITERS = 8
 
 
 class Trainable(Protocol):
-    """What trains parts; where the CPU computes it is sent to other processes, so it must pickle."""
+    """A family of tasks that trains parts; where the CPU computes it is sent to other processes, so it must pickle."""
 
-    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
+    config: Any
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What the conditions of the zoo's entries mean."""
+
+    def splits(self) -> list[str]:
+        """The split of every task."""
+
+    def train_part(self, tasks: list[int], folder: Path, /) -> tuple[list[Stacked], Mapping[str, Tensor]]:
         """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
 
 
@@ -226,17 +252,16 @@ def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Te
 
 
 def collect_many(
-    task: Any, path: Path | str, condition: ConditionSpec, bits: Tensor, splits: Sequence[str],
-    prepare: Callable[[Path], object], group: int, *, ignore: Collection[str] = (), processes: int | None = None,
-    progress: Progress | None = None, limit: int | None = None, write: Write = write_file,
+    task: Trainable, path: Path | str, bits: Tensor, prepare: Callable[[Path], object], group: int, *,
+    ignore: Collection[str] = (), processes: int | None = None, progress: Progress | None = None,
+    limit: int | None = None, write: Write = write_file,
 ) -> Zoo:  # fmt: skip
     """Train the networks of a family that the zoo at ``path`` lacks, and list them.
 
     Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
 
     Args:
-        task: trains parts (`Trainable`), as its ``config`` says.
-        bits: the tasks ``[T, C]``: task i becomes run i.
+        bits: the tasks ``[T, C]``: task i becomes run i. The splits of ``task`` repeat as often as it takes.
         prepare: makes what all tasks share, given the folder, unless it is there; only in the first process.
         group: tasks of a part.
         ignore: as of `open_zoo`.
@@ -246,9 +271,9 @@ def collect_many(
     """
     from accelerate import PartialState
 
-    place = PartialState(timeout=PATIENCE)
+    place, splits = PartialState(timeout=PATIENCE), task.splits()  # what is wrong with them is said before any folder
     with place.main_process_first():
-        zoo = open_zoo(path, task.config, condition, ignore=ignore)
+        zoo = open_zoo(path, task.config, task.condition, ignore=ignore)
         if place.is_main_process:
             with single_threaded():
                 prepare(zoo.path)
@@ -339,7 +364,8 @@ def _list_part(
             name = write(zoo.path, task, number, state_dict)
             entry = ZooEntry(
                 file=name, run=task, step=number + 1, condition=tuple(map(float, bits[task].tolist())),
-                metrics={key: float(value[number, row]) for key, value in metrics.items()}, split=splits[task],
+                metrics={key: float(value[number, row]) for key, value in metrics.items()},
+                split=splits[task % len(splits)],
             )  # fmt: skip
             entries.append(with_digest(entry, Checkpoint.open(zoo.path / name)))
     zoo.extend(entries)

@@ -29,24 +29,21 @@ class _Tree(Section):
 def build_task(config: TaskConfig | Mapping[str, Any]) -> Task:
     """Make a task from its configuration, or from the plain values of one.
 
-    Raises:
-        InputError: there is no such task, or a field is unknown or impossible.
+    Raises InputError if there is no such task, or a field is unknown or impossible.
     """
-    known: Any = config if isinstance(config, Section) else _parse(migrate_task(config))
+    known: Any = config
+    if not isinstance(config, Section):
+        values = migrate_task(config)
+        if values.get("name") not in TASKS:
+            raise InputError(f"task.name {values.get('name')!r} is not a task; choose one of {', '.join(TASKS)}")
+        known = validated(_Tree, {"task": dict(values)}, "").task
     return resolve_name(TASKS[known.name].task)(known)
-
-
-def _parse(values: Mapping[str, Any]) -> Any:
-    if values.get("name") not in TASKS:
-        raise InputError(f"task.name {values.get('name')!r} is not a task; choose one of {', '.join(TASKS)}")
-    return validated(_Tree, {"task": dict(values)}, "").task
 
 
 def task_of(zoo: Zoo, config: TaskConfig | None = None) -> Task:
     """The task of a configuration, or without one the task that collected ``zoo``, which the zoo records.
 
-    Raises:
-        InputError: the zoo records no task (a user's own checkpoints), or one this version does not know.
+    Raises InputError if it records none (a user's own checkpoints), or one that this version does not know.
     """
     return build_task(config if config is not None else zoo.require_task())
 
@@ -62,17 +59,22 @@ def require_task(config: TaskConfig | None, kind: type[KindOfTask], cure: str) -
 def load_callable(reference: str, option: str) -> Callable[..., Any]:
     """A function or class by its place: ``package.module:name`` or ``folder/file.py:name``.
 
-    Modules are looked for in the working directory first.
-
-    Raises:
-        InputError: there is no such module or function, or importing it failed.
+    Modules are looked for in the working directory first. Raises InputError if it is not there, or importing failed.
     """
     module_name, separator, name = reference.rpartition(":")
     if not separator or not module_name or not name:
         raise InputError(f"{option} {reference!r} names no function; write package.module:function or file.py:function")
-    of_file = module_name.endswith(".py")
-    module = _import_file(Path(module_name), option) if of_file else _import_module(module_name, option)
-    function: Any = module
+    file = Path(module_name) if module_name.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise InputError(f"{option}: there is no file {file}")
+    folder = os.getcwd() if file is None else str(file.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        function: Any = importlib.import_module(module_name) if file is None else _import_file(file)
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        raise InputError(f"{option}: {module_name} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(folder)
     for part in name.split("."):
         function = getattr(function, part, None)
     if not callable(function):
@@ -80,26 +82,9 @@ def load_callable(reference: str, option: str) -> Callable[..., Any]:
     return function
 
 
-def _import_module(name: str, option: str) -> Any:
-    sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever a module of the user's does when it is imported
-        raise InputError(f"{option}: {name} cannot be imported ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def _import_file(path: Path, option: str) -> Any:
-    specification = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
-    if specification is None or specification.loader is None:
-        raise InputError(f"{option}: there is no file {path}")
+def _import_file(path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None  # of every path that ends with .py
     module = importlib.util.module_from_spec(specification)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{option}: {path} cannot be imported ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
+    specification.loader.exec_module(module)
     return module

@@ -7,7 +7,7 @@ take a pretrained one, fine-tune all or parts of it, and keep what is fine-tuned
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,12 +21,14 @@ from rpg.seeding import derive_seed
 from rpg.tasks.collecting import (
     Progress,
     SavedTraining,
+    Tick,
     chosen_parameters,
     cosine_decay,
     open_zoo,
     train_step,
     use_threads,
 )
+from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.images.images import check_structure
 from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
 from tokenization.checkpoint.structure import StateDict
@@ -38,9 +40,6 @@ SAVE_EVERY = 100
 
 TRAINING = "training.safetensors"
 """In a zoo folder: where fine-tuning goes on after a kill; gone when the zoo is whole."""
-
-Tick = Callable[[int], None]
-"""Called with the optimizer steps done of a run."""
 
 Kept = tuple[int, Mapping[str, Tensor], Tensor | None]
 """A fine-tuning step, from 1 on, the tensors of its checkpoint, which may change with the next step, and its loss."""
@@ -201,10 +200,8 @@ class FinetunedTask(StepwiseTask):
     def base_network(self, tick: Tick = lambda done: None) -> nn.Module:
         """The whole network before fine-tuning: read from ``base``, or trained and written there.
 
-        Training that a kill cut short goes on from the last step it saved, to the same bits.
-
-        Raises:
-            InputError: the file at ``base`` is another network's.
+        Training that a kill cut short goes on from the last step it saved, to the same bits. Raises InputError if the
+        file at ``base`` is another network's.
         """
         config, path = self.config, Path(self.config.base)
         network = self.placed()
@@ -250,9 +247,7 @@ class FinetunedTask(StepwiseTask):
     def network_with(self, tensors: Mapping[str, Tensor], where: str = "a network") -> nn.Module:
         """The network with a checkpoint's tensors in it and the base's for the rest; the same object each time.
 
-        Raises:
-            InputError: a tensor of the network called ``where`` does not fit, or there is no base checkpoint where one
-                is needed.
+        Raises InputError if a tensor of the network called ``where`` does not fit, or a base is needed and missing.
         """
         network, chosen = self._scored
         whole = network.state_dict()
@@ -260,6 +255,40 @@ class FinetunedTask(StepwiseTask):
         check_structure(tensors, {name: whole[name] for name in chosen} if is_part else whole, where)
         network.load_state_dict({**self.base(), **tensors} if is_part else dict(tensors))
         return network
+
+
+class DatasetTask(FinetunedTask):
+    """One whose batches are read from data sets; a task of its own opens them and puts samples together."""
+
+    splits: tuple[str, ...] = ("train", "validation", "test")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._datasets: dict[str, Any] = {}
+
+    @abstractmethod
+    def open_split(self, split: str) -> Any:
+        """The data set of one of ``splits``. Raises InputError where the folder lacks it."""
+
+    @abstractmethod
+    def batch(self, samples: list[Any]) -> Any:
+        """Samples as the loss takes them, where the task computes."""
+
+    def dataset(self, split: str) -> Any:
+        """The data set of a split, opened once. Raises InputError for an unknown split, or as `open_split` does."""
+        if split not in self.splits:
+            raise InputError(f"there is no split {split!r}; choose one of {', '.join(self.splits)}")
+        if split not in self._datasets:
+            self._datasets[split] = self.open_split(split)
+        return self._datasets[split]
+
+    def batches(self, split: str) -> Iterator[Any]:
+        """All samples of a split, in order. Raises InputError if one cannot be read."""
+        return map(self.batch, batches_to_score(self.dataset(split), self.config))
+
+    def batches_after(self, done: int) -> Iterator[Any]:
+        """The training batches but the first ``done`` ones, without end."""
+        return map(self.batch, batches_to_train(self.dataset("train"), self.config, done))
 
 
 def last_norms(network: nn.Module, num: int) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
 from rpg.models.code_prior import Neighbourhoods
 from rpg.tasks.collecting import append_many
+from rpg.tasks.side_by_side import stack
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
@@ -108,33 +109,29 @@ def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
 def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
     """Weights that need no generator, computed from the training data of each requested class.
 
-    Args:
-        weights, labels: flattened checkpoints ``[T, P]`` and their classes ``[T]``.
-        wanted: the class of each result, ``[M]``.
-
-    Returns:
-        ``[M, P]`` by name: the class average, midpoints of two, per-coordinate and covariance Gaussian by class, and
-        a mixture of such Gaussians, one for each of a class's `PARTS` clusters (k-means), and draws of its
-        `Neighbourhoods`.
+    Of checkpoints ``[T, P]`` with their classes ``[T]``, for the ``wanted`` classes ``[M]``: ``[M, P]`` by name. The
+    ``mixture`` has a covariance Gaussian for each of a class's `PARTS` clusters (k-means).
     """
-    made: dict[str, list[Tensor]] = {
-        name: [] for name in ("average", "midpoint", "coordinate_gaussian", "covariance_gaussian", "mixture")
-    }
+
+    def gaussian(some: Tensor) -> Tensor:
+        return some.mean(0) + torch.randn(len(some), generator=rng) / len(some) ** 0.5 @ (some - some.mean(0))
+
+    made = []
     clusters = {int(label): _clusters(weights[labels == label], rng) for label in wanted.unique()}
     for label in wanted.tolist():
-        members = weights[labels == label]  # [n, P]
-        mean = members.mean(0)
+        members, own = weights[labels == label], clusters[label]  # [n, P], [n]
         pair = torch.randperm(len(members), generator=rng)[:2]
         noise = torch.randn(weights.shape[1], generator=rng)
-        combination = torch.randn(len(members), generator=rng) / len(members) ** 0.5
-        made["average"].append(mean)
-        made["midpoint"].append(members[pair].mean(0))
-        made["coordinate_gaussian"].append(mean + noise * members.std(0, unbiased=False))
-        made["covariance_gaussian"].append(mean + combination @ (members - mean))
-        own = clusters[label]
-        part = members[own == own[torch.randint(len(own), (), generator=rng)]]  # a part by its share
-        combination = torch.randn(len(part), generator=rng) / len(part) ** 0.5
-        made["mixture"].append(part.mean(0) + combination @ (part - part.mean(0)))
+        made.append(
+            {
+                "average": members.mean(0),
+                "midpoint": members[pair].mean(0),
+                "coordinate_gaussian": members.mean(0) + noise * members.std(0, unbiased=False),
+                "covariance_gaussian": gaussian(members),
+                # a part by its share
+                "mixture": gaussian(members[own == own[torch.randint(len(own), (), generator=rng)]]),
+            }
+        )
     numbers = torch.randn(len(wanted), 1 + NEIGHBOURS, generator=rng)
     near = Neighbourhoods(weights, labels, NEIGHBOURS).draw(wanted, torch.special.ndtr(numbers[:, 0]), numbers[:, 1:])
-    return {name: torch.stack(rows) for name, rows in made.items()} | {"neighbourhood": near}
+    return stack(made) | {"neighbourhood": near}

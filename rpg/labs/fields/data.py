@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.labs.fields.config import FieldsConfig
-from rpg.labs.fields.shapes import CLASSES, mesh_distances, random_shape
+from rpg.labs.fields.shapes import CLASSES, Shape, mesh_distances, random_shape
 from rpg.labs.fields.siren import grid_points
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.images.digits import load_splits
@@ -66,33 +68,29 @@ def _digits() -> FieldData:
 
 
 def _shapes(config: FieldsConfig) -> FieldData:
-    points = grid_points(*[config.image_size] * 3)
-    labels = torch.arange(config.num_shapes) % len(CLASSES)
-    names = tuple(CLASSES)
-    distances = torch.stack(
-        [
-            random_shape(names[label], make_rng(config.seed, "shape", number))(points)
-            for number, label in enumerate(labels.tolist())
-        ]
-    )
-    return FieldData(_truncated(distances, config), labels, _split(config.num_shapes, config), names)
+    names, labels = tuple(CLASSES), torch.arange(config.num_shapes) % len(CLASSES)
+    shapes = [
+        random_shape(names[label], make_rng(config.seed, "shape", number))
+        for number, label in enumerate(labels.tolist())
+    ]
+    return FieldData(_sampled(shapes, config), labels, _split(config.num_shapes, config), names)
 
 
-def _truncated(distances: Tensor, config: FieldsConfig) -> Tensor:
-    """Signed distances ``[n, S³]``, negative inside, as values of fields ``[n, 1, S, S, S]``."""
-    return torch.tanh(-distances / TRUNCATION).view(len(distances), 1, *[config.image_size] * 3)
+def _sampled(shapes: Sequence[Shape], config: FieldsConfig) -> Tensor:
+    """Values ``[n, 1, S, S, S]`` of the fields of shapes, each given by its signed distances."""
+    grid = [config.image_size] * 3
+    points = grid_points(*grid)
+    return torch.tanh(-torch.stack([shape(points) for shape in shapes]) / TRUNCATION).view(-1, 1, *grid)
 
 
 def _folder(config: FieldsConfig) -> FieldData:
     kind, suffixes = {2: ("image", IMAGES), 3: ("mesh", MESHES)}[config.dimensions]
     paths, labels, classes = class_files(Path(config.data), kind, suffixes)
-    values = read_images(paths, config.image_size) if config.dimensions == 2 else _meshes(paths, config)
+    if config.dimensions == 2:
+        values = read_images(paths, config.image_size)
+    else:
+        values = _sampled([partial(mesh_distances, file) for file in paths], config)
     return FieldData(values, torch.tensor(labels), _split(len(paths), config), tuple(classes))
-
-
-def _meshes(paths: list[Path], config: FieldsConfig) -> Tensor:
-    points = grid_points(*[config.image_size] * 3)
-    return _truncated(torch.stack([mesh_distances(file, points) for file in paths]), config)
 
 
 def _split(num: int, config: FieldsConfig) -> list[str]:
@@ -117,11 +115,8 @@ def alter(values: Tensor, config: FieldsConfig, copy: int) -> Tensor:
         turn, slant = 0.06 * normal[0], 0.06 * normal[1]
         wide, high = 1 + 0.03 * normal[2], 1 + 0.03 * normal[3]
         move = 0.3 / size * normal[4:]  # 0.15 pixels; the image is 2 wide
-        rows = [
-            torch.stack([wide * turn.cos(), slant - turn.sin(), move[0]], -1),
-            torch.stack([turn.sin(), high * turn.cos(), move[1]], -1),
-        ]
-        matrices = torch.stack(rows, 1)
+        rows = [wide * turn.cos(), slant - turn.sin(), move[0]], [turn.sin(), high * turn.cos(), move[1]]
+        matrices = torch.stack([torch.stack(row, -1) for row in rows], 1)
     else:
         matrices = torch.eye(3, 4) + 0.04 * ALTERATION * torch.randn(num, 3, 4, generator=rng)
     grid = F.affine_grid(matrices, list(values.shape), align_corners=False)

@@ -78,20 +78,13 @@ def _train(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference data for the comparison, as vectors of values on the data's grid.
+    """Reference data for the comparison, as vectors of values on the data's grid."""
 
-    Attributes:
-        training: values of the training fields, ``[T, F]``.
-        weights, labels: their weights ``[T, P]`` and classes ``[T]``.
-        held_out: data that no generator was trained on, ``[N, F]``.
-        wanted: their classes ``[N]``, which generators are conditioned on.
-    """
-
-    training: Tensor
-    weights: Tensor
-    labels: Tensor
-    held_out: Tensor
-    wanted: Tensor
+    training: Tensor  # values of the training fields, [T, F]
+    weights: Tensor  # of them, [T, P]
+    labels: Tensor  # their classes, [T]
+    held_out: Tensor  # data that no generator was trained on, [N, F]
+    wanted: Tensor  # their classes [N], which generators are conditioned on
 
 
 @single_threaded()

@@ -103,12 +103,10 @@ def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list
 
 
 def render_files(files: Sequence[Path], size: int, output: Path | None, config: Config | None = None) -> list[Path]:
-    """Render fields as PNG files beside them or in ``output``; for solid shapes also a mesh as a PLY file.
+    """Render fields as PNG files beside them or in the folder ``output``; for solid shapes also a mesh as a PLY file.
 
     Args:
-        files: safetensors of a zoo of fields, or generated ones.
         size: height and width of the images; the grid on which meshes are made has as many points along each edge.
-        output: a folder, created if missing.
         config: configuration of the fields, for files outside runs and zoos.
 
     Raises:

@@ -89,10 +89,7 @@ def _mug(draw: Draw) -> Shape:
     radius, high, wall = draw(0.4, 0.6), draw(0.4, 0.75), draw(0.1, 0.15)
     handle, thick = draw(0.2, 0.32), draw(0.08, 0.12)
     return lambda p: without(
-        union(
-            cylinder(p, radius, high),
-            torus(moved(p, radius, 0, 0)[..., [0, 2, 1]], handle, thick),
-        ),
+        union(cylinder(p, radius, high), torus(moved(p, radius, 0, 0)[..., [0, 2, 1]], handle, thick)),
         cylinder(moved(p, 0, 0, 2 * wall), radius - wall, high),
     )
 
@@ -150,10 +147,8 @@ def mesh_distances(file: Path, points: Tensor) -> Tensor:
     """Signed distances ``[P]`` of points ``[P, 3]`` to the surface of a mesh file, negative inside.
 
     The mesh is moved and scaled to fit -1 … 1. Points are inside if the winding number (Jacobson et al., 2013,
-    doi 10.1145/2461912.2461916) exceeds 1 / 2, which is robust to small holes.
-
-    Raises:
-        InputError: the file holds no mesh, or one that encloses nothing.
+    doi 10.1145/2461912.2461916) exceeds 1 / 2, which is robust to small holes. Raises InputError if the file holds no
+    mesh, or one that encloses nothing.
     """
     trimesh = _trimesh()
     try:
@@ -203,12 +198,7 @@ def _winding_numbers(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
 def write_mesh(values: Tensor, path: Path) -> None:
     """Write the surface of a solid shape as a PLY file, by marching cubes (Lorensen and Cline, 1987).
 
-    Args:
-        values: ``[S, S, S]`` at the centres of the cells of -1 … 1, positive inside.
-        path: the file.
-
-    Raises:
-        InputError: nothing is inside.
+    ``values`` ``[S, S, S]`` are at the centres of the cells of -1 … 1. Raises InputError if none is positive, inside.
     """
     trimesh = _trimesh()
     from skimage.measure import marching_cubes

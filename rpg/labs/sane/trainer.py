@@ -44,10 +44,7 @@ class SaneTrainer(WholeNetworkTrainer):
     def complete(self, network: TokenAutoencoder) -> None:
         """Choose the anchors: codes of the training checkpoints, of the best of them, or bootstrapped from those.
 
-        A code's score is that of the network it decodes to.
-
-        Raises:
-            InputError: scores are wanted, and there is no task that scores single networks.
+        A code's score is that of the network it decodes to. Raises InputError if no task scores single networks.
         """
         network.eval()
         parts = self.sampler.vectors.split(self.config.train.batch_size)

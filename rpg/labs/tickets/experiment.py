@@ -22,7 +22,7 @@ from rpg.experiments.driver import Experiment
 from rpg.experiments.single import existing, require_for_choices
 from rpg.experiments.unseen_tasks import generate_for, networks_of
 from rpg.generation.generator import Generator
-from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
+from rpg.labs.tickets.task import TicketsTask, cut_globally
 from rpg.models.conditioning import regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.tasks import require_task
@@ -56,8 +56,9 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
     seen, wanted = (
         networks_of(zoo, each, generator.layout) for each in ("train", "validation" if choosing else "unseen")
     )
-    like, bits, sparsity = wanted.weights(), wanted.bits, task.config.sparsity
-    made: dict[str, Tensor] = {"original": flatten(like)}
+    bits, sparsity = wanted.bits, task.config.sparsity
+    flatten = task.space.flatten
+    made: dict[str, Tensor] = {"original": flatten(wanted.weights())}
     made["generated"] = flatten(generate_for(generator, bits, seed))
     made["no_condition"] = flatten(generate_for(generator, random_other(bits, seen.bits, seed), seed))
     made |= simple_baselines(flatten(seen.weights()), seen.bits, bits)
@@ -65,7 +66,7 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
     images = "validation" if choosing else "test"
 
     def judge(scores: Tensor, share: float) -> Tensor:
-        return task.accuracies(unflatten(scores, like), bits, images, share)
+        return task.accuracies(task.space.unflatten(scores), bits, images, share)
 
     kinds, curve = compare(made, judge, sparsity, bits, seed)
     whole, one = judge(made["original"], 0.0).mean().item(), seconds_of_one(generator, task, bits[:1])
@@ -110,8 +111,6 @@ def compare(
     Args:
         made: scores by kind, ``original`` (the tickets), ``generated`` and ``random`` among them.
         judge: accuracies ``[T]`` of masks cut from scores at a share of zeros.
-        sparsity: the share that kinds are compared at.
-        bits: the tasks ``[T, C]``.
 
     Returns:
         Kinds with ``accuracy`` and ``overlap`` (intersection over union of living weights with the tickets'), and among
@@ -141,11 +140,10 @@ def _share_above(first: Tensor, second: Tensor) -> float:
 
 def seconds_of_one(generator: Generator, task: TicketsTask, bits: Tensor) -> dict[str, float]:
     """Processor seconds of one mask for a task ``[1, C]``: generated, searched, or pruned once after training."""
-    ones = {name: torch.ones(1, *value.shape) for name, value in task.build().named_parameters()}
     makers: dict[str, Callable[[], Any]] = {
         "generated": lambda: generate_for(generator, bits, 0),
         "original": lambda: task.find(bits),
-        "one_shot": lambda: task.sizes(ones, bits),
+        "one_shot": lambda: task.sizes(torch.ones(1, task.space.size), bits),
     }
     found = {}
     for name, make in makers.items():

@@ -9,7 +9,6 @@ so that it is cut at any share of zeros. T tasks, C classes, B images, P weights
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -17,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rpg.evaluation.span import FlatSpace
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import BASE, Progress, single_threaded
+from rpg.tasks.collecting import BASE, Progress, collect_many, save_base, single_threaded
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.training import finetune_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
 from tokenization.checkpoint.structure import cut_mask
-from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 
@@ -48,22 +47,8 @@ class Masked(SideBySide):
         return super().__call__(self.apply(weights), images)
 
 
-def flatten(stacked: Stacked) -> Tensor:
-    """All values of each network, ``[T, P]``."""
-    return torch.cat([value.flatten(1) for value in stacked.values()], 1)
-
-
-def unflatten(values: Tensor, like: Mapping[str, Tensor]) -> Stacked:
-    """The inverse of `flatten`, into tensors shaped as ``like`` of any number of networks."""
-    parts = values.split([value[0].numel() for value in like.values()], 1)
-    return {name: part.reshape(-1, *value.shape[1:]) for part, (name, value) in zip(parts, like.items(), strict=True)}
-
-
 def cut_globally(scores: Tensor, sparsity: float) -> Tensor:
-    """The highest of each network's scores ``[T, P]``, whatever their layer: 0 or 1, ``[T, P]`` float32.
-
-    Raises InputError if the share of zeros is not in 0 … 1.
-    """
+    """The highest of each network's scores, whatever their layer: 0 or 1, ``[T, P]``; InputError for no share."""
     return torch.stack([cut_mask(row, sparsity) for row in scores]).float()
 
 
@@ -77,6 +62,7 @@ class TicketsTask:
         self.config = config
         self.family = DigitsSubsetsTask(config.family)
         self.group = config.family.group
+        self.condition, self.splits = self.family.condition, self.family.splits
 
     def build(self) -> nn.Module:
         """The target network without what is never pruned: its biases and scales."""
@@ -87,14 +73,10 @@ class TicketsTask:
                     module.register_parameter(name, None)
         return network
 
-    @property
-    def condition(self) -> ConditionSpec:
-        """What the conditions of the zoo's entries mean."""
-        return self.family.condition
-
-    def splits(self) -> list[str]:
-        """The split of every task: ``train``, ``validation`` or ``unseen``."""
-        return self.family.splits()
+    @cached_property
+    def space(self) -> FlatSpace:
+        """Scores and masks as vectors ``[T, P]`` and back."""
+        return FlatSpace({name: value[None] for name, value in self.build().named_parameters()})
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
@@ -105,13 +87,12 @@ class TicketsTask:
             name: base[name] if base[name].shape == like.shape else like for name, like in network.state_dict().items()
         }
 
-    def train_base(self) -> dict[str, Tensor]:
-        """What the zoo keeps beside its tickets: the rewound start."""
-        return self.start
-
     def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
-        """Find every task's ticket; a zoo that is partly there is completed. See `SubsetTask.collect`."""
-        return self.family.collect_as(self, path, progress, limit)
+        """Find every task's ticket; a zoo that is partly there is completed, and keeps the rewound start."""
+        return collect_many(
+            self, path, self.family.bits(), lambda folder: save_base(folder, lambda: self.start), self.group,
+            progress=progress, limit=limit,
+        )  # fmt: skip
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
         """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.collecting.Trainable`."""
@@ -126,21 +107,19 @@ class TicketsTask:
         Who lives in round r of R (from 0) scores between r and r + 1, by the rank of its size after training. Scores
         are then stretched from 0 … R to -1 … 1.
         """
-        like = {name: value.expand(len(bits), *value.shape) for name, value in self.build().named_parameters()}
-        scores = flatten(like) * 0
+        scores = torch.zeros(len(bits), self.space.size)
         alive = torch.ones_like(scores)
         for number in range(self.config.rounds):
-            sizes = self.sizes(unflatten(alive, like), bits)
+            sizes = self.sizes(alive, bits)
             places = sizes.where(alive > 0, -1.0).argsort(1).argsort(1) - (alive == 0).sum(1, keepdim=True)
             ranks = (places + 0.5) / alive.sum(1, keepdim=True)
             scores = (number + ranks).where(alive > 0, scores)
             alive = cut_globally(scores, 1 - self.config.kept ** (number + 1))
-        return unflatten(scores * 2 / self.config.rounds - 1, like)
+        return self.space.unflatten(scores * 2 / self.config.rounds - 1)
 
-    def sizes(self, masks: Stacked, bits: Tensor) -> Tensor:
-        """How large weights are after the training that tickets are searched by, ``[T, P]``."""
-        trained = self.train(masks, bits, "search")
-        return flatten({name: trained[name].abs() for name in masks})
+    def sizes(self, masks: Tensor, bits: Tensor) -> Tensor:
+        """How large weights are after the training under ``masks`` that tickets are searched by, ``[T, P]`` both."""
+        return self.space.flatten(self.train(self.space.unflatten(masks), bits, "search")).abs()
 
     def train(self, masks: Stacked, bits: Tensor, images: str = "judged") -> Stacked:
         """Train the rewound start under masks for the tasks ``[T, C]``; ``images`` names the draw of images."""
@@ -158,14 +137,10 @@ class TicketsTask:
     def accuracies(self, weights: Stacked, bits: Tensor, split: str = "test", sparsity: float | None = None) -> Tensor:
         """Share of right answers ``[T]`` of the start trained under the masks that scores are cut to.
 
-        Args:
-            weights: scores ``[T, *shape]``.
-            bits: their tasks ``[T, C]``.
-            split: of the images; training takes those of the training split.
-            sparsity: share of zeros; the configuration's when None.
+        Training takes the training images whatever the ``split``; the share of zeros is the configuration's when None.
         """
         share = self.config.sparsity if sparsity is None else sparsity
-        masks = unflatten(cut_globally(flatten(weights), share), weights)
+        masks = self.space.unflatten(cut_globally(self.space.flatten(weights), share))
         return self.family.accuracies(self.train(masks, bits), bits, split)
 
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
@@ -185,17 +160,13 @@ class TicketsTask:
         for row, task in enumerate(bits.tolist()):
             rng = make_rng(self.config.family.seed, "random mask", *task)
             random.append({name: torch.rand(value.shape[1:], generator=rng) for name, value in tickets.items()})
-            shuffled.append(
-                {
-                    name: value[row].flatten()[torch.randperm(value[row].numel(), generator=rng)].view_as(value[row])
-                    for name, value in tickets.items()
-                }
-            )
+            own_ticket = {name: value[row] for name, value in tickets.items()}
+            orders = {name: torch.randperm(value.numel(), generator=rng) for name, value in own_ticket.items()}
+            shuffled.append({n: value.flatten()[orders[n]].view_as(value) for n, value in own_ticket.items()})
         starts = repeat(self.start, len(bits))
-        ones = {name: torch.ones_like(value) for name, value in tickets.items()}
         return {
             "random": stack(random),
             "shuffled": stack(shuffled),
             "start_magnitude": {name: starts[name].abs() for name in tickets},
-            "one_shot": unflatten(self.sizes(ones, bits), tickets),
+            "one_shot": self.space.unflatten(self.sizes(torch.ones(len(bits), self.space.size), bits)),
         }

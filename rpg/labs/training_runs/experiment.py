@@ -6,7 +6,7 @@ T networks, A asked losses, P values of a network.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,11 @@ class TrainingRuns:
     losses: Tensor
     space: FlatSpace
 
+    @property
+    def starts(self) -> Stacked:
+        """The first weights of the runs."""
+        return self.space.unflatten(self.vectors[:, 0])
+
     @classmethod
     def of(cls, zoo: Zoo, split: str) -> TrainingRuns:
         """Those of a split's runs."""
@@ -108,28 +113,20 @@ def _regressed(trained: TrainingRuns, starts: Tensor, asked: Tensor, scale: Metr
 
 
 def tuned_training(
-    task: TrainingRunsTask, optimizer: str, choosing: Stacked, starts: Stacked, steps: Sequence[int] = STEPS
+    task: TrainingRunsTask, optimizer: str, choosing: Stacked, starts: Stacked
 ) -> dict[int, tuple[float, Stacked]]:
-    """Tuned training: networks after each number of steps, at the rate that is best on validation images.
+    """Networks and learning rate after each number of steps, at the rate that is best on validation images.
 
-    Args:
-        task: trains.
-        optimizer: ``adam`` or ``sgd``.
-        choosing: starts by which the rate is chosen, for every number of steps anew.
-        starts: those to report on.
-        steps: numbers of steps.
-
-    Returns:
-        Rate and networks by number of steps.
+    The rate is chosen from the starts ``choosing``, for every number of steps anew.
     """
     best: dict[int, tuple[float, float]] = {}
     for rate in RATES[optimizer]:
-        for step, weights in task.train(choosing, optimizer, rate, steps).items():
+        for step, weights in task.train(choosing, optimizer, rate, STEPS).items():
             loss = task.metrics(weights, "validation")["loss"].mean().item()
             best[step] = min(best.get(step, (float("inf"), rate)), (loss, rate))
     found: dict[int, tuple[float, Stacked]] = {}
     for rate in {rate for _, rate in best.values()}:
-        wanted = [step for step in steps if best[step][1] == rate]
+        wanted = [step for step in STEPS if best[step][1] == rate]
         found |= {step: (rate, weights) for step, weights in task.train(starts, optimizer, rate, wanted).items()}
     return dict(sorted(found.items()))
 
@@ -172,13 +169,7 @@ def training_runs_task(config: Config) -> TrainingRunsTask:
 
 @dataclass(frozen=True)
 class Learned:
-    """A generator as an optimizer.
-
-    Attributes:
-        generator: takes a loss and a start.
-        task: builds and scores networks.
-        seed: of what is generated.
-    """
+    """A generator that takes a loss and a start, as an optimizer; ``seed`` is that of generation."""
 
     generator: Generator
     task: TrainingRunsTask
@@ -219,17 +210,13 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     tested = "validation" if choosing else "test"
     trained, held_out = TrainingRuns.of(zoo, "train"), TrainingRuns.of(zoo, "validation" if choosing else "unseen")
     levels = torch.from_numpy(np.geomspace(scale.low, scale.high, NUM_ASKED)).float()
-    num = len(held_out.vectors)
-    starts = held_out.space.unflatten(held_out.vectors[:, 0])
+    num, starts = len(held_out.vectors), held_out.starts
     asked = levels.repeat_interleave(num)
     made = {"generated": learned.step(repeated(starts, len(levels)), asked)}
     begun = held_out.vectors[:, 0].repeat(len(levels), 1)
-    made |= {
-        name: held_out.space.unflatten(vectors)
-        for name, vectors in simple_baselines(trained, begun, asked, scale).items()
-    }
     own = torch.cat([held_out.nearest(float(level)) for level in levels])
-    made["original"] = held_out.space.unflatten(own)
+    others = {**simple_baselines(trained, begun, asked, scale), "original": own}
+    made |= {name: held_out.space.unflatten(vectors) for name, vectors in others.items()}
     kinds, lines = {}, {}
     for name, weights in made.items():
         found = asked_and_got(asked, learned.scores(weights, tested))
@@ -240,8 +227,9 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
             {metric: [found[metric]] for metric in BETTER}, count=len(asked),
             extras={"direction": towards, "by_asked": found["by_asked"]},
         )  # fmt: skip
-    chosen = _choose_level(learned, zoo, levels)
-    one_step = _one_step(learned, zoo, starts, levels, chosen, tested)
+    runs = TrainingRuns.of(zoo, "validation")
+    chosen = _choose_level(learned, runs.starts, levels)
+    one_step = _one_step(learned, trained, runs.starts, starts, levels, chosen, tested)
     recursive = _recursive(learned, starts, levels, chosen, tested)
     report = Report(
         experiment="target_loss", judge=f"from {num} held-out first weights", split=split, seed=seed, better=BETTER,
@@ -270,17 +258,18 @@ def _curves(
     }
 
 
-def _choose_level(learned: Learned, zoo: Zoo, levels: Tensor) -> float:
+def _choose_level(learned: Learned, starts: Stacked, levels: Tensor) -> float:
     """The asked loss whose networks are the best on validation images, from the first weights of validation runs."""
-    runs = TrainingRuns.of(zoo, "validation")
-    starts = runs.space.unflatten(runs.vectors[:, 0])
-    made = learned.step(repeated(starts, len(levels)), levels.repeat_interleave(len(runs.vectors)))
+    made = learned.step(repeated(starts, len(levels)), levels.repeat_interleave(len(starts["bias"])))
     losses = learned.task.metrics(made, "validation")["loss"].view(len(levels), -1).mean(1)
     return levels[losses.argmin()].item()
 
 
-def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, levels: Tensor, level: float, tested: str) -> dict[str, Any]:
-    """One generated step beside so many of Adam and of gradient descent, all tuned on validation runs and images.
+def _one_step(
+    learned: Learned, trained: TrainingRuns, choosing: Stacked, starts: Stacked, levels: Tensor, level: float,
+    tested: str,
+) -> dict[str, Any]:  # fmt: skip
+    """One generated step beside so many of Adam and of gradient descent, tuned on validation images from ``choosing``.
 
     ``level`` of ``levels`` is asked for; of several draws those below it, too. ``average`` is that of the training
     runs' checkpoints of this loss.
@@ -291,10 +280,8 @@ def _one_step(learned: Learned, zoo: Zoo, starts: Stacked, levels: Tensor, level
     report: dict[str, Any] = {"asked": level, "generated": _means(learned.scores(made, tested))}
     best = learned.best_step(starts, levels[levels <= level][-DRAWS:])
     report[f"best_of_{DRAWS}"] = _means(learned.scores(best, tested))
-    average = TrainingRuns.of(zoo, "train").nearest(level).mean(0, keepdim=True)
-    report["average"] = _means(learned.scores(TrainingRuns.of(zoo, "validation").space.unflatten(average), tested))
-    runs = TrainingRuns.of(zoo, "validation")
-    choosing = runs.space.unflatten(runs.vectors[:, 0])
+    average = trained.space.unflatten(trained.nearest(level).mean(0, keepdim=True))
+    report["average"] = _means(learned.scores(average, tested))
     for optimizer in RATES:
         found = tuned_training(learned.task, optimizer, choosing, starts)
         report[optimizer] = {
@@ -331,9 +318,8 @@ def _means(scores: dict[str, Tensor]) -> dict[str, float]:
 
 def _optimizers(step: dict[str, Any]) -> PageTable:
     """One generated step beside training."""
-    table = []
-    best = f"best_of_{DRAWS}"
-    rows = [("generated", "1", step["generated"]), (f"best of {DRAWS} by training loss", "1", step[best])]
+    table, best = [], f"best of {DRAWS} by training loss"
+    rows = [("generated", "1", step["generated"]), (best, "1", step[f"best_of_{DRAWS}"])]
     rows.append(("average of runs", "0", step["average"]))
     rows += [(name, steps, each) for name in RATES for steps, each in step[name].items()]
     for name, steps, each in rows:
@@ -345,15 +331,11 @@ def _optimizers(step: dict[str, Any]) -> PageTable:
 
 
 def asked_and_got(asked: Tensor, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How networks' losses follow what was asked for.
+    """How networks' losses follow those asked for ``[T]``.
 
-    Args:
-        asked: losses ``[T]``.
-        metrics: what was measured ``[T]``: ``loss`` on training images, ``test_loss`` and ``test_accuracy``.
-
-    Returns:
-        ``spearman`` (rank correlation of asked and got), ``factor`` (the median of the larger by the smaller), both on
-        training images; ``test_spearman``; ``by_asked``: of every asked loss the means.
+    ``metrics`` are ``loss`` on training images, ``test_loss`` and ``test_accuracy``, ``[T]`` each. Returns ``spearman``
+    (rank correlation of asked and got) and ``factor`` (the median of the larger by the smaller) on training images,
+    ``test_spearman``, and ``by_asked``: the means at every asked loss.
     """
     got, values = metrics["loss"], asked.unique()
     found: dict[str, Any] = {
@@ -376,14 +358,9 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
 
 
 def direction(made: Tensor, trained: Tensor, starts: Tensor) -> dict[str, float]:
-    """How similar a generated step is to training: the mean cosine of both differences from the start.
+    """The mean cosine of the steps from ``starts`` to what is ``made`` and to what is ``trained``, ``[T, P]`` each.
 
-    Args:
-        made, trained: values ``[T, P]`` of networks that were made of the starts, and of those that training made.
-        starts: ``[T, P]``.
-
-    Returns:
-        ``own_run``: with the start's own run; ``other_run``: with another's, which tells nothing of the start.
+    ``own_run``: with the start's own run; ``other_run``: with another's, which tells nothing of the start.
     """
     changed, wanted = made - starts, trained - starts
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rpg.labs.training_runs.config import TrainingRunsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import append_many, open_zoo, single_threaded
+from rpg.tasks.collecting import append_many, descend, open_zoo, single_threaded
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
@@ -30,13 +30,7 @@ SPLITS = ("train", "validation", "unseen")
 
 
 class HiddenUnits(nn.Module):
-    """A hidden layer of ReLU units and a linear classifier.
-
-    Args:
-        num_pixels: P.
-        num_units: U.
-        num_classes: K.
-    """
+    """A hidden layer of U ReLU units on P pixels and a linear classifier of K classes."""
 
     def __init__(self, num_pixels: int, num_units: int, num_classes: int) -> None:
         super().__init__()
@@ -147,9 +141,7 @@ class TrainingRunsTask:
             if step in steps:
                 kept[step] = {name: value.detach().clone() for name, value in weights.items()}
             if step < steps[-1]:
-                stepper.zero_grad()
-                self.losses(weights, "train").sum().backward()
-                stepper.step()
+                descend(stepper, self.losses(weights, "train").sum())
         return kept
 
     def losses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
 from rpg.packages import install_command
 from rpg.tasks.collecting import use_threads
-from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
-from rpg.tasks.stepwise import FinetunedTask
+from rpg.tasks.stepwise import DatasetTask
 from tokenization.errors import InputError
 
 ASPECTS = (0.5, 1.0, 2.0)
@@ -39,14 +38,16 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
 
     In training it takes images and targets and returns losses by name, in evaluation detections.
 
-    Args:
-        num_outputs: classes, of which the first is the background.
-        pretrained: load the backbone's ImageNet weights.
-
-    Raises:
-        InputError: there is no such network, backbone or argument, or the weights cannot be had.
+    The first of its outputs is the background; only the backbone is pretrained. Raises InputError if there is no such
+    network, backbone or argument, or the weights cannot be had.
     """
-    _check_arguments(config)
+    kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
+    known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
+    for name in config.arguments:
+        if name not in known:  # torchvision itself would ignore it
+            raise InputError(
+                f"task.arguments has {name!r}, no number that {kind.__name__} takes; known: {', '.join(known)}"
+            )
     try:
         network = _build(config, num_outputs, pretrained)
     except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this backbone
@@ -56,24 +57,12 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
             f"the hub gave no weights for task.pretrained ({type(error).__name__}); set it to false"
         ) from None
     if config.pretrained and config.network != "fasterrcnn" and not config.network.endswith("_v2"):
-        _freeze_norms(
-            network.backbone
-        )  # torchvision does so only with weights; all checkpoints need the same structure
+        # torchvision does so only with weights; all checkpoints need the same structure
+        _freeze_norms(network.backbone)
     if config.anchors:
         holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
         holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
     return network
-
-
-def _check_arguments(config: DetectionConfig) -> None:
-    """Torchvision itself would ignore an unknown name."""
-    kind = RetinaNet if config.network.startswith("retinanet") else FasterRCNN
-    known = [name for name, each in signature(kind).parameters.items() if isinstance(each.default, int | float)]
-    for name in config.arguments:
-        if name not in known:
-            raise InputError(
-                f"task.arguments has {name!r}, no number that {kind.__name__} takes; known: {', '.join(known)}"
-            )
 
 
 def _build(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Any:
@@ -93,11 +82,7 @@ def _freeze_norms(module: nn.Module) -> None:
 
 
 def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:
-    """The same anchors with the smallest of each level rescaled to the given side in pixels.
-
-    Raises:
-        InputError: the number of sides differs from the number of levels.
-    """
+    """The same anchors with the smallest of each level rescaled to the given side in pixels."""
     if len(sides) != len(generator.sizes):
         raise InputError(
             f"task.anchors has {len(sides)} sides; the network has {len(generator.sizes)} levels: one each"
@@ -127,23 +112,15 @@ def _on_timm(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Fas
 
 
 class ConvolutionPyramid(nn.Module):
-    """A feature pyramid (arXiv 1612.03144) on the feature maps of a convolutional network from stride 4 on.
+    """A feature pyramid (arXiv 1612.03144) of F channels on a convolutional network of timm from stride 4 on."""
 
-    Args:
-        name: a timm model with feature maps.
-        channels: F.
-        pretrained: with timm's weights.
-    """
-
-    def __init__(self, name: str, channels: int, pretrained: bool = False) -> None:
+    def __init__(self, name: str, channels: int, pretrained: bool) -> None:
         super().__init__()
         every: Any = timm.create_model(name, features_only=True)
         kept = [index for index, stride in enumerate(every.feature_info.reduction()) if stride >= 4]
         body: Any = timm.create_model(name, features_only=True, out_indices=kept, pretrained=pretrained)
-        self.body, self.fpn = (
-            body,
-            FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool(), LayerNorm2d),
-        )
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), channels, LastLevelMaxPool(), LayerNorm2d)
         self.levels, self.out_channels = len(kept), channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -154,12 +131,8 @@ class ConvolutionPyramid(nn.Module):
 class SimplePyramid(nn.Module):
     """The simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): all levels from the last map alone.
 
-    Unlike there, every block of the transformer attends globally.
-
-    Args:
-        name: a plain vision transformer of timm; strides are its patch size times ¼, ½, 1 and 2.
-        channels: F.
-        pretrained: with timm's weights.
+    Unlike there, every block of timm's plain vision transformer ``name`` attends globally. Levels have F channels, and
+    strides of the patch size times ¼, ½, 1 and 2.
     """
 
     levels = 4
@@ -203,54 +176,43 @@ MOST_DETECTIONS = 100
 """Detections per image that are scored, those with the highest scores: COCO's own limit."""
 
 
-class DetectionTask(FinetunedTask):
+class DetectionTask(DatasetTask):
     """Collects zoos of detectors and scores state dicts by AP50 and AP."""
 
     config: DetectionConfig
-
-    def __init__(self, config: DetectionConfig) -> None:
-        super().__init__(config)
-        self._opened: dict[str, DetectionSet] = {}
 
     def make_network(self) -> nn.Module:
         """The untrained target network. Raises InputError if it cannot be built, or data are missing."""
         pretrained = self.config.pretrained and not Path(self.config.base).is_file()
         return build_detector(self.config, self.dataset("train").num_outputs, pretrained=pretrained)
 
-    def dataset(self, split: str) -> DetectionSet:
+    def open_split(self, split: str) -> DetectionSet:
         """Images and their boxes. Raises InputError if the folder lacks them."""
-        if split not in self._opened:
-            self._opened[split] = open_split(split, self.config.data)
-        return self._opened[split]
+        return open_split(split, self.config.data)
 
-    def batches_after(self, done: int) -> Iterator[list[Sample]]:
-        """An endless stream of training batches after the first ``done``."""
-        return batches_to_train(self.dataset("train"), self.config, done)
+    def batch(self, samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Images and targets."""
+        images = [image.to(self.device) for image, _ in samples]
+        return images, [{name: value.to(self.device) for name, value in target.items()} for _, target in samples]
 
-    def loss(self, network: nn.Module, batch: list[Sample], step: int) -> Tensor:
+    def loss(self, network: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]], step: int) -> Tensor:
         """The sum of the losses of torchvision's detectors."""
         network.train()  # in evaluation they return detections
         if not self.is_whole:
             for module in network.modules():
                 if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
                     module.eval()  # parameters that are not fine-tuned keep their statistics
-        images = [image.to(self.device) for image, _ in batch]
-        targets = [{name: value.to(self.device) for name, value in target.items()} for _, target in batch]
-        losses: dict[str, Tensor] = network(images, targets)
+        losses: dict[str, Tensor] = network(*batch)
         return torch.stack(list(losses.values())).sum()
 
     @torch.inference_mode()
     def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
-        """AP50 and AP of one network, in 0 … 1.
-
-        Raises:
-            InputError: the network does not fit, or an image cannot be read.
-        """
+        """AP50 and AP of one network, in 0 … 1. Raises InputError for a misfit, or an image that cannot be read."""
         fitted, dataset = self.network_with(network).eval(), self.dataset(split)
         rows: list[Tensor] = []
         with use_threads(self.config.threads):
-            for batch in batches_to_score(dataset, self.config):
-                for found in fitted([image.to(self.device) for image, _ in batch]):
+            for images, _ in self.batches(split):
+                for found in fitted(images):
                     values = {name: value.cpu().double() for name, value in found.items()}
                     rows.append(_rows(dataset.images[len(rows)]["id"], values))
         return average_precision(dataset.instances, torch.cat(rows).numpy())
@@ -263,14 +225,9 @@ def _rows(image: int, found: Mapping[str, Tensor]) -> Tensor:
 
 
 def average_precision(instances: Instances, detections: np.ndarray[Any, Any]) -> dict[str, float]:
-    """COCO's AP50 (IoU 0.5) and AP (mean over IoU 0.5 to 0.95).
+    """COCO's AP50 (IoU 0.5) and AP (mean over IoU 0.5 to 0.95). Raises InputError if pycocotools is not installed.
 
-    Args:
-        instances: the ground truth.
-        detections: rows of image, left, top, width, height, score, category, ``[N, 7]``; N may be 0.
-
-    Raises:
-        InputError: pycocotools is not installed.
+    Detections are rows of image, left, top, width, height, score, category, ``[N, 7]``; N may be 0.
     """
     try:
         from pycocotools.coco import COCO

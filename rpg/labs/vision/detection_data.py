@@ -59,9 +59,6 @@ def make_canvases(
         size: S.
         most: largest number of digits; one without a free place is left out, never the first.
         sides: smallest and largest height, and so width, of a digit's square, at most S.
-
-    Raises:
-        InputError: there is no such split.
     """
     splits = load_splits()
     images, labels = splits.images[splits.check(split)][:, 0], splits.labels[split]
@@ -184,13 +181,7 @@ class DetectionSet(Dataset[Sample]):
 
 
 def open_split(split: str, data: CanvasesData | CocoData) -> DetectionSet:
-    """The images of ``train``, ``validation`` or ``test``.
-
-    Raises:
-        InputError: there is no such split, or the folder lacks it.
-    """
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"there is no split {split!r}; choose one of train, validation, test")
+    """The images of ``train``, ``validation`` or ``test``. Raises InputError if the folder lacks them."""
     return _canvases(split, data) if isinstance(data, CanvasesData) else _coco(split, data)
 
 
@@ -234,11 +225,7 @@ def _coco(split: str, data: CocoData) -> DetectionSet:
 
 
 def read_instances(path: Path) -> Instances:
-    """Annotations in COCO's format, without the fields that boxes do not need.
-
-    Raises:
-        InputError: there is no such file, or it is in another format.
-    """
+    """Annotations in COCO's format, without the fields that boxes do not need. Raises InputError for other files."""
     cure = "name a folder in COCO's format as task.data.root"
     if not path.is_file():
         raise InputError(f"there is no file {path}; {cure}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,11 +48,15 @@ class DiffusionUnetTask(FinetunedTask):
                 f"task.channels {self.config.channels} make no U-Net ({error}); change task.groups"
             ) from None
 
-    def scheduler(self, kind: str = "DDPMScheduler") -> Any:
+    def scheduler(self, kind: str) -> Any:
         """The scheduler of diffusers with this name and the task's noise levels."""
         import diffusers
 
         return getattr(diffusers, kind)(num_train_timesteps=self.config.timesteps, **SCHEDULE)
+
+    @cached_property
+    def _noise(self) -> Any:
+        return self.scheduler("DDPMScheduler")
 
     def images(self, split: str = "test") -> Tensor:
         """The digits of a split in 0 … 1, float32 ``[B, 1, 8, 8]``. Raises InputError if there is no such split."""
@@ -74,19 +79,9 @@ class DiffusionUnetTask(FinetunedTask):
         noisy = self._noise.add_noise(batch, noise, times)
         return F.mse_loss(network(noisy, times).sample, noise)
 
-    @property
-    def _noise(self) -> Any:
-        if not hasattr(self, "_scheduler"):
-            self._scheduler = self.scheduler()
-        return self._scheduler
-
     @torch.inference_mode()
     def samples(self, network: Mapping[str, Tensor], num: int | None = None) -> Tensor:
-        """Samples of a network, ``[num, 1, 8, 8]`` in 0 … 1; black where values are not finite.
-
-        Raises:
-            InputError: the network does not fit.
-        """
+        """Samples of a network, ``[num, 1, 8, 8]`` in 0 … 1; black where not finite. Raises InputError for a misfit."""
         fitted, drawing = self.network_with(network).eval(), self.scheduler("DDIMScheduler")
         drawing.set_timesteps(self.config.sample_steps)
         rng = make_rng(self.config.seed, "samples")

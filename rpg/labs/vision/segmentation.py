@@ -22,8 +22,7 @@ from rpg.labs.vision.detection_data import make_canvases
 from rpg.packages import install_command
 from rpg.seeding import permutation
 from rpg.tasks.collecting import use_threads
-from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
-from rpg.tasks.stepwise import FinetunedTask
+from rpg.tasks.stepwise import DatasetTask
 from tokenization.errors import InputError
 
 IGNORED = 255
@@ -112,15 +111,10 @@ def standardised(image: Tensor) -> Tensor:
 
 
 def open_split(split: str, config: SegmentationConfig) -> Dataset[Sample]:
-    """Images and maps of ``train``, ``validation`` or ``test``.
+    """Images and maps of ``train``, ``validation`` or ``test``. Raises InputError if the folder lacks them.
 
     For folders, ``test`` is the archive's validation set, and ``validation`` a share of the training images.
-
-    Raises:
-        InputError: there is no such split, or the folder lacks the data set.
     """
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"there is no split {split!r}; choose one of train, validation, test")
     if config.dataset == "canvases":
         return Canvases(split, config)
     find = {"ade20k": _ade20k, "voc": _voc}[config.dataset]
@@ -210,11 +204,7 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 
 def build_segmenter(name: str, num_classes: int) -> nn.Module:
-    """A network by name, drawn from torch's global random state; `logits_of` runs it on ``[B, 3, S, S]``.
-
-    Raises:
-        InputError: there is no such network.
-    """
+    """A network by name, drawn from torch's global random state; `logits_of` runs it on ``[B, 3, S, S]``."""
     from torchvision import models  # imported here: slow
 
     if name == "unet-mini":
@@ -243,16 +233,11 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
     return found["logits"] if "logits" in found else found["out"]
 
 
-def enlarge(logits: Tensor, size: torch.Size) -> Tensor:
-    """Interpolate logits ``[B, classes, s, s]`` bilinearly to the resolution of a map of classes."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
 Batch = tuple[Tensor, list[Tensor]]
 """Images ``[B, 3, S, S]`` and a map of classes ``[H, W]`` of each."""
 
 
-class SegmentationTask(FinetunedTask):
+class SegmentationTask(DatasetTask):
     """Collects zoos of segmentation networks and scores state dicts by mean IoU."""
 
     config: SegmentationConfig
@@ -263,30 +248,17 @@ class SegmentationTask(FinetunedTask):
             cure = f"run {install_command('torchmetrics')}"
             raise InputError(f"the task segmentation needs torchmetrics, which is not installed; {cure}")
         self.num_classes = NUM_CLASSES[config.dataset]
-        self._opened: dict[str, Dataset[Any]] = {}
 
     def make_network(self) -> nn.Module:
         """The untrained target network. Raises InputError for an unknown name."""
         return build_segmenter(self.config.network, self.num_classes)
 
-    def dataset(self, split: str) -> Any:
+    def open_split(self, split: str) -> Dataset[Sample]:
         """Images and maps of a split. Raises InputError if the folder lacks them."""
-        if split not in self._opened:
-            self._opened[split] = open_split(split, self.config)
-        return self._opened[split]
+        return open_split(split, self.config)
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        """Images and maps of a split, in order. Raises InputError if a file cannot be read."""
-        yield from map(self._stacked, batches_to_score(self.dataset(split), self.config))
-
-    def batches_after(self, done: int) -> Iterator[Batch]:
-        """An endless stream of training batches after the first ``done``.
-
-        Every batch is full, since batch norms of global features need more than one image.
-        """
-        yield from map(self._stacked, batches_to_train(self.dataset("train"), self.config, done))
-
-    def _stacked(self, samples: list[Any]) -> Batch:
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Images, and the map of each."""
         images, maps = zip(*samples, strict=True)
         return torch.stack(images).to(self.device), [each.to(self.device) for each in maps]
 
@@ -294,7 +266,7 @@ class SegmentationTask(FinetunedTask):
         """Mean cross entropy over the pixels that are not ignored."""
         images, maps = batch
         classes = torch.stack(maps).long()
-        logits = enlarge(logits_of(network, images), classes.shape[-2:])
+        logits = F.interpolate(logits_of(network, images), classes.shape[-2:], mode="bilinear")
         total = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
         return total / (classes != IGNORED).sum().clamp(min=1)
 
@@ -302,10 +274,8 @@ class SegmentationTask(FinetunedTask):
     def own_metrics(self, network: Mapping[str, Tensor], split: str = "test") -> dict[str, float]:
         """Mean IoU over the classes that occur in maps or predictions, and pixel accuracy.
 
-        Both are over all pixels of the split, at the maps' own resolution.
-
-        Raises:
-            InputError: the network does not fit, or an image cannot be read.
+        Both are over all pixels of the split, at the maps' own resolution. Raises InputError if the network does not
+        fit, or an image cannot be read.
         """
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -317,7 +287,7 @@ class SegmentationTask(FinetunedTask):
             for images, maps in self.batches(split):
                 logits = logits_of(fitted, images)
                 for some, classes in _by_size(logits, maps):
-                    answers = enlarge(some, classes.shape[-2:])
+                    answers = F.interpolate(some, classes.shape[-2:], mode="bilinear")
                     answers = answers.argmax(1).where(answers.isfinite().all(1), 0)  # not finite: class 0
                     overlap.update(answers, classes.long())
                     right.update(answers, classes.long())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng, permutation
+from rpg.tasks.collecting import descend
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.images import ImageSplits
 from rpg.tasks.images.subsets import SubsetTask
@@ -28,11 +29,7 @@ CROP_PADDING = 4
 
 
 class Cifar10SubsetsTask(SubsetTask):
-    """Collects and scores ViTs for groups of CIFAR-10 classes; on a GPU if there is one.
-
-    Raises:
-        InputError: there is no CIFAR-10 under ``config.root``.
-    """
+    """Collects and scores ViTs for groups of CIFAR-10 classes; on a GPU if there is one."""
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     config: Cifar10SubsetsConfig
@@ -43,17 +40,19 @@ class Cifar10SubsetsTask(SubsetTask):
 
     @cached_property
     def data(self) -> ImageSplits:
-        """The raw images, uint8 ``[B, 3, 32, 32]``, by split."""
+        """The raw images, uint8 ``[B, 3, 32, 32]``, by split. Raises InputError where ``config.root`` lacks them."""
         train, test = self._load(True), self._load(False)
         if not len(train[1]) > self.config.num_validation:
             raise InputError(
                 f"task.num_validation is {self.config.num_validation}, but there are {len(train[1])} images; take fewer"
             )
         order = permutation(len(train[1]), self.config.seed, "validation images")
-        rows = {"validation": order[: self.config.num_validation], "train": order[self.config.num_validation :]}
-        images = {name: train[0][index] for name, index in rows.items()}
-        labels = {name: train[1][index] for name, index in rows.items()}
-        return ImageSplits({**images, "test": test[0]}, {**labels, "test": test[1]}, 10)
+        validation, rest = order[: self.config.num_validation], order[self.config.num_validation :]
+        images, labels = (
+            {"validation": each[validation], "train": each[rest], "test": last}
+            for each, last in zip(train, test, strict=True)
+        )
+        return ImageSplits(images, labels, 10)
 
     def _load(self, train: bool) -> tuple[Tensor, Tensor]:
         from torchvision.datasets import CIFAR10  # imported here: slow, and only needed with the data
@@ -72,7 +71,7 @@ class Cifar10SubsetsTask(SubsetTask):
         """timm's network with that many logits; ImageNet weights come with :meth:`train_base` only."""
         return self._timm(num_outputs, pretrained=False)
 
-    def _timm(self, num_outputs: int, pretrained: bool) -> nn.Module:
+    def _timm(self, num_outputs: int, *, pretrained: bool) -> nn.Module:
         import timm
 
         size: dict[str, Any] = {"img_size": self.config.image_size} if "vit" in self.config.network else {}
@@ -118,15 +117,13 @@ class Cifar10SubsetsTask(SubsetTask):
         config = self.config.probe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "base"))
-            network = self._timm(self.num_classes, self.config.pretrained).to(self.device).eval()
+            network = self._timm(self.num_classes, pretrained=self.config.pretrained).to(self.device).eval()
         rng = make_rng(self.config.seed, "base images")
         head = network.requires_grad_(False).get_classifier().requires_grad_(True)  # type: ignore[operator]
         optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
         for _ in range(config.steps):
             images, classes = self.draw(config.batch_size, rng, augmented=True)
-            optimizer.zero_grad()
-            F.cross_entropy(network(images), classes).backward()
-            optimizer.step()
+            descend(optimizer, F.cross_entropy(network(images), classes))
         return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import DTYPES, convert_floats, use_threads
+from rpg.tasks.collecting import DTYPES, convert_floats, one_cycle, use_threads
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
 from rpg.tasks.images.networks import build_network
@@ -90,15 +90,13 @@ class DigitsTask(StepwiseTask):
 
         Its weights are drawn from torch's global random state.
         """
-        channels, height, _ = self.splits.image_shape
-        return build_network(
-            self.config.network, in_channels=channels, image_size=height, num_classes=self.splits.num_classes
-        )
+        size = self.config.image_size
+        return build_network(self.config.network, in_channels=1, image_size=size, num_classes=10)
 
     @property
     def first_steps(self) -> int:
         """Steps to convergence, and of compression."""
-        return self.config.train_steps + (self.compression.steps if self.compression is not None else 0)
+        return self.config.train_steps + (self.config.compress.steps if self.config.compress is not None else 0)
 
     def train_run(self, zoo: Zoo, run: int, tick: Tick) -> Iterator[Kept]:
         """See `rpg.tasks.images.training.train_run`."""
@@ -116,22 +114,14 @@ class DigitsTask(StepwiseTask):
         return {"validation_accuracy": right.double().mean().item()}
 
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
-        """Predicted classes, int64 [num, images].
-
-        Raises:
-            InputError: a state dict does not fit the target network, or there is no such split.
-        """
+        """Predicted classes, int64 [num, images]. Raises InputError for misfits and unknown splits."""
         with torch.random.fork_rng(devices=[]):  # scoring must not advance the caller's random state
             network = self.build()
         with use_threads(self.config.threads):
             return predict_images(network, state_dicts, self.images(split))
 
     def logits(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Iterator[Tensor]:
-        """The logits ``[images, 10]`` of one network after another; none is kept.
-
-        Raises:
-            InputError: as `predict` does.
-        """
+        """The logits ``[images, 10]`` of one network after another; none is kept. Errors as of `predict`."""
         with torch.random.fork_rng(devices=[]):
             network = self.build()
         images = self.images(split)
@@ -228,13 +218,11 @@ class DigitsSubsetsTask(SubsetTask):
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
-        for _ in range(config.steps):
+
+        def loss() -> Tensor:
             images, classes = self.draw(config.batch_size, rng, augmented=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(config.precision, torch.device("cpu"))):
-                loss = F.cross_entropy(network(images), classes)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+                return F.cross_entropy(network(images), classes)
+
+        one_cycle(optimizer, loss, config.learning_rate, config.steps)
         return network.state_dict()

@@ -15,7 +15,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from rpg.console import progress_bar
 from rpg.seeding import derive_seed, make_rng
@@ -49,7 +50,7 @@ class Loading(Protocol):
 
 def batches_to_score(dataset: Any, config: Loading) -> Iterator[list[Any]]:
     """All samples in their order. Raises InputError where one cannot be read."""
-    yield from _checked(dataset, dataset, SequentialSampler(dataset), config)
+    yield from _checked(dataset, dataset.__getitem__, SequentialSampler(dataset), config)
 
 
 def steps_an_epoch(dataset: Any, config: Loading) -> int:
@@ -60,39 +61,38 @@ def steps_an_epoch(dataset: Any, config: Loading) -> int:
 def batches_to_train(dataset: Any, config: Loading, done: int = 0) -> Iterator[list[Any]]:
     """Full batches, without end, but for the first ``done`` ones; their samples are not read.
 
-    A batch of one image would be too few for a batch norm of global features.
-
-    Raises:
-        InputError: a sample cannot be read.
+    A batch of one image would be too few for a batch norm of global features. Raises InputError for what is unreadable.
     """
     per_epoch = steps_an_epoch(dataset, config)
     first, skip = divmod(done, per_epoch)
     for epoch in itertools.count(first):
         order = RandomSampler(dataset, generator=make_rng(config.seed, "batches", epoch))
-        altered = AddressedSamples(dataset, config.seed, epoch)
-        yield from itertools.islice(_checked(altered, dataset, order, config, skip), per_epoch - skip)
+        altered = partial(_addressed, dataset, config.seed, epoch)
+        yield from itertools.islice(_checked(dataset, altered, order, config, skip), per_epoch - skip)
         skip = 0
 
 
-def _checked(read: Any, dataset: Any, order: Any, config: Loading, skip: int = 0) -> Iterator[list[Any]]:
-    loader: Any = DataLoader(
-        CheckedSamples(read, dataset),
-        batch_sampler=LaterBatches(order, config.batch_size, skip),
-        num_workers=config.workers,
-        collate_fn=list,
-        generator=make_rng(config.seed, "workers"),  # else each loader takes a number of torch's global state
-    )
-    for samples in loader:
-        for sample in samples:
+def _checked(
+    dataset: Any, read: Callable[[int], Any], order: Any, config: Loading, skip: int = 0
+) -> Iterator[list[Any]]:
+    # without a generator of its own each loader would take a number of torch's global state
+    batches, rng = LaterBatches(order, config.batch_size, skip), make_rng(config.seed, "workers")
+    return _loaded(CheckedSamples(dataset, read), config.workers, batch_sampler=batches, generator=rng)
+
+
+def _loaded(samples: Dataset[Any], workers: int, **options: Any) -> Iterator[list[Any]]:
+    loader: Any = DataLoader(samples, num_workers=workers, collate_fn=list, **options)
+    for batch in loader:
+        for sample in batch:
             if isinstance(sample, str):
                 raise InputError(sample)
-        yield samples
+        yield batch
 
 
-class LaterBatches(torch.utils.data.BatchSampler):
+class LaterBatches(BatchSampler):
     """The batches of an order but for the first ``skip``."""
 
-    def __init__(self, order: torch.utils.data.Sampler[int], size: int, skip: int) -> None:
+    def __init__(self, order: Sampler[int], size: int, skip: int) -> None:
         super().__init__(order, size, drop_last=False)
         self.skip = skip
 
@@ -100,46 +100,33 @@ class LaterBatches(torch.utils.data.BatchSampler):
         return itertools.islice(super().__iter__(), self.skip, None)
 
 
-class AddressedSamples(torch.utils.data.Dataset[Any]):
-    """A data set with addressed augmentation: a sample's random numbers do not depend on order or process.
+def _addressed(dataset: Any, seed: int, epoch: int, index: int) -> Any:
+    """A sample that draws by seed, epoch and index, whatever the order or process.
 
     timm draws crops from Python's generator and mirrors by torch's; both are left as they were.
-
-    Args:
-        dataset: the samples; ``dataset[index]`` may draw.
-        seed: decides the draws, with ``parts``.
-        parts: what else names them, as the number of the epoch.
     """
+    seed, before = derive_seed(seed, "alterations", epoch, index), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            return dataset[index]
+        finally:
+            random.setstate(before)
 
-    def __init__(self, dataset: Any, seed: int, *parts: int | str) -> None:
-        self.dataset, self.seed, self.parts = dataset, seed, parts
+
+class CheckedSamples(Dataset[Any]):
+    """What ``read`` makes of each index; where that fails the error message, since words cross processes."""
+
+    def __init__(self, dataset: Any, read: Callable[[int], Any]) -> None:
+        self.dataset, self.read = dataset, read
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        seed, before = derive_seed(self.seed, "alterations", *self.parts, index), random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            try:
-                return self.dataset[index]
-            finally:
-                random.setstate(before)
-
-
-class CheckedSamples(torch.utils.data.Dataset[Any]):
-    """The samples of ``read``; for one that cannot be read the error message, since words cross processes."""
-
-    def __init__(self, read: Any, dataset: Any) -> None:
-        self.read, self.dataset = read, dataset
-
-    def __len__(self) -> int:
-        return len(self.read)
-
-    def __getitem__(self, index: int) -> Any:
         try:
-            return self.read[index]
+            return self.read(index)
         except (OSError, SyntaxError, ValueError) as error:  # pillow's for what is truncated or no image
             return str(unreadable(self.dataset, index, error))
 
@@ -176,26 +163,22 @@ class CachedImages:
 
 
 def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int) -> CachedImages | None:
-    """The images of a data set, decoded once.
+    """The images of a data set of torchvision with timm's preparation, decoded once by ``workers`` processes.
 
-    Args:
-        dataset: of torchvision, with timm's preparation as its ``transform``.
-        root: the folder of the files.
-        workers: processes that decode.
-
-    Returns:
-        None if the preparation or the labels are unknown, or the disk is full: images are then decoded each time.
-
-    Raises:
-        InputError: an image cannot be read; names it.
+    None if the preparation or the labels are unknown, or the disk is full: images are then decoded each time. Raises
+    InputError for an image that cannot be read.
     """
+    from torchvision.datasets.vision import StandardTransform  # imported here: slow
+    from torchvision.transforms import Compose
+
     steps = _steps_of(dataset.transform)
     prepared = _split_steps(steps)
     if prepared is None or labels is None or len(labels) != len(dataset) or not len(dataset):
         return None
     geometric, mean, std = prepared
     source = copy.copy(dataset)
-    _set_transform(source, geometric)
+    source.transform = Compose(geometric)
+    source.transforms = StandardTransform(source.transform, None)
     try:
         shape = (len(dataset), *_pixels(source[0][0]).shape)
     except OSError as error:
@@ -213,32 +196,19 @@ def cached_images(dataset: Any, root: Path, labels: Tensor | None, workers: int)
     return CachedImages(torch.from_numpy(np.load(path, mmap_mode="c")), labels, mean, std)
 
 
-class _Pixels(torch.utils.data.Dataset[Any]):
-    """The decoded bytes of each image."""
-
-    def __init__(self, dataset: Any, shape: tuple[int, ...]) -> None:
-        self.dataset, self.shape = dataset, shape
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        pixels = _pixels(self.dataset[index][0])
-        return pixels if pixels.shape == self.shape else f"image {index} has the shape {pixels.shape}, not {self.shape}"
+def _decoded(dataset: Any, shape: tuple[int, ...], index: int) -> Any:
+    """The bytes of an image, or what is wrong with their number."""
+    pixels = _pixels(dataset[index][0])
+    return pixels if pixels.shape == shape else f"image {index} has the shape {pixels.shape}, not {shape}"
 
 
 def _write(path: Path, dataset: Any, shape: tuple[int, ...], workers: int) -> None:
-    loader: Iterable[list[Any]] = torch.utils.data.DataLoader(
-        CheckedSamples(_Pixels(dataset, shape[1:]), dataset), 64, num_workers=workers, collate_fn=list
-    )
+    samples = CheckedSamples(dataset, partial(_decoded, dataset, shape[1:]))
     done, started = 0, time.perf_counter()
     with atomic_file(path) as temporary, progress_bar("decoding images") as advance, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for batch in loader:
-            for pixels in batch:
-                if isinstance(pixels, str):
-                    raise InputError(pixels)
-                file.write(pixels.tobytes())
+        for batch in _loaded(samples, workers, batch_size=64):
+            file.writelines(pixels.tobytes() for pixels in batch)
             done += len(batch)
             advance(done, shape[0], note=f"{done / (time.perf_counter() - started):,.0f} images/s")
 
@@ -265,14 +235,6 @@ def _split_steps(steps: Sequence[Any]) -> tuple[list[Any], list[float], list[flo
     return list(steps[:-2]), [float(each) for each in last.mean], [float(each) for each in last.std]
 
 
-def _set_transform(dataset: Any, steps: Sequence[Any]) -> None:
-    from torchvision.datasets.vision import StandardTransform
-    from torchvision.transforms import Compose
-
-    dataset.transform = Compose(list(steps))
-    dataset.transforms = StandardTransform(dataset.transform, None)
-
-
 def _key(dataset: Any, root: Path, steps: Sequence[Any]) -> str:
     """A name that changes with the files, the data set's own description and the preparation."""
     samples = getattr(dataset, "samples", None)
@@ -282,15 +244,11 @@ def _key(dataset: Any, root: Path, steps: Sequence[Any]) -> str:
         if path.is_file() and FOLDER not in path.parts:
             status = path.stat()
             files.append([os.path.relpath(path, root), status.st_size, status.st_mtime_ns])
-    shown = [step if isinstance(step, type(None)) else _shown(step) for step in steps]
+    # a function by its name, as its address changes
+    shown = [None if step is None else getattr(step, "__qualname__", None) or repr(step) for step in steps]
     split = [str(getattr(dataset, name, "")) for name in ("split", "_split", "train")]
     content = json.dumps([VERSION, type(dataset).__name__, split, len(dataset), shown, files])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
-
-
-def _shown(step: Any) -> str:
-    """A step in words; a function by its name, as its address changes."""
-    return getattr(step, "__qualname__", None) or repr(step)
 
 
 def _folder(root: Path, num_bytes: int, name: str) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -47,34 +48,19 @@ class ImageSplits:
 
 
 def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor]], images: Tensor) -> Tensor:
-    """Classify the same images with many networks of one structure.
+    """The answers int64 ``[num, n]`` of networks of one structure on the same images ``[n, C, S, S]``.
 
     A plain loop: for networks of this size it is faster on CPU than ``vmap``, which turns convolutions into grouped
-    ones, and it holds one network at a time.
-
-    Args:
-        network: the target network, whose own weights do not matter.
-        state_dicts: the weights; floating-point values are converted to the network's dtype.
-        images: [n, C, S, S].
-
-    Returns:
-        int64 [num, n], the class with the greatest logit; class 0 where a logit is NaN or infinite.
-
-    Raises:
-        InputError: a state dict does not fit the network; names the tensor.
+    ones, and it holds one network at a time. Errors as of `logits_of`.
     """
-    predictions = [
-        answers(logits_of(network, state_dict, images, f"network {index}"))
-        for index, state_dict in enumerate(state_dicts)
-    ]
+    predictions = [answers(logits_of(network, each, images, f"network {i}")) for i, each in enumerate(state_dicts)]
     return torch.stack(predictions) if predictions else torch.empty(0, len(images), dtype=torch.long)
 
 
 def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor, where: str) -> Tensor:
-    """Logits ``[n, classes]`` of one state dict.
+    """Logits ``[n, classes]`` of one state dict, in the network's dtype.
 
-    Raises:
-        InputError: it does not fit the network; names the tensor.
+    Raises InputError, naming the tensor, if it does not fit the network, whose own weights do not matter.
     """
     expected = network.eval().state_dict()
     if state_dict.keys() != expected.keys():  # pruned or quantised weights have tensors of their own
@@ -86,10 +72,7 @@ def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tens
 
 
 def answers(logits: Tensor) -> Tensor:
-    """The class of the largest logit, [n, classes] → [n].
-
-    A broken network must not look as if it had decided: it answers class 0.
-    """
+    """The class of the largest logit, [n, classes] → [n]; 0 where one is not finite, since nothing was decided."""
     return logits.argmax(1).where(logits.isfinite().all(1), 0)
 
 
@@ -112,36 +95,24 @@ def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Ten
         )
 
 
-def augment(
-    images: Tensor, generator: torch.Generator, *, shift: float = 0.8, angle: float = 12.0, scale: float = 0.12,
-    fill: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Each image moved, turned and scaled at random, by bilinear sampling.
+SHIFT, ANGLE, SCALE = 0.8, 12.0, 0.12
+"""The largest alterations: pixels along each axis, degrees, and relative change of size along each axis."""
 
-    Args:
-        images: ``[B, C, H, W]``.
-        shift: largest shift in pixels, along each axis.
-        angle: largest turn in degrees.
-        scale: largest relative change of size, along each axis of its own.
-        fill: value outside the image.
-    """
+
+def augment(images: Tensor, generator: torch.Generator, *, fill: float = 0.0) -> Tensor:
+    """Images ``[B, C, H, W]``, each moved, turned and scaled at random; ``fill`` is the value outside the image."""
     num, _, height, width = images.shape
 
     def draw(limit: float) -> Tensor:
         return (torch.rand(num, generator=generator) * 2 - 1) * limit
 
-    turn = draw(math.radians(angle))
-    stretch_x, stretch_y = 1 + draw(scale), 1 + draw(scale)
-    move_x, move_y = draw(2 * shift / width), draw(2 * shift / height)
+    turn = draw(math.radians(ANGLE))
+    stretch_x, stretch_y = 1 + draw(SCALE), 1 + draw(SCALE)
+    move_x, move_y = draw(2 * SHIFT / width), draw(2 * SHIFT / height)
     cos, sin = turn.cos(), turn.sin()
-    matrix = torch.stack(
-        [
-            torch.stack([cos * stretch_x, -sin * stretch_x, move_x], 1),
-            torch.stack([sin * stretch_y, cos * stretch_y, move_y], 1),
-        ],
-        1,
-    )  # [B, 2, 3]
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    rows = [cos * stretch_x, -sin * stretch_x, move_x], [sin * stretch_y, cos * stretch_y, move_y]
+    matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images - fill, grid, mode="bilinear", align_corners=False) + fill
 
 
@@ -151,8 +122,7 @@ IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 def class_files(root: Path, kind: str, suffixes: set[str]) -> tuple[list[Path], list[int], list[str]]:
     """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
 
-    Raises:
-        InputError: the folder holds no such file; ``kind`` names the ``suffixes`` in the message.
+    Raises InputError if it holds none; ``kind`` names the ``suffixes`` in the message.
     """
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     files = [
@@ -173,9 +143,6 @@ def read_images(paths: list[Path], image_size: int) -> Tensor:
     grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
     images = []
     for each in opened:
-        values = torch.frombuffer(
-            bytearray(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC).tobytes()),
-            dtype=torch.uint8,
-        )
-        images.append(values.view(*size, -1).permute(2, 0, 1).float() / 255)
+        pixels = np.array(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC))
+        images.append(torch.from_numpy(pixels).view(*size, -1).permute(2, 0, 1).float() / 255)
     return torch.stack(images)

@@ -23,12 +23,7 @@ from tokenization.errors import InputError
 
 
 def small_cnns(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Logits ``[T, B, classes]`` of T networks on the same images ``[B, C, S, S]``.
-
-    Args:
-        weights: tensors of `SmallCNN` under their names, ``[T, *shape]``.
-        images: what all see.
-    """
+    """Logits ``[T, B, classes]`` of T `SmallCNN`, ``weights`` ``[T, *shape]``, on the same images ``[B, C, S, S]``."""
     size, half = images.shape[-1], images.shape[-1] // 2
     first, second = weights["conv1.weight"], weights["conv2.weight"]
     num, channels, more = len(first), first.shape[1], second.shape[1]
@@ -88,11 +83,7 @@ def pooled(images: Tensor) -> Tensor:
 
 
 class SmallCNN(nn.Module):
-    """Two 3×3 convolutions (8 and 16 channels) with pooling, a linear layer of 32 and the classifier.
-
-    Args:
-        image_size: height and width of the image, a multiple of 4.
-    """
+    """Two 3×3 convolutions (8 and 16 channels) with pooling, a linear layer of 32 and the classifier; S = 4, 8, …"""
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
@@ -117,7 +108,6 @@ class ConvNetMini(nn.Module):
     times to keep that size.
 
     Args:
-        in_channels, image_size, num_classes: as of `SmallCNN`.
         pooled: height and width that ``linear1`` reads. The paper's table 6 counts 24,262 values, more than the sizes
             it lists have; 19 on images of 32×32 is the nearest.
     """
@@ -179,7 +169,6 @@ class ResNetMini(nn.Module):
     """p-diff's ResNet-mini: one convolution, two bottleneck blocks (8 channels, bottleneck 4), linear 16, classes.
 
     Args:
-        in_channels, image_size, num_classes: as of `SmallCNN`.
         pooled: height and width that ``linear1`` reads; 14 is nearest to the 25,138 values of the paper's table 6.
     """
 
@@ -218,42 +207,25 @@ class NarrowAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _vit(in_channels: int, image_size: int, num_classes: int, *, patches: int = 4) -> nn.Module:
-    """A timm VisionTransformer of ``patches``² tokens (and the class token) of width 32, depth 3, 4 heads."""
+def _vit(channels: int, image_size: int, num_classes: int, *, patches: int = 4, **sizes: Any) -> nn.Module:
+    """A timm VisionTransformer of ``patches``² tokens; of width 32, depth 3 and 4 heads without other sizes."""
     from timm.models.vision_transformer import VisionTransformer  # imported here: slow, and few networks need it
 
-    return VisionTransformer(
-        img_size=image_size,
-        patch_size=max(1, image_size // patches),
-        in_chans=in_channels,
-        num_classes=num_classes,
-        embed_dim=32,
-        depth=3,
-        num_heads=4,
-        mlp_ratio=2.0,
-    )
+    sizes = sizes or {"embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+    patch_size = max(1, image_size // patches)
+    return VisionTransformer(image_size, patch_size, in_chans=channels, num_classes=num_classes, **sizes)
 
 
-def _vit_tiny(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+def _vit_tiny(channels: int, image_size: int, num_classes: int) -> nn.Module:
     """timm's ``vit_tiny_patch16_224`` (5.4 M parameters: width 192, depth 12, 3 heads) with 16 patches an image."""
-    from timm import create_model
-
-    return create_model(
-        "vit_tiny_patch16_224",
-        img_size=image_size,
-        patch_size=max(1, image_size // 4),
-        in_chans=in_channels,
-        num_classes=num_classes,
-    )
+    return _vit(channels, image_size, num_classes, embed_dim=192, depth=12, num_heads=3)
 
 
 def _convnext(in_channels: int, image_size: int, num_classes: int, size: str) -> nn.Module:
     """timm's ``convnext_large`` (196 M parameters) or ``convnext_tiny`` (28 M), made to be trained on few steps.
 
     timm scales every residual branch by 1e-6 at the start, which suits long schedules; here the branches count in full.
-
-    Raises:
-        InputError: the image is too small for a stride of 32.
+    Raises InputError if the image is too small for a stride of 32.
     """
     from timm import create_model
 
@@ -262,26 +234,15 @@ def _convnext(in_channels: int, image_size: int, num_classes: int, size: str) ->
     return create_model(f"convnext_{size}", in_chans=in_channels, num_classes=num_classes, ls_init_value=1.0)
 
 
-def _vit_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
+def _vit_mini(channels: int, image_size: int, num_classes: int) -> nn.Module:
     """p-diff's ViT-mini: 64 tokens of width 64, depth 4, 4 heads of width 8, feed-forward width 64."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    network = VisionTransformer(
-        img_size=image_size,
-        patch_size=max(1, image_size // 8),
-        in_chans=in_channels,
-        num_classes=num_classes,
-        embed_dim=64,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=1.0,
-        class_token=False,
-        global_pool="avg",
-    )
+    network: Any = _vit(
+        channels, image_size, num_classes, patches=8, embed_dim=64, depth=4, num_heads=4, mlp_ratio=1.0,
+        class_token=False, global_pool="avg",
+    )  # fmt: skip
     for block in network.blocks:
         block.attn = NarrowAttention(64, num_heads=4, head_width=8)
     # a token is one pixel of 8×8 images: beside its embedding timm's 0.02 would hide where it lies for long
-    assert network.pos_embed is not None
     nn.init.normal_(network.pos_embed, std=0.5)
     return network
 
@@ -290,13 +251,8 @@ def _convnext_mini(in_channels: int, image_size: int, num_classes: int) -> nn.Mo
     """p-diff's ConvNeXt-mini: stage depths (1, 2, 2, 2), stage widths (16, 32, 32, 32)."""
     from timm.models.convnext import ConvNeXt
 
-    return ConvNeXt(
-        in_chans=in_channels,
-        num_classes=num_classes,
-        depths=(1, 2, 2, 2),
-        dims=(16, 32, 32, 32),
-        patch_size=max(1, image_size // 8),
-    )
+    shape: dict[str, Any] = {"depths": (1, 2, 2, 2), "dims": (16, 32, 32, 32), "patch_size": max(1, image_size // 8)}
+    return ConvNeXt(in_chans=in_channels, num_classes=num_classes, **shape)
 
 
 _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
@@ -317,11 +273,7 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 def build_network(name: str, *, in_channels: int, image_size: int, num_classes: int) -> nn.Module:
-    """Build an untrained target network, its weights drawn from torch's global random state.
-
-    Raises:
-        InputError: if no network has this name.
-    """
+    """An untrained target network, drawn from torch's global random state. Raises InputError for an unknown name."""
     if name not in _BUILDERS:
         raise InputError(f"there is no network {name!r}; choose one of {', '.join(_BUILDERS)}")
     return _BUILDERS[name](in_channels, image_size, num_classes)

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from rpg.tasks.collecting import (
     BASE,
     Progress,
     collect_many,
-    recorded_task,
+    require_same_task,
     save_base,
     single_threaded,
     without_arithmetic,
@@ -47,9 +48,6 @@ class SubsetTask:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.device = torch.device("cpu")
-        self._side: SideBySide | None = None
-
-    # --- what a subclass provides ------------------------------------------------------------------------------
 
     def network(self, num_outputs: int) -> nn.Module:
         """The untrained network with that many logits, drawn from torch's global random state."""
@@ -75,8 +73,6 @@ class SubsetTask:
         """The shared base network, with one logit a class."""
         raise NotImplementedError
 
-    # --- the task interface ------------------------------------------------------------------------------------
-
     @property
     def num_classes(self) -> int:
         """C."""
@@ -87,12 +83,10 @@ class SubsetTask:
         """What the conditions of the zoo's entries mean."""
         return ConditionSpec("binary", self.num_classes, self.class_names)
 
-    @property
+    @cached_property
     def side(self) -> SideBySide:
         """The target network as a function of many state dicts."""
-        if self._side is None:
-            self._side = SideBySide(self.build().to(self.device))
-        return self._side
+        return SideBySide(self.build().to(self.device))
 
     def build(self) -> nn.Module:
         """The untrained target network: two logits, negative and positive."""
@@ -134,20 +128,13 @@ class SubsetTask:
         processes: int | None = None,
     ) -> Zoo:  # fmt: skip
         """Train the base and every task's network; a zoo that is partly there is completed."""
-        return self.collect_as(self, path, progress, limit, processes)
-
-    def collect_as(
-        self, task: Any, path: Path | str, progress: Progress | None, limit: int | None, processes: int | None = None
-    ) -> Zoo:
-        """`collect` what another task trains for this family, by its ``config``, ``train_base`` and ``train_part``."""
         from accelerate import PartialState
 
         with PartialState(timeout=PATIENCE).main_process_first():
             self.classes("train")  # images that are missing are missed before there is a folder
         return collect_many(
-            task, path, self.condition, self.bits().repeat(self.config.copies, 1), self.splits() * self.config.copies,
-            lambda folder: save_base(folder, task.train_base), self.config.group,
-            processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
+            self, path, self.bits().repeat(self.config.copies, 1), lambda folder: save_base(folder, self.train_base),
+            self.config.group, processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
         )  # fmt: skip
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
@@ -165,12 +152,9 @@ class SubsetTask:
         """Fine-tune one network for each of the tasks ``[T, C]`` on that copy's images; on the CPU, by checkpoint."""
         start = {name: value.to(self.device) for name, value in self.starts(base, bits).items()}
         # the same images for every part; each further copy has others
-        rng = make_rng(self.config.seed, "fine-tuning", *([copy] if copy else []))
-        augmented = self.config.finetune.augment
-        checkpoints = finetune_many(
-            self.side, start, bits.to(self.device), lambda num: self.draw(num, rng, augmented=augmented),
-            self.config.finetune,
-        )  # fmt: skip
+        rng, recipe = make_rng(self.config.seed, "fine-tuning", *([copy] if copy else [])), self.config.finetune
+        draw = partial(self.draw, rng=rng, augmented=recipe.augment)
+        checkpoints = finetune_many(self.side, start, bits.to(self.device), draw, recipe)
         return [{name: value.cpu() for name, value in each.items()} for each in checkpoints]
 
     def starts(self, base: Mapping[str, Tensor], bits: Tensor) -> Stacked:
@@ -192,7 +176,10 @@ class SubsetTask:
 
     def base_network(self, zoo: Zoo) -> dict[str, Tensor]:
         """The shared base network of a zoo. Raises InputError if it has none."""
-        return load_base(zoo)
+        file = zoo.path / BASE
+        if not file.is_file():
+            raise InputError(f"{file} is missing, the base network of the zoo; collect the zoo again")
+        return load_file(file)
 
     def probabilities(self, weights: Stacked, split: str) -> Tensor:
         """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""
@@ -202,19 +189,13 @@ class SubsetTask:
     def teacher(self, zoo: Zoo) -> Teacher:
         """The shared base network: images ``[B, …]`` → class probabilities ``[B, C]``. Raises InputError if missing."""
         network = self.network(self.num_classes).eval().requires_grad_(False).to(self.device)
-        network.load_state_dict(load_base(zoo))
+        network.load_state_dict(self.base_network(zoo))
         return lambda images: network(images.to(self.device)).softmax(-1)
 
     def behaviour_losses(
-        self,
-        weights: Stacked,
-        conditions: Tensor,
-        num_images: int,
-        rng: torch.Generator,
-        teacher: Teacher | None = None,
-        originals: Stacked | None = None,
-        temperature: float = 1.0,
-    ) -> Tensor:
+        self, weights: Stacked, conditions: Tensor, num_images: int, rng: torch.Generator,
+        teacher: Teacher | None = None, originals: Stacked | None = None, temperature: float = 1.0,
+    ) -> Tensor:  # fmt: skip
         """Cross-entropy ``[T]`` of T networks at their tasks ``[T, C]`` on random *training* images.
 
         The right answers are the images' labels or, with a teacher, its class probabilities summed over either side, or
@@ -247,34 +228,15 @@ class SubsetTask:
         return logits[..., 1] - logits[..., 0]
 
 
-def load_base(zoo: Zoo) -> dict[str, Tensor]:
-    """The shared base network of a zoo. Raises InputError if it has none."""
-    file = zoo.path / BASE
-    if not file.is_file():
-        raise InputError(f"{file} is missing, the base network of the zoo; collect the zoo again")
-    return load_file(file)
-
-
 @locks(lambda source, path, task: path)
 def resplit(source: Path | str, path: Path | str, task: SubsetTask) -> Zoo:
     """Make a zoo of the same networks with other unseen tasks, without training; files are linked, not copied.
 
-    Args:
-        source: a complete zoo of the same family, equal but for ``unseen`` and ``validation``.
-
-    Raises:
-        InputError: the source is of another family or recipe, or there is a zoo already.
+    Raises InputError unless ``source`` is a zoo of the same family and recipe, or if there is a zoo already.
     """
     old = Zoo.open(source)
-    known = recorded_task(old, type(task.config)), task.config.model_dump(mode="json")
-    recorded, wanted = map(without_arithmetic, known)
-    for key in sorted((recorded.keys() | wanted.keys()) - {"unseen", "validation"}):
-        if recorded.get(key) != wanted.get(key):
-            raise InputError(
-                f"{old.path / 'zoo.json'} was collected with task.{key} {recorded.get(key)!r}, but the "
-                f"configuration has {wanted.get(key)!r}; make it the same, or collect a new zoo"
-            )
-    new = Zoo.create(path, task=wanted, condition=task.condition)
+    require_same_task(old, task.config, ("unseen", "validation"), "make it the same, or collect a new zoo")
+    new = Zoo.create(path, task=without_arithmetic(task.config.model_dump(mode="json")), condition=task.condition)
     splits = task.splits()
     (new.path / "checkpoints").mkdir(exist_ok=True)
     for name in (BASE, *(entry.file for entry in old.entries)):

@@ -21,24 +21,24 @@ from torch.utils.data import default_collate
 from rpg.devices import in_bf16
 from rpg.tasks.collecting import Progress, cosine_decay
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
-from rpg.tasks.images.image_cache import CachedImages, batches_to_score, batches_to_train, cached_images, steps_an_epoch
+from rpg.tasks.images.image_cache import CachedImages, cached_images, steps_an_epoch
 from rpg.tasks.images.images import answers, check_structure
 from rpg.tasks.images.networks import own_network
-from rpg.tasks.stepwise import FinetunedTask
+from rpg.tasks.stepwise import DatasetTask
 from tokenization.checkpoint.checkpoint import read_state_dict
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
 
-class TimmTask(FinetunedTask):
+class TimmTask(DatasetTask):
     """Images, networks and scores of both tasks."""
 
+    splits = ("train", "test")
     config: TimmFinetuneConfig | ImageNetConfig
 
     def __init__(self, config: TimmFinetuneConfig | ImageNetConfig) -> None:
         super().__init__(config)
-        self._datasets: dict[str, Any] = {}
         self._caches: dict[str, CachedImages | None] = {}
 
     @property
@@ -49,32 +49,30 @@ class TimmTask(FinetunedTask):
             return tuple(dataset.classes)
         return tuple(map(str, range(int(max(dataset.labels)) + 1)))  # stl10 names none without its class_names.txt
 
-    def dataset(self, split: str) -> Any:
-        """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
-        if split not in ("train", "test"):
-            raise InputError(f"there is no split {split!r}; choose one of train, test")
-        if split not in self._datasets:
-            try:
-                opened = self.open_split(split)
-            except (RuntimeError, FileNotFoundError) as error:
-                raise InputError(
-                    f"task.data {self.config.data} does not hold the data set {self._dataset_name} "
-                    f"({str(error).splitlines()[0]}); name the folder that does"
-                ) from None
-            self._datasets[split] = opened
-            found, known = (getattr(each, "classes", ()) for each in (opened, self.dataset("train")))
-            if found != known:  # classes are numbered in the order of their names
-                raise InputError(
-                    f"task.data {self.config.data} has {len(found)} classes to score on and {len(known)} to train "
-                    "on, or others; give train and val the same folders"
-                )
-        return self._datasets[split]
-
     def open_split(self, split: str) -> Any:
-        """Images and labels of ``train`` or ``test``, as torchvision reads them and timm prepares them."""
+        """Images and labels of ``train`` or ``test``. Raises InputError where the folder does not hold them."""
+        name = getattr(self.config, "dataset", "folder")
+        try:
+            opened = self._read_split(name, split)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise InputError(
+                f"task.data {self.config.data} does not hold the data set {name} "
+                f"({str(error).splitlines()[0]}); name the folder that does"
+            ) from None
+        train = opened if split == "train" else self.dataset("train")
+        found, known = (getattr(each, "classes", ()) for each in (opened, train))
+        if found != known:  # classes are numbered in the order of their names
+            raise InputError(
+                f"task.data {self.config.data} has {len(found)} classes to score on and {len(known)} to train "
+                "on, or others; give train and val the same folders"
+            )
+        return opened
+
+    def _read_split(self, name: str, split: str) -> Any:
+        """The data set as torchvision reads it and timm prepares it."""
         from torchvision import datasets, transforms
 
-        train, root, name = split == "train", self.config.data, self._dataset_name
+        train, root = split == "train", self.config.data
         prepare = image_transform(self.config.network, self.config.image_size, training=train)
         transform = transforms.Compose([to_rgb, prepare])
         match name:
@@ -93,10 +91,6 @@ class TimmTask(FinetunedTask):
             case "food101":
                 return datasets.Food101(root, split, transform)
 
-    @property
-    def _dataset_name(self) -> str:
-        return getattr(self.config, "dataset", "folder")
-
     def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """All images and labels of a split, on the task's device, decoded once and for all (`image_cache`)."""
         dataset = self.dataset(split)
@@ -107,13 +101,10 @@ class TimmTask(FinetunedTask):
         if (cached := self._caches[split]) is not None:
             yield from cached.batches(self.config.batch_size, self.device)
         else:
-            yield from map(self._placed_batch, batches_to_score(dataset, self.config))
+            yield from super().batches(split)
 
-    def batches_after(self, done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of all epochs but the first ``done`` ones, without end."""
-        yield from map(self._placed_batch, batches_to_train(self.dataset("train"), self.config, done))
-
-    def _placed_batch(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
+    def batch(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
         images, labels = default_collate(samples)
         return images.to(self.device), labels.to(self.device)
 
@@ -155,8 +146,7 @@ class TimmTask(FinetunedTask):
     def predict(self, state_dicts: Iterable[Mapping[str, Tensor]], split: str = "test") -> Tensor:
         """Predicted classes of each network, int64 [num, images]; 0 where a logit is not finite.
 
-        Raises:
-            InputError: a state dict does not fit the network; names the tensor. Or there is no base checkpoint.
+        Raises InputError for a state dict that does not fit, or a missing base checkpoint.
         """
         found = []
         if not self.is_whole:
@@ -181,8 +171,7 @@ class TimmFinetuneTask(TimmTask):
     def make_network(self) -> nn.Module:
         """The network with as many logits as the data set has classes, with timm's weights if so configured.
 
-        Raises:
-            InputError: there is no such network, its weights cannot be had, or it does not take its arguments.
+        Raises InputError if there is no such network, or its weights or arguments do not serve.
         """
         if ":" in self.config.network:
             return own_network(self.config.network, self.config.network_arguments)
@@ -217,11 +206,7 @@ class ImageNetTask(TimmTask):
         return self.timm_network(self.config.num_classes, False, "")
 
     def base_network(self, tick: Callable[[int], None] = lambda done: None) -> nn.Module:
-        """The network that fine-tuning begins with.
-
-        Raises:
-            InputError: its weights cannot be had, or do not fit.
-        """
+        """The network that fine-tuning begins with. Raises InputError if its weights cannot be had, or do not fit."""
         network, config = self.placed(), self.config
         if config.weights is not None:
             state_dict: StateDict = read_state_dict(Path(config.weights))
@@ -243,11 +228,7 @@ class ImageNetTask(TimmTask):
         return self.config.learning_rate
 
     def steps(self) -> list[int]:
-        """Steps at even distances, the last one among them.
-
-        Raises:
-            InputError: there are fewer steps than checkpoints.
-        """
+        """Steps at even distances, the last one among them. Raises InputError for fewer steps than checkpoints."""
         total, count = round(self.config.epochs * self.steps_an_epoch), self.config.checkpoints
         if total < count:
             raise InputError(
@@ -276,15 +257,10 @@ class ImageNetTask(TimmTask):
 
 
 def image_transform(network: str, image_size: int, *, training: bool) -> Callable[[Any], Any]:
-    """timm's own preparation of images for a network: its interpolation, share of the crop, mean and deviation.
+    """timm's own preparation of RGB images for a network, to float32 ``[3, image_size, image_size]``.
 
-    Args:
-        network: its name; without weights of timm's, those of ImageNet stand.
-        image_size: height and width in pixels, in place of the network's own.
-        training: cut out and mirror at random. Colours stay as they are.
-
-    Returns:
-        A function of an RGB image that gives float32 ``[3, image_size, image_size]``.
+    Interpolation, share of the crop, mean and deviation are the network's, or those of ImageNet. In training images are
+    cut out and mirrored at random; their colours stay as they are.
     """
     import timm  # imported here: slow
 
@@ -294,11 +270,7 @@ def image_transform(network: str, image_size: int, *, training: bool) -> Callabl
 
 
 def require_image_size(network: nn.Module, task: Any, num_classes: int) -> None:
-    """See to it that the network takes images of the task's size, ``[1, 3, image_size, image_size]``.
-
-    Raises:
-        InputError: it does not, or gives anything but ``num_classes`` logits.
-    """
+    """Raise InputError unless the network makes ``num_classes`` logits of images of the task's size."""
     size, training = task.image_size, network.training
     image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
     try:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from rpg.devices import in_bf16
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import chosen_parameters, use_threads, warm_cosine
+from rpg.tasks.collecting import Tick, chosen_parameters, descend, one_cycle, use_threads, warm_cosine
 from rpg.tasks.images.config import CollectionConfig, FinetuneConfig, Pruning, Quantisation, Stage
 from rpg.tasks.images.images import ImageSplits, augment
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
@@ -31,7 +31,7 @@ def train_run(
     splits: ImageSplits,
     config: CollectionConfig,
     run: int,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Tick = lambda done: None,
     compression: Compression | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Train one run; yield (step, network) after every fine-tuning step. The network is the same object throughout.
@@ -49,45 +49,32 @@ def train_run(
     images, labels = splits.images["train"], splits.labels["train"]
     background = float(images.min())
 
-    @use_threads(config.threads)
-    def update(optimizer: torch.optim.Optimizer, progress: float | None = None) -> None:
+    def loss(progress: float | None = None) -> Tensor:
         rows = torch.randint(len(labels), (config.batch_size,), generator=draws)
         drawn = augment(images[rows], draws, fill=background) if config.augment else images[rows]
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(config.precision, torch.device("cpu"))):
             weights = {} if compression is None or progress is None else compression.weights(network, progress)
-            loss = F.cross_entropy(functional_call(network.train(), weights, (drawn,)), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            return F.cross_entropy(functional_call(network.train(), weights, (drawn,)), labels[rows])
 
     if compression is not None and compression.trunk:
         network.load_state_dict(compression.trunk)
-    else:
-        _converge(network, update, config, tick)
+    else:  # one-cycle: these networks converge in half the steps a plain cosine takes
+        optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
+        with use_threads(config.threads):
+            one_cycle(optimizer, loss, config.learning_rate, config.train_steps, tick)
     before = config.train_steps
     if compression is not None:
         compression.trunk = {name: value.clone() for name, value in network.state_dict().items()}
         draws.manual_seed(derive_seed(config.seed, "compression", run))
-        before += compression.steps
+        before += compression.config.steps
     # a fresh optimizer: the moments of the cooled-down one would make the first steps tiny
     optimizer = _optimizer(_freeze_all_but(network, config.finetune), config.finetune_learning_rate, config)
     for step in range(config.train_steps - before + 1, config.steps + 1):
-        update(optimizer, min(1.0, 1 + step / max(1, before - config.train_steps)))
+        with use_threads(config.threads):
+            descend(optimizer, loss(min(1.0, 1 + step / max(1, before - config.train_steps))))
         tick(before + step)
         if step > 0:
             yield step, network
-
-
-def _converge(
-    network: nn.Module, update: Callable[..., None], config: CollectionConfig, tick: Callable[[int], None]
-) -> None:
-    # one-cycle: these networks converge in half the steps a plain cosine takes
-    optimizer = _optimizer(list(network.parameters()), config.learning_rate, config)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.train_steps + 1)
-    for step in range(1, config.train_steps + 1):
-        update(optimizer)
-        schedule.step()
-        tick(step)
 
 
 def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionConfig) -> torch.optim.Optimizer:
@@ -98,12 +85,9 @@ def _optimizer(parameters: list[nn.Parameter], rate: float, config: CollectionCo
 
 
 def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Parameter]:
-    """Freeze the parameters that no pattern names; return the others.
+    """Freeze the parameters that no pattern names; return the others. Raises InputError if a pattern names none.
 
     With frozen parameters the batch norms keep their running statistics too: what is not fine-tuned stays as it is.
-
-    Raises:
-        InputError: a pattern names no parameter.
     """
     named, chosen = dict(network.named_parameters()), chosen_parameters(network, patterns)
     for name, parameter in named.items():
@@ -116,7 +100,6 @@ def _freeze_all_but(network: nn.Module, patterns: tuple[str, ...]) -> list[nn.Pa
 
 
 MASKS: dict[str, Kind] = {"csr": "csr", "stored": "mask", "implied": "zeros"}
-"""How a pruned weight is stored, by the configuration's name for it."""
 
 
 class Compression:
@@ -135,11 +118,6 @@ class Compression:
     def __init__(self, config: Pruning | Quantisation) -> None:
         self.config = config
         self.trunk: dict[str, Tensor] = {}
-
-    @property
-    def steps(self) -> int:
-        """Training steps before the first checkpoint."""
-        return self.config.steps
 
     def weights(self, network: nn.Module, progress: float) -> dict[str, Tensor]:
         """What the network computes with in a step, differentiable in its parameters.
@@ -185,29 +163,14 @@ Draw = Callable[[int], tuple[Tensor, Tensor]]
 """Draws B training images ``[B, …]`` and their classes ``[B]``."""
 
 
-def finetune_many(
-    side: SideBySide,
-    start: Stacked,
-    bits: Tensor,
-    draw: Draw,
-    config: FinetuneConfig,
-    tick: Callable[[int], None] = lambda done: None,
-) -> list[Stacked]:
-    """Fine-tune T networks; returns ``config.checkpoints`` of each, in the order of their steps.
-
-    Args:
-        start: their weights to start from, ``[T, *shape]``.
-        bits: their tasks, ``[T, C]``.
-    """
+def finetune_many(side: SideBySide, start: Stacked, bits: Tensor, draw: Draw, config: FinetuneConfig) -> list[Stacked]:
+    """Fine-tune T networks for the tasks ``[T, C]``; ``config.checkpoints`` of each, in the order of their steps."""
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     stretches = checkpoint_stretches(config.stages[-1].steps, config.tail, config.checkpoints)
     kept: list[Stacked] = []
-    done = 0
     for number, stage in enumerate(config.stages):
         trained = [value for name, value in weights.items() if any(fnmatchcase(name, each) for each in stage.only)]
-        optimizer = torch.optim.AdamW(
-            trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        optimizer = torch.optim.AdamW(trained, weight_decay=stage.weight_decay, betas=(0.9, 0.99), fused=True)
         for value in weights.values():
             value.requires_grad_(any(value is each for each in trained))
         last = number == len(config.stages) - 1
@@ -220,18 +183,11 @@ def finetune_many(
             optimizer.step()
             if last and step + 1 > stretches[0][0]:
                 average_into(kept, stretches, step + 1, weights)
-            done += 1
-            tick(done)
     return kept
 
 
 def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: Tensor, config: FinetuneConfig) -> None:
-    """Add the gradients of T networks' losses: some images, and of large networks one, at a time.
-
-    Args:
-        images: ``[B, …]``.
-        targets: right answers ``[T, B]``.
-    """
+    """Add the gradients of T networks' losses on ``[B, …]`` with answers ``[T, B]``, in parts of bounded memory."""
     size = config.images_at_a_time or len(images)
     several = [weights]
     if side.is_large:  # one network's activations are held, not those of all
@@ -241,7 +197,7 @@ def _add_gradients(side: SideBySide, weights: Stacked, images: Tensor, targets: 
             with torch.autocast(images.device.type, torch.bfloat16, enabled=in_bf16(config.precision, images.device)):
                 logits = side(own, part)
             loss = task_losses(logits, wanted, config).sum() * (len(part) / len(images))
-            loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
+            loss.backward()
 
 
 def task_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
@@ -266,11 +222,8 @@ def binary_start(base: Mapping[str, Tensor], network: nn.Module, bits: Tensor, f
     sides = sides / sides.sum(-1, keepdim=True)
     for name, like in network.state_dict().items():
         if like.shape != base[name].shape:  # the classifier's weight [C, H] and bias [C]
-            weights[name] = (
-                repeat({name: like}, len(bits))[name]
-                if fresh_head
-                else torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
-            )
+            mean = torch.tensordot(sides, base[name].float(), dims=1).to(base[name].dtype)
+            weights[name] = like.expand(len(bits), *like.shape).clone() if fresh_head else mean
     return weights
 
 

@@ -56,13 +56,9 @@ class _Site:
 
 
 class AdapterBank:
-    """T adapters of one base as one function.
+    """T adapters of one base as one function; the base is frozen, and left as it was otherwise.
 
-    Args:
-        base: a causal language model; it is frozen, and left as it was otherwise.
-
-    Raises:
-        InputError: ``target_modules`` names no layer of the base.
+    Raises InputError if ``target_modules`` names no layer of the base.
     """
 
     def __init__(self, base: nn.Module, config: LoraConfig) -> None:
@@ -76,25 +72,13 @@ class AdapterBank:
                 _Site(layer.get_base_layer(), names[layer], layer.scaling["default"], bool(config.use_dora))
                 for layer in layers
             ]
-        accepted = inspect.signature(base.forward).parameters
-        self._keeps_logits = "logits_to_keep" in accepted
-
-    def start(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-        """A fresh adapter under PEFT's names: A random, B zero, DoRA's norms those of the base."""
-        return fresh_adapter(self.base, config, seed)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def logits(self, weights: Stacked, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits of T adapters, each on its own rows.
+        """Logits ``[T, B, K, V]`` of T adapters, under PEFT's names, each on its own rows.
 
-        Differentiable in ``weights``.
-
-        Args:
-            weights: T adapters under PEFT's names.
-            ids: token ids ``[T, B, S]``, padded on the right.
-            keep: positions ``[K]`` whose logits are wanted; all when None.
-
-        Returns:
-            ``[T, B, K, V]``.
+        Differentiable in ``weights``. Token ids ``[T, B, S]`` are padded on the right; ``keep`` are the positions
+        ``[K]`` whose logits are wanted, all when None.
         """
         options: dict[str, Any] = {"use_cache": False}
         if keep is not None and self._keeps_logits:
@@ -145,11 +129,7 @@ def _norms(site: _Site, down: Tensor, up: Tensor) -> Tensor:
 
 @contextmanager
 def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
-    """PEFT's own model around ``base``; the base is as before when the block ends.
-
-    Raises:
-        InputError: PEFT finds nothing to adapt.
-    """
+    """PEFT's own model around ``base``, which is as before afterwards. Raises InputError for nothing to adapt."""
     from peft import get_peft_model
 
     try:
@@ -171,7 +151,10 @@ def peft_on(base: nn.Module, config: LoraConfig) -> Iterator[Any]:
 
 
 def fresh_adapter(base: nn.Module, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-    """An untrained adapter under PEFT's names; torch's global random state is as before."""
+    """An untrained adapter under PEFT's names: A random, B zero, DoRA's norms those of the base.
+
+    Torch's global random state is as before.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with peft_on(base, config) as adapted:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rpg.tasks.collecting import warm_cosine
+from rpg.tasks.collecting import descend, warm_cosine
 from rpg.tasks.images.training import average_into, checkpoint_stretches
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
@@ -39,14 +39,9 @@ Draw = Callable[[], Rows]
 def train_side_by_side(
     bank: AdapterBank, start: Stacked, draw: Draw, config: AdapterTraining, check: Sequence[Rows] = ()
 ) -> list[Stacked]:
-    """Train T adapters at once.
+    """Train T adapters at once from ``start``, under PEFT's names; ``config.checkpoints`` of each, by their steps.
 
-    Args:
-        start: ``[T, *shape]`` under PEFT's names.
-        check: validation rows of each, with ``config.until``.
-
-    Returns:
-        ``config.checkpoints`` of each, in the order of their steps.
+    With ``config.until``, ``check`` are validation rows of each.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = _optimizer(list(weights.values()), config)
@@ -56,7 +51,7 @@ def train_side_by_side(
     for step in range(config.steps):
         rows = draw()
         loss = completion_losses(bank, weights, rows).sum()
-        _update(optimizer, loss, step, config)
+        descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps))
         if config.until is None:
             average_into(kept, stretches, step + 1, weights)
         elif stopper.looks(step) and stopper.take(weights, score_adapters(bank, weights, check)["exact_match"]):
@@ -65,13 +60,9 @@ def train_side_by_side(
 
 
 def train_one(
-    base: nn.Module,
-    adapter: LoraConfig,
-    start: Mapping[str, Tensor],
-    draw: Draw,
-    config: AdapterTraining,
+    base: nn.Module, adapter: LoraConfig, start: Mapping[str, Tensor], draw: Draw, config: AdapterTraining,
     check: Sequence[Rows] = (),
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Tensor]]:  # fmt: skip
     """Train one adapter by PEFT alone, in the base's own precision; returns what ``train_side_by_side`` does of one."""
     from peft import set_peft_model_state_dict
 
@@ -90,7 +81,7 @@ def train_one(
             rows = draw()
             logits = adapted(rows.ids[0], use_cache=False).logits
             loss = token_losses(logits, rows.targets[0]).sum() / (rows.targets != IGNORED).sum()
-            _update(optimizer, loss, step, config)
+            descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps))
             if config.until is None and step + 1 > stretches[0][0]:
                 average_into(kept, stretches, step + 1, adapter_state(adapted))
             elif config.until is not None and stopper.looks(step):
@@ -107,14 +98,6 @@ def _optimizer(parameters: list[Any], config: AdapterTraining) -> torch.optim.Op
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, config: AdapterTraining) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
-    optimizer.zero_grad()
-    loss.backward()  # not autograd.grad: the fused optimizer needs gradients in the layout of the weights
-    optimizer.step()
 
 
 class _Stopper:

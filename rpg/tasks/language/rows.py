@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.collecting import cosine_decay, single_threaded
+from rpg.tasks.collecting import descend, single_threaded, warm_cosine
 from rpg.tasks.language.config import RowsConfig, SymbolsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError
@@ -77,20 +77,16 @@ def stack_rows(parts: Sequence[Rows]) -> Rows:
     length = max(part.ids.shape[-1] for part in parts)
 
     def padded(tensor: Tensor, value: int) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=value)
+        return F.pad(tensor, (0, length - tensor.shape[-1]), value=value)
 
     ids = torch.stack([padded(part.ids, part.end) for part in parts])
     return Rows(ids, torch.stack([padded(part.targets, IGNORED) for part in parts]), parts[0].end)
 
 
 def find_tasks(
-    data: Path | str,
-    table: Path | str | None,
-    num_unseen: int,
-    num_validation: int,
-    seed: int,
+    data: Path | str, table: Path | str | None, num_unseen: int, num_validation: int, seed: int,
     kind: ConditionKind | None = None,
-) -> tuple[list[TaskFile], ConditionSpec]:
+) -> tuple[list[TaskFile], ConditionSpec]:  # fmt: skip
     """The tasks of a folder and what their conditions mean.
 
     Args:
@@ -153,10 +149,8 @@ def _drawn(num: int, num_unseen: int, num_validation: int, seed: int) -> list[st
         )
     splits = ["train"] * num
     order = permutation(num, seed, "unseen tasks").tolist()
-    for place in order[:num_unseen]:
-        splits[place] = "unseen"
-    for place in order[num_unseen : num_unseen + num_validation]:
-        splits[place] = "validation"
+    for rank, place in enumerate(order[: num_unseen + num_validation]):
+        splits[place] = "unseen" if rank < num_unseen else "validation"
     return splits
 
 
@@ -164,34 +158,29 @@ def read_rows(path: Path, tokenizer: Any, config: RowsConfig) -> dict[str, Rows]
     """Tokenise a task's rows, by split: ``train``, ``validation`` and ``test``.
 
     Prompt and completion are tokenised apart and joined as they are; a completion ends with the end-of-text token.
-
-    Raises:
-        InputError: a line is not a row, is too long, or there are too few.
+    Raises InputError if a line is not a row, is too long, or there are too few.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise InputError("the tokenizer of task.base has no end-of-text token; choose a base that has one")
-    rows = [_tokenised(each, where, tokenizer, config.max_tokens) for where, each in _lines(path)]
+    rows = _tokenised(path, tokenizer, config)
     kept = config.validation + config.test
     if len(rows) <= kept:
         raise InputError(f"{path} has {len(rows)} rows, but {kept} are kept for scoring; add rows, or keep fewer")
-    first = len(rows) - kept
-    return {
-        "train": _padded(rows[:first], end),
-        "validation": _padded(rows[first : first + config.validation], end),
-        "test": _padded(rows[first + config.validation :], end),
-    }
+    parts = {"train": rows[:-kept], "validation": rows[-kept : -config.test], "test": rows[-config.test :]}
+    return {split: _padded(part, end) for split, part in parts.items()}
 
 
 def rows_of(path: Path, tokenizer: Any, config: RowsConfig) -> Rows:
     """All rows of a file. Raises InputError as `read_rows` does."""
-    rows = [_tokenised(each, where, tokenizer, config.max_tokens) for where, each in _lines(path)]
+    rows = _tokenised(path, tokenizer, config)
     if not rows:
         raise InputError(f"{path} has no rows; write one with the texts prompt and completion")
     return _padded(rows, tokenizer.eos_token_id)
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
+def _tokenised(path: Path, tokenizer: Any, config: RowsConfig) -> list[tuple[list[int], int]]:
+    """The ids of each row and where its completion begins."""
     found = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -203,21 +192,17 @@ def _lines(path: Path) -> list[tuple[str, dict[str, str]]]:
                 raise InputError(f"{where} has no text {key!r}; a row needs the texts prompt and completion")
         if not row["completion"]:
             raise InputError(f"{where} has an empty completion; give the right answer")
-        found.append((where, row))
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = prompt + tokenizer(row["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        if len(ids) > config.max_tokens:
+            raise InputError(
+                f"{where} has {len(ids)} tokens, but task.rows.max_tokens is {config.max_tokens}; raise it or shorten "
+                "the row"
+            )
+        if not prompt:
+            raise InputError(f"{where} has a prompt of no token; give at least one")
+        found.append((ids, len(prompt)))
     return found
-
-
-def _tokenised(row: dict[str, str], where: str, tokenizer: Any, max_tokens: int) -> tuple[list[int], int]:
-    """The ids of a row and where its completion begins."""
-    prompt = tokenizer(row["prompt"]).input_ids
-    ids = prompt + tokenizer(row["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    if len(ids) > max_tokens:
-        raise InputError(
-            f"{where} has {len(ids)} tokens, but task.rows.max_tokens is {max_tokens}; raise it or shorten the row"
-        )
-    if not prompt:
-        raise InputError(f"{where} has a prompt of no token; give at least one")
-    return ids, len(prompt)
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], end: int) -> Rows:
@@ -237,10 +222,7 @@ MADE_OF = "symbols.json"
 def make_symbols(config: SymbolsConfig, base: Path, data: Path, seed: int) -> None:
     """Write the base model's folder, and the tasks' JSONL files with their table ``conditions.csv``.
 
-    What is there already stays.
-
-    Raises:
-        InputError: there are files of other symbols.
+    What is there already stays. Raises InputError if it is of other symbols.
     """
     for folder, write in ((data, write_tasks), (base, write_base)):
         made_of = json.dumps({"seed": seed, **config.model_dump(mode="json")})
@@ -279,8 +261,7 @@ def _row(string: list[int], bits: list[int], names: str) -> str:
 def write_base(config: SymbolsConfig, base: Path, seed: int) -> None:
     """Pretrain the base and save it as transformers does, with its tokenizer."""
     tokenizer = make_tokenizer(config)
-    with single_threaded():
-        model = pretrain(config, tokenizer, seed)
+    model = pretrain(config, tokenizer, seed)
     with without_bars():
         tokenizer.save_pretrained(base)
         model.save_pretrained(base)
@@ -301,38 +282,29 @@ def make_tokenizer(config: SymbolsConfig) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def build_base(config: SymbolsConfig, tokenizer: Any) -> Any:
-    """The untrained base, drawn from torch's global random state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-            max_position_embeddings=4 * (config.length + 1), bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-
-
+@single_threaded()
 def pretrain(config: SymbolsConfig, tokenizer: Any, seed: int) -> Any:
     """A base that copies strings of all symbols and the marker."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
+        max_position_embeddings=4 * (config.length + 1), bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "base"))
-        model = build_base(config, tokenizer).train()
+        model = LlamaForCausalLM(sizes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, fused=True)
     first, equals = tokenizer.convert_tokens_to_ids(MARKER), tokenizer.convert_tokens_to_ids(EQUALS)
     rng = make_rng(seed, "pretraining")
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * cosine_decay(step, config.steps)
         shape = (config.batch_size, config.length)
         strings = first + torch.randint(config.symbols + 1, shape, generator=rng)  # the marker and all symbols
         middle, end = torch.full((len(strings), 1), equals), torch.full((len(strings), 1), tokenizer.eos_token_id)
         ids = torch.cat([strings, middle, strings, end], 1)  # [B, 2·length + 2]
         logits = model(ids[:, :-1], use_cache=False).logits[:, config.length :]
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, config.length + 1 :].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps, 50))
     return model.eval()

@@ -42,11 +42,7 @@ SCORED_ROWS = 2048
 
 
 class LanguageTask:
-    """Trains and scores adapters.
-
-    Raises:
-        InputError: the files, the table or the base are not there or not right.
-    """
+    """Trains and scores adapters. Raises InputError where files, table or base are not there or not right."""
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
@@ -60,8 +56,6 @@ class LanguageTask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "_rows": {}, "_values": {}}  # workers load the base themselves
-
-    # --- what the files say ----------------------------------------------------------------------------------------
 
     @functools.cached_property
     def _found(self) -> tuple[list[TaskFile], ConditionSpec]:
@@ -137,8 +131,6 @@ class LanguageTask:
         """The base model."""
         return self.base
 
-    # --- examples --------------------------------------------------------------------------------------------------
-
     @property
     def example_classes(self) -> tuple[str, ...]:
         """Rows are of one kind."""
@@ -154,9 +146,7 @@ class LanguageTask:
         """Shows rows as the base sees them."""
         return ShownRows(self.base)
 
-    def example_numbers(
-        self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str = "train"
-    ) -> Tensor:
+    def example_numbers(self, conditions: Tensor, classes: Tensor, rng: torch.Generator, split: str) -> Tensor:
         """Numbers of random rows of the tasks ``[T, C]``, as many as there are classes ``[T, n]``."""
         counts = torch.tensor([len(self.rows(place)[split]) for place in self.places(conditions)])
         return (torch.rand(classes.shape, generator=rng) * counts[:, None]).long()
@@ -178,25 +168,18 @@ class LanguageTask:
         """The rows of a JSONL file as values ``[n, P]``. Raises InputError if it holds none."""
         return self.shown(rows_of(path, self.tokenizer, self.config.rows))
 
-    # --- training --------------------------------------------------------------------------------------------------
-
     def collect(
-        self,
-        path: Path | str,
-        *,
-        progress: Progress | None = None,
-        limit: int | None = None,
+        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
         processes: int | None = None,
-    ) -> Zoo:
+    ) -> Zoo:  # fmt: skip
         """Train every task's adapter; a zoo that is partly there is completed.
 
         The zoo's checkpoints are PEFT folders, named as the tasks' files.
         """
         processes = processes or self.config.processes or (1 if PartialState().device.type != "cpu" else None)
         return collect_many(
-            self, path, self.condition, self.conditions(), [task.split for task in self.tasks], self._write_config,
-            self.config.group, ignore=("processes",), processes=processes, progress=progress, limit=limit,
-            write=self._write,
+            self, path, self.conditions(), self._write_config, self.config.group, ignore=("processes",),
+            processes=processes, progress=progress, limit=limit, write=self._write,
         )  # fmt: skip
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
@@ -222,17 +205,14 @@ class LanguageTask:
         return train_side_by_side(self.bank, start, self._draws(tasks, device), self.config.training, check)
 
     def _start(self, place: int) -> dict[str, Tensor]:
+        """The adapter that training begins with; it changes nothing."""
         own = (place,) if self.config.start == "own" else ()
         seed = derive_seed(self.config.seed, "adapter", *own)
         return fresh_adapter(self.base, peft_config(self.config.adapter, self.config.base), seed)
 
-    def no_adapter(self) -> dict[str, Tensor]:
-        """An adapter that changes nothing."""
-        return self._start(0)
-
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
         """An adapter that changes nothing, for each of the tasks ``[T, C]``."""
-        return {"no_adapter": repeat(self.no_adapter(), len(bits))}
+        return {"no_adapter": repeat(self._start(0), len(bits))}
 
     def _draws(self, tasks: list[int], device: torch.device) -> Any:
         """Draws the next training rows of tasks: the same places in every task's file."""
@@ -262,8 +242,6 @@ class LanguageTask:
             save_checkpoint(temporary / "adapter_model.safetensors", state_dict)
         return name
 
-    # --- scoring ---------------------------------------------------------------------------------------------------
-
     def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> AdapterScores:
         """Symbol accuracy, exact match and perplexity of T adapters at their tasks ``[T, C]``, each ``[T]``."""
         return self._scores(weights, self.places(bits), split)
@@ -272,11 +250,7 @@ class LanguageTask:
         return score_adapters(self.bank, weights, [self.rows(place)[split] for place in tasks], SCORED_ROWS)
 
     def score(self, adapter: Mapping[str, Tensor], split: str = "test") -> dict[str, dict[str, float]]:
-        """One adapter, under PEFT's names, on every task: metrics by task's name.
-
-        Raises:
-            InputError: a tensor of this task's adapters is missing or of another shape.
-        """
+        """One adapter, under PEFT's names, on every task: metrics by task's name. Raises InputError for a misfit."""
         for name, like in self._start(0).items():
             found = list(adapter[name].shape) if name in adapter else None
             if found != list(like.shape):
@@ -300,13 +274,9 @@ class LanguageTask:
         raise InputError("train.behaviour.target must be 'labels' here: the base model does not know the tasks")
 
     def behaviour_losses(
-        self,
-        weights: Stacked,
-        conditions: Tensor,
-        num_images: int,
-        rng: torch.Generator,
+        self, weights: Stacked, conditions: Tensor, num_images: int, rng: torch.Generator,
         teacher: Teacher | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Cross-entropy ``[T]`` of T adapters at their tasks ``[T, C]`` on ``num_images`` random *training* rows each.
 
         Differentiable in ``weights``. ``teacher`` is always None, as this task has none.

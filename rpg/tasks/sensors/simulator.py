@@ -55,14 +55,10 @@ def draw_settings(settings: tuple[Setting, ...], num: int, rng: torch.Generator)
 
 
 def seen_by(images: Tensor, settings: tuple[Setting, ...], values: Tensor) -> Tensor:
-    """Images as sensors see them, ``[T, B, C, S, S]``.
+    """Images as sensors with the settings' ``values`` ``[T, settings]`` see them, ``[T, B, C, S, S]``.
 
-    Args:
-        images: in 0 … 1, the same for all sensors ``[B, C, S, S]`` or those of each ``[T, B, C, S, S]``.
-        settings: what the columns of ``values`` are.
-        values: ``[T, settings]``.
-
-    What lies outside the image is 0, dark; of an inverted sensor 1.
+    Images are in 0 … 1, the same for all sensors ``[B, C, S, S]`` or those of each ``[T, B, C, S, S]``. What lies
+    outside the image is 0, dark; of an inverted sensor 1.
     """
     num, shape = len(values), images.shape[-4:]
     known = {setting.name: column for setting, column in zip(settings, values.unbind(1), strict=True)}
@@ -71,12 +67,9 @@ def seen_by(images: Tensor, settings: tuple[Setting, ...], values: Tensor) -> Te
     scale, right, down = known.get("scale", zero + 1), known.get("shift_right", zero), known.get("shift_down", zero)
     cos, sin = turn.cos() / scale, turn.sin() / scale
     # Where in the image a place of the frame lies: the shift is taken back first, then the turn.
-    rows = [
-        torch.stack([cos, -sin, sin * down - cos * right], 1),
-        torch.stack([sin, cos, -sin * right - cos * down], 1),
-    ]
-    size = shape[-1]
-    grid = F.affine_grid(torch.stack(rows, 1), [num, 1, size, size], align_corners=False)
+    rows = [cos, -sin, sin * down - cos * right], [sin, cos, -sin * right - cos * down]
+    matrices, size = torch.stack([torch.stack(row, 1) for row in rows], 1), shape[-1]
+    grid = F.affine_grid(matrices, [num, 1, size, size], align_corners=False)
     layers = images.expand(num, *shape).flatten(1, 2)  # [T, B·C, S, S]: one place of the frame for all of them
     frames = F.grid_sample(layers, grid, align_corners=False).view(num, *shape)
     inverted = known.get("inverted", zero)[:, None, None, None, None]
@@ -91,11 +84,7 @@ VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
 
 
 def load_images(config: SensorsConfig) -> tuple[ImageSplits, tuple[str, ...]]:
-    """The images in 0 … 1 by split, and the names of their classes; ``mean`` is that of the training images.
-
-    Raises:
-        InputError: there are none, or too few.
-    """
+    """The images in 0 … 1 by split, and their classes' names. Raises InputError for none, or too few."""
     if config.data == "digits":
         return _digits(config)
     return _cifar10(config) if config.data == "cifar10" else _folder(config)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import BASE, Progress, collect_many, save_base
+from rpg.tasks.collecting import BASE, Progress, collect_many, one_cycle, save_base
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, load_images, seen_by
 from rpg.tasks.sensors.words import describe
@@ -41,11 +41,7 @@ class TinyMLP(nn.Sequential):
 
 
 class SensorsTask:
-    """Trains and scores networks for sensors.
-
-    Raises:
-        InputError: there are no such images, or nothing of the sensors is left to vary.
-    """
+    """Trains and scores networks for sensors. Raises InputError for no images, or sensors that are all the same."""
 
     def __init__(self, config: SensorsConfig) -> None:
         self.config = config
@@ -91,8 +87,6 @@ class SensorsTask:
                     "network of timm and its task.network_arguments"
                 ) from None
 
-    # --- sensors -------------------------------------------------------------------------------------------------
-
     def draw_tasks(self, num: int, rng: torch.Generator) -> Tensor:
         """New sensors from the family, ``[num, C]``."""
         return draw_settings(self.settings, num, rng)
@@ -130,8 +124,6 @@ class SensorsTask:
         images, classes = self.draw(sensors * num, rng)
         return images.unflatten(0, (sensors, num)), classes.view(sensors, num)
 
-    # --- examples ------------------------------------------------------------------------------------------------
-
     @property
     def example_classes(self) -> tuple[str, ...]:
         """Those of the images."""
@@ -161,24 +153,14 @@ class SensorsTask:
         """Sensors ``[T, C]`` in words; only wordings of the split ``train`` are taught."""
         return describe(self.settings, conditions, rng, split)
 
-    # --- training ------------------------------------------------------------------------------------------------
-
     def collect(
         self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
         processes: int | None = None,
     ) -> Zoo:  # fmt: skip
-        """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed.
-
-        Args:
-            limit: train only so many sensors, rounded up to whole groups.
-            processes: groups trained at a time; as many as there are cores when None.
-
-        Raises:
-            InputError: the zoo there was collected with another configuration.
-        """
+        """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed."""
         return collect_many(
-            self, path, self.condition, *self.sensors(), lambda folder: save_base(folder, self.train_generalist),
-            self.config.group, processes=processes, progress=progress, limit=limit,
+            self, path, self.sensors()[0], lambda folder: save_base(folder, self.train_generalist), self.config.group,
+            processes=processes, progress=progress, limit=limit,
         )  # fmt: skip
 
     def train_generalist(self) -> dict[str, Tensor]:
@@ -210,13 +192,7 @@ class SensorsTask:
         weights = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in start.items()}
         trained = [value for value in weights.values() if value.requires_grad]
         optimizer = torch.optim.Adam(trained, learning_rate, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
-        for _ in range(steps):
-            images, classes = batch()
-            optimizer.zero_grad()
-            self.losses(weights, images, classes).sum().backward()
-            optimizer.step()
-            schedule.step()
+        one_cycle(optimizer, lambda: self.losses(weights, *batch()).sum(), learning_rate, steps)
         return {name: value.detach() for name, value in weights.items()}
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
@@ -224,8 +200,6 @@ class SensorsTask:
         settings = self.sensors()[0][runs]
         trained = self.train_specialists(load_file(folder / BASE), settings)
         return [trained], {"validation_accuracy": self.accuracies(trained, settings, "validation")[None]}
-
-    # --- scoring -------------------------------------------------------------------------------------------------
 
     def losses(self, weights: Stacked, images: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy ``[T]`` of T networks on images ``[T, B, …]`` of the classes ``[T, B]``."""
@@ -304,17 +278,15 @@ def train_informed(task: SensorsTask, widths: Sequence[int], steps: int) -> Info
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(task.config.seed, "informed", *widths))
         network = InformedNetwork(task, widths)
-    optimizer = torch.optim.Adam(network.parameters(), config.learning_rate / 4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate / 4, total_steps=steps + 1)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         images, classes = task.draw_for_each(config.sensors, config.images, rng)
         settings = task.draw_tasks(config.sensors, rng)
         logits = network(task.see(images, settings), task.condition.inputs(settings))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return F.cross_entropy(logits.flatten(0, 1), classes.flatten())
+
+    optimizer = torch.optim.Adam(network.parameters(), config.learning_rate / 4, fused=True)
+    one_cycle(optimizer, loss, config.learning_rate / 4, steps)
     return network.eval().requires_grad_(False)
 
 

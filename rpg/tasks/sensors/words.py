@@ -18,7 +18,6 @@ Wordings = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 PLACES = {"train": 0, "validation": 1, "test": 2}
 
-GRADES = 5
 NEAR = 7.5
 """Degrees from a quarter turn that are told as one."""
 OMITTED = 0.5

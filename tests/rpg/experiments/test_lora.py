@@ -20,7 +20,6 @@ from rpg.generation.generator import Generator
 from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask
-from rpg.tasks.side_by_side import stack
 from tests.reports import checked_report
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
@@ -141,7 +140,8 @@ def test_no_adapter_is_the_base(experiment):
     task = task_family(config)
     base = AutoModelForCausalLM.from_pretrained(config.task.base)
     ids = task.rows(0)["test"].ids
-    logits = task.bank.logits(stack([task.no_adapter()]), ids[None])[0]
+    (bare,) = task.untrained(Zoo.open(config.zoo), task.conditions()[:1]).values()
+    logits = task.bank.logits(bare, ids[None])[0]
     assert torch.allclose(logits, base(ids).logits, atol=1e-5)
     assert report.mean("no_adapter", "exact_match") < report.mean("original", "exact_match")
 

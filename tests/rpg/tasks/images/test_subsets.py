@@ -11,7 +11,6 @@ from rpg.tasks import build_task
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import BaseConfig, DigitsSubsetsConfig, FinetuneConfig, Stage
 from rpg.tasks.images.digits import DigitsSubsetsTask, load_splits
-from rpg.tasks.images.subsets import load_base
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD
 
@@ -187,7 +186,7 @@ def test_a_teachers_probabilities_are_summed_over_either_side(task, zoo):
     loss = task.behaviour_losses(weights, bits, 32, torch.Generator().manual_seed(0), task.teacher(zoo))
     images, _ = task.draw(32, torch.Generator().manual_seed(0), augmented=True)
     base = task.network(10)
-    base.load_state_dict(load_base(zoo))
+    base.load_state_dict(task.base_network(zoo))
     with torch.no_grad():
         probabilities = base.eval()(images).softmax(-1)
         positive = probabilities[:, bits[0].bool()].sum(1)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from rpg.labs.tickets.config import TicketsConfig
-from rpg.labs.tickets.task import TicketsTask, cut_globally, flatten, unflatten
+from rpg.labs.tickets.task import TicketsTask, cut_globally
 from rpg.tasks import collecting, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.collecting import BASE
@@ -51,21 +51,21 @@ def test_a_zoo_keeps_the_order_of_pruning_and_the_start(task, zoo):
 def test_a_ticket_is_what_pruning_by_hand_leaves(task, zoo):
     """The twin: a round at a time, with masks alone."""
     bits = task.family.bits()[:2]
-    own = {name: torch.stack([zoo.state_dict(row)[name] for row in (0, 1)]) for name in zoo.state_dict(0)}
-    masks = {name: torch.ones_like(value) for name, value in own.items()}
-    num = flatten(own).shape[1]
+    own = task.space.flatten(
+        {name: torch.stack([zoo.state_dict(row)[name] for row in (0, 1)]) for name in zoo.state_dict(0)}
+    )
+    masks, num = torch.ones_like(own), own.shape[1]
     for number in (1, 2, 3):
         sizes = task.sizes(masks, bits)
         smallest = sizes.sort(1, descending=True).values[:, num - round((1 - 0.5**number) * num) - 1]
-        masks = unflatten((sizes >= smallest[:, None]).float(), own)
-        assert torch.equal(flatten(masks), cut_globally(flatten(own), 1 - 0.5**number))
+        masks = (sizes >= smallest[:, None]).float()
+        assert torch.equal(masks, cut_globally(own, 1 - 0.5**number))
 
 
 def test_dead_weights_stay_dead_and_the_others_train(task):
     bits = task.family.bits()[:3]
-    like = {name: torch.empty(3, *value.shape) for name, value in task.build().named_parameters()}
     rng = torch.Generator().manual_seed(0)
-    masks = unflatten(cut_globally(torch.rand(flatten(like).shape, generator=rng), 0.9), like)
+    masks = task.space.unflatten(cut_globally(torch.rand(3, task.space.size, generator=rng), 0.9))
     trained = task.train(masks, bits)
     for name, mask in masks.items():
         assert (trained[name][mask == 0] == 0).all()

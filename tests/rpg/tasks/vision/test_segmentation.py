@@ -186,4 +186,4 @@ def test_faults_of_a_folder_are_one_line(archives, tmp_path):
     with pytest.raises(InputError, match="no image for the split validation"):
         open_split("validation", task.config)
     with pytest.raises(InputError, match="there is no split 'val'"):
-        open_split("val", task.config)
+        task.dataset("val")
