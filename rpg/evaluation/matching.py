@@ -253,14 +253,15 @@ class Distances:
             [torch.cat([each[n].detach().flatten().float() / s for n, s in scales.items()]) for each in networks]
         )
 
-    def matched(self, networks: Sequence[StateDict], plain: Tensor) -> Tensor:
-        """``[N, n]``, never more than ``plain``."""
+    def matched(self, networks: Sequence[StateDict], plain: Tensor, own: Sequence[int] = ()) -> Tensor:
+        """``[N, n]``, never more than ``plain``; with ``own``, the original that each network is, not to that one."""
         if not self.groups:
             return plain
         result, runs = plain.clone(), list(self.span.members.values())
-        finite = torch.isfinite(plain).all(1)
+        finite, itself = torch.isfinite(plain).all(1), (torch.arange(len(own)), torch.tensor(own, dtype=torch.long))
         if len(runs) > 1:
             bounds = distances(self._sorted(self.vectors(networks)), self._sorted_zoo)
+            bounds[itself] = float("inf")
         for reference, members in zip(self._references, runs, strict=True):
             wanted = finite
             if len(runs) > 1:  # leave out where no order of the units can bring it nearer than another original is
@@ -269,6 +270,7 @@ class Distances:
                 aligned = self.matcher.match_all(reference, [networks[int(i)] for i in rows])
                 place = rows[:, None], torch.tensor(members)[None]
                 result[place] = torch.minimum(result[place], distances(self.vectors(aligned), self.zoo[members]))
+                result[itself] = plain[itself]
         return result
 
     @cached_property
@@ -287,6 +289,7 @@ class Distances:
         among = distances(self.zoo[chosen], self.zoo)
         if any(len(members) == 1 for members in self.span.members.values()):  # their neighbours are of other runs
             among[own] = 1e30  # an infinite one would not be matched
-            among = self.matched([self.span.checkpoints[index].load() for index in chosen.tolist()], among)
+            rows = chosen.tolist()
+            among = self.matched([self.span.checkpoints[index].load() for index in rows], among, rows)
         among[own] = float("inf")
         return among.amin(1).median().item()

@@ -253,6 +253,7 @@ class FlatSpace:
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
         self.shapes = {name: value.shape[1:] for name, value in like.items()}
+        self.size = sum(shape.numel() for shape in self.shapes.values())
 
     def flatten(self, weights: Mapping[str, Tensor]) -> Tensor:
         """``[T, P]``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,7 @@ class Methods:
     def __init__(self, generator: Generator, zoo: Zoo, seed: int, compared: bool) -> None:
         config, behaviour = generator.config, generator.config.train.behaviour
         self.generator, self.zoo, self.seed = generator, zoo, seed
-        self.task: Any = build_task(config.task)  # type: ignore[arg-type]
+        self.task = cast(Any, build_task(config.task))  # type: ignore[arg-type]
         self.trained = stacked_networks(zoo, zoo.subset("train"))
         self.known = zoo_conditions(zoo, training_entries(zoo, config.train.splits))
         self.fresh = behaviour is not None and behaviour.tasks == "fresh"
