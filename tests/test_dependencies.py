@@ -34,6 +34,8 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require_package":
+            yield ast.literal_eval(node.args[0])
 
 
 _installed = functools.cache(packages_distributions)

@@ -8,7 +8,7 @@ import yaml
 
 from rpg.config import EvaluateConfig
 from rpg.evaluation.report import Report, networks
-from rpg.experiments.sweep import load_sweep, markdown_table, row_of, rows_of_rivals, run_sweep
+from rpg.experiments.sweep import load_sweep, markdown_table, readable_reports, row_of, rows_of_rivals, run_sweep
 from rpg.section import read_variants
 from tests.conftest import configurations, small_config
 from tokenization.errors import InputError
@@ -167,7 +167,7 @@ def test_the_table_reads_every_report(tmp_path):
         found.save(tmp_path / str(number))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "evaluation.json").write_text("{}")
-    rows = rows_of_rivals([tmp_path / name for name in ("0", "1", "old", "none")])
+    rows = rows_of_rivals(readable_reports({name: tmp_path / name for name in ("0", "1", "old", "none")}).values())
     assert sorted(row["name"] for row in rows) == ["kernel_ridge", "original"]  # the originals of the first
     table = markdown_table(rows)
     assert "| kernel_ridge | 80.0 | 80.0 | 80.0 | 0.70 | 0.40 |" in table and "s training" not in table

@@ -97,7 +97,7 @@ def test_coefficients_codes_and_directions_are_counted_as_they_run(tmp_path, bas
     length, steps = layout.num_tokens, config.generate.steps
     both = found.known + found.directions
     assert found.total == found.backbone + length * (found.once + steps * found.step) + both
-    assert make_plan(config, ZooSummary.of(zoo, config)).bytes_read_per_step == 0
+    assert build_estimator(config, ZooSummary.of(zoo, config)).bytes_read_per_step == 0
 
 
 def test_what_is_measured_of_a_zoo_has_the_planned_size(tmp_path):
