@@ -25,7 +25,8 @@ from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.evaluation.span import FlatSpace
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
-from rpg.experiments.single import judges, stacked_networks, tasks_scored
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng

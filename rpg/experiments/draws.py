@@ -22,7 +22,8 @@ from rpg.evaluation.page.page import Page, PageTable
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.evaluation.two_sample import joint_score
 from rpg.experiments.by_examples import ExampleSets, error_by_distance
-from rpg.experiments.single import judges, stacked_networks, tasks_scored
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import SetEncoder
 from rpg.models.recurrent_diffusion import RecurrentDiffusion

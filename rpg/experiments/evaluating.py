@@ -40,6 +40,7 @@ from rpg.experiments.single import (
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
+from rpg.tasks.collecting import single_threaded
 from rpg.training.data import training_entries
 from tokenization.checkpoint.structure import StateDict
 from tokenization.compressed.form import Compressed
@@ -82,6 +83,26 @@ class Judge:
         parts = ["", "--score", str(self.reference)] if self.reference else [""]
         parts += [f"--lower {name}" for name in self.lower] + [f"--higher {name}" for name in self.higher]
         return " ".join(parts)
+
+
+def judges(judge: Callable[..., tuple[Report, Page]]) -> Callable[..., Report]:
+    """An experiment's ``evaluate``: opens a run, has it judged, and writes report and page, but for choices.
+
+    Args:
+        judge: takes generator and zoo, and ``seed``, ``split`` and its own options by name; one thread works for it.
+    """
+
+    @functools.wraps(judge)
+    @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
+    def evaluate(run: Path | str, *, seed: int = 0, split: str = "test", workers: Any = None, **options: Any) -> Report:
+        generator = Generator.from_pretrained(run)
+        with single_threaded():
+            report, page = judge(generator, Zoo.open(generator.config.zoo), seed=seed, split=split, **options)
+        if split != "validation":
+            write_report(run, report, page)
+        return report
+
+    return evaluate
 
 
 @locks(lambda run, judge=None, output=None, **_: output or existing(run))

@@ -17,7 +17,8 @@ from rpg.evaluation.report import Networks, Report, networks
 from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import SHOWN as SHOWN_OF
 from rpg.experiments.by_examples import ExampleSets, asked
-from rpg.experiments.single import judges, stacked_networks, tasks_scored
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig

@@ -22,7 +22,8 @@ from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import error_by_distance, evaluate_by_examples
 from rpg.experiments.draws import evaluate_draws
 from rpg.experiments.driver import Experiment
-from rpg.experiments.single import judges, stacked_networks, tasks_scored, train_or_continue
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import stacked_networks, tasks_scored, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task

@@ -15,15 +15,13 @@ from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.devices import join_processes
 from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
-from rpg.evaluation.page.page import Page, write_report
-from rpg.evaluation.report import Report
 from rpg.evaluation.span import ZooSpan
 from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.collecting import Progress, single_threaded
+from rpg.tasks.collecting import Progress
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
@@ -132,26 +130,6 @@ def train_or_continue(config: Config, **options: Any) -> Path:
 def existing(run: Path | str) -> Path | None:
     """A run folder that exists; None (nothing to lock) for a hub id or a wrong name."""
     return Path(run) if Path(run).is_dir() else None
-
-
-def judges(judge: Callable[..., tuple[Report, Page]]) -> Callable[..., Report]:
-    """An experiment's ``evaluate``: opens a run, has it judged, and writes report and page, but for choices.
-
-    Args:
-        judge: takes generator and zoo, and ``seed``, ``split`` and its own options by name; one thread works for it.
-    """
-
-    @functools.wraps(judge)
-    @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-    def evaluate(run: Path | str, *, seed: int = 0, split: str = "test", workers: Any = None, **options: Any) -> Report:
-        generator = Generator.from_pretrained(run)
-        with single_threaded():
-            report, page = judge(generator, Zoo.open(generator.config.zoo), seed=seed, split=split, **options)
-        if split != "validation":
-            write_report(run, report, page)
-        return report
-
-    return evaluate
 
 
 def tasks_scored(split: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from rpg.evaluation.page.charts import (
@@ -115,8 +116,6 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
         "From noise to network": _denoising_path(page, words),
         "Training loss": training_loss(page.losses),
     }
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined,
         keep_trailing_newline=True,
