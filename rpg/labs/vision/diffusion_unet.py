@@ -48,7 +48,7 @@ class DiffusionUnetTask(FinetunedTask):
                 f"task.channels {self.config.channels} make no U-Net ({error}); change task.groups"
             ) from None
 
-    def scheduler(self, kind: str) -> Any:
+    def scheduler(self, kind: str = "DDPMScheduler") -> Any:
         """The scheduler of diffusers with this name and the task's noise levels."""
         import diffusers
 
@@ -56,7 +56,7 @@ class DiffusionUnetTask(FinetunedTask):
 
     @cached_property
     def _noise(self) -> Any:
-        return self.scheduler("DDPMScheduler")
+        return self.scheduler()
 
     def images(self, split: str = "test") -> Tensor:
         """The digits of a split in 0 … 1, float32 ``[B, 1, 8, 8]``. Raises InputError if there is no such split."""
