@@ -27,7 +27,6 @@ from tokenization.errors import InputError
 from tokenization.files import write_text
 from tokenization.layout.canonical import no_product
 from tokenization.layouts import layout_without_statistics
-from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 
 MANY_VALUES = 100_000
@@ -144,16 +143,16 @@ def asked(zoo: Zoo | Path | str, condition: ConditionConfig) -> str:
         return ""
     if condition.kind == "examples":
         return " --examples FOLDER"
-    entries: Sequence[ZooEntry] = ()
+    known: Zoo | None = None
     with contextlib.suppress(InputError):
-        zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
-        entries = zoo.entries
+        known = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo)
+    entries = known.entries if known is not None else []
     if condition.kind == "metric":
         values = [entry.metrics[str(condition.name)] for entry in entries if condition.name in entry.metrics]
         return f" --metric {condition.name}={values[0]:.3g}" if values else f" --metric {condition.name}=VALUE"
     first = next((entry.condition for entry in entries if entry.condition is not None), None)
     if condition.kind == "text":
-        names = zoo.condition.names if isinstance(zoo, Zoo) and zoo.condition is not None else ()
+        names = known.condition.names if known is not None and known.condition is not None else ()
         return f" --prompt {shlex.quote(names[int(first[0])])}" if first is not None and names else " --prompt TEXT"
     return f" --condition {','.join(f'{value:g}' for value in first)}" if first is not None else " --condition VALUES"
 

@@ -73,6 +73,7 @@ _received: list[Callable[[], Any]] = []
 
 
 def _receive(pickled: bytes) -> None:
+    """Take the work over; these are bytes that the process which started this one has just made."""
     _received[:] = pickle.loads(pickled)
 
 
