@@ -91,8 +91,8 @@ def evaluate(
     On several devices: accelerate launch -m rpg evaluate RUN
     """
     from rpg.devices import join_processes
+    from rpg.evaluation.engine import Workers
     from rpg.evaluation.table import print_report
-    from rpg.evaluation.workers import Workers
     from rpg.experiments.driver import evaluate as judge
     from rpg.experiments.driver import next_command
     from rpg.planning.plan import evaluation_need
@@ -132,8 +132,8 @@ def score(
 ) -> dict[str, Any]:
     """Score single checkpoints with a task or with your own function."""
     from rpg.devices import join_processes
+    from rpg.evaluation.engine import Workers
     from rpg.evaluation.table import print_checkpoints
-    from rpg.evaluation.workers import Workers
     from rpg.experiments.score_files import score_checkpoints
     from tokenization.checkpoint.weights import Chosen
 

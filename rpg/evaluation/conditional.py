@@ -15,9 +15,9 @@ from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from rpg.evaluation.combinations import nearest_rows
-from rpg.evaluation.per_task import score_method
+from rpg.evaluation.engine import Engine, Made, Workers
+from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.task_networks import Parts, TaskNetworks
-from rpg.evaluation.workers import Workers
 from rpg.models.kernel_regression import rbf
 from rpg.seeding import make_rng
 from rpg.tasks.base import TaskFamily
@@ -97,7 +97,7 @@ def choose_regressions(
     networks, where every candidate takes long, only those are tried whose weights come nearest. Candidates are shared
     among ``workers``.
     """
-    workers = workers or Workers()
+    workers, scorer = workers or Workers(), TaskScorer(task, "validation")
     grid = regression_grid()
     if train.is_large:
         known, crossed = train.products(train), validation.products(train)  # each reads every network, once for all
@@ -105,13 +105,14 @@ def choose_regressions(
         grid = {name: _nearest_in_weights(each, shares, known, crossed) for name, each in grid.items()}
 
     def score(regression: Regression) -> float:
-        made = train.mixed(regression.mixture(train.bits, validation.bits))
-        return score_method(task, made, validation.bits, "validation").first.mean().item()
+        mixed = train.mixed(regression.mixture(train.bits, validation.bits))
+        made = Made(len(validation.bits), range(len(validation.bits)), mixed)
+        return Engine(scorer).look(regression.kind, made, validation.bits.tolist()).first.mean().item()
 
     every = [each for regressions in grid.values() for each in regressions]
     places = workers.places(len(every))
-    tuned = workers.collect(places, [score(every[i]) for i in steps("tuning regressions", places)], len(every))
-    found = dict(zip(every, tuned, strict=True))
+    own = steps("tuning regressions", [every[place] for place in places])
+    found = dict(zip(every, workers.gather(lambda _, each: [score(each)], places, own, len(every)), strict=True))
     chosen = {name: tune(regressions, found.__getitem__) for name, regressions in grid.items()}
     chosen["ridge"] = max((chosen[f"ridge_degree_{degree}"] for degree in (1, 2, 3)), key=lambda each: each[1])
     return chosen

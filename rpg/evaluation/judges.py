@@ -22,9 +22,19 @@ from torch import Tensor
 from rpg.evaluation.field_measures import sample_metrics
 from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
-from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
+from rpg.tasks.base import (
+    AdapterScorer,
+    Classifier,
+    ImageTaskFamily,
+    LogitTask,
+    MetricsTask,
+    SampleTask,
+    Task,
+    TaskFamily,
+)
 from rpg.tasks.images.images import answers
 from rpg.tasks.registry import load_callable
+from rpg.tasks.side_by_side import Stacked, alone
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
@@ -163,15 +173,41 @@ class TaskScorer:
         if isinstance(self.task, Classifier):
             predictions = self.task.predict([network], self.split)
             return {"accuracy": accuracy(predictions, self.task.labels(self.split)).item()}
-        if condition is not None and isinstance(self.task, TaskFamily):
-            weights = {name: value[None] for name, value in network.items()}
-            scores = self.task.scores(weights, self._asked(self.task.condition, condition)[None], self.split)
-            return {name: value.item() for name, value in scores.items()}
+        if (answers := self.of_family(alone(network), [condition])) is not None:
+            return answers[0].metrics
         if not isinstance(self.task, AdapterScorer):
             raise InputError(f"{where} was made for no task of {type(self.task).__name__}; train with a condition")
         tasks = self.task.score(network, self.split)
         names = next(iter(tasks.values()))
         return {name: sum(each[name] for each in tasks.values()) / len(tasks) for name in names}
+
+    def of_family(
+        self, part: Stacked, conditions: Sequence[Sequence[float] | None], keep: bool = False
+    ) -> list[Answer] | None:
+        """Answers of T networks, scored together, each at the task of its condition; None without family or conditions.
+
+        Args:
+            keep: the probabilities of image tasks.
+        """
+        if not isinstance(self.task, TaskFamily) or isinstance(self.task, MetricsTask | SampleTask | Classifier):
+            return None
+        spec, given = self.task.condition, [each for each in conditions if each is not None]
+        if len(given) < len(conditions):
+            return None
+        asked, probabilities = torch.stack([self._asked(spec, each) for each in given]), None
+        if keep and isinstance(self.task, ImageTaskFamily):
+            probabilities = self.task.probabilities(part, self.split)
+            right = probabilities.argmax(-1) == self.task.targets(asked, self.split)
+            scores: Mapping[str, Tensor] = {"accuracy": right.double().mean(1)}
+        else:
+            scores = self.task.scores(part, asked, self.split)
+        return [
+            Answer(
+                {name: values[row].item() for name, values in scores.items()}, None,
+                None if probabilities is None else probabilities[row].clone(),
+            )
+            for row in range(len(given))
+        ]  # fmt: skip
 
     def _asked(self, spec: ConditionSpec, condition: Sequence[float]) -> Tensor:
         """A condition of the zoo as the task writes it, ``[C]``."""
@@ -185,12 +221,31 @@ class TaskScorer:
         return torch.tensor(condition)
 
 
-def answer_of(scorer: Scorer | None, network: StateDict, condition: Sequence[float] | None, where: str) -> Answer:
-    """A network's metrics and, for a single classifier, its predictions. Raises as the scorer does."""
+def answers_of(
+    scorer: Scorer | None, part: Stacked, conditions: Sequence[Sequence[float] | None], where: Sequence[str],
+    keep: bool = False,
+) -> list[Answer]:  # fmt: skip
+    """Answers of T stacked networks: of a family together, else one by one. Raises as the scorer does.
+
+    Args:
+        conditions: what each was made for.
+        where: names each in errors.
+        keep: the class probabilities of a family, too.
+    """
     if scorer is None:
-        return Answer({})
+        return [Answer({}) for _ in where]
+    if isinstance(scorer, TaskScorer) and (found := scorer.of_family(part, conditions, keep)) is not None:
+        return found
+    return [
+        _answer(scorer, {name: value[row] for name, value in part.items()}, *each)
+        for row, each in enumerate(zip(conditions, where, strict=True))
+    ]
+
+
+def _answer(scorer: Scorer, network: StateDict, condition: Sequence[float] | None, where: str) -> Answer:
+    """A network's metrics and, for a single classifier, its predictions."""
     if isinstance(scorer, StoredScorer):
-        return answer_of(scorer.scorer, scorer.compress(network), condition, where)
+        return _answer(scorer.scorer, scorer.compress(network), condition, where)
     task = getattr(scorer, "task", None)
     if not isinstance(task, Classifier) or isinstance(task, MetricsTask | SampleTask):
         return Answer(scorer(network, condition, where))

@@ -1,14 +1,13 @@
-"""One evaluation: originals, simple baselines and generated networks, judged and placed one network at a time.
+"""An evaluation of single networks: originals, generated networks and simple baselines, judged and placed in the zoo.
 
-Memory is the zoo's mean, one network and what the judge takes, whatever the number of networks; small zoos are held,
-and there hidden units are matched, too. n checkpoints, N networks of a kind, B images.
+Memory is the zoo's mean, one network and what the judge takes; small zoos are held, and there hidden units are matched,
+too. n checkpoints, N networks of a kind, B images.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,36 +16,19 @@ from torch import Tensor
 
 from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import Combination, Conditions, Maker, combine, conditional_baselines, make_baselines
-from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
+from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
+from rpg.evaluation.judges import Answer, Scorer
 from rpg.evaluation.matching import Distances
 from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
-from rpg.evaluation.workers import Workers
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
-from tokenization.errors import InputError
 
 DIVERSITY_VALUES = 1 << 25
 """Values of all generated networks together up to which they are compared with one another."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """Generated networks; each is made when it is asked for.
-
-    Attributes:
-        places: which of them this process makes.
-        networks: makes them, in that order.
-        asked: the checkpoint that each of all was asked to be, if any was.
-    """
-
-    num: int
-    places: Sequence[int]
-    networks: Iterable[StateDict]
-    asked: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -70,36 +52,7 @@ class Options:
     train: Callable[[Mapping[str, Sequence[StateDict]]], Mapping[str, Sequence[StateDict]]] | None = None
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The measurements of one network."""
-
-    answer: Answer
-    projections: Projections
-    matched: Tensor | None = None  # [1, n]
-    own: float | None = None  # distance to the checkpoint of its condition
-    vector: Tensor | None = None  # normalised values
-
-
-@dataclass
-class _Kind:
-    """The measurements of a kind of networks."""
-
-    seen: list[_Seen]
-    conditions: Sequence[Any] = ()
-    extras: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def projections(self) -> Projections:
-        return Projections.join([each.projections for each in self.seen])
-
-    def stacked(self, name: str) -> Tensor | None:
-        """The answers of all networks, stacked; None if one has none."""
-        found = [getattr(each.answer, name) for each in self.seen]
-        return None if not found or any(each is None for each in found) else torch.stack(found)
-
-
-class Evaluation:
+class Evaluation(Engine):
     """Measures networks of all kinds and reports them.
 
     Args:
@@ -115,38 +68,40 @@ class Evaluation:
         options: Options | None = None,
         workers: Workers | None = None,
     ) -> None:
-        self.scorer, self.zoo, self.config = scorer, zoo, config
+        super().__init__(scorer, workers)
+        self.zoo, self.config = zoo, config
         self.conditions, self.options = conditions or Conditions(), options or Options()
-        self.workers = workers or Workers()
-        self.kinds: dict[str, _Kind] = {}
         self.notes: list[str] = []
-        self.seconds: float | None = None
-        self.asked: Sequence[int] = ()
         self.generated = 0
 
-    def run(self, generated: Made | None, held_out: Sequence[Checkpoint] = ()) -> Report:
+    def run(self, generated: Made | None, held_out: Sequence[Checkpoint] = (), asked: Sequence[int] = ()) -> Report:
         """Score originals, held-out checkpoints, generated networks if there are any, and baselines.
+
+        Args:
+            asked: the checkpoint that each generated network was asked to be, if any was.
 
         Raises:
             InputError: the scorer refuses a network, or gives other metrics for one than for another.
         """
-        zoo, config = self.zoo, self.config
-        count = generated.num if generated is not None else 0
-        num = config.num_baseline if zoo.held or not count else min(config.num_baseline, count)
+        zoo, config, given = self.zoo, self.config, self.conditions
+        self.generated = generated.num if generated is not None else 0
+        num = config.num_baseline if zoo.held or not self.generated else min(config.num_baseline, self.generated)
         kinds = len(config.baselines) if config.baselines is not None else 20
-        self.workers.expect(len(zoo.checkpoints) + len(held_out) + count + num * kinds, self._num_images())
-        known = self.workers.map(self._look_at_original, zoo.checkpoints)
-        self.kinds["original"] = _Kind(known, self.conditions.originals)
+        total = len(zoo.checkpoints) + len(held_out) + self.generated + num * kinds
+        self.workers.expect(total, self._num_images())
+        squares, gram = zoo.gram.diagonal(), zoo.gram
+        known = {place: Projections(squares[place : place + 1], gram[place : place + 1]) for place in range(len(gram))}
+        self.look("original", self._made(zoo.checkpoints, known), given.originals)
         if held_out:
-            found = self.workers.map(lambda place, each: self._look("held_out", place, each.load()), held_out)
-            self.kinds["held_out"] = _Kind(found, self.conditions.held_out)
+            self.look("held_out", self._made(held_out), given.held_out)
         if generated is not None:
-            self._look_at_generated(generated)
+            self.look("generated", generated, given.wanted)
         for name, batch in self._baselines(num).items():
-            compute = lambda place, each, name=name: self._look_at_made(name, place, each)  # noqa: E731
-            self.kinds[name] = _Kind(self.workers.map(compute, batch), self.conditions.wanted)
+            sums = {place: each for place, each in enumerate(batch) if isinstance(each, Combination) and not each.noise}
+            known = {place: zoo.project_combinations(each.weights[None]) for place, each in sums.items()}
+            self.look(name, self._made(batch, known), given.wanted)
         self.workers.finish()
-        return self._report()
+        return self._report(asked)
 
     def vectors_of(self, kind: str) -> Tensor | None:
         """Normalised values of a kind's networks ``[N, values]``, where the zoo is small enough to be held."""
@@ -154,61 +109,33 @@ class Evaluation:
         known = [each for each in found if each is not None]
         return torch.stack(known) if known and len(known) == len(found) else None
 
+    def _made(
+        self, batch: Sequence[Checkpoint | Combination | Maker], known: Mapping[int, Projections] | None = None
+    ) -> Made:
+        """This process's part of some networks, which it makes one at a time."""
+        places = self.workers.places(len(batch))
+        return Made.singly(len(batch), places, (self._network(batch[place]) for place in places), known)
+
+    def _network(self, each: Checkpoint | Combination | Maker) -> StateDict:
+        if isinstance(each, Checkpoint):
+            return each.load()
+        return combine(self.zoo, each) if isinstance(each, Combination) else each()
+
     def _num_images(self) -> int:
         labels = getattr(getattr(self.scorer, "task", None), "labels", None)
         return len(labels(self.options.split)) if labels else 0
 
-    def _answer(self, kind: str, place: int, network: StateDict) -> Answer:
-        found = {"original": self.conditions.originals, "held_out": self.conditions.held_out}
-        conditions = found.get(kind, self.conditions.wanted)
-        condition = conditions[place % len(conditions)] if conditions else None
-        return answer_of(self.scorer, network, condition, f"network {place} of kind {kind}")
-
-    def _look_at_original(self, place: int, checkpoint: Checkpoint) -> _Seen:
-        row = slice(place, place + 1)
-        places = Projections(self.zoo.gram.diagonal()[row], self.zoo.gram[row])
-        return _Seen(self._answer("original", place, checkpoint.load()), places)
-
-    def _look(self, kind: str, place: int, network: StateDict, places: Projections | None = None) -> _Seen:
-        answer = self._answer(kind, place, network)
-        places = self.zoo.project([network]) if places is None else places
-        matching, targets, matched = self.options.matching, self.conditions.targets, None
+    def _seen(self, kind: str, place: int, answer: Answer, network: StateDict, known: Projections | None) -> Seen:
+        if kind == "original":
+            return Seen(answer, known)
+        zoo, matching, targets, matched, own = self.zoo, self.options.matching, self.conditions.targets, None, None
+        places = zoo.project([network]) if known is None else known
         if matching is not None:
-            matched = matching.matched([network], self.zoo.distances(places).float())
-        own = None
+            matched = matching.matched([network], zoo.distances(places).float())
         if targets and kind != "held_out":
-            own = self.zoo.distance(network, targets[place % len(targets)])
-        keep = (
-            kind == "generated"
-            and self.zoo.held
-            and self.zoo.scales
-            and self.zoo.num_values * self.generated <= DIVERSITY_VALUES
-        )
-        return _Seen(answer, places, matched, own, self.zoo.vector(network) if keep else None)
-
-    def _look_at_generated(self, made: Made) -> None:
-        self.generated, self.asked, spent = made.num, made.asked, [0.0]
-
-        def timed() -> Iterator[StateDict]:
-            remaining = iter(made.networks)
-            for _ in made.places:
-                started = time.perf_counter()
-                network = next(remaining)
-                spent[0] += time.perf_counter() - started
-                yield network
-                del network
-
-        found = self.workers.gather(lambda *each: self._look("generated", *each), made.places, timed(), made.num)
-        self.seconds = spent[0] / len(made.places) if len(made.places) else None
-        self.kinds["generated"] = _Kind(found, self.conditions.wanted)
-
-    def _look_at_made(self, kind: str, place: int, made: Combination | Maker) -> _Seen:
-        if not isinstance(made, Combination):
-            return self._look(kind, place, made())
-        network = combine(self.zoo, made)
-        return self._look(
-            kind, place, network, None if made.noise else self.zoo.project_combinations(made.weights[None])
-        )
+            own = zoo.distance(network, targets[place % len(targets)])
+        keep = kind == "generated" and zoo.held and zoo.scales and zoo.num_values * self.generated <= DIVERSITY_VALUES
+        return Seen(answer, places, matched, own, zoo.vector(network) if keep else None)
 
     def _baselines(self, num: int) -> Mapping[str, Sequence[Combination | Maker]]:
         """Each condition has an average of its own."""
@@ -228,45 +155,30 @@ class Evaluation:
                 every[name] = [partial(dict, network) for network in batch]
         return every
 
-    def _report(self) -> Report:
+    def _report(self, asked: Sequence[int]) -> Report:
         zoo, options, config = self.zoo, self.options, self.config
-        better = self._directions()
+        better = self.directions(options.lower, options.higher)
         first = next(iter(better), None)
         unit = options.matching.unit() if options.matching is not None and len(zoo.checkpoints) > 1 else zoo.unit()
-        values = [each.answer.metrics[first] for each in self.kinds["original"].seen] if first is not None else []
-        known = torch.tensor([each for each in values if each == each and abs(each) != float("inf")]).double()
+        known = self.kinds["original"].first if first is not None else torch.empty(0)
+        known = known[known.isfinite()].float()
         threshold = known.median().item() if len(known) else None
         self._compare()
         axes, explained = zoo.principal_axes()
         good = (first, 1.0 if first is None or better[first] == "more" else -1.0, threshold)
         kinds = {name: self._networks(name, unit, good, axes if explained else None) for name in self.kinds}
         kinds = {"original": kinds.pop("original"), "generated": kinds.pop("generated", networks({})), **kinds}
-        extras, facts = self._spread(unit), {}
-        if self.seconds is not None:
-            facts["seconds_per_network"] = self.seconds
+        facts: dict[str, Any] = {}
+        if "generated" in self.kinds and (seconds := self.kinds["generated"].seconds) is not None:
+            facts["seconds_per_network"] = seconds
         if (images := self._num_images()) > 0:
             facts["images"] = images
         return Report(
             experiment="networks", judge=self.scorer.name if self.scorer is not None else "weights alone",
             split=options.split, seed=options.seed, better=better, kinds=kinds, threshold=threshold, unit=unit or None,
             matched=bool(options.matching and options.matching.groups), taus=config.taus, explained=explained,
-            notes=tuple(self.notes), facts=facts, extras=extras,
+            notes=tuple(self.notes), facts=facts, extras=self._spread(unit, asked),
         )  # fmt: skip
-
-    def _directions(self) -> dict[str, Any]:
-        """Whether more or less is better, for each metric in order."""
-        if self.scorer is None:
-            return {}
-        names = list(self.kinds["original"].seen[0].answer.metrics)
-        for kind, each in self.kinds.items():
-            for place, seen in enumerate(each.seen):
-                if set(seen.answer.metrics) != set(names):
-                    raise InputError(
-                        f"{self.scorer.name} gave {', '.join(seen.answer.metrics)} for network {place} of kind {kind}, "
-                        f"but {', '.join(names)} for the first original; return the same metrics for every network"
-                    )
-        less = less_is_better(names, self.options.lower, self.options.higher)
-        return {name: "less" if name in less else "more" for name in names}
 
     def _compare(self) -> None:
         """Compare the answers of classifiers with those of originals and held-out originals."""
@@ -293,19 +205,15 @@ class Evaluation:
             for name, found in (two_sample(sets, probabilities["original"], held_out) or {}).items():
                 self.kinds[name].extras.update(found)
 
-    def _far(self, kind: _Kind) -> Tensor:
+    def _far(self, kind: Kind) -> Tensor:
         """Distances to all originals ``[N, n]``, matched where hidden units are."""
-        matched = [each.matched for each in kind.seen]
-        known = [each for each in matched if each is not None]
-        return (
-            torch.cat(known).double() if known and len(known) == len(matched) else self.zoo.distances(kind.projections)
-        )
+        known = [each.matched for each in kind.seen if each.matched is not None]
+        matched = known and len(known) == len(kind.seen)
+        return torch.cat(known).double() if matched else self.zoo.distances(kind.projections)
 
     def _networks(self, name: str, unit: float, good: tuple[str | None, float, float | None], axes: Any) -> Networks:
         kind, (first, sign, threshold), seed = self.kinds[name], good, self.options.seed
-        metrics = {each: [seen.answer.metrics[each] for seen in kind.seen] for each in kind.seen[0].answer.metrics}
         far: dict[str, Any] = {}
-        more: dict[str, Any] = {}
         if unit > 0:
             plain = self.zoo.distances(kind.projections)
             every = {"nearest": self._far(kind), "plain": plain} if self.options.matching else {"nearest": plain}
@@ -318,22 +226,17 @@ class Evaluation:
                 near = far["nearest"].nan_to_num(0.0, 0.0, 0.0)  # what is not finite is nowhere, and counts as a copy
                 hits = torch.ones(len(near), dtype=torch.bool)
                 if first is not None and threshold is not None:
-                    values = torch.tensor(metrics[first], dtype=torch.float64)
-                    hits = sign * values >= sign * threshold - 1e-9 * max(1.0, abs(threshold))
+                    hits = sign * kind.metrics[first] >= sign * threshold - 1e-9 * max(1.0, abs(threshold))
                 rows = torch.stack([hits & (near >= tau) for tau in self.config.taus]).double()
-                more["novel"] = tuple(rows.mean(1).tolist())
-                more["novel_ci95"] = tuple(bootstrap_interval(row, seed) for row in rows)
+                kind.more["novel"] = tuple(rows.mean(1).tolist())
+                kind.more["novel_ci95"] = tuple(bootstrap_interval(row, seed) for row in rows)
         if axes is not None:
             points = (kind.projections.products @ axes).nan_to_num(0.0, 0.0, 0.0)
-            more["components"] = tuple((x, y) for x, y in points.tolist())
-        wanted = [kind.conditions[i % len(kind.conditions)] for i in range(len(kind.seen))] if kind.conditions else []
-        given = wanted if all(each is not None for each in wanted) else ()
-        count = len(kind.seen)
-        return networks(
-            metrics, distances=far, conditions=given, count=count, seed=seed, extras=kind.extras, **more
-        )  # fmt: skip
+            kind.more["components"] = tuple((x, y) for x, y in points.tolist())
+        kind.distances.update(far)
+        return kind.reported(seed)
 
-    def _spread(self, unit: float) -> dict[str, Any]:
+    def _spread(self, unit: float, asked: Sequence[int]) -> dict[str, Any]:
         """The spread of generated networks, relative to the zoo's and to that of the requested checkpoints."""
         kind = self.kinds.get("generated")
         if kind is None or not unit > 0 or not kind.seen:
@@ -347,8 +250,11 @@ class Evaluation:
             apart = distances(vectors, vectors).fill_diagonal_(float("inf")).amin(1).median().item()
             ratios["diversity_ratio"] = apart / self.zoo.unit()
         found: dict[str, Any] = {"spread": dict(zip(ratios, finite_values(ratios.values()), strict=True))}
-        right = [each.answer.metrics["accuracy"] for each in kind.seen if "accuracy" in each.answer.metrics]
-        accuracy = sum(right) / len(right) if right else None
-        if (span := measure_span(self.zoo, places, self.asked, accuracy)) is not None:
+        if (span := self.span(kind, asked)) is not None:
             found["span"] = span
         return found
+
+    def span(self, kind: Kind, asked: Sequence[int]) -> dict[str, float | None] | None:
+        """`measure_span` of networks that were asked to be checkpoints of the zoo, with their accuracy."""
+        right = kind.metrics["accuracy"].tolist() if "accuracy" in kind.metrics else []
+        return measure_span(self.zoo, kind.projections, asked, sum(right) / len(right) if right else None)

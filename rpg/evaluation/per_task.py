@@ -1,19 +1,19 @@
-"""Scores of networks for unseen tasks, and of several networks for one task beside several originals of it.
+"""Several networks for one task beside several originals of it, and the tasks at which networks do worst.
 
-It works on bits, stacked weights and a family of tasks that scores them; it knows no generator.
+It works on bits, answers and a family of tasks; it knows no generator.
 T tasks, R networks or draws of each, C classes, B images, P values."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.report import Networks, networks, summarize
+from rpg.evaluation.engine import Workers
+from rpg.evaluation.report import summarize
 from rpg.evaluation.task_networks import Parts
 from rpg.evaluation.two_sample import (
     coverage,
@@ -23,9 +23,7 @@ from rpg.evaluation.two_sample import (
     nearest_neighbour_accuracy,
     sets_of_networks,
 )
-from rpg.evaluation.workers import Workers
-from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.class_splits import hamming_to_nearest
+from rpg.tasks.base import ImageTaskFamily
 from tokenization.checkpoint.progress import steps
 
 
@@ -151,124 +149,6 @@ def measure_diversity(
 
 
 NUM_WORST = 5
-
-METHODS = ("original", "generated", "kernel_ridge")
-"""Those of which more than metrics is kept."""
-
-KEPT = "probabilities"
-
-
-@dataclass(frozen=True)
-class MethodScores:
-    """The scores of one method's networks.
-
-    Attributes:
-        metrics: by name, ``[T]`` each; the first is what methods are compared by.
-        probabilities: ``[T, images, 2]``, if they were asked for.
-    """
-
-    metrics: Mapping[str, Tensor]
-    probabilities: Tensor | None = None
-
-    @property
-    def first(self) -> Tensor:
-        """``[T]``."""
-        return next(iter(self.metrics.values()))
-
-
-def score_method(
-    task: TaskFamily, networks: Parts, bits: Tensor, split: str = "test", keep: bool = False
-) -> MethodScores:
-    """Score one method's networks, a part at a time.
-
-    Args:
-        bits: the tasks ``[T, C]``.
-        keep: probabilities of image tasks.
-    """
-    metrics: list[Mapping[str, Tensor]] = []
-    probabilities = []
-    done = 0
-    for part in networks:
-        rows = bits[done : done + len(next(iter(part.values())))]
-        done += len(rows)
-        if not isinstance(task, ImageTaskFamily):
-            metrics.append(task.scores(part, rows, split))
-            continue
-        found = task.probabilities(part, split)
-        right = found.argmax(-1) == task.targets(rows, split)
-        metrics.append({"accuracy": right.double().mean(1)})
-        if keep:
-            probabilities.append(found)
-    joined = {name: torch.cat([each[name] for each in metrics]) for name in metrics[0]}
-    return MethodScores(joined, torch.cat(probabilities) if probabilities else None)
-
-
-@dataclass(frozen=True)
-class SplitScores:
-    """All methods on the tasks of one split.
-
-    Attributes:
-        bits: the tasks ``[T, C]``.
-        hamming_to_seen: distance to the nearest seen task ``[T]``.
-        metrics: by method, ``generated`` and ``kernel_ridge`` among them, and name, ``[T]`` each; the first of a
-            method's metrics is what methods are compared by.
-        probabilities: of ``METHODS``, of image tasks, ``[T, images, 2]``.
-    """
-
-    bits: Tensor
-    hamming_to_seen: Tensor
-    metrics: dict[str, dict[str, Tensor]]
-    probabilities: dict[str, Tensor]
-
-    def first(self, method: str) -> Tensor:
-        """The first metric of a method, ``[T]``."""
-        return next(iter(self.metrics[method].values()))
-
-    def kinds(self, seed: int) -> dict[str, Networks]:
-        """Every method as a kind of networks; ``generated_better`` is the share of tasks on which it is beaten."""
-        found, own = {}, self.first("generated")
-        for method, metrics in self.metrics.items():
-            better = {"generated_better": (own > self.first(method)).double().mean().item()}
-            found[method] = networks(
-                metrics, distances={"hamming": self.hamming_to_seen}, conditions=self.bits, seed=seed,
-                extras={} if method == "generated" else better,
-            )  # fmt: skip
-        return found
-
-
-def score_split(
-    task: TaskFamily,
-    networks: Mapping[str, Parts],
-    bits: Tensor,
-    seen: Tensor,
-    split: str = "test",
-    workers: Workers | None = None,
-    rows: Sequence[int] | None = None,
-) -> SplitScores:
-    """Score every method on the tasks ``bits`` ``[T, C]``, one after the other.
-
-    Args:
-        networks: by method; ``generated`` and ``kernel_ridge`` among them.
-        bits: the tasks.
-        seen: bits of the seen tasks, for the distance to the nearest.
-        rows: the tasks that ``networks`` are for, those of this process; all when None.
-    """
-    workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
-    own = bits[list(rows)]
-    named = steps("scoring tasks", list(networks), after=0)
-    scores = {name: score_method(task, networks[name], own, split, name in METHODS) for name in named}
-    tensors = {(name, metric): values for name, each in scores.items() for metric, values in each.metrics.items()}
-    tensors |= {(name, KEPT): each.probabilities for name, each in scores.items() if each.probabilities is not None}
-    mine = [{key: value[number].clone() for key, value in tensors.items()} for number in range(len(rows))]
-    found = workers.collect(rows, mine, len(bits))
-    metrics, kept = dict[str, dict[str, Tensor]](), dict[str, Tensor]()
-    for name, metric in found[0]:
-        joined = torch.stack([row[name, metric] for row in found])
-        if metric == KEPT:
-            kept[name] = joined
-        else:
-            metrics.setdefault(name, {})[metric] = joined
-    return SplitScores(bits, hamming_to_nearest(bits, seen)[0], metrics, kept)
 
 
 def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rpg.evaluation.workers import Workers
+from rpg.evaluation.engine import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import LARGE, Stacked, Teacher, stack

@@ -15,8 +15,8 @@ from scipy.stats import t as student_t
 
 from rpg.config import Config
 from rpg.console import bar_in_notebook
+from rpg.evaluation.engine import Workers
 from rpg.evaluation.report import Networks, Report
-from rpg.evaluation.workers import Workers
 from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.experiments.grouping_examples import evaluate_groupings
 from rpg.experiments.single import collect, requested_condition

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from rpg.config import Config, overridden
 from rpg.evaluation.combinations import Conditions, conditions_asked
+from rpg.evaluation.engine import Made, Workers
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
-from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, answer_of, load_scorer
+from rpg.evaluation.judges import OwnScorer, Scorer, StoredScorer, TaskScorer, load_scorer
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.measures import Evaluation, Made, Options
+from rpg.evaluation.measures import Evaluation, Options
 from rpg.evaluation.page.page import Heatmap, Page, write_report
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.report import FILE, Report, shown
-from rpg.evaluation.span import Projections, ZooSpan, measure_span
+from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.starts import finetuned_baselines
 from rpg.evaluation.two_sample import distances
-from rpg.evaluation.workers import Workers
 from rpg.experiments.single import (
     denoising_path_of,
     existing,
@@ -150,7 +150,7 @@ def evaluate_run(
     evaluation = Evaluation(scorer, span, config.evaluate, conditions, options, workers)
     stored = generator.asked(num, seed) if config.generate.state == "stored" else []
     others = [generator.layout.checkpoint(zoo, index) for index in held_out]
-    report = evaluation.run(Made(num, generator.share(num, workers.partition), networks, stored), others)
+    report = evaluation.run(Made.singly(num, generator.share(num, workers.partition), networks), others, stored)
     if not stored and (asked := generator.asked(num, seed)):
         measured = _stored_span(generator, scorer, zoo_span(generator, zoo, trained), asked, seed, workers)
         report = report.model_copy(update={"extras": {**report.extras, "span": measured}})
@@ -248,17 +248,11 @@ def _stored_span(
     generator: Generator, scorer: Scorer | None, zoo: ZooSpan, asked: Sequence[int], seed: int, workers: Workers
 ) -> dict[str, Any] | None:
     """The span of networks with stored states, which are made here for this measurement alone."""
-    part, num, form = workers.partition, len(asked), generator.layout.compressed
+    part, num = workers.partition, len(asked)
     made = generator.one_by_one(num, seed=seed, state="stored", partition=part)
-    made = made if form is None else map(form.expand, made)
-
-    def look(place: int, network: StateDict) -> tuple[Projections, float | None]:
-        found = answer_of(scorer, network, None, f"network {place} of stored states").metrics.get("accuracy")
-        return zoo.project([network]), found
-
-    places, right = zip(*workers.gather(look, generator.share(num, part), made, num), strict=True)
-    accuracy = sum(right) / len(right) if None not in right else None
-    return measure_span(zoo, Projections.join(places), asked, accuracy)
+    networks = Made.singly(num, generator.share(num, part), _in_form(None, generator.layout.compressed, made)[1])
+    evaluation = Evaluation(scorer, zoo, generator.config.evaluate, workers=workers)
+    return evaluation.span(evaluation.look("stored", networks), asked)
 
 
 def _drawn(

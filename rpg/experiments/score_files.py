@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rpg.config import Config
+from rpg.evaluation.engine import Workers
 from rpg.evaluation.judges import Metrics, TaskScorer, load_scorer
-from rpg.evaluation.workers import Workers
 from rpg.experiments.single import find_task
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, MetricsTask, SampleTask

@@ -16,35 +16,31 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.devices import Partition
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
-from rpg.evaluation.judges import less_is_better
+from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
+from rpg.evaluation.judges import Answer, TaskScorer, less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import (
-    SplitScores,
-    base_summed,
-    measure_diversity,
-    measure_per_task,
-    score_split,
-    scores_of_sets,
-    worst_tasks,
-)
+from rpg.evaluation.per_task import base_summed, measure_diversity, measure_per_task, scores_of_sets, worst_tasks
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
-from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
+from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
+from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
+
+METHODS = ("original", "generated", "kernel_ridge")
+"""Those of which more than metrics is kept."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,8 @@ class Methods:
         generator: makes those that are compared.
         seen: the networks of all seen tasks, as the generator's layout cuts them.
         regressions: by the name they are reported under; ``kernel_ridge`` among them.
-        task: knows what a task's training began with, from which networks are merged as deviations.
+        task: scores them, and knows what a task's training began with, from which networks are merged as deviations.
+        head: a linear head of all seen tasks, if there is one.
     """
 
     generator: Generator
@@ -63,8 +60,9 @@ class Methods:
     seen: TaskNetworks
     regressions: Mapping[str, Regression]
     task: TaskFamily
+    head: LinearHead | None = None
     seed: int = 0
-    partition: Partition = field(default_factory=Partition)
+    workers: Workers = field(default_factory=Workers)
 
     @functools.cached_property
     def merges(self) -> Merges:
@@ -73,30 +71,44 @@ class Methods:
         entries = [last[tuple(bits)] for bits in self.seen.bits.tolist()]
         return merges_of(self.generator.adapter, self.zoo, entries, self.generator.layout)
 
-    def rows(self, num: int) -> list[int]:
-        """Which of ``num`` tasks are this process's."""
-        return self.generator.share(num, self.partition)
+    def measure(self, originals: TaskNetworks, own: bool, split: str) -> dict[str, Kind]:
+        """Every method's networks for the tasks of ``originals`` ``[T, C]``, scored on a split.
 
-    def networks(
-        self, originals: TaskNetworks, own: bool, extra: Mapping[str, Parts] | None = None
-    ) -> dict[str, Parts]:
-        """Every method's networks for this process's share of the tasks of ``originals``; empty without a share.
+        Of a kind the report also has the distance to the nearest seen task, and the share of tasks on which the
+        generated network is better.
 
         Args:
             originals: trained for the tasks.
             own: the tasks are seen ones.
-            extra: further methods' networks, for this process's tasks.
         """
-        rows, bits = self.rows(len(originals.bits)), originals.bits
-        if not rows:
-            return {}
-        mine = originals if len(rows) == len(bits) else originals.select(rows)
-        others = random_other(bits, self.seen.bits, self.seed)
+        bits, asked = originals.bits, originals.bits.tolist()
+        rows = self.generator.share(len(bits), self.workers.partition)
+        engine, far = Engine(TaskScorer(self.task, split), self.workers), hamming_to_nearest(bits, self.seen.bits)[0]
+        # without tasks of its own a process names the kinds all the same: nothing of them is made
+        made = self._networks(originals, rows or [0], own)
+        for name in steps("scoring tasks", list(made), after=0):
+            engine.look(name, Made(len(bits), rows, made[name]), asked, keep=name in METHODS)
+        kinds = engine.kinds
+        if isinstance(self.task, ImageTaskFamily):
+            summed = base_summed(self.task, self.task.base_probabilities(self.zoo, split), bits, split)
+            kinds["base_summed"] = Kind([Seen(Answer({"accuracy": value})) for value in summed.tolist()], asked)
+        for name, kind in kinds.items():
+            kind.distances["hamming"] = far
+            if name != "generated":
+                kind.extras["generated_better"] = (kinds["generated"].first > kind.first).double().mean().item()
+        return kinds
+
+    def _networks(self, originals: TaskNetworks, rows: Sequence[int], own: bool) -> dict[str, Parts]:
+        """Every method's networks for some of the tasks."""
+        bits, mine = originals.bits, originals if len(rows) == len(originals.bits) else originals.select(rows)
+        others, partition = random_other(bits, self.seen.bits, self.seed), self.workers.partition
+        heads = {} if self.head is None else {name: value.detach() for name, value in self.head(mine.bits).items()}
         return {
             "original": mine.parts(),
-            "generated": parts_for(self.generator, bits, self.seed, partition=self.partition),
-            "no_condition": parts_for(self.generator, others, self.seed, partition=self.partition),
-            **(extra or {}),
+            "generated": parts_for(self.generator, bits, self.seed, partition=partition),
+            "no_condition": parts_for(self.generator, others, self.seed, partition=partition),
+            **untrained(self.task, self.zoo, mine.bits, originals.part_size),
+            **({"linear_head": [heads]} if heads else {}),
             **unseen_baselines(self.seen, mine.bits, self.regressions, own),
             **self._merged(mine.bits),
         }
@@ -203,28 +215,20 @@ def evaluate_unseen(
     seen = networks["train"].join(networks["validation"]) if "validation" in config.train.splits else networks["train"]
     wanted = {"unseen": networks["validation"] if choosing else networks_of(zoo, "unseen", generator.layout)}
     wanted["seen"] = as_many(seen, -(-len(wanted["unseen"].bits) // (SPARED if seen.is_large else 1)))
-    scored: dict[str, SplitScores] = {}
     with contextlib.nullcontext() if seen.is_large else single_threaded():
         chosen = choose_regressions(task, networks["train"], networks["validation"], workers)
         shown = chosen if isinstance(task, ImageTaskFamily) and not seen.is_large else ("ridge", "kernel_ridge")
         regressions = {name: chosen[name][0] for name in shown}
-        methods = Methods(generator, zoo, seen, regressions, task, seed, workers.partition)
         head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
-        for name, originals in wanted.items():
-            rows = methods.rows(len(originals.bits))
-            mine = originals.bits[rows]
-            extra: dict[str, Parts] = untrained(task, zoo, mine, originals.part_size) if rows else {}
-            if head is not None and rows:
-                extra["linear_head"] = [{key: value.detach() for key, value in head(mine).items()}]
-            made = methods.networks(originals, name == "seen", extra)
-            scored[name] = score_split(task, made, originals.bits, seen.bits, split, workers, rows)
+        methods = Methods(generator, zoo, seen, regressions, task, head, seed, workers)
+        kinds = {name: methods.measure(each, name == "seen", split) for name, each in wanted.items()}
         extras: dict[str, Any] = {
             "regressions": {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
         }
         extras |= {"linear_head": tried} if tried else {}
         if isinstance(task, ImageTaskFamily) and not choosing:
             extras["diversity"] = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
-        report = _report(generator, zoo, task, scored, split, seed, extras)
+        report = _report(generator, task, kinds, wanted["unseen"].bits, split, seed, extras)
     if seen.is_large:
         report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
     if not choosing and workers.is_first:
@@ -286,39 +290,33 @@ def task_family(config: Config) -> Any:
 
 
 def _report(
-    generator: Generator, zoo: Zoo, task: TaskFamily, scored: Mapping[str, SplitScores], split: str, seed: int,
+    generator: Generator, task: TaskFamily, kinds: Mapping[str, dict[str, Kind]], bits: Tensor, split: str, seed: int,
     extras: dict[str, Any],
 ) -> Report:  # fmt: skip
-    """The report of a family; for image tasks also the summed base network, worst tasks and diversity."""
-    kinds = {}
+    """The report of a family; for image tasks also the worst tasks, and networks of one task beside one another.
+
+    Args:
+        bits: the unseen tasks ``[T, C]``.
+    """
+    unseen = kinds["unseen"]
     if isinstance(task, ImageTaskFamily):
-        probabilities = task.base_probabilities(zoo, split)
-        for scores in scored.values():
-            summed = base_summed(task, probabilities, scores.bits, split)
-            scores.metrics["base_summed"] = {"accuracy": summed}
-        generated = scored["unseen"].probabilities["generated"]
-        extras["worst"] = worst_tasks(task, generated, scored["unseen"].bits, split)
-    for name, scores in scored.items():
-        kinds[name] = scores.kinds(seed)
-    if isinstance(task, ImageTaskFamily):
-        unseen = scored["unseen"]
-        per_task = measure_per_task(task, unseen.probabilities, unseen.bits, split, seed)
-        extras["per_task"] = per_task
-        sets = scores_of_sets(task, unseen.probabilities, unseen.bits, split)
-        kinds["unseen"] |= {
-            name: kinds["unseen"][name].model_copy(update={"joint": each}) for name, each in sets.items()
-        }
+        stacked = {name: each.stacked("probabilities") for name, each in unseen.items()}
+        kept = {name: each for name, each in stacked.items() if each is not None}
+        extras["worst"] = worst_tasks(task, kept["generated"], bits, split)
+        extras["per_task"] = measure_per_task(task, kept, bits, split, seed)
+        for name, each in scores_of_sets(task, kept, bits, split).items():
+            unseen[name].more["joint"] = each
         shown = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
-        for name, each in (per_task["methods"] if per_task else {}).items():
-            found = {key: each[figure] for key, figure in shown.items() if each[figure] is not None}
-            kinds["unseen"][name].extras.update(found)
-    names = list(scored["unseen"].metrics["generated"])
-    less = less_is_better(names)
-    means = {name: scored["unseen"].first(name).mean().item() for name in ("generated", "original")}
+        for name, each in (extras["per_task"] or {"methods": {}})["methods"].items():
+            unseen[name].extras |= {key: each[metric] for key, metric in shown.items() if each[metric] is not None}
+    found = {part: {name: each.reported(seed) for name, each in every.items()} for part, every in kinds.items()}
+    less = less_is_better(list(unseen["generated"].metrics))
+    share = unseen["generated"].first.mean().item() / unseen["original"].first.mean().item()
     facts = {"training_seconds": generator.facts.get("training seconds"), **generator.facts}
     return Report(
-        experiment="tasks", judge=f"{type(task).__name__}, {len(scored['unseen'].bits)} unseen tasks", split=split,
-        seed=generator.config.seed, better={name: "less" if name in less else "more" for name in names},
-        kinds=kinds["unseen"], parts={"seen": kinds["seen"]}, references=("original", "no_condition"),
-        facts={**facts, "share_of_originals": means["generated"] / means["original"]}, extras=extras,
+        experiment="tasks", judge=f"{type(task).__name__}, {len(bits)} unseen tasks", split=split,
+        seed=generator.config.seed,
+        better={name: "less" if name in less else "more" for name in unseen["generated"].metrics},
+        kinds=found["unseen"], parts={"seen": found["seen"]}, references=("original", "no_condition"),
+        facts={**facts, "share_of_originals": share}, extras=extras,
     )  # fmt: skip

@@ -80,6 +80,11 @@ def stack(state_dicts: Sequence[Mapping[str, Tensor]]) -> Stacked:
     return {name: torch.stack([each[name] for each in state_dicts]) for name in state_dicts[0]}
 
 
+def alone(state_dict: Mapping[str, Tensor]) -> Stacked:
+    """One network as a stack of one, which shares its memory."""
+    return {name: value[None] for name, value in state_dict.items()}
+
+
 def join_stacked(parts: Sequence[Stacked]) -> Stacked:
     """Stacked networks of several parts, one after the other."""
     return {name: torch.cat([each[name] for each in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]

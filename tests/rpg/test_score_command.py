@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rpg.devices import join_processes
+from rpg.evaluation.engine import Workers
 from rpg.evaluation.report import Report
-from rpg.evaluation.workers import Workers
 from rpg.experiments import score_files
 from rpg.experiments.evaluating import Judge, evaluate_run, evaluate_zoo
 from rpg.generation.generator import Generator

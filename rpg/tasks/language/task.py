@@ -29,7 +29,7 @@ from rpg.tasks.language.adapter_bank import (
 from rpg.tasks.language.adapter_training import ShownRows, train_one, train_side_by_side
 from rpg.tasks.language.config import LanguageConfig
 from rpg.tasks.language.rows import Rows, TaskFile, find_tasks, make_symbols, read_rows, rows_of, stack_rows
-from rpg.tasks.side_by_side import Stacked, Teacher, repeat, stack
+from rpg.tasks.side_by_side import Stacked, Teacher, alone, repeat, stack
 from tokenization.checkpoint.checkpoint import save_checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_files, atomic_folder
@@ -258,8 +258,7 @@ class LanguageTask:
                 raise InputError(
                     f"tensor {name!r} {fault}, but this task's have shape {list(like.shape)}; check task.adapter"
                 )
-        weights = {name: value[None] for name, value in adapter.items()}
-        metrics = {}
+        weights, metrics = alone(adapter), {}
         for place, task in enumerate(self.tasks):
             scores = self._scores(weights, [place], split)
             metrics[task.path.stem] = {name: value.item() for name, value in scores.items()}

@@ -12,12 +12,12 @@ from rpg.config import EvaluateConfig
 from rpg.devices import Partition
 from rpg.evaluation import span as span_module
 from rpg.evaluation.combinations import Conditions, nearest_rows
+from rpg.evaluation.engine import Made, Workers
 from rpg.evaluation.judges import OwnScorer, TaskScorer
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.measures import Evaluation, Made, Options
+from rpg.evaluation.measures import Evaluation, Options
 from rpg.evaluation.permutations import symmetries
 from rpg.evaluation.span import ZooSpan
-from rpg.evaluation.workers import Workers
 from rpg.tasks import DigitsConfig, build_task
 from tests.conftest import make_zoo
 from tests.golden_record import check_report
@@ -34,7 +34,7 @@ def norm(state_dict):
 
 def made(networks) -> Made:
     networks = list(networks)
-    return Made(len(networks), range(len(networks)), iter(networks))
+    return Made.singly(len(networks), range(len(networks)), networks)
 
 
 def judged(zoo, generated=None, score=norm, config=SMALL, **options):
@@ -148,7 +148,7 @@ def test_no_more_than_one_generated_network_is_held(zoo):
             yield network
             del network
 
-    judged(zoo, Made(5, range(5), one_by_one()), config=NONE)
+    judged(zoo, Made.singly(5, range(5), one_by_one()), config=NONE)
     assert len(alive) == 5
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rpg.devices import join_processes
+from rpg.evaluation.engine import Workers
 from rpg.evaluation.report import Report
-from rpg.evaluation.workers import Workers
 from rpg.experiments.tasks_page import head_of, requested_task, task_name, worst_table
 from rpg.experiments.unseen_tasks import evaluate_unseen, task_family
 from rpg.generation.generator import Generator
