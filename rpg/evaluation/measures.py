@@ -161,7 +161,7 @@ class Evaluation(Engine):
         first = next(iter(better), None)
         unit = options.matching.unit() if options.matching is not None and len(zoo.checkpoints) > 1 else zoo.unit()
         known = self.kinds["original"].first if first is not None else torch.empty(0)
-        known = known[known.isfinite()].float()
+        known = known[known.isfinite()]
         threshold = known.median().item() if len(known) else None
         self._compare()
         axes, explained = zoo.principal_axes()
