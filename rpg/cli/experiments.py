@@ -150,7 +150,7 @@ def experiment(
     from rpg.cli.scoring import told_of
     from rpg.devices import join_processes
     from rpg.evaluation.engine import Workers
-    from rpg.evaluation.table import print_report
+    from rpg.evaluation.page.page import print_report
     from rpg.experiments.driver import Judge, experiment_of, run_experiment
     from rpg.generation.folders import find_folder, require_files
     from rpg.tasks.config import TASKS

@@ -78,7 +78,7 @@ def merge(
     say(f"{method} of {len(files)}: {output}")
     if function is None:
         return {"path": str(output), "method": method}
-    from rpg.evaluation.table import print_checkpoints
+    from rpg.evaluation.page.page import print_checkpoints
     from rpg.experiments.score_files import score_checkpoints
 
     scores = score_checkpoints(files, function, None, "test", chosen=chosen)

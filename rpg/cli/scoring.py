@@ -92,7 +92,7 @@ def evaluate(
     """
     from rpg.devices import join_processes
     from rpg.evaluation.engine import Workers
-    from rpg.evaluation.table import print_report
+    from rpg.evaluation.page.page import print_report
     from rpg.experiments.driver import evaluate as judge
     from rpg.experiments.driver import next_command
     from rpg.planning.plan import evaluation_need
@@ -133,7 +133,7 @@ def score(
     """Score single checkpoints with a task or with your own function."""
     from rpg.devices import join_processes
     from rpg.evaluation.engine import Workers
-    from rpg.evaluation.table import print_checkpoints
+    from rpg.evaluation.page.page import print_checkpoints
     from rpg.experiments.score_files import score_checkpoints
     from tokenization.checkpoint.weights import Chosen
 

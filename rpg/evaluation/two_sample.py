@@ -1,20 +1,22 @@
-"""Sets of networks compared by what they compute: with held-out originals, and as the answer to one request.
+"""Sets of networks compared by what they compute: with held-out originals, as the answer to one request, within tasks.
 
-For the former each network is one vector, its class probabilities on the same images. The measures are those of
-PointFlow (arXiv 1906.12320, section 5.1), taken over for weights by HyperDiffusion (arXiv 2303.17015).
-M networks of either kind or of each task, F numbers a network; T tasks, B examples of each, K classes."""
+Each network is one vector, its class probabilities on the same images. The measures of two sets are those of PointFlow
+(arXiv 1906.12320, section 5.1), taken over for weights by HyperDiffusion (arXiv 2303.17015).
+M networks of either kind or of each task, F numbers a network; T tasks, B examples of each, C bits, K classes."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpg.evaluation.report import Networks, networks
+from rpg.evaluation.report import Networks, networks, summarize
 from rpg.models.kernel_regression import exact_distances
+from rpg.tasks.base import ImageTaskFamily
 
 LARGE = 1 << 14
 """Values from which on distances are computed by matrix products."""
@@ -250,3 +252,84 @@ def sets_of_networks(
         ece = calibration_error(part.double().mean(1).flatten(0, 1), targets.flatten())
         joint.setdefault("ece", {})[size] = ece
     return networks(ensemble_metrics(probabilities, targets), seed=seed, joint=joint, **more)
+
+
+def rows_of_tasks(bits: Tensor) -> Tensor | None:
+    """The rows of each task that has several: ``[T·R, C]`` in any order → ``[T, R]``, or None if there is none.
+
+    R is the least that a task has of those with two or more.
+    """
+    _, task, counts = bits.unique(dim=0, return_inverse=True, return_counts=True)
+    several = (counts > 1).nonzero()[:, 0].tolist()
+    if not several:
+        return None
+    least = int(counts[several].min())
+    return torch.stack([(task == each).nonzero()[:least, 0] for each in several])
+
+
+def measure_per_task(
+    task: ImageTaskFamily, probabilities: Mapping[str, Tensor], bits: Tensor, split: str = "test", seed: int = 0
+) -> dict[str, Any] | None:
+    """Compare a task's networks with its originals.
+
+    Args:
+        probabilities: by method ``[N, B, 2]``, of networks aligned with ``bits``; ``original`` among them.
+        bits: of each network's task, ``[N, C]``.
+
+    Returns:
+        ``num_tasks``, ``networks_per_task``, and of each of ``methods``, as means over tasks, ``error_iou`` (overlap
+        of the wrong answers of two networks for one task), ``accuracy`` (its summary over all networks), and of all but
+        originals the figures of `beside_originals`. None where no task has several originals.
+    """
+    rows = rows_of_tasks(bits)
+    if rows is None:
+        return None
+    targets = task.targets(bits[rows[:, 0]], split)  # [T, B]
+    originals = list(map(function_vectors, probabilities["original"][rows]))
+    methods: dict[str, dict[str, Any]] = {}
+    for name, each in probabilities.items():
+        answers = each[rows].argmax(-1)  # [T, R, B]
+        overlaps = torch.stack([_mean_overlap(own, right) for own, right in zip(answers, targets, strict=True)])
+        accuracies = (answers == targets[:, None]).double().mean(-1)  # [T, R]
+        made = map(function_vectors, each[rows])
+        found = [beside_originals(*pair) for pair in zip(made, originals, strict=True)]
+        methods[name] = {
+            "error_iou": overlaps.mean().item(),
+            "accuracy": summarize(accuracies.flatten(), seed).model_dump(mode="json"),
+            **{key: None if name == "original" else statistics.fmean(f[key] for f in found) for key in found[0]},
+        }
+    return {"num_tasks": len(rows), "networks_per_task": rows.shape[1], "methods": methods}
+
+
+def scores_of_sets(
+    task: ImageTaskFamily, probabilities: Mapping[str, Tensor], bits: Tensor, split: str = "test"
+) -> dict[str, dict[str, dict[int, float]]]:
+    """How well a task's networks answer together: by method, `Networks.joint` of sets of one and of all R.
+
+    The arguments are those of `measure_per_task`; where no task has several originals, R is 1.
+    """
+    rows = rows_of_tasks(bits)
+    rows = torch.arange(len(bits))[:, None] if rows is None else rows
+    targets = task.targets(bits[rows[:, 0]], split)  # [T, B]
+    return {name: sets_of_networks(each[rows], targets).joint for name, each in probabilities.items()}
+
+
+def beside_originals(made: Tensor, originals: Tensor) -> dict[str, float]:
+    """How vectors ``[R, F]`` of a task's networks lie beside those of its originals ``[R, F]``.
+
+    ``nearest_neighbour_accuracy`` (1-NNA; 0.5 is perfect), ``coverage`` (share of the originals that are the nearest of
+    one of the networks) and ``nearest`` (mean distance to the nearest original), all in class probabilities.
+    """
+    between, own, theirs = distances(made, originals), distances(made, made), distances(originals, originals)
+    return {
+        "nearest_neighbour_accuracy": nearest_neighbour_accuracy(own, theirs, between),
+        "coverage": coverage(between),
+        "nearest": between.amin(1).mean().item(),
+    }
+
+
+def _mean_overlap(answers: Tensor, targets: Tensor) -> Tensor:
+    """Mean error IoU of two different networks of one task: ``[R, B]``, ``[B]``."""
+    overlap = error_iou(answers, answers, targets)
+    num = len(answers)
+    return (overlap.sum() - overlap.diagonal().sum()) / (num * (num - 1))

@@ -21,9 +21,9 @@ from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
 from rpg.evaluation.judges import Answer, TaskScorer, less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
-from rpg.evaluation.per_task import base_summed, measure_diversity, measure_per_task, scores_of_sets, worst_tasks
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
+from rpg.evaluation.two_sample import measure_per_task, scores_of_sets
 from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
@@ -38,6 +38,8 @@ from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
+
+NUM_WORST = 5
 
 METHODS = ("original", "generated", "kernel_ridge")
 """Those of which more than metrics is kept."""
@@ -270,6 +272,70 @@ def diversity(
     seeds = [1000 * (seed + 1) + number for number in range(NUM_DRAWS)]
     draws = [parts_for(generator, bits, each, partition=workers.partition) for each in seeds]
     return measure_diversity(task, draws, bits, seen.spread(), workers, rows)
+
+
+def measure_diversity(
+    task: ImageTaskFamily,
+    draws: Sequence[Parts],
+    bits: Tensor,
+    originals_spread: float,
+    workers: Workers | None = None,
+    rows: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """How several networks for one task differ on test images, and what their vote gains: by name, as reports have it.
+
+    Args:
+        draws: R times networks for the same T tasks, in the same parts.
+        bits: the tasks ``[T, C]``.
+        originals_spread: root mean square deviation of the seen tasks' weights from their mean, to compare with.
+        rows: the tasks that ``draws`` are for, those of this process; all when None.
+    """
+    workers, rows = workers or Workers(), range(len(bits)) if rows is None else rows
+    own: list[tuple[Tensor, float, int]] = []
+    for parts in steps("generating several networks a task", zip(*draws, strict=True)):
+        made = torch.stack([task.probabilities(each, "test") for each in parts])
+        for number in range(made.shape[1]):
+            deviations = [torch.stack([each[name][number] for each in parts]).double().std(0) for name in parts[0]]
+            square = sum(each.square().sum().item() for each in deviations)
+            own.append((made[:, number].clone(), square, sum(each.numel() for each in deviations)))
+    every, all_squares, counts = zip(*workers.collect(rows, own, len(bits)), strict=True)
+    squares, count = sum(all_squares), sum(counts)
+    probabilities = torch.stack(every, 1)  # [R, T, images, 2]
+    answers = probabilities.argmax(-1)
+    targets = task.targets(bits, "test")
+    pairs = [(a, b) for a in range(len(draws)) for b in range(a)]
+    return {
+        "num_tasks": len(bits),
+        "networks_per_task": len(draws),
+        "disagreement": sum((answers[a] != answers[b]).double().mean().item() for a, b in pairs) / len(pairs),
+        "mean_accuracy": (answers == targets).double().mean().item(),
+        "ensemble_accuracy": (probabilities.mean(0).argmax(-1) == targets).double().mean().item(),
+        "weight_spread": (squares / count) ** 0.5 / originals_spread,
+    }
+
+
+def base_summed(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> Tensor:
+    """Accuracy ``[T]`` of the shared base network whose class probabilities are summed over each side of a task."""
+    positive = bits.to(probabilities.dtype) @ probabilities.T  # [T, images]
+    return ((positive > 0.5) == task.targets(bits, split).bool()).double().mean(1)
+
+
+def worst_tasks(task: ImageTaskFamily, probabilities: Tensor, bits: Tensor, split: str) -> list[dict[str, Any]]:
+    """The tasks at which networks do worst: bits, accuracy, and the share of right answers for each class of images.
+
+    Args:
+        probabilities: of one network for each task, ``[T, images, 2]``.
+        bits: the tasks ``[T, C]``.
+    """
+    right = (probabilities.argmax(-1) == task.targets(bits, split)).double()  # [T, images]
+    accuracies = right.mean(1)
+    rows = accuracies.argsort()[:NUM_WORST]
+    classes = task.classes(split)
+    shares = torch.stack([right[rows][:, classes == each].mean(1) for each in range(bits.shape[1])], 1)  # [W, C]
+    return [
+        {"bits": bits[row].tolist(), "accuracy": accuracies[row].item(), "accuracy_of_class": share}
+        for row, share in zip(rows.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def task_family(config: Config) -> Any:

@@ -185,44 +185,6 @@ def lines(series: Sequence[Series], x: Axis, y: Axis, caption: str, *, markers: 
     return Chart(_svg(lambda axes: draw_lines(axes, series, markers), x, y, caption), series, caption)
 
 
-def training_loss(logged: tuple[Sequence[float], Sequence[float]]) -> Chart | None:
-    """A run's loss at each logged step; None where fewer than two were."""
-    steps, losses = logged
-    if len(steps) < 2:
-        return None
-    caption = "Training loss at each logged optimizer step."
-    series = [Series("loss", steps, losses, GENERATED)]
-    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
-
-
-def denoising_paths(
-    shown: Sequence[tuple[int, Sequence[float]]], name: str, caption: str, *, percent: bool = False
-) -> Chart | None:
-    """A figure of networks on their way from noise, one line a network.
-
-    Args:
-        shown: (sampling steps taken, each network's metric then); None for a path of a single step.
-    """
-    if len(shown) < 2:
-        return None
-    steps = [step for step, _ in shown]
-    num = len(shown[0][1])
-    series = [Series(f"network {i}", steps, [float(values[i]) for _, values in shown], i) for i in range(num)]
-    up = Axis(name, -0.02, 1.02, percent=True) if percent else Axis(name)
-    return lines(series, Axis("sampling step", ticks=steps if len(steps) < 12 else ()), up, caption)
-
-
-def principal_components(series: Sequence[Series], explained: float) -> Chart | None:
-    """Networks in the first two principal components of the originals, which hold ``explained`` of their variance."""
-    if not series:
-        return None
-    caption = (
-        "First two principal components of the originals’ weights, which hold "
-        f"{100 * explained:.0f} % of their variance, with the other networks projected on them."
-    )
-    return scatter(series, Axis("first component"), Axis("second component"), caption)
-
-
 def histogram(series: Sequence[Series], x: Axis, caption: str) -> Chart:
     """Distributions of the ``x`` of each series, as outlines that may overlap; the height is a share of the series."""
     finite = [np.asarray(each.x)[np.isfinite(each.x)] for each in series]

@@ -1,4 +1,4 @@
-"""A report as files: ``evaluation.json``, ``scatter.png``, and ``report.html``, one self-contained page."""
+"""A report in the terminal, and as files: ``evaluation.json``, ``scatter.png``, and ``report.html``, one page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
 from torch import Tensor
 
+from rpg.console import FiguresTable
 from rpg.evaluation.page.charts import (
     AVERAGE,
     GENERATED,
@@ -20,19 +22,21 @@ from rpg.evaluation.page.charts import (
     Axis,
     Chart,
     Series,
-    denoising_paths,
     draw_lines,
     draw_points,
     histogram,
     lines,
-    principal_components,
     save_series,
     scatter,
-    training_loss,
 )
-from rpg.evaluation.report import AT_DISTANCE, PERCENT, Curve, Report
-from rpg.evaluation.table import cells_of, novelty_cells
+from rpg.evaluation.report import AT_DISTANCE, FILE, PERCENT, Curve, Networks, Report, nearest_of, shown
 from tokenization.files import make_folder, write_text
+
+FIGURES = {"one_nna": "1-NNA", "coverage": "coverage"}
+"""Figures of a whole kind that have a column, where a kind has them."""
+
+NUM_FAMILIES = 3
+"""Baselines in the short table."""
 
 COLORS = {"generated": GENERATED, "original": ORIGINAL, "average": AVERAGE}
 
@@ -112,15 +116,15 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
         },
         "New and good": _novelty(report),
         "Distance to the nearest original": _distances(report),
-        "Where the networks lie": principal_components(_component_series(report), report.explained),
+        "Where the networks lie": _components(report),
         "From noise to network": _denoising_path(page, words),
-        "Training loss": training_loss(page.losses),
+        "Training loss": _training_loss(page),
     }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined,
         keep_trailing_newline=True,
     )  # fmt: skip
-    shown: dict[str, Any] = {
+    values: dict[str, Any] = {
         "page": page,
         "report": report,
         "tables": [*tables, *page.tables],
@@ -128,7 +132,7 @@ def write_page(path: Path | str, report: Report, page: Page) -> None:
         "heatmaps": [(each, heat_png(each.values)) for each in page.heatmaps],
         "pictures": {title: base64.b64encode(file.read_bytes()).decode() for title, file in page.pictures.items()},
     }
-    write_text(path, environment.get_template("page.html.j2").render(shown))
+    write_text(path, environment.get_template("page.html.j2").render(values))
 
 
 def _below(report: Report) -> str:
@@ -158,7 +162,7 @@ def points_of(report: Report) -> tuple[list[Series], Axis, Axis]:
         across = across if alike or report.unit or across else [float(index)] * each.count
         pairs = [(x, y) for x, y in zip(across, values, strict=False) if x is not None and y is not None]
         if pairs:
-            series.append(Series(report.label(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
+            series.append(_series(report, name, pairs, index))
     x = Axis("kind of networks")
     if alike:
         x = Axis("similarity to the nearest (other) original: IoU of wrong predictions")
@@ -175,16 +179,21 @@ def in_drawing_order(report: Report) -> list[tuple[str, Any]]:
     return sorted(report.kinds.items(), key=lambda each: (each[0] == "generated", AT_DISTANCE in each[0]))
 
 
+def _series(report: Report, kind: str, points: Sequence[tuple[float, float]], index: int) -> Series:
+    return Series(report.label(kind), [x for x, _ in points], [y for _, y in points], _color(kind, index))
+
+
 def _color(kind: str, index: int) -> int:
     return COLORS.get(kind, AVERAGE + 1 + index)
 
 
 def series_of(report: Report, curve: Curve) -> tuple[list[Series], Axis, Axis]:
     """The lines of a report's curve, and its axes."""
-    series = []
-    for index, (name, values) in enumerate(curve.lines.items()):
-        pairs = [(x, y) for x, y in zip(curve.x, values, strict=False) if y is not None]
-        series.append(Series(report.label(name), [x for x, _ in pairs], [y for _, y in pairs], _color(name, index)))
+    pairs = {
+        name: [(x, y) for x, y in zip(curve.x, values, strict=False) if y is not None]
+        for name, values in curve.lines.items()
+    }
+    series = [_series(report, *each, index) for index, each in enumerate(pairs.items())]
     return series, Axis(curve.across, log=curve.log), Axis(curve.up, percent=bool(PERCENT.search(curve.up)))
 
 
@@ -225,17 +234,37 @@ def _nearest(report: Report, kind: str) -> Sequence[float | None]:
 
 def _component_series(report: Report) -> list[Series]:
     found = [(name, each.components) for name, each in in_drawing_order(report) if AT_DISTANCE not in name]
-    return [
-        Series(report.label(name), [x for x, _ in points], [y for _, y in points], _color(name, index))
-        for index, (name, points) in enumerate((name, points) for name, points in found if points)
-    ]
+    return [_series(report, *each, index) for index, each in enumerate(each for each in found if each[1])]
+
+
+def _components(report: Report) -> Chart | None:
+    if not (series := _component_series(report)):
+        return None
+    caption = (
+        "First two principal components of the originals’ weights, which hold "
+        f"{100 * report.explained:.0f} % of their variance, with the other networks projected on them."
+    )
+    return scatter(series, Axis("first component"), Axis("second component"), caption)
+
+
+def _training_loss(page: Page) -> Chart | None:
+    steps, losses = page.losses
+    if len(steps) < 2:
+        return None
+    series = [Series("loss", steps, losses, GENERATED)]
+    caption = "Training loss at each logged optimizer step."
+    return lines(series, Axis("step"), Axis("loss", log=min(losses) > 0), caption, markers=False)
 
 
 def _denoising_path(page: Page, words: str) -> Chart | None:
+    steps, values = [step for step, _ in page.denoising_path], [each.tolist() for _, each in page.denoising_path]
+    if len(steps) < 2:
+        return None
+    series = [Series(f"network {i}", steps, each, i) for i, each in enumerate(zip(*values, strict=True))]
+    up = Axis(words, -0.02, 1.02, percent=True) if PERCENT.search(words.replace(" ", "_")) else Axis(words)
     about = f" for {page.condition}" if page.condition else ""
     caption = f"Networks{about} after each sampling step, noise included."
-    shown = [(step, values.tolist()) for step, values in page.denoising_path]
-    return denoising_paths(shown, words, caption, percent=bool(PERCENT.search(words.replace(" ", "_"))))
+    return lines(series, Axis("sampling step", ticks=steps if len(steps) < 12 else ()), up, caption)
 
 
 def heat_png(values: Tensor) -> str:
@@ -246,3 +275,111 @@ def heat_png(values: Tensor) -> str:
     buffer = io.BytesIO()
     imsave(buffer, colormaps["RdBu_r"]((values.clamp(-3, 3).numpy() + 3) / 6), format="png")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def print_report(
+    report: Report, console: Console, *, folder: Path | str | None = None, full: bool = False, then: str = ""
+) -> None:
+    """Print a report: a table of at most twelve lines with verdict, page and next command, or all of it.
+
+    Args:
+        folder: where the report was written, to be named.
+        full: every kind and metric, the novelty curve, and the other parts.
+    """
+    kinds = [name for name, each in report.kinds.items() if each.count or each.metrics]
+    if not full:
+        best = [name for name in report.best_of_families() if name in kinds][:NUM_FAMILIES]
+        if report.experiment == "sensors":
+            best = ["kernel_ridge", "nearest_seen", "generalist"]
+        kinds = [name for name in ("generated", "original", *best) if name in kinds]
+    console.print(FiguresTable(*cells_of(report, kinds, full), title_of(report)))
+    if full:
+        _print_rest(report, console)
+    said = [report.verdict]
+    # What is evaluated for a choice is not written.
+    written = [each for name in ("report.html", FILE) if folder and (each := Path(folder) / name).is_file()]
+    if written:
+        said.append(f"report: {written[0]}{'' if full else '; all with --full'}")
+    said += [f"next: {then}"] if then else []
+    for line in said:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_rest(report: Report, console: Console) -> None:
+    if (curve := novelty_cells(report)) is not None:
+        limit = f"{'at least' if report.sign > 0 else 'at most'} {shown(report.threshold, report.first)}"
+        good = f" and {report.first} {limit}" if report.first else ""
+        title = f"new and good (%): distance over τ{good}"
+        caption = "distances in the zoo's median nearest-neighbour distances; * at the generated networks' distance"
+        console.print(FiguresTable(*curve, title, caption))
+    for name, kinds in report.parts.items():
+        part = report.model_copy(update={"kinds": kinds})
+        console.print(FiguresTable(*cells_of(part, list(kinds), True), f"{name}: {title_of(part)}"))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def title_of(report: Report) -> str:
+    """The table's title."""
+    first = report.first.replace("_", " ")
+    return f"{first} ({report.better[report.first]} is better), {report.judge}" if first else report.judge
+
+
+def cells_of(report: Report, kinds: Sequence[str], full: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of some kinds."""
+    chosen = {kind: report.kinds[kind] for kind in kinds}
+    others = list(report.better)[1:] if full else []
+    place = min(range(len(report.taus)), key=lambda i: abs(report.taus[i] - 2)) if report.taus else None
+    figures = [name for name in FIGURES if any(name in each.extras for each in chosen.values())]
+    far = {name: any(nearest_of(each, name) is not None for each in chosen.values()) for name in ("nearest", "own")}
+    new = place is not None and any(each.novel for each in chosen.values())
+    heads = ["networks", *(["count"] if full else []), *(["mean", "best", "worst"] if report.first else [])]
+    heads += [f"mean {name.replace('_', ' ')}" for name in others]
+    heads += ["distance"] * far["nearest"] + ["to its own"] * far["own"] + [FIGURES[name] for name in figures]
+    heads += [f"new, good at {report.taus[place]:g}"] if new and place is not None else []
+    rows = []
+    for kind, each in chosen.items():
+        row = [report.label(kind), *([str(each.count)] if full else [])]
+        row += _spread(each, report) if report.first else []
+        row += [shown(summary.mean, name) if (summary := each.summaries.get(name)) else "" for name in others]
+        row += [shown_distance(each, name) for name in ("nearest", "own") if far[name]]
+        row += [f"{each.extras[name]:.3f}" if each.extras.get(name) is not None else "" for name in figures]
+        row += [f"{100 * each.novel[place]:.0f} %" if each.novel else ""] if new and place is not None else []
+        rows.append(row)
+    return heads, rows
+
+
+def novelty_cells(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """Heads and rows of the novelty curve; None without one."""
+    curves = {name: each.novel for name, each in report.kinds.items() if each.novel and name != "original"}
+    if not curves:
+        return None
+    rows = [[report.label(name), *(f"{100 * share:.0f}" for share in shares)] for name, shares in curves.items()]
+    return ["networks", *(f"{tau:g}" for tau in report.taus)], rows
+
+
+def _spread(each: Networks, report: Report) -> list[str]:
+    summary, name = each.summaries.get(report.first), report.first
+    if summary is None:
+        return ["", "", ""]
+    ends = (summary.max, summary.min)[:: report.sign]
+    return [shown(value, name) for value in (summary.mean, *ends)]
+
+
+def shown_distance(each: Networks, name: str) -> str:
+    """Median distance of a kind."""
+    middle = nearest_of(each, name)
+    return "" if middle is None else f"{middle:.3g}"
+
+
+def print_checkpoints(scores: Mapping[str, Mapping[str, Mapping[str, float]]], console: Console) -> None:
+    """Print the metrics of single checkpoints, one row a checkpoint and task."""
+    several = any(task for tasks in scores.values() for task in tasks)
+    names = list(dict.fromkeys(name for tasks in scores.values() for each in tasks.values() for name in each))
+    rows = [
+        [checkpoint, *((task,) if several else ()), *(f"{metrics[n]:.6g}" if n in metrics else "" for n in names)]
+        for checkpoint, tasks in scores.items()
+        for task, metrics in tasks.items()
+    ]
+    heads = ("checkpoint", *(("task",) if several else ()), *(column.replace("_", " ") for column in names))
+    console.print(FiguresTable(heads, rows, "scores"))

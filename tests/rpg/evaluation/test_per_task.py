@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.evaluation.per_task import measure_per_task, rows_of_tasks, scores_of_sets
+from rpg.evaluation.two_sample import measure_per_task, rows_of_tasks, scores_of_sets
 
 BITS = torch.tensor([[0, 1], [1, 1], [1, 0]]).repeat(2, 1)  # two originals for each of three tasks
 

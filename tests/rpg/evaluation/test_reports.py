@@ -11,9 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from rpg.evaluation.page.page import Heatmap, Page, write_report
+from rpg.evaluation.page.page import Heatmap, Page, print_report, write_report
 from rpg.evaluation.report import Curve, Report, networks
-from rpg.evaluation.table import print_report
 from tokenization.errors import InputError
 
 

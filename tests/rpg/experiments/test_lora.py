@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.evaluation.network_merges import PEFT_METHODS as MERGED
-from rpg.evaluation.table import print_checkpoints
+from rpg.evaluation.page.page import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
