@@ -167,11 +167,12 @@ class PeftMerges:
         """Equal shares ``[num, n]`` of a few random adapters."""
         return draw_shares([0] * len(self.adapters), num, generator)
 
-    def merge(self, method: str, shares: Tensor, seed: int = 0) -> StateDict:
+    def merge(self, method: str, shares: Tensor, seed: int = 0, base: StateDict | None = None) -> StateDict:
         """One adapter, made by ``method`` of those with the largest positive shares.
 
         Args:
             shares: of all adapters, ``[n]``; those that count are scaled to add up to 1.
+            base: makes no difference: adapters are deviations already.
         """
         rows, weights = chosen_of(shares)
         chosen = list(zip([self.adapters[row] for row in rows], weights.tolist(), strict=True))

@@ -19,7 +19,7 @@ from rpg.config import Config
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
 from rpg.evaluation.judges import Answer, TaskScorer, less_is_better
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
+from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
@@ -34,6 +34,7 @@ from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
 from tokenization.checkpoint.progress import steps
+from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
@@ -118,24 +119,18 @@ class Methods:
     def _merged(self, bits: Tensor) -> dict[str, Parts]:
         """Merges of the seen networks with the largest shares in kernel ridge, for the tasks ``[T, C]``."""
         shares = self.regressions["kernel_ridge"].mixture(self.seen.bits, bits)
+        plain, large = isinstance(self.merges, NetworkMerges), self.seen.is_large
+        size = 1 if large else len(bits)
 
-        whole = isinstance(self.merges, NetworkMerges) and self.seen.is_large
-        begun: Stacked = {}
-        if isinstance(self.merges, NetworkMerges) and not whole:
-            begun = next(iter(self.task.untrained(self.zoo, bits).values()))
+        def made(method: str) -> Iterator[StateDict]:
+            for tasks, part in zip(bits.split(size), shares.split(size), strict=True):
+                begun = next(iter(self.task.untrained(self.zoo, tasks).values())) if plain else {}
+                for place, (task, row) in enumerate(zip(tasks, part, strict=True)):
+                    seed = derive_seed(self.seed, method, *task.tolist())
+                    yield self.merges.merge(method, row, seed, {name: value[place] for name, value in begun.items()})
 
-        def made(method: str) -> Iterator[Any]:
-            for number, (row, task) in enumerate(zip(shares, bits, strict=True)):
-                seed = derive_seed(self.seed, method, *task.tolist())
-                if isinstance(self.merges, PeftMerges):
-                    yield self.merges.merge(method, row, seed)
-                    continue
-                base, place = (
-                    (next(iter(self.task.untrained(self.zoo, task[None]).values())), 0) if whole else (begun, number)
-                )
-                yield self.merges.merge(method, row, seed, {name: value[place] for name, value in base.items()})
-
-        return {method: in_parts(made(method)) for method in (AFFORDABLE_MERGES if whole else self.merges.methods)}
+        methods = AFFORDABLE_MERGES if plain and large else self.merges.methods
+        return {method: in_parts(made(method)) for method in methods}
 
 
 def untrained(task: TaskFamily, zoo: Zoo, bits: Tensor, part_size: int) -> dict[str, Parts]:
