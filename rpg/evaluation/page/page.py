@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from torch import Tensor
 
@@ -98,8 +99,6 @@ def write_report(folder: Path | str, report: Report, page: Page) -> Path:
 
 def write_page(path: Path | str, report: Report, page: Page) -> None:
     """Write ``report.html``. Raises InputError if it cannot be written."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # imported here: the terminal needs none
-
     tables = [PageTable("Metrics", *cells_of(report, list(report.kinds)), _below(report))]
     if (curve := novelty_cells(report)) is not None:
         tables.append(PageTable("New and good, %", *curve))
