@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
-from rpg.evaluation.judges import Answer, TaskScorer, less_is_better
+from rpg.evaluation.judges import Answer, TaskScorer
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.report import Report
@@ -74,7 +74,7 @@ class Methods:
         entries = [last[tuple(bits)] for bits in self.seen.bits.tolist()]
         return merges_of(self.generator.adapter, self.zoo, entries, self.generator.layout)
 
-    def measure(self, originals: TaskNetworks, own: bool, split: str) -> dict[str, Kind]:
+    def measure(self, originals: TaskNetworks, own: bool, split: str) -> Engine:
         """Every method's networks for the tasks of ``originals`` ``[T, C]``, scored on a split.
 
         Of a kind the report also has the distance to the nearest seen task, and the share of tasks on which the
@@ -99,7 +99,7 @@ class Methods:
             kind.distances["hamming"] = far
             if name != "generated":
                 kind.extras["generated_better"] = (kinds["generated"].first > kind.first).double().mean().item()
-        return kinds
+        return engine
 
     def _networks(self, originals: TaskNetworks, rows: Sequence[int], own: bool) -> dict[str, Parts]:
         """Every method's networks for some of the tasks."""
@@ -218,14 +218,14 @@ def evaluate_unseen(
         regressions = {name: chosen[name][0] for name in shown}
         head, tried = _linear_head(config, zoo, task, networks, seen.bits, workers)
         methods = Methods(generator, zoo, seen, regressions, task, head, seed, workers)
-        kinds = {name: methods.measure(each, name == "seen", split) for name, each in wanted.items()}
+        measured = {name: methods.measure(each, name == "seen", split) for name, each in wanted.items()}
         extras: dict[str, Any] = {
             "regressions": {name: {**asdict(each), "validation_accuracy": a} for name, (each, a) in chosen.items()}
         }
         extras |= {"linear_head": tried} if tried else {}
         if isinstance(task, ImageTaskFamily) and not choosing:
             extras["diversity"] = diversity(generator, task, wanted["unseen"].bits, seen, seed, workers)
-        report = _report(generator, task, kinds, wanted["unseen"].bits, split, seed, extras)
+        report = _report(generator, task, measured, wanted["unseen"].bits, split, seed, extras)
     if seen.is_large:
         report = report.model_copy(update={"notes": (LARGE_NOTE.format(len(wanted["seen"].bits), len(seen.bits)),)})
     if not choosing and workers.is_first:
@@ -351,7 +351,7 @@ def task_family(config: Config) -> Any:
 
 
 def _report(
-    generator: Generator, task: TaskFamily, kinds: Mapping[str, dict[str, Kind]], bits: Tensor, split: str, seed: int,
+    generator: Generator, task: TaskFamily, measured: Mapping[str, Engine], bits: Tensor, split: str, seed: int,
     extras: dict[str, Any],
 ) -> Report:  # fmt: skip
     """The report of a family; for image tasks also the worst tasks, and networks of one task beside one another.
@@ -359,7 +359,7 @@ def _report(
     Args:
         bits: the unseen tasks ``[T, C]``.
     """
-    unseen = kinds["unseen"]
+    unseen = measured["unseen"].kinds
     if isinstance(task, ImageTaskFamily):
         stacked = {name: each.stacked("probabilities") for name, each in unseen.items()}
         kept = {name: each for name, each in stacked.items() if each is not None}
@@ -370,14 +370,14 @@ def _report(
         shown = {"error_iou": "error_iou", "one_nna": "nearest_neighbour_accuracy", "coverage": "coverage"}
         for name, each in (extras["per_task"] or {"methods": {}})["methods"].items():
             unseen[name].extras |= {key: each[metric] for key, metric in shown.items() if each[metric] is not None}
-    found = {part: {name: each.reported(seed) for name, each in every.items()} for part, every in kinds.items()}
-    less = less_is_better(list(unseen["generated"].metrics))
+    kinds = {
+        part: {name: each.reported(seed) for name, each in every.kinds.items()} for part, every in measured.items()
+    }
     share = unseen["generated"].first.mean().item() / unseen["original"].first.mean().item()
     facts = {"training_seconds": generator.facts.get("training seconds"), **generator.facts}
     return Report(
         experiment="tasks", judge=f"{type(task).__name__}, {len(bits)} unseen tasks", split=split,
-        seed=generator.config.seed,
-        better={name: "less" if name in less else "more" for name in unseen["generated"].metrics},
-        kinds=found["unseen"], parts={"seen": found["seen"]}, references=("original", "no_condition"),
+        seed=generator.config.seed, better=measured["unseen"].directions(), kinds=kinds["unseen"],
+        parts={"seen": kinds["seen"]}, references=("original", "no_condition"),
         facts={**facts, "share_of_originals": share}, extras=extras,
     )  # fmt: skip
