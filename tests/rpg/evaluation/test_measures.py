@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rpg.config import EvaluateConfig
 from rpg.devices import Partition
@@ -133,18 +133,14 @@ def test_zoos_without_a_spread_have_no_distances(tmp_path, num):
     assert not any(name.endswith("at_distance") for name in report.kinds)
 
 
-class Network(dict):
-    """A state dict that can be watched."""
-
-
 def test_no_more_than_one_generated_network_is_held(zoo):
     alive: list = []
 
     def one_by_one():
         for index in range(5):
-            assert sum(each() is not None for each in alive) == 0, "an earlier network is still held"
-            network = Network(zoo.state_dict(index))
-            alive.append(weakref.ref(network))
+            assert all(each.expired() for each in alive), "an earlier network is still held"
+            network = zoo.state_dict(index)
+            alive.append(StorageWeakRef(network["3.weight"].untyped_storage()))
             yield network
             del network
 
