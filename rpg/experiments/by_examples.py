@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.evaluation.span import FlatSpace
+from rpg.evaluation.starts import INNER_IMAGES, LEARNING_RATE, reptile
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.evaluating import judges
 from rpg.experiments.single import stacked_networks, tasks_scored
@@ -31,7 +33,7 @@ from rpg.generation.generator import Generator
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import BASE
+from rpg.tasks.collecting import BASE, descend
 from rpg.tasks.side_by_side import Stacked, repeat, stack
 from rpg.training.data import training_entries, zoo_conditions
 from tokenization.zoo.zoo import Zoo
@@ -229,19 +231,17 @@ class FewExamples:
 
     @cached_property
     def _start(self) -> dict[str, Tensor]:
-        rng = make_rng(self.seed, "reptile")
-        start = {name: value.clone() for name, value in self.generalist.items()}
-        for number in range(REPTILE_ROUNDS):
-            tasks = self.seen[torch.randint(len(self.seen), (REPTILE_TASKS,), generator=rng)]
+        def learn(task: Any, start: Stacked, tasks: Tensor, rng: torch.Generator) -> Stacked:
+            def batch() -> tuple[Tensor, Tensor]:
+                images, classes = task.draw(INNER_IMAGES, rng)
+                return task.see(images, tasks), classes.expand(len(tasks), -1)
 
-            def batch(tasks: Tensor = tasks) -> tuple[Tensor, Tensor]:
-                images, classes = self.task.draw(32, rng)
-                return self.task.see(images, tasks), classes.expand(len(tasks), -1)
+            return task.train(start, batch, REPTILE_STEPS, LEARNING_RATE)
 
-            trained = self.task.train(repeat(start, len(tasks)), batch, REPTILE_STEPS, 1e-2)
-            share = REPTILE_RATE * (1 - number / REPTILE_ROUNDS)
-            start = {name: torch.lerp(start[name], value.mean(0), share) for name, value in trained.items()}
-        return start
+        return reptile(
+            self.task, self.generalist, self.seen, REPTILE_ROUNDS, tasks=REPTILE_TASKS, rate=REPTILE_RATE, learn=learn,
+            seed=self.seed,
+        )  # fmt: skip
 
     def _map(self, sets: ExampleSets, num: int, penalty: Choice) -> Stacked:
         """The likeliest network among the mean of the specialists plus their leading directions, under a Gaussian."""
@@ -257,10 +257,8 @@ class FewExamples:
         optimizer = torch.optim.Adam([coefficients], 0.1)
 
         for _ in range(MAP_STEPS):
-            optimizer.zero_grad()
             fit = num * self.task.losses(space.unflatten(mean + coefficients @ directions), inputs, classes)
-            (fit + penalty * coefficients.square().sum(1) / 2).sum().backward()
-            optimizer.step()
+            descend(optimizer, (fit + penalty * coefficients.square().sum(1) / 2).sum())
         return space.unflatten((mean + coefficients @ directions).detach())
 
 
@@ -270,7 +268,7 @@ PER_CLASS = (1, 2, 5, 10, 20)
 
 @judges
 def evaluate_by_examples(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Score networks for unseen tasks by the number of examples a class, and everything simpler.
 
@@ -310,7 +308,7 @@ def evaluate_by_examples(
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip
-    return report, Page("Networks asked for by examples")
+    return report, Page(f"Networks asked for by examples: {run.name}")
 
 
 def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, seed: int) -> Stacked:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
 from rpg.tasks.collecting import single_threaded
 from rpg.training.data import training_entries
-from rpg.training.loop import TrainingProgress, WatchGenerator, train
+from rpg.training.loop import Stopped, TrainingProgress, WatchGenerator, train, train_to_the_end
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -142,17 +142,11 @@ def train_and_compare(
     rival = rival_of(config)
     validation = validation_of(config, zoo)
     RunFolder(config.run).check(config, resume=resume, overwrite=overwrite)
-    stopped = False
-
-    def advance(done: int, total: int, loss: float) -> None:
-        nonlocal stopped
-        stopped = done < total
-        if progress is not None:
-            progress(done, total, loss)
-
-    folder = train(config, resume=resume, overwrite=overwrite, progress=advance, watch=watch, say=say)
-    if stopped:
-        return folder, None
+    how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress, "watch": watch, "say": say}
+    try:
+        folder = train_to_the_end(config, **how)
+    except Stopped as stopped:
+        return stopped.folder, None
     folders = (folder, train(rival, overwrite=True, say=say))
     metrics = [validation.scores(Generator.from_pretrained(each))[1] for each in folders]
     comparison = compare(validation.of, config.model.kind, *metrics, seed=config.seed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -161,7 +162,7 @@ IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
 @judges
 def evaluate_draws(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Score draws for unseen tasks, task by task, and everything that is compared with them.
 
@@ -188,7 +189,7 @@ def evaluate_draws(
         ),
         facts={**generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
     )  # fmt: skip
-    return report, Page("Draws where a request leaves room", tables=tables_of_sets(report))
+    return report, Page(f"Draws where a request leaves room: {run.name}", tables=tables_of_sets(report))
 
 
 def tables_of_sets(report: Report) -> list[PageTable]:

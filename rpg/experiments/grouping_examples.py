@@ -7,6 +7,7 @@ T tasks, n examples, S groupings of the family, C classes, B scored images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ METRICS = ("symbol_accuracy", "exact_match")
 
 
 @judges
-def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str) -> tuple[Report, Page]:
+def evaluate_groupings(generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str) -> tuple[Report, Page]:
     """Score networks for unseen groupings by the number of examples.
 
     Args:
@@ -63,7 +64,7 @@ def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str)
         notes=("base posterior: no network is generated; the base network's class probabilities are summed by how "
                "likely each grouping of the family is, given the examples.",),
     )  # fmt: skip
-    return report, Page("Groupings asked for by examples")
+    return report, Page(f"Groupings asked for by examples: {run.name}")
 
 
 Judges = tuple[Callable[[Stacked], Networks], Callable[[int], Networks]]

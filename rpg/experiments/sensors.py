@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def experiment(config: Config) -> Experiment:
 
 @judges
 def evaluate_sensors(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Generate a network for every unseen sensor and compare.
 
@@ -75,7 +76,7 @@ def evaluate_sensors(
         generator.config = generator.config.model_copy(update={"evaluate": NOTHING_TRAINED})
     report = _compare(generator, task, zoo, tasks_scored(split), split, seed)
     facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
-    return report, Page("Networks for sensors that nobody calibrated", facts)
+    return report, Page(f"Networks for sensors that nobody calibrated: {run.name}", facts)
 
 
 def task_of_sensors(config: Config) -> SensorsTask:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
-from rpg.models.code_prior import Neighbourhoods
+from rpg.models.code_prior import Neighbourhoods, deviation
 from rpg.tasks.collecting import append_many
 from rpg.tasks.side_by_side import stack
 from tokenization.zoo.locks import locks
@@ -82,8 +82,7 @@ def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
     zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)
     values = task.sample((fields.state_dict(i) for i in range(len(fields))), task.data.size)
     missing = list(zip(fields.entries, values, strict=True))[len(zoo) :]
-    entries = [dataclasses.replace(entry, metrics={}) for entry, _ in missing]
-    append_many(zoo, entries, [{VALUES: each} for _, each in missing])
+    append_many(zoo, [(dataclasses.replace(entry, metrics={}), {VALUES: each}) for entry, each in missing])
 
 
 GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24, "start": None}
@@ -114,7 +113,7 @@ def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.
     """
 
     def gaussian(some: Tensor) -> Tensor:
-        return some.mean(0) + torch.randn(len(some), generator=rng) / len(some) ** 0.5 @ (some - some.mean(0))
+        return some.mean(0) + deviation(some, torch.randn(len(some), generator=rng))
 
     made = []
     clusters = {int(label): _clusters(weights[labels == label], rng) for label in wanted.unique()}
