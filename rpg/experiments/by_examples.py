@@ -28,13 +28,13 @@ from rpg.evaluation.span import FlatSpace
 from rpg.evaluation.starts import INNER_IMAGES, LEARNING_RATE, reptile
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
 from rpg.tasks.collecting import BASE, descend
-from rpg.tasks.side_by_side import Stacked, repeat, stack
+from rpg.tasks.side_by_side import Stacked, repeat
 from rpg.training.data import training_entries, zoo_conditions
 from tokenization.zoo.zoo import Zoo
 
@@ -288,7 +288,7 @@ def evaluate_by_examples(
         num = number * wanted.num_classes
         found: dict[str, Networks] = {}
         for name, labelled in (("generated", True), ("generated_unlabelled", False)):
-            found[name] = wanted.scored(asked(generator, wanted, num, labelled, seed))
+            found[name] = wanted.scored(generate_for(generator, wanted.rows(num, labelled), seed))
         for name, method in rivals.methods.items() if compare else ():
             found[name] = wanted.scored(method[0](wanted, num, rivals.tuned(name, tuning, num)))
         if compare:
@@ -309,12 +309,6 @@ def evaluate_by_examples(
         },
     )  # fmt: skip
     return report, Page(f"Networks asked for by examples: {run.name}")
-
-
-def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, seed: int) -> Stacked:
-    """A network for every task of ``num`` examples, ``[T, *shape]``."""
-    rows = sets.rows(num, labelled)
-    return stack(generator.generate(len(rows), seed=seed, condition=rows))  # type: ignore[arg-type]
 
 
 def _milliseconds(generator: Generator, sets: ExampleSets, seed: int) -> dict[str, float]:

@@ -35,10 +35,8 @@ from tokenization.zoo.locks import locks
 
 ProgressBars = Mapping[str, Callable[..., None]]
 
-
-def train_anew(config: Config, **options: Any) -> Path:
-    """Train, and replace an existing run."""
-    return train_to_the_end(config, overwrite=True, **options)
+train_anew = partial(train_to_the_end, overwrite=True)
+"""Train, and replace an existing run."""
 
 
 @dataclass(frozen=True)

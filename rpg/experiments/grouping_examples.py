@@ -17,9 +17,9 @@ from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Networks, Report, networks
 from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import SHOWN as SHOWN_OF
-from rpg.experiments.by_examples import ExampleSets, asked
+from rpg.experiments.by_examples import ExampleSets
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig
@@ -50,7 +50,7 @@ def evaluate_groupings(generator: Generator, zoo: Zoo, *, run: Path, seed: int, 
     original = scored(stacked_networks(zoo, zoo.subset(tasks_scored(split))))
     kinds = {
         num: {
-            "generated": scored(asked(generator, sets, num, not of_rows, seed)),
+            "generated": scored(generate_for(generator, sets.rows(num, not of_rows), seed)),
             "base_posterior": posterior(num),
             "original": original,
         }

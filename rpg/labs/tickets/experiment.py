@@ -20,8 +20,8 @@ from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import tasks_scored
-from rpg.experiments.unseen_tasks import generate_for, networks_of
+from rpg.experiments.single import generate_for, tasks_scored
+from rpg.experiments.unseen_tasks import networks_of
 from rpg.generation.generator import Generator
 from rpg.labs.tickets.task import TicketsTask, cut_globally
 from rpg.models.conditioning import regression_inputs

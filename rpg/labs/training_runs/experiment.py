@@ -22,13 +22,13 @@ from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import Experiment
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import require_for_choices, tasks_scored
+from rpg.experiments.single import generate_for, require_for_choices, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.side_by_side import Stacked, join_stacked, stack, unstack
+from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.errors import InputError
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo
@@ -66,14 +66,12 @@ class TrainingRuns:
 
     @classmethod
     def of(cls, zoo: Zoo, split: str) -> TrainingRuns:
-        """Those of a split's runs."""
-        runs: dict[int, list[int]] = {}
-        for index in sorted(zoo.subset(split), key=lambda each: zoo.entries[each].step):
-            runs.setdefault(zoo.entries[index].run, []).append(index)
-        space = FlatSpace(stack([zoo.state_dict(zoo.subset(split)[0])]))
-        vectors = [space.flatten(stack([zoo.state_dict(index) for index in each])) for each in runs.values()]
-        losses = [[zoo.entries[index].metrics["loss"] for index in each] for each in runs.values()]
-        return cls(torch.stack(vectors), torch.tensor(losses), space)
+        """Those of a split's runs, all of which have the same steps."""
+        chosen = sorted(zoo.subset(split), key=lambda index: (zoo.entries[index].run, zoo.entries[index].step))
+        networks, num = stacked_networks(zoo, chosen), len({zoo.entries[index].run for index in chosen})
+        losses = torch.tensor([zoo.entries[index].metrics["loss"] for index in chosen])
+        space = FlatSpace(networks)
+        return cls(space.flatten(networks).unflatten(0, (num, -1)), losses.view(num, -1), space)
 
     def nearest(self, loss: float) -> Tensor:
         """Of every run the checkpoint whose loss is nearest to ``loss``, by its logarithm: ``[R, P]``."""
@@ -176,10 +174,7 @@ class Learned:
 
     def step(self, starts: Stacked, asked: Tensor) -> Stacked:
         """Networks from starts and losses ``[T]``, one generated step."""
-        made = self.generator.generate(
-            len(asked), seed=self.seed, initial=unstack(starts), condition=asked[:, None].double()
-        )
-        return stack(made)  # type: ignore[arg-type]
+        return generate_for(self.generator, asked[:, None].double(), self.seed, initial=unstack(starts))
 
     def best_step(self, starts: Stacked, asked: Tensor) -> Stacked:
         """The same of losses ``[A]``: of `DRAWS` networks of each start the one of least loss on training images."""
