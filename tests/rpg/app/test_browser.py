@@ -67,7 +67,7 @@ class Page:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.folder = folder
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-        self.wait = WebDriverWait(self.driver, PATIENCE)
+        self.wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05)
         self.driver.get(address)
         self.find("#generate")
 
