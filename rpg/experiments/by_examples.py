@@ -7,10 +7,9 @@ V values of a network, m directions."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,14 +120,8 @@ class ExampleSets:
 
     def probabilities(self, networks: Stacked) -> Tensor:
         """Answers of M networks of every task, stacked task by task ``[T · M, *shape]``: ``[T, M, B, K]``."""
-        images, made = self.task.images(self.split), list(self._by_task(networks))
-        with torch.inference_mode():
-            return torch.stack(
-                [
-                    self.task.side(own, self.task.see(images, each[None])[0]).softmax(-1)
-                    for own, each in zip(made, self.conditions, strict=True)
-                ]
-            )
+        found: Tensor = self.task.probabilities(networks, self.conditions, self.split)
+        return found.unflatten(0, (len(self.conditions), -1))
 
     def scored(self, networks: Stacked, sizes: Sequence[int] = (1,)) -> Networks:
         """A report's kind of M networks of every task, in sets of some ``sizes``."""
@@ -150,18 +143,14 @@ class ExampleSets:
         ``[T, M]``.
         """
         values, classes = self.shown(num)
-        owned = itertools.repeat(networks, len(values)) if shared else self._by_task(networks)
+        by_task = {} if shared else {name: each.unflatten(0, (len(values), -1)) for name, each in networks.items()}
         found = []
         with torch.inference_mode():
-            for own, shown, right in zip(owned, self.task.inputs(values), classes, strict=True):
+            for task, (shown, right) in enumerate(zip(self.task.inputs(values), classes, strict=True)):
+                own = networks if shared else {name: each[task] for name, each in by_task.items()}
                 answers = self.task.side(own, shown).log_softmax(-1)  # [M, num, K]
                 found.append(answers[:, torch.arange(num), right].mean(1))
         return torch.stack(found)
-
-    def _by_task(self, networks: Stacked) -> Iterator[Stacked]:
-        total = len(next(iter(networks.values()))) // len(self.conditions)
-        for first in range(0, total * len(self.conditions), total):
-            yield {name: value[first : first + total] for name, value in networks.items()}
 
 
 TUNING = tuple((steps, rate) for steps in (0, 10, 30, 100) for rate in (1e-3, 3e-3, 1e-2))

@@ -33,8 +33,10 @@ from tokenization.zoo.locks import locks
 
 ProgressBars = Mapping[str, Callable[..., None]]
 
-train_anew = partial(train_to_the_end, overwrite=True)
-"""Train, and replace an existing run."""
+
+def train_anew(config: Config, **options: Any) -> Path:
+    """Train, and replace an existing run."""
+    return train_to_the_end(config, overwrite=True, **options)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rpg.config import Config
+from rpg.evaluation.judges import TaskScorer, less_is_better
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, WatchTile
 from rpg.generation.whole_networks import GROUP, LatentSampler, unflatten_values
@@ -23,7 +24,7 @@ from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import Classifier, LogitTask, MetricsTask
+from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask
 from rpg.training.whole_networks import WholeNetworkTrainer
 from tokenization.errors import InputError
 
@@ -76,19 +77,18 @@ class SaneTrainer(WholeNetworkTrainer):
     def _scores(self, network: TokenAutoencoder, codes: Tensor, split: str) -> Tensor:
         """The score of the network that each of the codes ``[n, L, Z]`` decodes to, ``[n]``; more is better.
 
-        Classifiers are scored by their cross-entropy, where the task tells logits.
+        It is the first metric, but of classifiers their cross-entropy, where the task tells logits.
         """
         task: Any = task_of(self.zoo, self.config.task)
         networks = [self.layout.decode(network.decode(each[None])[0] * self.layout.mask) for each in codes]
         if isinstance(task, LogitTask) and isinstance(task, Classifier):
             labels = task.labels(split)
             return torch.stack([-F.cross_entropy(logits.float(), labels) for logits in task.logits(networks, split)])
-        if isinstance(task, Classifier):
-            return (task.predict(networks, split) == task.labels(split)).float().mean(1)
-        if isinstance(task, MetricsTask):
-            metrics = [next(iter(task.own_metrics(each, split).items())) for each in networks]
-            return torch.tensor([-value if "loss" in name or "error" in name else value for name, value in metrics])
-        raise InputError("model.best and model.bootstrap need a task that scores single networks; leave them out")
+        if not isinstance(task, MetricsTask | SampleTask | Classifier | AdapterScorer):
+            raise InputError("model.best and model.bootstrap need a task that scores single networks; leave them out")
+        scorer = TaskScorer(task, split)
+        found = [next(iter(scorer(each, None, "a network").items())) for each in networks]
+        return torch.tensor([-value if less_is_better([name]) else value for name, value in found])
 
 
 class CodeSampler(LatentSampler):
