@@ -81,7 +81,7 @@ def small_config(folder: Path, **sections: object) -> Config:
             "precision": "fp32",
         },
         "generate": {"steps": 3, "tile_tokens": 32},
-        "evaluate": {"num_baseline": 8},
+        "evaluate": {"num_baseline": 2, "baselines": ["noise", "interpolation"]},
     }
     for name, section in sections.items():
         same_kind = not isinstance(section, dict) or section.get("kind") is None
