@@ -124,7 +124,8 @@ def simple_baselines(
     task: SensorsTask, base: dict[str, Tensor], known: Tensor, seen: Stacked, settings: Tensor
 ) -> dict[str, Stacked]:
     """Networks for sensors ``[T, C]``: the nearest and average of those ``seen`` for ``known`` ones, and the base."""
-    nearest = torch.cdist(*(task.condition.inputs(each) for each in (settings, known))).argmin(1)
+    asked, there = (task.condition.inputs(each) for each in (settings, known))
+    nearest = torch.cdist(asked, there).argmin(1)
     return {
         "nearest_seen": {name: value[nearest] for name, value in seen.items()},
         "generalist": repeat(base, len(settings)),

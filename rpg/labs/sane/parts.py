@@ -6,7 +6,7 @@ checkpoint, D token width, Z code width of a token, G networks of a tile.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class SaneTrainer(WholeNetworkTrainer):
 
         It is the first metric, but of classifiers their cross-entropy, where the task tells logits.
         """
-        task: Any = task_of(self.zoo, self.config.task)
+        task = task_of(self.zoo, self.config.task)
         networks = [self.layout.decode(network.decode(each[None])[0] * self.layout.mask) for each in codes]
         if isinstance(task, LogitTask) and isinstance(task, Classifier):
             labels = task.labels(split)
