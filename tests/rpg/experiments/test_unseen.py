@@ -12,11 +12,10 @@ from rpg.evaluation.conditional import regression_grid
 from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.single import for_choices, train_or_continue
+from rpg.experiments.single import for_choices, generate_for, train_or_continue
 from rpg.experiments.unseen_tasks import (
     base_summed,
     evaluate_unseen,
-    generate_for,
     measure_diversity,
     networks_of,
     task_family,
