@@ -22,8 +22,7 @@ from tokenization.checkpoint.structure import is_counter
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip
-from tokenization.layouts import Layout, fit_layout, layout_without_statistics
-from tokenization.spectral.layout import SpectralLayout
+from tokenization.layouts import Layout, SpectralLayout, fit_layout, layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
 

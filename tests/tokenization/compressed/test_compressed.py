@@ -19,7 +19,7 @@ from tokenization.compressed.parts import Kind, new_part, quantised
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
-from tokenization.layout.reader import TokenReader
+from tokenization.layout.rows import TokenReader
 from tokenization.layout.verify import verify_round_trip
 from tokenization.layouts import checkpoint_writer, fit_layout, load_layout, with_sparsity
 from tokenization.zoo.importing import collect_from

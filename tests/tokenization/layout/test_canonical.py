@@ -13,8 +13,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 from tokenization.layout.canonical import find_pairs
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.reader import TokenReader
-from tokenization.layout.rows import read_rows
+from tokenization.layout.rows import TokenReader, read_rows
 from tokenization.layout.verify import verify_round_trip
 from tokenization.lora.adapter import CONFIG_NAME, product_distance
 from tokenization.zoo.zoo import Zoo
