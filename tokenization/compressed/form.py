@@ -18,10 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.structure import StateDict, fits, share_out
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict, TensorInfo, fits
 from tokenization.checkpoint.tensor_file import Closing, TensorFile, save_checkpoint
-from tokenization.compressed.parts import Part, find_parts
+from tokenization.compressed.parts import Part, find_parts, share_out
 from tokenization.errors import InputError
 from tokenization.files import temporary_name
 from tokenization.zoo.cache import MARK, Form, cached_tensors

@@ -15,10 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import TensorSpec, tensor_at
-from tokenization.checkpoint.structure import StateDict
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, Structure, digest_of, is_counter
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import Structure, digest_of, is_counter
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError

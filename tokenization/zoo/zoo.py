@@ -16,8 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from tokenization.checkpoint.structure import StateDict, Structure, digest_of, same_tensors
+from tokenization.checkpoint.checkpoint import (
+    Checkpoint,
+    StateDict,
+    Structure,
+    digest_of,
+    same_tensors,
+    save_checkpoint,
+)
 from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tokenization.checkpoint.structure import cut_mask, share_out
 from tokenization.compressed.form import Compressed, dense
-from tokenization.compressed.parts import Kind, new_part, quantised
+from tokenization.compressed.parts import Kind, cut_mask, new_part, quantised, share_out
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
