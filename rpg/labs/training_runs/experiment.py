@@ -30,8 +30,8 @@ from rpg.tasks import require_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, join_stacked, stack, unstack
 from tokenization.errors import InputError
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.locks import locks
-from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 RATES = {
