@@ -271,7 +271,7 @@ def with_sparsity(layout: Layout, sparsity: float | None) -> Layout:
     """
     if sparsity is None:
         return layout
-    if layout.compressed is None:
+    if layout.compressed is None or layout.compressed.zoo_sparsity is None:
         raise InputError("this generator's networks are not pruned; leave the sparsity out")
     compressed = layout.compressed.with_sparsity(sparsity)
     if isinstance(layout, SpectralLayout):

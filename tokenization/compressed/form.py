@@ -75,9 +75,7 @@ class Compressed(Form):
         return Compressed(parts, self.order)
 
     def with_sparsity(self, sparsity: float) -> Compressed:
-        """The same, that stores masks of another share. Raises InputError if nothing is pruned or it is not a share."""
-        if not any(part.pruned for part in self.parts):
-            raise InputError("this generator's networks are not pruned; leave the sparsity out")
+        """The same, that stores masks of another share. Raises InputError if it is not a share."""
         if not 0 <= sparsity <= 1:
             raise InputError(f"sparsity is {sparsity}, but it is a share of zeros; give one of 0 to 1")
         changed = copy.copy(self)

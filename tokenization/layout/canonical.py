@@ -43,8 +43,13 @@ Pair = tuple[Layer, Layer]
 """The layers ``(A [r, in], B [out, r])`` of a LoRA update."""
 
 
-def find_pairs(layers: Sequence[Layer]) -> tuple[Pair, ...]:
-    """The pair of each LoRA update of a linear or embedding layer; in grouped convolutions components cannot mix."""
+def find_pairs(layers: Sequence[Layer], options: TokenOptions) -> tuple[Pair, ...]:
+    """The pairs to bring into one form: each LoRA update of a linear or embedding layer, unless options say ``none``.
+
+    In grouped convolutions components cannot mix.
+    """
+    if options.lora_canonical == "none":
+        return ()
     by_name = {layer.name: layer for layer in layers}
     pairs = []
     for a in layers:
@@ -79,8 +84,7 @@ class Canonical(Form):
 
         Raises InputError if the adapters are of a variant of LoRA whose pairs are not simply multiplied.
         """
-        pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
-        if not pairs:
+        if not (pairs := find_pairs(layers, options)):
             return None
         if (field := no_product(zoo)) is not None:
             what = f"tokens.lora_canonical: the pairs of adapters with {field} are not simply multiplied"

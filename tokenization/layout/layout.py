@@ -87,7 +87,7 @@ class TokenLayout(LayoutDescription):
         checkpoint = checkpoint if compressed is None else compressed.describe(checkpoint)
         layout = cls._placed(checkpoint, options, checkpoint)
         layout.compressed = compressed
-        pairs = find_pairs(layout.layers) if options.lora_canonical != "none" else ()
+        pairs = find_pairs(layout.layers, options)
         layout.canonical = Canonical("svd", pairs, None) if pairs else None  # the only one: nothing to align it with
         return layout
 
