@@ -19,7 +19,7 @@ from rpg.evaluation.judges import Answer, Scorer, answers_of, less_is_better
 from rpg.evaluation.report import Networks, networks
 from rpg.evaluation.span import Projections
 from rpg.tasks.side_by_side import Stacked, alone
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 
 T = TypeVar("T")

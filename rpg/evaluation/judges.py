@@ -35,8 +35,7 @@ from rpg.tasks.base import (
 from rpg.tasks.images.images import answers
 from rpg.tasks.registry import load_callable
 from rpg.tasks.side_by_side import Stacked, alone
-from tokenization.checkpoint.checkpoint import save_checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 

@@ -24,8 +24,7 @@ from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_v
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 
 DIVERSITY_VALUES = 1 << 25
 """Values of all generated networks together up to which they are compared with one another."""

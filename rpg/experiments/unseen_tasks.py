@@ -32,8 +32,8 @@ from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
 from rpg.tasks.collecting import single_threaded
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks

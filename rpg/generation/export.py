@@ -24,7 +24,8 @@ from rpg.generation.targets import (
     timm_target,
     transformers_target,
 )
-from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, save_checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.checkpoint.pickles import pickled_files
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, atomic_folder, temporary_name
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, is_adapter, read_adapter_config

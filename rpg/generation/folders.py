@@ -20,12 +20,10 @@ from rpg.generation.known_range import KNOWN_FILE
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, file_digest, recover_folder, write_text
-from tokenization.layouts import Layout
+from tokenization.layouts import BASIS_FILE, Layout
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, partner_of, read_adapter_config
-from tokenization.spectral.layout import BASIS_FILE
-from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.condition import ConditionSpec, MetricScale
 from tokenization.zoo.hub import pull
-from tokenization.zoo.metric import MetricScale
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
 OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE, KNOWN_FILE)

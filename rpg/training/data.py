@@ -22,8 +22,7 @@ from rpg.seeding import derive_seed, in_turns, make_rng, permutation
 from rpg.training.requests import example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
-from tokenization.zoo.condition import WITHHELD
-from tokenization.zoo.metric import MetricScale, metric_conditions
+from tokenization.zoo.condition import WITHHELD, MetricScale
 from tokenization.zoo.zoo import Zoo
 
 MOST_ROUNDS = 3
@@ -279,7 +278,7 @@ def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionCo
     if condition.kind == "none":
         return None
     if (scale := metric_scale(zoo, indices, condition)) is not None:
-        return metric_conditions(zoo, indices, scale)
+        return scale.scaled(torch.tensor(zoo.metric_values(indices, scale.name)))[:, None]
     conditions = zoo_conditions(zoo, indices)
     if condition.kind == "examples" or condition.phrases:  # of which examples are shown in every step
         return conditions
@@ -304,10 +303,11 @@ def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
 
 
 def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
-    """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_zoo` does."""
+    """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_values`."""
     if condition.name is None:
         return None
-    return MetricScale.of_zoo(zoo, indices, condition.name, condition.scale == "log")
+    values = zoo.metric_values(indices, condition.name)
+    return MetricScale.of_values(condition.name, values, condition.scale == "log", zoo.path)
 
 
 def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:

@@ -32,7 +32,7 @@ from rpg.training.distributed import DistributedContext
 from rpg.training.requests import Descriptions, ExampleConditions, example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 OF_ORIGINALS = ("original", "both")
