@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser.base import TimeEmbedding
+from rpg.models.denoiser import TimeEmbedding
 from rpg.section import Section
 
 

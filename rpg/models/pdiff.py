@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
+from rpg.diffusion import DDPMConfig, Objective, ObjectiveConfig, build_objective
 from rpg.models.centre import StateConfig
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.denoiser.base import TimeEmbedding
+from rpg.models.denoiser import TimeEmbedding
 from rpg.section import Odd, Section
 from tokenization.layouts import Layout
 

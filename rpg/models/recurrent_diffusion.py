@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from einops import rearrange, reduce
@@ -18,13 +18,31 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
-from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
+from rpg.diffusion import FlowConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.backbone import (
+    Backbone,
+    LSTMBackbone,
+    LSTMConfig,
+    NoneBackbone,
+    NoneConfig,
+    TransformerBackbone,
+    TransformerConfig,
+)
 from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
-from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
+from rpg.models.denoiser import (
+    Decoder,
+    DecoderConfig,
+    Denoiser,
+    JointConfig,
+    JointDenoiser,
+    MLPConfig,
+    MLPDenoiser,
+)
 from rpg.models.kernel_regression import condition_groups
+from rpg.models.mamba2 import Mamba2Backbone, Mamba2Config
+from rpg.models.unet1d import UNet1d, UNet1dConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
 
@@ -69,6 +87,27 @@ class Loss(NamedTuple):
     mean: Tensor
     per_token: Tensor
     samples: Tensor | None = None
+
+
+BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]
+BACKBONES: dict[str, Callable[[Any], Backbone]] = {
+    "lstm": LSTMBackbone, "mamba2": Mamba2Backbone, "transformer": TransformerBackbone, "none": NoneBackbone,
+}  # fmt: skip
+
+DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, Field(discriminator="kind")]
+DENOISERS: dict[str, Any] = {"mlp": MLPDenoiser, "unet1d": UNet1d, "joint": JointDenoiser, "decoder": Decoder}
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that a configuration describes, randomly initialised from torch's global generator."""
+    return BACKBONES[config.kind](config)
+
+
+def build_denoiser(config: DenoiserConfig, token_size: int, d_prototype: int, num_tokens: int) -> Denoiser:
+    """The denoiser that a configuration describes, randomly initialised from torch's global generator."""
+    kind = DENOISERS[config.kind]
+    made: Denoiser = kind(config, token_size, d_prototype, *([num_tokens] if kind.needs_whole_networks else []))
+    return made
 
 
 class RecurrentConfig(Section):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.config import Config
-from rpg.diffusion.objectives import build_objective
+from rpg.diffusion import build_objective
 from rpg.generation.sampler import low_precision_copy
 from rpg.generation.whole_networks import GROUP
 from rpg.models.kernel_ridge import KernelRidgeGenerator

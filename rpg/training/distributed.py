@@ -13,7 +13,7 @@ from torch import nn
 
 from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
-from rpg.models.backbone.mamba2 import Mamba2
+from rpg.models.mamba2 import Mamba2
 from rpg.packages import require_package
 from rpg.training.checkpointing import Shards, ZeROShards
 from tokenization.errors import InputError

@@ -21,8 +21,8 @@ from torch import Tensor
 from rpg.config import BehaviourConfig, Config, NewStatesConfig, TrainConfig
 from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
+from rpg.models.unet1d import UNet1d
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, LossTask, Task, TaskSimulator

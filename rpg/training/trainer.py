@@ -17,8 +17,8 @@ from rpg.generation.generator import Generator
 from rpg.generation.sampler import check_tiles
 from rpg.models import Network
 from rpg.models import build_network as build
-from rpg.models.backbone.mamba2 import describe_kernels
 from rpg.models.centre import TaskTable
+from rpg.models.mamba2 import describe_kernels
 from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of

@@ -23,8 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone import build_backbone
-from rpg.models.backbone.base import TransformerConfig
+from rpg.models.backbone import TransformerBackbone, TransformerConfig
 from rpg.models.centre import FittedBuffers, StateConfig
 from rpg.models.conditioning import ConditionConfig, position_embedding
 from rpg.section import Section
@@ -106,10 +105,10 @@ class TokenAutoencoder(FittedBuffers):
             d_model=config.d_model, num_layers=config.num_layers, num_heads=config.num_heads, causal=False
         )
         self.token_projection = nn.Linear(token_size, config.d_model)
-        self.encoder = build_backbone(stack)
+        self.encoder = TransformerBackbone(stack)
         self.code_projection = nn.Linear(config.d_model, config.code_size)
         self.decoder_projection = nn.Linear(config.code_size, config.d_model)
-        self.decoder = build_backbone(stack)
+        self.decoder = TransformerBackbone(stack)
         self.output_projection = nn.Linear(config.d_model, token_size)
         self.contrast = nn.Sequential(
             nn.Linear(config.code_size, config.code_size), nn.ReLU(), nn.Linear(config.code_size, config.code_size)

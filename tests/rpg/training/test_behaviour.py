@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rpg.config import BehaviourConfig, Config, TrainConfig
-from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
+from rpg.diffusion import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.tasks.side_by_side import stack

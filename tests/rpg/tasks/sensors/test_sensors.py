@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from rpg.config import BehaviourConfig, Config
-from rpg.diffusion.objectives import FlowConfig
+from rpg.diffusion import FlowConfig
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.images.config import Cifar10SubsetsConfig

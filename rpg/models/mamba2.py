@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone.base import Backbone, BackboneSection
+from rpg.models.backbone import Backbone, BackboneSection
 from rpg.packages import install_command
 
 
