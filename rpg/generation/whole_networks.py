@@ -15,7 +15,7 @@ from torch import Tensor
 from rpg.config import GenerateConfig
 from rpg.generation.request import Request
 from rpg.generation.sampler import Tile, TiledSampler, WatchTile
-from rpg.models.kernel_ridge import KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.seeding import make_rng
 from tokenization.layouts import Layout

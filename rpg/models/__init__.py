@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
 from tokenization.layouts import Layout

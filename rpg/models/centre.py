@@ -12,36 +12,17 @@ Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rpg.models.code_prior import CodePriorConfig, Neighbourhoods
-from rpg.models.conditioning import are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
-from rpg.section import Section
+from rpg.models.code_prior import Neighbourhoods
+from rpg.models.conditioning import StateConfig, are_new, regression_inputs
+from rpg.models.kernel_regression import FittedBuffers, KernelRidge, exact_distances, rbf
 
 SMALLEST_REMAINDER = 1e-5
 """Where no more than this remains of a token, it is rounding error, not to be scaled up to unit size."""
-
-
-class FittedBuffers(nn.Module):
-    """A module whose buffers are fitted rather than trained: in loading they take the shapes of what is loaded."""
-
-    def fill(self, **values: Tensor) -> None:
-        """Replace buffers, whatever their shapes were."""
-        for name, value in values.items():
-            old = getattr(self, name)
-            setattr(self, name, value.detach().to(old.device, old.dtype).clone())
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:  # type: ignore[no-untyped-def]
-        for name, _ in list(self.named_buffers(recurse=False)):
-            if (value := state_dict.get(prefix + name)) is not None:
-                self.fill(**{name: value})
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class CodeTable(FittedBuffers):
@@ -279,52 +260,6 @@ def _whitened(values: Tensor, size: int) -> Tensor:
 
 def _leading_eigenvectors(values: Tensor, size: int) -> Tensor:
     return torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]
-
-
-class StateConfig(Section):
-    """The permutation state: which training run, or which checkpoint, the weights came from."""
-
-    of: Literal["none", "run", "checkpoint", "code", "task"] = Field(
-        "run",
-        description="what has a learned embedding of its own; code: no embedding, but the whole checkpoint's whitened "
-        "leading principal components, which tokens are a linear function of, and diffusion makes the rest; task: what "
-        "the zoo says of its task, for a prior that is given something else, such as examples",
-    )
-    width: int | None = Field(
-        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
-    )
-    initial: Literal["random", "constant"] = Field(
-        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
-    )
-    shown: bool = Field(
-        False, description="of code: components of what fields show on the grid of their data, in place of weights, so "
-        "that a prior works in the metric in which they are compared"
-    )  # fmt: skip
-    neighbours: int | None = Field(
-        None, ge=2, description="of code, where the condition is a class: generate.state: density draws from the "
-        "Gaussians of so many checkpoints of the class that are nearest to one another"
-    )  # fmt: skip
-    noise: float = Field(
-        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
-    )
-    linear: bool = Field(False, description="of code or task: networks see a linear map of it, not an MLP")
-    prior: CodePriorConfig | None = Field(
-        None, description="of code or task: a diffusion over them, given the condition, for generate.state: prior"
-    )
-
-    @model_validator(mode="after")
-    def _only_codes_have_a_prior(self) -> StateConfig:
-        if self.prior is not None and self.of not in ("code", "task"):
-            raise ValueError("prior needs of: code or task")
-        if (self.shown or self.neighbours) and self.of != "code":
-            raise ValueError("shown and neighbours need of: code")
-        if self.prior is not None and self.prior.start and self.neighbours is None:
-            raise ValueError("prior.start needs neighbours")
-        if self.linear and self.of not in ("code", "task"):
-            raise ValueError("linear needs of: code or task")
-        if self.of in ("code", "task") and self.width is None:
-            raise ValueError(f"of: {self.of} needs a width, how many numbers it has")
-        return self
 
 
 def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:

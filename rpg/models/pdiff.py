@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.diffusion import DDPMConfig, Objective, ObjectiveConfig, build_objective
-from rpg.models.centre import StateConfig
-from rpg.models.conditioning import ConditionConfig
+from rpg.models.conditioning import ConditionConfig, PlainModel
 from rpg.models.denoiser import TimeEmbedding
 from rpg.section import Odd, Section
 from tokenization.layouts import Layout
@@ -34,7 +33,7 @@ class StageConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
-class PDiffConfig(Section):
+class PDiffConfig(PlainModel):
     """The networks of p-diff and their two stages (defaults of appendix A.1, tables 5c and 5d)."""
 
     kind: Literal["pdiff"] = "pdiff"
@@ -51,11 +50,7 @@ class PDiffConfig(Section):
     autoencoder: StageConfig = StageConfig(steps=500, learning_rate=2e-5)
     latent: StageConfig = StageConfig(steps=1000, learning_rate=1e-4)
 
-    # It knows neither, and what is computed of a checkpoint does not depend on those beside it.
     condition: ClassVar = ConditionConfig()
-    initial: ClassVar[None] = None
-    state: ClassVar = StateConfig(of="none")
-    normalises_batches: ClassVar[bool] = False
 
     @property
     def description(self) -> str:

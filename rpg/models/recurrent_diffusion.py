@@ -28,9 +28,16 @@ from rpg.models.backbone import (
     TransformerBackbone,
     TransformerConfig,
 )
-from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
+from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre, permutation_state
 from rpg.models.code_prior import CodePrior
-from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
+from rpg.models.conditioning import (
+    ConditionConfig,
+    ConditionEncoder,
+    InitialConfig,
+    StateConfig,
+    are_new,
+    position_embedding,
+)
 from rpg.models.denoiser import (
     Decoder,
     DecoderConfig,

@@ -12,7 +12,7 @@ from rpg.config import Config
 from rpg.diffusion import build_objective
 from rpg.generation.sampler import low_precision_copy
 from rpg.generation.whole_networks import GROUP
-from rpg.models.kernel_ridge import KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.text_encoder import text_table
-from rpg.models.centre import StateConfig
 from rpg.models.code_prior import CodePriorConfig
-from rpg.models.conditioning import ConditionConfig, InitialConfig
+from rpg.models.conditioning import ConditionConfig, InitialConfig, StateConfig
 from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
 from rpg.seeding import derive_seed, in_turns, make_rng, permutation
 from rpg.training.requests import example_conditions

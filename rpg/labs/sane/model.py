@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.models.backbone import TransformerBackbone, TransformerConfig
-from rpg.models.centre import FittedBuffers, StateConfig
-from rpg.models.conditioning import ConditionConfig, position_embedding
+from rpg.models.conditioning import ConditionConfig, PlainModel, position_embedding
+from rpg.models.kernel_regression import FittedBuffers
 from rpg.section import Section
 from tokenization.layouts import Layout
 
@@ -39,7 +39,7 @@ class BootstrapConfig(Section):
     split: str = Field("train", description="images that candidates are scored on")
 
 
-class SaneConfig(Section):
+class SaneConfig(PlainModel):
     """The autoencoder of token sequences and how codes are drawn."""
 
     constants: ClassVar = {"contrast_temperature": 0.1}
@@ -68,10 +68,7 @@ class SaneConfig(Section):
         None, description="refine the anchors by drawing and scoring; null: do not"
     )
 
-    initial: ClassVar[None] = None
-    normalises_batches: ClassVar[bool] = False  # the contrastive loss looks at the batch, but no statistics are kept
     condition: ClassVar = ConditionConfig()
-    state: ClassVar = StateConfig(of="none")
 
     @property
     def description(self) -> str:
