@@ -46,7 +46,7 @@ KINDS = {
         "rpg.generation.whole_networks:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
     ),
     "kernel_ridge": Kind(
-        f"{MODELS}.kernel_ridge:KernelRidgeConfig", f"{MODELS}.kernel_ridge:KernelRidgeGenerator",
+        f"{MODELS}.kernel_regression:KernelRidgeConfig", f"{MODELS}.kernel_regression:KernelRidgeGenerator",
         "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.whole_networks:PosteriorSampler",
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
