@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.generation.known_range import KNOWN_FILE
+from rpg.generation.request import KNOWN_FILE
 from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, file_digest, recover_folder, write_text

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rpg.generation.generator import Generator
-from rpg.generation.known_range import KnownRange, condition_codes
+from rpg.generation.request import KnownRange, condition_codes
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import TaskFamily, TaskSimulator
