@@ -20,7 +20,7 @@ from rpg.config import Config
 from rpg.generation import sampler
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import Batch, CodeBatch
-from rpg.training.trainer import build_network
+from rpg.training.data import TrainingSet
 from tests.conftest import make_zoo, small_config, small_network
 from tokenization.layout.layout import TokenLayout
 
@@ -82,7 +82,7 @@ def built(folder: Path, model: dict[str, Any]) -> tuple[Config, TokenLayout, Any
     tree = {"state": {"of": "checkpoint", "noise": 0.1}, **common, **model}
     config = Config.parse({**small_config(folder).plain(), "model": tree}, "test")
     layout = TokenLayout.fit(zoo, config.tokens)
-    return config, layout, build_network(config, layout, zoo)
+    return config, layout, TrainingSet(zoo, config).build_network(layout)
 
 
 @pytest.mark.parametrize("name", RECURRENT)
