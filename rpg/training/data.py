@@ -93,8 +93,8 @@ class TrainingSet:
     @cached_property
     def scale(self) -> MetricScale | None:
         """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_zoo` does."""
-        name = self.condition.name
-        return name and MetricScale.of_zoo(self.zoo, self.indices, name, self.condition.scale == "log")
+        name, log = self.condition.name, self.condition.scale == "log"
+        return None if name is None else MetricScale.of_zoo(self.zoo, self.indices, name, log)
 
     @cached_property
     def examples(self) -> ExampleConditions | None:
