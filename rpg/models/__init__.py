@@ -43,11 +43,11 @@ KINDS = {
     ),
     "pdiff": Kind(
         f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.whole_networks:PDiffTrainer",
-        "rpg.generation.whole_networks:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
+        "rpg.generation.sampler:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
     ),
     "kernel_ridge": Kind(
         f"{MODELS}.kernel_regression:KernelRidgeConfig", f"{MODELS}.kernel_regression:KernelRidgeGenerator",
-        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.whole_networks:PosteriorSampler",
+        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.sampler:PosteriorSampler",
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
     "sane": Kind(

@@ -144,6 +144,18 @@ class LatentDenoiser(nn.Module):
         return self.output(hidden.flatten(1))
 
 
+def flatten_tokens(layout: Layout, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
+    return tokens.flatten(-2)[..., layout.mask.flatten()]
+
+
+def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
+    """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
+    tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
+    tokens[..., layout.mask.flatten().to(values.device)] = values
+    return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
+
+
 class ParameterDiffusion(nn.Module):
     """p-diff's networks, and the statistics by which latents are standardised.
 

@@ -28,7 +28,7 @@ from rpg.models.backbone import (
     TransformerBackbone,
     TransformerConfig,
 )
-from rpg.models.centre import Centre, CodeTable, TaskTable, fit_centre, permutation_state
+from rpg.models.centre import Centre, fit_centre
 from rpg.models.code_prior import CodePrior
 from rpg.models.conditioning import (
     ConditionConfig,
@@ -49,6 +49,7 @@ from rpg.models.denoiser import (
 )
 from rpg.models.kernel_regression import condition_groups
 from rpg.models.mamba2 import Mamba2Backbone, Mamba2Config
+from rpg.models.states import CodeTable, TaskTable, permutation_state
 from rpg.models.unet1d import UNet1d, UNet1dConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
@@ -205,9 +206,8 @@ class RecurrentDiffusion(nn.Module):
             self.state, self.state_projection = permutation_state(config.state, num_states, width)
         self.condition: ConditionEncoder | None = None
         self.denoiser_condition: nn.Module | None = None
-        encoder: Callable[[int], ConditionEncoder] | None = None
-        if config.condition.kind != "none":
-            encoder = partial(ConditionEncoder, config.condition, condition_size)
+        conditioned = config.condition.kind != "none"
+        encoder = partial(ConditionEncoder, config.condition, condition_size) if conditioned else None
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":
@@ -325,16 +325,16 @@ class RecurrentDiffusion(nn.Module):
 
     def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
         """:meth:`predict` from prototypes ``[M, H]``, recomputed in the backward pass if so configured."""
-        inputs = (x, time, prototypes, mask)
-        num_rows = self.denoiser.checkpoint_rows
-        if num_rows is None or not (self.training and torch.is_grad_enabled()):
-            return self._predict_whole(*inputs)
-        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
-        recompute = partial(checkpoint, self._predict_whole, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
 
-    def _predict_whole(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
-        return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+        def whole(x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+            return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+
+        inputs, num_rows = (x, time, prototypes, mask), self.denoiser.checkpoint_rows
+        if num_rows is None or not (self.training and torch.is_grad_enabled()):
+            return whole(*inputs)
+        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
+        recompute = partial(checkpoint, whole, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
 
     def one_step(
         self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None,

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from rpg.config import Config
 from rpg.diffusion import build_objective
-from rpg.generation.sampler import low_precision_copy
-from rpg.generation.whole_networks import GROUP
+from rpg.generation.sampler import GROUP, low_precision_copy
 from rpg.models.kernel_regression import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion

@@ -21,9 +21,9 @@ from rpg.config import Config
 from rpg.generation.generator import Generator
 from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder, text_table
 from rpg.models import Network, build_network
-from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig, InitialConfig, example_rows, row_size
 from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentConfig, RecurrentDiffusion
+from rpg.models.states import TaskTable
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import DescribedTask, ExampleTask, FunctionTask, TaskSimulator

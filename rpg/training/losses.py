@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg.config import BehaviourConfig, NewStatesConfig, TrainConfig
-from rpg.models.centre import TaskTable
 from rpg.models.conditioning import ConditionConfig
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
+from rpg.models.states import TaskTable
 from rpg.models.unet1d import UNet1d
 from rpg.seeding import make_rng
 from rpg.tasks import task_of

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config, TrainConfig
-from rpg.generation.whole_networks import flatten_tokens
-from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
+from rpg.models.pdiff import ParameterDiffusion, PDiffConfig, flatten_tokens
 from rpg.seeding import in_turns, make_rng
 from rpg.tasks.collecting import cosine_decay
 from rpg.training.data import TrainingSet

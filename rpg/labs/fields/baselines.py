@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.labs.fields.task import FieldsTask
-from rpg.models.code_prior import Neighbourhoods
+from rpg.models.states import Neighbourhoods
 from rpg.tasks.collecting import append_many
 from rpg.tasks.side_by_side import stack
 from tokenization.zoo.locks import locks

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.generation.request import Request
-from rpg.generation.sampler import Tile, WatchTile
-from rpg.generation.whole_networks import GROUP, LatentSampler
+from rpg.generation.sampler import GROUP, LatentSampler, Tile, WatchTile
 from rpg.labs.sane.model import TokenAutoencoder
 from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops
 from rpg.planning.estimators import WholeNetworksEstimator

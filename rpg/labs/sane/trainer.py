@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpg.generation.whole_networks import unflatten_values
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
 from rpg.labs.sane.sampler import random_numbers
+from rpg.models.pdiff import unflatten_values
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import Classifier, LogitTask, MetricsTask
