@@ -16,7 +16,10 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.devices import Partition, chosen_device, parse_device
 from rpg.generation.folders import (
+    FolderSink,
+    MemorySink,
     adapter_config_of,
+    decoded_networks,
     find_folder,
     folder_digest,
     load_config,
@@ -24,7 +27,6 @@ from rpg.generation.folders import (
     require_files,
 )
 from rpg.generation.model_card import model_card, push_generator
-from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
 from rpg.generation.request import (
     KNOWN_FILE,
     Distance,

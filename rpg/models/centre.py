@@ -113,14 +113,9 @@ class FittedCentre:
 
 
 def fit_centre(
-    centre: Centre,
-    tokens: Tensor,
-    conditions: Tensor | None,
-    code_size: int,
-    weight: Tensor,
-    groups: Tensor | None = None,
-    shown: Tensor | None = None,
-) -> FittedCentre:
+    centre: Centre, tokens: Tensor, conditions: Tensor | None, code_size: int, weight: Tensor,
+    groups: Tensor | None = None, shown: Tensor | None = None,
+) -> FittedCentre:  # fmt: skip
     """Fit both parts to a zoo, into ``centre``.
 
     The regression's remainders are those of the left-out fits: of a checkpoint that was fitted hardly anything would

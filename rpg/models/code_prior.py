@@ -44,13 +44,10 @@ class CodePriorConfig(Section):
         ge=0,
         description="of EDM: fresh noise while sampling (its S_churn), which corrects errors of earlier steps",
     )
-
     start: float | None = Field(
-        None,
-        gt=0,
-        description="of EDM: the noise level at which sampling sets out, from a draw of the neighbourhoods' density "
-        "(state.neighbours) and noise of that size; null: from noise alone",
-    )
+        None, gt=0, description="of EDM: the noise level at which sampling sets out, from a draw of the "
+        "neighbourhoods' density (state.neighbours) and noise of that size; null: from noise alone"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _flow_has_no_churn(self) -> CodePriorConfig:

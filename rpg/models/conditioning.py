@@ -207,12 +207,9 @@ class InitialConfig(Section):
         description="share of examples whose start is their run's first checkpoint; else any earlier one",
     )
     own: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of a batch whose starts are replaced by networks that the generator makes of them at that "
-        "step of its training, so that it can go on from its own networks",
-    )
+        0.0, ge=0, le=1, description="share of a batch whose starts are replaced by networks that the generator makes "
+        "of them at that step of its training, so that it can go on from its own networks"
+    )  # fmt: skip
 
 
 class StateConfig(Section):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rpg.config import Config
 from rpg.evaluation.field_measures import DISTANCES, beside, grid, save_image, shown_by
+from rpg.generation.folders import MemorySink
 from rpg.generation.generator import Generator
-from rpg.generation.outputs import MemorySink
 from rpg.generation.sampler import Tile
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.shapes import write_mesh
