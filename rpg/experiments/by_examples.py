@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from rpg.evaluation.page.page import Page
@@ -206,6 +205,8 @@ class FewExamples:
 
     def logistic_regression(self, sets: ExampleSets, num: int) -> Tensor:
         """Accuracy ``[T]`` of scikit-learn's on the examples' values."""
+        from sklearn.linear_model import LogisticRegression  # imported here: slow
+
         values, classes = sets.shown(num)
         images = self.task.images(sets.split)
         found = []

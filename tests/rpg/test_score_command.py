@@ -206,8 +206,8 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
 
 def test_scores_of_a_function_are_not_replaced_by_those_of_none(rpg: Run, here: Path) -> None:
     train(small_config(here, train={"steps": 2}, evaluate={"num": 2, "baselines": []}), say=lambda _: None)
+    few = ["--set", "evaluate.baselines=[]"]
     for path in ("run", "zoo"):
-        few = [] if path == "run" else ["--set", "evaluate.baselines=[]"]
         assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
         before = Path(path, "evaluation.json").read_bytes()
         refused(rpg("evaluate", path, *few), "mine:norm scored", "--score mine:norm", "--output")
