@@ -59,46 +59,11 @@ class DDPMConfig(Section):
     beta_end: float = Field(2e-2, gt=0, lt=1, description="Variance added by the last step.")
 
 
-class Objective:
-    """The interface of every objective."""
+class _Objective:
+    """What both objectives share: their samplers, by name, the default first."""
 
     samplers: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
     plain_sampler: ClassVar[str]  # the one of first order that draws nothing
-    prediction: str
-    config: Any
-
-    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
-        """Draw training times ``[num]`` on the generator's device."""
-        raise NotImplementedError
-
-    @property
-    def last_time(self) -> float:
-        """The time at which sampling starts: noise alone, or nearly so."""
-        raise NotImplementedError
-
-    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Noise tokens ``[N, D]`` with standard normal ``noise`` ``[N, D]`` to the time ``[N]``: x_t ``[N, D]``."""
-        raise NotImplementedError
-
-    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The denoiser's target for x_t, ``[N, D]``."""
-        raise NotImplementedError
-
-    def weight(self, time: Tensor) -> Tensor:
-        """The weight ``[N]`` of each token's squared error in the loss."""
-        raise NotImplementedError
-
-    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
-        """The clean tokens ``[N, D]`` that a prediction ``[N, D]`` at time ``[N]`` (or a scalar) implies."""
-        raise NotImplementedError
-
-    def network_time(self, time: Tensor) -> Tensor:
-        """The time on the scale 0 … 1000 that every denoiser takes, same shape."""
-        raise NotImplementedError
-
-    def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
-        """The times that a sampler visits, noisiest first. Raises InputError if it cannot take so many steps."""
-        raise NotImplementedError
 
     def sample(
         self, predict: Predict, noise: Tensor, *, sampler: str, num_steps: int,
@@ -138,7 +103,7 @@ def _ignore(step: int, x: Tensor) -> None:
     """The callback of a caller who wants none."""
 
 
-def euler(objective: Objective, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+def euler(objective: Flow, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
     """Euler's method along the flow (arXiv 2210.02747): first order, one call a step.
 
     A step in terms of x₀ is an interpolation between it and x_t, which at time zero *is* x₀: no division by t.
@@ -153,7 +118,7 @@ def euler(objective: Objective, predict: Predict, noise: Tensor, how: Sampling) 
     return x
 
 
-def heun(objective: Objective, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+def heun(objective: Flow, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
     """Heun's method along the flow (arXiv 2206.00364, algorithm 1): second order, two calls a step but the last.
 
     The last step is Euler's, since the velocity at time zero is not defined by a prediction of x₀.
@@ -175,7 +140,7 @@ def heun(objective: Objective, predict: Predict, noise: Tensor, how: Sampling) -
     return x
 
 
-def ddpm(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+def ddpm(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) with the smaller of its two variances."""
     from diffusers import DDPMScheduler
 
@@ -184,7 +149,7 @@ def ddpm(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -> Tens
     return _run_scheduler(scheduler, objective, predict, noise, how, generator=how.generator)
 
 
-def ddim(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+def ddim(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
     """DDIM (arXiv 2010.02502, equations 12 and 16); ``eta`` runs from 0, deterministic, to 1, ancestral.
 
     Not diffusers' DDIMScheduler, which takes the next time to be T // num_steps below: where num_steps does not
@@ -207,7 +172,7 @@ def ddim(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -> Tens
     return x
 
 
-def dpm_solver(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+def dpm_solver(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): deterministic, second order, one call a step."""
     from diffusers import DPMSolverMultistepScheduler
 
@@ -218,7 +183,7 @@ def dpm_solver(objective: Any, predict: Predict, noise: Tensor, how: Sampling) -
     return _run_scheduler(scheduler, objective, predict, noise, how)
 
 
-def _scheduler_arguments(objective: Objective) -> dict[str, Any]:
+def _scheduler_arguments(objective: DDPM) -> dict[str, Any]:
     """The arguments by which diffusers' schedulers describe the same noise and prediction."""
     return {
         "num_train_timesteps": objective.config.num_steps,
@@ -230,7 +195,7 @@ def _scheduler_arguments(objective: Objective) -> dict[str, Any]:
 
 
 def _run_scheduler(
-    scheduler: Any, objective: Objective, predict: Predict, noise: Tensor, how: Sampling, **arguments: Any
+    scheduler: Any, objective: DDPM, predict: Predict, noise: Tensor, how: Sampling, **arguments: Any
 ) -> Tensor:
     """Take the steps of one of diffusers' schedulers."""
     x = noise  # [N, D]
@@ -242,7 +207,7 @@ def _run_scheduler(
     return x
 
 
-class Flow(Objective):
+class Flow(_Objective):
     """Flow matching (arXiv 2210.02747) along x_t = (1 - t) x₀ + t e; the time runs from 0 (tokens) to 1 (noise)."""
 
     samplers: ClassVar = {"euler": euler, "heun": heun}
@@ -259,7 +224,7 @@ class Flow(Objective):
 
     @property
     def last_time(self) -> float:
-        """1."""
+        """1, the time at which sampling starts: noise alone."""
         return 1.0
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -282,7 +247,7 @@ class Flow(Objective):
         return prediction if self.prediction == "sample" else x_t - _column(time) * prediction  # [N, D]
 
     def network_time(self, time: Tensor) -> Tensor:
-        """1000 t."""
+        """1000 t, as every denoiser takes it."""
         return 1000 * time
 
     def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
@@ -295,7 +260,7 @@ class Flow(Objective):
         return shift * u / (1 + (shift - 1) * u)  # [num_steps + 1]
 
 
-class DDPM(Objective):
+class DDPM(_Objective):
     """Denoising diffusion (arXiv 2006.11239): x_t = √ᾱ x₀ + √(1 - ᾱ) e; the time is an integer from 0 to T - 1."""
 
     samplers: ClassVar = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}
@@ -314,7 +279,7 @@ class DDPM(Objective):
 
     @property
     def last_time(self) -> float:
-        """T - 1."""
+        """T - 1, the time at which sampling starts: nearly noise alone."""
         return self.config.num_steps - 1
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -375,6 +340,9 @@ def _column(time: Tensor) -> Tensor:
 
 
 ObjectiveConfig = Annotated[FlowConfig | DDPMConfig, Field(discriminator="kind")]
+
+Objective = Flow | DDPM
+"""Both have the same methods: how times are drawn, tokens noised, what is predicted, and what that says of tokens."""
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"flow": Flow, "ddpm": DDPM}
 

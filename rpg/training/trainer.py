@@ -74,7 +74,8 @@ class Trainer:
             self.say(f"going on after step {self.step} of {self.num_steps}")
             self.network.load_state_dict(load_file(saved / MODEL))  # which nothing has spread yet
         if config.train.compile:
-            self.compile()
+            for part in (self.network.backbone, self.network.denoiser):  # each is compiled on its first call
+                part.compile(backend=config.train.compile)
         self.model, self.optimizer, self.shards = self.distributed.prepare(self.network, self.build_optimizer)
         self.ema = ExponentialMovingAverage(self._averaged_shards(), config.train.ema_decay)
         if saved is not None:
@@ -124,11 +125,6 @@ class Trainer:
         if config.model.initial is not None and config.model.initial.own:
             distributed.require_single("model.initial.own")
         return BatchSampler(self.data, self.layout, distributed.rank, distributed.world_size)
-
-    def compile(self) -> None:
-        """Compile the networks in place, each on its first call."""
-        for part in (self.network.backbone, self.network.denoiser):
-            part.compile(backend=self.config.train.compile)
 
     def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters whose moving average is what the generator folder holds, and their running statistics.
