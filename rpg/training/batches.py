@@ -15,11 +15,10 @@ from torch import Tensor
 from rpg.models.code_prior import CodePriorConfig
 from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
 from rpg.seeding import derive_seed, in_turns, make_rng, permutation
-from rpg.tasks.base import TaskSimulator
 from rpg.training.data import InitialPairs, TrainingSet
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
-from tokenization.zoo.condition import WITHHELD, ConditionSpec
+from tokenization.zoo.condition import WITHHELD
 
 MOST_ROUNDS = 3
 """Times that the generator goes on from its own networks, in training, at most."""
@@ -58,6 +57,11 @@ class BatchSampler:
 
     def __init__(self, data: TrainingSet, layout: Layout, rank: int = 0, world_size: int = 1) -> None:
         config, zoo = data.config, data.zoo
+        size, parts = config.train.batch_size, world_size * config.train.gradient_accumulation
+        if size % parts:
+            raise InputError(
+                f"train.batch_size is {size}; make it a multiple of processes x gradient_accumulation = {parts}"
+            )
         self.settings, self.condition, self.seed, self.layout = config.train, data.condition, config.seed, layout
         self.rank, self.world_size = rank, world_size
         self.indices, self.states, self.conditions = data.indices, data.states, data.conditions
@@ -169,15 +173,6 @@ class BatchSampler:
                 yield step, rows
 
 
-def check_split(batch_size: int, world_size: int, accumulation: int) -> None:
-    """Raise InputError if the processes cannot share a batch evenly."""
-    parts = world_size * accumulation
-    if batch_size % parts:
-        raise InputError(
-            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
-        )
-
-
 def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0, codes: CodeBatch | None = None) -> Batch:
     """Move rows to ``device`` and draw each example's noise and times there, from its own seed.
 
@@ -223,10 +218,3 @@ def with_own_initial(network: RecurrentDiffusion, batch: Batch, mask: Tensor, rn
         noise = torch.randn(num, *mask.shape, generator=rng).to(initial)
         initial[rows] = network.one_step(noise, mask, None, asked, initial[rows])
     return replace(batch, initial=initial)
-
-
-def fresh_codes(codes: CodeBatch, task: object, spec: ConditionSpec | None, rng: torch.Generator) -> CodeBatch:
-    """The prior's batch with new tasks, drawn by their family, in place of the zoo's."""
-    assert isinstance(task, TaskSimulator) and spec is not None
-    tasks = task.draw_tasks(len(codes.noise), rng).to(codes.noise)
-    return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)

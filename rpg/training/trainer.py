@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rpg.tasks import task_of
 from rpg.tasks.base import TaskFamily, TaskSimulator
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
-from rpg.training.batches import BatchSampler, Rows, check_split, fresh_codes, to_batch, with_own_initial
+from rpg.training.batches import BatchSampler, Rows, to_batch, with_own_initial
 from rpg.training.data import Descriptions, TrainingSet, zoo_conditions
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses import AuxiliaryLosses, num_at_last_time
@@ -120,9 +121,8 @@ class Trainer:
 
     def build_sampler(self) -> Any:
         """What reads the rows of each step."""
-        config, distributed = self.config, self.distributed
-        check_split(config.train.batch_size, distributed.world_size, config.train.gradient_accumulation)
-        if config.model.initial is not None and config.model.initial.own:
+        initial, distributed = self.config.model.initial, self.distributed
+        if initial is not None and initial.own:
             distributed.require_single("model.initial.own")
         return BatchSampler(self.data, self.layout, distributed.rank, distributed.world_size)
 
@@ -226,8 +226,11 @@ class Trainer:
         codes = self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
         if self.examples is None or not self.config.train.draws_tasks:
             return codes
+        task, spec = self.examples.task, self.zoo.condition  # new tasks, drawn by their family, in place of the zoo's
+        assert isinstance(task, TaskSimulator) and spec is not None
         rng = make_rng(self.config.seed, "fresh codes", step, self.sampler.number(part))
-        return fresh_codes(codes, self.examples.task, self.zoo.condition, rng)
+        tasks = task.draw_tasks(len(codes.noise), rng).to(codes.noise)
+        return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)
 
     def _state_noise(self, rows: Rows) -> torch.Tensor | None:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
