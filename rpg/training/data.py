@@ -39,7 +39,6 @@ MOST_PAIRS = 2048
 MOST_TOKEN_BYTES = 4 << 30
 """The most memory that the tokens of a whole zoo may take where they are needed at once."""
 
-
 NUM_DESCRIPTIONS = 300
 """Descriptions of training tasks, at least, whose phrases a generator keeps."""
 
