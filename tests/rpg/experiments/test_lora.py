@@ -13,8 +13,8 @@ from rpg.config import Config
 from rpg.evaluation.network_merges import PEFT_METHODS as MERGED
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.score_files import score_checkpoints
-from rpg.experiments.single import for_choices, train_or_continue
-from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
+from rpg.experiments.single import for_choices, generate_for, train_or_continue
+from rpg.experiments.unseen_tasks import evaluate_unseen, networks_of, task_family
 from rpg.generation.generator import Generator
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask

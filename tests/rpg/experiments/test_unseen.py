@@ -13,8 +13,8 @@ from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.single import for_choices, train_or_continue
-from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
+from rpg.experiments.single import for_choices, generate_for, train_or_continue
+from rpg.experiments.unseen_tasks import evaluate_unseen, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.tasks.images.config import ClassPairSplit
