@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from typing import Any, NoReturn
 import torch
 
 from rpg.console import run_command
-from rpg.planning.estimator import peak_resident_bytes
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
-__all__ = ["Figures", "Parser", "alone", "make_zoo", "measured", "run_command", "run_rpg", "timed", "work_folder"]
+__all__ = [
+    "Figures", "Parser", "alone", "make_zoo", "measured", "peak_resident_bytes", "run_command", "run_rpg", "timed",
+    "work_folder",
+]  # fmt: skip
 
 GIB = 2**30
 
@@ -81,6 +85,17 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def measured(function: Callable[..., dict[str, Any] | None], *arguments: Any, threads: int | None = None) -> Any:
     """What a function finds in a fresh process, its seconds by the clock and of the processor, and peak memory."""
     return alone(_measured, function, arguments, threads)
+
+
+def peak_resident_bytes() -> int:
+    """The highest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held when it started this process
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 def _measured(function: Callable[..., dict[str, Any] | None], arguments: tuple[Any, ...], threads: int | None) -> Any:

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import GIB, Figures, Parser, alone, make_zoo, measured, run_command, work_folder
+from _common import GIB, Figures, Parser, alone, make_zoo, measured, peak_resident_bytes, run_command, work_folder
 
 from rpg.config import Config
 from rpg.diffusion import build_objective, randn
 from rpg.generation.generator import Generator
 from rpg.models import RecurrentConfig
 from rpg.models.recurrent_diffusion import build_denoiser
-from rpg.planning.estimator import peak_resident_bytes
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.section import default_config

@@ -17,8 +17,7 @@ from rich.table import Table
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.reader import TokenReader
-from tokenization.layout.rows import CheckpointWriter
+from tokenization.layout.rows import CheckpointWriter, TokenReader
 from tokenization.zoo.zoo import Zoo
 
 PAPER_SIZES = {

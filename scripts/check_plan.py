@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _common import Figures, Parser, alone, make_zoo, run_command, work_folder
+from _common import Figures, Parser, alone, make_zoo, peak_resident_bytes, run_command, work_folder
 from rich.console import Console
 from rich.table import Table
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.estimator import peak_resident_bytes
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.section import default_config

@@ -23,8 +23,7 @@ from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.hub_server import HubServer
-from tokenization.checkpoint.checkpoint import save_checkpoint
-from tokenization.checkpoint.structure import SUFFIXES
+from tokenization.checkpoint.checkpoint import SUFFIXES, save_checkpoint
 from tokenization.layout.layout import TokenLayout, TokenOptions
 from tokenization.layouts import fit_layout
 from tokenization.zoo.locks import locked

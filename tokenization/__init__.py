@@ -21,8 +21,7 @@ from tokenization.errors import InputError
 if TYPE_CHECKING:
     from tokenization.checkpoint.checkpoint import Checkpoint
     from tokenization.layout.layout import TokenLayout
-    from tokenization.layout.reader import TokenReader
-    from tokenization.layout.rows import CheckpointWriter
+    from tokenization.layout.rows import CheckpointWriter, TokenReader
     from tokenization.zoo.zoo import Zoo
 
 __all__ = ["Checkpoint", "CheckpointWriter", "InputError", "TokenLayout", "TokenReader", "Zoo"]
@@ -31,7 +30,7 @@ _MODULES = {
     "Checkpoint": "tokenization.checkpoint.checkpoint",
     "CheckpointWriter": "tokenization.layout.rows",
     "TokenLayout": "tokenization.layout.layout",
-    "TokenReader": "tokenization.layout.reader",
+    "TokenReader": "tokenization.layout.rows",
     "Zoo": "tokenization.zoo.zoo",
 }
 

@@ -18,8 +18,7 @@ from rpg.generation.examples import read_examples
 from rpg.tasks.base import TaskFamily
 from rpg.tasks.class_splits import bits_of_classes
 from tokenization.errors import InputError
-from tokenization.zoo.condition import Setting
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import MetricScale, Setting
 
 WORDS, WORDS_SENSOR = "upside down, light on dark, a little too close", {"angle": 180.0, "scale": 1.08}
 """The example description of a sensor, and its settings."""

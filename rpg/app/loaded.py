@@ -23,8 +23,7 @@ from rpg.labs.fields.pictures import learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.tasks import build_task
 from rpg.tasks.base import AdapterScorer, Classifier, ImageTask, ImageTaskFamily, MetricsTask, Task, TaskFamily
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo

@@ -31,7 +31,7 @@ from rpg.tasks.images.images import logits_of
 from rpg.tasks.sensors.simulator import seen_by
 from rpg.tasks.sensors.task import SensorsTask
 from rpg.tasks.side_by_side import stack
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.condition import Setting
 

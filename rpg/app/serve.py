@@ -36,7 +36,7 @@ from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.page.page import heat_png
 from rpg.labs.fields.task import FieldsTask
 from rpg.tasks.images.digits import DigitsSubsetsTask
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 
 FIELD_SIZE = 96

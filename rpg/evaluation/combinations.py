@@ -28,8 +28,7 @@ from rpg.generation.generator import Generator
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.zoo.zoo import Zoo
 
 LOW_RANK = 0.99

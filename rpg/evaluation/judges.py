@@ -25,8 +25,7 @@ from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.tasks.base import AdapterScorer, Classifier, LogitTask, MetricsTask, SampleTask, Task, TaskFamily
 from rpg.tasks.images.images import answers
 from rpg.tasks.registry import load_callable
-from tokenization.checkpoint.checkpoint import save_checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 

@@ -14,7 +14,7 @@ from rpg.evaluation.permutations import Group, symmetries
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import distances
 from rpg.tasks import Task
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.zoo.locks import locks

@@ -25,8 +25,7 @@ from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.errors import InputError
 
 DIVERSITY_VALUES = 1 << 25

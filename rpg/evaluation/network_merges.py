@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from rpg.merging.parts import METHODS, merge_values
 from rpg.seeding import derive_seed, make_rng
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.layout.canonical import NO_PRODUCT
 from tokenization.lora.adapter import balanced_factors, module_of, partner_of, scaling_of
 

@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 
 BLOCK = 1 << 16
 """Values of each checkpoint that are looked at together."""

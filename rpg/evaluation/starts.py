@@ -18,8 +18,8 @@ from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
 from rpg.tasks.collecting import descend, warm_cosine
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack, unstack
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError
 
 LEARNING_RATE, IMAGES, IMAGES_CHOSEN_BY = 1e-2, 64, 200

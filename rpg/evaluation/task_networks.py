@@ -18,9 +18,8 @@ from rpg.evaluation.workers import Workers
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageTaskFamily
 from rpg.tasks.side_by_side import LARGE, Stacked, Teacher, stack
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import StateDict
 
 PART_BYTES = 1 << 29
 """Networks of this many bytes in all, and one at least, are held at once."""

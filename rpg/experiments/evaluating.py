@@ -42,7 +42,7 @@ from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
 from rpg.tasks.collecting import single_threaded
 from rpg.training.data import training_entries
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CONFIG_NAME

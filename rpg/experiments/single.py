@@ -26,8 +26,7 @@ from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.data import training_entries
 from rpg.training.loop import train_to_the_end
 from rpg.training.run_folder import saved_config
-from tokenization.checkpoint.checkpoint import Checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
 from tokenization.layouts import Layout

@@ -21,8 +21,7 @@ from rpg.generation.examples import read_examples
 from rpg.generation.text_encoder import load_pretrained, mean_hidden
 from rpg.tasks.class_splits import bits_of_classes, check_bits
 from tokenization.errors import InputError
-from tokenization.zoo.condition import ConditionSpec, parse_settings
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import ConditionSpec, MetricScale, parse_settings
 
 QUESTION = 'Question: does "{name}" belong to "{prompt}"? Answer yes or no.\nAnswer:'
 NEUTRAL = "the things in this list"

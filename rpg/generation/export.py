@@ -21,7 +21,8 @@ from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.generator import Generator
 from rpg.packages import without_bars
 from rpg.tasks.registry import load_callable
-from tokenization.checkpoint.checkpoint import Checkpoint, pickled_files, save_checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
@@ -364,9 +365,8 @@ def own_target(base: str) -> Target:
         with torch.device("meta"):
             network = build()
     except Exception as error:  # whatever the user's function does
-        raise InputError(
-            f"--base {base} cannot be built without arguments ({type(error).__name__}: {error})"
-        ) from error
+        what = f"cannot be built without arguments ({type(error).__name__}: {error})"
+        raise InputError(f"--base {base} {what}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"--base {base} gives a {type(network).__name__}; name what builds the network")
     return Target.of(network, base)

@@ -29,13 +29,11 @@ from rpg.generation.text_encoder import TEXTS_FILE
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.files import atomic_folder, file_digest, recover_folder, write_text
-from tokenization.layouts import Layout, Writer, checkpoint_writer
+from tokenization.layouts import BASIS_FILE, Layout, Writer, checkpoint_writer
 from tokenization.lora.adapter import CONFIG_NAME, check_adapter_tensors, partner_of, read_adapter_config
-from tokenization.spectral.layout import BASIS_FILE
-from tokenization.zoo.condition import ConditionSpec
+from tokenization.zoo.condition import ConditionSpec, MetricScale
 from tokenization.zoo.hub import pull
 from tokenization.zoo.locks import locked
-from tokenization.zoo.metric import MetricScale
 
 FILES = ("config.yaml", "layout.json", "statistics.safetensors", "model.safetensors")
 OPTIONAL_FILES = (CONFIG_NAME, TEXTS_FILE, BASIS_FILE, KNOWN_FILE)

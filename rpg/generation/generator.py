@@ -44,7 +44,7 @@ from tokenization.errors import InputError
 from tokenization.files import atomic_folder
 from tokenization.layouts import Layout, load_layout, with_sparsity
 from tokenization.lora.adapter import CONFIG_NAME
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.zoo import ConditionSpec, Zoo
 
 Asked = str | Sequence[str] | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, Any] | Tensor | None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_state_dict
+from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, read_state_dict
+from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import tensor_at
 from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.checkpoint.weights import AS_FOUND, Chosen

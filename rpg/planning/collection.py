@@ -12,8 +12,8 @@ from rich.table import Table
 from rpg.config import Config
 from rpg.planning.inspect import facts_table, format_bytes
 from rpg.planning.machine import num_bytes
+from rpg.planning.measuring import Target, find_target
 from rpg.planning.plan import CUDA_BYTES, Need, free_memory
-from rpg.planning.target import Target, find_target
 from rpg.tasks import collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import (

@@ -1,23 +1,183 @@
-"""The estimators: what recurrent diffusion, p-diff and kernel ridge take."""
+"""What each kind of model will need before it is made: parameters, FLOPs, bytes read, peak memory.
+
+The models' own code runs on tensors without values (`rpg.planning.measuring`), so that estimates cannot drift from it.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg.config import Config
 from rpg.diffusion import build_objective
 from rpg.generation.sampler import GROUP, low_precision_copy
+from rpg.models import build_network
 from rpg.models.kernel_regression import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
-from rpg.planning.estimator import Estimator, GenerationFlops, LiveBytes, StepPart, count_flops
-from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, num_bytes
+from rpg.planning.machine import (
+    FLOAT_BYTES,
+    GenerationMemory,
+    TrainingMemory,
+    checkpoint_bytes,
+    moment_bytes,
+    num_bytes,
+)
+from rpg.planning.measuring import GenerationFlops, LiveBytes, StepPart, count_flops, fake_copy
 from rpg.planning.zoo_summary import ZooSummary
-from tokenization.layouts import cached_bytes
+from tokenization.layout.directions import fitting_bytes
+from tokenization.layouts import SpectralLayout, cached_bytes
+
+
+class Estimator(ABC):
+    """The needs of one kind of model, each kind a class of its own.
+
+    A kind that is not fitted by gradient steps overrides `training_flops` and `training_memory` instead of `step_part`.
+
+    Attributes:
+        checkpoints_per_step: checkpoints in one training step, over all processes.
+        rows_per_step: token rows in one training step, over all processes.
+        num_parts: parts of a training step, each with a forward and a backward pass.
+        cache_bytes: of the encoded zoo that training keeps in memory; 0 where the rows are read from disk.
+    """
+
+    checkpoints_per_step: int
+    rows_per_step: int
+    num_parts: int = 1
+    cache_bytes: int
+
+    def __init__(self, config: Config, zoo: ZooSummary) -> None:
+        self.config = config
+        self.model: Any = config.model  # each kind knows what its own section holds
+        self.zoo = zoo
+
+    @abstractmethod
+    def step_part(self, network: Any, num_processes: int) -> StepPart:
+        """One process's part of a training step on a `fake_network`, in a `FakeTensorMode`."""
+
+    def waiting_bytes(self, num_processes: int) -> int:
+        """Bytes of the rows that a process reads ahead; none unless the kind does so."""
+        return 0
+
+    def scratch_bytes(self, network: Any) -> int:
+        """Bytes that kernels take while they compute, which no tensor of a step holds."""
+        return 0
+
+    def averaged(self, network: Any) -> nn.Module:
+        """The part of the networks whose moving average is kept."""
+        return network
+
+    @abstractmethod
+    def sampling_memory(self, network: Any, weights: int) -> GenerationMemory:
+        """Peak memory of generation by a `fake_network` of ``weights`` bytes, in a `FakeTensorMode`.
+
+        Loading is counted here only where it takes other than the parameters once more.
+        """
+
+    @abstractmethod
+    def sampling_flops(self, network: Any, steps: int) -> GenerationFlops:
+        """FLOPs, less the directions', of a network that a `fake_network` makes in ``steps`` steps; likewise."""
+
+    @property
+    def fitting_bytes(self) -> int:
+        """What finding the zoo's directions takes at its peak; 0 where tokens are values."""
+        layout = self.zoo.layout
+        return fitting_bytes(self.zoo.num_checkpoints, layout.basis.shape) if isinstance(layout, SpectralLayout) else 0
+
+    @property
+    def bytes_read_per_step(self) -> int:
+        """Bytes of checkpoints that a training step's rows come from, on average; none are read twice if cached.
+
+        Coefficients are in memory from the start.
+        """
+        layout = self.zoo.layout
+        if isinstance(layout, SpectralLayout):
+            return 0
+        return round(checkpoint_bytes(layout) / layout.num_tokens * self.rows_per_step)
+
+    def meta_network(self) -> Any:
+        """The generator's networks without storage (on the meta device)."""
+        with torch.device("meta"):
+            return build_network(self.config.model, self.zoo.layout, self.zoo.num_states, self.zoo.condition_size)
+
+    def fake_network(self, network: Any) -> Any:
+        """Give a `meta_network`, which was made outside of it, shapes on the CPU in a `FakeTensorMode`, in place."""
+        return fake_copy(network)
+
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters by component; they add up to all."""
+        counts: Counter[str] = Counter()
+        for name, parameter in self.meta_network().named_parameters():
+            component = name.split(".")[0].removesuffix("_embedding").removesuffix("_projection")
+            counts["condition" if component == "denoiser_condition" else component] += parameter.numel()
+        return dict(counts)
+
+    def training_flops(self, num_processes: int = 1) -> int:
+        """FLOPs of a training step of one process: forward, backward and what activation checkpointing repeats."""
+        network = self.meta_network().train()
+        with FakeTensorMode():
+            part = self.step_part(self.fake_network(network), num_processes)
+            with count_flops() as counter:
+                part.forward()[0].backward()
+        return self.num_parts * counter.get_total_flops()
+
+    def training_memory(self, *, bf16: bool = False, num_processes: int = 1) -> TrainingMemory:
+        """Peak memory of one of ``num_processes`` training processes, data parallel; ``bf16``: under autocast."""
+        network = self.meta_network().train()
+        with FakeTensorMode():
+            network = self.fake_network(network)
+            gradients = num_bytes(network.parameters())
+            weights = gradients + num_bytes(network.buffers())
+            part = self.step_part(network, num_processes)
+            with LiveBytes() as live:
+                for _ in range(min(2, self.num_parts)):  # a second part finds the first one's gradients
+                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                        outputs = part.forward()
+                    outputs[0].backward()
+                    del outputs
+            moments = sum(moment_bytes(self.config.train.optimizer, each) for each in network.parameters())
+            average = num_bytes(self.averaged(network).parameters())
+        return TrainingMemory(
+            weights=weights,
+            gradients=gradients,
+            optimizer=moments,
+            ema=average,
+            activations=max(0, live.peak - gradients) + self.scratch_bytes(network),
+            batch=part.num_bytes,
+            waiting=self.waiting_bytes(num_processes),
+            cache=self.cache_bytes,
+            fitting=self.fitting_bytes,
+        )
+
+    @torch.no_grad()
+    def generation_flops(self, steps: int | None = None) -> GenerationFlops:
+        """FLOPs of one generated network with ``steps`` sampling steps (the configuration's when None)."""
+        network = self.meta_network().eval()
+        with FakeTensorMode():
+            found = self.sampling_flops(self.fake_network(network), steps or self.config.generate.steps)
+        if not isinstance(layout := self.zoo.layout, SpectralLayout):
+            return found
+        products = 2 * math.prod(layout.basis.shape)  # of a network's coefficients with L·k·D numbers
+        return replace(found, directions=products, total=found.total + products)
+
+    @torch.no_grad()
+    def generation_memory(self) -> GenerationMemory:
+        """Peak memory of generating into files, however many networks."""
+        network = self.meta_network().eval()
+        bf16 = self.config.generate.precision == "bf16"
+        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            network = self.fake_network(network)
+            parameters = num_bytes(network.parameters())
+            weights = parameters + num_bytes(network.buffers())
+            found = self.sampling_memory(network, weights)
+            return replace(found, loading=found.loading or weights + parameters)
 
 
 class RecurrentEstimator(Estimator):

@@ -17,13 +17,12 @@ from rpg.console import FiguresTable
 from rpg.planning.machine import Memory, held_bytes
 from rpg.planning.plan import Largest, Plan, make_plan
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
-from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_state_dict
-from tokenization.checkpoint.structure import is_counter
+from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, is_counter, read_state_dict
+from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.layout.verify import verify_round_trip
-from tokenization.layouts import Layout, fit_layout, layout_without_statistics
-from tokenization.spectral.layout import SpectralLayout
+from tokenization.layouts import Layout, SpectralLayout, fit_layout, layout_without_statistics
 from tokenization.zoo.zoo import Zoo
 
 

@@ -17,9 +17,9 @@ from rpg.config import Config
 from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
 from rpg.models import part_of
-from rpg.planning.estimator import Estimator, GenerationFlops
+from rpg.planning.estimators import Estimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, TrainingMemory, free_memory
-from rpg.planning.target import find_target
+from rpg.planning.measuring import GenerationFlops, find_target
 from rpg.planning.zoo_summary import DEFAULT_CHECKPOINTS, ZooSummary
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -89,7 +89,7 @@ def build_estimator(config: Config, zoo: ZooSummary) -> Estimator:
 
 
 def make_plan(config: Config, zoo: ZooSummary, *, num_processes: int = 1) -> Plan:
-    """Estimate everything without computing it (`rpg.planning.estimator`), a batch split over ``num_processes``."""
+    """Estimate everything without computing it (`rpg.planning.estimators`), a batch split over ``num_processes``."""
     process = psutil.Process().memory_info().rss
     to_load = 0 if "torch._dynamo" in sys.modules else OPTIMIZER_BYTES  # planning loads it, too
     bf16, estimator = _in_bf16(config), build_estimator(config, zoo)

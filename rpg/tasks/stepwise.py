@@ -30,8 +30,7 @@ from rpg.tasks.collecting import (
 )
 from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
 from rpg.tasks.images.images import check_structure
-from tokenization.checkpoint.checkpoint import read_state_dict, save_checkpoint
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict, read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

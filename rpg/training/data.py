@@ -29,8 +29,7 @@ from rpg.tasks import task_of
 from rpg.tasks.base import DescribedTask, ExampleTask, FunctionTask, TaskSimulator
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
-from tokenization.zoo.condition import ConditionSpec
-from tokenization.zoo.metric import MetricScale, metric_conditions
+from tokenization.zoo.condition import ConditionSpec, MetricScale
 from tokenization.zoo.zoo import Zoo
 
 MOST_PAIRS = 2048
@@ -91,9 +90,11 @@ class TrainingSet:
 
     @cached_property
     def scale(self) -> MetricScale | None:
-        """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_zoo` does."""
-        name, log = self.condition.name, self.condition.scale == "log"
-        return None if name is None else MetricScale.of_zoo(self.zoo, self.indices, name, log)
+        """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_values`."""
+        if (name := self.condition.name) is None:
+            return None
+        values = self.zoo.metric_values(self.indices, name)
+        return MetricScale.of_values(name, values, self.condition.scale == "log", self.zoo.path)
 
     @cached_property
     def examples(self) -> ExampleConditions | None:
@@ -109,7 +110,8 @@ class TrainingSet:
         if self.condition.kind == "none":
             return None
         if self.scale is not None:
-            return metric_conditions(self.zoo, self.indices, self.scale)
+            values = self.zoo.metric_values(self.indices, self.scale.name)
+            return self.scale.scaled(torch.tensor(values))[:, None]
         if self.condition.kind == "examples" or self.condition.phrases:  # of which examples are shown in every step
             return self.tasks
         if self.condition.kind == "text":

@@ -31,7 +31,7 @@ from rpg.training.data import Descriptions, ExampleConditions, TrainingSet
 from rpg.training.distributed import DistributedContext
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 OF_ORIGINALS = ("original", "both")

@@ -9,7 +9,7 @@ import pytest
 import rpg
 from rpg.console import progress_bar
 from tests.conftest import make_zoo, small_config
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 
 

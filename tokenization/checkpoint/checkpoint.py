@@ -1,4 +1,5 @@
-"""One checkpoint on disk: opened lazily by memory map, checked before use, saved atomically.
+"""One checkpoint on disk: opened lazily by memory map, checked before use, saved atomically. What it has in common with
+others of a zoo.
 
 It is a safetensors file, a sharded one with its index, or a folder that holds either (a PEFT adapter, a timm or
 transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alone, to be converted once.
@@ -6,25 +7,28 @@ transformers ``save_pretrained`` folder). Pickles are for `read_state_dict` alon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import re
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.pickles import kind_of, load_inert
+from tokenization.checkpoint.pickles import load_inert, pickled_files
 from tokenization.checkpoint.safetensors import (
+    DTYPES_BY_NAME,
     ORDER_KEY,
     TIES_KEY,
     TensorInfo,
     TensorSpec,
+    dtype_name,
     locate,
     order_of,
     read_header,
-    read_json,
-    shards_of,
     tensor_at,
     ties_of,
 )
@@ -32,9 +36,16 @@ from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.checkpoint.tensor_file import save_checkpoint as save_checkpoint
 from tokenization.checkpoint.weights import AS_FOUND, Chosen, Weights, plain_names, weights_in
 from tokenization.errors import InputError
-from tokenization.files import drop_pages
+from tokenization.files import drop_pages, file_digest
 
-_FOLDER_FILES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+StateDict = Mapping[str, Tensor]
+"""A network's tensors by name, as `load_state_dict` takes them."""
+
+_CHUNK_VALUES = 1 << 22
+
+_COUNTER = re.compile(
+    r"(^|[._])(num_batches_tracked|n_averaged|updates|steps?|iter(ation)?s?|epochs?|count(er)?|calls)$"
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -69,10 +80,13 @@ class Checkpoint:
         Raises InputError if there is no checkpoint, or it is truncated, inconsistent, or of an unknown dtype.
         """
         path = Path(path)
-        if pickled := pickled_files(path):
-            what = f"{pickled[0]} is a pickle, which cannot be read in parts"
-            raise InputError(f"{what}; convert it once with `rpg collect --from`")
-        header = read_header(locate(path))
+        try:
+            header = read_header(locate(path))
+        except InputError as error:
+            if pickled := pickled_files(path):
+                what = f"{pickled[0]} is a pickle, which cannot be read in parts"
+                raise InputError(f"{what}; convert it once with `rpg collect --from`") from error
+            raise
         if not header.tensors:
             raise InputError(f"{path} has no tensor; name a checkpoint")
         ties = ties_of(header, path)
@@ -216,16 +230,153 @@ def has_plain_names(checkpoint: Checkpoint, chosen: Chosen) -> bool:
     return plain_names(checkpoint.order, checkpoint.path, chosen, shapes).same
 
 
-def pickled_files(path: Path) -> list[Path]:
-    """The pickles that ``path``, one or a folder of them, stands for. Raises InputError for foreign formats."""
-    if path.is_file():
-        if path.name.endswith(".bin.index.json"):
-            return shards_of(read_json(path), path)
-        return [path] if kind_of(path) in ("torch", "pickle") else []
-    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return []
-    for name in _FOLDER_FILES:
-        file = path / name
-        if file.is_file():
-            return shards_of(read_json(file), file) if file.suffix == ".json" else [file]
-    return []
+@dataclass(frozen=True)
+class Structure:
+    """Names, dtypes and shapes of the stored tensors in the order of the state dict, and the ties between keys.
+
+    Attributes:
+        ties: ``{alias: stored name}``.
+        ordered: whether the order is the state dict's own, and not that of sorted names.
+        not_finite: floating tensors with NaN or infinite values, the same in every checkpoint.
+    """
+
+    tensors: dict[str, TensorSpec]
+    ties: dict[str, str]
+    ordered: bool
+    not_finite: frozenset[str] = frozenset()
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Structure:
+        """The structure of a checkpoint on disk."""
+        return cls(checkpoint.specs, dict(checkpoint.ties), checkpoint.ordered)
+
+    @classmethod
+    def of_state_dict(cls, state_dict: Mapping[str, Tensor]) -> Structure:
+        """The structure that a state dict has once it is saved."""
+        return cls.of_checkpoint(Checkpoint.without_values(state_dict, Path()))
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> Structure:
+        """Read what `to_json` wrote. Raises InputError that names ``where`` if it is something else."""
+        try:
+            tensors = {
+                str(item["name"]): (DTYPES_BY_NAME[item["dtype"]], tuple(int(size) for size in item["shape"]))
+                for item in content["tensors"]
+            }
+            ties = {str(alias): str(name) for alias, name in content["ties"].items()}
+            not_finite = frozenset(item["name"] for item in content["tensors"] if not item.get("finite", True))
+            return cls(tensors, ties, bool(content["ordered"]), not_finite)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{where}: structure has a malformed entry ({error!r})"
+            raise InputError(f"{what}; it needs tensors, ties and ordered, as the zoo was collected") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the list of tensors keeps the order."""
+        finite = {name: {"finite": False} for name in self.not_finite}
+        tensors = [
+            {"name": name, "dtype": dtype_name(dtype), "shape": list(shape), **finite.get(name, {})}
+            for name, (dtype, shape) in self.tensors.items()
+        ]
+        return {"ordered": self.ordered, "tensors": tensors, "ties": self.ties}
+
+    def require(self, found: Structure, where: str, keys: Collection[str] = ()) -> None:
+        """Check that ``found`` has the same keys, of the same dtypes and shapes, in the same order.
+
+        Args:
+            found: of another checkpoint; what it ties may be copies here, and the other way round.
+            keys: further ones that ``found`` has, as copies of others.
+
+        Raises InputError that names the file ``where``, the first tensor that differs, and what both sides hold.
+        """
+        if fault := self._difference(found, keys):
+            name, what, cure = fault
+            raise InputError(f"{tensor_at(where, name)} {what}; a zoo holds one network structure, so {cure}")
+
+    def _difference(self, found: Structure, keys: Collection[str]) -> tuple[str, str, str] | None:
+        """The first tensor in which ``found`` differs, how, and what to do about it."""
+        leave = "leave this checkpoint out"
+        for name in [*self.tensors, *self.ties]:
+            dtype, shape = self.tensors[self.ties.get(name, name)]
+            spec = found.tensors.get(found.ties.get(name, name))
+            if spec is None and name in keys:
+                continue
+            if spec is None:
+                return name, f"is missing, but the zoo's is {dtype_name(dtype)} of shape {list(shape)}", leave
+            if spec[1] != shape:
+                return name, f"has shape {list(spec[1])}, but the zoo's has {list(shape)}", leave
+            if spec[0] != dtype:
+                what = f"has dtype {dtype_name(spec[0])}, but the zoo's has {dtype_name(dtype)}"
+                return name, what, "save it in that dtype, too"
+        for name in [*found.tensors, *found.ties]:
+            if name not in self.tensors and name not in self.ties:
+                return name, "is not in the zoo's structure", leave
+        if self.ordered and found.ordered:
+            common = [name for name in self.tensors if name in found.tensors]
+            others = [name for name in found.tensors if name in self.tensors]
+            for place, (expected, name) in enumerate(zip(common, others, strict=True)):
+                if name != expected:
+                    return name, f"is at place {place}, where the zoo has {expected!r}", leave
+        return None
+
+
+def is_counter(name: str, dtype: torch.dtype, num_values: int) -> bool:
+    """Whether a tensor counts steps or the like, by its name and kind: a network computes the same whatever it says."""
+    is_integer = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+    return is_integer and num_values == 1 and _COUNTER.search(name) is not None
+
+
+def num_not_finite(values: Tensor) -> int:
+    """How many of some flat numbers are NaN or infinite; one pass, a chunk at a time, if there are none."""
+    flat = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+    faults = 0
+    for start in range(0, flat.numel(), _CHUNK_VALUES):
+        chunk = flat[start : start + _CHUNK_VALUES]
+        if chunk.dtype.itemsize == 1:  # 8-bit floats have no arithmetic
+            chunk = chunk.float()
+        # No mask is made: NaN and infinities both reach the minimum or the maximum.
+        if not all(bound.isfinite() for bound in torch.aminmax(chunk)):
+            faults += int((~chunk.isfinite()).sum())
+    return faults
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hexadecimal) of a checkpoint's file; of the shards' digests in the order of their names."""
+    try:
+        digests = [file_digest(file) for file in sorted(checkpoint.sizes)]
+    except OSError as error:
+        what = f"{error.filename} is unreadable ({error.strerror})"
+        raise InputError(f"{what}; make it readable or leave it out") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes on the CPU, flat uint8; no copy of what lies there in order."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def same_tensors(one: StateDict, other: StateDict) -> bool:
+    """Whether two state dicts hold the same names, dtypes, shapes and bytes."""
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype
+        and value.shape == other[name].shape
+        and torch.equal(bytes_of(value), bytes_of(other[name]))
+        for name, value in one.items()
+    )
+
+
+def fits(name: str, pattern: str, known: Container[str]) -> bool:
+    """Whether a pattern means a tensor: the pattern is a glob, unless it is the very name of a ``known`` tensor.
+
+    Names may hold brackets, ``layers[0].weight``, which as a glob is ``layers0.weight``.
+    """
+    return name == pattern if pattern in known else fnmatchcase(name, pattern)
+
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "mask": ("_orig", "_mask"),
+    "zeros": ("",),
+    "csr": ("_crow_indices", "_col_indices", "_values", "_shape"),
+    "int8": ("", "_scale"),
+    "int4": ("_packed", "_scale", "_shape"),
+}
+"""What a weight's name is followed by in the names of what is stored of it."""

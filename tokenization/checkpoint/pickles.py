@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenization.checkpoint.safetensors import read_json, shards_of
 from tokenization.errors import InputError
 
 Kind = Literal["safetensors", "index", "torch", "pickle", "unknown"]
@@ -144,6 +145,24 @@ def _kind_of_zip(path: Path) -> Kind:
     folder = shlex.quote(str(path.with_suffix("")) + "-files")
     cure = f"unpack it with unzip {shlex.quote(str(path))} -d {folder} and collect what it holds"
     raise InputError(f"{path} is a zip archive{shown}, no checkpoint; {cure}")
+
+
+_FOLDER_FILES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def pickled_files(path: Path) -> list[Path]:
+    """The pickles that ``path``, one or a folder of them, stands for. Raises InputError for foreign formats."""
+    if path.is_file():
+        if path.name.endswith(".bin.index.json"):
+            return shards_of(read_json(path), path)
+        return [path] if kind_of(path) in ("torch", "pickle") else []
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return []
+    for name in _FOLDER_FILES:
+        file = path / name
+        if file.is_file():
+            return shards_of(read_json(file), file) if file.suffix == ".json" else [file]
+    return []
 
 
 class Inert(dict):  # type: ignore[type-arg]

@@ -18,10 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.structure import StateDict, fits, share_out
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict, TensorInfo, fits
 from tokenization.checkpoint.tensor_file import Closing, TensorFile, save_checkpoint
-from tokenization.compressed.parts import Part, find_parts
+from tokenization.compressed.parts import Part, find_parts, share_out
 from tokenization.errors import InputError
 from tokenization.files import temporary_name
 from tokenization.zoo.cache import MARK, Form, cached_tensors
@@ -76,9 +75,7 @@ class Compressed(Form):
         return Compressed(parts, self.order)
 
     def with_sparsity(self, sparsity: float) -> Compressed:
-        """The same, that stores masks of another share. Raises InputError if nothing is pruned or it is not a share."""
-        if not any(part.pruned for part in self.parts):
-            raise InputError("this generator's networks are not pruned; leave the sparsity out")
+        """The same, that stores masks of another share. Raises InputError if it is not a share."""
         if not 0 <= sparsity <= 1:
             raise InputError(f"sparsity is {sparsity}, but it is a share of zeros; give one of 0 to 1")
         changed = copy.copy(self)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenization.checkpoint.checkpoint import SUFFIXES
 from tokenization.checkpoint.safetensors import DTYPES_BY_NAME, TensorSpec, dtype_name
-from tokenization.checkpoint.structure import SUFFIXES, cut_mask
 from tokenization.errors import InputError
 
 LARGEST = {8: 127, 4: 7}
@@ -63,6 +63,42 @@ def scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, .
     dense, mask = torch.zeros(math.prod(shape), dtype=values.dtype), torch.zeros(math.prod(shape), dtype=torch.bool)
     dense[places], mask[places] = values, True
     return dense.view(shape), mask.view(shape)
+
+
+def cut_mask(scores: Tensor, sparsity: float) -> Tensor:
+    """Which weights live, bool in the shape of ``scores``: those of the highest scores, of equal ones the earlier.
+
+    Args:
+        sparsity: share of weights that are zero, 0 … 1; their number is rounded. Raises InputError for others.
+    """
+    if not 0 <= sparsity <= 1:
+        raise InputError(f"sparsity is {sparsity}, but it is a share of zeros; give one of 0 to 1")
+    alive = scores.numel() - round(sparsity * scores.numel())
+    mask = torch.zeros_like(scores, dtype=torch.bool).flatten()
+    mask[scores.flatten().argsort(descending=True, stable=True)[:alive]] = True
+    return mask.view_as(scores)
+
+
+def share_out(total: int, shares: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """``total`` living weights among tensors, in proportion to their shares, none above its size.
+
+    Args:
+        shares: of each tensor, above 0; what does not fit into one goes to the others.
+        sizes: values of each tensor, of a sum of ``total`` or more.
+
+    Returns:
+        whole numbers that sum to ``total``; largest remainders are rounded up.
+    """
+    weights, room = (torch.tensor(each, dtype=torch.float64) for each in (shares, sizes))
+    counts = torch.zeros_like(room)
+    for _ in sizes:
+        open_shares = torch.where(counts < room, weights, 0.0)
+        counts += open_shares / open_shares.sum().clamp(min=1e-300) * (total - counts.sum())
+        counts = counts.minimum(room)
+    whole = (counts + 1e-9).floor()
+    order = (counts - whole).argsort(descending=True, stable=True)
+    whole[order[: total - int(whole.sum())]] += 1
+    return [int(count) for count in whole.tolist()]
 
 
 Kind = Literal["mask", "zeros", "csr", "int8", "int4"]

@@ -15,10 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import TensorSpec, tensor_at
-from tokenization.checkpoint.structure import StateDict
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.normalization import TensorSource
@@ -44,8 +43,13 @@ Pair = tuple[Layer, Layer]
 """The layers ``(A [r, in], B [out, r])`` of a LoRA update."""
 
 
-def find_pairs(layers: Sequence[Layer]) -> tuple[Pair, ...]:
-    """The pair of each LoRA update of a linear or embedding layer; in grouped convolutions components cannot mix."""
+def find_pairs(layers: Sequence[Layer], options: TokenOptions) -> tuple[Pair, ...]:
+    """The pairs to bring into one form: each LoRA update of a linear or embedding layer, unless options say ``none``.
+
+    In grouped convolutions components cannot mix.
+    """
+    if options.lora_canonical == "none":
+        return ()
     by_name = {layer.name: layer for layer in layers}
     pairs = []
     for a in layers:
@@ -80,8 +84,7 @@ class Canonical(Form):
 
         Raises InputError if the adapters are of a variant of LoRA whose pairs are not simply multiplied.
         """
-        pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
-        if not pairs:
+        if not (pairs := find_pairs(layers, options)):
             return None
         if (field := no_product(zoo)) is not None:
             what = f"tokens.lora_canonical: the pairs of adapters with {field} are not simply multiplied"

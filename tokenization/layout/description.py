@@ -259,8 +259,7 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
 
 
 def _canonical(source: Checkpoint, layers: Sequence[Layer], options: TokenOptions) -> Canonical | None:
-    pairs = find_pairs(layers) if options.lora_canonical != "none" else ()
-    if not pairs:
+    if not (pairs := find_pairs(layers, options)):
         return None
     aligned = options.lora_canonical == "aligned"
     canonical = Canonical(options.lora_canonical, pairs, source if aligned else None)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, Structure, digest_of, is_counter
 from tokenization.checkpoint.progress import steps
-from tokenization.checkpoint.structure import Structure, digest_of, is_counter
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.compressed.form import Compressed
 from tokenization.errors import InputError
@@ -88,7 +87,7 @@ class TokenLayout(LayoutDescription):
         checkpoint = checkpoint if compressed is None else compressed.describe(checkpoint)
         layout = cls._placed(checkpoint, options, checkpoint)
         layout.compressed = compressed
-        pairs = find_pairs(layout.layers) if options.lora_canonical != "none" else ()
+        pairs = find_pairs(layout.layers, options)
         layout.canonical = Canonical("svd", pairs, None) if pairs else None  # the only one: nothing to align it with
         return layout
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, num_not_finite
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import TensorSpec, tensor_at
-from tokenization.checkpoint.structure import num_not_finite
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.layout.placement import BLOCK_VALUES, Layer, Normalization, as_reals

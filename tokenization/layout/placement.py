@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 
-from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo
-from tokenization.checkpoint.structure import fits
+from tokenization.checkpoint.checkpoint import Checkpoint, TensorInfo, fits
 from tokenization.errors import InputError
 
 Normalization = Literal["residual", "layer", "none"]

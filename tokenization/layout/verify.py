@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, bytes_of, is_counter
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.structure import bytes_of, is_counter
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.normalization import VARIANCE_OFFSET, LayerStatistics

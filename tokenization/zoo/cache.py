@@ -18,9 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.checkpoint.safetensors import TensorSpec
-from tokenization.checkpoint.structure import StateDict
 from tokenization.checkpoint.tensor_file import TensorFile
 from tokenization.errors import InputError
 from tokenization.files import remove_abandoned

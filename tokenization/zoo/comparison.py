@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, read_state_dict
-from tokenization.checkpoint.safetensors import TensorSpec, dtype_name, is_learned, tensor_at
-from tokenization.checkpoint.structure import (
+from tokenization.checkpoint.checkpoint import (
     SUFFIXES,
+    Checkpoint,
     Structure,
     bytes_of,
     is_counter,
     num_not_finite,
+    read_state_dict,
     same_tensors,
 )
+from tokenization.checkpoint.safetensors import TensorSpec, dtype_name, is_learned, tensor_at
 from tokenization.checkpoint.weights import Chosen
 from tokenization.errors import InputError
 

@@ -1,10 +1,11 @@
-"""What the conditions of a zoo's entries mean: binary, classes, texts, or named settings and their values."""
+"""What conditions mean: binary, classes, texts, named settings and their values, or a metric on a scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -203,3 +204,53 @@ def require_condition(spec: ConditionSpec | None, condition: Sequence[float] | N
         spec.require(condition, where)
     elif condition is not None:
         raise InputError(f"{where} has a condition, but the zoo has none; create the zoo with a condition")
+
+
+@dataclass(frozen=True)
+class MetricScale:
+    """How far a metric of the manifest reaches among the checkpoints to learn, mapped to -1 … 1."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of_values(cls, name: str, values: Sequence[float], log: bool, where: Path) -> MetricScale:
+        """Measure the values of a zoo's checkpoints. Raises InputError that names ``where`` if all are alike."""
+        low, high = min(values), max(values)
+        if low == high:
+            raise InputError(f"{where} has the same {name} for all its checkpoints, which asks for nothing")
+        if log and low <= 0:
+            what = f"{where} has a {name} of {low:g}, which has no logarithm"
+            raise InputError(f"{what}; set model.condition.scale to linear")
+        return cls(name, low, high, log)
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """What a generator's conditions mean: one number, the metric as it is measured."""
+        return ConditionSpec("vector", 1, (self.name,))
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values as they are measured, of any shape, on the scale; differentiable."""
+        low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
+        if self.log:
+            values = values.clamp(min=1e-12).log()
+        return 2 * (values - low) / (high - low) - 1
+
+    def asked(self, values: Tensor) -> Tensor:
+        """`scaled`, of what a user asks for. Raises InputError if a value has no logarithm on a logarithmic scale."""
+        if self.log and float(values.min()) <= 0:
+            raise InputError(f"{self.name} {float(values.min()):g} has no logarithm; ask for more than 0")
+        return self.scaled(values)
+
+    def warning(self, values: Tensor) -> str | None:
+        """What to warn of, if values that are asked for lie outside the zoo's."""
+        slack = 1e-4 * (self.high - self.low)
+        outside = [each for each in values.flatten().tolist() if not self.low - slack <= each <= self.high + slack]
+        if not outside:
+            return None
+        return (
+            f"{self.name} {outside[0]:g} lies outside what was learned, {self.low:.3g} to {self.high:.3g}: "
+            "what comes is a guess"
+        )

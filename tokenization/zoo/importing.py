@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, Structure
 from tokenization.checkpoint.pickles import SUFFIXES
 from tokenization.checkpoint.safetensors import natural_key
-from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import AS_FOUND, Chosen
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CollectedAdapters

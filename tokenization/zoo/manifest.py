@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.checkpoint.checkpoint import Checkpoint, Structure, digest_of
 from tokenization.checkpoint.safetensors import read_json
-from tokenization.checkpoint.structure import Structure, digest_of
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, json_lines, write_text, writing_failed
 from tokenization.zoo.condition import ConditionSpec

@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, pickled_files, read_weights
-from tokenization.checkpoint.pickles import INDEX_SUFFIXES, SUFFIXES, kind_of
+from tokenization.checkpoint.checkpoint import Checkpoint, Structure, has_plain_names, read_weights
+from tokenization.checkpoint.pickles import INDEX_SUFFIXES, SUFFIXES, kind_of, pickled_files
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.safetensors import natural_key, read_json, weight_map
-from tokenization.checkpoint.structure import Structure
 from tokenization.checkpoint.weights import Chosen, NoWeightsError, common_prefix
 from tokenization.errors import InputError
 from tokenization.lora.adapter import CollectedAdapters, is_adapter, read_adapter_config

@@ -16,8 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from tokenization.checkpoint.structure import StateDict, Structure, digest_of, same_tensors
+from tokenization.checkpoint.checkpoint import (
+    Checkpoint,
+    StateDict,
+    Structure,
+    digest_of,
+    same_tensors,
+    save_checkpoint,
+)
 from tokenization.checkpoint.weights import check_tensors
 from tokenization.errors import InputError
 from tokenization.files import make_folder, remove_leftovers, write_text
@@ -188,6 +194,15 @@ class Zoo:
     def subset(self, split: str) -> list[int]:
         """Indices of the entries of a split; empty if there are none."""
         return [index for index, entry in enumerate(self.entries) if entry.split == split]
+
+    def metric_values(self, indices: Sequence[int], name: str) -> list[float]:
+        """A metric of entries. Raises InputError if one of them lacks it."""
+        for entry in (self.entries[index] for index in indices):
+            if name not in entry.metrics:
+                what = f"{self.path / 'manifest.jsonl'}: {entry.file} has no metric {name!r}"
+                known = ", ".join(entry.metrics) or "none"
+                raise InputError(f"{what} (it has {known}); set model.condition.name to one that all have")
+        return [self.entries[index].metrics[name] for index in indices]
 
     def require_task(self) -> dict[str, Any]:
         """The task. Raises InputError if the zoo was collected without one."""

@@ -18,9 +18,9 @@ from rpg.generation.request import Request
 from rpg.generation.sampler import GROUP, LatentSampler, Tile, WatchTile
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
 from rpg.models.pdiff import unflatten_values
-from rpg.planning.estimator import GenerationFlops, LiveBytes, StepPart, count_flops
 from rpg.planning.estimators import WholeNetworksEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
+from rpg.planning.measuring import GenerationFlops, LiveBytes, StepPart, count_flops
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.seeding import make_rng
 from rpg.tasks import task_of

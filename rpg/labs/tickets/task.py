@@ -23,7 +23,7 @@ from rpg.tasks.collecting import BASE, Progress, collect_many, save_base, single
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.training import finetune_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
-from tokenization.checkpoint.structure import cut_mask
+from tokenization.compressed.parts import cut_mask
 from tokenization.zoo.zoo import Zoo
 
 

@@ -30,7 +30,7 @@ from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.errors import InputError
-from tokenization.zoo.metric import MetricScale
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 RATES = {

@@ -22,7 +22,7 @@ from rpg.tasks.collecting import append_many, descend, open_zoo, single_threaded
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.images import predict_images
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 

@@ -18,7 +18,7 @@ from rpg.tasks.images.networks import build_network
 from rpg.tasks.images.subsets import SubsetTask
 from rpg.tasks.images.training import Compression, train_run
 from rpg.tasks.stepwise import Kept, StepwiseTask, Tick
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

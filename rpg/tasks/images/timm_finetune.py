@@ -25,8 +25,7 @@ from rpg.tasks.images.image_cache import CachedImages, cached_images, steps_an_e
 from rpg.tasks.images.images import answers, check_structure
 from rpg.tasks.images.networks import own_network
 from rpg.tasks.stepwise import DatasetTask
-from tokenization.checkpoint.checkpoint import read_state_dict
-from tokenization.checkpoint.structure import StateDict
+from tokenization.checkpoint.checkpoint import StateDict, read_state_dict
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 

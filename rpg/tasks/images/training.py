@@ -22,8 +22,7 @@ from rpg.tasks.collecting import Tick, chosen_parameters, descend, one_cycle, us
 from rpg.tasks.images.config import CollectionConfig, FinetuneConfig, Pruning, Quantisation, Stage
 from rpg.tasks.images.images import ImageSplits, augment
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
-from tokenization.checkpoint.structure import cut_mask, share_out
-from tokenization.compressed.parts import Kind, by_channel, new_part, quantised
+from tokenization.compressed.parts import Kind, by_channel, cut_mask, new_part, quantised, share_out
 
 
 def train_run(

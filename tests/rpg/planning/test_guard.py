@@ -12,8 +12,9 @@ from torch import nn
 
 from rpg.cli import scoring
 from rpg.config import Config
-from rpg.planning import collection, machine, plan, target
+from rpg.planning import collection, machine, measuring, plan
 from rpg.planning.collection import collection_need, plan_collection
+from rpg.planning.measuring import Target, find_target
 from rpg.planning.plan import (
     GIB,
     Need,
@@ -24,7 +25,6 @@ from rpg.planning.plan import (
     require_memory,
     training_need,
 )
-from rpg.planning.target import Target, find_target
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.tasks import collecting
 from rpg.training.loop import train
@@ -169,7 +169,7 @@ def test_groups_are_trained_in_as_many_processes_as_memory_and_device_allow(monk
         plan_collection(task_config(name="cifar10_subsets", **changes | {"finetune": RECIPE})),
     )
     assert few is not None and all_ is not None and all_.need.host > few.need.host + 20 * (1 << 20)
-    monkeypatch.setattr(target, "task_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(measuring, "task_device", lambda name: torch.device("cuda"))
     on_gpu = plan_collection(small)
     assert on_gpu is not None and on_gpu.processes == 1
     assert on_gpu.need.host < GIB < on_gpu.need.device

@@ -13,17 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg.config import Config
 from rpg.models import build_network
-from rpg.planning.estimator import LiveBytes, fake_copy
 from rpg.planning.inspect import plan_tables
 from rpg.planning.machine import checkpoint_bytes, held_bytes
+from rpg.planning.measuring import LiveBytes, fake_copy
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.training.batches import BatchSampler, to_batch
 from rpg.training.data import TrainingSet
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
+from tokenization.layout.directions import BLOCK_BYTES, fitting_bytes
 from tokenization.layout.layout import TokenLayout
-from tokenization.spectral.fit import BLOCK_BYTES, fitting_bytes
 from tokenization.zoo.zoo import Zoo
 
 MEBI = 1 << 20

@@ -10,7 +10,7 @@ from torch import nn
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.planning.estimator import count_flops
+from rpg.planning.measuring import count_flops
 from rpg.planning.plan import CUDA_BYTES, GIB, build_estimator, largest_network, make_plan, parse_memory
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
 from rpg.section import default_config

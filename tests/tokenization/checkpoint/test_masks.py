@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenization.checkpoint.structure import cut_mask
+from tokenization.compressed.parts import cut_mask
 from tokenization.errors import InputError
 
 

@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tokenization.checkpoint.structure import cut_mask, share_out
 from tokenization.compressed.form import Compressed, dense
-from tokenization.compressed.parts import Kind, new_part, quantised
+from tokenization.compressed.parts import Kind, cut_mask, new_part, quantised, share_out
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
-from tokenization.layout.reader import TokenReader
+from tokenization.layout.rows import TokenReader
 from tokenization.layout.verify import verify_round_trip
 from tokenization.layouts import checkpoint_writer, fit_layout, load_layout, with_sparsity
 from tokenization.zoo.importing import collect_from

@@ -13,8 +13,7 @@ from torch import Tensor
 from tokenization.errors import InputError
 from tokenization.layout.canonical import find_pairs
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.reader import TokenReader
-from tokenization.layout.rows import read_rows
+from tokenization.layout.rows import TokenReader, read_rows
 from tokenization.layout.verify import verify_round_trip
 from tokenization.lora.adapter import CONFIG_NAME, product_distance
 from tokenization.zoo.zoo import Zoo
@@ -178,7 +177,7 @@ def test_a_zoo_that_cannot_be_written_is_read_all_the_same(tmp_path: Path) -> No
 def test_a_pair_of_which_one_side_is_constant_stays(tmp_path: Path) -> None:
     zoo = zoo_at(tmp_path / "zoo")
     layout = TokenLayout.fit(zoo, options("svd", exclude=("q.lora_A*",)))
-    assert [a.name for a, _ in find_pairs(layout.layers)] == [EMBEDDING[0]]
+    assert [a.name for a, _ in find_pairs(layout.layers, layout.options)] == [EMBEDDING[0]]
     assert torch.equal(layout.decode(layout.encode(zoo.checkpoint(3), torch.float64))[B], zoo.state_dict(3)[B])
 
 

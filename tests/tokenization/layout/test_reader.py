@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout import rows as rows_module
 from tokenization.layout.layout import TokenLayout, TokenOptions
-from tokenization.layout.reader import TokenReader
-from tokenization.layout.rows import read_rows
+from tokenization.layout.rows import TokenReader, read_rows
 from tokenization.zoo.zoo import Zoo
 
 CUTS = [("layer", False), ("layer", True), ("channel", False), ("channel", True), ("flat", False)]

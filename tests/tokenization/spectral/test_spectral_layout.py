@@ -14,11 +14,17 @@ from safetensors.torch import load_file
 
 from tests.tokenization.layout.test_properties import zoos
 from tokenization.errors import InputError
+from tokenization.layout.directions import DIRECTIONS
 from tokenization.layout.layout import TokenLayout
 from tokenization.layout.placement import TokenOptions
-from tokenization.layouts import checkpoint_writer, fit_layout, layout_without_statistics, load_layout, token_reader
-from tokenization.spectral.fit import DIRECTIONS
-from tokenization.spectral.layout import SpectralLayout
+from tokenization.layouts import (
+    SpectralLayout,
+    checkpoint_writer,
+    fit_layout,
+    layout_without_statistics,
+    load_layout,
+    token_reader,
+)
 from tokenization.zoo.zoo import Zoo
 
 KINDS = ("token", "network")

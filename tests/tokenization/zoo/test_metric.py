@@ -3,7 +3,7 @@ import torch
 
 from tests.conftest import make_zoo, small_network
 from tokenization.errors import InputError
-from tokenization.zoo.metric import MetricScale, metric_conditions
+from tokenization.zoo.condition import MetricScale
 from tokenization.zoo.zoo import Zoo
 
 
@@ -16,19 +16,20 @@ def with_losses(path, losses) -> Zoo:
 
 def test_a_zoo_reaches_from_minus_1_to_1_and_the_middle_is_that_of_the_logarithms(tmp_path):
     zoo = with_losses(tmp_path / "zoo", [4.0, 0.2, 0.01])
-    scale = MetricScale.of_zoo(zoo, range(3), "loss", log=True)
-    torch.testing.assert_close(metric_conditions(zoo, range(3), scale)[:, 0], torch.tensor([1.0, 0.0, -1.0]))
-    linear = MetricScale.of_zoo(zoo, range(3), "loss", log=False)
+    values = zoo.metric_values(range(3), "loss")
+    scale = MetricScale.of_values("loss", values, True, zoo.path)
+    torch.testing.assert_close(scale.scaled(torch.tensor(values)), torch.tensor([1.0, 0.0, -1.0]))
+    linear = MetricScale.of_values("loss", values, False, zoo.path)
     torch.testing.assert_close(linear.scaled(torch.tensor([4.0, 2.005, 0.01])), torch.tensor([1.0, 0.0, -1.0]))
 
 
 def test_what_cannot_be_conditioned_on_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no metric 'loss' \\(it has none\\)"):
-        MetricScale.of_zoo(make_zoo(tmp_path / "plain"), [0], "loss", log=True)
+        make_zoo(tmp_path / "plain").metric_values([0], "loss")
     with pytest.raises(InputError, match="linear"):
-        MetricScale.of_zoo(with_losses(tmp_path / "zero", [1.0, 0.0]), [0, 1], "loss", log=True)
+        MetricScale.of_values("loss", [1.0, 0.0], True, tmp_path)
     with pytest.raises(InputError, match="the same loss"):
-        MetricScale.of_zoo(with_losses(tmp_path / "same", [1.0, 1.0]), [0, 1], "loss", log=True)
+        MetricScale.of_values("loss", [1.0, 1.0], True, tmp_path)
 
 
 def test_what_lies_outside_the_zoo_is_warned_of_and_what_has_no_logarithm_refused():

@@ -1,8 +1,13 @@
 """The directions of a zoo, and the way from coefficients to tokens and back.
 
+A zoo of n checkpoints spans at most n - 1 directions in every token, whatever the token's width. Along the k leading
+ones a network of hundreds of millions of values is ``[L, k]`` numbers, and a small generator can learn it.
 With the rows ``X`` ``[n, D]`` of one token (or of all together), ``X Xᵀ = V Λ Vᵀ`` gives the directions ``Λ^-½ Vᵀ X``
 and the checkpoints' coefficients ``V Λ^½`` (principal components by the method of snapshots, Sirovich 1987). D × D
 never appears.
+
+Letters: n checkpoints, L tokens of the cut, D token width, k directions, T spectral tokens (L, or 1 where one set of
+directions serves the whole network).
 """
 
 from __future__ import annotations
