@@ -20,16 +20,16 @@ import torch
 from _common import GIB, Figures, Parser, alone, make_zoo, measured, peak_resident_bytes, run_command, work_folder
 
 from rpg.config import Config
-from rpg.diffusion.objectives import build_objective
-from rpg.diffusion.samplers import randn
+from rpg.diffusion import build_objective, randn
 from rpg.generation.generator import Generator
 from rpg.models import RecurrentConfig
-from rpg.models.denoiser import build_denoiser
+from rpg.models.recurrent_diffusion import build_denoiser
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary
 from rpg.section import default_config
 from rpg.seeding import make_rng
-from rpg.training.trainer import Trainer, build_network, fit_closed_form
+from rpg.training.data import TrainingSet
+from rpg.training.trainer import Trainer
 from tokenization.layouts import fit_layout
 from tokenization.zoo.zoo import Zoo
 
@@ -89,8 +89,9 @@ def prepare(name: str, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     layout = fit_layout(zoo, config.tokens)
     figures = {"fit_seconds": time.perf_counter() - started}
-    network: Any = build_network(config, layout, zoo)
-    fit_closed_form(network, config, layout, zoo)
+    data = TrainingSet(zoo, config)
+    network: Any = data.build_network(layout)
+    data.fit_closed_form(network, layout)
     for parameter in network.parameters():
         if not parameter.any():  # untrained, the last layer is zero
             torch.nn.init.normal_(parameter, std=0.02)

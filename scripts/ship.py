@@ -8,7 +8,8 @@ from pathlib import Path
 from rpg.generation.folders import SHIPPED, SHIPPED_FOLDER
 from rpg.generation.generator import Generator
 from rpg.generation.model_card import without_places
-from rpg.training.validation_errors import measure_known_range
+from rpg.training.data import TrainingSet
+from rpg.training.trainer import measure_known_range
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
 
@@ -18,7 +19,9 @@ MOST_BYTES = 2_000_000
 def ship(run: str, name: str, into: Path = SHIPPED_FOLDER) -> Path:
     """Write the generator of a run as the package's own; errors by distance are measured if the run has none."""
     generator = Generator.from_pretrained(run)
-    generator.known = generator.known or measure_known_range(generator, Zoo.open(generator.config.zoo))
+    generator.known = generator.known or measure_known_range(
+        generator, TrainingSet(Zoo.open(generator.config.zoo), generator.config)
+    )
     shipped = without_places(generator)
     shipped.facts = {name: fact for name, fact in shipped.facts.items() if "seconds" not in name}  # of that machine
     folder = shipped.save_pretrained(into / name)

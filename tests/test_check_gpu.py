@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from rpg.models.backbone import mamba2
+from rpg.models import mamba2
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SCRIPT = SCRIPTS / "check_gpu.sh"

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone import mamba2
-from rpg.models.backbone.mamba2 import Mamba2, fused_scan
-from rpg.models.denoiser import MLPConfig, UNet1dConfig, build_denoiser, unet1d
+from rpg.models import mamba2, unet1d
+from rpg.models.denoiser import MLPConfig
+from rpg.models.mamba2 import Mamba2, fused_scan
+from rpg.models.recurrent_diffusion import build_denoiser
+from rpg.models.unet1d import UNet1dConfig
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
 FP32, BF16 = 1e-4, 0.05

@@ -18,7 +18,7 @@ from rpg.experiments.comparison import compare
 from rpg.generation.folders import FILES, OPTIONAL_FILES
 from rpg.generation.generator import Generator
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
-from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config

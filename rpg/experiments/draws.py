@@ -33,8 +33,7 @@ from rpg.tasks import build_task
 from rpg.tasks.collecting import single_threaded
 from rpg.tasks.processes import num_cores, share
 from rpg.tasks.side_by_side import Stacked
-from rpg.training.data import training_entries, zoo_conditions
-from rpg.training.requests import ExampleConditions
+from rpg.training.data import ExampleConditions, training_entries, zoo_conditions
 from tokenization.layouts import Layout
 from tokenization.zoo.zoo import Zoo
 

@@ -16,17 +16,27 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.devices import Partition, chosen_device, parse_device
 from rpg.generation.folders import (
+    FolderSink,
+    MemorySink,
     adapter_config_of,
+    decoded_networks,
     find_folder,
     folder_digest,
     load_config,
     read_weights,
     require_files,
 )
-from rpg.generation.known_range import KNOWN_FILE, Distance, KnownRange, condition_codes
 from rpg.generation.model_card import model_card, push_generator
-from rpg.generation.outputs import FolderSink, MemorySink, decoded_networks
-from rpg.generation.request import Request, RequestOptions, requested_conditions, requested_initial, requested_texts
+from rpg.generation.request import (
+    KNOWN_FILE,
+    Distance,
+    KnownRange,
+    Request,
+    condition_codes,
+    requested_conditions,
+    requested_initial,
+    requested_texts,
+)
 from rpg.generation.sampler import Tile
 from rpg.generation.text_encoder import TEXTS_FILE, TextTable, text_table
 from rpg.models import Network, build_network, part_of
@@ -153,24 +163,12 @@ class Generator:
         return found[0] if found else None
 
     def generate(
-        self,
-        num: int = 1,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        guidance_scale: float | None = None,
-        condition: Asked = None,
-        state: str | None = None,
-        temperature: float | None = None,
-        initial: Any = None,
-        sparsity: float | None = None,
-        output: Path | str | None = None,
-        overwrite: bool = True,
-        progress: Callable[[float, float], None] | None = None,
-        partition: Partition | None = None,
-    ) -> list[dict[str, Tensor]] | list[Path]:
+        self, num: int = 1, *, seed: int = 0, steps: int | None = None, sampler: str | None = None,
+        eta: float | None = None, guidance_scale: float | None = None, condition: Asked = None,
+        state: str | None = None, temperature: float | None = None, initial: Any = None, sparsity: float | None = None,
+        output: Path | str | None = None, overwrite: bool = True,
+        progress: Callable[[float, float], None] | None = None, partition: Partition | None = None,
+    ) -> list[dict[str, Tensor]] | list[Path]:  # fmt: skip
         """Generate networks.
 
         Args:
@@ -258,29 +256,32 @@ class Generator:
             pass
         return [(step + 1, sinks[step].result()) for step in sorted(sinks)]
 
-    def request(self, num: int = 1, seed: int = 0, **given: Any) -> Request:
-        """What ``num`` networks ask of the sampler, every default filled in, given fields of `RequestOptions`.
+    def request(
+        self, num: int = 1, seed: int = 0, *, condition: Any = None, initial: Any = None, sparsity: float | None = None,
+        sampler: str | None = None, steps: int | None = None, eta: float | None = None, state: str | None = None,
+        guidance_scale: float | None = None, temperature: float | None = None,
+    ) -> Request:  # fmt: skip
+        """What ``num`` networks ask of the sampler, every default filled in; arguments are those of `generate`.
 
         Raises InputError if it is impossible.
         """
-        options = RequestOptions(**given)
-        settings, samplers = options.over(self.config.generate), self.network.samplers
-        sampler = settings.sampler or samplers[0]
+        settings, samplers = self.config.generate, self.network.samplers
+        sampler = sampler or settings.sampler or samplers[0]
         if sampler not in samplers:
             raise InputError(f"There is no sampler {sampler!r} for this generator; choose {' or '.join(samplers)}.")
-        conditions = requested_conditions(options.condition, num, self.condition, self.texts)
+        given: Any = dict(steps=steps, eta=eta, guidance_scale=guidance_scale, state=state, temperature=temperature)
+        how = {name: getattr(settings, name) if value is None else value for name, value in given.items()}
+        conditions = requested_conditions(condition, num, self.condition, self.texts)
         values = None
         if conditions is not None and self.metric is not None:
             values, conditions = conditions, self.metric.asked(conditions)
         elif conditions is not None and self.condition is not None and self.condition.settings:
             values, conditions = conditions, self.condition.inputs(conditions)
         return Request(
-            num=num, seed=seed, sampler=sampler, steps=settings.steps, eta=settings.eta, state=settings.state,
-            guidance_scale=settings.guidance_scale, temperature=settings.temperature, sparsity=options.sparsity,
-            conditions=conditions, values=values, texts=requested_texts(options.condition, num),
+            num=num, seed=seed, sampler=sampler, **how, sparsity=sparsity, conditions=conditions, values=values,
+            texts=requested_texts(condition, num), distances=self._distances(conditions),
             of_examples=self.condition is not None and self.condition.kind == "examples",
-            distances=self._distances(conditions),
-            initial=requested_initial(options.initial, num, self.layout, self.takes_initial),
+            initial=requested_initial(initial, num, self.layout, self.takes_initial),
         )  # fmt: skip
 
     def _distances(self, conditions: Tensor | None) -> tuple[Distance, ...]:

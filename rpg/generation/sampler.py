@@ -3,16 +3,17 @@
 A tile is computed in one shape whatever is asked, from random numbers of its own: same seed, same configuration, same
 device type → same bytes, however many networks are asked for and wherever its neighbours are computed.
 
-G networks of a tile, L tokens of a checkpoint, D token width, H model width, S state width, C condition values.
+G networks of a tile, L tokens of a checkpoint, D token width, H model width; d values of a flattened
+checkpoint, Z latent width, n checkpoints that were seen, k values of a token.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from rpg.config import GenerateConfig
 from rpg.devices import Partition
 from rpg.generation.request import Request
-from rpg.models.centre import CodeTable
-from rpg.models.code_prior import CodeDensity, even_noise
+from rpg.models.kernel_regression import KernelRidgeGenerator
+from rpg.models.pdiff import ParameterDiffusion, unflatten_values
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
-from rpg.seeding import derive_seed, in_turns, make_rng
+from rpg.models.states import NewStates, stored_states
+from rpg.seeding import make_rng
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 
@@ -50,6 +52,9 @@ class _Inputs:
 
 FEW = 4
 """A tile with less than this part of its networks wanted is worth a look at whether fewer rows give the same bits."""
+
+GROUP = 16
+"""Networks of p-diff computed together; part of what decides the bytes."""
 
 COMPANY = 4
 """Prototypes that are made at once at least: a backbone may round one alone otherwise, and they cost little."""
@@ -155,7 +160,10 @@ class TokenSampler(TiledSampler):
         check_tiles(network, layout, settings)
         self.bf16 = settings.precision == "bf16"
         self._last: tuple[object, _Inputs] | None = None
-        self.network = low_precision_copy(network) if self.bf16 else network
+        self.network = network = low_precision_copy(network) if self.bf16 else network
+        self.states = None
+        if network.state is not None:
+            self.states = NewStates(network.config.state, network.state, network.prior)
         self.device = network.position_embedding.device
 
     def sample(
@@ -193,7 +201,9 @@ class TokenSampler(TiledSampler):
         """What the tile's networks, or its first ``num``, are made from."""
         group = self.group(request, first, num)
         conditions = None if request.conditions is None else request.conditions[group].to(self.device)
-        vectors = self.state_vectors(request, group, conditions)
+        vectors = None
+        if self.states is not None:
+            vectors = self.states.draw(request.state, request.seed, group, request.temperature, conditions)
         initial = None if request.initial is None else request.initial[group].to(self.device)
         tokens = torch.arange(self.layout.num_tokens, device=self.device)
         known = self.network.known(vectors, conditions, tokens, initial)
@@ -202,51 +212,6 @@ class TokenSampler(TiledSampler):
         kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
         withheld = (kept,) if request.guidance_scale == 1 else (kept, ~kept)
         return _Inputs([self.network.prototypes(vectors, conditions, drop, initial) for drop in withheld], known)
-
-    @cached_property
-    def density(self) -> CodeDensity:
-        """Of the table of states."""
-        table: Any = self.network.state
-        return CodeDensity.fit(table.weight.detach(), whitened=type(table) is CodeTable)
-
-    def state_vectors(self, request: Request, networks: list[int], conditions: Tensor | None = None) -> Tensor | None:
-        """Permutation states ``[G, S]``: of the table, of a density fitted to it, or of the prior over codes.
-
-        One row if all share it.
-        """
-        if self.network.state is None:
-            return None
-        table, prior = self.network.state.weight.detach(), self.network.prior
-        if len(table) == 1:
-            return table
-        if request.state == "stored":
-            return table[torch.tensor(stored_states(request.seed, networks, len(table)), device=table.device)]
-        rngs = [make_rng(request.seed, "state", network) for network in networks]
-        if request.state == "prior":
-            if prior is None:
-                raise InputError("This generator has no prior over codes; ask for states stored, density or gaussian.")
-            if prior.config.draws == "even":
-                noise = even_noise(derive_seed(request.seed, "state"), networks, table.shape[1])
-            else:
-                noise = torch.stack([torch.randn(table.shape[1], generator=rng) for rng in rngs])
-            begun = None if prior.config.start is None else self._among_neighbours(request, rngs, conditions)
-            return prior.sample(request.temperature * noise.to(self.device), conditions, rngs=rngs, begun=begun)
-        if request.state == "density" and self.network.config.state.neighbours:
-            return self._among_neighbours(request, rngs, conditions)
-        if request.state == "density":
-            size = 1 + len(self.density.directions)
-            numbers = even_noise(derive_seed(request.seed, "state"), networks, size).to(self.device)
-            return self.density.draw(torch.special.ndtr(numbers[:, 0]), numbers[:, 1:], request.temperature)
-        centred = table - table.mean(0)  # [K, S]
-        # A combination of the table's own deviations with weights N(0, 1/K) has exactly their covariance.
-        weights = torch.stack([torch.randn(len(table), generator=rng) for rng in rngs]).to(table.device)
-        return table.mean(0) + request.temperature * (weights @ centred) / len(table) ** 0.5
-
-    def _among_neighbours(self, request: Request, rngs: Sequence[torch.Generator], conditions: Any) -> Tensor:
-        """Codes ``[G, S]`` of the classes asked for, each from numbers of its own one of G ``rngs``."""
-        table: Any = self.network.state
-        numbers = torch.stack([torch.randn(1 + table.neighbours, generator=rng) for rng in rngs]).to(self.device)
-        return table.among_neighbours(conditions[:, 0].round().long(), numbers, request.temperature)
 
     def _sample_tile(
         self, request: Request, tile: Tile, inputs: _Inputs, watch: WatchTile | None = None, num: int | None = None
@@ -289,6 +254,67 @@ class TokenSampler(TiledSampler):
         return None if bool(mask.all()) else mask.to(self.device, torch.float32).repeat(group, 1)
 
 
+class LatentSampler(TiledSampler):
+    """Samples latents and decodes them, in tiles of whole networks."""
+
+    def __init__(self, network: ParameterDiffusion, layout: Layout, settings: GenerateConfig) -> None:
+        super().__init__(layout, GROUP * layout.num_tokens)
+        self.network, self.bf16 = network, settings.precision == "bf16"
+        self.device = next(network.buffers()).device
+
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, L, D]`` that a tile's latents are decoded to."""
+        return self._rows(tile, self.latents(request, tile, watch))
+
+    def _rows(self, tile: Tile, latents: Tensor) -> Tensor:
+        values = self.network.decode_standardised(latents)  # [GROUP, d]
+        return unflatten_values(self.layout, values[: tile.num_networks])
+
+    def latents(self, request: Request, tile: Tile, watch: WatchTile | None = None) -> Tensor:
+        """Standardised latents of a tile, padded with networks that are discarded, ``[GROUP, Z]``."""
+        rng = make_rng(request.seed, "tile", tile.network, 0, device=self.device)
+        noise = torch.randn(GROUP, self.network.config.latent_size, generator=rng, device=self.device)
+        if self.network.config.variational:
+            return noise
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            return self.network.denoiser(x, time.expand(len(x))).float()
+
+        def tell(step: int, x: Tensor) -> None:
+            if watch is not None:
+                watch(tile, step, lambda: self._rows(tile, x))
+
+        how: Any = {"sampler": request.sampler, "num_steps": request.steps, "eta": request.eta}
+        return self.network.objective.sample(predict, noise, generator=rng, callback=tell, **how)
+
+
+class PosteriorSampler(TiledSampler):
+    """Computes tokens tile by tile; ``temperature`` scales the draw, 0 gives the mean."""
+
+    def __init__(self, network: KernelRidgeGenerator, layout: Layout, settings: GenerateConfig) -> None:
+        super().__init__(layout, settings.tile_tokens)
+        self.network = network
+        self.device = network.spread.device
+
+    def rows(self, request: Request, tile: Tile, watch: WatchTile | None) -> Tensor:
+        """The rows ``[G, n, k]`` of a tile; ``watch`` is told once."""
+        rows = self.fewest(request, tile, partial(self._rows, request, tile))[: tile.num_networks, : tile.num_tokens]
+        if watch is not None:
+            watch(tile, request.steps - 1, lambda: rows)
+        return rows
+
+    def _rows(self, request: Request, tile: Tile, num: int) -> Tensor:
+        group = self.group(request, tile.network, num)
+        conditions = None if request.conditions is None else request.conditions[group].to(self.device)
+        kernel, size = self.network.posterior(conditions)
+        draws = torch.stack(
+            [torch.randn(len(self.network.spread), generator=make_rng(request.seed, "posterior", i)) for i in group]
+        ).to(self.device)
+        ids = self.token_ids(tile)
+        rows = self.network.tokens(kernel, request.temperature * size[:, None] * draws, ids.to(self.device))
+        return rows * self.layout.mask_rows(ids).to(self.device)
+
+
 def check_tiles(network: RecurrentDiffusion, layout: Layout, settings: GenerateConfig) -> None:
     """Raise InputError if tiles would cut networks whose tokens are denoised together."""
     if network.denoiser.needs_whole_networks and settings.tile_tokens < layout.num_tokens:
@@ -296,15 +322,6 @@ def check_tiles(network: RecurrentDiffusion, layout: Layout, settings: GenerateC
             f"the joint denoiser looks at all {layout.num_tokens} tokens of a network at once, but "
             f"generate.tile_tokens is {settings.tile_tokens}; raise it to that"
         )
-
-
-def stored_states(seed: int, networks: Sequence[int], num_states: int) -> list[int]:
-    """Which of the stored permutation states each network of a seed is made of, whatever else is asked for.
-
-    They come in turns: where states are of checkpoints, independent draws would name some several times, and a zoo's
-    spread rests on its few outermost.
-    """
-    return in_turns(networks, num_states, seed, "states")
 
 
 @contextlib.contextmanager

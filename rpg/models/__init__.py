@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from rpg.models.kernel_ridge import KernelRidgeConfig, KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeConfig, KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
 from rpg.models.recurrent_diffusion import RecurrentConfig, RecurrentDiffusion
 from tokenization.layouts import Layout
@@ -43,11 +43,11 @@ KINDS = {
     ),
     "pdiff": Kind(
         f"{MODELS}.pdiff:PDiffConfig", f"{MODELS}.pdiff:ParameterDiffusion", "rpg.training.whole_networks:PDiffTrainer",
-        "rpg.generation.whole_networks:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
+        "rpg.generation.sampler:LatentSampler", "rpg.planning.estimators:PDiffEstimator",
     ),
     "kernel_ridge": Kind(
-        f"{MODELS}.kernel_ridge:KernelRidgeConfig", f"{MODELS}.kernel_ridge:KernelRidgeGenerator",
-        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.whole_networks:PosteriorSampler",
+        f"{MODELS}.kernel_regression:KernelRidgeConfig", f"{MODELS}.kernel_regression:KernelRidgeGenerator",
+        "rpg.training.whole_networks:ClosedFormTrainer", "rpg.generation.sampler:PosteriorSampler",
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
     "sane": Kind(

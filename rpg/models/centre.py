@@ -3,8 +3,8 @@
 Tokens are the sum of three parts: their regression on the condition (`rpg.models.kernel_regression`), a linear function
 of the checkpoint's *code*, and a remainder of unit root mean square in every token, which the denoiser makes. A code is
 the checkpoint's whitened leading principal components, of what the condition leaves; it is one for all tokens, so that
-tokens which are denoised one by one belong to one network. Codes are one kind of permutation state; learned embeddings
-of runs or checkpoints are the others.
+tokens which are denoised one by one belong to one network. Codes are one kind of permutation state
+(`rpg.models.states`).
 
 Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition values, m code values.
 """
@@ -12,97 +12,16 @@ Letters: n checkpoints, G of a batch, T tokens, k values of a token, C condition
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from rpg.models.code_prior import CodePriorConfig, Neighbourhoods
 from rpg.models.conditioning import are_new, regression_inputs
-from rpg.models.kernel_regression import KernelRidge, exact_distances, rbf
-from rpg.section import Section
+from rpg.models.kernel_regression import FittedBuffers, KernelRidge, exact_distances, rbf
 
 SMALLEST_REMAINDER = 1e-5
 """Where no more than this remains of a token, it is rounding error, not to be scaled up to unit size."""
-
-
-class FittedBuffers(nn.Module):
-    """A module whose buffers are fitted rather than trained: in loading they take the shapes of what is loaded."""
-
-    def fill(self, **values: Tensor) -> None:
-        """Replace buffers, whatever their shapes were."""
-        for name, value in values.items():
-            old = getattr(self, name)
-            setattr(self, name, value.detach().to(old.device, old.dtype).clone())
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:  # type: ignore[no-untyped-def]
-        for name, _ in list(self.named_buffers(recurse=False)):
-            if (value := state_dict.get(prefix + name)) is not None:
-                self.fill(**{name: value})
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-class CodeTable(FittedBuffers):
-    """The codes of the training checkpoints: a table of permutation states that is measured, not learned.
-
-    Their size m is cut to n - 1. New ones are drawn in neighbourhoods of so many ``neighbours`` of a class, if any.
-    """
-
-    weight: Tensor
-    classes: Tensor | None
-    spread: Tensor | None
-
-    def __init__(self, num_states: int, size: int, neighbours: int | None = None) -> None:
-        super().__init__()
-        self.neighbours = neighbours
-        self.register_buffer("weight", torch.zeros(num_states, max(1, min(size, num_states - 1))))
-        # Of whom codes are, and how far the zoo reaches along each direction: what neighbourhoods are told by.
-        self.register_buffer("classes", torch.zeros(num_states, dtype=torch.long) if neighbours else None)
-        self.register_buffer("spread", torch.ones(self.weight.shape[1]) if neighbours else None)
-
-    @property
-    def num_embeddings(self) -> int:
-        """n."""
-        return len(self.weight)
-
-    @property
-    def embedding_dim(self) -> int:
-        """m."""
-        return self.weight.shape[1]
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Codes ``[G, m]`` of states ``[G]``."""
-        return self.weight[states]
-
-    def among_neighbours(self, classes: Tensor, numbers: Tensor, temperature: float) -> Tensor:
-        """New codes ``[G, m]`` of classes ``[G]``, from standard normal numbers ``[G, 1 + neighbours]``."""
-        assert self.classes is not None and self.spread is not None and self.neighbours is not None
-        density = Neighbourhoods(self.weight * self.spread, self.classes, self.neighbours)
-        return density.draw(classes, torch.special.ndtr(numbers[:, 0]), temperature * numbers[:, 1:]) / self.spread
-
-
-class TaskTable(CodeTable):
-    """Codes that are what the zoo says of each checkpoint's task, m numbers, standardised: new tasks have them, too."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, num_states: int, size: int) -> None:
-        super().__init__(num_states, size)
-        self.fill(weight=torch.zeros(num_states, size))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-
-    def measure(self, tasks: Tensor) -> None:
-        """Take the checkpoints' tasks ``[n, m]`` as codes."""
-        self.fill(mean=tasks.mean(0), std=tasks.std(0).clamp(min=SMALLEST_REMAINDER))
-        self.fill(weight=self.codes(tasks))
-
-    def codes(self, tasks: Tensor) -> Tensor:
-        """Codes ``[B, m]`` of tasks ``[B, m]``."""
-        return (tasks - self.mean) / self.std
 
 
 class Centre(FittedBuffers):
@@ -194,14 +113,9 @@ class FittedCentre:
 
 
 def fit_centre(
-    centre: Centre,
-    tokens: Tensor,
-    conditions: Tensor | None,
-    code_size: int,
-    weight: Tensor,
-    groups: Tensor | None = None,
-    shown: Tensor | None = None,
-) -> FittedCentre:
+    centre: Centre, tokens: Tensor, conditions: Tensor | None, code_size: int, weight: Tensor,
+    groups: Tensor | None = None, shown: Tensor | None = None,
+) -> FittedCentre:  # fmt: skip
     """Fit both parts to a zoo, into ``centre``.
 
     The regression's remainders are those of the left-out fits: of a checkpoint that was fitted hardly anything would
@@ -279,62 +193,3 @@ def _whitened(values: Tensor, size: int) -> Tensor:
 
 def _leading_eigenvectors(values: Tensor, size: int) -> Tensor:
     return torch.linalg.eigh(values @ values.T).eigenvectors.flip(1)[:, :size]
-
-
-class StateConfig(Section):
-    """The permutation state: which training run, or which checkpoint, the weights came from."""
-
-    of: Literal["none", "run", "checkpoint", "code", "task"] = Field(
-        "run",
-        description="what has a learned embedding of its own; code: no embedding, but the whole checkpoint's whitened "
-        "leading principal components, which tokens are a linear function of, and diffusion makes the rest; task: what "
-        "the zoo says of its task, for a prior that is given something else, such as examples",
-    )
-    width: int | None = Field(
-        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
-    )
-    initial: Literal["random", "constant"] = Field(
-        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
-    )
-    shown: bool = Field(
-        False, description="of code: components of what fields show on the grid of their data, in place of weights, so "
-        "that a prior works in the metric in which they are compared"
-    )  # fmt: skip
-    neighbours: int | None = Field(
-        None, ge=2, description="of code, where the condition is a class: generate.state: density draws from the "
-        "Gaussians of so many checkpoints of the class that are nearest to one another"
-    )  # fmt: skip
-    noise: float = Field(
-        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
-    )
-    linear: bool = Field(False, description="of code or task: networks see a linear map of it, not an MLP")
-    prior: CodePriorConfig | None = Field(
-        None, description="of code or task: a diffusion over them, given the condition, for generate.state: prior"
-    )
-
-    @model_validator(mode="after")
-    def _only_codes_have_a_prior(self) -> StateConfig:
-        if self.prior is not None and self.of not in ("code", "task"):
-            raise ValueError("prior needs of: code or task")
-        if (self.shown or self.neighbours) and self.of != "code":
-            raise ValueError("shown and neighbours need of: code")
-        if self.prior is not None and self.prior.start and self.neighbours is None:
-            raise ValueError("prior.start needs neighbours")
-        if self.linear and self.of not in ("code", "task"):
-            raise ValueError("linear needs of: code or task")
-        if self.of in ("code", "task") and self.width is None:
-            raise ValueError(f"of: {self.of} needs a width, how many numbers it has")
-        return self
-
-
-def permutation_state(config: StateConfig, num_states: int, width: int) -> tuple[nn.Embedding | CodeTable, nn.Module]:
-    """The table of states, and what maps them to the width of the backbone."""
-    if config.of in ("code", "task"):
-        size, near = config.width or width, config.neighbours
-        codes = TaskTable(num_states, size) if config.of == "task" else CodeTable(num_states, size, near)
-        first = nn.Linear(codes.embedding_dim, width)
-        return codes, first if config.linear else nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
-    table = nn.Embedding(num_states, config.width or width)
-    if config.initial == "constant":
-        nn.init.constant_(table.weight, 1 / table.embedding_dim)
-    return table, nn.Linear(config.width, width) if config.width else nn.Identity()

@@ -1,18 +1,16 @@
-"""New codes of whole checkpoints: from a diffusion prior, or in closed form from a density of the zoo's.
+"""New codes of whole checkpoints, from a diffusion prior.
 
-The prior is flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv
+It is flow matching (arXiv 2210.02747) in the velocity form, or a preconditioned denoiser (EDM, arXiv
 2206.00364), on vectors ``[B, m]``, given the condition: an adaLN residual MLP (arXiv 2212.09748). Once it has chosen a
 code, the tokens that are made from it belong to one network.
 
-Letters: B codes, m code values, W width; of the density n checkpoints, S values of a state, r directions.
+Letters: B codes, m code values, W width.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser.base import TimeEmbedding
+from rpg.models.denoiser import TimeEmbedding
 from rpg.section import Section
 
 
@@ -46,13 +44,10 @@ class CodePriorConfig(Section):
         ge=0,
         description="of EDM: fresh noise while sampling (its S_churn), which corrects errors of earlier steps",
     )
-
     start: float | None = Field(
-        None,
-        gt=0,
-        description="of EDM: the noise level at which sampling sets out, from a draw of the neighbourhoods' density "
-        "(state.neighbours) and noise of that size; null: from noise alone",
-    )
+        None, gt=0, description="of EDM: the noise level at which sampling sets out, from a draw of the "
+        "neighbourhoods' density (state.neighbours) and noise of that size; null: from noise alone"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _flow_has_no_churn(self) -> CodePriorConfig:
@@ -195,133 +190,7 @@ class CodePrior(nn.Module):
         return self(scaled, (level.log() + 5) / 10, conditions).float()
 
 
-def even_noise(seed: int, networks: Sequence[int], size: int) -> Tensor:
-    """Standard normal noise ``[len(networks), size]``: of network i the i-th point of the seed's Sobol sequence.
-
-    Any 2ᵏ networks in a row from a multiple of 2ᵏ are as evenly spread as the sequence's first 2ᵏ.
-    """
-    first = min(networks)
-    engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed % 2**31).fast_forward(first)
-    points = engine.draw(max(networks) - first + 1, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-    return torch.special.ndtri(points)[[each - first for each in networks]].float()
-
-
 def _preconditioning(level: Tensor) -> tuple[Tensor, Tensor]:
     """What of noisy codes and of the network's output makes the clean codes, ``[B, 1]`` each (EDM, table 1)."""
     variance = level[:, None].square()
     return 1 / (1 + variance), (variance / (1 + variance)).sqrt()
-
-
-BANDWIDTHS = tuple(0.02 * 1.6**place for place in range(9))
-"""Of a kernel, in the codes' standard deviation; shrunk kernels need less than 1."""
-MOST_LEADING, MOST_COMPARED = 64, 500
-"""Directions that may have kernels, and checkpoints by which the choice is made, all pairs of them."""
-
-
-@dataclass(frozen=True)
-class CodeDensity:
-    """A density over codes.
-
-    Attributes:
-        centres: ``[n, m]`` codes, of zero mean and unit variance in every direction.
-        directions: ``[m, S]``, by which a code becomes a state.
-        mean: ``[S]``, the states' mean.
-        leading: r, how many directions have kernels.
-    """
-
-    centres: Tensor
-    directions: Tensor
-    mean: Tensor
-    leading: int
-    bandwidth: float
-
-    @classmethod
-    def fit(cls, table: Tensor, *, whitened: bool) -> CodeDensity:
-        """Fit to the states ``[n, S]`` of n ≥ 2 checkpoints.
-
-        If ``whitened`` they are codes already, the direction of the largest variance first.
-        """
-        mean = table.mean(0)
-        centres, directions = table - mean, torch.eye(table.shape[1], device=table.device)
-        if not whitened:
-            left, lengths, right = torch.linalg.svd(centres, full_matrices=False)
-            kept = int((lengths > 1e-5 * lengths[0]).sum())
-            centres = left[:, :kept] * len(table) ** 0.5
-            directions = lengths[:kept, None] / len(table) ** 0.5 * right[:kept]
-        compared = centres[:MOST_COMPARED].double()
-        rest = -compared.square().mean(0).flip(0).cumsum(0).flip(0) / 2  # of the directions from each on
-        rest = torch.cat([rest, rest.new_zeros(1)])
-        best = rest[0].item(), 0, 1.0
-        products = compared.new_zeros(len(compared), len(compared))
-        for leading in range(1, min(len(rest) - 1, MOST_LEADING) + 1):
-            products.addr_(compared[:, leading - 1], compared[:, leading - 1])
-            for bandwidth in BANDWIDTHS:
-                score = left_out_likelihood(products, leading, bandwidth) + rest[leading].item()
-                best = max(best, (score, leading, bandwidth))
-        return cls(centres, directions, mean, best[1], best[2])
-
-    def draw(self, places: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """States ``[B, S]`` from standard normal noise ``[B, m]``.
-
-        ``places`` ``[B]`` in 0 … 1 say which checkpoint each is drawn around, these sorted by their first direction.
-        """
-        num, r = len(self.centres), self.leading
-        order = self.centres[:, 0].argsort()
-        around = self.centres[order[(places * num).long().clamp(max=num - 1)], :r]
-        codes = temperature * noise
-        codes[:, :r] = (1 - self.bandwidth**2) ** 0.5 * around + self.bandwidth * codes[:, :r]
-        return self.mean + codes @ self.directions
-
-
-def left_out_likelihood(products: Tensor, size: int, bandwidth: float) -> float:
-    """Mean log-likelihood of each of n codes under the shrunk kernels of the others, up to r log(2π) / 2.
-
-    ``products`` ``[n, n]`` are the inner products of the codes, ``size`` is r, the values of one.
-    """
-    precision, shrink = bandwidth**-2, (1 - bandwidth**2) ** 0.5
-    halves = products.diagonal() * (precision / 2)
-    exponent = (-(shrink**2) * halves).add(products, alpha=shrink * precision).fill_diagonal_(-math.inf)
-    near = (torch.logsumexp(exponent, 1) - halves).mean()  # of squared distances to the shrunk codes
-    return (near - math.log(len(products) - 1) - size * math.log(bandwidth)).item()
-
-
-DRAWN_IN = 0.7
-"""How far draws move from a checkpoint to its neighbourhood's Gaussian; chosen on validation digits and shapes."""
-
-
-@dataclass(frozen=True)
-class Neighbourhoods:
-    """A density over codes of classes: of each checkpoint the Gaussian of those of its class that are nearest to it.
-
-    Around the checkpoints themselves that would be manifold Parzen windows (Vincent and Bengio, 2002), which are wider
-    than what they are fitted to; these are drawn in to each neighbourhood's mean by as much as its Gaussian adds.
-
-    Attributes:
-        codes: ``[n, m]``, distances between which count.
-        classes: ``[n]`` long.
-        num: how many are a neighbourhood, the checkpoint itself included.
-    """
-
-    codes: Tensor
-    classes: Tensor
-    num: int
-
-    def draw(self, classes: Tensor, places: Tensor, noise: Tensor) -> Tensor:
-        """Codes ``[B, m]`` of classes ``[B]`` (long) that have checkpoints, from standard normal noise ``[B, num]``.
-
-        ``places`` ``[B]`` in 0 … 1 say which of a class's checkpoints each is drawn around.
-        """
-        members = {label: self.codes[self.classes == label] for label in classes.unique().tolist()}
-        drawn = []
-        for label, place, numbers in zip(classes.tolist(), places.tolist(), noise, strict=True):
-            known = members[label]
-            around = known[min(int(place * len(known)), len(known) - 1)]
-            near = known[(known - around).square().sum(1).topk(min(self.num, len(known)), largest=False).indices]
-            mean, moved = near.mean(0), deviation(near, numbers[: len(near)])
-            drawn.append(mean + (1 - DRAWN_IN**2) ** 0.5 * (around - mean) + DRAWN_IN * moved)
-        return torch.stack(drawn)
-
-
-def deviation(members: Tensor, noise: Tensor) -> Tensor:
-    """A draw ``[m]`` of the Gaussian of mean 0 with the covariance of ``members`` ``[n, m]``, from noise ``[n]``."""
-    return noise @ (members - members.mean(0)) / len(members) ** 0.5

@@ -9,13 +9,14 @@ F features."""
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rpg.models.code_prior import CodePriorConfig
 from rpg.section import Section
 
 NUM_FEATURES, WIDTH = 64, 256
@@ -206,12 +207,63 @@ class InitialConfig(Section):
         description="share of examples whose start is their run's first checkpoint; else any earlier one",
     )
     own: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of a batch whose starts are replaced by networks that the generator makes of them at that "
-        "step of its training, so that it can go on from its own networks",
+        0.0, ge=0, le=1, description="share of a batch whose starts are replaced by networks that the generator makes "
+        "of them at that step of its training, so that it can go on from its own networks"
+    )  # fmt: skip
+
+
+class StateConfig(Section):
+    """The permutation state: which training run, or which checkpoint, the weights came from."""
+
+    of: Literal["none", "run", "checkpoint", "code", "task"] = Field(
+        "run",
+        description="what has a learned embedding of its own; code: no embedding, but the whole checkpoint's whitened "
+        "leading principal components, which tokens are a linear function of, and diffusion makes the rest; task: what "
+        "the zoo says of its task, for a prior that is given something else, such as examples",
     )
+    width: int | None = Field(
+        64, ge=1, description="width of the embedding; null: the backbone's, to which it is added without a linear map"
+    )
+    initial: Literal["random", "constant"] = Field(
+        "random", description="untrained embeddings: normal numbers, or 1 / width everywhere, the same for all"
+    )
+    shown: bool = Field(
+        False, description="of code: components of what fields show on the grid of their data, in place of weights, so "
+        "that a prior works in the metric in which they are compared"
+    )  # fmt: skip
+    neighbours: int | None = Field(
+        None, ge=2, description="of code, where the condition is a class: generate.state: density draws from the "
+        "Gaussians of so many checkpoints of the class that are nearest to one another"
+    )  # fmt: skip
+    noise: float = Field(
+        0.0, ge=0, description="noise added to the embedding in training, relative to the table's own spread"
+    )
+    linear: bool = Field(False, description="of code or task: networks see a linear map of it, not an MLP")
+    prior: CodePriorConfig | None = Field(
+        None, description="of code or task: a diffusion over them, given the condition, for generate.state: prior"
+    )
+
+    @model_validator(mode="after")
+    def _only_codes_have_a_prior(self) -> StateConfig:
+        if self.prior is not None and self.of not in ("code", "task"):
+            raise ValueError("prior needs of: code or task")
+        if (self.shown or self.neighbours) and self.of != "code":
+            raise ValueError("shown and neighbours need of: code")
+        if self.prior is not None and self.prior.start and self.neighbours is None:
+            raise ValueError("prior.start needs neighbours")
+        if self.linear and self.of not in ("code", "task"):
+            raise ValueError("linear needs of: code or task")
+        if self.of in ("code", "task") and self.width is None:
+            raise ValueError(f"of: {self.of} needs a width, how many numbers it has")
+        return self
+
+
+class PlainModel(Section):
+    """A model without permutation states and initial weights; what it makes of a checkpoint depends on no other."""
+
+    initial: ClassVar[None] = None
+    state: ClassVar = StateConfig(of="none")
+    normalises_batches: ClassVar[bool] = False
 
 
 LONGEST_PERIOD = 10_000.0

@@ -17,10 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.diffusion.objectives import DDPMConfig, Objective, ObjectiveConfig, build_objective
-from rpg.models.centre import StateConfig
-from rpg.models.conditioning import ConditionConfig
-from rpg.models.denoiser.base import TimeEmbedding
+from rpg.diffusion import DDPMConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.conditioning import ConditionConfig, PlainModel
+from rpg.models.denoiser import TimeEmbedding
 from rpg.section import Odd, Section
 from tokenization.layouts import Layout
 
@@ -34,7 +33,7 @@ class StageConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
-class PDiffConfig(Section):
+class PDiffConfig(PlainModel):
     """The networks of p-diff and their two stages (defaults of appendix A.1, tables 5c and 5d)."""
 
     kind: Literal["pdiff"] = "pdiff"
@@ -51,11 +50,7 @@ class PDiffConfig(Section):
     autoencoder: StageConfig = StageConfig(steps=500, learning_rate=2e-5)
     latent: StageConfig = StageConfig(steps=1000, learning_rate=1e-4)
 
-    # It knows neither, and what is computed of a checkpoint does not depend on those beside it.
     condition: ClassVar = ConditionConfig()
-    initial: ClassVar[None] = None
-    state: ClassVar = StateConfig(of="none")
-    normalises_batches: ClassVar[bool] = False
 
     @property
     def description(self) -> str:
@@ -147,6 +142,18 @@ class LatentDenoiser(nn.Module):
         for convolution, project, skip in zip(self.up, self.up_time, reversed(skips), strict=True):
             hidden = F.silu(convolution(hidden + skip + project(embedded)[:, :, None]))  # [B, C, P / 2^(i-1)]
         return self.output(hidden.flatten(1))
+
+
+def flatten_tokens(layout: Layout, tokens: Tensor) -> Tensor:
+    """Tokens ``[..., L, D]`` → their values without padding, ``[..., d]``."""
+    return tokens.flatten(-2)[..., layout.mask.flatten()]
+
+
+def unflatten_values(layout: Layout, values: Tensor) -> Tensor:
+    """Values ``[..., d]`` → tokens ``[..., L, D]``, padding 0."""
+    tokens = values.new_zeros(*values.shape[:-1], layout.num_tokens * layout.token_size)
+    tokens[..., layout.mask.flatten().to(values.device)] = values
+    return tokens.unflatten(-1, (layout.num_tokens, layout.token_size))
 
 
 class ParameterDiffusion(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from einops import rearrange, reduce
@@ -18,13 +18,39 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rpg.diffusion.objectives import FlowConfig, Objective, ObjectiveConfig, build_objective
-from rpg.models.backbone import BackboneConfig, LSTMConfig, build_backbone
-from rpg.models.centre import Centre, CodeTable, StateConfig, TaskTable, fit_centre, permutation_state
+from rpg.diffusion import FlowConfig, Objective, ObjectiveConfig, build_objective
+from rpg.models.backbone import (
+    Backbone,
+    LSTMBackbone,
+    LSTMConfig,
+    NoneBackbone,
+    NoneConfig,
+    TransformerBackbone,
+    TransformerConfig,
+)
+from rpg.models.centre import Centre, fit_centre
 from rpg.models.code_prior import CodePrior
-from rpg.models.conditioning import ConditionConfig, ConditionEncoder, InitialConfig, are_new, position_embedding
-from rpg.models.denoiser import DenoiserConfig, MLPConfig, build_denoiser
+from rpg.models.conditioning import (
+    ConditionConfig,
+    ConditionEncoder,
+    InitialConfig,
+    StateConfig,
+    are_new,
+    position_embedding,
+)
+from rpg.models.denoiser import (
+    Decoder,
+    DecoderConfig,
+    Denoiser,
+    JointConfig,
+    JointDenoiser,
+    MLPConfig,
+    MLPDenoiser,
+)
 from rpg.models.kernel_regression import condition_groups
+from rpg.models.mamba2 import Mamba2Backbone, Mamba2Config
+from rpg.models.states import CodeTable, TaskTable, permutation_state
+from rpg.models.unet1d import UNet1d, UNet1dConfig
 from rpg.section import Section
 from tokenization.layouts import Layout
 
@@ -69,6 +95,27 @@ class Loss(NamedTuple):
     mean: Tensor
     per_token: Tensor
     samples: Tensor | None = None
+
+
+BackboneConfig = Annotated[LSTMConfig | Mamba2Config | TransformerConfig | NoneConfig, Field(discriminator="kind")]
+BACKBONES: dict[str, Callable[[Any], Backbone]] = {
+    "lstm": LSTMBackbone, "mamba2": Mamba2Backbone, "transformer": TransformerBackbone, "none": NoneBackbone,
+}  # fmt: skip
+
+DenoiserConfig = Annotated[MLPConfig | UNet1dConfig | JointConfig | DecoderConfig, Field(discriminator="kind")]
+DENOISERS: dict[str, Any] = {"mlp": MLPDenoiser, "unet1d": UNet1d, "joint": JointDenoiser, "decoder": Decoder}
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that a configuration describes, randomly initialised from torch's global generator."""
+    return BACKBONES[config.kind](config)
+
+
+def build_denoiser(config: DenoiserConfig, token_size: int, d_prototype: int, num_tokens: int) -> Denoiser:
+    """The denoiser that a configuration describes, randomly initialised from torch's global generator."""
+    kind = DENOISERS[config.kind]
+    made: Denoiser = kind(config, token_size, d_prototype, *([num_tokens] if kind.needs_whole_networks else []))
+    return made
 
 
 class RecurrentConfig(Section):
@@ -159,9 +206,8 @@ class RecurrentDiffusion(nn.Module):
             self.state, self.state_projection = permutation_state(config.state, num_states, width)
         self.condition: ConditionEncoder | None = None
         self.denoiser_condition: nn.Module | None = None
-        encoder: Callable[[int], ConditionEncoder] | None = None
-        if config.condition.kind != "none":
-            encoder = partial(ConditionEncoder, config.condition, condition_size)
+        conditioned = config.condition.kind != "none"
+        encoder = partial(ConditionEncoder, config.condition, condition_size) if conditioned else None
         if encoder is not None and config.condition.inject != "prior":
             self.condition = encoder(width)
             if config.condition.inject == "both":
@@ -279,16 +325,16 @@ class RecurrentDiffusion(nn.Module):
 
     def _predict_rows(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
         """:meth:`predict` from prototypes ``[M, H]``, recomputed in the backward pass if so configured."""
-        inputs = (x, time, prototypes, mask)
-        num_rows = self.denoiser.checkpoint_rows
-        if num_rows is None or not (self.training and torch.is_grad_enabled()):
-            return self._predict_whole(*inputs)
-        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
-        recompute = partial(checkpoint, self._predict_whole, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
 
-    def _predict_whole(self, x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
-        return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+        def whole(x: Tensor, time: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
+            return self.predict(x, time, self.denoiser.precompute(prototypes), mask)
+
+        inputs, num_rows = (x, time, prototypes, mask), self.denoiser.checkpoint_rows
+        if num_rows is None or not (self.training and torch.is_grad_enabled()):
+            return whole(*inputs)
+        chunks = zip(*(tensor.split(num_rows) for tensor in inputs), strict=True)
+        recompute = partial(checkpoint, whole, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recompute(*chunk) for chunk in chunks])  # [M, D]
 
     def one_step(
         self, noise: Tensor, mask: Tensor, states: Tensor | None = None, conditions: Tensor | None = None,

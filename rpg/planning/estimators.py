@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rpg.config import Config
-from rpg.diffusion.objectives import build_objective
-from rpg.generation.sampler import low_precision_copy
-from rpg.generation.whole_networks import GROUP
+from rpg.diffusion import build_objective
+from rpg.generation.sampler import GROUP, low_precision_copy
 from rpg.models import build_network
-from rpg.models.kernel_ridge import KernelRidgeGenerator
+from rpg.models.kernel_regression import KernelRidgeGenerator
 from rpg.models.pdiff import ParameterDiffusion
 from rpg.models.recurrent_diffusion import Batch, RecurrentDiffusion
 from rpg.planning.machine import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rpg.devices import FASTER, bf16_ratio
-from rpg.models.backbone.base import has_bf16_lstm
+from rpg.models.backbone import has_bf16_lstm
 from rpg.packages import install_command
 from tokenization.layouts import Layout
 

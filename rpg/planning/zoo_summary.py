@@ -11,8 +11,7 @@ import torch
 from rpg.config import Config
 from rpg.tasks import build_task
 from rpg.tasks.base import PartTask, TaskFamily
-from rpg.training.data import condition_size as zoo_condition_size
-from rpg.training.data import state_ids, training_entries
+from rpg.training.data import TrainingSet
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, layout_without_statistics
@@ -41,9 +40,8 @@ class ZooSummary:
     def of(cls, zoo: Zoo, config: Config) -> ZooSummary:
         """The zoo as ``config`` cuts it; no values are read. Raises InputError as `layout_without_statistics` does."""
         layout = layout_without_statistics(zoo.checkpoint(0), config.tokens, len(zoo))
-        states = state_ids(zoo, training_entries(zoo, config.train.splits), config.model.state)
-        num_states = int(states.max()) + 1 if len(states) else 1
-        return cls(layout, len(zoo), num_states, zoo_condition_size(zoo, config.model.condition))
+        data = TrainingSet(zoo, config)
+        return cls(layout, len(zoo), data.num_states, data.condition_size)
 
 
 def find_zoo_summary(

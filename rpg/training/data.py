@@ -1,35 +1,224 @@
-"""Which token rows a training step sees: decided by (seed, step) alone, so that a resumed run, and a run
-on another number of processes, sees the same.
+"""What a run learns from: checkpoints of a zoo and their conditions, as networks see them.
+
+Where examples are the condition, a few of each checkpoint's task are drawn and shown to the networks in every step.
+K checkpoints, L tokens of a checkpoint, D token width, C condition values; T tasks, n examples, P values of an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg.config import Config
-from rpg.generation.text_encoder import text_table
-from rpg.models.centre import StateConfig
-from rpg.models.code_prior import CodePriorConfig
-from rpg.models.conditioning import ConditionConfig, InitialConfig
-from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentDiffusion
-from rpg.seeding import derive_seed, in_turns, make_rng, permutation
-from rpg.training.requests import example_conditions
+from rpg.generation.generator import Generator
+from rpg.generation.text_encoder import TextTable, phrases_of, sentence_encoder, text_table
+from rpg.models import Network, build_network
+from rpg.models.conditioning import ConditionConfig, InitialConfig, example_rows, row_size
+from rpg.models.recurrent_diffusion import Batch, CodeBatch, RecurrentConfig, RecurrentDiffusion
+from rpg.models.states import TaskTable
+from rpg.seeding import make_rng
+from rpg.tasks import task_of
+from rpg.tasks.base import DescribedTask, ExampleTask, FunctionTask, TaskSimulator
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, token_reader
-from tokenization.zoo.condition import WITHHELD, MetricScale
+from tokenization.zoo.condition import ConditionSpec, MetricScale
 from tokenization.zoo.zoo import Zoo
-
-MOST_ROUNDS = 3
-"""Times that the generator goes on from its own networks, in training, at most."""
 
 MOST_PAIRS = 2048
 """Pairs by which the size of differences is measured."""
+
+MOST_TOKEN_BYTES = 4 << 30
+"""The most memory that the tokens of a whole zoo may take where they are needed at once."""
+
+NUM_DESCRIPTIONS = 300
+"""Descriptions of training tasks, at least, whose phrases a generator keeps."""
+
+NUM_READ, PHRASE_NOISE = 128, 0.8
+"""Descriptions that are read in a training step; noise on their phrases' vectors, of unit mean square."""
+
+
+def training_entries(zoo: Zoo, splits: Sequence[str]) -> list[int]:
+    """The entries of the zoo that are trained on, those of ``train.splits``, in its order."""
+    return sorted(index for split in dict.fromkeys(splits) for index in zoo.subset(split))
+
+
+def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
+    """The conditions of checkpoints in the zoo's form, ``[K, C]``."""
+    return torch.tensor([zoo.entries[index].condition for index in indices])
+
+
+class TrainingSet:
+    """The checkpoints of a zoo that a run learns from, and their conditions as networks see them.
+
+    Attributes:
+        indices: the entries of ``train.splits``, K of them.
+    """
+
+    def __init__(self, zoo: Zoo, config: Config) -> None:
+        self.zoo, self.config, self.condition = zoo, config, config.model.condition
+        self.indices = training_entries(zoo, config.train.splits)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def check(self) -> None:
+        """Raise InputError unless there are checkpoints, and conditions of the configured kind."""
+        zoo, wanted = self.zoo, self.condition.kind
+        if not self.indices:
+            raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
+        described = self.condition.phrases and isinstance(self.config.model, RecurrentConfig)
+        if described or wanted in ("none", "metric", "examples"):  # looked for where they are read
+            return
+        found = zoo.condition.kind if zoo.condition else "none"
+        if found != wanted:
+            raise InputError(
+                f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
+            )
+
+    @cached_property
+    def tasks(self) -> Tensor:
+        """The checkpoints' conditions in the zoo's form, ``[K, C]``."""
+        return zoo_conditions(self.zoo, self.indices)
+
+    @cached_property
+    def scale(self) -> MetricScale | None:
+        """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_values`."""
+        if (name := self.condition.name) is None:
+            return None
+        values = self.zoo.metric_values(self.indices, name)
+        return MetricScale.of_values(name, values, self.condition.scale == "log", self.zoo.path)
+
+    @cached_property
+    def examples(self) -> ExampleConditions | None:
+        """What turns conditions into examples or descriptions of the zoo's task, where these are the condition."""
+        condition, seed = self.condition, self.config.seed
+        if condition.phrases:
+            return Descriptions(self.zoo, task_of(self.zoo), condition, seed)
+        return ExampleConditions(task_of(self.zoo), condition, seed) if condition.kind == "examples" else None
+
+    @cached_property
+    def conditions(self) -> Tensor | None:
+        """The condition of every checkpoint, ``[K, C]``; None without one. Raises as `text_table`."""
+        if self.condition.kind == "none":
+            return None
+        if self.scale is not None:
+            values = self.zoo.metric_values(self.indices, self.scale.name)
+            return self.scale.scaled(torch.tensor(values))[:, None]
+        if self.condition.kind == "examples" or self.condition.phrases:  # of which examples are shown in every step
+            return self.tasks
+        if self.condition.kind == "text":
+            return text_table(self.zoo, self.condition.encoder).conditions[self.tasks[:, 0].long()]
+        return self.zoo.condition.inputs(self.tasks) if self.zoo.condition is not None else self.tasks
+
+    @property
+    def condition_size(self) -> int:
+        """How many values a condition has for the networks; of classes, how many there are; 0 without conditions."""
+        if self.condition.kind == "metric":
+            return 1
+        if self.examples is not None:
+            return self.examples.num_inputs
+        if self.zoo.condition is None or self.condition.kind == "none":
+            return 0
+        if self.condition.kind == "text":
+            return text_table(self.zoo, self.condition.encoder).vectors.shape[1]
+        return self.zoo.condition.num_inputs
+
+    @cached_property
+    def states(self) -> Tensor:
+        """The permutation state of every checkpoint, ``[K]`` long."""
+        of = self.config.model.state.of
+        if of in ("checkpoint", "code", "task"):
+            return torch.arange(len(self))
+        if of == "run":
+            runs = {run: i for i, run in enumerate(dict.fromkeys(self.zoo.entries[i].run for i in self.indices))}
+            return torch.tensor([runs[self.zoo.entries[index].run] for index in self.indices])
+        return torch.zeros(len(self), dtype=torch.long)
+
+    @property
+    def num_states(self) -> int:
+        """How many permutation states there are, one at least."""
+        return int(self.states.max()) + 1 if len(self) else 1
+
+    def digest(self, layout: Layout) -> str:
+        """A digest of what is learned: the checkpoints' digests and labels, and the layers."""
+        trained = [self.zoo.entries[index] for index in self.indices]
+        entries = [(entry.sha256, entry.run, entry.step, entry.condition) for entry in trained]
+        layers = [(layer.name, layer.num_values) for layer in layout.layers]
+        return hashlib.sha256(json.dumps([entries, layers]).encode()).hexdigest()
+
+    def tokens(self, layout: Layout) -> Tensor:
+        """The checkpoints' tokens, ``[K, L, D]``. Raises InputError where they are too many for memory."""
+        if 4 * len(self) * layout.num_tokens * layout.token_size > MOST_TOKEN_BYTES:
+            raise InputError(
+                f"The {len(self)} checkpoints of {self.zoo.path} have {layout.num_tokens:,} tokens of "
+                f"{layout.token_size:,} values, too many to fit codes or a regression to in memory; set tokens.rank."
+            )
+        return token_reader(self.zoo, layout).read(self.indices, range(layout.num_tokens))
+
+    def build_network(self, layout: Layout) -> Network:
+        """The untrained networks, initialised from the seed."""
+        size = self.condition_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return build_network(self.config.model, layout, self.num_states, size)
+
+    def fit_closed_form(self, network: RecurrentDiffusion, layout: Layout) -> None:
+        """Fit the model's closed-form part, if it has one, to the checkpoints."""
+        config = self.config
+        if isinstance(network.state, TaskTable):
+            network.state.measure(self._task_numbers(network.state.embedding_dim))
+        if config.model.initial is not None:
+            network.fit_initial(self._differences(layout, config.model.initial))
+        elif network.centre is not None:
+            tokens = self.tokens(layout)
+            shown = self._shown(tokens, layout) if config.model.state.shown else None
+            network.fit_centre(tokens, self.conditions, layout.token_weight, shown)
+
+    def _task_numbers(self, width: int) -> Tensor:
+        """The task features of the checkpoints, ``[K, width]``. Raises InputError if they are not ``width`` wide."""
+        condition = self.zoo.condition
+        if condition is None or condition.kind not in ("vector", "binary"):
+            where = self.zoo.path
+            raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {where} has not")
+        numbers = condition.inputs(self.tasks)
+        if numbers.shape[1] != width:
+            raise InputError(f"model.state.width is {width}, but tasks have {numbers.shape[1]} numbers; set it to that")
+        return numbers
+
+    def _differences(self, layout: Layout, config: InitialConfig) -> Tensor:
+        """Differences ``[n, L, D]`` of the tokens of some checkpoints from their starts."""
+        pairs = InitialPairs(self.zoo, self.indices, config, self.config.seed)
+        places = range(0, len(self), max(1, len(self) // MOST_PAIRS))
+        starts, reader = [pairs.draw(place, -1, place) for place in places], token_reader(self.zoo, layout)
+        later, earlier = (
+            reader.read([self.indices[place] for place in some], range(layout.num_tokens)) for some in (places, starts)
+        )
+        return later - earlier
+
+    def _shown(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """What checkpoints ``[K, L, D]`` show, ``[K, F]``."""
+        task = task_of(self.zoo, self.config.task)
+        if not isinstance(task, FunctionTask):
+            raise InputError(
+                f"{type(task).__name__} has no networks that show something; set model.state.shown to false, or choose "
+                "the task fields"
+            )
+        return task.shown(layout.decode_batch(tokens, constants=True))
+
+    def generator(self, layout: Layout, network: Network, facts: dict[str, Any]) -> Generator:
+        """The generator of trained networks; ``facts`` of the training are for its model card."""
+        examples, scale = self.examples, self.scale
+        condition = examples.spec if examples is not None else self.zoo.condition if scale is None else scale.condition
+        texts = examples.table if isinstance(examples, Descriptions) else None
+        return Generator(self.config, layout, network, condition, facts, texts=texts, metric=scale)
 
 
 class InitialPairs:
@@ -58,308 +247,126 @@ class InitialPairs:
         return earlier[0] if first < self.config.first else earlier[int(which * len(earlier))]
 
 
-@torch.no_grad()
-def with_own_initial(network: RecurrentDiffusion, batch: Batch, mask: Tensor, rng: torch.Generator) -> Batch:
-    """The batch with a share of its initial weights (``model.initial.own``) replaced by networks made of them.
-
-    They are made in one to three rounds, each of which goes on from the last. A round asks for the example's own
-    condition or, in half of the cases, for something between it and 1: of a loss, for less improvement.
-
-    Args:
-        network: as it is now.
-        batch: of which ``initial`` and ``conditions`` are given.
-        mask: ``[L, D]``, 1 where a token holds values.
-        rng: on the CPU; draws rows, rounds, what is asked for, and noise.
-    """
-    assert network.config.initial is not None and batch.initial is not None and batch.conditions is not None
-    initial, conditions = batch.initial.clone(), batch.conditions
-    num = round(network.config.initial.own * len(initial))
-    rows = torch.randperm(len(initial), generator=rng)[:num].to(initial.device)
-    for _ in range(int(torch.randint(1, MOST_ROUNDS + 1, (), generator=rng)) if num else 0):
-        less = (torch.rand(num, 1, generator=rng) * (torch.rand(num, 1, generator=rng) < 0.5)).to(conditions)
-        asked = conditions[rows] + less * (1 - conditions[rows])
-        noise = torch.randn(num, *mask.shape, generator=rng).to(initial)
-        initial[rows] = network.one_step(noise, mask, None, asked, initial[rows])
-    return replace(batch, initial=initial)
-
-
-def sample_differences(
-    zoo: Zoo, layout: Layout, indices: Sequence[int], config: InitialConfig, seed: int
-) -> torch.Tensor:
-    """Differences ``[n, L, D]`` of the tokens of some training checkpoints from their starts."""
-    pairs, reader = InitialPairs(zoo, indices, config, seed), token_reader(zoo, layout)
-    places = range(0, len(indices), max(1, len(indices) // MOST_PAIRS))
-    starts = [pairs.draw(place, -1, place) for place in places]
-    later, earlier = (
-        reader.read([indices[place] for place in some], range(layout.num_tokens)) for some in (places, starts)
-    )
-    return later - earlier
-
-
-MOST_TOKEN_BYTES = 4 << 30
-"""The most memory that the tokens of a whole zoo may take where they are needed at once."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A process's share of one step's data, on the CPU (shapes as in :class:`rpg.models.recurrent_diffusion.Batch`).
-
-    ``seeds`` are of the examples' noise and times, ``group_seeds`` of the noise on each group's permutation state.
-    """
-
-    samples: Tensor
-    mask: Tensor
-    token_ids: Tensor
-    group: Tensor
-    states: Tensor
-    conditions: Tensor | None
-    dropped: Tensor | None
-    initial: Tensor | None
-    tasks: Tensor | None
-    seeds: list[int]
-    group_seeds: list[int]
-
-
-class BatchSampler:
-    """Draws the rows of each step from a zoo.
-
-    Args:
-        config: says splits, batch size and sampled tokens, what a permutation state is, and how conditions are dropped
-            and withheld.
-        rank, world_size: this process, of how many; the batch is split evenly among them.
+class ExampleConditions:
+    """Replaces the zoo's conditions by examples of the tasks.
 
     Raises:
-        InputError: the batch cannot be split evenly.
+        InputError: the task shows none, or of another number of classes.
     """
 
-    def __init__(self, zoo: Zoo, layout: Layout, config: Config, rank: int = 0, world_size: int = 1) -> None:
-        model, seed = config.model, config.seed
-        self.settings, self.condition, self.seed, self.layout = config.train, model.condition, seed, layout
-        self.indices = training_entries(zoo, config.train.splits)
-        self.rank, self.world_size = rank, world_size
-        self.reader = token_reader(zoo, layout)
-        self.states = state_ids(zoo, self.indices, model.state)
-        self.conditions = training_conditions(zoo, self.indices, model.condition)
-        self.tasks = zoo_conditions(zoo, self.indices) if zoo.condition is not None and zoo.condition.settings else None
-        self.initial = InitialPairs(zoo, self.indices, model.initial, seed) if model.initial is not None else None
+    def __init__(self, task: object, config: ConditionConfig, seed: int) -> None:
+        if not isinstance(task, ExampleTask):
+            raise InputError(
+                f"model.condition.kind: examples needs a task that shows examples, which {type(task).__name__} does "
+                "not; choose sensors"
+            )
+        if config.classes != (num := len(task.example_classes)):
+            raise InputError(f"model.condition.classes is {config.classes}, but the task has {num}; set it to that")
+        self.task, self.config, self.seed = task, config, seed
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers networks see of an example."""
+        return self.spec.size
 
-    def examples(self, step: int) -> list[int]:
-        """Places in ``indices`` of the whole batch of ``step``: epoch after epoch, each in its own random order."""
-        size = self.settings.batch_size
-        return in_turns(range(step * size, (step + 1) * size), len(self.indices), self.seed, "epoch")
+    @property
+    def spec(self) -> ConditionSpec:
+        """What a generator's conditions are."""
+        size = row_size(math.prod(self.task.example_shape), self.config.classes)
+        return ConditionSpec("examples", size, tuple(self.task.example_classes))
 
-    def token_ids(self, step: int) -> Tensor:
-        """The sampled tokens of ``step``, ``[N]`` ascending; all of them when the config says so."""
-        total, wanted = self.layout.num_tokens, self.settings.tokens
-        if wanted is None or wanted >= total:
-            return torch.arange(total)
-        return permutation(total, self.seed, "tokens", step)[:wanted].sort().values
+    def __call__(self, batch: Batch, step: int, number: int) -> Batch:
+        """The batch as the networks see it: its conditions ``[G, C]`` become sets ``[G, n · size]``.
 
-    def load(self, step: int, part: int = 0) -> Rows:
-        """Read part ``part`` (of ``gradient_accumulation``) of this process's share of ``step``."""
-        share = self.settings.batch_size // self.world_size // self.settings.gradient_accumulation
-        first = (self.rank * self.settings.gradient_accumulation + part) * share
-        chosen = self.examples(step)[first : first + share]
-        token_ids = self.token_ids(step)
-        seeds = [derive_seed(self.seed, "example", step, first + i) for i in range(share)]
-        samples = self.reader.read([self.indices[place] for place in chosen], token_ids)
-        keys = [
-            (int(self.states[place]), self._condition(place, step, first + i), self._dropped(step, first + i), start)
-            for i, (place, start) in enumerate(zip(chosen, self._initial(chosen, step, first), strict=True))
-        ]
-        distinct = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        has_condition = self.conditions is not None
-        return Rows(
-            samples=samples,
-            mask=self.layout.mask_rows(token_ids).float(),
-            token_ids=token_ids,
-            group=torch.tensor([distinct[key] for key in keys]),
-            states=torch.tensor([key[0] for key in distinct]),
-            conditions=torch.tensor([key[1] for key in distinct]) if has_condition else None,
-            dropped=torch.tensor([key[2] for key in distinct]) if has_condition else None,
-            initial=self._read_initial([key[3] for key in distinct]),
-            tasks=None if self.tasks is None else self.tasks[[chosen[keys.index(key)] for key in distinct]],
-            seeds=seeds,
-            group_seeds=[derive_seed(self.seed, "state", step, repr(key[:3])) for key in distinct],
-        )
-
-    def number(self, part: int) -> int:
-        """Which part of a step ``part`` of this process is, over all processes."""
-        return self.rank * self.settings.gradient_accumulation + part
-
-    def codes(self, step: int, prior: CodePriorConfig, size: int, part: int, device: torch.device) -> CodeBatch:
-        """What the prior over codes of ``size`` values sees in part ``part`` of this process's share of ``step``."""
-        rng = make_rng(self.seed, "codes", step, self.number(part))
-        num = max(1, prior.batch_size // (self.world_size * self.settings.gradient_accumulation))
-        places = torch.randint(len(self.indices), (num,), generator=rng)
-        noise = torch.randn(num, size, generator=rng)
-        time = torch.sigmoid(torch.randn(num, generator=rng))  # logit-normal (arXiv 2403.03206)
-        conditions = None if self.conditions is None else self.conditions[places].to(device)
-        return CodeBatch(places.to(device), noise.to(device), time.to(device), conditions)
-
-    def _initial(self, chosen: Sequence[int], step: int, first: int) -> list[int]:
-        """The place of each example's start; -1 where there are none."""
-        if self.initial is None:
-            return [-1] * len(chosen)
-        return [self.initial.draw(place, step, first + i) for i, place in enumerate(chosen)]
-
-    def _read_initial(self, starts: Sequence[int]) -> Tensor | None:
-        if self.initial is None:
-            return None
-        return self.reader.read([self.indices[place] for place in starts], range(self.layout.num_tokens))
-
-    def _condition(self, place: int, step: int, example: int) -> tuple[float, ...]:
-        if self.conditions is None:
-            return ()
-        condition, rate = self.conditions[place], self.condition.withhold
-        if rate > 0:
-            rng = make_rng(self.seed, "withhold", step, example)
-            condition = condition.masked_fill(torch.rand(len(condition), generator=rng) < rate, WITHHELD)
-        return tuple(condition.tolist())
-
-    def _dropped(self, step: int, example: int) -> bool:
-        rate = self.condition.dropout
-        return rate > 0 and float(torch.rand((), generator=make_rng(self.seed, "drop", step, example))) < rate
-
-    def prefetch(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[Rows] | list[None]]]:
-        """Yield ``(step, parts)`` for each step; the next step is read while the caller computes.
-
-        Parts are None where no checkpoint is imitated.
+        ``number`` says which part of the step it is, over all processes.
         """
-        parts = range(self.settings.gradient_accumulation)
-        if not self.settings.imitation:
-            yield from ((step, [None] * len(parts)) for step in range(first_step, last_step))
-            return
+        assert batch.conditions is not None
+        rng = make_rng(self.seed, "examples", step, number)
+        codes = None if batch.codes is None else self.shown(batch.codes, rng)
+        return replace(batch, conditions=self.draw(batch.conditions, rng), codes=codes)
 
-        def read(step: int) -> list[Rows]:
-            return [self.load(step, part) for part in parts]
+    def shown(self, codes: CodeBatch, rng: torch.Generator) -> CodeBatch:
+        """The prior's batch as the networks see it."""
+        return codes if codes.conditions is None else replace(codes, conditions=self.draw(codes.conditions, rng))
 
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(read, first_step) if first_step < last_step else None
-            for step in range(first_step, last_step):
-                assert future is not None
-                rows = future.result()
-                future = pool.submit(read, step + 1) if step + 1 < last_step else None
-                yield step, rows
-
-
-def check_split(batch_size: int, world_size: int, accumulation: int) -> None:
-    """Raise InputError if the processes cannot share a batch evenly."""
-    parts = world_size * accumulation
-    if batch_size % parts:
-        raise InputError(
-            f"train.batch_size is {batch_size}; make it a multiple of processes x gradient_accumulation = {parts}"
-        )
+    def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
+        """Sets of training examples of the tasks ``[T, C]``, one of ``counts`` of each: ``[T, n · size]``."""
+        num, num_classes = len(tasks), self.config.classes
+        counts = torch.tensor(self.config.counts)[torch.randint(len(self.config.counts), (num, 1), generator=rng)]
+        places = torch.arange(int(counts.max()))
+        any_classes = torch.randint(num_classes, (num, len(places)), generator=rng)
+        in_turn = (places % num_classes).expand(num, -1)
+        classes = torch.where(counts < num_classes, any_classes, in_turn)  # [T, n]
+        values = self.task.examples(tasks.cpu(), classes, rng)
+        told = torch.rand(num, 1, generator=rng) < self.config.labelled
+        rows = example_rows(values, torch.where(told, classes, -1), num_classes)
+        return (rows * (places < counts)[..., None]).flatten(1).to(tasks.device)
 
 
-def check_zoo(zoo: Zoo, splits: Sequence[str], wanted: str) -> None:
-    """Raise InputError unless the zoo has checkpoints and conditions of the kind ``wanted``."""
-    if not training_entries(zoo, splits):
-        raise InputError(f"{zoo.path} has no checkpoint to train on; fill it with `rpg collect`")
-    if wanted in ("none", "metric", "examples"):  # looked for where they are read
-        return
-    found = zoo.condition.kind if zoo.condition else "none"
-    if found != wanted:
-        raise InputError(
-            f"{zoo.path} has conditions of kind {found}, but model.condition.kind is {wanted}; set it to {found}"
-        )
+class Descriptions(ExampleConditions):
+    """Words for tasks of settings. Networks are taught by the settings' features, a reader to tell these from words.
 
+    The phrases of the zoo's training tasks, in one wording each, are the generator's table of texts.
 
-def training_entries(zoo: Zoo, splits: Sequence[str]) -> list[int]:
-    """The entries of the zoo that are trained on, those of ``train.splits``, in its order."""
-    return sorted(index for split in dict.fromkeys(splits) for index in zoo.subset(split))
-
-
-def training_conditions(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> Tensor | None:
-    """The condition of every training checkpoint, ``[K, C]``; None without one. Raises as `text_table` does."""
-    if condition.kind == "none":
-        return None
-    if (scale := metric_scale(zoo, indices, condition)) is not None:
-        return scale.scaled(torch.tensor(zoo.metric_values(indices, scale.name)))[:, None]
-    conditions = zoo_conditions(zoo, indices)
-    if condition.kind == "examples" or condition.phrases:  # of which examples are shown in every step
-        return conditions
-    if condition.kind == "text":
-        return text_table(zoo, condition.encoder).conditions[conditions[:, 0].long()]
-    return zoo.condition.inputs(conditions) if zoo.condition is not None else conditions
-
-
-def zoo_conditions(zoo: Zoo, indices: Sequence[int]) -> Tensor:
-    """The conditions of checkpoints in the zoo's form, ``[K, C]``."""
-    return torch.tensor([zoo.entries[index].condition for index in indices])
-
-
-def task_numbers(zoo: Zoo, indices: Sequence[int], width: int) -> Tensor:
-    """The task features of checkpoints, ``[K, width]``. Raises InputError if they are not ``width`` wide."""
-    if zoo.condition is None or zoo.condition.kind not in ("vector", "binary"):
-        raise InputError(f"model.state.of: task needs a zoo whose conditions are numbers, which {zoo.path} has not")
-    numbers = zoo.condition.inputs(zoo_conditions(zoo, indices))
-    if numbers.shape[1] != width:
-        raise InputError(f"model.state.width is {width}, but tasks have {numbers.shape[1]} numbers; set it to that")
-    return numbers
-
-
-def metric_scale(zoo: Zoo, indices: Sequence[int], condition: ConditionConfig) -> MetricScale | None:
-    """The scale of the metric that is conditioned on, if one is. Raises InputError as `MetricScale.of_values`."""
-    if condition.name is None:
-        return None
-    values = zoo.metric_values(indices, condition.name)
-    return MetricScale.of_values(condition.name, values, condition.scale == "log", zoo.path)
-
-
-def condition_size(zoo: Zoo, condition: ConditionConfig) -> int:
-    """How many values a condition is to the networks (for ``class``: classes); 0 without. Raises as `text_table`."""
-    if condition.kind == "metric":
-        return 1
-    if (examples := example_conditions(zoo, condition)) is not None:
-        return examples.num_inputs
-    if zoo.condition is None or condition.kind == "none":
-        return 0
-    if condition.kind == "text":
-        return text_table(zoo, condition.encoder).vectors.shape[1]
-    return zoo.condition.num_inputs
-
-
-def state_ids(zoo: Zoo, indices: Sequence[int], state: StateConfig) -> Tensor:
-    """The permutation state of every training checkpoint, ``[K]`` long."""
-    if state.of in ("checkpoint", "code", "task"):
-        return torch.arange(len(indices))
-    if state.of == "run":
-        runs = {run: i for i, run in enumerate(dict.fromkeys(zoo.entries[index].run for index in indices))}
-        return torch.tensor([runs[zoo.entries[index].run] for index in indices])
-    return torch.zeros(len(indices), dtype=torch.long)
-
-
-def all_tokens(zoo: Zoo, layout: Layout, indices: Sequence[int]) -> torch.Tensor:
-    """The tokens of checkpoints, ``[n, L, D]``. Raises InputError where they are too many for memory."""
-    if 4 * len(indices) * layout.num_tokens * layout.token_size > MOST_TOKEN_BYTES:
-        raise InputError(
-            f"The {len(indices)} checkpoints of {zoo.path} have {layout.num_tokens:,} tokens of {layout.token_size:,} "
-            "values, too many to fit codes or a regression to in memory; set tokens.rank."
-        )
-    return token_reader(zoo, layout).read(indices, range(layout.num_tokens))
-
-
-def to_batch(rows: Rows, objective, device: torch.device, num_last: int = 0, codes: CodeBatch | None = None) -> Batch:
-    """Move rows to ``device`` and draw each example's noise and times there, from its own seed.
-
-    The tokens of the first ``num_last`` examples are all at the objective's last time.
+    Raises:
+        InputError: the task has no words for its conditions, or the encoder cannot be loaded.
     """
-    num_examples, num_sampled, width = rows.samples.shape
-    noise = torch.empty(num_examples, num_sampled, width, device=device)
-    times = []
-    for i, seed in enumerate(rows.seeds):
-        rng = torch.Generator(device).manual_seed(seed)
-        times.append(objective.sample_time(num_sampled, rng, device))
-        noise[i].normal_(generator=rng)
-    for each in times[:num_last]:
-        each.fill_(objective.last_time)
 
-    tensors = {name: value for name, value in vars(rows).items() if name not in ("seeds", "group_seeds")}
-    moved: Any = {
-        name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()
-    }
-    return Batch(time=torch.stack(times), noise=noise, num_last=num_last, codes=codes, **moved)
+    def __init__(self, zoo: Zoo, task: object, config: ConditionConfig, seed: int) -> None:
+        if not isinstance(task, DescribedTask) or zoo.condition is None:
+            raise InputError(
+                f"model.condition.phrases needs a task that describes its conditions, which {type(task).__name__} does "
+                "not; choose sensors"
+            )
+        if config.features != zoo.condition.num_inputs:
+            raise InputError(
+                f"model.condition.features is {config.features}, but the settings have {zoo.condition.num_inputs}; set "
+                "it to that"
+            )
+        self.task, self.config, self.seed, self.settings = task, config, seed, zoo.condition  # type: ignore[assignment]
+        self.known = torch.tensor([entry.condition for entry in zoo.entries if entry.split == "train"])
+        self.table = _phrase_table(self.known, task, config)
+
+    @property
+    def num_inputs(self) -> int:
+        """How many numbers networks see of a phrase."""
+        return self.table.num_inputs
+
+    @property
+    def spec(self) -> ConditionSpec:
+        """What a generator's conditions are."""
+        return ConditionSpec("text", len(self.table.texts), self.table.texts)
+
+    def draw(self, tasks: Tensor, rng: torch.Generator) -> Tensor:
+        """The features ``[T, F]`` of the tasks ``[T, C]``, which a description is read as."""
+        return self.settings.inputs(tasks)
+
+    def describe(self, tasks: Tensor, rng: torch.Generator, split: str = "train") -> list[str]:
+        """The tasks ``[T, C]`` in words of a split."""
+        return self.task.describe(tasks.cpu(), rng, split)  # type: ignore[attr-defined]
+
+    def reading_loss(self, reader: nn.Module, step: int, fresh: bool) -> Tensor:
+        """Mean squared error of the features that are read in taught wordings of fresh tasks, or of the zoo's.
+
+        Noise on the phrases' vectors lets wordings be read that lie near the taught ones.
+        """
+        rng = make_rng(self.seed, "descriptions", step)
+        if fresh and isinstance(self.task, TaskSimulator):
+            tasks = self.task.draw_tasks(NUM_READ, rng)
+        else:
+            tasks = self.known[torch.randint(len(self.known), (NUM_READ,), generator=rng)]
+        rows = self.table.conditions_of(self.describe(tasks, rng)).unflatten(1, (-1, self.num_inputs))
+        noise = PHRASE_NOISE * torch.randn(rows.shape, generator=rng) * rows[..., -1:]
+        noise[..., -1] = 0
+        device = next(reader.parameters()).device
+        read = reader((rows + noise).flatten(1).to(device)).float()
+        return (read - self.settings.inputs(tasks).to(device)).square().mean()
+
+
+def _phrase_table(tasks: Tensor, task: DescribedTask, config: ConditionConfig) -> TextTable:
+    if not config.encoder:
+        raise InputError("model.condition.encoder is empty; name wordllama, or a sentence encoder for transformers")
+    texts = task.describe(tasks.repeat(-(-NUM_DESCRIPTIONS // len(tasks)), 1), make_rng(0, "phrases"))
+    phrases = tuple(dict.fromkeys(phrase for text in texts for phrase in phrases_of(text)))
+    encoder = sentence_encoder(config.encoder, "model.condition.encoder")
+    return TextTable(config.encoder, encoder.fingerprint, phrases, encoder.vectors(phrases), config.phrases)

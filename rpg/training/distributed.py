@@ -13,9 +13,9 @@ from torch import nn
 
 from rpg.config import TrainConfig
 from rpg.devices import mixed_precision
-from rpg.models.backbone.mamba2 import Mamba2
+from rpg.models.mamba2 import Mamba2
 from rpg.packages import require_package
-from rpg.training.checkpointing import Shards, ZeROShards
+from rpg.training.optim import Shards, ZeROShards
 from tokenization.errors import InputError
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class DistributedContext:
                 _keep_together(network)
             model, optimizer = self.accelerator.prepare(network, build_optimizer())
         shards = ZeROShards if self.spread == "zero" else Shards
-        return model, optimizer, shards(network, optimizer.optimizer)
+        return model, optimizer, shards(network, optimizer.optimizer, keep=self.is_main)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process; all must call it, as the methods below."""

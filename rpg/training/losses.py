@@ -18,18 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg.config import BehaviourConfig, Config, NewStatesConfig, TrainConfig
-from rpg.models.centre import TaskTable
+from rpg.config import BehaviourConfig, NewStatesConfig, TrainConfig
 from rpg.models.conditioning import ConditionConfig
-from rpg.models.denoiser.unet1d import UNet1d
 from rpg.models.recurrent_diffusion import Batch, Loss, RecurrentDiffusion
+from rpg.models.states import TaskTable
+from rpg.models.unet1d import UNet1d
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import BehaviourTask, ImageClassifier, ImageTaskFamily, LossTask, Task, TaskSimulator
 from rpg.tasks.side_by_side import SideBySide
-from rpg.training.data import metric_scale, training_entries, zoo_conditions
+from rpg.training.data import Descriptions, ExampleConditions, TrainingSet
 from rpg.training.distributed import DistributedContext
-from rpg.training.requests import Descriptions, ExampleConditions, example_conditions
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.condition import MetricScale
@@ -288,39 +287,38 @@ class AuxiliaryLosses:
     """
 
     def __init__(
-        self, config: Config, zoo: Zoo, layout: Layout, network: RecurrentDiffusion, distributed: DistributedContext
+        self, data: TrainingSet, layout: Layout, network: RecurrentDiffusion, distributed: DistributedContext
     ) -> None:
-        settings, condition = config.train, config.model.condition
+        config, settings, condition = data.config, data.config.train, data.condition
         self.settings, self.seed, self.distributed = settings, config.seed, distributed
         self.behaviour: BehaviourLoss | TargetLoss | None = None
         self.new_states: NewStatesLoss | None = None
         if settings.behaviour is not None and settings.behaviour.weight:
-            self.behaviour = self._behaviour(config, settings.behaviour, zoo, layout, network)
+            self.behaviour = self._behaviour(data, settings.behaviour, layout, network)
         if condition.kind == "examples" and condition.features and not isinstance(self.behaviour, DrawnTasksLoss):
             raise InputError("model.condition.features of examples needs train.behaviour and train.imitation: 0")
         if settings.new_states is not None:
             distributed.require_single("train.new_states")
-            self.new_states = NewStatesLoss(network, task_of(zoo, config.task), layout, settings.new_states)
+            self.new_states = NewStatesLoss(network, task_of(data.zoo, config.task), layout, settings.new_states)
 
     def _behaviour(
-        self, config: Config, behaviour: BehaviourConfig, zoo: Zoo, layout: Layout, network: RecurrentDiffusion
+        self, data: TrainingSet, behaviour: BehaviourConfig, layout: Layout, network: RecurrentDiffusion
     ) -> BehaviourLoss | TargetLoss:
-        train, condition = config.train, config.model.condition
+        train, condition, zoo = data.config.train, data.condition, data.zoo
         if train.tokens is not None and train.tokens < layout.num_tokens:
             raise InputError(
                 f"train.tokens is {train.tokens}, but train.behaviour needs a whole network; set it to null"
             )
         if condition.kind == "none":
             raise InputError("train.behaviour needs a condition that names the task; set model.condition.kind")
-        indices, task = training_entries(zoo, train.splits), task_of(zoo, config.task)
-        if (scale := metric_scale(zoo, indices, condition)) is not None:
-            return TargetLoss(task, layout, behaviour, condition, scale)
+        task = task_of(zoo, data.config.task)
+        if data.scale is not None:
+            return TargetLoss(task, layout, behaviour, condition, data.scale)
         if train.imitation and not train.draws_tasks:
             return BehaviourLoss(task, layout, behaviour, zoo)
         self.distributed.require_single("train.behaviour.tasks: fresh" if train.imitation else "train.imitation: 0")
-        known = None if train.draws_tasks else zoo_conditions(zoo, indices)
-        examples = example_conditions(zoo, condition, config.seed)
-        return DrawnTasksLoss(network, task, layout, behaviour, zoo, examples, known, train.networks is not None)
+        known = None if train.draws_tasks else data.tasks
+        return DrawnTasksLoss(network, task, layout, behaviour, zoo, data.examples, known, train.networks is not None)
 
     def __call__(self, step: int, batch: Batch, loss: Loss) -> torch.Tensor | float:
         """The losses of a step of this process, given its batch and what the denoiser made of it."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rpg.config import Config
 from tokenization.errors import InputError
@@ -22,7 +24,11 @@ from tokenization.files import (
 )
 from tokenization.zoo.locks import take_lock
 
+MODEL, AVERAGE, OPTIMIZER = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 COMPLETE = "complete.json"
+Files = Mapping[str, Mapping[str, Tensor]]
+"""What a checkpoint holds: tensors by name, by file."""
+
 # What may change between the parts of a resumed run without changing what it computes, but for rounding.
 FREE_TO_CHANGE = {"run", "zoo", "generate", "evaluate", "train.save_every", "train.keep", "train.log_every"}
 FREE_TO_CHANGE |= {"train.gradient_accumulation", "train.compile", "train.log_with"}
@@ -74,8 +80,8 @@ class RunFolder:
         with atomic_file(saved) as temporary:
             config.save(temporary)
 
-    def save(self, step: int, write: Callable[[Path], None], keep: int, seconds: float, learned: str) -> Path:
-        """Write ``checkpoints/step-<step>``, filled by ``write``, whole or not at all; older ones beyond ``keep`` go.
+    def save(self, step: int, files: Files, keep: int, seconds: float, learned: str) -> Path:
+        """Write ``checkpoints/step-<step>``, whole or not at all; older ones beyond ``keep`` go.
 
         ``seconds`` is how long the run has taken up to this step, ``learned`` the digest of what it learns from.
 
@@ -85,7 +91,7 @@ class RunFolder:
         target = self.checkpoints / f"step-{step:08d}"
         try:
             with atomic_folder(target) as folder:
-                write(folder)
+                _write_tensors(folder, files)
                 record_files(folder, step, seconds, learned)
         except InputError as error:
             before = next((path.name for _, path in self.steps()), "no save")
@@ -125,6 +131,19 @@ def saved_config(run: Path | str) -> Config | None:
         return Config.parse(yaml.safe_load(saved.read_text()), str(saved))
     except (OSError, InputError, yaml.YAMLError):
         return None
+
+
+def _write_tensors(folder: Path, files: Files) -> None:
+    """Write each file of whole tensors. Raises SafetensorError when the disk is full."""
+    for name, tensors in files.items():
+        seen: set[int] = set()
+        content = {}
+        for key, value in tensors.items():
+            value = value.contiguous()
+            # 8-bit AdamW's tables are one tensor for all parameters, which the format does not allow.
+            content[key] = value.clone() if value.numel() and value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+        save_file(content, folder / name)
 
 
 def record_files(folder: Path, step: int, seconds: float, learned: str) -> None:

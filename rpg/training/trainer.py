@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
+from rpg.generation.request import KnownRange, condition_codes
 from rpg.generation.sampler import check_tiles
-from rpg.models import Network
-from rpg.models import build_network as build
-from rpg.models.backbone.mamba2 import describe_kernels
-from rpg.models.centre import TaskTable
+from rpg.models.mamba2 import describe_kernels
 from rpg.models.recurrent_diffusion import CodeBatch, RecurrentDiffusion
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
-from rpg.tasks.base import FunctionTask
-from rpg.training import checkpointing
-from rpg.training.data import (
-    BatchSampler,
-    Rows,
-    all_tokens,
-    check_split,
-    check_zoo,
-    condition_size,
-    metric_scale,
-    sample_differences,
-    state_ids,
-    task_numbers,
-    to_batch,
-    training_conditions,
-    training_entries,
-    with_own_initial,
-)
+from rpg.tasks.base import TaskFamily, TaskSimulator
+from rpg.tasks.collecting import single_threaded
+from rpg.tasks.side_by_side import stack
+from rpg.training.batches import BatchSampler, Rows, to_batch, with_own_initial
+from rpg.training.data import Descriptions, TrainingSet, zoo_conditions
 from rpg.training.distributed import DistributedContext
 from rpg.training.losses import AuxiliaryLosses, num_at_last_time
 from rpg.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
-from rpg.training.requests import Descriptions, example_conditions, fresh_codes, take_networks
-from rpg.training.run_folder import RunFolder, require_learned, seconds_of
-from rpg.training.validation_errors import measure_known_range
+from rpg.training.run_folder import AVERAGE, MODEL, OPTIMIZER, RunFolder, require_learned, seconds_of
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -53,30 +37,11 @@ from tokenization.zoo.zoo import Zoo
 READING_WEIGHT = 1000.0
 """Beside a behaviour loss of some hundreds."""
 
+NUM_FRESH = 200
+"""Validation tasks that are drawn beside the zoo's, where the training drew its own."""
 
-def fit_closed_form(network: RecurrentDiffusion, config: Config, layout: Layout, zoo: Zoo) -> None:
-    """Fit the model's closed-form part, if it has one, to the training checkpoints."""
-    indices = training_entries(zoo, config.train.splits)
-    if isinstance(network.state, TaskTable):
-        network.state.measure(task_numbers(zoo, indices, network.state.embedding_dim))
-    if config.model.initial is not None:
-        network.fit_initial(sample_differences(zoo, layout, indices, config.model.initial, config.seed))
-    elif network.centre is not None:
-        conditions = training_conditions(zoo, indices, config.model.condition)
-        tokens = all_tokens(zoo, layout, indices)
-        shown = _shown(tokens, config, layout, zoo) if config.model.state.shown else None
-        network.fit_centre(tokens, conditions, layout.token_weight, shown)
-
-
-def _shown(tokens: torch.Tensor, config: Config, layout: Layout, zoo: Zoo) -> torch.Tensor:
-    """What checkpoints ``[n, L, D]`` show, ``[n, F]``."""
-    task = task_of(zoo, config.task)
-    if not isinstance(task, FunctionTask):
-        raise InputError(
-            f"{type(task).__name__} has no networks that show something; set model.state.shown to false, or choose the "
-            "task fields"
-        )
-    return task.shown(layout.decode_batch(tokens, constants=True))
+NUM_SETS = 5
+"""Sets of examples of every validation task."""
 
 
 class Trainer:
@@ -87,15 +52,15 @@ class Trainer:
         self.config = config
         self._saved: frozenset[str] | None = None  # names of a state dict, which takes long to ask for in every step
         self.folder = RunFolder(config.run)
-        self.zoo = zoo = Zoo.open(config.zoo)
-        self.check(zoo)
+        self.zoo = Zoo.open(config.zoo)
+        self.data = TrainingSet(self.zoo, config)
+        self.check()
         self.distributed = DistributedContext(config.train, str(self.folder.path))
         self.accelerator = self.distributed.accelerator
         self.say = say if self.distributed.is_main else lambda _: None
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
-        indices = training_entries(zoo, config.train.splits)
-        self.layout = fit_layout(zoo, config.tokens, indices=indices)
-        self.learned = _digest_of(zoo, indices, self.layout)
+        self.layout = fit_layout(self.zoo, config.tokens, indices=self.data.indices)
+        self.learned = self.data.digest(self.layout)
         self.sampler = self.build_sampler()
         self.network = self.build_network()
         self.fit_closed_form()
@@ -108,16 +73,17 @@ class Trainer:
             single = next((layer.name for layer in self.layout.layers if layer.num_values == 1), None)
             require_learned(saved, self.learned, single)
             self.say(f"going on after step {self.step} of {self.num_steps}")
-            checkpointing.load_model(saved, self.network)
+            self.network.load_state_dict(load_file(saved / MODEL))  # which nothing has spread yet
         if config.train.compile:
-            self.compile()
+            for part in (self.network.backbone, self.network.denoiser):  # each is compiled on its first call
+                part.compile(backend=config.train.compile)
         self.model, self.optimizer, self.shards = self.distributed.prepare(self.network, self.build_optimizer)
         self.ema = ExponentialMovingAverage(self._averaged_shards(), config.train.ema_decay)
         if saved is not None:
-            checkpointing.load_average(saved, self.ema, self.shards)
-            checkpointing.load_optimizer(saved, self.shards)
-        self.auxiliary = AuxiliaryLosses(config, zoo, self.layout, self.network, self.distributed)
-        self.examples = example_conditions(zoo, config.model.condition, config.seed)
+            self.shards.load_average(self.ema, load_file(saved / AVERAGE))
+            self.shards.load_optimizer(load_file(saved / OPTIMIZER))
+        self.auxiliary = AuxiliaryLosses(self.data, self.layout, self.network, self.distributed)
+        self.examples = self.data.examples
         # Only now: a run that is refused above leaves nothing behind, and does not discard the one before it.
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
         self.accelerator.init_trackers("tensorboard")
@@ -126,10 +92,9 @@ class Trainer:
         if (kernels := describe_kernels(self.network, self.distributed.device)) is not None:
             self.say(kernels)
 
-    def check(self, zoo: Zoo) -> None:
+    def check(self) -> None:
         """Raise InputError for what cannot be trained."""
-        condition = self.config.model.condition
-        check_zoo(zoo, self.config.train.splits, "examples" if condition.phrases else condition.kind)
+        self.data.check()
 
     @property
     def num_steps(self) -> int:
@@ -138,14 +103,14 @@ class Trainer:
 
     def build_network(self) -> Any:
         """The untrained networks."""
-        network = build_network(self.config, self.layout, self.zoo)
+        network = self.data.build_network(self.layout)
         if isinstance(network, RecurrentDiffusion):
             check_tiles(network, self.layout, self.config.generate)
         return network
 
     def fit_closed_form(self) -> None:
         """Fit the closed-form part; a resumed run fits it again, with the same result."""
-        fit_closed_form(self.network, self.config, self.layout, self.zoo)
+        self.data.fit_closed_form(self.network, self.layout)
 
     def complete(self, network: Any) -> None:
         """Measure what generation needs of the trained networks: nothing."""
@@ -156,16 +121,10 @@ class Trainer:
 
     def build_sampler(self) -> Any:
         """What reads the rows of each step."""
-        config, distributed = self.config, self.distributed
-        check_split(config.train.batch_size, distributed.world_size, config.train.gradient_accumulation)
-        if config.model.initial is not None and config.model.initial.own:
+        initial, distributed = self.config.model.initial, self.distributed
+        if initial is not None and initial.own:
             distributed.require_single("model.initial.own")
-        return BatchSampler(self.zoo, self.layout, config, distributed.rank, distributed.world_size)
-
-    def compile(self) -> None:
-        """Compile the networks in place, each on its first call."""
-        for part in (self.network.backbone, self.network.denoiser):
-            part.compile(backend=self.config.train.compile)
+        return BatchSampler(self.data, self.layout, distributed.rank, distributed.world_size)
 
     def averaged_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters whose moving average is what the generator folder holds, and their running statistics.
@@ -267,8 +226,11 @@ class Trainer:
         codes = self.sampler.codes(step, prior.config, prior.code_size, part, self.distributed.device)
         if self.examples is None or not self.config.train.draws_tasks:
             return codes
+        task, spec = self.examples.task, self.zoo.condition  # new tasks, drawn by their family, in place of the zoo's
+        assert isinstance(task, TaskSimulator) and spec is not None
         rng = make_rng(self.config.seed, "fresh codes", step, self.sampler.number(part))
-        return fresh_codes(codes, self.examples.task, self.zoo.condition, rng)
+        tasks = task.draw_tasks(len(codes.noise), rng).to(codes.noise)
+        return replace(codes, tasks=spec.inputs(tasks), conditions=tasks)
 
     def _state_noise(self, rows: Rows) -> torch.Tensor | None:
         """Noise ``[G, S]`` for the embeddings of the permutation states, each group's from its own seed."""
@@ -307,9 +269,10 @@ class Trainer:
 
     def save(self, done: int) -> None:
         """Save everything that resuming needs."""
-        files = checkpointing.gather(self.network, self.ema, self.shards, keep=self.distributed.is_main)
-        write, keep = (lambda folder: checkpointing.write(folder, files)), self.config.train.keep
-        self.distributed.on_main(lambda: self.folder.save(done, write, keep, self.seconds, self.learned))
+        average = self.shards.whole_average(self.ema) | {"num_updates": torch.tensor(self.ema.num_updates)}
+        files = {MODEL: self.shards.whole_model(), AVERAGE: average, OPTIMIZER: self.shards.whole_optimizer()}
+        keep = self.config.train.keep
+        self.distributed.on_main(lambda: self.folder.save(done, files, keep, self.seconds, self.learned))
 
     def _newest(self) -> tuple[int, Path | None]:
         """The checkpoint to go on from; the main process chooses, and cuts the metrics off after it."""
@@ -335,15 +298,14 @@ class Trainer:
         return self.folder.generator
 
     def _averaged_weights(self) -> dict[str, torch.Tensor]:
-        weights = checkpointing.gather_model(self.network, self.shards, keep=self.distributed.is_main)
-        return weights | checkpointing.gather_average(self.ema, self.shards, keep=self.distributed.is_main)
+        return self.shards.whole_model() | self.shards.whole_average(self.ema)
 
     def generator(self, weights: dict[str, torch.Tensor] | None = None, **facts: Any) -> Generator:
         """The generator as it is now, of the averaged weights."""
         network = self.build_network()
         network.load_state_dict(self._averaged_weights() if weights is None else weights)
         self.complete(network)
-        return trained_generator(self.config, self.layout, network, self.zoo, facts)
+        return self.data.generator(self.layout, network, facts)
 
     def _write_generator(self, weights: dict[str, torch.Tensor]) -> None:
         facts: dict[str, Any] = {
@@ -353,31 +315,70 @@ class Trainer:
             **self.auxiliary.facts(time.monotonic() - self.started),
         }
         generator = self.generator(weights, **facts)
-        generator.known = measure_known_range(generator, self.zoo)
+        generator.known = measure_known_range(generator, self.data)
         generator.save_pretrained(self.folder.generator)
 
 
-def _digest_of(zoo: Zoo, indices: Sequence[int], layout: Layout) -> str:
-    """A digest of the training data: the checkpoints' digests and labels, and the learned layers."""
-    trained = [zoo.entries[index] for index in indices]
-    entries = [(entry.sha256, entry.run, entry.step, entry.condition) for entry in trained]
-    layers = [(layer.name, layer.num_values) for layer in layout.layers]
-    return hashlib.sha256(json.dumps([entries, layers]).encode()).hexdigest()
+READER = "condition.reader."
 
 
-def build_network(config: Config, layout: Layout, zoo: Zoo) -> Network:
-    """The untrained networks for a zoo, initialised from the seed."""
-    indices = training_entries(zoo, config.train.splits)
-    num_states = int(state_ids(zoo, indices, config.model.state).max()) + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build(config.model, layout, num_states, condition_size(zoo, config.model.condition))
+def take_networks(network: RecurrentDiffusion, layout: Layout, run: str) -> None:
+    """Take another run's networks but for what reads requests as settings, which alone is left to be trained.
+
+    Raises:
+        InputError: nothing reads requests, or the run's networks or zoo are others.
+    """
+    if getattr(network.condition, "reader", None) is None:
+        raise InputError(
+            "train.networks needs requests that are read as settings; set model.condition.read: true, or phrases"
+        )
+    other = Generator.from_pretrained(run)
+    taken, own = ({name: value for name, value in each.state_dict().items() if not name.startswith(READER)}
+                  for each in (other.network, network))  # fmt: skip
+    means, wanted = (each.decode_batch(layout.mask.float()[None], constants=True) for each in (other.layout, layout))
+    shapes, own_shapes = ({name: value.shape for name, value in each.items()} for each in (taken, own))
+    same = shapes == own_shapes and means.keys() == wanted.keys()
+    if not same or not all(torch.equal(value, wanted[name]) for name, value in means.items()):
+        raise InputError(
+            f"train.networks {run} has other networks, or learned from another zoo; give it the same zoo, tokens, "
+            "backbone and denoiser"
+        )
+    network.load_state_dict(taken, strict=False)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(READER))
 
 
-def trained_generator(config: Config, layout: Layout, network: Network, zoo: Zoo, facts: dict[str, Any]) -> Generator:
-    """The generator of trained networks; ``facts`` of the training are for its model card."""
-    scale = metric_scale(zoo, training_entries(zoo, config.train.splits), config.model.condition)
-    examples = example_conditions(zoo, config.model.condition)
-    condition = examples.spec if examples is not None else zoo.condition if scale is None else scale.condition
-    texts = examples.table if isinstance(examples, Descriptions) else None
-    return Generator(config, layout, network, condition, facts, texts=texts, metric=scale)
+def measure_known_range(generator: Generator, data: TrainingSet) -> KnownRange | None:
+    """Generate for validation tasks and score on validation images.
+
+    None if conditions have no distances, or there are no validation tasks that were kept out of training.
+    """
+    config, spec, zoo = generator.config, generator.condition, data.zoo
+    held_out = zoo.subset("validation") if "validation" not in config.train.splits else []
+    measured = spec is not None and (spec.settings or spec.kind == "examples" or config.model.condition.phrases)
+    if spec is None or not measured or not held_out or zoo.condition is None:
+        return None
+    task = task_of(zoo, config.task)
+    if not isinstance(task, TaskFamily):
+        return None
+    rng = make_rng(config.seed, "known range")
+    seen, tasks, examples = data.tasks, zoo_conditions(zoo, held_out), data.examples
+    if config.train.draws_tasks and isinstance(task, TaskSimulator):
+        tasks = torch.cat([tasks, task.draw_tasks(NUM_FRESH, rng)])
+    requests: Any = tasks
+    if examples is None:
+        shown, asked = zoo.condition.inputs(seen), zoo.condition.inputs(tasks)
+    else:
+        tasks = tasks.repeat(NUM_SETS, 1) if len(tasks) < NUM_FRESH else tasks
+        if isinstance(examples, Descriptions):
+            texts = examples.describe(tasks, rng, "validation")
+            shown, asked = (examples.table.conditions_of(each) for each in (spec.names, texts))
+            requests = texts
+        else:
+            shown, asked = examples.draw(seen, rng), examples.draw(tasks, rng)
+            requests = asked.unflatten(1, (-1, spec.size))
+    with single_threaded():
+        networks = stack(list(generator.one_by_one(len(tasks), seed=config.seed, condition=requests)))
+        errors = 1 - task.accuracies(networks, tasks, "validation")
+        known, wanted = (condition_codes(generator.network, spec, each) for each in (shown, asked))
+    return None if known is None or wanted is None else KnownRange.measured(known[:, 0], wanted, errors)

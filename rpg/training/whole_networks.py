@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config, TrainConfig
-from rpg.generation.whole_networks import flatten_tokens
-from rpg.models.pdiff import ParameterDiffusion, PDiffConfig
+from rpg.models.pdiff import ParameterDiffusion, PDiffConfig, flatten_tokens
 from rpg.seeding import in_turns, make_rng
 from rpg.tasks.collecting import cosine_decay
-from rpg.training.data import all_tokens, check_zoo, training_conditions, training_entries
+from rpg.training.data import TrainingSet
 from rpg.training.distributed import DistributedContext
 from rpg.training.run_folder import RunFolder
-from rpg.training.trainer import Trainer, build_network, trained_generator
+from rpg.training.trainer import Trainer
 from tokenization.errors import InputError
 from tokenization.layouts import Layout, fit_layout
 from tokenization.zoo.zoo import Zoo
@@ -37,17 +36,16 @@ class VectorSampler:
     """Holds the whole zoo as normalised vectors and names the checkpoints of each step.
 
     Args:
-        indices: the entries that are trained on; they are held, 4·K·d bytes.
+        data: the checkpoints that are trained on; they are held, 4·K·d bytes.
         layout: how they are normalised, and which values are chosen.
         batch_sizes: of each step, by stage.
         stage_steps: optimizer steps of the first stage.
     """
 
-    def __init__(
-        self, zoo: Zoo, indices: list[int], layout: Layout, seed: int, batch_sizes: tuple[int, int], stage_steps: int
-    ) -> None:
-        self.vectors = torch.stack([flatten_tokens(layout, layout.encode(zoo.checkpoint(i))) for i in indices])
-        self.seed, self.batch_sizes, self.stage_steps = seed, batch_sizes, stage_steps
+    def __init__(self, data: TrainingSet, layout: Layout, batch_sizes: tuple[int, int], stage_steps: int) -> None:
+        tokens = (layout.encode(data.zoo.checkpoint(index)) for index in data.indices)
+        self.vectors = torch.stack([flatten_tokens(layout, each) for each in tokens])
+        self.seed, self.batch_sizes, self.stage_steps = data.config.seed, batch_sizes, stage_steps
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -82,9 +80,9 @@ class WholeNetworkTrainer(Trainer):
         """Checkpoints a step of both stages, and the steps of the first; there is one here."""
         return (self.config.train.batch_size,) * 2, self.num_steps
 
-    def check(self, zoo: Zoo) -> None:
+    def check(self) -> None:
         """Raise InputError for what cannot be trained, and for settings without effect."""
-        super().check(zoo)
+        super().check()
         defaults, kind = TrainConfig(), self.config.model.kind
         for name, cure in self.unused.items():
             if getattr(self.config.train, name) != getattr(defaults, name):
@@ -106,8 +104,7 @@ class WholeNetworkTrainer(Trainer):
                 f"train.compile and train.gradient_accumulation have no use with model.kind {kind}, whose networks are "
                 "small; leave them out"
             )
-        indices = training_entries(self.zoo, train.splits)
-        return VectorSampler(self.zoo, indices, self.layout, self.config.seed, *self.stages)
+        return VectorSampler(self.data, self.layout, *self.stages)
 
     def loss(self, step: int, examples: list[int]) -> Tensor:
         """The loss of a step's checkpoints, its random numbers decided by (seed, step)."""
@@ -226,8 +223,8 @@ class ClosedFormTrainer:
         self.started = time.monotonic()
         self.config = config
         self.folder = RunFolder(config.run)
-        self.zoo = Zoo.open(config.zoo)
-        check_zoo(self.zoo, config.train.splits, config.model.condition.kind)
+        self.data = TrainingSet(Zoo.open(config.zoo), config)
+        self.data.check()
         self.distributed = DistributedContext(config.train, str(self.folder.path))
         self.distributed.on_main(lambda: self.folder.check(config, resume=resume, overwrite=overwrite))
         self.distributed.on_main(lambda: self.folder.start(config, resume=resume))
@@ -243,15 +240,14 @@ class ClosedFormTrainer:
         return self.folder.generator
 
     def _fit(self) -> None:
-        config, indices = self.config, training_entries(self.zoo, self.config.train.splits)
-        layout = fit_layout(self.zoo, config.tokens, indices)
-        network: Any = build_network(config, layout, self.zoo)
-        conditions = training_conditions(self.zoo, indices, config.model.condition)
-        error = network.fit(all_tokens(self.zoo, layout, indices), conditions, layout.token_weight)
+        data = self.data
+        layout = fit_layout(data.zoo, self.config.tokens, data.indices)
+        network: Any = data.build_network(layout)
+        error = network.fit(data.tokens(layout), data.conditions, layout.token_weight)
         facts: dict[str, Any] = {
             "training seconds": round(time.monotonic() - self.started, 1),
-            "training checkpoints": len(indices),
+            "training checkpoints": len(data),
         }
-        if conditions is not None:
+        if data.conditions is not None:
             facts["leave-one-out error, part of the variance"] = round(error, 4)
-        trained_generator(config, layout, network, self.zoo, facts).save_pretrained(self.folder.generator)
+        data.generator(layout, network, facts).save_pretrained(self.folder.generator)

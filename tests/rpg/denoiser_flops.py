@@ -3,7 +3,8 @@
 from itertools import pairwise
 from typing import Any
 
-from rpg.models.denoiser import JointConfig, UNet1dConfig
+from rpg.models.denoiser import JointConfig
+from rpg.models.unet1d import UNet1dConfig
 
 
 def flops_per_token(denoiser: Any) -> int:

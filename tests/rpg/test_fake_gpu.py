@@ -19,8 +19,9 @@ from torch.func import functional_call, vmap
 from rpg.config import Config
 from rpg.generation import sampler
 from rpg.generation.generator import Generator
+from rpg.models import states
 from rpg.models.recurrent_diffusion import Batch, CodeBatch
-from rpg.training.trainer import build_network
+from rpg.training.data import TrainingSet
 from tests.conftest import make_zoo, small_config, small_network
 from tokenization.layout.layout import TokenLayout
 
@@ -54,10 +55,11 @@ TRAINED_ONLY = ("ddpm", "code")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """The mode; a GPU's random numbers, which need one, are drawn without a generator."""
-    monkeypatch.setattr(sampler, "make_rng", lambda *_, **__: None)
+    for drawing in (sampler, states):
+        monkeypatch.setattr(drawing, "make_rng", lambda *_, **__: None)
     monkeypatch.setattr(sampler, "first_of_normal", lambda rows, _, width, __: torch.randn(rows, width, device=GPU))
     monkeypatch.setattr(sampler, "FEW", 1 << 20)  # equal bits are a question of values, as are padding and states
-    monkeypatch.setattr(sampler, "stored_states", lambda _, networks, __: [0 for _ in networks])
+    monkeypatch.setattr(states, "stored_states", lambda _, networks, __: [0 for _ in networks])
     padding = lambda self, ids, group: torch.ones(group * len(ids), self.layout.token_size, device=GPU)  # noqa: E731
     monkeypatch.setattr(sampler.TokenSampler, "_mask", padding)
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda self: None)
@@ -82,7 +84,7 @@ def built(folder: Path, model: dict[str, Any]) -> tuple[Config, TokenLayout, Any
     tree = {"state": {"of": "checkpoint", "noise": 0.1}, **common, **model}
     config = Config.parse({**small_config(folder).plain(), "model": tree}, "test")
     layout = TokenLayout.fit(zoo, config.tokens)
-    return config, layout, build_network(config, layout, zoo)
+    return config, layout, TrainingSet(zoo, config).build_network(layout)
 
 
 @pytest.mark.parametrize("name", RECURRENT)

@@ -22,7 +22,7 @@ from rpg.generation.generator import Generator
 from rpg.labs.fields.data import alter
 from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
-from rpg.models.code_prior import Neighbourhoods, deviation
+from rpg.models.states import Neighbourhoods, deviation
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import append_many, single_threaded

@@ -23,10 +23,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone import build_backbone
-from rpg.models.backbone.base import TransformerConfig
-from rpg.models.centre import FittedBuffers, StateConfig
-from rpg.models.conditioning import ConditionConfig, position_embedding
+from rpg.models.backbone import TransformerBackbone, TransformerConfig
+from rpg.models.conditioning import ConditionConfig, PlainModel, position_embedding
+from rpg.models.kernel_regression import FittedBuffers
 from rpg.section import Section
 from tokenization.layouts import Layout
 
@@ -40,7 +39,7 @@ class BootstrapConfig(Section):
     split: str = Field("train", description="images that candidates are scored on")
 
 
-class SaneConfig(Section):
+class SaneConfig(PlainModel):
     """The autoencoder of token sequences and how codes are drawn."""
 
     constants: ClassVar = {"contrast_temperature": 0.1}
@@ -69,10 +68,7 @@ class SaneConfig(Section):
         None, description="refine the anchors by drawing and scoring; null: do not"
     )
 
-    initial: ClassVar[None] = None
-    normalises_batches: ClassVar[bool] = False  # the contrastive loss looks at the batch, but no statistics are kept
     condition: ClassVar = ConditionConfig()
-    state: ClassVar = StateConfig(of="none")
 
     @property
     def description(self) -> str:
@@ -106,10 +102,10 @@ class TokenAutoencoder(FittedBuffers):
             d_model=config.d_model, num_layers=config.num_layers, num_heads=config.num_heads, causal=False
         )
         self.token_projection = nn.Linear(token_size, config.d_model)
-        self.encoder = build_backbone(stack)
+        self.encoder = TransformerBackbone(stack)
         self.code_projection = nn.Linear(config.d_model, config.code_size)
         self.decoder_projection = nn.Linear(config.code_size, config.d_model)
-        self.decoder = build_backbone(stack)
+        self.decoder = TransformerBackbone(stack)
         self.output_projection = nn.Linear(config.d_model, token_size)
         self.contrast = nn.Sequential(
             nn.Linear(config.code_size, config.code_size), nn.ReLU(), nn.Linear(config.code_size, config.code_size)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from rpg.config import Config
 from rpg.evaluation.judges import TaskScorer, less_is_better
 from rpg.generation.request import Request
-from rpg.generation.sampler import Tile, WatchTile
-from rpg.generation.whole_networks import GROUP, LatentSampler, unflatten_values
+from rpg.generation.sampler import GROUP, LatentSampler, Tile, WatchTile
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder
+from rpg.models.pdiff import unflatten_values
 from rpg.planning.estimators import WholeNetworksEstimator
 from rpg.planning.machine import FLOAT_BYTES, GenerationMemory, num_bytes
 from rpg.planning.measuring import GenerationFlops, LiveBytes, StepPart, count_flops

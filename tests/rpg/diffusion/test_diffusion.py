@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpg.diffusion.objectives import DDPM, DDPMConfig, Flow, FlowConfig, Objective, build_objective
+from rpg.diffusion import DDPM, DDPMConfig, Flow, FlowConfig, Objective, build_objective
 from tokenization.errors import InputError
 
 OBJECTIVES = [FlowConfig(prediction=prediction) for prediction in ("velocity", "sample")] + [

@@ -125,7 +125,7 @@ def test_networks_are_the_checkpoints_that_they_were_asked_to_be_unless_the_stat
 def test_asked_are_the_states_that_were_drawn(folder):
     generator = Generator.from_pretrained(folder / "run")
     table, request = generator.network.state.weight, generator.request(5, 7, state="stored")
-    drawn = generator.sampler().state_vectors(request, list(range(5)))
+    drawn = generator.sampler().states.draw(request.state, request.seed, range(5), request.temperature)
     assert torch.equal(table[generator.asked(5, 7)], drawn)
     assert generator.asked(2, 7) == generator.asked(5, 7)[:2] and sorted(generator.asked(12, 7)) == list(range(12))
 

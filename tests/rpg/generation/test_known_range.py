@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from rpg.generation.generator import Generator
-from rpg.generation.known_range import Distance, KnownRange
+from rpg.generation.request import Distance, KnownRange
 from tests.test_formats import documented
 from tokenization.errors import InputError
 

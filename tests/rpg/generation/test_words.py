@@ -20,8 +20,8 @@ from rpg.models.conditioning import ConditionConfig, ConditionEncoder
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings
 from rpg.tasks.sensors.words import GRADED, LEFT, QUARTERS, RIGHT, SLIGHT, STRONG, TURNED, describe
+from rpg.training.data import TrainingSet
 from rpg.training.loop import train
-from rpg.training.trainer import build_network
 from tests.rpg.conftest import CONFIGS, SMALL_SENSORS, refused
 from tokenization.errors import InputError
 from tokenization.zoo.condition import settings_features
@@ -150,7 +150,7 @@ def test_only_what_reads_words_is_trained_for_networks_that_are_there(run: Path,
     made, read = (Generator.from_pretrained(tmp_path / name) for name in ("settings", "words"))
     taken = read.network.state_dict()
     assert all(torch.equal(value, taken[name]) for name, value in made.network.state_dict().items())
-    untrained = build_network(read.config, read.layout, Zoo.open(run.parent / "zoo")).state_dict()
+    untrained = TrainingSet(Zoo.open(run.parent / "zoo"), read.config).build_network(read.layout).state_dict()
     learned = {name for name, value in untrained.items() if not torch.equal(value, taken[name])}
     assert {name for name in learned if "reader" in name} == {name for name in taken if "reader" in name}
     settings = torch.tensor([[180.0, 1.0, 0.0, 0.0, 0.0]])

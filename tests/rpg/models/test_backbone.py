@@ -6,14 +6,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from rpg.models.backbone import (
-    BackboneConfig,
-    LSTMConfig,
-    Mamba2Config,
-    NoneConfig,
-    TransformerConfig,
-    build_backbone,
-)
+from rpg.models.backbone import LSTMConfig, NoneConfig, TransformerConfig
+from rpg.models.mamba2 import Mamba2Config
+from rpg.models.recurrent_diffusion import BackboneConfig, build_backbone
 
 MAMBA = {"d_model": 32, "d_state": 8, "headdim": 16, "chunk_size": 4}
 CONFIGS = [

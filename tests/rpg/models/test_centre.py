@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rpg.models.centre import Centre, CodeTable, _leading_eigenvectors, _whitened, fit_centre
+from rpg.models.centre import Centre, _leading_eigenvectors, _whitened, fit_centre
+from rpg.models.states import CodeTable
 
 
 def tokens_of(num: int = 12, rank: int = 3, noise: float = 0.0) -> torch.Tensor:

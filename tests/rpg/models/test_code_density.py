@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpg.models.code_prior import DRAWN_IN, CodeDensity, Neighbourhoods, left_out_likelihood
+from rpg.models.states import DRAWN_IN, CodeDensity, Neighbourhoods, left_out_likelihood
 
 
 def whitened(codes: torch.Tensor) -> torch.Tensor:

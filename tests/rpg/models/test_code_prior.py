@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.models.code_prior import CodePrior, CodePriorConfig, even_noise
+from rpg.models.code_prior import CodePrior, CodePriorConfig
 from rpg.models.conditioning import ConditionConfig, ConditionEncoder
+from rpg.models.states import even_noise
 
 
 def test_the_untrained_prior_returns_its_noise():

@@ -8,10 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from rpg.diffusion.objectives import FlowConfig
-from rpg.models.denoiser import DecoderConfig, DenoiserConfig, JointConfig, MLPConfig, UNet1dConfig, build_denoiser
-from rpg.models.denoiser.base import GatedLinear, time_sinusoid
-from rpg.models.recurrent_diffusion import RecurrentConfig
+from rpg.diffusion import FlowConfig
+from rpg.models.denoiser import DecoderConfig, GatedLinear, JointConfig, MLPConfig, time_sinusoid
+from rpg.models.recurrent_diffusion import DenoiserConfig, RecurrentConfig, build_denoiser
+from rpg.models.unet1d import UNet1dConfig
 from tests.rpg.denoiser_flops import flops_per_token
 
 SMALL = [

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone import mamba2
-from rpg.models.backbone.mamba2 import Mamba2, chunked_scan
+from rpg.models import mamba2
+from rpg.models.mamba2 import Mamba2, chunked_scan
 
 
 def step_by_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:

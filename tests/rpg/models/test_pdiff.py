@@ -8,8 +8,16 @@ from safetensors.torch import load_file
 
 from rpg.config import Config, TrainConfig
 from rpg.generation.generator import Generator
-from rpg.generation.whole_networks import GROUP, flatten_tokens, unflatten_values
-from rpg.models.pdiff import ConvDecoder, ConvEncoder, LatentDenoiser, ParameterDiffusion, PDiffConfig
+from rpg.generation.sampler import GROUP
+from rpg.models.pdiff import (
+    ConvDecoder,
+    ConvEncoder,
+    LatentDenoiser,
+    ParameterDiffusion,
+    PDiffConfig,
+    flatten_tokens,
+    unflatten_values,
+)
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
 from tests.conftest import make_zoo, small_config

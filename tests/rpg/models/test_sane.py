@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from rpg.config import Config
 from rpg.experiments.evaluating import evaluate_run
 from rpg.generation.generator import Generator
-from rpg.generation.whole_networks import GROUP
+from rpg.generation.sampler import GROUP
 from rpg.labs.sane.model import SaneConfig, TokenAutoencoder, nt_xent
 from rpg.planning.plan import make_plan
 from rpg.planning.zoo_summary import ZooSummary

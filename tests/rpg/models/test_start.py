@@ -4,7 +4,7 @@ import torch
 from rpg.models.conditioning import InitialConfig
 from rpg.models.recurrent_diffusion import Batch, RecurrentConfig, RecurrentDiffusion
 from rpg.section import validated
-from rpg.training.data import with_own_initial
+from rpg.training.batches import with_own_initial
 from tokenization.errors import InputError
 
 L, D = 5, 6

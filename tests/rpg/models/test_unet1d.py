@@ -9,9 +9,8 @@ import torch
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
-from rpg.models.denoiser import UNet1dConfig
-from rpg.models.denoiser.base import time_sinusoid
-from rpg.models.denoiser.unet1d import BatchNorm, UNet1d
+from rpg.models.denoiser import time_sinusoid
+from rpg.models.unet1d import BatchNorm, UNet1d, UNet1dConfig
 
 D, H, E = 12, 20, 16
 CHANNELS = (1, 4, 6, 8, 6, 4, 1)

@@ -18,7 +18,8 @@ from rpg.planning.machine import checkpoint_bytes, held_bytes
 from rpg.planning.measuring import LiveBytes, fake_copy
 from rpg.planning.plan import build_estimator, make_plan
 from rpg.planning.zoo_summary import ZooSummary, find_zoo_summary
-from rpg.training.data import BatchSampler, to_batch
+from rpg.training.batches import BatchSampler, to_batch
+from rpg.training.data import TrainingSet
 from tests.conftest import make_zoo, small_config
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.layout.directions import BLOCK_BYTES, fitting_bytes
@@ -81,7 +82,7 @@ def test_training_memory_is_that_of_the_real_step(tmp_path: Path, backbone: dict
 
     layout = TokenLayout.fit(zoo, config.tokens)
     network = build_network(config.model, layout, summary.num_states, summary.condition_size).train()
-    sampler = BatchSampler(zoo, layout, config)
+    sampler = BatchSampler(TrainingSet(zoo, config), layout)
     batch = to_batch(sampler.load(0), network.objective, torch.device("cpu"))  # type: ignore[arg-type]
     with LiveBytes() as live:
         network(batch).mean.backward()

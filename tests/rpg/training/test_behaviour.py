@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from rpg.config import BehaviourConfig, Config, TrainConfig
-from rpg.diffusion.objectives import DDPMConfig, FlowConfig, build_objective
+from rpg.diffusion import DDPMConfig, FlowConfig, build_objective
 from rpg.tasks import DigitsConfig, DigitsSubsetsConfig
 from rpg.tasks.images.digits import DigitsSubsetsTask, DigitsTask
 from rpg.tasks.side_by_side import stack
-from rpg.training.data import BatchSampler, to_batch, training_entries
+from rpg.training.batches import BatchSampler, to_batch
+from rpg.training.data import TrainingSet, training_entries
 from rpg.training.loop import train
 from rpg.training.losses import AuxiliaryLosses, BehaviourLoss, num_at_last_time
 from tokenization.errors import InputError
@@ -85,7 +86,7 @@ def test_both_is_halfway_between_the_base_and_the_checkpoint(task, zoo):
 
 def test_the_first_examples_are_at_the_last_time(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
-    rows = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config).load(0)
+    rows = BatchSampler(TrainingSet(zoo, config), TokenLayout.fit(zoo, TokenOptions())).load(0)
     for objective, last in ((build_objective(FlowConfig()), 1.0), (build_objective(DDPMConfig()), 999)):
         batch = to_batch(rows, objective, torch.device("cpu"), 2)
         assert (batch.time[:2] == last).all() and (batch.time[2:] < last).all()
@@ -117,7 +118,7 @@ def test_withheld_bits_lie_halfway_and_differ_by_step(zoo, tmp_path):
     config = config_of(zoo, tmp_path)
     condition = config.model.condition.model_copy(update={"withhold": 0.3})
     config = config.model_copy(update={"model": config.model.model_copy(update={"condition": condition})})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, TokenOptions()), config)
+    sampler = BatchSampler(TrainingSet(zoo, config), TokenLayout.fit(zoo, TokenOptions()))
     drawn = torch.cat([sampler.load(step).conditions for step in range(40)])
     assert set(drawn.unique().tolist()) == {0.0, WITHHELD, 1.0}
     assert (drawn == WITHHELD).float().mean().item() == pytest.approx(0.3, abs=0.05)

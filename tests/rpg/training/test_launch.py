@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.training.data import BatchSampler
+from rpg.training.batches import BatchSampler
+from rpg.training.data import TrainingSet
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tokenization.layout.layout import TokenLayout
@@ -97,7 +98,7 @@ def poisoned_config(folder: Path, run: str) -> tuple[Config, int]:
         zoo.append(state, run=0, step=9)
     zoo = Zoo.open(path)
     config = small_config(folder, run=str(folder / run), zoo=str(path), tokens={"normalization": "none"})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
+    sampler = BatchSampler(TrainingSet(zoo, config), TokenLayout.fit(zoo, config.tokens))
     return config, next(step + 1 for step in range(2) if len(zoo) - 1 in sampler.examples(step))
 
 

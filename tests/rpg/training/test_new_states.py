@@ -82,7 +82,7 @@ def test_one_step_is_what_generation_does_in_one_step(setting):
     num_tokens, width = loss.mask.shape
     group = max(1, sampler.tile_tokens // num_tokens)
     noise = torch.randn(group, num_tokens, width, generator=make_rng(0, "tile", tile.network, tile.token))[:1]
-    tokens = loss.network.one_step(noise, loss.mask, sampler.state_vectors(request, [0]))
+    tokens = loss.network.one_step(noise, loss.mask, sampler.states.draw(request.state, 0, [0], request.temperature))
     torch.testing.assert_close(tokens, rows)
     assert (tokens[:, ~generator.layout.mask] == 0).all()
 

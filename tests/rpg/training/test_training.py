@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from rpg.config import Config
 from rpg.generation.generator import Generator
-from rpg.training.data import BatchSampler
+from rpg.training.batches import BatchSampler
+from rpg.training.data import TrainingSet
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
-from rpg.training.trainer import Trainer, build_network
+from rpg.training.trainer import Trainer
 from tests.conftest import make_zoo, small_config
 from tokenization.errors import InputError
 from tokenization.files import recover_folder
@@ -135,8 +136,8 @@ def test_a_generator_that_a_kill_moved_aside_does_not_come_back_after_a_new_run(
 def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
     config = small_config(tmp_path, tokens={"size": 8}, train={"tokens": 5})
     layout = TokenLayout.fit(zoo, config.tokens)
-    whole = BatchSampler(zoo, layout, config).load(7)
-    halves = [BatchSampler(zoo, layout, config, rank, 2).load(7) for rank in range(2)]
+    whole = BatchSampler(TrainingSet(zoo, config), layout).load(7)
+    halves = [BatchSampler(TrainingSet(zoo, config), layout, rank, 2).load(7) for rank in range(2)]
     assert torch.equal(torch.cat([half.samples for half in halves]), whole.samples)
     assert halves[0].seeds + halves[1].seeds == whole.seeds
     assert all(torch.equal(half.token_ids, whole.token_ids) for half in halves)
@@ -144,7 +145,7 @@ def test_processes_share_the_batch_without_overlap(tmp_path, zoo):
 
 def test_an_epoch_visits_every_checkpoint_once(tmp_path, zoo):
     config = small_config(tmp_path, train={"batch_size": 3})
-    sampler = BatchSampler(zoo, TokenLayout.fit(zoo, config.tokens), config)
+    sampler = BatchSampler(TrainingSet(zoo, config), TokenLayout.fit(zoo, config.tokens))
     for epoch in range(3):
         assert sorted(sampler.examples(2 * epoch) + sampler.examples(2 * epoch + 1)) == list(range(6))
 
@@ -202,7 +203,9 @@ def test_a_dropped_condition_trains_what_stands_for_it(tmp_path, dropout):
     zoo = make_zoo(tmp_path / "zoo", num=8, condition_size=3)
     condition = {"kind": "binary", "dropout": dropout}
     config = small_config(tmp_path, model={"condition": condition}, train={"weight_decay": 0.0})
-    untrained = build_network(config, TokenLayout.fit(zoo, config.tokens), zoo).state_dict()["condition.null"]
+    untrained = (
+        TrainingSet(zoo, config).build_network(TokenLayout.fit(zoo, config.tokens)).state_dict()["condition.null"]
+    )
     train(config)
     moved = (weights(config.run)["condition.null"] - untrained).abs().max()
     assert moved > 1e-5 if dropout else moved < 1e-6

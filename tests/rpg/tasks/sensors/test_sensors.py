@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from rpg.config import BehaviourConfig, Config
-from rpg.diffusion.objectives import FlowConfig
+from rpg.diffusion import FlowConfig
 from rpg.generation.generator import Generator
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.tasks.images.config import Cifar10SubsetsConfig
@@ -14,10 +14,9 @@ from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, seen_by
 from rpg.tasks.sensors.task import SensorsTask, TinyMLP
 from rpg.tasks.side_by_side import repeat, stack
+from rpg.training.data import TrainingSet
 from rpg.training.loop import train
 from rpg.training.losses import DrawnTasksLoss
-from rpg.training.requests import example_conditions
-from rpg.training.trainer import build_network
 from tests.rpg.tasks.images.test_data_sets import write_cifar10
 from tokenization.errors import InputError
 from tokenization.layouts import fit_layout
@@ -222,7 +221,7 @@ def test_drawn_tasks_teach_what_a_misleading_zoo_does_not(tmp_path: Path, drawn:
         "denoiser": {"kind": "mlp", "width": 32, "hidden": 32, "depth": 1},
     }}, "test")  # fmt: skip
     layout = fit_layout(zoo, config.tokens)
-    network = build_network(config, layout, zoo)
+    network = TrainingSet(zoo, config).build_network(layout)
     assert isinstance(network, RecurrentDiffusion)
     known = None if drawn == "fresh" else torch.tensor([entry.condition for entry in zoo.entries])
     loss = DrawnTasksLoss(network, task, layout, BehaviourConfig(images=16), zoo, known=known)
@@ -254,8 +253,8 @@ def test_encoders_of_examples_are_taught_the_settings(tmp_path: Path, read: bool
             "train": {"imitation": 0, "behaviour": {"networks": 16}}}  # fmt: skip
     config = Config.parse(tree, "test")
     layout = fit_layout(zoo, config.tokens)
-    network = build_network(config, layout, zoo)
-    examples = example_conditions(zoo, config.model.condition)
+    network = TrainingSet(zoo, config).build_network(layout)
+    examples = TrainingSet(zoo, config).examples
     loss = DrawnTasksLoss(network, task, layout, config.train.behaviour, zoo, examples)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     for step in range(60):
@@ -269,7 +268,7 @@ def test_encoders_of_examples_are_taught_the_settings(tmp_path: Path, read: bool
     assert (told - wanted)[:, 7].square().mean() < 0.3  # the sign of the contrast, of variance 1
     with pytest.raises(InputError, match="model.condition.features is 9, but tasks have 10 numbers"):
         condition["features"] = 9
-        other = build_network(Config.parse(tree, "test"), layout, zoo)
+        other = TrainingSet(zoo, Config.parse(tree, "test")).build_network(layout)
         DrawnTasksLoss(other, task, layout, config.train.behaviour, zoo, examples)
 
 

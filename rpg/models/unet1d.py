@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rpg.models.denoiser.base import Denoiser, TimeEmbedding
+from rpg.models.denoiser import Denoiser, TimeEmbedding
 from rpg.section import Odd, Section
 
 EPSILON = 1e-5

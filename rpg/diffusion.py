@@ -1,22 +1,35 @@
-"""Objectives: how tokens are noised, what the denoiser predicts and how tokens are sampled.
+"""The mathematics of diffusion: how tokens are noised, what the denoiser predicts, and how tokens are sampled.
 
-Shape letters: N sampled tokens, D token width. Times have shape ``[N]`` and the objective's own unit; only
-``network_time`` is on the scale 0 … 1000. Nothing here holds parameters or global random state.
+An objective has times of shape ``[N]`` in its own unit; only ``network_time`` is on the scale 0 … 1000. A sampler is
+one function per algorithm, all with one signature: from noise to tokens in a number of network calls. Nothing here
+holds parameters or global random state.
+Shape letters: N sampled tokens, D token width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rpg.diffusion import samplers
-from rpg.diffusion.samplers import Callback, Predict
 from rpg.section import Section
 from tokenization.errors import InputError
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""The denoiser: from noisy tokens and a scalar tensor on the scale 0 … 1000 to the prediction it was trained for."""
+Callback = Callable[[int, Tensor], None]
+
+
+class Sampling(NamedTuple):
+    """How a sampler is to work; `Objective.sample` says what each is."""
+
+    num_steps: int
+    generator: torch.Generator | None
+    eta: float
+    callback: Callback
 
 
 class FlowConfig(Section):
@@ -46,57 +59,16 @@ class DDPMConfig(Section):
     beta_end: float = Field(2e-2, gt=0, lt=1, description="Variance added by the last step.")
 
 
-class Objective:
-    """The interface of every objective."""
+class _Objective:
+    """What both objectives share: their samplers, by name, the default first."""
 
     samplers: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
     plain_sampler: ClassVar[str]  # the one of first order that draws nothing
-    prediction: str
-
-    def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
-        """Draw training times ``[num]``.
-
-        Args:
-            generator: source of the draw; its device is where the draw happens.
-        """
-        raise NotImplementedError
-
-    @property
-    def last_time(self) -> float:
-        """The time at which sampling starts: noise alone, or nearly so."""
-        raise NotImplementedError
-
-    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Noise tokens ``[N, D]`` with standard normal ``noise`` ``[N, D]`` to the time ``[N]``: x_t ``[N, D]``."""
-        raise NotImplementedError
-
-    def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The denoiser's target for x_t, ``[N, D]``."""
-        raise NotImplementedError
-
-    def weight(self, time: Tensor) -> Tensor:
-        """The weight ``[N]`` of each token's squared error in the loss."""
-        raise NotImplementedError
-
-    def to_sample(self, x_t: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
-        """The clean tokens ``[N, D]`` that a prediction ``[N, D]`` at time ``[N]`` (or a scalar) implies."""
-        raise NotImplementedError
-
-    def network_time(self, time: Tensor) -> Tensor:
-        """The time on the scale 0 … 1000 that every denoiser takes, same shape."""
-        raise NotImplementedError
 
     def sample(
-        self,
-        predict: Predict,
-        noise: Tensor,
-        *,
-        sampler: str,
-        num_steps: int,
-        generator: torch.Generator | None = None,
-        eta: float = 0.0,
-        callback: Callback | None = None,
-    ) -> Tensor:
+        self, predict: Predict, noise: Tensor, *, sampler: str, num_steps: int,
+        generator: torch.Generator | None = None, eta: float = 0.0, callback: Callback | None = None,
+    ) -> Tensor:  # fmt: skip
         """Turn noise into tokens.
 
         Args:
@@ -113,24 +85,132 @@ class Objective:
             raise InputError(f"this objective has no sampler {sampler}; choose one of {', '.join(self.samplers)}")
         if num_steps < 1:
             raise InputError(f"num_steps is {num_steps}; give at least 1")
-        run = self.samplers[sampler]
-        optional = {} if callback is None else {"callback": callback}
-        # Autocast may leave predictions in a lower precision; the samplers' arithmetic keeps that of the noise.
-        return run(
-            self,
-            lambda x_t, network_time: predict(x_t, network_time).to(x_t.dtype),
-            noise,
-            num_steps=num_steps,
-            generator=generator,
-            eta=eta,
-            **optional,
-        )
+
+        def exactly(x_t: Tensor, network_time: Tensor) -> Tensor:
+            # Autocast may leave predictions in a lower precision; the samplers' arithmetic keeps that of the noise.
+            return predict(x_t, network_time).to(x_t.dtype)
+
+        return self.samplers[sampler](self, exactly, noise, Sampling(num_steps, generator, eta, callback or _ignore))
 
 
-class Flow(Objective):
+def randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    """Standard normals drawn on the generator's device, so that a CPU generator serves every device."""
+    source = torch.device(device) if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+def _ignore(step: int, x: Tensor) -> None:
+    """The callback of a caller who wants none."""
+
+
+def euler(objective: Flow, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+    """Euler's method along the flow (arXiv 2210.02747): first order, one call a step.
+
+    A step in terms of x₀ is an interpolation between it and x_t, which at time zero *is* x₀: no division by t.
+    """
+    x = noise  # [N, D]
+    times = objective.sampling_times(how.num_steps, noise.device)  # [num_steps + 1]
+    network_times = objective.network_time(times)
+    for step, (t, t_next) in enumerate(times.unfold(0, 2, 1)):
+        x0 = objective.to_sample(x, predict(x, network_times[step]), t)  # [N, D]
+        x = torch.lerp(x0, x, t_next / t)  # [N, D]
+        how.callback(step, x)
+    return x
+
+
+def heun(objective: Flow, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+    """Heun's method along the flow (arXiv 2206.00364, algorithm 1): second order, two calls a step but the last.
+
+    The last step is Euler's, since the velocity at time zero is not defined by a prediction of x₀.
+    """
+    x = noise  # [N, D]
+    times = objective.sampling_times(how.num_steps, noise.device)  # [num_steps + 1]
+    network_times = objective.network_time(times)
+    for step, (t, t_next) in enumerate(times.unfold(0, 2, 1)):
+        x0 = objective.to_sample(x, predict(x, network_times[step]), t)  # [N, D]
+        x_euler = torch.lerp(x0, x, t_next / t)  # [N, D]
+        if step < how.num_steps - 1:
+            velocity = (x - x0) / t  # [N, D]
+            x0 = objective.to_sample(x_euler, predict(x_euler, network_times[step + 1]), t_next)  # [N, D]
+            next_velocity = (x_euler - x0) / t_next  # [N, D]
+            x = x + (t_next - t) / 2 * (velocity + next_velocity)  # [N, D]
+        else:
+            x = x_euler  # [N, D]
+        how.callback(step, x)
+    return x
+
+
+def ddpm(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2) with the smaller of its two variances."""
+    from diffusers import DDPMScheduler
+
+    scheduler: Any = DDPMScheduler(variance_type="fixed_small", clip_sample=False, **_scheduler_arguments(objective))
+    scheduler.set_timesteps(timesteps=objective.sampling_times(how.num_steps, "cpu").tolist())
+    return _run_scheduler(scheduler, objective, predict, noise, how, generator=how.generator)
+
+
+def ddim(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+    """DDIM (arXiv 2010.02502, equations 12 and 16); ``eta`` runs from 0, deterministic, to 1, ancestral.
+
+    Not diffusers' DDIMScheduler, which takes the next time to be T // num_steps below: where num_steps does not
+    divide T (60 steps of 1000, say) its steps leave gaps and the last one stops short of the clean token.
+    """
+    x = noise  # [N, D]
+    times = objective.sampling_times(how.num_steps, noise.device)  # [num_steps]
+    network_times = objective.network_time(times)
+    alphas = objective.alphas_cumprod.to(noise.device)[times]  # [num_steps]
+    next_alphas = torch.cat([alphas[1:], alphas.new_ones(1)])  # [num_steps]
+    sigmas = how.eta * ((1 - next_alphas) / (1 - alphas) * (1 - alphas / next_alphas)).sqrt()  # [num_steps]
+    for step in range(how.num_steps):
+        x0 = objective.to_sample(x, predict(x, network_times[step]), times[step])  # [N, D]
+        epsilon = (x - alphas[step].sqrt() * x0) / (1 - alphas[step]).sqrt()  # [N, D]
+        direction = (1 - next_alphas[step] - sigmas[step] ** 2).clamp(min=0).sqrt()
+        x = next_alphas[step].sqrt() * x0 + direction * epsilon  # [N, D]
+        if how.eta > 0 and step < how.num_steps - 1:
+            x = x + sigmas[step] * randn(tuple(x.shape), how.generator, x.device)  # [N, D]
+        how.callback(step, x)
+    return x
+
+
+def dpm_solver(objective: DDPM, predict: Predict, noise: Tensor, how: Sampling) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): deterministic, second order, one call a step."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler: Any = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", **_scheduler_arguments(objective)
+    )
+    scheduler.set_timesteps(timesteps=objective.sampling_times(how.num_steps, "cpu").tolist())
+    return _run_scheduler(scheduler, objective, predict, noise, how)
+
+
+def _scheduler_arguments(objective: DDPM) -> dict[str, Any]:
+    """The arguments by which diffusers' schedulers describe the same noise and prediction."""
+    return {
+        "num_train_timesteps": objective.config.num_steps,
+        "beta_start": objective.config.beta_start,
+        "beta_end": objective.config.beta_end,
+        "beta_schedule": "linear",
+        "prediction_type": {"velocity": "v_prediction"}.get(objective.prediction, objective.prediction),
+    }
+
+
+def _run_scheduler(
+    scheduler: Any, objective: DDPM, predict: Predict, noise: Tensor, how: Sampling, **arguments: Any
+) -> Tensor:
+    """Take the steps of one of diffusers' schedulers."""
+    x = noise  # [N, D]
+    network_times = objective.network_time(scheduler.timesteps).to(noise.device)  # [num_steps]
+    for step, t in enumerate(scheduler.timesteps):
+        prediction = predict(x, network_times[step])  # [N, D]
+        (x, *_) = scheduler.step(prediction, t, x, return_dict=False, **arguments)  # [N, D]
+        how.callback(step, x)
+    return x
+
+
+class Flow(_Objective):
     """Flow matching (arXiv 2210.02747) along x_t = (1 - t) x₀ + t e; the time runs from 0 (tokens) to 1 (noise)."""
 
-    samplers: ClassVar = {"euler": samplers.euler, "heun": samplers.heun}
+    samplers: ClassVar = {"euler": euler, "heun": heun}
     plain_sampler = "euler"
 
     def __init__(self, config: FlowConfig) -> None:
@@ -139,12 +219,12 @@ class Flow(Objective):
 
     def sample_time(self, num: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
         """Draw times in (0, 1): the sigmoid of a normal (arXiv 2403.03206, section 3.1)."""
-        normal = samplers.randn((num,), generator, device)  # [N]
+        normal = randn((num,), generator, device)  # [N]
         return torch.sigmoid(normal * self.config.time_std + self.config.time_mean)  # [N]
 
     @property
     def last_time(self) -> float:
-        """1."""
+        """1, the time at which sampling starts: noise alone."""
         return 1.0
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -167,10 +247,10 @@ class Flow(Objective):
         return prediction if self.prediction == "sample" else x_t - _column(time) * prediction  # [N, D]
 
     def network_time(self, time: Tensor) -> Tensor:
-        """1000 t."""
+        """1000 t, as every denoiser takes it."""
         return 1000 * time
 
-    def sampling_times(self, num_steps: int, device: torch.device) -> Tensor:
+    def sampling_times(self, num_steps: int, device: torch.device | str) -> Tensor:
         """Times of a sampler, from exactly 1 down to exactly 0, ``[num_steps + 1]``.
 
         Spaced by the shift of arXiv 2403.03206, equation 23.
@@ -180,10 +260,10 @@ class Flow(Objective):
         return shift * u / (1 + (shift - 1) * u)  # [num_steps + 1]
 
 
-class DDPM(Objective):
+class DDPM(_Objective):
     """Denoising diffusion (arXiv 2006.11239): x_t = √ᾱ x₀ + √(1 - ᾱ) e; the time is an integer from 0 to T - 1."""
 
-    samplers: ClassVar = {"ddpm": samplers.ddpm, "ddim": samplers.ddim, "dpm-solver++": samplers.dpm_solver}
+    samplers: ClassVar = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}
     plain_sampler = "ddim"
 
     def __init__(self, config: DDPMConfig) -> None:
@@ -199,7 +279,7 @@ class DDPM(Objective):
 
     @property
     def last_time(self) -> float:
-        """T - 1."""
+        """T - 1, the time at which sampling starts: nearly noise alone."""
         return self.config.num_steps - 1
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -260,6 +340,9 @@ def _column(time: Tensor) -> Tensor:
 
 
 ObjectiveConfig = Annotated[FlowConfig | DDPMConfig, Field(discriminator="kind")]
+
+Objective = Flow | DDPM
+"""Both have the same methods: how times are drawn, tokens noised, what is predicted, and what that says of tokens."""
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {"flow": Flow, "ddpm": DDPM}
 

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.models.backbone.base import Backbone, BackboneSection
+from rpg.models.backbone import Backbone, BackboneSection
 from rpg.packages import install_command
 
 
@@ -145,15 +145,9 @@ class Mamba2(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        *,
-        d_state: int = 128,
-        d_conv: int = 4,
-        expand: int = 2,
-        headdim: int = 64,
+        self, d_model: int, *, d_state: int = 128, d_conv: int = 4, expand: int = 2, headdim: int = 64,
         chunk_size: int = 64,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.d_inner = expand * d_model
         self.d_state = d_state
@@ -209,22 +203,11 @@ class Mamba2(nn.Module):
         """The same by the kernels of ``mamba_ssm``: ``[B, L, 2I + 2S + A]`` and ``[A]`` to ``[B, L, H]``."""
         # The kernels need a chunk of a power of two of at least 16; 256 is what they are tuned for.
         return kernel(
-            zxbcdt,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            a,
-            D=self.D,
-            chunk_size=256,
-            activation="silu",
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=self.norm.eps,
-            outproj_weight=self.out_proj.weight,
-            outproj_bias=None,
-            headdim=self.headdim,
-            ngroups=1,
+            zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, a, D=self.D, chunk_size=256,
+            activation="silu", rmsnorm_weight=self.norm.weight, rmsnorm_eps=self.norm.eps,
+            outproj_weight=self.out_proj.weight, outproj_bias=None, headdim=self.headdim, ngroups=1,
             norm_before_gate=False,
-        )
+        )  # fmt: skip
 
 
 class Mamba2Layer(nn.Module):

@@ -1,1 +1,0 @@
-"""The mathematics of diffusion: objectives and samplers."""
