@@ -247,17 +247,18 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[SweepRun]]:
     entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
     if not entries:
         raise InputError(f"{path} has no entries; write at least one, or a matrix")
-    runs: dict[str, SweepRun] = {}
+    names = Counter(entry.name for entry in entries)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"{path} has two entries named {twice[0]!r}; give them different names")
+    runs = []
     for entry in entries:
-        if entry.name in runs:
-            raise InputError(f"{path} has two entries named {entry.name!r}; give them different names")
         if (base := entry.config or sweep.config) is None:
             raise InputError(
                 f"{path}: entry {entry.name!r} has no configuration; set config in the entry or in the sweep"
             )
         overrides = [f"run={Path(sweep.run) / entry.name}", *sweep.set, *entry.set]
-        runs[entry.name] = SweepRun(entry.name, entry.set, Config.load(path.parent / base, overrides))
-    return sweep, list(runs.values())
+        runs.append(SweepRun(entry.name, entry.set, Config.load(path.parent / base, overrides)))
+    return sweep, runs
 
 
 def _read(path: Path) -> dict[str, Any]:
