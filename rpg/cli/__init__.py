@@ -107,7 +107,7 @@ def _told(zoo: Any) -> dict[str, Any]:
 def align(zoo: o.ZooFolder, output: o.AlignedZoo) -> dict[str, Any]:
     """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
     from rpg.evaluation.matching import align_zoo
-    from rpg.tasks.registry import task_of
+    from rpg.tasks import task_of
     from tokenization.zoo.zoo import Zoo
 
     source = Zoo.open(zoo)

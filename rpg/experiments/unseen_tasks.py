@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.devices import Partition
+from rpg.devices import Partition, single_threaded
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
 from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
@@ -39,7 +39,6 @@ from rpg.generation.generator import Generator
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, stack
 from tokenization.errors import InputError
 from tokenization.layouts import Layout

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rpg.packages import without_bars
-from rpg.tasks.registry import load_callable
+from rpg.tasks import load_callable
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.safetensors import read_json, tensor_at
 from tokenization.checkpoint.tensor_file import find_ties

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from rpg.devices import single_threaded
 from rpg.generation.generator import Generator
 from rpg.generation.known_range import KnownRange, condition_codes
 from rpg.seeding import make_rng
 from rpg.tasks import task_of
 from rpg.tasks.base import TaskFamily, TaskSimulator
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import stack
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.requests import Descriptions, example_conditions

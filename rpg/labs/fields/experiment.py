@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import single_threaded
 from rpg.evaluation.field_measures import (
     DISTANCES,
     class_judge,
@@ -30,7 +31,6 @@ from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.processes import spawned
 from rpg.tasks.side_by_side import stack
 from rpg.training.loop import train_to_the_end

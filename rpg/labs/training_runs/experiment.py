@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import single_threaded
 from rpg.evaluation.page.page import Page, PageTable, write_report
 from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.span import FlatSpace
@@ -27,7 +28,6 @@ from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.side_by_side import Stacked, join_stacked, stack, unstack
 from tokenization.errors import InputError
 from tokenization.zoo.locks import locks
