@@ -54,8 +54,9 @@ def merge(
 
     Methods and options are mergekit's. The files, their digests and the settings stand in the metadata under rpg.merge.
     """
-    from rpg.merging.files import merge_adapters, merge_files
-    from rpg.merging.parts import Merge
+    from rpg.merging.adapters import merge_adapters
+    from rpg.merging.files import merge_files
+    from rpg.merging.methods import Merge
     from tokenization.checkpoint.weights import AS_FOUND, Chosen
     from tokenization.lora.adapter import is_adapter
 

@@ -19,12 +19,12 @@ from rpg.config import EvaluateConfig
 from rpg.evaluation.combinations import Combination, Conditions, Maker, combine, conditional_baselines, make_baselines
 from rpg.evaluation.judges import Answer, Scorer, answer_of, less_is_better
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
 from rpg.evaluation.workers import Workers
+from rpg.merging.adapters import Merges
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.checkpoint.structure import StateDict
 from tokenization.errors import InputError

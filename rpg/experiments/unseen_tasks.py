@@ -19,7 +19,6 @@ from rpg.config import Config
 from rpg.devices import Partition, single_threaded
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.judges import less_is_better
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.per_task import (
     SplitScores,
@@ -36,6 +35,8 @@ from rpg.evaluation.workers import Workers
 from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import Merges, PeftMerges
+from rpg.merging.methods import AFFORDABLE_MERGES, NetworkMerges
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily

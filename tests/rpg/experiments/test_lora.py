@@ -10,13 +10,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.evaluation.network_merges import PEFT_METHODS as MERGED
 from rpg.evaluation.table import print_checkpoints
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import PEFT_METHODS as MERGED
 from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask

@@ -9,7 +9,6 @@ from rpg.config import Config
 from rpg.evaluation import conditional, task_networks
 from rpg.evaluation.combinations import nearest_rows
 from rpg.evaluation.conditional import regression_grid
-from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
@@ -17,6 +16,7 @@ from rpg.experiments.single import for_choices, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
+from rpg.merging.methods import MERGES
 from rpg.tasks import collecting
 from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
