@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10
 
 from rpg.config import Config
 from rpg.seeding import derive_seed
-from rpg.tasks.images import subsets
+from rpg.tasks import collecting
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
 from rpg.tasks.images.config import Cifar10FinetuneConfig, Cifar10SubsetsConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
