@@ -4,10 +4,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from xdist.scheduler import LoadScopeScheduling
 
 from rpg.config import Config
 from rpg.section import read_variants
@@ -17,10 +19,29 @@ from tokenization.zoo.zoo import ConditionSpec, Zoo
 torch.set_num_threads(1)
 
 LONGEST = (
-    "test_blocks", "test_unseen", "test_lora", "test_sweep", "test_browser", "test_tickets_experiment",
-    "test_short_runs", "test_launch", "test_timm_finetune", "test_page", "test_kills", "test_behaviour",
+    "test_blocks", "test_unseen", "test_browser", "test_cli", "test_kills", "test_score_command", "test_situations",
+    "test_plan", "test_mistakes", "test_launch", "test_metric_experiment",
 )  # fmt: skip
 """The files that take longest, the longest first: with several workers the others fill what is left."""
+
+
+TOGETHER = {
+    "test_tasks_page": "test_unseen", "test_lora": "test_unseen", "test_sensors_page": "test_browser",
+    "test_classifier": "test_browser", "test_examples_experiments": "test_browser", "test_known_range": "test_browser",
+    "test_shipped": "test_browser", "test_words": "test_browser",
+}  # fmt: skip
+"""Files that share what is made once a process, by the file that they follow on the same worker."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """One worker for a file, and for those that it shares with."""
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.split("::", 1)[0]).stem  # no two files have one name
+            return TOGETHER.get(name, name)
+
+    return Scheduling(config, log)
 
 
 def pytest_configure() -> None:
@@ -33,7 +54,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+    items.sort(key=lambda item: ranks.get(TOGETHER.get(item.path.stem, item.path.stem), len(ranks)))
 
 
 def small_network() -> nn.Module:
@@ -81,7 +102,7 @@ def small_config(folder: Path, **sections: object) -> Config:
             "precision": "fp32",
         },
         "generate": {"steps": 3, "tile_tokens": 32},
-        "evaluate": {"num_baseline": 8},
+        "evaluate": {"num_baseline": 2, "baselines": ["noise", "interpolation"]},
     }
     for name, section in sections.items():
         same_kind = not isinstance(section, dict) or section.get("kind") is None

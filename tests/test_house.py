@@ -34,6 +34,7 @@ SLOW = {
     "huggingface_hub",
     "matplotlib",
     "peft",
+    "scipy",
     "sklearn",
     "timm",
     "tokenizers",

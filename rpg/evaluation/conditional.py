@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from rpg.evaluation.combinations import nearest_rows
@@ -61,6 +58,10 @@ class Regression:
         num = len(known)
         deviations = torch.eye(num, dtype=torch.float64) - 1 / num  # the kernel has no constant of its own
         if self.kind == "ridge":
+            from sklearn.linear_model import Ridge  # imported here: slow
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import PolynomialFeatures
+
             features = PolynomialFeatures(int(self.parameter), interaction_only=True, include_bias=False)
             model = make_pipeline(features, Ridge(alpha=self.penalty)).fit(known.numpy(), deviations.numpy())
             return torch.from_numpy(model.predict(wanted.numpy()).reshape(len(wanted), num)) + 1 / num

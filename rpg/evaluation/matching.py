@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rpg.evaluation.permutations import Group, symmetries
@@ -132,6 +131,8 @@ def assignment(gain: np.ndarray) -> np.ndarray:
     best = gain.argmax(1)
     if np.bincount(best, minlength=len(gain)).max(initial=0) <= 1:
         return best
+    from scipy.optimize import linear_sum_assignment  # imported here: slow, and rarely needed
+
     return linear_sum_assignment(gain, maximize=True)[1]
 
 

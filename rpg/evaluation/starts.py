@@ -5,7 +5,7 @@ T tasks, B images, N steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from rpg.config import ControlConfig
 from rpg.evaluation.report import AT_DISTANCE, TRAINED_FROM
 from rpg.seeding import make_rng
 from rpg.tasks.base import ImageClassifier, Task
-from rpg.tasks.collecting import warm_cosine
+from rpg.tasks.collecting import descend, warm_cosine
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack, unstack
 from tokenization.checkpoint.progress import steps
 from tokenization.checkpoint.structure import StateDict
@@ -51,9 +51,7 @@ def fine_tuning(
             now = {name: value.detach() for name, value in weights.items()}
             found.append(task.accuracies(now, every, split).view(len(starts), num))
         if step < max(marks):
-            optimizer.zero_grad()
-            task.behaviour_losses(weights, every, IMAGES, rng).sum().backward()
-            optimizer.step()
+            descend(optimizer, task.behaviour_losses(weights, every, IMAGES, rng).sum())
     return dict(zip(starts, torch.stack(found, 1), strict=True))
 
 
@@ -67,28 +65,34 @@ def best_of(task: Any, networks: Stacked, conditions: Tensor, seed: int = 0) -> 
     return torch.stack(losses).argmin(1)
 
 
+def inner_steps(task: Any, start: Stacked, conditions: Tensor, rng: torch.Generator) -> Stacked:
+    """Networks after a few steps for the tasks ``[T, C]``, by Adam without momentum, as in Reptile's paper."""
+    weights = {name: value.requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.Adam(list(weights.values()), LEARNING_RATE, betas=(0.0, 0.999), fused=True)
+    for _ in range(INNER_STEPS):
+        descend(optimizer, task.behaviour_losses(weights, conditions, INNER_IMAGES, rng).sum())
+    return {name: value.detach() for name, value in weights.items()}
+
+
 def reptile(
-    task: Any, start: Mapping[str, Tensor], conditions: Tensor, num_steps: int, *, tasks: int = 20, seed: int = 0
-) -> dict[str, Tensor]:
+    task: Any, start: Mapping[str, Tensor], conditions: Tensor, num_steps: int, *, tasks: int = 20, rate: float = 1.0,
+    learn: Callable[[Any, Stacked, Tensor, torch.Generator], Stacked] = inner_steps, seed: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
     """Weights from which tasks are learned fast (Reptile, arXiv 1803.02999), meta-learned on ``conditions``.
 
     Args:
         task: as `fine_tuning` takes it.
         conditions: the tasks to learn from ``[T, C]``.
-        num_steps: outer steps; their size falls from 1 to 0. Inner ones take Adam without momentum, as in the paper.
+        num_steps: outer steps; their size falls from ``rate`` to 0.
         tasks: of each outer step.
+        learn: trains networks for some of the tasks, given ``task``, their starts, these tasks and random numbers.
     """
     rng, mean = make_rng(seed, "reptile"), {name: value.clone() for name, value in start.items()}
     for step in steps("meta-learning", range(num_steps)):
         chosen = conditions[torch.randperm(len(conditions), generator=rng)[:tasks]]
-        weights = {name: value.requires_grad_() for name, value in repeat(mean, len(chosen)).items()}
-        optimizer = torch.optim.Adam(list(weights.values()), LEARNING_RATE, betas=(0.0, 0.999), fused=True)
-        for _ in range(INNER_STEPS):
-            optimizer.zero_grad()
-            task.behaviour_losses(weights, chosen, INNER_IMAGES, rng).sum().backward()
-            optimizer.step()
+        learned = learn(task, repeat(mean, len(chosen)), chosen, rng)
         for name, value in mean.items():
-            value.lerp_(weights[name].detach().mean(0), 1 - step / num_steps)
+            value.lerp_(learned[name].mean(0), rate * (1 - step / num_steps))
     return mean
 
 
@@ -136,12 +140,9 @@ def finetune(
     rate = config.learning_rate
     optimizer = torch.optim.AdamW([weights[name] for name in trained], lr=rate, weight_decay=0.0, fused=True)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm_cosine(step, steps)
         rows = torch.randint(len(labels), (config.batch_size,), generator=rng)
         logits = side(weights, images[rows])  # [T, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(networks)))
-        optimizer.zero_grad()
-        (loss * len(networks)).backward()  # so that a network's gradient does not depend on how many there are
-        optimizer.step()
+        # times their number, so that a network's gradient does not depend on how many there are
+        descend(optimizer, loss * len(networks), rate * warm_cosine(step, steps))
     return unstack({name: value.detach() for name, value in weights.items()})

@@ -7,32 +7,32 @@ V values of a network, m directions."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.evaluation.span import FlatSpace
+from rpg.evaluation.starts import INNER_IMAGES, LEARNING_RATE, reptile
 from rpg.evaluation.two_sample import ensemble_metrics, sets_of_networks
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import BASE
-from rpg.tasks.side_by_side import Stacked, repeat, stack
+from rpg.tasks.collecting import BASE, descend
+from rpg.tasks.side_by_side import Stacked, repeat
 from rpg.training.data import training_entries, zoo_conditions
 from tokenization.zoo.zoo import Zoo
 
@@ -120,14 +120,8 @@ class ExampleSets:
 
     def probabilities(self, networks: Stacked) -> Tensor:
         """Answers of M networks of every task, stacked task by task ``[T · M, *shape]``: ``[T, M, B, K]``."""
-        images, made = self.task.images(self.split), list(self._by_task(networks))
-        with torch.inference_mode():
-            return torch.stack(
-                [
-                    self.task.side(own, self.task.see(images, each[None])[0]).softmax(-1)
-                    for own, each in zip(made, self.conditions, strict=True)
-                ]
-            )
+        found: Tensor = self.task.probabilities(networks, self.conditions, self.split)
+        return found.unflatten(0, (len(self.conditions), -1))
 
     def scored(self, networks: Stacked, sizes: Sequence[int] = (1,)) -> Networks:
         """A report's kind of M networks of every task, in sets of some ``sizes``."""
@@ -149,18 +143,14 @@ class ExampleSets:
         ``[T, M]``.
         """
         values, classes = self.shown(num)
-        owned = itertools.repeat(networks, len(values)) if shared else self._by_task(networks)
+        by_task = {} if shared else {name: each.unflatten(0, (len(values), -1)) for name, each in networks.items()}
         found = []
         with torch.inference_mode():
-            for own, shown, right in zip(owned, self.task.inputs(values), classes, strict=True):
+            for task, (shown, right) in enumerate(zip(self.task.inputs(values), classes, strict=True)):
+                own = networks if shared else {name: each[task] for name, each in by_task.items()}
                 answers = self.task.side(own, shown).log_softmax(-1)  # [M, num, K]
                 found.append(answers[:, torch.arange(num), right].mean(1))
         return torch.stack(found)
-
-    def _by_task(self, networks: Stacked) -> Iterator[Stacked]:
-        total = len(next(iter(networks.values()))) // len(self.conditions)
-        for first in range(0, total * len(self.conditions), total):
-            yield {name: value[first : first + total] for name, value in networks.items()}
 
 
 TUNING = tuple((steps, rate) for steps in (0, 10, 30, 100) for rate in (1e-3, 3e-3, 1e-2))
@@ -206,6 +196,8 @@ class FewExamples:
 
     def logistic_regression(self, sets: ExampleSets, num: int) -> Tensor:
         """Accuracy ``[T]`` of scikit-learn's on the examples' values."""
+        from sklearn.linear_model import LogisticRegression  # imported here: slow
+
         values, classes = sets.shown(num)
         images = self.task.images(sets.split)
         found = []
@@ -229,19 +221,17 @@ class FewExamples:
 
     @cached_property
     def _start(self) -> dict[str, Tensor]:
-        rng = make_rng(self.seed, "reptile")
-        start = {name: value.clone() for name, value in self.generalist.items()}
-        for number in range(REPTILE_ROUNDS):
-            tasks = self.seen[torch.randint(len(self.seen), (REPTILE_TASKS,), generator=rng)]
+        def learn(task: Any, start: Stacked, tasks: Tensor, rng: torch.Generator) -> Stacked:
+            def batch() -> tuple[Tensor, Tensor]:
+                images, classes = task.draw(INNER_IMAGES, rng)
+                return task.see(images, tasks), classes.expand(len(tasks), -1)
 
-            def batch(tasks: Tensor = tasks) -> tuple[Tensor, Tensor]:
-                images, classes = self.task.draw(32, rng)
-                return self.task.see(images, tasks), classes.expand(len(tasks), -1)
+            return task.train(start, batch, REPTILE_STEPS, LEARNING_RATE)
 
-            trained = self.task.train(repeat(start, len(tasks)), batch, REPTILE_STEPS, 1e-2)
-            share = REPTILE_RATE * (1 - number / REPTILE_ROUNDS)
-            start = {name: torch.lerp(start[name], value.mean(0), share) for name, value in trained.items()}
-        return start
+        return reptile(
+            self.task, self.generalist, self.seen, REPTILE_ROUNDS, tasks=REPTILE_TASKS, rate=REPTILE_RATE, learn=learn,
+            seed=self.seed,
+        )  # fmt: skip
 
     def _map(self, sets: ExampleSets, num: int, penalty: Choice) -> Stacked:
         """The likeliest network among the mean of the specialists plus their leading directions, under a Gaussian."""
@@ -257,10 +247,8 @@ class FewExamples:
         optimizer = torch.optim.Adam([coefficients], 0.1)
 
         for _ in range(MAP_STEPS):
-            optimizer.zero_grad()
             fit = num * self.task.losses(space.unflatten(mean + coefficients @ directions), inputs, classes)
-            (fit + penalty * coefficients.square().sum(1) / 2).sum().backward()
-            optimizer.step()
+            descend(optimizer, (fit + penalty * coefficients.square().sum(1) / 2).sum())
         return space.unflatten((mean + coefficients @ directions).detach())
 
 
@@ -270,7 +258,7 @@ PER_CLASS = (1, 2, 5, 10, 20)
 
 @judges
 def evaluate_by_examples(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Score networks for unseen tasks by the number of examples a class, and everything simpler.
 
@@ -290,7 +278,7 @@ def evaluate_by_examples(
         num = number * wanted.num_classes
         found: dict[str, Networks] = {}
         for name, labelled in (("generated", True), ("generated_unlabelled", False)):
-            found[name] = wanted.scored(asked(generator, wanted, num, labelled, seed))
+            found[name] = wanted.scored(generate_for(generator, wanted.rows(num, labelled), seed))
         for name, method in rivals.methods.items() if compare else ():
             found[name] = wanted.scored(method[0](wanted, num, rivals.tuned(name, tuning, num)))
         if compare:
@@ -310,13 +298,7 @@ def evaluate_by_examples(
             "seconds": round(time.perf_counter() - started, 1),
         },
     )  # fmt: skip
-    return report, Page("Networks asked for by examples")
-
-
-def asked(generator: Generator, sets: ExampleSets, num: int, labelled: bool, seed: int) -> Stacked:
-    """A network for every task of ``num`` examples, ``[T, *shape]``."""
-    rows = sets.rows(num, labelled)
-    return stack(generator.generate(len(rows), seed=seed, condition=rows))  # type: ignore[arg-type]
+    return report, Page(f"Networks asked for by examples: {run.name}")
 
 
 def _milliseconds(generator: Generator, sets: ExampleSets, seed: int) -> dict[str, float]:

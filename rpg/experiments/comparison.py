@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
 from rpg.training.data import training_entries
-from rpg.training.loop import TrainingProgress, WatchGenerator, train
+from rpg.training.loop import Stopped, TrainingProgress, WatchGenerator, train_to_the_end
 from rpg.training.run_folder import RunFolder
 from tokenization.errors import InputError
 from tokenization.files import write_text
@@ -142,18 +142,12 @@ def train_and_compare(
     rival = rival_of(config)
     validation = validation_of(config, zoo)
     RunFolder(config.run).check(config, resume=resume, overwrite=overwrite)
-    stopped = False
-
-    def advance(done: int, total: int, loss: float) -> None:
-        nonlocal stopped
-        stopped = done < total
-        if progress is not None:
-            progress(done, total, loss)
-
-    folder = train(config, resume=resume, overwrite=overwrite, progress=advance, watch=watch, say=say)
-    if stopped:
-        return folder, None
-    folders = (folder, train(rival, overwrite=True, say=say))
+    how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress, "watch": watch, "say": say}
+    try:
+        folder = train_to_the_end(config, **how)
+    except Stopped as stopped:
+        return stopped.folder, None
+    folders = (folder, train_to_the_end(rival, overwrite=True, say=say))
     metrics = [validation.scores(Generator.from_pretrained(each))[1] for each in folders]
     comparison = compare(validation.of, config.model.kind, *metrics, seed=config.seed)
     plain = comparison.model_dump(mode="json")
@@ -181,18 +175,10 @@ def rival_of(config: Config) -> Config:
 def compare(of: str, model: str, configured: Tensor, kernel_ridge: Tensor, *, seed: int) -> Comparison:
     """Compare the accuracies ``[N]`` of two generators, in 0 … 1; ``seed`` decides the bootstrap."""
     difference = summarize(configured - kernel_ridge, seed)
-    sides = {0: "neither", 1: "configured", -1: "kernel_ridge"}
-    return Comparison.model_validate(
-        {
-            "of": of,
-            "num": len(configured),
-            "model": model,
-            "configured": summarize(configured, seed),
-            "kernel_ridge": summarize(kernel_ridge, seed),
-            "difference": difference,
-            "better": sides[(difference.mean > 0) - (difference.mean < 0)],
-        }
-    )
+    means = {"configured": summarize(configured, seed), "kernel_ridge": summarize(kernel_ridge, seed)}
+    better = {0: "neither", 1: "configured", -1: "kernel_ridge"}[(difference.mean > 0) - (difference.mean < 0)]
+    found = {"of": of, "num": len(configured), "model": model, **means, "difference": difference, "better": better}
+    return Comparison.model_validate(found)
 
 
 def validation_of(config: Config, zoo: Zoo) -> Validation:

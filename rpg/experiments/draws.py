@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,14 +25,14 @@ from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.evaluation.two_sample import joint_score
 from rpg.experiments.by_examples import ExampleSets, error_by_distance
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.models.conditioning import SetEncoder
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
 from rpg.tasks.processes import num_cores, share
-from rpg.tasks.side_by_side import Stacked, stack
+from rpg.tasks.side_by_side import Stacked
 from rpg.training.data import training_entries, zoo_conditions
 from rpg.training.requests import ExampleConditions
 from tokenization.layouts import Layout
@@ -161,7 +162,7 @@ IMPLICIT_DRAWS, IMPLICIT_NOISE = 6, 8
 
 @judges
 def evaluate_draws(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Score draws for unseen tasks, task by task, and everything that is compared with them.
 
@@ -188,7 +189,7 @@ def evaluate_draws(
         ),
         facts={**generator.facts, "seconds": round(time.perf_counter() - started, 1), "chosen": methods.chosen},
     )  # fmt: skip
-    return report, Page("Draws where a request leaves room", tables=tables_of_sets(report))
+    return report, Page(f"Draws where a request leaves room: {run.name}", tables=tables_of_sets(report))
 
 
 def tables_of_sets(report: Report) -> list[PageTable]:
@@ -244,10 +245,9 @@ class Methods:
         network.prior.config = before.model_copy(update={"steps": steps or before.steps})
         rows = sets.rows(num, False).repeat_interleave(draws, 0)
         try:
-            made = self.generator.generate(len(rows), seed=derive_seed(self.seed, "draws"), condition=rows)
+            return generate_for(self.generator, rows, derive_seed(self.seed, "draws"))
         finally:
             network.prior.config = before
-        return stack(made)  # type: ignore[arg-type]
 
     def curves(self, split: str) -> dict[str, Curve]:
         """Joint score of sixteen draws, and seconds, by the prior's sampling steps."""

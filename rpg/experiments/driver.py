@@ -11,8 +11,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.evaluation.report import Networks, Report
@@ -241,6 +239,8 @@ def _means(kind: Networks) -> dict[str, float]:
 
 
 def _interval(values: list[float]) -> dict[str, Any]:
-    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    from scipy.special import stdtrit  # imported here: only several seeds need it
+
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.fmean(values)
     return {"mean": mean, "ci95": [mean - half, mean + half], "values": values}

@@ -89,15 +89,20 @@ def judges(judge: Callable[..., tuple[Report, Page]]) -> Callable[..., Report]:
     """An experiment's ``evaluate``: opens a run, has it judged, and writes report and page, but for choices.
 
     Args:
-        judge: takes generator and zoo, and ``seed``, ``split`` and its own options by name; one thread works for it.
+        judge: takes generator and zoo, and the folder ``run``, ``seed``, ``split`` and its own options by name; one
+            thread works for it.
+
+    Raises InputError if choices are to be made by what the run learned from.
     """
 
     @functools.wraps(judge)
     @locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
     def evaluate(run: Path | str, *, seed: int = 0, split: str = "test", workers: Any = None, **options: Any) -> Report:
         generator = Generator.from_pretrained(run)
+        require_for_choices(generator.config, split)
         with single_threaded():
-            report, page = judge(generator, Zoo.open(generator.config.zoo), seed=seed, split=split, **options)
+            zoo = Zoo.open(generator.config.zoo)
+            report, page = judge(generator, zoo, run=Path(run), seed=seed, split=split, **options)
         if split != "validation":
             write_report(run, report, page)
         return report

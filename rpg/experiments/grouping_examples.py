@@ -7,6 +7,7 @@ T tasks, n examples, S groupings of the family, C classes, B scored images.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Networks, Report, networks
 from rpg.evaluation.two_sample import sets_of_networks
 from rpg.experiments.by_examples import SHOWN as SHOWN_OF
-from rpg.experiments.by_examples import ExampleSets, asked
+from rpg.experiments.by_examples import ExampleSets
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.tasks import build_task
 from rpg.tasks.language.config import LanguageConfig
@@ -35,7 +36,7 @@ METRICS = ("symbol_accuracy", "exact_match")
 
 
 @judges
-def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str) -> tuple[Report, Page]:
+def evaluate_groupings(generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str) -> tuple[Report, Page]:
     """Score networks for unseen groupings by the number of examples.
 
     Args:
@@ -49,7 +50,7 @@ def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str)
     original = scored(stacked_networks(zoo, zoo.subset(tasks_scored(split))))
     kinds = {
         num: {
-            "generated": scored(asked(generator, sets, num, not of_rows, seed)),
+            "generated": scored(generate_for(generator, sets.rows(num, not of_rows), seed)),
             "base_posterior": posterior(num),
             "original": original,
         }
@@ -63,7 +64,7 @@ def evaluate_groupings(generator: Generator, zoo: Zoo, *, seed: int, split: str)
         notes=("base posterior: no network is generated; the base network's class probabilities are summed by how "
                "likely each grouping of the family is, given the examples.",),
     )  # fmt: skip
-    return report, Page("Groupings asked for by examples")
+    return report, Page(f"Groupings asked for by examples: {run.name}")
 
 
 Judges = tuple[Callable[[Stacked], Networks], Callable[[int], Networks]]

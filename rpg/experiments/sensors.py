@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from rpg.experiments.by_examples import error_by_distance, evaluate_by_examples
 from rpg.experiments.draws import evaluate_draws
 from rpg.experiments.driver import Experiment
 from rpg.experiments.evaluating import judges
-from rpg.experiments.single import stacked_networks, tasks_scored, train_or_continue
+from rpg.experiments.single import generate_for, stacked_networks, tasks_scored, train_or_continue
 from rpg.generation.generator import Generator
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
 from rpg.tasks.collecting import BASE
 from rpg.tasks.sensors.task import SensorsTask, informed_probabilities, train_informed
-from rpg.tasks.side_by_side import Stacked, repeat, stack
+from rpg.tasks.side_by_side import Stacked, repeat
+from rpg.training.data import zoo_conditions
 from tokenization.zoo.zoo import Zoo
 
 LARGE = (128, 128)
@@ -59,7 +61,7 @@ def experiment(config: Config) -> Experiment:
 
 @judges
 def evaluate_sensors(
-    generator: Generator, zoo: Zoo, *, seed: int, split: str, compare: bool = True
+    generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str, compare: bool = True
 ) -> tuple[Report, Page]:
     """Generate a network for every unseen sensor and compare.
 
@@ -70,12 +72,65 @@ def evaluate_sensors(
     Raises:
         InputError: the run is not one of sensors.
     """
-    task = task_of_sensors(generator.config)
-    if not compare:
-        generator.config = generator.config.model_copy(update={"evaluate": NOTHING_TRAINED})
-    report = _compare(generator, task, zoo, tasks_scored(split), split, seed)
-    facts = {name.replace("_", " "): str(value) for name, value in report.facts.items()}
-    return report, Page("Networks for sensors that nobody calibrated", facts)
+    task, sensors = task_of_sensors(generator.config), tasks_scored(split)
+    evaluate = generator.config.evaluate if compare else NOTHING_TRAINED
+    settings, known = (zoo_conditions(zoo, zoo.subset(each)) for each in (sensors, "train"))
+    seen, base = stacked_networks(zoo, zoo.subset("train")), load_file(zoo.path / BASE)
+    regression, ridge = tuned_regression(task, zoo, seen)
+
+    def generate(settings: Tensor, wordings: str = split) -> Stacked:
+        return generate_for(generator, requests_of(generator, settings, seed, wordings), seed)
+
+    started = time.perf_counter()
+    made = {"generated": generate(settings)}
+    seconds = (time.perf_counter() - started) / len(settings)
+    asked: dict[str, Any] = {"by": "settings"}
+    if isinstance(requests := requests_of(generator, settings, seed, split), list):
+        made["taught_wordings"] = generate(settings, "train")
+        asked = {"by": "words", "words": requests[:5]}
+    made |= {"original": stacked_networks(zoo, zoo.subset(sensors)), "kernel_ridge": ridge(settings)}
+    made |= simple_baselines(task, base, known, seen, settings)
+    answers = {name: task.probabilities(each, settings, split) for name, each in made.items()}  # [T, B, K]
+    informed, notes = _informed(task, settings, split, evaluate.informed)
+    targets = task.classes(split).expand(len(settings), -1)
+    kinds = {
+        name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings)
+        for name, each in {**answers, **informed}.items()
+    }
+    curves, facts = {}, {"training_seconds": generator.facts.get("training seconds"), "seconds_per_network": seconds}
+    facts |= {
+        "seen_sensors": len(known), "kernel_ridge": {"length": regression.parameter, "penalty": regression.penalty}
+    }  # fmt: skip
+    if any(setting.name == "angle" for setting in task.settings):
+        curves["accuracy_by_angle"] = _by_angle(task, base, generate, ridge, split)
+    if evaluate.fine_tuning:
+        curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
+            evaluate, task, known, seen, made, settings, split, seed
+        )
+    errors = 1 - torch.tensor(kinds["generated"].metrics["accuracy"])
+    calibration, extras = error_by_distance(generator, requests, errors)
+    report = Report(
+        experiment="sensors", judge=f"{len(settings)} {sensors} sensors", split=split, seed=seed,
+        better={"accuracy": "more", "joint": "less"}, kinds=kinds,
+        references=("original", "large_with_settings", "taught_wordings"),
+        asked={**asked, "settings": {each.name: [each.low, each.high] for each in task.settings}},
+        curves={**curves, **calibration}, extras=extras, facts=facts, notes=notes,
+    )  # fmt: skip
+    shown = {name.replace("_", " "): str(value) for name, value in facts.items()}
+    return report, Page(f"Networks for sensors that nobody calibrated: {run.name}", shown)
+
+
+def simple_baselines(
+    task: SensorsTask, base: dict[str, Tensor], known: Tensor, seen: Stacked, settings: Tensor
+) -> dict[str, Stacked]:
+    """Networks for sensors ``[T, C]``: the nearest and average of those ``seen`` for ``known`` ones, and the base."""
+    asked, there = (task.condition.inputs(each) for each in (settings, known))
+    nearest = torch.cdist(asked, there).argmin(1)
+    return {
+        "nearest_seen": {name: value[nearest] for name, value in seen.items()},
+        "generalist": repeat(base, len(settings)),
+        "average": repeat({name: value.mean(0) for name, value in seen.items()}, len(settings)),
+    }
 
 
 def task_of_sensors(config: Config) -> SensorsTask:
@@ -83,80 +138,11 @@ def task_of_sensors(config: Config) -> SensorsTask:
     return require_task(config.task, SensorsTask, "but this is the experiment on sensors; see configs/sensors.yaml")
 
 
-def sensors_of(zoo: Zoo, split: str) -> Tensor:
-    """The settings ``[T, C]`` of the zoo's sensors of a split."""
-    return torch.tensor([zoo.entries[index].condition for index in zoo.subset(split)])
-
-
-def _generated(generator: Generator, settings: Tensor, seed: int, wordings: str) -> Stacked:
-    asked = requests_of(generator, settings, seed, wordings)
-    return stack(generator.generate(len(settings), condition=asked, seed=seed))  # type: ignore[arg-type]
-
-
 def requests_of(generator: Generator, settings: Tensor, seed: int, wordings: str) -> Tensor | list[str]:
     """What a generator is asked for sensors ``[T, C]``: their settings, or words in the wordings of a split."""
     if not generator.config.model.condition.phrases:
         return settings
-    rng = make_rng(seed, "wordings")
-    return task_of_sensors(generator.config).describe(settings, rng, wordings)
-
-
-def _compare(generator: Generator, task: SensorsTask, zoo: Zoo, sensors: str, split: str, seed: int) -> Report:
-    settings, evaluate = sensors_of(zoo, sensors), generator.config.evaluate
-    seen, base = stacked_networks(zoo, zoo.subset("train")), load_file(zoo.path / BASE)
-    regression, ridge = tuned_regression(task, zoo, seen)
-    started = time.perf_counter()
-    made = {"generated": _generated(generator, settings, seed, split)}
-    seconds = (time.perf_counter() - started) / len(settings)
-    asked_by: dict[str, Any] = {"by": "settings"}
-    if isinstance(requests := requests_of(generator, settings, seed, split), list):
-        made["taught_wordings"] = _generated(generator, settings, seed, "train")
-        asked_by = {"by": "words", "words": requests[:5]}
-    known, asked = (task.condition.inputs(sensors_of(zoo, each)) for each in ("train", sensors))
-    made |= {
-        "original": stacked_networks(zoo, zoo.subset(sensors)),
-        "kernel_ridge": ridge(settings),
-        "nearest_seen": {name: value[torch.cdist(asked, known).argmin(1)] for name, value in seen.items()},
-        "generalist": repeat(base, len(settings)),
-        "average": repeat({name: value.mean(0) for name, value in seen.items()}, len(settings)),
-    }
-    answers = {name: task.probabilities(each, settings, split) for name, each in made.items()}  # [T, B, K]
-    informed, notes = _informed(task, settings, split, evaluate.informed)
-    answers |= informed
-    targets = task.classes(split).expand(len(settings), -1)
-    kinds = {
-        name: sets_of_networks(each[:, None], targets, seed=seed, conditions=settings) for name, each in answers.items()
-    }
-    facts: dict[str, Any] = {}
-    curves = {}
-    if any(setting.name == "angle" for setting in task.settings):
-        curves["accuracy_by_angle"] = _by_angle(generator, task, base, ridge, split, seed)
-    if evaluate.fine_tuning:
-        curves["as_a_start"], facts["fine-tuning milliseconds a step"] = _starts(
-            evaluate, task, zoo, seen, made, settings, split, seed
-        )
-    errors = 1 - torch.tensor(kinds["generated"].metrics["accuracy"])
-    calibration, extras = error_by_distance(generator, requests, errors)
-    return Report(
-        experiment="sensors",
-        judge=f"{len(settings)} {sensors} sensors",
-        split=split,
-        seed=seed,
-        better={"accuracy": "more", "joint": "less"},
-        kinds=kinds,
-        references=("original", "large_with_settings", "taught_wordings"),
-        asked={**asked_by, "settings": {each.name: [each.low, each.high] for each in task.settings}},
-        curves={**curves, **calibration},
-        extras=extras,
-        facts={
-            "training_seconds": generator.facts.get("training seconds"),
-            "seconds_per_network": seconds,
-            "seen_sensors": len(known),
-            "kernel_ridge": {"length": regression.parameter, "penalty": regression.penalty},
-            **facts,
-        },
-        notes=notes,
-    )
+    return task_of_sensors(generator.config).describe(settings, make_rng(seed, "wordings"), wordings)
 
 
 def _informed(
@@ -179,11 +165,11 @@ def _informed(
 
 def tuned_regression(task: SensorsTask, zoo: Zoo, seen: Stacked) -> tuple[Regression, Callable[[Tensor], Stacked]]:
     """Kernel ridge from settings to weights, tuned on the validation sensors' accuracy, and what it predicts."""
-    known = _as_bits(task.condition.inputs(sensors_of(zoo, "train")))
-    validation = sensors_of(zoo, "validation")
+    known, validation = (zoo_conditions(zoo, zoo.subset(each)) for each in ("train", "validation"))
 
     def predicted(regression: Regression, settings: Tensor) -> Stacked:
-        shares = regression.mixture(known, _as_bits(task.condition.inputs(settings)))
+        # features in -1 … 1 as `Regression` takes conditions, in 0 … 1
+        shares = regression.mixture(*((task.condition.inputs(each) + 1) / 2 for each in (known, settings)))
         return {name: torch.tensordot(shares.to(value.dtype), value, 1) for name, value in seen.items()}
 
     def score(regression: Regression) -> float:
@@ -193,23 +179,19 @@ def tuned_regression(task: SensorsTask, zoo: Zoo, seen: Stacked) -> tuple[Regres
     return chosen, lambda settings: predicted(chosen, settings)
 
 
-def _as_bits(features: Tensor) -> Tensor:
-    """Features in -1 … 1 as `Regression` takes conditions, in 0 … 1."""
-    return (features + 1) / 2
-
-
 def _by_angle(
-    generator: Generator, task: SensorsTask, base: dict[str, Tensor], ridge: Callable[[Tensor], Stacked], split: str,
-    seed: int,
+    task: SensorsTask, base: dict[str, Tensor], generate: Callable[[Tensor], Stacked],
+    ridge: Callable[[Tensor], Stacked], split: str,
 ) -> Curve:  # fmt: skip
     """Accuracy of sensors that differ in their angle alone."""
     place = next(i for i, setting in enumerate(task.settings) if setting.name == "angle")
     setting = task.settings[place]
-    settings = torch.tensor([[each.default for each in task.settings]]).repeat(ANGLES + 1, 1)
+    default = torch.tensor([[each.default for each in task.settings]])
+    settings = default.repeat(ANGLES + 1, 1)
     settings[:, place] = torch.linspace(setting.low, setting.high, ANGLES + 1)
-    upright = task.train_specialists(base, torch.tensor([[each.default for each in task.settings]]))
+    upright = task.train_specialists(base, default)
     made = {
-        "generated": _generated(generator, settings, seed, split),
+        "generated": generate(settings),
         "trained_upright": {name: value.expand(len(settings), *value.shape[1:]) for name, value in upright.items()},
         "generalist": repeat(base, len(settings)),
         "kernel_ridge": ridge(settings),
@@ -221,8 +203,8 @@ def _by_angle(
 
 
 def _starts(
-    evaluate: EvaluateConfig, task: SensorsTask, zoo: Zoo, seen: Stacked, made: dict[str, Stacked], settings: Tensor,
-    split: str, seed: int,
+    evaluate: EvaluateConfig, task: SensorsTask, known: Tensor, seen: Stacked, made: dict[str, Stacked],
+    settings: Tensor, split: str, seed: int,
 ) -> tuple[Curve, float]:  # fmt: skip
     """Accuracy of networks that are fine-tuned, by start, and what a step of one network takes among all of them."""
     best = best_of(task, seen, settings, seed=seed)
@@ -234,7 +216,7 @@ def _starts(
         "random": repeat(untrained, len(settings)),
     }
     if evaluate.meta_learning:
-        learned = reptile(task, untrained, sensors_of(zoo, "train"), evaluate.meta_learning, seed=seed)
+        learned = reptile(task, untrained, known, evaluate.meta_learning, seed=seed)
         starts["reptile"] = repeat(learned, len(settings))
     began = time.process_time()
     found = fine_tuning(task, starts, settings, evaluate.fine_tuning, split=split, seed=seed)

@@ -143,6 +143,11 @@ def stacked_networks(zoo: Zoo, entries: Sequence[int]) -> Stacked:
     return stack([zoo.state_dict(index) for index in entries])
 
 
+def generate_for(generator: Generator, conditions: Any, seed: int, **options: Any) -> Stacked:
+    """A generated network for each of T conditions, ``[T, *shape]``."""
+    return stack(generator.generate(len(conditions), seed=seed, condition=conditions, **options))  # type: ignore[arg-type]
+
+
 def parts_of(zoo: Zoo, config: Config) -> tuple[list[int], list[int]]:
     """The entries that the generator learned from, and the others."""
     trained = training_entries(zoo, config.train.splits)

@@ -94,7 +94,7 @@ def rows_of_rivals(reports: Iterable[Report]) -> list[dict[str, Any]]:
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, without empty columns."""
-    columns = [each for each in _COLUMNS if any(row.get(each) is not None for row in rows)]
+    columns = _columns(rows)
     lines = ["| run | " + " | ".join(_COLUMNS[each] for each in columns) + " | overrides |"]
     lines.append("| --- |" + " ---: |" * len(columns) + " --- |")
     for row in rows:
@@ -107,14 +107,16 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 def print_sweep(rows: list[dict[str, Any]], console: Console) -> None:
     """The same on the screen; overrides are in ``table.md``."""
-    columns = [each for each in _COLUMNS if any(row.get(each) is not None for row in rows)]
-    done = [row for row in rows if "failure" not in row]
-    if done:
-        cells = [[row["name"], *(_cell(row, key) for key in columns)] for row in done]
-        console.print(FiguresTable(("run", *(_COLUMNS[each] for each in columns)), cells))
+    columns = _columns(rows)
+    if done := [[row["name"], *(_cell(row, key) for key in columns)] for row in rows if "failure" not in row]:
+        console.print(FiguresTable(("run", *(_COLUMNS[each] for each in columns)), done))
     for row in rows:
         if "failure" in row:
             console.print(f"{row['name']}: {row['failure']}", markup=False, highlight=False)
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return [each for each in _COLUMNS if any(row.get(each) is not None for row in rows)]
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
@@ -216,7 +218,7 @@ class SweepConfig(Section):
 
 
 @dataclass(frozen=True)
-class Experiment:
+class SweepRun:
     """An entry with its whole configuration."""
 
     name: str
@@ -233,7 +235,7 @@ class Experiment:
         return (self.folder / FILE).is_file() and saved_config(self.folder) == self.config
 
 
-def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
+def load_sweep(path: Path | str) -> tuple[SweepConfig, list[SweepRun]]:
     """Read a sweep file and every configuration it implies.
 
     Raises:
@@ -244,25 +246,23 @@ def load_sweep(path: Path | str) -> tuple[SweepConfig, list[Experiment]]:
     entries = [*sweep.entries, *(sweep.matrix.entries(str(path)) if sweep.matrix else ())]
     if not entries:
         raise InputError(f"{path} has no entries; write at least one, or a matrix")
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path} has two entries named {name!r}; give them different names")
-    return sweep, [_experiment(path, sweep, entry) for entry in entries]
+    runs: dict[str, SweepRun] = {}
+    for entry in entries:
+        if entry.name in runs:
+            raise InputError(f"{path} has two entries named {entry.name!r}; give them different names")
+        if (base := entry.config or sweep.config) is None:
+            raise InputError(
+                f"{path}: entry {entry.name!r} has no configuration; set config in the entry or in the sweep"
+            )
+        overrides = [f"run={Path(sweep.run) / entry.name}", *sweep.set, *entry.set]
+        runs[entry.name] = SweepRun(entry.name, entry.set, Config.load(path.parent / base, overrides))
+    return sweep, list(runs.values())
 
 
 def _read(path: Path) -> dict[str, Any]:
     tree = read_mapping(path, "a sweep file (see configs/sweeps for examples)")
     parent = tree.pop("extends", None)  # of a variant
     return {**_read(path.parent / parent), **tree} if parent else tree
-
-
-def _experiment(path: Path, sweep: SweepConfig, entry: SweepEntry) -> Experiment:
-    base = entry.config or sweep.config
-    if base is None:
-        raise InputError(f"{path}: entry {entry.name!r} has no configuration; set config in the entry or in the sweep")
-    overrides = (f"run={Path(sweep.run) / entry.name}", *sweep.set, *entry.set)
-    return Experiment(entry.name, entry.set, Config.load(path.parent / base, list(overrides)))
 
 
 def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say: Say = print) -> Path:
@@ -281,25 +281,23 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     Raises:
         InputError: the file is wrong, has no entry that is named in ``only``, or one that a sweep cannot score.
     """
-    sweep, experiments = load_sweep(path)
-    for name in only:
-        if name not in {experiment.name for experiment in experiments}:
-            known = ", ".join(experiment.name for experiment in experiments)
-            raise InputError(f"{path} has no entry named {name!r}; choose one of {known}")
-    experiments = [each for each in experiments if not only or each.name in only or each.finished()]
-    waiting = [experiment for experiment in experiments if not experiment.finished()]
+    sweep, runs = load_sweep(path)
+    names = [each.name for each in runs]
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"{path} has no entry named {unknown[0]!r}; choose one of {', '.join(names)}")
+    runs = [each for each in runs if not only or each.name in only or each.finished()]
+    waiting = [each for each in runs if not each.finished()]
     for config in (each.config for each in waiting):  # before anything is trained
         if config.model.condition.kind != "none":
             require_for_choices(config, config.evaluate.split)
-    threads = max(1, _num_threads() // jobs)
-    zoos = {experiment.config.zoo: experiment for experiment in waiting if experiment.config.task is not None}
-    failures = _in_parallel("collect", list(zoos.values()), jobs, threads, lambda line: say(f"{line}, zoo ready"))
+    zoos = {each.config.zoo: each for each in waiting if each.config.task is not None}
+    failures = _in_parallel("collect", list(zoos.values()), jobs, lambda line: say(f"{line}, zoo ready"))
     broken = {zoo: failures[each.name] for zoo, each in zoos.items() if each.name in failures}
     failures |= {each.name: broken[each.config.zoo] for each in waiting if each.config.zoo in broken}
     waiting = [each for each in waiting if each.name not in failures]
-    failures |= _in_parallel("run", waiting, jobs, threads, lambda line: say(f"{line}, done"))
-    rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in experiments]
-    reports, folder = readable_reports({each.name: each.folder for each in experiments}), Path(sweep.run)
+    failures |= _in_parallel("run", waiting, jobs, lambda line: say(f"{line}, done"))
+    rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in runs]
+    reports, folder = readable_reports({each.name: each.folder for each in runs}), Path(sweep.run)
     rows += rows_of_rivals(reports.values())
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.json", json.dumps(rows, indent=1) + "\n")
@@ -316,39 +314,32 @@ def _num_threads() -> int:
     return int(allowed) if allowed.isdigit() else os.cpu_count() or 1
 
 
-def _in_parallel(
-    step: str, experiments: list[Experiment], jobs: int, threads: int, finished: Callable[[str], None]
-) -> dict[str, str]:
-    """Run a step of every experiment, each in a process of its own; return what went wrong, by name.
+def _in_parallel(step: str, runs: list[SweepRun], jobs: int, finished: Callable[[str], None]) -> dict[str, str]:
+    """Do a step of every run, each in a process of its own; return what went wrong, by name.
 
     ``finished`` receives "<name>: <seconds> s (processor <seconds> s)" of each that went well.
     """
     failures: dict[str, str] = {}
-    if not experiments:
+    if not runs:
         return failures
-    with ThreadPoolExecutor(min(jobs, len(experiments))) as pool:
-        futures = {pool.submit(_in_process, step, experiment, threads): experiment for experiment in experiments}
-        for future in steps(
-            {"collect": "collecting zoos"}.get(step, "training and scoring"),
-            as_completed(futures),
-            len(futures),
-            after=0,
-        ):
-            name = futures[future].name
+    title, threads = "collecting zoos" if step == "collect" else "training and scoring", max(1, _num_threads() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_in_process, step, each.config, threads): each.name for each in runs}
+        for future in steps(title, as_completed(futures), len(futures), after=0):
             failure, took = future.result()
             if failure is None:
-                finished(f"{name}: {took}")
+                finished(f"{futures[future]}: {took}")
             else:
-                failures[name] = failure
+                failures[futures[future]] = failure
     return failures
 
 
-def _in_process(step: str, experiment: Experiment, threads: int) -> tuple[str | None, str]:
-    """Run one step of one experiment; what went wrong, in one line, or None, and the time it took."""
+def _in_process(step: str, config: Config, threads: int) -> tuple[str | None, str]:
+    """Do one step of one run; what went wrong, in one line, or None, and the time it took."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        experiment.config.save(path)
+        config.save(path)
         process = subprocess.run(
             [sys.executable, "-m", "rpg.experiments.sweep", step, str(path)],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},

@@ -40,7 +40,7 @@ from rpg.merging.methods import AFFORDABLE_MERGES, NetworkMerges
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
-from rpg.tasks.side_by_side import Stacked, stack
+from rpg.tasks.side_by_side import Stacked
 from tokenization.errors import InputError
 from tokenization.layouts import Layout
 from tokenization.zoo.locks import locks
@@ -143,11 +143,6 @@ def as_many(networks: TaskNetworks, num: int) -> TaskNetworks:
 def parts_for(generator: Generator, bits: Tensor, seed: int, **options: Any) -> Parts:
     """One generated network for each task ``[T, C]``, a part at a time."""
     return in_parts(generator.one_by_one(len(bits), condition=bits.float(), seed=seed, **options))
-
-
-def generate_for(generator: Generator, bits: Tensor, seed: int, **options: Any) -> Stacked:
-    """One generated network for each task ``[T, C]``, stacked."""
-    return stack(generator.generate(len(bits), condition=bits.float(), seed=seed, **options))  # type: ignore[arg-type]
 
 
 def networks_of(zoo: Zoo, split: str, layout: Layout | None = None) -> TaskNetworks:

@@ -51,8 +51,8 @@ KINDS = {
         "rpg.planning.estimators:KernelRidgeEstimator",
     ),
     "sane": Kind(
-        f"{SANE}.model:SaneConfig", f"{SANE}.model:TokenAutoencoder", f"{SANE}.trainer:SaneTrainer",
-        f"{SANE}.sampler:CodeSampler", f"{SANE}.sampler:SaneEstimator",
+        f"{SANE}.model:SaneConfig", f"{SANE}.model:TokenAutoencoder", f"{SANE}.parts:SaneTrainer",
+        f"{SANE}.parts:CodeSampler", f"{SANE}.parts:SaneEstimator",
     ),
 }  # fmt: skip
 """Every ``model.kind``: a new one is entered here and nowhere else."""

@@ -317,7 +317,11 @@ class Neighbourhoods:
             known = members[label]
             around = known[min(int(place * len(known)), len(known) - 1)]
             near = known[(known - around).square().sum(1).topk(min(self.num, len(known)), largest=False).indices]
-            mean = near.mean(0)
-            moved = numbers[: len(near)] @ (near - mean) / len(near) ** 0.5
+            mean, moved = near.mean(0), deviation(near, numbers[: len(near)])
             drawn.append(mean + (1 - DRAWN_IN**2) ** 0.5 * (around - mean) + DRAWN_IN * moved)
         return torch.stack(drawn)
+
+
+def deviation(members: Tensor, noise: Tensor) -> Tensor:
+    """A draw ``[m]`` of the Gaussian of mean 0 with the covariance of ``members`` ``[n, m]``, from noise ``[n]``."""
+    return noise @ (members - members.mean(0)) / len(members) ** 0.5

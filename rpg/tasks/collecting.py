@@ -7,7 +7,7 @@ process lists their networks in the zoo in the order of the tasks, as soon as a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -370,13 +370,14 @@ class ManyTasks(TaskFamily):
             file.unlink(missing_ok=True)
 
 
-def append_many(zoo: Zoo, entries: Sequence[ZooEntry], state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
+def append_many(zoo: Zoo, networks: Iterable[tuple[ZooEntry, Mapping[str, Tensor]]]) -> None:
     """Write small checkpoints side by side and list them, all or none; much faster than one by one."""
 
-    def write(entry: ZooEntry, state_dict: Mapping[str, Tensor]) -> ZooEntry:
+    def write(network: tuple[ZooEntry, Mapping[str, Tensor]]) -> ZooEntry:
+        entry, state_dict = network
         save_checkpoint(zoo.path / entry.file, state_dict)
         return with_digest(entry, Checkpoint.open(zoo.path / entry.file))
 
     (zoo.path / "checkpoints").mkdir(exist_ok=True)
     with ThreadPoolExecutor(WRITERS) as pool:
-        zoo.extend(list(pool.map(write, entries, state_dicts)))
+        zoo.extend(list(pool.map(write, networks)))

@@ -89,8 +89,16 @@ def train(
         return trainer.finish()
 
 
+class Stopped(KeyboardInterrupt):
+    """Training ended before its last step; ``folder`` is the generator of what was trained."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
 def train_to_the_end(config: Config, **options: Any) -> Path:
-    """As `train`, but raises KeyboardInterrupt if training is stopped before its end."""
+    """As `train`, but raises `Stopped` if training is stopped before its end."""
     progress, stopped = options.pop("progress", None), False
 
     def advance(done: int, total: int, loss: float) -> None:
@@ -101,7 +109,7 @@ def train_to_the_end(config: Config, **options: Any) -> Path:
 
     folder = train(config, progress=advance, **options)
     if stopped:
-        raise KeyboardInterrupt
+        raise Stopped(folder)
     return folder
 
 

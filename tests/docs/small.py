@@ -25,7 +25,7 @@ from tests.rpg.generation.test_adapters import adapters_at
 from tests.rpg.generation.test_texts import TEXTS, encoder_at
 
 DIGITS = {"train_steps": 40, "steps": 6}
-SCORES = {"num": 3, "num_baseline": 2}
+SCORES = {"num": 3, "num_baseline": 2, "baselines": ["noise", "run_average"]}
 FIELDS = {
     "model": {"state": {"width": 12, "prior": {"width": 32, "depth": 1, "steps": 8}}},
     "train": {"steps": 20, "log_every": 10, "splits": ["train", "validation"]},
@@ -80,7 +80,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "detection.yaml": {**STEPWISE, "task": {**STEPS, "data": {"train": 16, "scored": 4}}},
     "unet.yaml": {**STEPWISE, "task": {**STEPS, "samples": 8, "sample_steps": 2}},
     "sweeps/position.yaml": {
-        "set": ["train.steps=8", "evaluate.num=2", "evaluate.num_baseline=2"],
+        "set": ["train.steps=8", "evaluate.num=2", "evaluate.baselines=[]"],
         "entries": [{"name": "2d", "set": ["model.position=2d"]}],
     },
 }

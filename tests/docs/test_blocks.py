@@ -12,8 +12,9 @@ from tests.docs.small import PREPARED, SMALL
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if blocks_of(page)]
 SHELLS = ("sh", "bash")
-QUICK = ("README", "start", "own-checkpoints", "sensors", "examples", "faq", "recipes", "formats", "design")
-"""Pages whose blocks run in every ``make test``; the tests of what the others describe run their commands."""
+QUICK = ("README", "sensors", "examples", "faq", "recipes", "formats", "design")
+"""Pages whose blocks run in every ``make test``; the tests of what the others describe run their commands, and CI runs
+the demo and the notebook of one's own checkpoints."""
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ def main() -> None:
     from rpg.experiments import driver, evaluating  # noqa: F401
     from rpg.generation import export  # noqa: F401
     from rpg.tasks.images import digits
-    from rpg.tasks.language import task  # noqa: F401
 
     digits.load_splits()
     print("ready", os.getpid(), flush=True)

@@ -171,7 +171,6 @@ def score_everything(folder: Path, output: Path) -> None:
     partition, _ = join_processes("cpu")
     judge, run = Judge(f"{folder}/mine.py:norm"), folder / "run"
     config = Generator.from_pretrained(run).config
-    evaluate_run(run, judge, num=3, output=output / "own", workers=Workers(partition))
     evaluate_zoo(config.zoo, judge, config, output=output / "zoo", workers=Workers(partition))
     evaluate_run(run, num=3, output=output / "task", workers=Workers(partition))
     found = score_files.score_checkpoints([Path(config.zoo)], None, None, "test", Workers(partition))
@@ -194,27 +193,27 @@ def test_two_processes_find_the_figures_of_one(tmp_path: Path) -> None:
     in_two_processes(lambda: score_everything(tmp_path, tmp_path / "two"))
     score_everything(tmp_path, tmp_path / "one")
     files = sorted(each.relative_to(tmp_path / "one") for each in (tmp_path / "one").rglob("*.json"))
-    assert len(files) == 4
+    assert len(files) == 3
     for file in files:
         one, two = (
             re.sub(r'"seconds_per_network": [\d.e-]*', "", (tmp_path / n / file).read_text()) for n in ("one", "two")
         )
         assert one == two, file
-    for name in ("own", "zoo", "task"):
+    for name in ("zoo", "task"):
         assert (tmp_path / "two" / name / "report.html").exists()
 
 
 def test_scores_of_a_function_are_not_replaced_by_those_of_none(rpg: Run, here: Path) -> None:
     train(small_config(here, train={"steps": 2}, evaluate={"num": 2, "baselines": []}), say=lambda _: None)
+    few = ["--set", "evaluate.baselines=[]"]
     for path in ("run", "zoo"):
-        few = [] if path == "run" else ["--set", "evaluate.baselines=[]"]
         assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
         before = Path(path, "evaluation.json").read_bytes()
         refused(rpg("evaluate", path, *few), "mine:norm scored", "--score mine:norm", "--output")
         assert Path(path, "evaluation.json").read_bytes() == before
-        code, _, err = rpg("evaluate", path, *few, "--output", f"{path}-weights")
-        assert (code, err) == (0, "") and Report.load(f"{path}-weights").judge == "weights alone"
-        assert rpg("evaluate", path, "--score", "mine:norm", *few)[0] == 0
+    code, _, err = rpg("evaluate", "zoo", *few, "--output", "weights")
+    assert (code, err) == (0, "") and Report.load("weights").judge == "weights alone"
+    assert rpg("evaluate", "zoo", "--score", "mine:norm", *few)[0] == 0
 
 
 def test_settings_of_a_run_s_evaluation_can_be_changed(rpg: Run, here: Path) -> None:

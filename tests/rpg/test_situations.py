@@ -22,7 +22,7 @@ NUM = 4
 
 def made(rpg: Run, *collect: str, settings: tuple[str, ...] = ()) -> list[Path]:
     """What a user who follows the messages gets of the files in ``mine``: two networks, in the current folder."""
-    options = [word for each in ("train.steps=20", *settings) for word in ("--set", each)]
+    options = [word for each in ("train.steps=5", *settings) for word in ("--set", each)]
     for command in (
         ("collect", "--from", "mine", "--zoo", "zoo", *collect),
         ("inspect", "zoo", "--verify", *options, "--write-config", "c.yaml"),

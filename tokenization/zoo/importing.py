@@ -200,7 +200,6 @@ def collect_from(
     table: Path | str | None = None,
     pattern: str | None = None,
     condition: ConditionSpec | ConditionKind | None = None,
-    task: dict[str, Any] | None = None,
     base: str | None = None,
     find_runs: bool = True,
     chosen: Chosen = AS_FOUND,
@@ -220,7 +219,7 @@ def collect_from(
         pattern: regular expression on each path; named groups mean the same as the columns, which go first.
         find_runs: without a pattern, take what a table leaves open from common names; otherwise each is a run.
         condition: what the conditions mean, or their kind; inferred if left out.
-        task, base: of a new zoo its task; of adapters the base of all of them, whatever path each names.
+        base: of adapters the base of all of them, whatever path each names.
         chosen: which of several sets of weights in a file, and the prefix to cut off names.
         skip_bad: go on past checkpoints that cannot be read or do not belong.
         say: receives a line on all that was told or left out.
@@ -242,7 +241,7 @@ def collect_from(
     labels = _labels(rows, kind, say if find_runs and pattern is None else None)
     if not exists:
         spec = condition if isinstance(condition, ConditionSpec) else infer_condition(list(labels.values()), condition)
-        zoo = Zoo(zoo_path, task=task, condition=spec)
+        zoo = Zoo(zoo_path, condition=spec)
     named = table is not None or pattern is not None
     runs, entries = _entries(zoo, reading.without_twins([(each, labels[each.row.path]) for each in sources], named))
     if not entries:

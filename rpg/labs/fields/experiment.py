@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rpg.config import Config
 from rpg.devices import single_threaded
-from rpg.evaluation.field_measures import (
-    DISTANCES,
-    class_judge,
-    letter_features,
-    measure_samples,
-    shown_by,
-)
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.field_measures import DISTANCES, class_judge, letter_features, measure_samples, shown_by
+from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Report, networks
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import Experiment
-from rpg.experiments.single import existing, require_for_choices
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
-from rpg.labs.fields.baselines import VALUES, baseline_configs, grid_zoo, trivial_weights, write_grid_zoo
 from rpg.labs.fields.data import alter
 from rpg.labs.fields.pictures import PICTURES, draw_pictures, learned_originals
 from rpg.labs.fields.task import FieldsTask
+from rpg.models.code_prior import Neighbourhoods, deviation
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
+from rpg.tasks.collecting import append_many
 from rpg.tasks.processes import spawned
-from rpg.tasks.side_by_side import stack
+from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.loop import train_to_the_end
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError
@@ -50,6 +46,21 @@ BETTER: dict[str, Literal["more", "less"]] = {
     "class_accuracy": "more", "nearest": "more",
 }  # fmt: skip
 """Measures of generated data; the first, 1-NNA, is 0.5 if they are indistinguishable from real data."""
+
+VALUES = "values"
+"""Name of the only tensor of checkpoints that store data on their grid instead of a field."""
+
+GRID_PRIOR = {"objective": "edm", "whitened": False, "churn": 4, "steps": 24, "start": None}
+"""Of a diffusion of data on their grid; its size is that of the generator's prior, if there is one."""
+
+GRID_CODE = 160
+"""Components of data on their grid at most: a diffusion of shapes has a 1-NNA of 0.62 with 160 and 0.65 with 320."""
+
+PARTS = 8
+"""Number of Gaussians in a class's mixture."""
+
+NEIGHBOURS = 40
+"""Of a neighbourhood, as in the configurations of fields."""
 
 
 def experiment(_: Config) -> Experiment:
@@ -76,47 +87,37 @@ def _train(config: Config) -> None:
     train_to_the_end(config, overwrite=True)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Reference data for the comparison, as vectors of values on the data's grid."""
-
-    training: Tensor  # values of the training fields, [T, F]
-    weights: Tensor  # of them, [T, P]
-    labels: Tensor  # their classes, [T]
-    held_out: Tensor  # data that no generator was trained on, [N, F]
-    wanted: Tensor  # their classes [N], which generators are conditioned on
-
-
-@single_threaded()
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_fields(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
+@judges
+def evaluate_fields(generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str) -> tuple[Report, Page]:
     """Generate one field of the class of each held-out datum, and compare; nothing is tuned here.
 
     Training data are the report's originals.
     """
-    run = Path(run)
-    generator = Generator.from_pretrained(run)
-    config, zoo = generator.config, Zoo.open(generator.config.zoo)
-    task = fields_task(config)
-    reference = _reference(task, zoo, config, "validation" if split == "validation" else "unseen")
-    channels, size = task.data.values.shape[1:3]
+    config, task = generator.config, fields_task(generator.config)
+    data, compared = task.data, DISTANCES[task.config.dimensions]
+    rows = torch.tensor([i for i, each in enumerate(data.splits) if each == tasks_scored(split)])
+    real, wanted = shown_by(data.values[rows]), data.labels[rows]  # [N, F], [N]
+    learned = learned_originals(zoo, config)
+    fields = stacked_networks(zoo, learned)
+    training = shown_by(task.sample_stacked(fields, data.size))  # [T, F]
+    features = letter_features(data.size, data.values.shape[1]) if task.config.dimensions == 2 else None
     judge = class_judge(*_judged(task, config))
-    dimensions = task.config.dimensions
-    measure = partial(
-        measure_samples,
-        held_out=reference.held_out,
-        training=reference.training,
-        features=letter_features(size, channels) if dimensions == 2 else None,
-        distances=DISTANCES[dimensions],
-    )
-    kinds, real = {}, reference.held_out
-    for name, sets in _samples(run, generator, task, zoo, reference, seed).items():
-        right = [(judge(each) == reference.wanted).double().mean().item() for each in sets]
-        found = {**measure(sets), "class_accuracy": sum(right) / len(right)}
+
+    def accuracy(samples: Tensor) -> float:
+        return (judge(samples) == wanted).double().mean().item()
+
+    labels = data.labels[[zoo.entries[i].run for i in learned]]
+    samples = _generated(run, generator, task, wanted, seed)
+    samples |= simple_samples(task, fields, labels, training, wanted, seed)
+    kinds = {}
+    for name, sets in samples.items():
+        if len(sets[0]) != len(wanted):
+            raise InputError(f"there are fewer training data than held-out ones ({name}); hold fewer out")
+        found = measure_samples(sets, real, training, features, compared)
+        found["class_accuracy"] = sum(map(accuracy, sets)) / len(sets)
         kinds[name] = networks({metric: [value] for metric, value in found.items()})
-    nearest = DISTANCES[dimensions](real, reference.training).amin(1).median().item()
-    right = [(judge(real) == reference.wanted).double().mean().item()]
-    kinds["held_out"] = networks({"class_accuracy": right, "nearest": [nearest]}, count=len(real))
+    nearest = compared(real, training).amin(1).median().item()
+    kinds["held_out"] = networks({"class_accuracy": [accuracy(real)], "nearest": [nearest]}, count=len(real))
     report = Report(
         experiment="fields", judge=f"beside {len(real)} held-out data, means of {NUM_SETS} sets", split=split,
         seed=seed, better={name: each for name, each in BETTER.items() if name in kinds["generated"].metrics},
@@ -124,25 +125,8 @@ def evaluate_fields(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     )  # fmt: skip
     if split != "validation":
         draw_pictures(run, generator, task, zoo, seed)
-        shown = {name.capitalize(): path for name in PICTURES if (path := run / f"{name}.png").is_file()}
-        write_report(run, report, Page(f"Generated fields: {run.name}", pictures=shown))
-    return report
-
-
-def _reference(task: FieldsTask, zoo: Zoo, config: Config, split: str) -> Reference:
-    data = task.data
-    require_for_choices(config, split)
-    learned = learned_originals(zoo, config)
-    fields = [zoo.state_dict(i) for i in learned]
-    weights = stack(fields)
-    held_out = torch.tensor([i for i, each in enumerate(data.splits) if each == split])
-    return Reference(
-        training=shown_by(task.sample(fields, data.size)),
-        weights=FlatSpace(weights).flatten(weights),
-        labels=torch.tensor([int(data.labels[zoo.entries[i].run]) for i in learned]),
-        held_out=shown_by(data.values[held_out]),
-        wanted=data.labels[held_out],
-    )
+    shown = {name.capitalize(): path for name in PICTURES if (path := run / f"{name}.png").is_file()}
+    return report, Page(f"Generated fields: {run.name}", pictures=shown)
 
 
 def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
@@ -154,31 +138,136 @@ def _judged(task: FieldsTask, config: Config) -> tuple[Tensor, Tensor]:
     return shown_by(torch.cat(altered)), labels.repeat(len(copies))
 
 
-def _samples(
-    run: Path, generator: Generator, task: FieldsTask, zoo: Zoo, reference: Reference, seed: int
-) -> dict[str, list[Tensor]]:
-    """Values ``[N, F]`` of fields of each kind: generated, trained baselines (if they exist), simple baselines."""
-    size, wanted = task.data.size, reference.wanted
-
-    def drawn(source: Generator, number: int) -> Tensor:
+def _generated(run: Path, generator: Generator, task: FieldsTask, wanted: Tensor, seed: int) -> dict[str, list[Tensor]]:
+    """Values ``[N, F]`` of what the generator and the trained baselines make, if these exist, set by set."""
+    others = {name: run / name for name in baseline_configs(generator.config) if (run / name / "generator").is_dir()}
+    found: dict[str, list[Tensor]] = {}
+    for name, folder in {"generated": None, **others}.items():
+        source = generator if folder is None else Generator.from_pretrained(folder)
         condition = wanted[:, None].float() if source.condition is not None else None
-        made = source.generate(len(wanted), seed=seed + number, condition=condition)
-        direct = VALUES in made[0]  # type: ignore[operator]
-        return shown_by(torch.stack([each[VALUES] for each in made]) if direct else task.sample(made, size))  # type: ignore
+        for number in range(NUM_SETS):
+            made = stack(source.generate(len(wanted), seed=seed + number, condition=condition))  # type: ignore[arg-type]
+            values = made[VALUES] if VALUES in made else task.sample_stacked(made, task.data.size)
+            found.setdefault(name, []).append(shown_by(values))
+    return found
 
-    sets = range(NUM_SETS)
-    samples = {"generated": [drawn(generator, number) for number in sets]}
-    rng, space = make_rng(seed, "trivial"), FlatSpace(stack([zoo.state_dict(0)]))
-    for _ in sets:
-        for name, weights in trivial_weights(reference.weights, reference.labels, wanted, rng).items():
-            samples.setdefault(name, []).append(shown_by(task.sample_stacked(space.unflatten(weights), size)))
-        others = torch.randperm(len(reference.training), generator=rng)[: len(wanted)]
-        samples.setdefault("original", []).append(reference.training[others])
-    for name in baseline_configs(generator.config):
-        if (run / name / "generator").is_dir():
-            other = Generator.from_pretrained(run / name)
-            samples[name] = [drawn(other, number) for number in sets]
-    for name, some in samples.items():
-        if len(some[0]) != len(wanted):
-            raise InputError(f"there are fewer training data than held-out ones ({name}); hold fewer out")
-    return samples
+
+def simple_samples(
+    task: FieldsTask, fields: Stacked, labels: Tensor, training: Tensor, wanted: Tensor, seed: int
+) -> dict[str, list[Tensor]]:
+    """Values ``[N, F]`` of fields that need no generator, of classes ``[N]``, set by set; training data by chance.
+
+    Args:
+        fields: those that were learned from, and their ``labels`` ``[T]``.
+        training: what they show, ``[T, F]``.
+    """
+    rng, space = make_rng(seed, "trivial"), FlatSpace(fields)
+    found: dict[str, list[Tensor]] = {}
+    for _ in range(NUM_SETS):
+        for name, weights in trivial_weights(space.flatten(fields), labels, wanted, rng).items():
+            values = shown_by(task.sample_stacked(space.unflatten(weights), task.data.size))
+            found.setdefault(name, []).append(values)
+        others = torch.randperm(len(training), generator=rng)[: len(wanted)]
+        found.setdefault("original", []).append(training[others])
+    return found
+
+
+def baseline_configs(config: Config) -> dict[str, Config]:
+    """Configurations of trained baselines by name; their runs lie inside the experiment's.
+
+    - ``pixel_diffusion`` (of shapes ``voxel_diffusion``): recurrent diffusion of the data themselves on their grid, its
+      codes by a diffusion from noise alone.
+    - ``per_token``: tokens one by one given class and position, as published (arXiv 2501.11587), with no code.
+    - ``pdiff``: p-diff (arXiv 2402.13144), which takes no class.
+
+    Empty for other kinds of models than recurrent diffusion.
+    """
+    if config.model.kind != "recurrent":
+        return {}
+    plain = config.plain()
+
+    def changed(name: str, zoo: str, **sections: Any) -> Config:
+        return Config.parse({**plain, "run": f"{config.run}/{name}", "zoo": zoo, **sections}, name)
+
+    model = {**plain["model"], "state": {"of": "none"}}
+    prior = {**(plain["model"]["state"]["prior"] or {"width": 320}), **GRID_PRIOR}
+    grid_state = {"of": "code", "width": min(plain["model"]["state"]["width"], GRID_CODE), "prior": prior}
+    steps = max(2, config.train.steps // 2)
+    stages = {
+        "autoencoder": {"steps": steps // 2, "learning_rate": 1e-3}, "latent": {"steps": steps, "learning_rate": 1e-3}
+    }  # fmt: skip
+    split = {**plain["train"], "steps": steps}
+    no_prior = {**plain["generate"], "state": "stored", "steps": 16}
+    originals = [each for each in config.train.splits if not each.startswith("altered")]
+    direct = f"{grid_element(config)}_diffusion"
+    return {
+        direct: changed(
+            direct, grid_zoo(config), task=None, model={**plain["model"], "state": grid_state},
+            generate={**plain["generate"], "state": "prior"},
+        ),
+        "per_token": changed("per_token", config.zoo, model=model, train=split, generate=no_prior),
+        "pdiff": changed(
+            "pdiff", config.zoo, model={"kind": "pdiff", **stages}, tokens={"flatten": "flat"},
+            train={"splits": originals, "ema_decay": 0.99, "save_every": 5000, "log_every": split["log_every"]},
+            generate={"sampler": "ddim", "steps": 100},
+        ),
+    }  # fmt: skip
+
+
+def grid_element(config: Config) -> str:
+    """Name of a grid value: ``pixel`` or ``voxel``."""
+    return "voxel" if getattr(config.task, "dimensions", 2) == 3 else "pixel"
+
+
+def grid_zoo(config: Config) -> str:
+    """Folder of the zoo that stores the data on their grid."""
+    return f"{config.zoo}_{grid_element(config)}s"
+
+
+@locks(lambda task, fields, path: path)
+def write_grid_zoo(task: FieldsTask, fields: Zoo, path: Path) -> None:
+    """Write the zoo of the fields' values on the data's grid, unless it is complete."""
+    if (path / "zoo.json").exists() and len(Zoo.open(path)) == len(fields):
+        return
+    zoo = Zoo.open(path, repair=True) if (path / "zoo.json").exists() else Zoo.create(path, condition=fields.condition)
+    values = task.sample((fields.state_dict(i) for i in range(len(fields))), task.data.size)
+    missing = list(zip(fields.entries, values, strict=True))[len(zoo) :]
+    append_many(zoo, [(dataclasses.replace(entry, metrics={}), {VALUES: each}) for entry, each in missing])
+
+
+def _clusters(members: Tensor, rng: torch.Generator) -> Tensor:
+    """Cluster index of each member ``[n, P]`` of a class: ``[n]``."""
+    seed = int(torch.randint(2**31 - 1, (), generator=rng))
+    model = KMeans(min(PARTS, len(members)), n_init=4, random_state=seed)
+    return torch.from_numpy(model.fit_predict(members.double().numpy())).long()
+
+
+def trivial_weights(weights: Tensor, labels: Tensor, wanted: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """Weights that need no generator, computed from the training data of each requested class.
+
+    Of checkpoints ``[T, P]`` with their classes ``[T]``, for the ``wanted`` classes ``[M]``: ``[M, P]`` by name. The
+    ``mixture`` has a covariance Gaussian for each of a class's `PARTS` clusters (k-means).
+    """
+
+    def gaussian(some: Tensor) -> Tensor:
+        return some.mean(0) + deviation(some, torch.randn(len(some), generator=rng))
+
+    made = []
+    clusters = {int(label): _clusters(weights[labels == label], rng) for label in wanted.unique()}
+    for label in wanted.tolist():
+        members, own = weights[labels == label], clusters[label]  # [n, P], [n]
+        pair = torch.randperm(len(members), generator=rng)[:2]
+        noise = torch.randn(weights.shape[1], generator=rng)
+        made.append(
+            {
+                "average": members.mean(0),
+                "midpoint": members[pair].mean(0),
+                "coordinate_gaussian": members.mean(0) + noise * members.std(0, unbiased=False),
+                "covariance_gaussian": gaussian(members),
+                # a part by its share
+                "mixture": gaussian(members[own == own[torch.randint(len(own), (), generator=rng)]]),
+            }
+        )
+    numbers = torch.randn(len(wanted), 1 + NEIGHBOURS, generator=rng)
+    near = Neighbourhoods(weights, labels, NEIGHBOURS).draw(wanted, torch.special.ndtr(numbers[:, 0]), numbers[:, 1:])
+    return stack(made) | {"neighbourhood": near}

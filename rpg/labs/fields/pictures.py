@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,12 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.field_measures import DISTANCES, beside, grid, save_image, shown_by
 from rpg.generation.generator import Generator
-from rpg.generation.outputs import MemorySink
-from rpg.generation.sampler import Tile
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.shapes import write_mesh
 from rpg.labs.fields.task import FieldsTask
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import make_rng
+from rpg.tasks.side_by_side import unstack
 from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError
@@ -82,7 +82,7 @@ def _draw_nearest(run: Path, task: FieldsTask, zoo: Zoo, config: Config, made: S
 
 
 @torch.inference_mode()
-def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list]:
+def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list[dict[str, Tensor]]]:
     """Fields of the classes ``[B]`` predicted by the prior at its sampling steps, from noise to the last."""
     network = generator.network
     assert isinstance(network, RecurrentDiffusion) and network.prior is not None
@@ -92,14 +92,8 @@ def denoising_path(generator: Generator, labels: Tensor, seed: int) -> list[list
     codes.append(network.prior.sample(noise, conditions, codes.append, rngs))
     tokens = torch.arange(generator.layout.num_tokens)
     chosen = torch.linspace(0, len(codes) - 1, PATH_POINTS).round().long().unique().tolist()
-    shown = []
-    for step in chosen:
-        sink = MemorySink(generator.layout, len(labels))
-        known = network.known(codes[step], conditions, tokens)
-        assert known is not None
-        sink.take(Tile(0, len(labels), 0, len(tokens)), known)
-        shown.append(sink.result())
-    return shown
+    known: list[Any] = [network.known(codes[step], conditions, tokens) for step in chosen]
+    return [unstack(generator.layout.decode_batch(each, constants=True)) for each in known]
 
 
 def render_files(files: Sequence[Path], size: int, output: Path | None, config: Config | None = None) -> list[Path]:

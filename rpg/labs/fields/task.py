@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,8 @@ LIGHT = (-0.4, 0.55, 0.75)
 """Direction to the light, in the viewer's axes: right, up, towards the viewer."""
 REACH, SAMPLES, SLOPE = 1.25, 64, 0.01
 """Half the width of the view; samples along each ray; step of the finite differences for normals."""
+DRAWN = 16
+"""Fields that are drawn at once."""
 
 
 def axes() -> Tensor:
@@ -108,42 +110,37 @@ class FieldsTask:
             rows = torch.arange(len(data.values) if limit is None else limit) if copy == 0 else learned
             written = {entry.run for entry in zoo.entries if entry.step == copy}
             if len(written) < len(rows):
-                values = alter(data.values[rows], self.config, copy) if copy else data.values[rows]
-                self._append(zoo, fit(self.config, values), values, rows, copy, written)
+                append_many(zoo, [each for each in self._fitted(rows, copy) if each[0].run not in written])
             if progress is not None:
                 progress(len(zoo), total)
         return zoo
 
-    def _append(self, zoo: Zoo, fields: Stacked, values: Tensor, rows: Tensor, copy: int, written: set[int]) -> None:
-        """Append the fields ``rows`` of one copy that are not ``written``, all or none."""
-        data = self.data
+    def _fitted(self, rows: Tensor, copy: int) -> Iterator[tuple[ZooEntry, dict[str, Tensor]]]:
+        """Fields of the data ``rows``, or of one altered copy of these."""
+        data, values = self.data, self.data.values[rows]
+        values = alter(values, self.config, copy) if copy else values
+        fields = fit(self.config, values)
         errors = (self.sample_stacked(fields, data.size) - values).square().flatten(1).mean(1)
-        later = len(data.class_names) if copy else 0
-        entries, state_dicts = [], []
-        for row, state_dict, error in zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True):
-            if row not in written:
-                split = f"altered_{data.splits[row]}" if copy else data.splits[row]
-                entry = ZooEntry(
-                    file=f"checkpoints/{row:06d}-{copy:02d}.safetensors", run=row, step=copy, split=split,
-                    condition=(float(data.labels[row]) + later,), metrics={"squared_error": error},
-                )  # fmt: skip
-                entries.append(entry)
-                state_dicts.append(state_dict)
-        append_many(zoo, entries, state_dicts)
-
-    def sample(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 256) -> Tensor:
-        """Values of T fields on a grid of any size, ``[T, C, *grid]``."""
-        return self._in_chunks(self.sample_stacked, state_dicts, size, chunk)
-
-    def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int = 16) -> Tensor:
-        """Pictures ``[T, C, size, size]`` of T fields, in ink 0 … 1: images themselves, or views of shapes."""
-        draw = self.sample_stacked if self.config.dimensions == 2 else self._view_stacked
-        return self._in_chunks(draw, state_dicts, size, chunk)
+        later, before = (len(data.class_names), "altered_") if copy else (0, "")
+        for row, field, error in zip(rows.tolist(), unstack(fields), errors.tolist(), strict=True):
+            entry = ZooEntry(
+                file=f"checkpoints/{row:06d}-{copy:02d}.safetensors", run=row, step=copy,
+                split=before + data.splits[row], condition=(float(data.labels[row]) + later,),
+                metrics={"squared_error": error},
+            )  # fmt: skip
+            yield entry, field
 
     @torch.no_grad()
-    def _in_chunks(self, show: Callable, state_dicts: Iterable[Mapping[str, Tensor]], size: int, chunk: int) -> Tensor:
+    def sample(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int) -> Tensor:
+        """Values of T fields on a grid of any size, ``[T, C, *grid]``."""
+        return self.sample_stacked(stack(list(state_dicts)), size)
+
+    @torch.no_grad()
+    def render(self, state_dicts: Iterable[Mapping[str, Tensor]], size: int) -> Tensor:
+        """Pictures ``[T, C, size, size]`` of T fields, in ink 0 … 1: images themselves, or views of shapes."""
+        draw = self.sample_stacked if self.config.dimensions == 2 else self._view_stacked
         fields = list(state_dicts)
-        return torch.cat([show(stack(fields[first : first + chunk]), size) for first in range(0, len(fields), chunk)])
+        return torch.cat([draw(stack(fields[i : i + DRAWN]), size) for i in range(0, len(fields), DRAWN)])
 
     def sample_stacked(self, fields: Stacked, size: int) -> Tensor:
         """`sample` for stacked fields, all at once."""

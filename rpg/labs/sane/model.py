@@ -4,7 +4,7 @@ tokens, and new networks from kernel density estimates of the training checkpoin
 One transformer maps tokens, with their positions, to one short code a token, another maps codes back. It is trained to
 reconstruct tokens, and by a contrastive loss (NT-Xent) that tells checkpoints apart by their codes' mean. New codes are
 draws of Gaussian kernels around the codes of *anchors*: the training checkpoints, or the best of them, or what
-bootstrapping made of those (`rpg.labs.sane.trainer`).
+bootstrapping made of those (`rpg.labs.sane.parts`).
 
 Left out: windows of the sequence and their halos (a network's tokens are taken together, so that memory bounds it),
 permutations of hidden units as augmentation (`rpg align` brings runs into one order beforehand), and the conditioning

@@ -16,17 +16,17 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.evaluation.combinations import nearest_rows
 from rpg.evaluation.conditional import random_other
-from rpg.evaluation.page.page import Page, write_report
+from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Curve, Networks, Report, networks
 from rpg.experiments.driver import Experiment
-from rpg.experiments.single import existing, require_for_choices
-from rpg.experiments.unseen_tasks import generate_for, networks_of
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import generate_for, tasks_scored
+from rpg.experiments.unseen_tasks import networks_of
 from rpg.generation.generator import Generator
 from rpg.labs.tickets.task import TicketsTask, cut_globally
 from rpg.models.conditioning import regression_inputs
 from rpg.models.kernel_regression import KernelRidge
 from rpg.tasks import require_task
-from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 SPARSITIES = (0.9, 0.95, 0.98)
@@ -46,16 +46,11 @@ def tickets_task(config: Config) -> TicketsTask:
     return require_task(config.task, TicketsTask, "but this is the experiment on tickets; set task.name to tickets")
 
 
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
+@judges
+def evaluate_tickets(generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str) -> tuple[Report, Page]:
     """Train the start under generated masks, tickets and simple baselines, for unseen tasks."""
-    run, choosing = Path(run), split == "validation"
-    generator = Generator.from_pretrained(run)
-    task, zoo = tickets_task(generator.config), Zoo.open(generator.config.zoo)
-    require_for_choices(generator.config, split)
-    seen, wanted = (
-        networks_of(zoo, each, generator.layout) for each in ("train", "validation" if choosing else "unseen")
-    )
+    task = tickets_task(generator.config)
+    seen, wanted = (networks_of(zoo, each, generator.layout) for each in ("train", tasks_scored(split)))
     bits, sparsity = wanted.bits, task.config.sparsity
     flatten = task.space.flatten
     made: dict[str, Tensor] = {"original": flatten(wanted.weights())}
@@ -63,10 +58,9 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
     made["no_condition"] = flatten(generate_for(generator, random_other(bits, seen.bits, seed), seed))
     made |= simple_baselines(flatten(seen.weights()), seen.bits, bits)
     made |= {name: flatten(each) for name, each in task.untrained(zoo, bits).items()}
-    images = "validation" if choosing else "test"
 
     def judge(scores: Tensor, share: float) -> Tensor:
-        return task.accuracies(task.space.unflatten(scores), bits, images, share)
+        return task.accuracies(task.space.unflatten(scores), bits, split, share)
 
     kinds, curve = compare(made, judge, sparsity, bits, seed)
     whole, one = judge(made["original"], 0.0).mean().item(), seconds_of_one(generator, task, bits[:1])
@@ -83,9 +77,7 @@ def evaluate_tickets(run: Path | str, *, split: str = "test", seed: int = 0, **_
             f"One mask takes {one['generated']:.2f} processor seconds generated, {one['original']:.2f} searched.",
         ),
     )  # fmt: skip
-    if not choosing:
-        write_report(run, report, Page(f"Lottery tickets: {run.name}"))
-    return report
+    return report, Page(f"Lottery tickets: {run.name}")
 
 
 def simple_baselines(tickets: Tensor, seen: Tensor, bits: Tensor) -> dict[str, Tensor]:

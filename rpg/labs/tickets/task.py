@@ -165,19 +165,17 @@ class TicketsTask(ManyTasks):
         ``random``; ``shuffled``: the task's own ticket, shuffled within every layer; ``start_magnitude``: the size of
         the rewound weights; ``one_shot``: their size after training the whole network, which is pruned once.
         """
-        own = {entry.condition: index for index, entry in enumerate(zoo.entries)}
-        tickets = stack([zoo.state_dict(own[tuple(map(float, task))]) for task in bits.tolist()])
+        own, seed = {entry.condition: index for index, entry in enumerate(zoo.entries)}, self.config.family.seed
         random, shuffled = [], []
-        for row, task in enumerate(bits.tolist()):
-            rng = make_rng(self.config.family.seed, "random mask", *task)
-            random.append({name: torch.rand(value.shape[1:], generator=rng) for name, value in tickets.items()})
-            own_ticket = {name: value[row] for name, value in tickets.items()}
-            orders = {name: torch.randperm(value.numel(), generator=rng) for name, value in own_ticket.items()}
-            shuffled.append({n: value.flatten()[orders[n]].view_as(value) for n, value in own_ticket.items()})
-        starts = repeat(self.start, len(bits))
+        for task in bits.tolist():
+            ticket, rng = zoo.state_dict(own[tuple(map(float, task))]), make_rng(seed, "random mask", *task)
+            random.append({name: torch.rand(value.shape, generator=rng) for name, value in ticket.items()})
+            orders = {name: torch.randperm(value.numel(), generator=rng) for name, value in ticket.items()}
+            shuffled.append({name: value.flatten()[orders[name]].view_as(value) for name, value in ticket.items()})
+        sizes = {name: self.start[name].abs() for name in self.space.shapes}
         return {
             "random": stack(random),
             "shuffled": stack(shuffled),
-            "start_magnitude": {name: starts[name].abs() for name in tickets},
+            "start_magnitude": repeat(sizes, len(bits)),
             "one_shot": self.space.unflatten(self.sizes(torch.ones(len(bits), self.space.size), bits)),
         }

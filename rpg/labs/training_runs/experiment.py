@@ -17,20 +17,19 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from rpg.config import Config
-from rpg.devices import single_threaded
-from rpg.evaluation.page.page import Page, PageTable, write_report
+from rpg.evaluation.page.page import Page, PageTable
 from rpg.evaluation.report import Curve, Report, networks
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import Experiment
-from rpg.experiments.single import existing, require_for_choices
+from rpg.experiments.evaluating import judges
+from rpg.experiments.single import generate_for, require_for_choices, stacked_networks, tasks_scored
 from rpg.generation.generator import Generator
 from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.kernel_regression import KernelRidge
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.side_by_side import Stacked, join_stacked, stack, unstack
+from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.errors import InputError
-from tokenization.zoo.locks import locks
 from tokenization.zoo.metric import MetricScale
 from tokenization.zoo.zoo import Zoo
 
@@ -67,14 +66,12 @@ class TrainingRuns:
 
     @classmethod
     def of(cls, zoo: Zoo, split: str) -> TrainingRuns:
-        """Those of a split's runs."""
-        runs: dict[int, list[int]] = {}
-        for index in sorted(zoo.subset(split), key=lambda each: zoo.entries[each].step):
-            runs.setdefault(zoo.entries[index].run, []).append(index)
-        space = FlatSpace(stack([zoo.state_dict(zoo.subset(split)[0])]))
-        vectors = [space.flatten(stack([zoo.state_dict(index) for index in each])) for each in runs.values()]
-        losses = [[zoo.entries[index].metrics["loss"] for index in each] for each in runs.values()]
-        return cls(torch.stack(vectors), torch.tensor(losses), space)
+        """Those of a split's runs, all of which have the same steps."""
+        chosen = sorted(zoo.subset(split), key=lambda index: (zoo.entries[index].run, zoo.entries[index].step))
+        networks, num = stacked_networks(zoo, chosen), len({zoo.entries[index].run for index in chosen})
+        losses = torch.tensor([zoo.entries[index].metrics["loss"] for index in chosen])
+        space = FlatSpace(networks)
+        return cls(space.flatten(networks).unflatten(0, (num, -1)), losses.view(num, -1), space)
 
     def nearest(self, loss: float) -> Tensor:
         """Of every run the checkpoint whose loss is nearest to ``loss``, by its logarithm: ``[R, P]``."""
@@ -177,10 +174,7 @@ class Learned:
 
     def step(self, starts: Stacked, asked: Tensor) -> Stacked:
         """Networks from starts and losses ``[T]``, one generated step."""
-        made = self.generator.generate(
-            len(asked), seed=self.seed, initial=unstack(starts), condition=asked[:, None].double()
-        )
-        return stack(made)  # type: ignore[arg-type]
+        return generate_for(self.generator, asked[:, None].double(), self.seed, initial=unstack(starts))
 
     def best_step(self, starts: Stacked, asked: Tensor) -> Stacked:
         """The same of losses ``[A]``: of `DRAWS` networks of each start the one of least loss on training images."""
@@ -195,20 +189,15 @@ class Learned:
         return {**self.task.metrics(weights, "train"), **self.task.metrics(weights, tested, "test_")}
 
 
-@single_threaded()
-@locks(lambda run, split="test", **_: None if split == "validation" else existing(run))
-def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_: Any) -> Report:
+@judges
+def evaluate_metric(generator: Generator, zoo: Zoo, *, run: Path, seed: int, split: str) -> tuple[Report, Page]:
     """Ask for losses from held-out first weights, and compare with simple baselines and with training.
 
     The networks that training made of the same first weights are the report's originals.
     """
-    run = Path(run)
-    generator = Generator.from_pretrained(run)
-    task, zoo, scale = training_runs_task(generator.config), Zoo.open(generator.config.zoo), generator.metric
+    learned, scale = Learned(generator, training_runs_task(generator.config), seed), generator.metric
     assert scale is not None
-    learned, choosing = Learned(generator, task, seed), split == "validation"
-    tested = "validation" if choosing else "test"
-    trained, held_out = TrainingRuns.of(zoo, "train"), TrainingRuns.of(zoo, "validation" if choosing else "unseen")
+    trained, held_out = TrainingRuns.of(zoo, "train"), TrainingRuns.of(zoo, tasks_scored(split))
     levels = torch.from_numpy(np.geomspace(scale.low, scale.high, NUM_ASKED)).float()
     num, starts = len(held_out.vectors), held_out.starts
     asked = levels.repeat_interleave(num)
@@ -219,7 +208,7 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
     made |= {name: held_out.space.unflatten(vectors) for name, vectors in others.items()}
     kinds, lines = {}, {}
     for name, weights in made.items():
-        found = asked_and_got(asked, learned.scores(weights, tested))
+        found = asked_and_got(asked, learned.scores(weights, split))
         moved = asked < 0.9 * held_out.losses[:, 0].min()  # what asks for the start's own loss has no direction
         towards = direction(held_out.space.flatten(weights)[moved], own[moved], begun[moved])
         lines[name] = tuple(found["by_asked"]["test_loss"])
@@ -229,18 +218,15 @@ def evaluate_metric(run: Path | str, *, split: str = "test", seed: int = 0, **_:
         )  # fmt: skip
     runs = TrainingRuns.of(zoo, "validation")
     chosen = _choose_level(learned, runs.starts, levels)
-    one_step = _one_step(learned, trained, runs.starts, starts, levels, chosen, tested)
-    recursive = _recursive(learned, starts, levels, chosen, tested)
+    one_step = _one_step(learned, trained, runs.starts, starts, levels, chosen, split)
+    recursive = _recursive(learned, starts, levels, chosen, split)
     report = Report(
         experiment="target_loss", judge=f"from {num} held-out first weights", split=split, seed=seed, better=BETTER,
         kinds=kinds, asked={"loss": levels.tolist()}, curves=_curves(levels.tolist(), lines, one_step, recursive),
         facts={"training_seconds": generator.facts.get("training seconds")},
         extras={"one_step": one_step, "recursive": recursive},
     )  # fmt: skip
-    if not choosing:
-        page = Page(f"Networks with a target loss: {run.name}", tables=[_optimizers(one_step)])
-        write_report(run, report, page)
-    return report
+    return report, Page(f"Networks with a target loss: {run.name}", tables=[_optimizers(one_step)])
 
 
 def _curves(

@@ -9,7 +9,7 @@ T networks, U hidden units, P pixels, K classes, B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rpg.tasks.collecting import append_many, descend, open_zoo
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.images.networks import predict_images
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
+from tokenization.checkpoint.structure import StateDict
 from tokenization.zoo.manifest import ZooEntry
 from tokenization.zoo.zoo import Zoo
 
@@ -102,14 +103,14 @@ class TrainingRunsTask:
         for first in range(0, total, self.config.group):
             runs = range(first, min(first + self.config.group, len(splits)))
             if runs[0] not in trained:
-                self._collect_group(zoo, runs, splits)
+                append_many(zoo, self._train_group(runs, splits))
             if progress is not None:
                 progress(min(runs[-1] + 1, total), total)
         return zoo
 
-    def _collect_group(self, zoo: Zoo, runs: Sequence[int], splits: Sequence[str]) -> None:
+    def _train_group(self, runs: Sequence[int], splits: Sequence[str]) -> Iterator[tuple[ZooEntry, StateDict]]:
+        """The checkpoints of some runs, step by step."""
         kept = self.train(self.first_weights(runs), "sgd", self.config.learning_rate, self.config.steps)
-        entries, state_dicts = [], []
         for step, weights in kept.items():
             found = {**self.metrics(weights, "train"), **self.metrics(weights, "validation", "validation_")}
             for row, (run, state_dict) in enumerate(zip(runs, unstack(weights), strict=True)):
@@ -117,9 +118,7 @@ class TrainingRunsTask:
                     file=f"checkpoints/{run:05d}-{step:05d}.safetensors", run=run, step=step, split=splits[run],
                     metrics={name: float(values[row]) for name, values in found.items()},
                 )  # fmt: skip
-                entries.append(entry)
-                state_dicts.append(state_dict)
-        append_many(zoo, entries, state_dicts)
+                yield entry, state_dict
 
     def train(self, start: Stacked, optimizer: str, learning_rate: float, steps: Sequence[int]) -> dict[int, Stacked]:
         """Train networks side by side on all training images; what they are after each of ``steps``.

@@ -13,13 +13,13 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, freeze_batch_norm_2d
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from rpg.devices import use_threads
@@ -58,7 +58,7 @@ def build_detector(config: DetectionConfig, num_outputs: int, *, pretrained: boo
         ) from None
     if config.pretrained and config.network != "fasterrcnn" and not config.network.endswith("_v2"):
         # torchvision does so only with weights; all checkpoints need the same structure
-        _freeze_norms(network.backbone)
+        freeze_batch_norm_2d(network.backbone)
     if config.anchors:
         holder = network if hasattr(network, "anchor_generator") else network.rpn  # RetinaNet, Faster R-CNN
         holder.anchor_generator = _scaled(holder.anchor_generator, config.anchors)
@@ -72,13 +72,6 @@ def _build(config: DetectionConfig, num_outputs: int, pretrained: bool) -> Any:
     return torchvision.models.get_model(
         config.network, weights=None, weights_backbone=weights, num_classes=num_outputs, **config.arguments
     )
-
-
-def _freeze_norms(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features, child.eps))
-        _freeze_norms(child)
 
 
 def _scaled(generator: AnchorGenerator, sides: tuple[int, ...]) -> AnchorGenerator:

@@ -44,19 +44,12 @@ def train_side_by_side(
     With ``config.until``, ``check`` are validation rows of each.
     """
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimizer = _optimizer(list(weights.values()), config)
-    stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
-    kept: list[Stacked] = []
-    stopper = _Stopper(config, len(check))
-    for step in range(config.steps):
-        rows = draw()
-        loss = completion_losses(bank, weights, rows).sum()
-        descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps))
-        if config.until is None:
-            average_into(kept, stretches, step + 1, weights)
-        elif stopper.looks(step) and stopper.take(weights, score_adapters(bank, weights, check)["exact_match"]):
-            break
-    return kept if config.until is None else [stopper.kept]
+    return _train(
+        list(weights.values()), config, len(check),
+        loss=lambda: completion_losses(bank, weights, draw()).sum(),
+        now=lambda: weights,
+        exact_match=lambda: score_adapters(bank, weights, check)["exact_match"],
+    )  # fmt: skip
 
 
 def train_one(
@@ -66,38 +59,52 @@ def train_one(
     """Train one adapter by PEFT alone, in the base's own precision; returns what ``train_side_by_side`` does of one."""
     from peft import set_peft_model_state_dict
 
-    stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
-    kept: list[dict[str, Tensor]] = []
-    stopper = _Stopper(config, len(check))
     with peft_on(base, adapter) as adapted:
+
+        def loss() -> Tensor:
+            rows = draw()
+            logits = adapted(rows.ids[0], use_cache=False).logits
+            return token_losses(logits, rows.targets[0]).sum() / (rows.targets != IGNORED).sum()
+
         set_peft_model_state_dict(adapted, dict(start))
         if config.gradient_checkpointing:
             adapted.gradient_checkpointing_enable()
             adapted.enable_input_require_grads()
         adapted.train()
-        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        optimizer = _optimizer(trained, config)
-        for step in range(config.steps):
-            rows = draw()
-            logits = adapted(rows.ids[0], use_cache=False).logits
-            loss = token_losses(logits, rows.targets[0]).sum() / (rows.targets != IGNORED).sum()
-            descend(optimizer, loss, config.learning_rate * warm_cosine(step, config.steps))
-            if config.until is None and step + 1 > stretches[0][0]:
-                average_into(kept, stretches, step + 1, adapter_state(adapted))
-            elif config.until is not None and stopper.looks(step):
-                state = {name: value[None] for name, value in adapter_state(adapted).items()}
-                if stopper.take(state, _exact_match(adapted, check[0], config.batch_size)[None]):
-                    break
+        kept = _train(
+            [parameter for parameter in adapted.parameters() if parameter.requires_grad], config, len(check), loss=loss,
+            now=lambda: {name: value[None] for name, value in adapter_state(adapted).items()},
+            exact_match=lambda: _exact_match(adapted, check[0], config.batch_size)[None],
+        )  # fmt: skip
         adapted.eval()
         if config.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
-    return kept if config.until is None else [{name: value[0] for name, value in stopper.kept.items()}]
+    return [{name: value[0] for name, value in each.items()} for each in kept]
 
 
-def _optimizer(parameters: list[Any], config: AdapterTraining) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+def _train(
+    parameters: list[Any], config: AdapterTraining, num: int, *, loss: Callable[[], Tensor],
+    now: Callable[[], Stacked], exact_match: Callable[[], Tensor],
+) -> list[Stacked]:  # fmt: skip
+    """Train the parameters of T adapters by the ``loss`` of fresh rows.
+
+    Args:
+        num: adapters whose ``exact_match`` on validation rows ``[T]`` ends training, with ``config.until``.
+        now: the adapters as they are, ``[T, *shape]``.
+    """
+    optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
+    stretches = checkpoint_stretches(config.steps, config.tail, config.checkpoints)
+    kept: list[Stacked] = []
+    stopper = _Stopper(config, num)
+    for step in range(config.steps):
+        descend(optimizer, loss(), config.learning_rate * warm_cosine(step, config.steps))
+        if config.until is None and step + 1 > stretches[0][0]:
+            average_into(kept, stretches, step + 1, now())
+        elif config.until is not None and stopper.looks(step) and stopper.take(now(), exact_match()):
+            break
+    return kept if config.until is None else [stopper.kept]
 
 
 class _Stopper:

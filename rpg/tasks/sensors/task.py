@@ -215,11 +215,17 @@ class SensorsTask(ManyTasks):
         raise InputError("sensors have no base network to learn from; set train.behaviour.target to labels")
 
     def probabilities(self, weights: Stacked, settings: Tensor, split: str = "test") -> Tensor:
-        """Class probabilities ``[T, B, K]`` of T networks on a split's images as their sensors ``[T, C]`` see them."""
-        images = self.images(split)
+        """Class probabilities ``[T · M, B, K]`` on a split's images as sensors ``[T, C]`` see them, of M networks each.
+
+        Networks are stacked sensor by sensor, ``[T · M, *shape]``.
+        """
+        images, num = self.images(split), len(next(iter(weights.values()))) // len(settings)
         with torch.inference_mode():
             parts = [
-                self.side({name: value[row : row + 1] for name, value in weights.items()}, self.see(images, each[None]))
+                self.side(
+                    {name: value[row * num : (row + 1) * num] for name, value in weights.items()},
+                    self.see(images, each[None])[0],
+                )
                 for row, each in enumerate(settings)
             ]
         return torch.cat(parts).softmax(-1)

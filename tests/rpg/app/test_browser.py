@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -67,9 +68,10 @@ class Page:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.folder = folder
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-        self.wait = WebDriverWait(self.driver, PATIENCE)
+        self.wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.1)
         self.driver.get(address)
         self.find("#generate")
+        time.sleep(0.5)  # what is shown answers a moment later
 
     def find(self, css: str) -> WebElement:
         return self.wait.until(lambda driver: next(iter(driver.find_elements(By.CSS_SELECTOR, css)), None))

@@ -90,6 +90,7 @@ def test_somebody_turns_the_knobs(shipped: LoadedRun, tmp_path: Path) -> None:
             page.driver.quit()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or its driver is not installed")
 def test_somebody_says_in_words_what_the_sensor_is(words_run: Path, tmp_path: Path) -> None:
     said = "on its head, dark on light, a little too close"

@@ -10,7 +10,7 @@ from rpg.evaluation.field_measures import (
     measure_samples,
     overlap_distances,
 )
-from rpg.labs.fields.baselines import trivial_weights
+from rpg.labs.fields.experiment import trivial_weights
 
 
 def draws(num: int, seed: int, shift: float = 0.0) -> torch.Tensor:

@@ -55,7 +55,9 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     task = DigitsConfig(network="mlp-mini", train_steps=100, steps=12, batch_size=64, runs=2)
     build_task(task).collect(folder / "zoo")
-    config = small_config(folder, task=task.model_dump(), tokens={"size": 128}, evaluate={"num": 6, "num_baseline": 4})
+    config = small_config(
+        folder, task=task.model_dump(), tokens={"size": 128}, evaluate={"num": 6, "num_baseline": 4, "baselines": None}
+    )
     train(config)
     evaluate_run(config.run)
     return Path(config.run)

@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         model=CHECKPOINT_STATES,
         tokens={"size": 16, "normalization": "residual"},
-        train={"steps": 600, "batch_size": 12, "learning_rate": 3e-3, "save_every": 600, "log_every": 600},
+        train={"steps": 300, "batch_size": 12, "learning_rate": 5e-3, "save_every": 300, "log_every": 300},
     )
     train(config, say=lambda _: None)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,9 @@ def test_the_command_prints_one_line_and_a_stopped_run_compares_nothing(rpg: Run
     assert (code, err) == (0, "")
     assert [line for line in out.splitlines() if "4 validation tasks: recurrent" in line] == out.splitlines()[-1:]
     refused(rpg("train", tmp_path / "config.yaml", "--compare"), "--resume")
-    real = comparison.train
-    monkeypatch.setattr(comparison, "train", lambda config, **options: real(config, max_seconds=0, **options))
+    real = comparison.train_to_the_end
+    stopped_at_once = partial(real, max_seconds=0)
+    monkeypatch.setattr(comparison, "train_to_the_end", stopped_at_once)
     config = of_subsets(subsets, tmp_path / "stopped")
     assert train_and_compare(config, say=lambda _: None)[1] is None
     assert not (tmp_path / "stopped" / "compare.json").exists()

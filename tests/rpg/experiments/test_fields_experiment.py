@@ -112,6 +112,7 @@ def test_codes_of_what_is_shown_lie_among_neighbours_of_the_class(run, tmp_path)
 
 def test_the_experiment_leaves_figures_and_pictures(run, monkeypatch):
     monkeypatch.setattr(experiment, "NUM_SETS", 1)
+    monkeypatch.setattr("rpg.evaluation.field_measures.STEPS", 50)  # of the classifier of letters
     report = evaluate_fields(run)
     assert checked_report(run, "fields", "fields") == report
     assert report.first == "one_nna" and report.kinds["held_out"].count == 12 and "held_out" not in report.rivals()

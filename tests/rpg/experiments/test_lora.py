@@ -11,13 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
 from rpg.evaluation.table import print_checkpoints
-from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.score_files import score_checkpoints
-from rpg.experiments.single import for_choices, train_or_continue
-from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
+from rpg.experiments.single import for_choices, generate_for, train_or_continue
+from rpg.experiments.unseen_tasks import evaluate_unseen, networks_of, task_family
 from rpg.generation.generator import Generator
 from rpg.merging.adapters import PEFT_METHODS as MERGED
-from rpg.tasks import collecting
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask
 from tests.reports import checked_report
@@ -30,40 +28,8 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    symbols = {
-        "symbols": 4, "length": 3, "rows": 32, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "steps": 60,
-        "learning_rate": 1e-2,
-    }  # fmt: skip
-    tree = {
-        "run": str(folder / "run"),
-        "zoo": str(folder / "zoo"),
-        "task": {
-            "name": "language", "base": str(folder / "base"), "data": str(folder / "tasks"), "symbols": symbols,
-            "unseen": 4, "validation": 3, "rows": {"validation": 8, "test": 12}, "adapter": {"r": 2}, "group": 14,
-            "training": {"steps": 20, "batch_size": 8, "learning_rate": 0.05},
-        },
-        "tokens": {"size": 32},
-        "model": {
-            "state": {"of": "none"}, "condition": {"kind": "binary"},
-            "backbone": {"kind": "lstm", "d_model": 16}, "denoiser": {"kind": "mlp", "width": 16, "hidden": 16},
-        },
-        "train": {
-            "splits": ["train", "validation"], "steps": 4, "batch_size": 4, "warmup_steps": 0, "precision": "fp32",
-            "behaviour": {"images": 4},
-        },
-        "generate": {"steps": 1},
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collecting, "num_cores", lambda: 1)
-        config = Config.parse(tree, "test")
-        yield config, run_experiment(config, experiment_of(config, command="rpg lora"))
-
-
-def test_the_report_has_what_was_promised(experiment):
-    config, report = experiment
+def test_the_report_has_what_was_promised(lora):
+    config, report = lora
     assert checked_report(config.run, "tasks", "lora") == report and list(report.better) == [
         "symbol_accuracy",
         "exact_match",
@@ -84,8 +50,8 @@ def test_the_report_has_what_was_promised(experiment):
     assert min(report.kinds["generated"].distances["hamming"]) > 0
 
 
-def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
-    config, report = experiment
+def test_figures_are_those_of_adapters_that_peft_loads(lora, tmp_path):
+    config, report = lora
     zoo, task = Zoo.open(config.zoo), task_family(config)
     index = zoo.subset("unseen")[2]
     rows = task.rows(index)["test"]
@@ -96,8 +62,8 @@ def test_figures_are_those_of_adapters_that_peft_loads(experiment, tmp_path):
     assert report.kinds["original"].metrics["symbol_accuracy"][2] == pytest.approx(expected, abs=0.01)
 
 
-def test_canonical_adapters_are_the_same_adapters(experiment):
-    config, _ = experiment
+def test_canonical_adapters_are_the_same_adapters(lora):
+    config, _ = lora
     zoo, task = Zoo.open(config.zoo), task_family(config)
     layout = Generator.from_pretrained(config.run).layout
     assert layout.canonical is not None
@@ -109,8 +75,8 @@ def test_canonical_adapters_are_the_same_adapters(experiment):
     assert torch.allclose(ours, theirs, rtol=1e-3)
 
 
-def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
-    config, _ = experiment
+def test_choices_never_touch_unseen_tasks_or_test_rows(lora, monkeypatch):
+    config, _ = lora
     asked = []
     real = LanguageTask._scores
     monkeypatch.setattr(
@@ -135,8 +101,8 @@ def test_choices_never_touch_unseen_tasks_or_test_rows(experiment, monkeypatch):
     assert (Path(config.run) / "evaluation.json").read_text() == before
 
 
-def test_no_adapter_is_the_base(experiment):
-    config, report = experiment
+def test_no_adapter_is_the_base(lora):
+    config, report = lora
     task = task_family(config)
     base = AutoModelForCausalLM.from_pretrained(config.task.base)
     ids = task.rows(0)["test"].ids
@@ -146,8 +112,8 @@ def test_no_adapter_is_the_base(experiment):
     assert report.mean("no_adapter", "exact_match") < report.mean("original", "exact_match")
 
 
-def test_generated_ones_are_of_the_zoos_structure(experiment):
-    config, _ = experiment
+def test_generated_ones_are_of_the_zoos_structure(lora):
+    config, _ = lora
     generator = Generator.from_pretrained(config.run)
     made = generate_for(generator, torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]), 0)
     structure = Zoo.open(config.zoo).structure
@@ -156,8 +122,8 @@ def test_generated_ones_are_of_the_zoos_structure(experiment):
     }
 
 
-def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
-    config, _ = experiment
+def test_a_generated_folder_scores_as_its_weights_do(lora, tmp_path):
+    config, _ = lora
     generator, task = Generator.from_pretrained(config.run), task_family(config)
     bits = torch.tensor([[0, 1, 1, 0]])
     (folder,) = generator.generate(1, condition=bits[0].float(), seed=3, output=tmp_path / "new")
@@ -172,8 +138,8 @@ def test_a_generated_folder_scores_as_its_weights_do(experiment, tmp_path):
     assert "0110" in text.getvalue()
 
 
-def test_an_adapter_of_another_form_is_one_line(experiment, tmp_path):
-    config, _ = experiment
+def test_an_adapter_of_another_form_is_one_line(lora, tmp_path):
+    config, _ = lora
     zoo = Zoo.open(config.zoo)
     other = config.model_copy(
         update={"task": config.task.model_copy(update={"adapter": AdapterConfig(r=2, target_modules=("k_proj",))})}

@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("rpg.labs.training_runs.experiment.RATES", metric_rivals.RATES)
         changes = [
             f"run={folder / 'run'}", f"zoo={folder / 'zoo'}", "task.runs=24", "task.validation=3", "task.unseen=4",
-            "task.hidden=8", "task.steps=[0,5,15,60]", "task.group=8", "model.backbone.d_model=32", "train.steps=150",
+            "task.hidden=8", "task.steps=[0,5,15,60]", "task.group=8", "model.backbone.d_model=32", "train.steps=80",
             "train.ema_decay=0.9", "model.backbone.num_layers=1", "train.batch_size=16", "train.behaviour.images=100",
             "train.warmup_steps=5", "train.behaviour.target=both", "train.behaviour.noise=0.3", "model.initial.own=0.3",
         ]  # fmt: skip

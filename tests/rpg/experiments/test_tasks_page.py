@@ -17,12 +17,8 @@ from rpg.generation.generator import Generator
 from tests.processes import in_two_processes
 from tests.rpg.conftest import Run
 from tests.rpg.evaluation.test_page import Page
-from tests.rpg.experiments.test_lora import experiment as lora
-from tests.rpg.experiments.test_unseen import experiment as unseen
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo
-
-__all__ = ["lora", "unseen"]
 
 
 @pytest.mark.parametrize("name", ["unseen", "lora"])

@@ -12,13 +12,11 @@ from rpg.evaluation.conditional import regression_grid
 from rpg.evaluation.per_task import base_summed, measure_diversity
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
-from rpg.experiments.single import for_choices, train_or_continue
-from rpg.experiments.unseen_tasks import evaluate_unseen, generate_for, networks_of, task_family
+from rpg.experiments.single import for_choices, generate_for, train_or_continue
+from rpg.experiments.unseen_tasks import evaluate_unseen, networks_of, task_family
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
 from rpg.merging.methods import MERGES
-from rpg.tasks import collecting
-from rpg.tasks.class_splits import all_tasks
 from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.subsets import resplit
@@ -32,38 +30,8 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """The whole experiment on twenty tasks, in seconds."""
-    folder = tmp_path_factory.mktemp("unseen")
-    tree = {
-        "run": str(folder / "run"),
-        "zoo": str(folder / "zoo"),
-        "task": {
-            "name": "digits_subsets", "unseen": {"kind": "random", "num": 5}, "validation": 4, "group": 10,
-            "base": {"steps": 60}, "finetune": {"stages": [{"steps": 10}], "batch_size": 32},
-        },
-        "model": {
-            "state": {"of": "none"}, "condition": {"kind": "binary"},
-            "backbone": {"kind": "lstm", "d_model": 16}, "denoiser": {"kind": "mlp", "width": 16, "hidden": 16},
-        },
-        "train": {
-            "splits": ["train", "validation"], "steps": 4, "batch_size": 4, "warmup_steps": 0,
-            "behaviour": {"images": 8},
-        },
-        "generate": {"steps": 1},
-        "evaluate": {"linear_head": False},
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DigitsSubsetsTask, "bits", lambda self: all_tasks(10)[:20])
-        patch.setattr(collecting, "num_cores", lambda: 1)
-        config = Config.parse(tree, "test")
-        report = run_experiment(config, experiment_of(config, command="rpg unseen"), seeds=2)
-        yield config, report
-
-
-def test_the_report_has_what_was_promised(experiment):
-    config, report = experiment
+def test_the_report_has_what_was_promised(unseen):
+    config, report = unseen
     folder = Path(config.run)
     assert checked_report(folder, "tasks", "unseen") == report and report.first == "accuracy"
     for kinds, num in ((report.kinds, 5), (report.parts["seen"], 5)):
@@ -84,8 +52,8 @@ def test_the_report_has_what_was_promised(experiment):
     assert (folder / "scatter.png").exists() and "rpg unseen" in (folder / "report.html").read_text()
 
 
-def test_figures_are_those_of_the_networks(experiment):
-    config, report = experiment
+def test_figures_are_those_of_the_networks(unseen):
+    config, report = unseen
     zoo, task = Zoo.open(config.zoo), task_family(config)
     index = zoo.subset("unseen")[2]
     condition = torch.tensor([zoo.entries[index].condition])
@@ -100,15 +68,15 @@ def test_figures_are_those_of_the_networks(experiment):
 
 
 @pytest.fixture(scope="module")
-def choices(experiment):
+def choices(unseen):
     """The run that choices are made by: it has not learned from the validation tasks."""
-    config = for_choices(experiment[0])
+    config = for_choices(unseen[0])
     train_or_continue(config)
     return config
 
 
-def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(experiment, choices, rpg, tmp_path):
-    config, _ = experiment
+def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(unseen, choices, rpg, tmp_path):
+    config, _ = unseen
     with pytest.raises(InputError, match="no choice can be made") as caught:
         evaluate_unseen(config.run, split="validation")
     cure = re.findall(r"--set '?([^ ']+)", str(caught.value))
@@ -120,8 +88,8 @@ def test_no_choice_is_made_by_a_run_that_has_learned_from_the_validation_tasks(e
     assert code == 0 and f"choices are made by {choices.run}" in out, err
 
 
-def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experiment, choices, monkeypatch):
-    config, _ = experiment
+def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(unseen, choices, monkeypatch):
+    config, _ = unseen
     asked = set()
     real = DigitsSubsetsTask.images
     monkeypatch.setattr(DigitsSubsetsTask, "images", lambda self, split="test": asked.add(split) or real(self, split))
@@ -133,8 +101,8 @@ def test_scoring_on_validation_never_touches_unseen_tasks_or_test_images(experim
     assert asked == {"validation"} and path.read_text() == before
 
 
-def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_trained(experiment, tmp_path):
-    tree = experiment[0].plain()
+def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_trained(unseen, tmp_path):
+    tree = unseen[0].plain()
     tree["task"]["validation"] = 0
     config = Config.parse({**tree, "run": str(tmp_path / "run"), "zoo": str(tmp_path / "zoo")}, "test")
     with pytest.raises(InputError, match="'validation', which the comparison needs; set task.validation"):
@@ -142,8 +110,8 @@ def test_a_family_without_tasks_to_choose_by_is_refused_before_anything_is_train
     assert not (tmp_path / "zoo").exists() and not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeypatch):
-    config, report = experiment
+def test_figures_do_not_depend_on_how_many_networks_are_held(unseen, monkeypatch):
+    config, report = unseen
     monkeypatch.setattr(task_networks, "PART_BYTES", 1)
     again = evaluate_unseen(config.run)
     for ours, theirs in ((report.kinds, again.kinds), (report.parts["seen"], again.parts["seen"])):
@@ -153,8 +121,8 @@ def test_figures_do_not_depend_on_how_many_networks_are_held(experiment, monkeyp
     assert again.extras["diversity"] == pytest.approx(report.extras["diversity"], rel=1e-2)
 
 
-def test_as_many_seen_tasks_as_unseen_ones_are_scored_evenly_chosen(experiment, monkeypatch):
-    config, report = experiment
+def test_as_many_seen_tasks_as_unseen_ones_are_scored_evenly_chosen(unseen, monkeypatch):
+    config, report = unseen
     zoo = Zoo.open(config.zoo)
     every = [each.condition for split in ("train", "validation") for each in zoo.entries if each.split == split]
     kept = report.parts["seen"]["original"]
@@ -172,8 +140,8 @@ def test_as_many_seen_tasks_as_unseen_ones_are_scored_evenly_chosen(experiment, 
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment, monkeypatch, large):
-    config, _ = experiment
+def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(unseen, monkeypatch, large):
+    config, _ = unseen
     zoo, learned = Zoo.open(config.zoo), []
     with_head = config.evaluate.model_copy(update={"linear_head": True})
     generator = Generator.from_pretrained(config.run)
@@ -192,8 +160,8 @@ def test_the_linear_head_learns_from_all_seen_tasks_and_from_no_other(experiment
     assert report.mean("linear_head") > 0.5
 
 
-def test_large_networks_try_the_regressions_that_come_nearest(experiment, monkeypatch):
-    config, _ = experiment
+def test_large_networks_try_the_regressions_that_come_nearest(unseen, monkeypatch):
+    config, _ = unseen
     zoo, task = Zoo.open(config.zoo), task_family(config)
     train, validation = networks_of(zoo, "train"), networks_of(zoo, "validation")
     monkeypatch.setattr(task_networks, "LARGE", 1)
@@ -224,8 +192,8 @@ def test_nearest_other_and_summed_probabilities():
     assert base_summed(Task(), probabilities, torch.tensor([[1, 1, 0], [1, 0, 0]]), "test").tolist() == [1.0, 0.5]
 
 
-def test_equal_draws_have_no_diversity(experiment):
-    config, _ = experiment
+def test_equal_draws_have_no_diversity(unseen):
+    config, _ = unseen
     generator, task = Generator.from_pretrained(config.run), task_family(config)
     bits = task.bits()[:3]
     draw = generate_for(generator, bits, 0)
@@ -237,8 +205,8 @@ def test_equal_draws_have_no_diversity(experiment):
     assert all(torch.equal(again[name], value) for name, value in draw.items())
 
 
-def test_another_split_of_the_same_networks(experiment, tmp_path):
-    config, _ = experiment
+def test_another_split_of_the_same_networks(unseen, tmp_path):
+    config, _ = unseen
     other = config.task.model_copy(update={"unseen": ClassPairSplit(pair=(1, 2)), "validation": 2})
     task = DigitsSubsetsTask(type(other).model_validate(other.model_dump()))
     zoo = resplit(config.zoo, tmp_path / "zoo", task)
@@ -261,16 +229,16 @@ def test_another_split_of_the_same_networks(experiment, tmp_path):
         ({"classes": "one", "prompt": "one"}, "one of them"),
     ],
 )
-def test_bad_requests_are_one_line(experiment, asked, words):
-    generator = Generator.from_pretrained(experiment[0].run)
+def test_bad_requests_are_one_line(unseen, asked, words):
+    generator = Generator.from_pretrained(unseen[0].run)
     request = {"condition": None, "classes": None, "prompt": None, "prompt_model": None, **asked}
     with pytest.raises(InputError, match=words) as caught:
         choose_condition(generator, **request)
     assert "\n" not in str(caught.value)
 
 
-def test_classes_become_the_vector(experiment, capsys):
-    generator = Generator.from_pretrained(experiment[0].run)
+def test_classes_become_the_vector(unseen, capsys):
+    generator = Generator.from_pretrained(unseen[0].run)
     vector = choose_condition(generator, None, "1,3,five", None, None)
     assert vector == [0, 1, 0, 1, 0, 1, 0, 0, 0, 0]
 

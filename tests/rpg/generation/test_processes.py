@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from rpg import cli
 from rpg.config import GenerateConfig
 from rpg.devices import Partition
 from rpg.generation.folders import WEIGHTS_NAME
@@ -20,11 +21,9 @@ from rpg.generation.generator import Generator
 from rpg.generation.sampler import TokenSampler, low_precision_copy
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
+from tests.processes import in_two_processes
 from tokenization.errors import InputError
 from tokenization.zoo.locks import LOCK_NAME
-
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +42,31 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_two_processes_write_the_files_of_one(run, tmp_path):
     """Three networks: one whole each, the tiles of the third spread over both."""
+
+    def generate() -> None:
+        sys.argv = ["rpg", "generate", str(run), "-n", "3", "--seed", "7", "--output", str(tmp_path / "two")]
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code
+
     Generator.from_pretrained(run).generate(3, seed=7, output=tmp_path / "one")
-    command = [BIN / "torchrun", "--nproc_per_node", "2", "--nnodes", "1", "--rdzv_backend", "c10d"]
+    in_two_processes(generate)
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_of_launched_processes_one_speaks(run, tmp_path):
+    Generator.from_pretrained(run).generate(3, seed=7, output=tmp_path / "one")
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", "-m", "rpg", "generate", run, "-n", "3", "--seed", "7"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     made = subprocess.run(
         [*map(str, command), "--output", str(tmp_path / "two")],
-        check=True, env=ENVIRONMENT, timeout=300, capture_output=True, text=True,
+        check=True, env=environment, timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
-    assert made.stdout.count("3 network(s)") == 1  # only one process speaks
+    assert made.stdout.count("3 network(s)") == 1
 
 
 @pytest.mark.parametrize("tile_tokens", [5, 12, 40])

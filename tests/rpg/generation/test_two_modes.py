@@ -40,7 +40,7 @@ def test_diffusion_scores_as_the_exact_posterior_where_one_network_cannot(tmp_pa
         tmp_path,
         tokens={"normalization": "residual"},
         model={"state": {"of": "code", "width": 2, "prior": prior}, "condition": {"kind": "vector"}},
-        train={"steps": 400, "learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.98, "save_every": 400},
+        train={"steps": 250, "learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.98, "save_every": 250},
         generate={"state": "prior", "steps": 1},
     )
     generator = Generator.from_pretrained(train(config, say=lambda _: None))

@@ -143,10 +143,13 @@ def test_our_recipe_costs_twenty_thousand_times_less_and_is_smaller_than_its_net
     assert flops["paper"] >= 20_000 * flops["large"]
 
 
+LARGE = [path for path in configurations(default_config("large")) if path.stem not in ("base", "convnext_large")]
+QUICK = ("vit_base", "segformer_ade20k")
+"""One network of each kind of task; the largest is planned above."""
+
+
 @pytest.mark.parametrize(
-    "path",
-    [path for path in configurations(default_config("large")) if path.stem != "base"],
-    ids=lambda path: path.stem,
+    "path", [pytest.param(each, id=each.stem, marks=() if each.stem in QUICK else pytest.mark.slow) for each in LARGE]
 )
 def test_every_large_network_is_planned_without_its_zoo(tmp_path, path):
     config = Config.load(path, [f"zoo={tmp_path / 'none'}"])

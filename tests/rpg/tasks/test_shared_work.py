@@ -18,8 +18,18 @@ def processes() -> ModuleType:
     return processes
 
 
+def until_others_work(folder: Path) -> None:
+    """Wait until two processes have begun, at most 20 s."""
+    (folder / f"process-{os.getpid()}").touch()
+    ends = time.monotonic() + 20
+    while len(list(folder.glob("process-*"))) < 2 and time.monotonic() < ends:
+        time.sleep(0.02)
+
+
 def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
     time.sleep(seconds)
+    if number >= 100:
+        until_others_work(folder)
     if number == 13:
         raise ValueError("thirteen")
     (folder / f"{number}").touch()
@@ -32,9 +42,9 @@ class Network:
     def __init__(self) -> None:
         self.parameters: object = 1
 
-    def run(self, number: int) -> tuple[int, int]:
+    def run(self, folder: Path, number: int) -> tuple[int, int]:
         before, self.parameters = self.parameters, threading.Lock()
-        time.sleep(0.1)
+        until_others_work(folder)
         self.parameters = before
         return number, os.getpid()
 
@@ -49,23 +59,23 @@ def test_little_work_is_done_here_in_order(processes, tmp_path, num):
 def test_other_processes_take_their_part_of_much_work_and_results_keep_their_order(processes, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "ALONE", 0.0)
     done: list[int] = []
-    work = [partial(mark, tmp_path, number, 0.3) for number in range(100, 140)]
+    work = [partial(mark, tmp_path, number, 0.01) for number in range(100, 140)]
     found = processes.share(work, 2, done.append)
     assert [number for number, _ in found] == list(range(100, 140)) and sorted(done) == list(range(40))
     assert len({process for _, process in found}) == 2 and os.getpid() in {process for _, process in found}
 
 
-def test_work_may_change_what_it_shares_while_others_are_started(processes, monkeypatch):
+def test_work_may_change_what_it_shares_while_others_are_started(processes, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "ALONE", 0.0)
     network = Network()
-    found = processes.share([partial(network.run, number) for number in range(60)], 2)
+    found = processes.share([partial(network.run, tmp_path, number) for number in range(60)], 2)
     assert [number for number, _ in found] == list(range(60)) and len({process for _, process in found}) == 2
 
 
 @pytest.mark.parametrize("alone", [0.0, 30.0])
 def test_an_error_is_raised_and_ends_what_is_left(processes, tmp_path, monkeypatch, alone):
     monkeypatch.setattr(processes, "ALONE", alone)
-    work = [partial(mark, tmp_path, number, 0.1) for number in (0, 13, *range(100, 1000))]
+    work = [partial(mark, tmp_path, number, 0.01) for number in (0, 13, *range(20, 920))]
     with pytest.raises(ValueError, match="thirteen"):
         processes.share(work, 2)
     assert len(list(tmp_path.iterdir())) < 900

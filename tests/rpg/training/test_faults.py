@@ -1,25 +1,17 @@
-"""Kills, signals, full disks, damaged files and losses that are not finite: what is saved stays whole and usable."""
+"""Full disks, damaged files and losses that are not finite: what is saved stays whole and usable."""
 
-import contextlib
 import json
-import os
-import random
-import re
 import resource
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpg.config import Config
 from rpg.training.loop import train
 from rpg.training.run_folder import RunFolder
 from rpg.training.trainer import Trainer
 from tests.conftest import small_config
-from tests.rpg.forks import ForkServer
 from tokenization.errors import InputError
 
 
@@ -34,61 +26,6 @@ def assert_same_run(run: str | Path, other: str | Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     lines, expected = ((Path(each) / "metrics.jsonl").read_text().splitlines() for each in (run, other))
     assert [json.loads(line) for line in lines] == [json.loads(line) for line in expected]
-
-
-def long_config(folder: Path, run: str) -> Config:
-    """Some seconds of training and many saves."""
-    return small_config(folder, run=str(folder / run), train={"steps": 90, "save_every": 3, "log_every": 2})
-
-
-def start(forks: ForkServer, config: Config) -> int:
-    """Begin a run, or go on with it; what it says goes to ``<run>.log``."""
-    config.save(f"{config.run}.yaml")
-    arguments = ("train", f"{config.run}.yaml", "--resume", "--ignore-memory")
-    return forks.start(Path(config.run).parent, *arguments, log=Path(f"{config.run}.log"))
-
-
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_points_change_nothing(tmp_path, zoo, forks, times):
-    whole, killed = long_config(tmp_path, "whole"), long_config(tmp_path, "killed")
-    started = time.monotonic()
-    start(forks, whole)
-    assert forks.finish() == 0
-    seconds = time.monotonic() - started
-    clock, folder, kills, saved = random.Random(0), RunFolder(killed.run), 0, 0
-    while kills < times:
-        process = start(forks, killed)
-        time.sleep(clock.uniform(0, seconds / 6))
-        with contextlib.suppress(ProcessLookupError):  # it was done
-            os.kill(process, signal.SIGKILL)
-        status = forks.finish()
-        newest = folder.newest()
-        assert newest is None or newest[0] >= saved  # a save is never lost
-        said = re.search(r"going on after step (\d+)", Path(f"{killed.run}.log").read_text())
-        assert not said or int(said[1]) == saved  # and it went on from the last one
-        saved = newest[0] if newest else 0
-        kills += status == -signal.SIGKILL
-        if status == 0:  # done before its kill: once more from the beginning
-            assert_same_run(killed.run, whole.run)
-            killed, saved = long_config(tmp_path, f"killed-{kills}"), 0
-            folder = RunFolder(killed.run)
-    start(forks, killed)
-    assert forks.finish() == 0
-    assert_same_run(killed.run, whole.run)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_as_interrupted(tmp_path, zoo, forks, name):
-    config = long_config(tmp_path, "run")
-    process, folder = start(forks, config), RunFolder(config.run)
-    while not folder.steps():
-        time.sleep(0.01)
-    os.kill(process, getattr(signal, name))
-    assert forks.finish() == 130
-    stopped = re.search(
-        r"stopped after step (\d+) of 90; continue with --resume", Path(f"{config.run}.log").read_text()
-    )
-    assert stopped and folder.newest()[0] == int(stopped[1])
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, zoo):

@@ -96,7 +96,10 @@ def test_an_interrupted_upload_publishes_nothing_and_a_retry_goes_on(hub: HubSer
     assert same(Zoo.from_hub("me/zoo"), zoo) and hub.commits("me/zoo", "dataset") == 2
 
 
-def test_an_interrupted_download_is_no_zoo_until_it_is_repeated(hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_no_zoo_until_it_is_repeated(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # it tries five times
     zoo = make_zoo(tmp_path / "zoo")
     zoo.push_to_hub("me/zoo")
     hub.drop = lambda method, path: method == "GET" and path.endswith("000003.safetensors")

@@ -21,9 +21,9 @@ POINTS = grid_points(9, 9, 9)
 
 PRIMITIVES = {
     "box": (trimesh.creation.box((1.6, 1.2, 0.8)), lambda points: box(points, 0.8, 0.6, 0.4)),
-    "ball": (trimesh.creation.icosphere(5, EDGE), lambda points: ball(points, EDGE)),
+    "ball": (trimesh.creation.icosphere(4, EDGE), lambda points: ball(points, EDGE)),
     "cylinder": (trimesh.creation.cylinder(EDGE, 1.0, sections=256), lambda points: cylinder(points, EDGE, 0.5)),
-    "torus": (trimesh.creation.torus(0.55, 0.25, 128, 64), lambda points: torus(points, 0.55, 0.25)),
+    "torus": (trimesh.creation.torus(0.55, 0.25, 64, 32), lambda points: torus(points, 0.55, 0.25)),
 }
 
 

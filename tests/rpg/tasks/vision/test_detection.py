@@ -281,6 +281,7 @@ def test_files_that_are_missing_or_broken_are_one_line(coco, tmp_path):
         build_task(config_of(tmp_path, data=data)).collect(tmp_path / "zoo")
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_by_its_average_precision(tmp_path):
     task = config_of(tmp_path).model_dump(mode="json") | {"name": "detection"}
     config = small_config(tmp_path, task=task, train={"steps": 2}, evaluate={"num": 2, "baselines": []})
