@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -268,8 +269,8 @@ def _read(path: Path) -> dict[str, Any]:
 def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say: Say = print) -> Path:
     """Run what is not finished yet, or some of it, and write `table.md`, `table.json` and similarities into `<run>`.
 
-    Zoos are collected first, each by one process. A killed sweep goes on where it stopped; an entry whose configuration
-    has changed is run anew. One that fails is named in the table, and the others go on.
+    Zoos of several entries are collected first, each by one process. A killed sweep goes on where it stopped; an entry
+    whose configuration has changed is run anew. One that fails is named in the table, and the others go on.
 
     Args:
         jobs: experiments at a time, each on its share of the cores.
@@ -290,12 +291,14 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     for config in (each.config for each in waiting):  # before anything is trained
         if config.model.condition.kind != "none":
             require_for_choices(config, config.evaluate.split)
-    zoos = {each.config.zoo: each for each in waiting if each.config.task is not None}
-    failures = _in_parallel("collect", list(zoos.values()), jobs, lambda line: say(f"{line}, zoo ready"))
+    users = Counter(each.config.zoo for each in waiting if each.config.task is not None)
+    zoos = {each.config.zoo: each for each in waiting if users[each.config.zoo] > 1}
+    shared = [("collect", each) for each in zoos.values()]
+    failures = _in_parallel("collecting zoos", shared, jobs, lambda line: say(f"{line}, zoo ready"))
     broken = {zoo: failures[each.name] for zoo, each in zoos.items() if each.name in failures}
     failures |= {each.name: broken[each.config.zoo] for each in waiting if each.config.zoo in broken}
-    waiting = [each for each in waiting if each.name not in failures]
-    failures |= _in_parallel("run", waiting, jobs, lambda line: say(f"{line}, done"))
+    left = [("both" if users[each.config.zoo] == 1 else "run", each) for each in waiting if each.name not in failures]
+    failures |= _in_parallel("training and scoring", left, jobs, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in runs]
     reports, folder = readable_reports({each.name: each.folder for each in runs}), Path(sweep.run)
     rows += rows_of_rivals(reports.values())
@@ -314,17 +317,19 @@ def _num_threads() -> int:
     return int(allowed) if allowed.isdigit() else os.cpu_count() or 1
 
 
-def _in_parallel(step: str, runs: list[SweepRun], jobs: int, finished: Callable[[str], None]) -> dict[str, str]:
+def _in_parallel(
+    title: str, todo: list[tuple[str, SweepRun]], jobs: int, finished: Callable[[str], None]
+) -> dict[str, str]:
     """Do a step of every run, each in a process of its own; return what went wrong, by name.
 
     ``finished`` receives "<name>: <seconds> s (processor <seconds> s)" of each that went well.
     """
     failures: dict[str, str] = {}
-    if not runs:
+    if not todo:
         return failures
-    title, threads = "collecting zoos" if step == "collect" else "training and scoring", max(1, _num_threads() // jobs)
+    threads = max(1, _num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_in_process, step, each.config, threads): each.name for each in runs}
+        futures = {pool.submit(_in_process, step, each.config, threads): each.name for step, each in todo}
         for future in steps(title, as_completed(futures), len(futures), after=0):
             failure, took = future.result()
             if failure is None:
@@ -354,10 +359,11 @@ def _in_process(step: str, config: Config, threads: int) -> tuple[str | None, st
 
 
 def _step(step: str, path: str) -> None:
-    """Collect the zoo of a configuration, or train (going on where a killed run stopped) and score."""
+    """Collect the zoo of a configuration, or train (going on where a killed run stopped) and score, or both."""
     config = Config.load(path)
-    if step == "collect":
+    if step in ("collect", "both"):
         collect(config)
+    if step == "collect":
         return
     run = Path(config.run)
     with locked(run):
