@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rpg.models import ModelConfig, RecurrentConfig
-from rpg.section import Section, default_config, exists, migrate, read_mapping, validated, with_model_kind
+from rpg.section import (
+    Section,
+    default_config,
+    exists,
+    migrate,
+    read_mapping,
+    require_known,
+    validated,
+    with_model_kind,
+)
 from rpg.tasks.config import TaskConfig
 from tokenization.errors import InputError
 from tokenization.layout.layout import TokenOptions
@@ -183,6 +193,10 @@ class EvaluateConfig(Section):
     )
 
 
+def _known_options(values: Any) -> Any:
+    return require_known(values, [field.name for field in fields(TokenOptions)])
+
+
 class Config(Section):
     """An experiment."""
 
@@ -192,7 +206,7 @@ class Config(Section):
     task: TaskConfig | None = Field(
         None, description="what collects and scores checkpoints; null for a zoo of your own"
     )
-    tokens: TokenOptions = TokenOptions()
+    tokens: Annotated[TokenOptions, BeforeValidator(_known_options)] = TokenOptions()
     model: ModelConfig = RecurrentConfig()
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -1,4 +1,4 @@
-"""Devices: which are there, which one a command takes, alone or in several processes, and mixed precision on it.
+"""Devices: which are there, which one a command takes, alone or in several processes, threads and mixed precision.
 
 Commands note it in the environment variable that accelerate reads, so that training, tasks and the processes they start
 agree. A program that uses the package without a command has noted nothing: generators are then on the CPU.
@@ -11,6 +11,8 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -137,6 +139,24 @@ def task_device(name: str = "auto") -> torch.device:
         InputError: there is no such device.
     """
     return parse_device(name) if name != "auto" else chosen_device() or parse_device("auto")
+
+
+@contextmanager
+def use_threads(num: int) -> Iterator[None]:
+    """Run torch on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread: faster for small networks, and the bits do not depend on the number of cores."""
+    with use_threads(1):
+        yield
 
 
 MATRIX, REPEATS = 256, 3

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from tokenization.errors import InputError
 
@@ -38,10 +36,23 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_constants(cls, values: Any) -> Any:
+    def _known_keys(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {key: value for key, value in values.items() if cls.constants.get(key, _OTHER) != value}
+        values = {key: value for key, value in values.items() if cls.constants.get(key, _OTHER) != value}
+        return require_known(values, cls.model_fields)
+
+
+UNKNOWN = "unknown_key"
+"""Pydantic's type of the error that `require_known` raises."""
+
+
+def require_known(values: Any, known: Collection[str]) -> Any:
+    """The values; pydantic refuses them if they are a mapping with a key that is not known."""
+    for key in values if isinstance(values, dict) else ():
+        if isinstance(key, str) and key not in known:
+            raise PydanticCustomError(UNKNOWN, "unknown key", {"key": key, "known": list(known)})
+    return values
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
@@ -106,66 +117,30 @@ def validated(kind: type[SectionType], values: Any, where: str) -> SectionType:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise _explain(kind, error, where) from None
+        raise _explain(values, error, where) from None
 
 
-def _explain(model: Any, error: ValidationError, where: str) -> InputError:
+def _explain(values: Any, error: ValidationError, where: str) -> InputError:
     """The first fault as one line that names the field and the cure."""
     first = error.errors()[0]
-    path, siblings = _locate(model, first["loc"])
+    path, current = [], values
+    for part in first["loc"]:
+        if (isinstance(current, dict) and part in current) or isinstance(current, list | tuple):
+            path.append(str(part))
+            current = current[part]  # type: ignore[index]
+        elif first["type"] == "missing" and part == first["loc"][-1]:
+            path.append(str(part))  # any other part that is not in the values is the tag of a union
     field = ": ".join(filter(None, (where, ".".join(path))))
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
-        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(siblings))}."
-        return InputError(f"{field} is an unknown key; {cure}")
+    if first["type"] == UNKNOWN:
+        key, known = first["ctx"]["key"], first["ctx"]["known"]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}."
+        place = f"{field}{'.' if path else ': ' if where else ''}{key}"
+        return InputError(f"{place} is an unknown key; {cure}")
     if first["type"] == "missing":
         return InputError(f"{field} is missing; give it a value.")
     message = first["msg"].removeprefix("Value error, ")
     return InputError(f"{field} cannot be {first['input']!r}: {message[0].lower() + message[1:]}.")
-
-
-def _locate(model: Any, location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The dotted path of a pydantic location without union tags, and the keys known beside its last part."""
-    path: list[str] = []
-    siblings: list[str] = []
-    current = _members(model)
-    for part in location:
-        names = {name: kind for member in current for name, kind in _fields(member).items()}
-        if names and part not in names and part in {tag for member in current for tag in _tags(member)}:
-            current = [member for member in current if part in _tags(member)]
-            continue
-        path.append(str(part))
-        siblings = list(names) or siblings
-        current = _members(names[str(part)]) if part in names else []
-    return path, siblings
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The classes of a (nested, annotated) union."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _members(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
-    return [annotation]
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return {field.name: hints[field.name] for field in fields(kind)}
-    return {}
-
-
-def _tags(kind: Any) -> tuple[str, ...]:
-    """The literal ``kind`` or ``name`` values, by which a union tells its members apart."""
-    known = _fields(kind)
-    literals = [known[tag] for tag in ("kind", "name") if tag in known and get_origin(known[tag]) is Literal]
-    return tuple(str(value) for literal in literals for value in get_args(literal)) + (
-        (kind.__name__,) if isinstance(kind, type) else ()
-    )
 
 
 MODEL_KINDS = {"rpg": "recurrent", "pdiff": "pdiff"}

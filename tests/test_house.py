@@ -43,10 +43,7 @@ SLOW = {
 SLOW |= {"transformers"}
 LAZY = {
     "rpg/__init__.py",
-    *(
-        f"rpg/cli/{name}.py"
-        for name in ("__init__", "experiments", "merging", "reading", "scoring", "serving", "sharing")
-    ),
+    *(f"rpg/cli/{name}.py" for name in ("__init__", "experiments", "making", "sharing")),
 }
 """These load everything of our own when it is first asked for, so that ``rpg --help`` is quick."""
 

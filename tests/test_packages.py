@@ -36,7 +36,7 @@ SMALL = [
 
 SCRIPT = """
 import os, pathlib, rpg
-from rpg.cli.scoring import load
+from rpg.cli.making import load
 config = load(pathlib.Path("configs/large/vit_base.yaml"), None)  # the package's own
 print(os.getcwd(), rpg.__file__, config.task.network, rpg.Generator, rpg.Zoo)
 """

@@ -27,7 +27,7 @@ from rpg.labs.training_runs.task import TrainingRunsTask
 from rpg.models.conditioning import example_rows
 from rpg.seeding import make_rng
 from rpg.tasks.images.digits import DIGITS_SIZE, DigitsSubsetsTask, DigitsTask, standardise
-from rpg.tasks.images.images import logits_of
+from rpg.tasks.images.networks import logits_of
 from rpg.tasks.sensors.simulator import seen_by
 from rpg.tasks.sensors.task import SensorsTask
 from rpg.tasks.side_by_side import stack

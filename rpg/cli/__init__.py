@@ -1,4 +1,4 @@
-"""The command line: a table of commands, each a short function; here those that make something.
+"""The command line: a table of commands, each a short function; here those that judge networks.
 
 What a command needs is imported when it runs: torch and what builds on it load for seconds, ``rpg --help`` must not.
 """
@@ -8,21 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 import rpg
-from rpg.cli import experiments, merging, scoring, sharing
+from rpg.cli import experiments, making, sharing
 from rpg.cli import parameters as o
-from rpg.cli.scoring import guard, load, training_bar
-from rpg.console import INTERRUPTED, Voice, console, progress_bar, run_command, say, voice_of
+from rpg.console import Voice, console, progress_bar, run_command, voice_of
 from tokenization.checkpoint.progress import listen
 from tokenization.errors import InputError
-
-if TYPE_CHECKING:  # imports torch
-    from tokenization.zoo.condition import ConditionKind
 
 # Read when torch is first imported. Idle OpenMP threads that spin make everything several times slower as soon as
 # another program wants the same cores.
@@ -52,277 +48,79 @@ def options(version: Version = False, quiet: o.Quiet = False, as_json: o.AsJson 
     """Generate neural-network weights: learn from a zoo of trained checkpoints and write new ones that work."""
 
 
-@app.command()
-def collect(
-    config: o.CollectedConfig = None,
-    overrides: o.Overrides = None,
-    source: o.Source = None,
-    zoo: o.NewZoo = None,
-    table: o.Table = None,
-    pattern: o.Pattern = None,
-    find_runs: o.FindRuns = True,
-    condition: o.Kind = None,
-    key: o.Key = None,
-    strip: o.Strip = None,
-    skip_bad: o.SkipBad = False,
-    base: o.AdapterBase = None,
-    ignore_memory: o.IgnoreMemory = False,
-) -> dict[str, Any]:
-    """Make a zoo: train checkpoints for a task, or import your own (safetensors files stay where they are)."""
-    notices: list[str] = []
-    if source:
-        from tokenization.checkpoint.weights import Chosen
-        from tokenization.zoo.importing import collect_from
-
-        if zoo is None:
-            raise InputError("Name the zoo folder to make, for example --zoo runs/zoos/mine.")
-        kind = cast("ConditionKind | None", condition)
-        made = collect_from(
-            [*source, *(config or [])], zoo, table=table, pattern=pattern, condition=kind, find_runs=find_runs,
-            base=base, chosen=Chosen(key, strip or ""), skip_bad=skip_bad, say=notices.append,
-        )  # fmt: skip
-        say(*notices)
-    elif config:
-        from rpg.experiments.single import collect as collect_task
-        from rpg.planning.collection import collection_need
-
-        if len(config) > 1:
-            raise InputError(f"collect takes one CONFIG, and {config[1]} is a second; put --from before checkpoints")
-        settings = load(Path(config[0]), overrides)
-        guard(lambda: collection_need(settings), ignore_memory)
-        with progress_bar("collecting") as advance:
-            made = collect_task(settings, progress=advance)
-    else:
-        raise InputError("Nothing to collect: give a CONFIG with a task, or --from FOLDER.")
-    return {**_told(made), "notices": notices}
-
-
-def _told(zoo: Any) -> dict[str, Any]:
-    """Say what zoo was made."""
-    console.print(f"{len(zoo)} checkpoints of {zoo.num_runs} run(s) in {zoo.path}")
-    return {"zoo": str(zoo.path), "checkpoints": len(zoo), "runs": zoo.num_runs, "digest": zoo.digest()}
-
-
-@app.command()
-def align(zoo: o.ZooFolder, output: o.AlignedZoo) -> dict[str, Any]:
-    """Put the hidden units of all runs into one order (Git Re-Basin) without changing what a network computes."""
-    from rpg.evaluation.matching import align_zoo
-    from rpg.tasks.registry import task_of
-    from tokenization.zoo.zoo import Zoo
-
-    source = Zoo.open(zoo)
-    return _told(align_zoo(source, task_of(source), output))
-
-
-@app.command()
-def inspect(
-    path: o.Inspected, overrides: o.Overrides = None, verify: o.Verify = False, write_config: o.WriteConfig = None,
-    key: o.Key = None, strip: o.Strip = None,
+def evaluate(
+    run: o.Evaluated, num: o.NumScored = None, seed: o.Seed = 0, function: o.Function = None, lower: o.Lower = None,
+    higher: o.Higher = None, overrides: o.Overrides = None, output: o.ResultFolder = None,
+    path_condition: o.DenoisingPath = None, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
+    full: o.Full = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Show layers, tokens, padding, sizes and memory before training; propose a configuration for a zoo."""
-    from rpg.planning.inspect import facts_of
-    from rpg.planning.inspect import inspect as describe
-    from rpg.planning.proposal import write_config as write
-    from tokenization.checkpoint.weights import Chosen
+    """Compare generated networks with originals and simple baselines; for a zoo, only originals and baselines.
 
-    changes = overrides or []
-    written = write(path, write_config, changes) if write_config is not None else None
-    if written is not None:  # what is described is the zoo, which looks at tokens alone
-        changes = [change for change in changes if change.startswith("tokens.")]
-        form = written.tree["tokens"].get("lora_canonical")
-        changes += [f"tokens.lora_canonical={form}"] if form else []
-    console.print(*describe(path, changes, verify=verify, chosen=Chosen(key, strip or "")))
-    if written is not None:
-        say(f"{write_config}: {' '.join(written.reasons)}")
-        commands = written.commands.format(file=write_config)
-        say(f"next: {commands}")
-    config = {} if written is None else {"config": str(write_config), "run": written.tree["run"]}
-    return {**facts_of(path, changes), **config}
-
-
-@app.command()
-def plan(
-    config: o.ConfigFile, overrides: o.Overrides = None, memory: o.Memory = None, network: o.TimmName = None,
-    checkpoints: o.Checkpoints = None, condition_size: o.ConditionSize = None, processes: o.Processes = 1,
-) -> dict[str, Any]:  # fmt: skip
-    """Estimate parameters, FLOPs and peak memory of training and generation; trains nothing."""
-    from rpg.planning.collection import collection_table, plan_collection
-    from rpg.planning.inspect import plan_tables
-    from rpg.planning.plan import largest_network, make_plan, parse_memory
-    from rpg.planning.zoo_summary import find_zoo_summary
-
-    settings = load(config, overrides)
-    room = parse_memory(memory) if memory else None
-    zoo = find_zoo_summary(settings, network=network, num_checkpoints=checkpoints, condition_size=condition_size)
-    made = make_plan(settings, zoo, num_processes=processes)
-    largest = largest_network(settings, zoo, room) if room else None
-    layout = zoo.layout
-    console.print(f"{layout.num_values:,} values in {layout.num_tokens:,} tokens of {layout.token_size:,}")
-    collecting = plan_collection(settings) if network is None else None
-    for table in [*plan_tables(made, largest), *([collection_table(collecting)] if collecting else [])]:
-        console.print(table)
-    return {
-        "values": layout.num_values, "tokens": layout.num_tokens, "token_size": layout.token_size,
-        "parameters": made.parameters, "training_flops": made.training_flops,
-        "generation_flops": made.generation_flops.total, "training_bytes": made.training.total,
-        "generation_bytes": made.generation.total, "process_bytes": made.process,
-    }  # fmt: skip
-
-
-@app.command()
-def train(
-    config: o.ConfigFile, overrides: o.Overrides = None, resume: o.Resume = False, overwrite: o.Overwrite = False,
-    compare: o.Compare = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Train a generator on a zoo (also: accelerate launch -m rpg train CONFIG …)."""
-    from rpg.devices import device_of_run
-    from rpg.planning.plan import training_need
-
-    settings, comparison, place = load(config, overrides), None, device_of_run(device)
-    guard(lambda: training_need(settings), ignore_memory)
-    last = (0, 0)
-    with training_bar(f"training on {place}") as bar:
-
-        def advance(done: int, total: int, loss: float) -> None:
-            nonlocal last
-            last = (done, total)
-            bar["train"](done, total, loss)
-
-        how: Any = {"resume": resume, "overwrite": overwrite, "progress": advance, "watch": bar["watch"]}
-        how["say"] = console.print
-        if compare:  # imports all of evaluation, which training alone need not
-            from rpg.experiments.comparison import train_and_compare
-
-            folder, comparison = train_and_compare(settings, **how)
-        else:
-            from rpg.training.loop import train as run
-
-            folder = run(settings, **how)
-    console.print(f"generator in {folder}")
-    if comparison is not None:
-        say(comparison.line())
-    told = {"run": settings.run, "generator": str(folder), "steps": last[0], "of": last[1]}
-    compared = {} if comparison is None else {"comparison": comparison.model_dump(mode="json")}
-    return {**told, **compared, "exit_code": 0 if last[0] == last[1] else INTERRUPTED}
-
-
-@app.command()
-def generate(
-    run: o.RunFolder, num: o.Num = 1, seed: o.Seed = 0, output: o.OutputFolder = None, steps: o.Steps = None,
-    sampler: o.Sampler = None, condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, setting: o.Setting = None,
-    examples: o.Examples = None, start: o.Start = None,
-    guidance_scale: o.Guidance = None, state: o.State = None, temperature: o.Temperature = None,
-    sparsity: o.Sparsity = None, choose_by: o.ChooseBy = None, ensemble: o.Ensemble = False,
-    overwrite: o.OverwriteNetworks = False, device: o.Device = "auto", ignore_memory: o.IgnoreMemory = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Write new checkpoints: plain safetensors state dicts, or adapters as PEFT folders.
-
-    On several devices: accelerate launch -m rpg generate RUN -n NUM
+    With neither a task nor a function that scores, networks are compared by their weights alone.
+    On several devices: accelerate launch -m rpg evaluate RUN
     """
     from rpg.devices import join_processes
-    from rpg.experiments.single import copies_notice
-    from rpg.generation.conditions import choose_condition
-    from rpg.generation.examples import example_task, favoured, load_draws, read_examples, save_ensemble
-    from rpg.generation.folders import shipped_folder, which_generator
-    from rpg.generation.generator import Generator
-    from rpg.planning.plan import generation_need
+    from rpg.evaluation.engine import Workers
+    from rpg.evaluation.page.page import print_report
+    from rpg.experiments.driver import evaluate as judge
+    from rpg.experiments.driver import next_command
+    from rpg.planning.plan import evaluation_need, guard
 
     partition, place = join_processes(device)
-    guard(lambda: generation_need(run), ignore_memory)
-    if (own := which_generator(run)) is not None:
-        say(own)
-    generator = Generator.from_pretrained(run, place)
-    vector = choose_condition(generator, condition, classes, prompt, prompt_model, metric, examples, setting)
-    judge = None if choose_by is None else read_examples(choose_by, generator.condition, "--choose-by")
-    if generator.known is not None and (distance := generator.distance(vector)) is not None and not partition.rank:
-        style = "yellow" if distance.error is None else ""
-        console.print(str(distance), highlight=False, soft_wrap=True, style=style)
-    # There is no folder of what lies on the hub, or in the package.
-    output = output or (run if run.is_dir() and shipped_folder(run) is None else Path()) / "generated"
-    with progress_bar(f"generating on {place}") as advance:
-        paths = generator.generate(
-            num, seed=seed, steps=steps, sampler=sampler, guidance_scale=guidance_scale, state=state,
-            temperature=temperature, condition=vector, initial=start, sparsity=sparsity, output=output,
-            overwrite=overwrite, progress=advance, partition=partition,
+    if not (run / "zoo.json").is_file():
+        guard(lambda: evaluation_need(run), ignore_memory)
+    with progress_bar(f"scoring on {place}") as advance:
+        report = judge(
+            run, function, num=num, seed=seed, lower=lower or (), higher=higher or (), changes=overrides or (),
+            output=output, path_condition=path_condition, workers=Workers(partition, advance),
         )  # fmt: skip
-    console.print(f"{len(paths)} network(s) in {output}")
-    told: dict[str, Any] = {"folder": str(output), "networks": [str(path) for path in paths]}
-    if partition.rank:
-        return told
-    if (notice := copies_notice(generator, cast(list[Path], paths), state)) is not None:
-        say(notice)
-        told["notice"] = notice
-    if judge is None and not ensemble:
-        return told
-    draws = load_draws(cast(list[Path], paths))
-    if judge is not None:
-        order, scores = favoured(example_task(generator.config.task), draws, judge)
-        best, loss = paths[order[0]], -scores[order[0]].item()
-        say(f"best by {len(judge)} example(s): {best} (loss {loss:.3f})")
-        told |= {"best": str(best), "order": order, "log_likelihoods": scores.tolist()}
-    if ensemble:
-        told["ensemble"] = str(save_ensemble(draws, output))
-        say(f"all draws in one file: {told['ensemble']}")
-    return told
+    folder = output or run
+    print_report(report, console, folder=folder, full=full, then=next_command(run))
+    return report.told(run, folder)
 
 
-@app.command()
-def export(
-    source: o.Exported, to: o.Form, output: o.Written = None, base: o.Base = None, seed: o.Seed = 0,
-    condition: o.Condition = None, classes: o.Classes = None, prompt: o.Prompt = None,
-    prompt_model: o.PromptModel = None, metric: o.Metric = None, examples: o.Examples = None, start: o.Start = None,
+def score(
+    files: o.Scored, function: o.Function = None, overrides: o.Overrides = None, split: o.RowSplit = "test",
+    key: o.Key = None, strip: o.Strip = None, device: o.Device = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """Write weights in the format of timm, transformers, PEFT or Lightning, after checking that they fit."""
-    from rpg.generation.conditions import choose_condition
-    from rpg.generation.export import export as write
+    """Score single checkpoints with a task or with your own function."""
+    from rpg.devices import join_processes
+    from rpg.evaluation.engine import Workers
+    from rpg.evaluation.page.page import print_checkpoints
+    from rpg.experiments.score_files import score_checkpoints
+    from tokenization.checkpoint.weights import Chosen
 
-    asked = (condition, classes, prompt, prompt_model, metric, examples)
-    if any(asked) and Path(source).is_file():
-        raise InputError(f"{source} is a checkpoint, which takes no condition; leave it out")
-    with progress_bar("generating") as advance:
-        path = write(
-            source, to, output, base=base, seed=seed, initial=start, progress=advance,
-            condition=lambda generator: choose_condition(generator, *asked), say=console.print,
-        )  # fmt: skip
-    say(f"{to}: {path}")
-    return {"form": to, "path": str(path)}
+    partition, place = join_processes(device)
+    configs = [file for file in files if file.suffix in (".yaml", ".yml")]
+    checkpoints = [file for file in files if file not in configs]
+    if len(configs) > 1 or not checkpoints:
+        found = f"{len(configs)} configurations and {len(checkpoints)} checkpoints"
+        raise InputError(f"rpg score takes checkpoints and at most one CONFIG, but here are {found}")
+    config = making.load(configs[0], overrides) if configs else None
+    with progress_bar(f"scoring on {place}") as advance:
+        workers = Workers(partition, advance)
+        scores = score_checkpoints(checkpoints, function, config, split, workers, Chosen(key, strip or ""))
+    print_checkpoints(scores, console)
+    return {"checkpoints": scores}
 
 
-for command in (
-    merging.merge,
-    scoring.evaluate,
-    scoring.score,
-    experiments.sweep,
-    experiments.unseen,
-    experiments.lora,
-    experiments.fields,
-    experiments.metric,
-    experiments.render,
-    experiments.demo,
-    experiments.run,
-    sharing.push,
-    sharing.pull,
-    sharing.doctor,
-    sharing.app,
-):
-    app.command()(command)
-
-GROUPS = {
-    "Start": ("demo", "run", "app", "doctor"),
+COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "Start": (experiments.demo, experiments.run, sharing.app, sharing.doctor),
     "Your checkpoints": (
-        "collect", "inspect", "plan", "train", "generate", "evaluate", "score", "export", "merge", "align",
+        making.collect, making.inspect, making.plan, making.train, making.generate, evaluate, score, making.export,
+        making.merge, making.align,
     ),
-    "Experiments": ("unseen", "lora", "fields", "metric", "sweep", "render"),
-    "Share": ("push", "pull"),
+    "Experiments": (
+        experiments.unseen, experiments.lora, experiments.fields, experiments.metric, experiments.sweep,
+        experiments.render,
+    ),
+    "Share": (sharing.push, sharing.pull),
 }  # fmt: skip
-"""The commands in the order of ``rpg --help``, by panel."""
+"""All commands in the order of ``rpg --help``, by panel."""
 
-_PANELS = {name: panel for panel, names in GROUPS.items() for name in names}
-for registered in app.registered_commands:
-    registered.rich_help_panel = _PANELS[registered.callback.__name__]  # type: ignore[union-attr]
-app.registered_commands.sort(key=lambda each: [*_PANELS].index(each.callback.__name__))  # type: ignore[union-attr]
-
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 RESUMED = {
     "train": "continue with --resume",

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from rpg.cli import parameters as o
-from rpg.cli.scoring import guard, load, training_bar
+from rpg.cli.making import load, training_bar
 from rpg.console import console, progress_bar, say
 from tokenization.errors import InputError
 
@@ -113,7 +113,7 @@ def run(
 
 def _guard_memory(settings: Any, ignore: bool) -> None:
     from rpg.planning.collection import collection_need
-    from rpg.planning.plan import training_need
+    from rpg.planning.plan import guard, training_need
 
     for need in (collection_need, training_need):
         guard(functools.partial(need, settings), ignore)
@@ -147,7 +147,6 @@ def experiment(
     Raises:
         InputError: the configuration's task has another experiment than the command is for.
     """
-    from rpg.cli.scoring import told_of
     from rpg.devices import join_processes
     from rpg.evaluation.engine import Workers
     from rpg.evaluation.page.page import print_report
@@ -188,4 +187,4 @@ def experiment(
                 progress = {"collect": collecting, **training}
                 report = run_experiment(settings, chosen, progress=progress, seeds=seeds, workers=workers)
     print_report(report, console, folder=settings.run, full=full, then=chosen.next(settings, settings.run))
-    return told_of(report, settings.run, settings.run)
+    return report.told(settings.run, settings.run)

@@ -235,3 +235,30 @@ Private = Annotated[bool, flag("Make a new repository private.", "--private")]
 Branch = Annotated[str | None, option("Publish on this branch (made if need be) in place of the main one.")]
 Message = Annotated[str | None, option("What the commit says.")]
 Revision = Annotated[str | None, option("A branch, tag or commit (default: the main branch).")]
+
+# merge
+Merged = Annotated[list[Path], argument("Checkpoints of one network, of any kind, or PEFT adapters.", "FILE…")]
+Method = Annotated[
+    str, option("linear, slerp, ties, dare_linear, dare_ties or model_stock.", "--method", metavar="METHOD")
+]
+MergedOutput = Annotated[Path, option("The safetensors file to write; of adapters the folder.")]
+MergeBase = Annotated[
+    str | None,
+    option(
+        "What all began with: a file, for ties, dare_linear, dare_ties and model_stock; of adapters the base's name."
+    ),
+]
+MergeWeights = Annotated[
+    str | None, option("One number for each file, e.g. 0.7,0.3 (default: equal ones).", metavar="NUMBERS")
+]
+Normalize = Annotated[
+    bool | None,
+    option(
+        "Scale the weights to add up to 1 (default: linear and ties do, dare_linear and dare_ties do not).",
+        "--normalize/--no-normalize",
+    ),
+]
+Density = Annotated[
+    float | None, option("Share of the deviations that ties (default: 0.2) and dare (default: 0.5) keep.")
+]
+MergePlace = Annotated[float | None, option("Of slerp: 0 is the first, 1 the second network (default: 0.5).", "--t")]

@@ -7,7 +7,6 @@ from typing import Any
 
 import rpg
 from rpg.cli import parameters as o
-from rpg.cli.scoring import guard
 from rpg.console import console, say
 from tokenization.errors import InputError
 
@@ -91,7 +90,7 @@ def app(
     """Try a generator in the browser: choose a condition, generate, compare, download."""
     from rpg.devices import use_device
     from rpg.generation.folders import which_generator
-    from rpg.planning.plan import generation_need
+    from rpg.planning.plan import generation_need, guard
 
     try:
         from rpg.app.loaded import LoadedRun

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from rpg.config import EvaluateConfig
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges
 from rpg.evaluation.report import AT_DISTANCE
 from rpg.evaluation.span import ZooSpan
 from rpg.evaluation.two_sample import leading_directions
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import Merges
+from rpg.merging.methods import AFFORDABLE_MERGES
 from rpg.models.conditioning import are_new, regression_inputs
 from rpg.models.kernel_regression import KernelRidge, exact_distances
 from rpg.seeding import derive_seed, make_rng

@@ -22,6 +22,7 @@ from torch import Tensor
 from rpg.evaluation.field_measures import sample_metrics
 from rpg.evaluation.report import accuracy
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
+from rpg.tasks import load_callable
 from rpg.tasks.base import (
     AdapterScorer,
     Classifier,
@@ -32,8 +33,7 @@ from rpg.tasks.base import (
     Task,
     TaskFamily,
 )
-from rpg.tasks.images.images import answers
-from rpg.tasks.registry import load_callable
+from rpg.tasks.images.networks import answers
 from rpg.tasks.side_by_side import Stacked, alone
 from tokenization.checkpoint.checkpoint import StateDict, save_checkpoint
 from tokenization.errors import InputError
@@ -276,7 +276,7 @@ class StoredScorer:
 
 
 def load_scorer(reference: str, adapter: str | None = None) -> OwnScorer:
-    """The scorer of a function by its place. Raises InputError as `rpg.tasks.registry.load_callable` does."""
+    """The scorer of a function by its place. Raises InputError as `rpg.tasks.load_callable` does."""
     return OwnScorer(load_callable(reference, "--score"), reference, adapter)
 
 

@@ -19,11 +19,11 @@ from rpg.evaluation.combinations import Combination, Conditions, Maker, combine,
 from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
 from rpg.evaluation.judges import Answer, Scorer
 from rpg.evaluation.matching import Distances
-from rpg.evaluation.network_merges import Merges
 from rpg.evaluation.report import Networks, Report, bootstrap_interval, finite_values, networks
 from rpg.evaluation.span import Projections, ZooSpan, measure_span
 from rpg.evaluation.starts import START_NAMES
 from rpg.evaluation.two_sample import distances, max_similarity, max_similarity_among, two_sample
+from rpg.merging.adapters import Merges
 from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 
 DIVERSITY_VALUES = 1 << 25

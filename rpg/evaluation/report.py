@@ -188,6 +188,11 @@ class Report(Section):
             found.setdefault(family_of(name), name)
         return list(found.values())
 
+    def told(self, run: Any, folder: Any) -> dict[str, Any]:
+        """What a command that evaluates ``run`` into ``folder`` tells a machine."""
+        files = {"figures": f"{folder}/evaluation.json", "report": f"{folder}/report.html"}
+        return {"run": str(run), **files, "verdict": self.verdict, "networks": self.means()}
+
     def means(self) -> dict[str, dict[str, float | None]]:
         """The mean of every metric and the median distance, by kind."""
         return {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import single_threaded
 from rpg.evaluation.judges import TaskScorer
 from rpg.evaluation.report import Summary, shown, summarize
 from rpg.experiments.single import find_task, require_for_choices
@@ -25,7 +26,6 @@ from rpg.generation.generator import Generator
 from rpg.models import KernelRidgeConfig
 from rpg.section import Section
 from rpg.tasks.base import Classifier, TaskFamily
-from rpg.tasks.collecting import single_threaded
 from rpg.training.data import training_entries
 from rpg.training.loop import Stopped, TrainingProgress, WatchGenerator, train_to_the_end
 from rpg.training.run_folder import RunFolder

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rpg.devices import single_threaded
 from rpg.evaluation.page.page import Page, PageTable
 from rpg.evaluation.report import Curve, Networks, Report, label_of, shown
 from rpg.evaluation.two_sample import joint_score
@@ -30,7 +31,6 @@ from rpg.models.conditioning import SetEncoder
 from rpg.models.recurrent_diffusion import RecurrentDiffusion
 from rpg.seeding import derive_seed, make_rng
 from rpg.tasks import build_task
-from rpg.tasks.collecting import single_threaded
 from rpg.tasks.processes import num_cores, share
 from rpg.tasks.side_by_side import Stacked
 from rpg.training.data import ExampleConditions, training_entries, zoo_conditions

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from rpg.config import Config, overridden
+from rpg.devices import single_threaded
 from rpg.evaluation.combinations import Conditions, conditions_asked
 from rpg.evaluation.engine import Made, Workers
 from rpg.evaluation.field_measures import SCALE, draw_samples, save_image
@@ -40,7 +41,6 @@ from rpg.experiments.single import (
 from rpg.generation.generator import Generator
 from rpg.packages import DISTRIBUTION, installed
 from rpg.tasks.base import Classifier, SampleTask
-from rpg.tasks.collecting import single_threaded
 from rpg.training.data import training_entries
 from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.compressed.form import Compressed

@@ -14,10 +14,11 @@ from torch import Tensor
 from rpg.config import Config
 from rpg.console import bar_in_notebook
 from rpg.devices import join_processes
-from rpg.evaluation.network_merges import Merges, NetworkMerges, PeftMerges
 from rpg.evaluation.span import ZooSpan
 from rpg.generation.conditions import named_condition
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import Merges, PeftMerges
+from rpg.merging.methods import NetworkMerges
 from rpg.planning.collection import plan_collection
 from rpg.tasks import Task, build_task, task_of
 from rpg.tasks.base import ImageTaskFamily, TaskFamily

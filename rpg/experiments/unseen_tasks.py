@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import single_threaded
 from rpg.evaluation.conditional import Regression, choose_regressions, random_other, unseen_baselines
 from rpg.evaluation.engine import Engine, Kind, Made, Seen, Workers
 from rpg.evaluation.judges import Answer, TaskScorer
-from rpg.evaluation.network_merges import AFFORDABLE_MERGES, Merges, NetworkMerges
 from rpg.evaluation.page.page import write_report
 from rpg.evaluation.report import Report
 from rpg.evaluation.task_networks import LinearHead, LinearHeadTraining, Parts, TaskNetworks, in_parts, tune_linear_head
@@ -27,11 +27,12 @@ from rpg.evaluation.two_sample import measure_per_task, scores_of_sets
 from rpg.experiments.single import existing, merges_of, require_for_choices
 from rpg.experiments.tasks_page import tasks_page
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import Merges
+from rpg.merging.methods import AFFORDABLE_MERGES, NetworkMerges
 from rpg.seeding import derive_seed
 from rpg.tasks import build_task
 from rpg.tasks.base import ImageTaskFamily, TaskFamily
 from rpg.tasks.class_splits import hamming_to_nearest
-from rpg.tasks.collecting import single_threaded
 from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.checkpoint.progress import steps
 from tokenization.errors import InputError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rpg.generation.folders import WEIGHTS_NAME, write_side_files
 from rpg.generation.generator import Generator
 from rpg.packages import without_bars
-from rpg.tasks.registry import load_callable
+from rpg.tasks import load_callable
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.pickles import pickled_files
 from tokenization.checkpoint.safetensors import read_json, tensor_at

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import psutil
 import torch
 
 from rpg.config import Config
+from rpg.console import console
 from rpg.devices import chosen_device, mixed_precision
 from rpg.generation.folders import find_folder, load_config
 from rpg.models import part_of
@@ -193,6 +196,29 @@ def require_memory(need: Need) -> None:
                 f"{need.what} needs {_gib(needed)}{each}, {_gib(free)} {where} are free; {need.cure}, or try it "
                 f"nevertheless with {FLAG}"
             )
+
+
+def guard(find: Callable[[], Need | None], ignore: bool) -> None:
+    """Stop, before anything begins, where more memory is needed than is free.
+
+    Args:
+        find: what is needed.
+        ignore: whether the user said to begin all the same; then nothing is found out.
+    """
+    if ignore:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever is to be warned of, the command warns of
+            need = find()
+    except InputError:  # the command itself says it, or does without what is missing
+        return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"the memory needed could not be estimated ({reason}); starting without the check", markup=False)
+        return
+    if need is not None:
+        require_memory(need)
 
 
 def training_need(config: Config) -> Need | None:

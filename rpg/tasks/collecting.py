@@ -1,4 +1,4 @@
-"""Collecting zoos, for all tasks: threads, incomplete zoos, schedules, resumable training, and zoos of many tasks.
+"""Collecting zoos, for all tasks: incomplete zoos, schedules, resumable training, and zoos of many tasks.
 
 Many tasks are cut into parts that are trained side by side. Each part is a function of the configuration alone and is
 published as one file, so that any process can train any part and a killed collection goes on where it stood. The main
@@ -7,24 +7,25 @@ process lists their networks in the zoo in the order of the tasks, as soon as a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rpg.devices import PATIENCE
+from rpg.devices import PATIENCE, single_threaded
 from rpg.section import Section, migrate_task
 from rpg.seeding import derive_seed
+from rpg.tasks.base import TaskFamily
 from rpg.tasks.processes import num_cores, share
-from rpg.tasks.side_by_side import Stacked
+from rpg.tasks.side_by_side import SideBySide, Stacked
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from tokenization.checkpoint.tensor_file import find_ties
 from tokenization.errors import InputError
@@ -41,24 +42,6 @@ Tick = Callable[[int], None]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Floating-point dtypes by the names that configurations use."""
-
-
-@contextmanager
-def use_threads(num: int) -> Iterator[None]:
-    """Run torch on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Run torch on one thread: faster for small networks, and the bits do not depend on the number of cores."""
-    with use_threads(1):
-        yield
 
 
 def open_zoo(
@@ -224,155 +207,167 @@ WRITERS = 8
 """Files written at a time: most of the time of a small file is waiting for the disk."""
 
 
-class Trainable(Protocol):
-    """A family of tasks that trains parts; where the CPU computes it is sent to other processes, so it must pickle."""
+class ManyTasks(TaskFamily):
+    """A family of tasks whose networks are trained side by side, in parts of `group` tasks, into one zoo.
+
+    Where the CPU computes, parts are trained in several processes, to which the family is sent: it must pickle.
+
+    Attributes:
+        config: of the family.
+        unrecorded: its fields that change no checkpoint, so that a zoo may be completed under others.
+        device: where parts are trained; what is no CPU trains one at a time.
+    """
 
     config: Any
+    unrecorded: tuple[str, ...] = ()
+    device = torch.device("cpu")
+
+    def conditions(self) -> Tensor:
+        """The condition of every network, ``[T, C]``: network i becomes run i of the zoo."""
+        raise NotImplementedError
+
+    def train_base(self) -> Mapping[str, Tensor]:
+        """The network that all of the family's begin with."""
+        raise NotImplementedError
+
+    def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], Mapping[str, Tensor]]:
+        """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
+        raise NotImplementedError
+
+    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
+        """Metrics by name ``[T]`` of T networks at their tasks ``[T, C]``: the accuracy alone."""
+        return {"accuracy": self.accuracies(weights, bits, split)}
 
     @property
-    def condition(self) -> ConditionSpec:
-        """What the conditions of the zoo's entries mean."""
+    def group(self) -> int:
+        """Tasks of a part."""
+        return self.config.group
 
-    def splits(self) -> list[str]:
-        """The split of every task."""
+    @cached_property
+    def side(self) -> SideBySide:
+        """The target network as a function of many state dicts."""
+        return SideBySide(self.build().to(self.device))
 
-    def train_part(self, tasks: list[int], folder: Path, /) -> tuple[list[Stacked], Mapping[str, Tensor]]:
-        """Train tasks; their checkpoints in the order of steps, and each one's scores by name, ``[K, T]`` each."""
+    def require_data(self) -> None:
+        """Raise InputError where data are missing."""
 
+    def prepare(self, folder: Path) -> None:
+        """Make what all tasks share in the zoo's folder, unless it is there."""
+        if not (folder / BASE).exists():
+            save_checkpoint(folder / BASE, self.train_base())
 
-Write = Callable[[Path, int, int, Mapping[str, Tensor]], str]
-"""Writes a checkpoint into the zoo folder, given task and number of the checkpoint; its place in the zoo."""
+    def base_network(self, zoo: Zoo) -> dict[str, Tensor]:
+        """The network that all of a zoo's began with. Raises InputError if it has none."""
+        file = zoo.path / BASE
+        if not file.is_file():
+            raise InputError(f"{file} is missing, the base network of the zoo; collect the zoo again")
+        return load_file(file)
 
+    def write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+        """Write a task's checkpoint of this number into the zoo's folder; its place in it."""
+        name = f"checkpoints/{task:06d}-{number:02d}.safetensors"
+        save_checkpoint(folder / name, state_dict)
+        return name
 
-def write_file(folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
-    """A checkpoint as one safetensors file."""
-    name = f"checkpoints/{task:06d}-{number:02d}.safetensors"
-    save_checkpoint(folder / name, state_dict)
-    return name
+    def collect(
+        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
+        processes: int | None = None,
+    ) -> Zoo:  # fmt: skip
+        """Train the networks that the zoo at ``path`` lacks, and list them.
 
+        Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by
+        one.
 
-def collect_many(
-    task: Trainable, path: Path | str, bits: Tensor, prepare: Callable[[Path], object], group: int, *,
-    ignore: Collection[str] = (), processes: int | None = None, progress: Progress | None = None,
-    limit: int | None = None, write: Write = write_file,
-) -> Zoo:  # fmt: skip
-    """Train the networks of a family that the zoo at ``path`` lacks, and list them.
+        Args:
+            limit: train at least this many tasks only.
+            processes: parts trained at a time on a CPU; as many as there are cores when None.
+        """
+        from accelerate import PartialState
 
-    Under ``accelerate launch`` the parts are shared among the launched processes, and each trains its own one by one.
+        place, splits = PartialState(timeout=PATIENCE), self.splits()  # what is wrong with them is said first
+        with place.main_process_first():
+            self.require_data()
+            zoo = open_zoo(path, self.config, self.condition, ignore=self.unrecorded)
+            if place.is_main_process:
+                with single_threaded():
+                    self.prepare(zoo.path)
+        conditions, folder = self.conditions().tolist(), zoo.path / "parts"
+        num, listed = len(conditions), {entry.run for entry in zoo.entries}
+        if len(listed) == num:
+            if place.is_main_process:
+                remove_folder(folder)  # of a collection that was killed at its very end
+            return zoo
+        total = min(limit or num, num)
+        parts = {
+            folder / f"part-{number:05d}.safetensors": list(range(first, min(first + self.group, num)))
+            for number, first in enumerate(range(0, total, self.group))
+        }
+        folder.mkdir(exist_ok=True)
+        missing = [file for file, tasks in parts.items() if not file.exists() and not listed.issuperset(tasks)]
+        mine = missing[place.process_index :: place.num_processes]
+        done = sum(len(tasks) for file, tasks in parts.items() if file not in missing)
 
-    Args:
-        bits: the tasks ``[T, C]``: task i becomes run i. The splits of ``task`` repeat as often as it takes.
-        prepare: makes what all tasks share, given the folder, unless it is there; only in the first process.
-        group: tasks of a part.
-        ignore: as of `open_zoo`.
-        processes: parts trained at a time; as many as there are cores when None. A GPU takes one.
-        limit: train at least this many tasks only.
-        write: puts a checkpoint into the zoo.
-    """
-    from accelerate import PartialState
+        def report(index: int) -> None:
+            nonlocal done
+            done += len(parts[mine[index]])
+            if place.is_main_process:
+                self._list_parts(zoo, parts, conditions, splits)
+            if progress is not None:
+                progress(done, num)
 
-    place, splits = PartialState(timeout=PATIENCE), task.splits()  # what is wrong with them is said before any folder
-    with place.main_process_first():
-        zoo = open_zoo(path, task.config, task.condition, ignore=ignore)
+        own = getattr(self.config, "processes", None)
+        if self.device.type != "cpu":
+            processes = own or 1
+        processes = processes or own or (1 if place.num_processes > 1 else num_cores())
+        share([partial(self._train_part, parts[file], file) for file in mine], processes, report)
+        place.wait_for_everyone()
         if place.is_main_process:
-            with single_threaded():
-                prepare(zoo.path)
-    folder, listed = zoo.path / "parts", {entry.run for entry in zoo.entries}
-    if len(listed) == len(bits):
-        if place.is_main_process:
-            remove_folder(folder)  # of a collection that was killed at its very end
-        return zoo
-    total = min(limit or len(bits), len(bits))
-    parts = [list(range(first, min(first + group, len(bits)))) for first in range(0, total, group)]
-    folder.mkdir(exist_ok=True)
-    missing = [n for n, tasks in enumerate(parts) if not _file(folder, n).exists() and not listed.issuperset(tasks)]
-    mine = missing[place.process_index :: place.num_processes]
-    done = sum(len(tasks) for number, tasks in enumerate(parts) if number not in missing)
+            self._list_parts(zoo, parts, conditions, splits)
+            if total == num:
+                remove_folder(folder)
+        place.wait_for_everyone()
+        return zoo if place.is_main_process else Zoo.open(path)
 
-    def report(number: int) -> None:
-        nonlocal done
-        done += len(parts[number])
-        if place.is_main_process:
-            _list_parts(zoo, parts, folder, bits, splits, write)
-        if progress is not None:
-            progress(done, len(bits))
+    @single_threaded()
+    def _train_part(self, tasks: list[int], file: Path) -> None:
+        if file.exists():  # by another process meanwhile
+            return
+        checkpoints, metrics = self.train_part(tasks, file.parent.parent)
+        tensors = {
+            f"{step}/{name}": value.contiguous()
+            for step, each in enumerate(checkpoints)
+            for name, value in each.items()
+        }
+        scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
+        with atomic_file(file) as temporary:
+            save_file({**tensors, **scores}, temporary)
 
-    if processes is None:
-        processes = 1 if place.num_processes > 1 else num_cores()
-    share(
-        [partial(_train_part, task, parts[number], number, folder) for number in mine], processes,
-        lambda index: report(mine[index]),
-    )  # fmt: skip
-    place.wait_for_everyone()
-    if place.is_main_process:
-        _list_parts(zoo, parts, folder, bits, splits, write)
-        if total == len(bits):
-            remove_folder(folder)
-    place.wait_for_everyone()
-    return zoo if place.is_main_process else Zoo.open(path)
-
-
-def save_base(folder: Path, train: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Train the network that all of a family's begin with, unless it is in the zoo's folder."""
-    if not (folder / BASE).exists():
-        save_checkpoint(folder / BASE, train())
-
-
-@single_threaded()
-def _train_part(trainable: Trainable, tasks: list[int], number: int, folder: Path) -> None:
-    if _file(folder, number).exists():  # by another process meanwhile
-        return
-    checkpoints, metrics = trainable.train_part(tasks, folder.parent)
-    tensors = {
-        f"{step}/{name}": value.contiguous() for step, each in enumerate(checkpoints) for name, value in each.items()
-    }
-    scores = {f"{_METRIC}{name}": value.double().contiguous() for name, value in metrics.items()}
-    with atomic_file(_file(folder, number)) as temporary:
-        save_file({**tensors, **scores}, temporary)
-
-
-def _list_parts(
-    zoo: Zoo, parts: list[list[int]], folder: Path, bits: Tensor, splits: Sequence[str], write: Write
-) -> None:
-    """List the finished parts up to the first unfinished one; their files are then deleted."""
-    listed = {entry.run for entry in zoo.entries}
-    for number, tasks in enumerate(parts):
-        wanted = [task for task in tasks if task not in listed]
-        if wanted:
-            if not _file(folder, number).exists():
-                return
-            _list_part(zoo, _file(folder, number), wanted, tasks, bits, splits, write)
-        _file(folder, number).unlink(missing_ok=True)
-
-
-def _list_part(
-    zoo: Zoo, file: Path, wanted: list[int], tasks: list[int], bits: Tensor, splits: Sequence[str], write: Write
-) -> None:
-    """Append the networks of a part to the zoo; the manifest grows by all of them or none."""
-    tensors = load_file(file)
-    metrics = {key.removeprefix(_METRIC): tensors.pop(key) for key in list(tensors) if key.startswith(_METRIC)}
-    (zoo.path / "checkpoints").mkdir(exist_ok=True)
-    num_checkpoints = len(next(iter(metrics.values())))
-    entries = []
-    for task in wanted:
-        row = tasks.index(task)
-        for number in range(num_checkpoints):
-            prefix = f"{number}/"
-            state_dict = {
-                key.removeprefix(prefix): value[row] for key, value in tensors.items() if key.startswith(prefix)
-            }
-            name = write(zoo.path, task, number, state_dict)
-            entry = ZooEntry(
-                file=name, run=task, step=number + 1, condition=tuple(map(float, bits[task].tolist())),
-                metrics={key: float(value[number, row]) for key, value in metrics.items()},
-                split=splits[task % len(splits)],
-            )  # fmt: skip
-            entries.append(with_digest(entry, Checkpoint.open(zoo.path / name)))
-    zoo.extend(entries)
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.safetensors"
+    def _list_parts(
+        self, zoo: Zoo, parts: Mapping[Path, list[int]], conditions: list[list[float]], splits: list[str]
+    ) -> None:
+        """List the finished parts up to the first unfinished one, each whole or not at all, and delete their files."""
+        listed = {entry.run for entry in zoo.entries}
+        (zoo.path / "checkpoints").mkdir(exist_ok=True)
+        for file, tasks in parts.items():
+            if not listed.issuperset(tasks):
+                if not file.exists():
+                    return
+                tensors = load_file(file)
+                metrics = {k.removeprefix(_METRIC): tensors.pop(k) for k in list(tensors) if k.startswith(_METRIC)}
+                entries = []
+                for task in (each for each in tasks if each not in listed):
+                    row = tasks.index(task)
+                    for number in range(len(next(iter(metrics.values())))):
+                        start = f"{number}/"
+                        own = {k.removeprefix(start): v[row] for k, v in tensors.items() if k.startswith(start)}
+                        entry = ZooEntry(
+                            file=self.write(zoo.path, task, number, own), run=task, step=number + 1,
+                            condition=tuple(map(float, conditions[task])), split=splits[task % len(splits)],
+                            metrics={key: float(value[number, row]) for key, value in metrics.items()},
+                        )  # fmt: skip
+                        entries.append(with_digest(entry, Checkpoint.open(zoo.path / entry.file)))
+                zoo.extend(entries)
+            file.unlink(missing_ok=True)
 
 
 def append_many(zoo: Zoo, networks: Iterable[tuple[ZooEntry, Mapping[str, Tensor]]]) -> None:

@@ -16,20 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg.devices import task_device
+from rpg.devices import task_device, use_threads
 from rpg.seeding import derive_seed
-from rpg.tasks.collecting import (
-    Progress,
-    SavedTraining,
-    Tick,
-    chosen_parameters,
-    cosine_decay,
-    open_zoo,
-    train_step,
-    use_threads,
-)
+from rpg.tasks.collecting import Progress, SavedTraining, Tick, chosen_parameters, cosine_decay, open_zoo, train_step
 from rpg.tasks.images.image_cache import batches_to_score, batches_to_train
-from rpg.tasks.images.images import check_structure
+from rpg.tasks.images.networks import check_structure
 from tokenization.checkpoint.checkpoint import StateDict, read_state_dict, save_checkpoint
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

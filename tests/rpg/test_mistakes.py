@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpg import cli
+from rpg.cli import making
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
 from tests.golden_record import plain_text, recorded
@@ -244,7 +244,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write("ORPHAN", "orphan.yaml", "extends: none.yaml\n")
     write("STRANGE", "strange.yaml", "extends: [1]\n")
     write("NUMBERED", "numbered.yaml", "1: 2\n")
-    write("TWICE", "twice.yaml", "run: r\nconfig: config.yaml\nentries: [{name: one}, {name: one}]\n")
+    write("TWICE", "twice.yaml", "run: r\nconfig: run/config.yaml\nentries: [{name: one}, {name: one}]\n")
     write("FAKE", "fake.safetensors", "no tensors")
     write("FAKEPICKLE", "fake.pth", "no tensors")
     for name in ("EMPTY", "BROKENBASE", "MINE"):
@@ -312,7 +312,7 @@ def test_what_the_disk_refuses_is_one_line(rpg: Run, monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "runs/zoos/mine")
 
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr(making, "load", fail)
     refused(rpg("train", "config.yaml"), "runs/zoos/mine: permission denied")
 
 
@@ -320,7 +320,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(rpg: Run, monkeypatch: pytes
     def fault(*_: object) -> None:
         raise AttributeError("a fault of the program")
 
-    monkeypatch.setattr(cli, "load", fault)
+    monkeypatch.setattr(making, "load", fault)
     with pytest.raises(AttributeError, match="a fault"):
         rpg("train", "config.yaml")
 

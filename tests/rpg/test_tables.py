@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from rpg.config import TAUS
 from rpg.console import FiguresTable
-from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.page.page import print_checkpoints, print_report
 from rpg.evaluation.report import Report, networks
 from rpg.experiments.sweep import _COLUMNS, print_sweep
+from rpg.merging.methods import MERGES
 from rpg.planning.inspect import inspect
 
 KINDS = ("generated", "run_sharpened_gaussian_at_distance", "average_of_16", *MERGES)

@@ -16,7 +16,7 @@ from rpg.labs.fields.shapes import CLASSES, Shape, mesh_distances, random_shape
 from rpg.labs.fields.siren import grid_points
 from rpg.seeding import make_rng, permutation
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.images.images import IMAGES, class_files, read_images
+from rpg.tasks.images.image_cache import IMAGES, class_files, read_images
 from tokenization.errors import InputError
 
 TRUNCATION = 0.3

@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rpg.config import Config
+from rpg.devices import single_threaded
 from rpg.evaluation.field_measures import DISTANCES, class_judge, letter_features, measure_samples, shown_by
 from rpg.evaluation.page.page import Page
 from rpg.evaluation.report import Report, networks
@@ -25,7 +26,7 @@ from rpg.labs.fields.task import FieldsTask
 from rpg.models.states import Neighbourhoods, deviation
 from rpg.seeding import make_rng
 from rpg.tasks import require_task
-from rpg.tasks.collecting import append_many, single_threaded
+from rpg.tasks.collecting import append_many
 from rpg.tasks.processes import spawned
 from rpg.tasks.side_by_side import Stacked, stack
 from rpg.training.loop import train_to_the_end

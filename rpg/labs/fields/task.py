@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rpg.devices import single_threaded
 from rpg.labs.fields.config import FieldsConfig
 from rpg.labs.fields.data import FieldData, alter, load_data
 from rpg.labs.fields.siren import Siren, evaluate, fit, grid_points
-from rpg.tasks.collecting import append_many, open_zoo, single_threaded
+from rpg.tasks.collecting import append_many, open_zoo
 from rpg.tasks.side_by_side import Stacked, stack, unstack
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.manifest import ZooEntry

@@ -16,14 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rpg.devices import single_threaded
 from rpg.evaluation.span import FlatSpace
 from rpg.labs.tickets.config import TicketsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import BASE, Progress, collect_many, save_base, single_threaded
+from rpg.tasks.collecting import BASE, ManyTasks
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.training import finetune_many
 from rpg.tasks.side_by_side import SideBySide, Stacked, join_stacked, repeat, stack
 from tokenization.compressed.parts import cut_mask
+from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
 
 
@@ -52,7 +54,7 @@ def cut_globally(scores: Tensor, sparsity: float) -> Tensor:
     return torch.stack([cut_mask(row, sparsity) for row in scores]).float()
 
 
-class TicketsTask:
+class TicketsTask(ManyTasks):
     """Collects tickets and scores masks by the accuracy after training under them.
 
     Scores of weights, and so checkpoints, are in -1 … 1: the later a weight was pruned, the higher.
@@ -61,8 +63,24 @@ class TicketsTask:
     def __init__(self, config: TicketsConfig) -> None:
         self.config = config
         self.family = DigitsSubsetsTask(config.family)
-        self.group = config.family.group
-        self.condition, self.splits = self.family.condition, self.family.splits
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """The groupings."""
+        return self.family.condition
+
+    def conditions(self) -> Tensor:
+        """Every grouping, ``[T, C]``."""
+        return self.family.bits()
+
+    def splits(self) -> list[str]:
+        """The split of every grouping."""
+        return self.family.splits()
+
+    @property
+    def group(self) -> int:
+        """Groupings of a part."""
+        return self.config.family.group
 
     def build(self) -> nn.Module:
         """The target network without what is never pruned: its biases and scales."""
@@ -87,15 +105,12 @@ class TicketsTask:
             name: base[name] if base[name].shape == like.shape else like for name, like in network.state_dict().items()
         }
 
-    def collect(self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None) -> Zoo:
-        """Find every task's ticket; a zoo that is partly there is completed, and keeps the rewound start."""
-        return collect_many(
-            self, path, self.family.bits(), lambda folder: save_base(folder, lambda: self.start), self.group,
-            progress=progress, limit=limit,
-        )  # fmt: skip
+    def train_base(self) -> dict[str, Tensor]:
+        """The rewound start."""
+        return self.start
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Find the tickets of one part from the start in ``folder``; see :class:`rpg.tasks.collecting.Trainable`."""
+        """Find the tickets of one part from the start in ``folder``."""
         self.start = load_file(folder / BASE)
         bits = self.family.bits()[runs]
         tickets = self.find(bits)
@@ -142,10 +157,6 @@ class TicketsTask:
         share = self.config.sparsity if sparsity is None else sparsity
         masks = self.space.unflatten(cut_globally(self.space.flatten(weights), share))
         return self.family.accuracies(self.train(masks, bits), bits, split)
-
-    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
-        """Figures by name, ``[T]``: the accuracy alone."""
-        return {"accuracy": self.accuracies(weights, bits, split)}
 
     @single_threaded()
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.devices import single_threaded
 from rpg.labs.training_runs.config import TrainingRunsConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import append_many, descend, open_zoo, single_threaded
+from rpg.tasks.collecting import append_many, descend, open_zoo
 from rpg.tasks.images.digits import load_splits
-from rpg.tasks.images.images import predict_images
+from rpg.tasks.images.networks import predict_images
 from rpg.tasks.side_by_side import Stacked, join_stacked, unstack
 from tokenization.checkpoint.checkpoint import StateDict
 from tokenization.zoo.manifest import ZooEntry

@@ -22,10 +22,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from rpg.devices import use_threads
 from rpg.labs.vision.config import DetectionConfig
 from rpg.labs.vision.detection_data import DetectionSet, Instances, Sample, open_split
 from rpg.packages import install_command
-from rpg.tasks.collecting import use_threads
 from rpg.tasks.stepwise import DatasetTask
 from tokenization.errors import InputError
 

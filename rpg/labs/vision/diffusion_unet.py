@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rpg.devices import use_threads
 from rpg.labs.vision.config import DiffusionUnetConfig
 from rpg.seeding import make_rng
-from rpg.tasks.collecting import use_threads
 from rpg.tasks.images.config import DIGITS_SIZE
 from rpg.tasks.images.digits import load_splits
 from rpg.tasks.stepwise import FinetunedTask

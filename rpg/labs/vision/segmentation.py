@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from rpg.devices import use_threads
 from rpg.labs.vision.config import SegmentationConfig
 from rpg.labs.vision.detection_data import make_canvases
 from rpg.packages import install_command
 from rpg.seeding import permutation
-from rpg.tasks.collecting import use_threads
 from rpg.tasks.stepwise import DatasetTask
 from tokenization.errors import InputError
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from rpg.devices import task_device
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.collecting import descend
 from rpg.tasks.images.config import Cifar10SubsetsConfig
-from rpg.tasks.images.images import ImageSplits
+from rpg.tasks.images.networks import ImageSplits, timm_network
 from rpg.tasks.images.subsets import SubsetTask
 from tokenization.errors import InputError
 
@@ -72,17 +71,9 @@ class Cifar10SubsetsTask(SubsetTask):
         return self._timm(num_outputs, pretrained=False)
 
     def _timm(self, num_outputs: int, *, pretrained: bool) -> nn.Module:
-        import timm
-
-        size: dict[str, Any] = {"img_size": self.config.image_size} if "vit" in self.config.network else {}
-        try:
-            return timm.create_model(self.config.network, pretrained=pretrained, num_classes=num_outputs, **size)
-        except Exception as error:  # timm and the hub raise many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"timm cannot make task.network {self.config.network} ({reason}); "
-                "name a network of timm, or set task.pretrained=false, which needs no weights"
-            ) from None
+        size = {"img_size": self.config.image_size} if "vit" in self.config.network else {}
+        cure = "name a network of timm, or set task.pretrained=false, which needs no weights"
+        return timm_network(self.config.network, cure, pretrained=pretrained, num_classes=num_outputs, **size)
 
     def enlarge(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, 32, 32]`` → standardised float32 ``[B, 3, image_size, image_size]`` on the device."""

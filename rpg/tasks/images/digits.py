@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rpg.devices import in_bf16
+from rpg.devices import in_bf16, use_threads
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import DTYPES, convert_floats, one_cycle, use_threads
+from rpg.tasks.collecting import DTYPES, convert_floats, one_cycle
 from rpg.tasks.images.config import DIGITS_SIZE, DigitsConfig, DigitsSubsetsConfig
-from rpg.tasks.images.images import ImageSplits, augment, logits_of, predict_images
-from rpg.tasks.images.networks import build_network
+from rpg.tasks.images.networks import ImageSplits, augment, build_network, logits_of, predict_images
 from rpg.tasks.images.subsets import SubsetTask
 from rpg.tasks.images.training import Compression, train_run
 from rpg.tasks.stepwise import Kept, StepwiseTask, Tick

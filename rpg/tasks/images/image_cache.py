@@ -1,6 +1,6 @@
-"""Images from the disk: batches in an order that resumes anywhere, and splits decoded once into a file of bytes.
+"""Images from the disk: files by class, batches in an order that resumes anywhere, and splits decoded once into a file.
 
-All networks read that cache through a memory map. It belongs to the very files it was made of (names, sizes, times of
+All networks read that file through a memory map. It belongs to the very files it was made of (names, sizes, times of
 change) and to how they are prepared; if either changes, another one is made. It appears under its name when it is
 whole, and may be deleted at any time."""
 
@@ -18,47 +18,66 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from rpg.console import progress_bar
 from rpg.seeding import derive_seed, make_rng
 from tokenization.errors import InputError
 from tokenization.files import atomic_file, remove_abandoned
 
-
-class Loading(Protocol):
-    """What of a configuration decides batches."""
-
-    @property
-    def seed(self) -> int:
-        """Decides order and alterations."""
-
-    @property
-    def batch_size(self) -> int:
-        """Images of a batch."""
-
-    @property
-    def workers(self) -> int:
-        """Processes that read."""
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def batches_to_score(dataset: Any, config: Loading) -> Iterator[list[Any]]:
-    """All samples in their order. Raises InputError where one cannot be read."""
+def class_files(root: Path, kind: str, suffixes: set[str]) -> tuple[list[Path], list[int], list[str]]:
+    """The files of a folder that has a folder for every class, the class of each file, and the classes' names.
+
+    Raises InputError if it holds none; ``kind`` names the ``suffixes`` in the message.
+    """
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    files = [
+        (f, i) for i, c in enumerate(classes) for f in sorted((root / c).iterdir()) if f.suffix.lower() in suffixes
+    ]
+    if not files:
+        raise InputError(
+            f"{root} holds no {kind} files; task.data names a folder with a folder of such files for every class "
+            f"({', '.join(sorted(suffixes))})"
+        )
+    return [file for file, _ in files], [label for _, label in files], classes
+
+
+def read_images(paths: list[Path], image_size: int) -> Tensor:
+    """Image files in 0 … 1, ``[n, C, image_size, image_size]``: of one channel if all are grey, else of three."""
+    size = (image_size, image_size)
+    opened = [Image.open(file) for file in paths]
+    grey = all(each.mode in ("1", "L", "I;16", "LA") for each in opened)
+    images = []
+    for each in opened:
+        pixels = np.array(each.convert("L" if grey else "RGB").resize(size, Image.Resampling.BICUBIC))
+        images.append(torch.from_numpy(pixels).view(*size, -1).permute(2, 0, 1).float() / 255)
+    return torch.stack(images)
+
+
+def batches_to_score(dataset: Any, config: Any) -> Iterator[list[Any]]:
+    """All samples in their order, as many at a time and by as many workers as a task's configuration says.
+
+    Raises InputError where one cannot be read.
+    """
     yield from _checked(dataset, dataset.__getitem__, SequentialSampler(dataset), config)
 
 
-def steps_an_epoch(dataset: Any, config: Loading) -> int:
+def steps_an_epoch(dataset: Any, config: Any) -> int:
     """Full batches of a data set; a smaller data set is one batch."""
     return max(1, len(dataset) // config.batch_size)
 
 
-def batches_to_train(dataset: Any, config: Loading, done: int = 0) -> Iterator[list[Any]]:
+def batches_to_train(dataset: Any, config: Any, done: int = 0) -> Iterator[list[Any]]:
     """Full batches, without end, but for the first ``done`` ones; their samples are not read.
 
     A batch of one image would be too few for a batch norm of global features. Raises InputError for what is unreadable.
@@ -72,12 +91,10 @@ def batches_to_train(dataset: Any, config: Loading, done: int = 0) -> Iterator[l
         skip = 0
 
 
-def _checked(
-    dataset: Any, read: Callable[[int], Any], order: Any, config: Loading, skip: int = 0
-) -> Iterator[list[Any]]:
+def _checked(dataset: Any, read: Callable[[int], Any], order: Any, config: Any, skip: int = 0) -> Iterator[list[Any]]:
     # without a generator of its own each loader would take a number of torch's global state
-    batches, rng = LaterBatches(order, config.batch_size, skip), make_rng(config.seed, "workers")
-    return _loaded(CheckedSamples(dataset, read), config.workers, batch_sampler=batches, generator=rng)
+    batches, rng = BatchSampler(order, config.batch_size, drop_last=False), make_rng(config.seed, "workers")
+    return _loaded(CheckedSamples(dataset, read), config.workers, batch_sampler=list(batches)[skip:], generator=rng)
 
 
 def _loaded(samples: Dataset[Any], workers: int, **options: Any) -> Iterator[list[Any]]:
@@ -87,17 +104,6 @@ def _loaded(samples: Dataset[Any], workers: int, **options: Any) -> Iterator[lis
             if isinstance(sample, str):
                 raise InputError(sample)
         yield batch
-
-
-class LaterBatches(BatchSampler):
-    """The batches of an order but for the first ``skip``."""
-
-    def __init__(self, order: Sampler[int], size: int, skip: int) -> None:
-        super().__init__(order, size, drop_last=False)
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 def _addressed(dataset: Any, seed: int, epoch: int, index: int) -> Any:

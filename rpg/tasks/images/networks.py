@@ -1,24 +1,28 @@
-"""Small image classifiers that serve as target networks, and many `SmallCNN` side by side.
+"""Small image classifiers that serve as target networks, their images, and what they answer.
 
 ``cnn`` and ``vit`` are ours, ``vit-tiny``, ``convnext-tiny`` and ``convnext-large`` are timm's; the five ``*-mini``
 networks follow p-diff (arXiv 2402.13144, appendix A.2), with their spatial sizes derived from the image so that they
 also fit images smaller than the paper's 32×32.
 
-Side by side networks are matrix products alone, with gradients in two thirds of grouped convolutions' time. Images come
-last everywhere, and the pixels of a pooling window first, so that pooling compares whole blocks of memory.
+`SmallCNN` side by side are matrix products alone, with gradients in two thirds of grouped convolutions' time. Images
+come last everywhere, and the pixels of a pooling window first, so that pooling compares whole blocks of memory.
 T networks, B images, C channels, S height and width of the images."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
-from rpg.tasks.registry import load_callable
+from rpg.tasks import load_callable
+from tokenization.compressed.form import dense
 from tokenization.errors import InputError
 
 
@@ -216,11 +220,6 @@ def _vit(channels: int, image_size: int, num_classes: int, *, patches: int = 4, 
     return VisionTransformer(image_size, patch_size, in_chans=channels, num_classes=num_classes, **sizes)
 
 
-def _vit_tiny(channels: int, image_size: int, num_classes: int) -> nn.Module:
-    """timm's ``vit_tiny_patch16_224`` (5.4 M parameters: width 192, depth 12, 3 heads) with 16 patches an image."""
-    return _vit(channels, image_size, num_classes, embed_dim=192, depth=12, num_heads=3)
-
-
 def _convnext(in_channels: int, image_size: int, num_classes: int, size: str) -> nn.Module:
     """timm's ``convnext_large`` (196 M parameters) or ``convnext_tiny`` (28 M), made to be trained on few steps.
 
@@ -259,7 +258,7 @@ _BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "cnn": SmallCNN,
     "vit": _vit,
     "vit-coarse": functools.partial(_vit, patches=2),
-    "vit-tiny": _vit_tiny,
+    "vit-tiny": functools.partial(_vit, embed_dim=192, depth=12, num_heads=3),  # 5.4 M values, vit_tiny_patch16_224
     "convnet-mini": ConvNetMini,
     "convnet-mini-24k": functools.partial(ConvNetMini, pooled=19),
     "mlp-mini": MLPMini,
@@ -279,6 +278,17 @@ def build_network(name: str, *, in_channels: int, image_size: int, num_classes: 
     return _BUILDERS[name](in_channels, image_size, num_classes)
 
 
+def timm_network(name: str, cure: str, **arguments: Any) -> nn.Module:
+    """timm's network, from torch's global random state. Raises InputError, with the cure, if it cannot be made."""
+    import timm
+
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # timm and the hub raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"timm cannot make task.network {name} ({reason}); {cure}") from None
+
+
 def own_network(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The module that a class or function of the user's makes. Raises InputError if it makes none."""
     try:
@@ -288,3 +298,101 @@ def own_network(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise InputError(f"task.network {reference} makes a {type(network).__name__}; it has to make a torch module")
     return network
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images and labels by split (``train``, ``validation``, ``test``).
+
+    Attributes:
+        images: float32 [n, C, S, S], standardised with the statistics of the training images alone.
+        labels: int64 [n].
+        mean, std: of the training images' values before they were standardised.
+    """
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    num_classes: int
+    mean: float = 0.0
+    std: float = 1.0
+
+    def check(self, split: str) -> str:
+        """Return ``split`` if it exists. Raises InputError otherwise."""
+        if split not in self.images:
+            raise InputError(f"there is no split {split!r}; choose one of {', '.join(self.images)}")
+        return split
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.images["train"].shape[1:]
+        return channels, height, width
+
+
+def predict_images(network: nn.Module, state_dicts: Iterable[Mapping[str, Tensor]], images: Tensor) -> Tensor:
+    """The answers int64 ``[num, n]`` of networks of one structure on the same images ``[n, C, S, S]``.
+
+    A plain loop: for networks of this size it is faster on CPU than ``vmap``, which turns convolutions into grouped
+    ones, and it holds one network at a time. Errors as of `logits_of`.
+    """
+    predictions = [answers(logits_of(network, each, images, f"network {i}")) for i, each in enumerate(state_dicts)]
+    return torch.stack(predictions) if predictions else torch.empty(0, len(images), dtype=torch.long)
+
+
+def logits_of(network: nn.Module, state_dict: Mapping[str, Tensor], images: Tensor, where: str) -> Tensor:
+    """Logits ``[n, classes]`` of one state dict, in the network's dtype.
+
+    Raises InputError, naming the tensor, if it does not fit the network, whose own weights do not matter.
+    """
+    expected = network.eval().state_dict()
+    if state_dict.keys() != expected.keys():  # pruned or quantised weights have tensors of their own
+        state_dict = dense(state_dict)
+    check_structure(state_dict, expected, where)
+    weights = {name: state_dict[name].to(like.dtype) for name, like in expected.items()}
+    with torch.no_grad():
+        return functional_call(network, weights, (images,))
+
+
+def answers(logits: Tensor) -> Tensor:
+    """The class of the largest logit, [n, classes] → [n]; 0 where one is not finite, since nothing was decided."""
+    return logits.argmax(1).where(logits.isfinite().all(1), 0)
+
+
+def check_structure(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raise InputError, naming the first tensor at fault, unless names and shapes are as expected."""
+    for name, like in expected.items():
+        if name not in state_dict:
+            raise InputError(
+                f"{where} has no tensor {name!r} of shape {tuple(like.shape)}; give networks of the task's structure"
+            )
+        if state_dict[name].shape != like.shape:
+            raise InputError(
+                f"{where}: tensor {name!r} has the shape {tuple(state_dict[name].shape)} where the task's network has "
+                f"{tuple(like.shape)}; give networks of its structure"
+            )
+    extra = [name for name in state_dict if name not in expected]
+    if extra:
+        raise InputError(
+            f"{where} has a tensor {extra[0]!r}, which the task's network lacks; give networks of its structure"
+        )
+
+
+SHIFT, ANGLE, SCALE = 0.8, 12.0, 0.12
+"""The largest alterations: pixels along each axis, degrees, and relative change of size along each axis."""
+
+
+def augment(images: Tensor, generator: torch.Generator, *, fill: float = 0.0) -> Tensor:
+    """Images ``[B, C, H, W]``, each moved, turned and scaled at random; ``fill`` is the value outside the image."""
+    num, _, height, width = images.shape
+
+    def draw(limit: float) -> Tensor:
+        return (torch.rand(num, generator=generator) * 2 - 1) * limit
+
+    turn = draw(math.radians(ANGLE))
+    stretch_x, stretch_y = 1 + draw(SCALE), 1 + draw(SCALE)
+    move_x, move_y = draw(2 * SHIFT / width), draw(2 * SHIFT / height)
+    cos, sin = turn.cos(), turn.sin()
+    rows = [cos * stretch_x, -sin * stretch_x, move_x], [sin * stretch_y, cos * stretch_y, move_y]
+    matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [B, 2, 3]
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images - fill, grid, mode="bilinear", align_corners=False) + fill

@@ -10,7 +10,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,35 +19,26 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rpg.devices import PATIENCE
+from rpg.devices import single_threaded
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks, assign_splits
-from rpg.tasks.collecting import (
-    BASE,
-    Progress,
-    collect_many,
-    require_same_task,
-    save_base,
-    single_threaded,
-    without_arithmetic,
-)
-from rpg.tasks.images.images import predict_images
+from rpg.tasks.collecting import BASE, ManyTasks, require_same_task, without_arithmetic
+from rpg.tasks.images.networks import predict_images
 from rpg.tasks.images.training import binary_start, finetune_many
-from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, join_stacked
+from rpg.tasks.side_by_side import Stacked, Teacher, join_stacked
 from tokenization.errors import InputError
 from tokenization.zoo.condition import WITHHELD, ConditionSpec
 from tokenization.zoo.locks import locks
 from tokenization.zoo.zoo import Zoo
 
 
-class SubsetTask:
+class SubsetTask(ManyTasks):
     """What is common to the families; a subclass brings images and networks."""
 
     class_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.device = torch.device("cpu")
 
     def network(self, num_outputs: int) -> nn.Module:
         """The untrained network with that many logits, drawn from torch's global random state."""
@@ -69,10 +60,6 @@ class SubsetTask:
         """Draw training images ``[num, …]`` and their classes ``[num]``."""
         raise NotImplementedError
 
-    def train_base(self) -> dict[str, Tensor]:
-        """The shared base network, with one logit a class."""
-        raise NotImplementedError
-
     @property
     def num_classes(self) -> int:
         """C."""
@@ -82,11 +69,6 @@ class SubsetTask:
     def condition(self) -> ConditionSpec:
         """What the conditions of the zoo's entries mean."""
         return ConditionSpec("binary", self.num_classes, self.class_names)
-
-    @cached_property
-    def side(self) -> SideBySide:
-        """The target network as a function of many state dicts."""
-        return SideBySide(self.build().to(self.device))
 
     def build(self) -> nn.Module:
         """The untrained target network: two logits, negative and positive."""
@@ -102,6 +84,10 @@ class SubsetTask:
         if wanted > len(bits):
             raise InputError(f"task.tasks is {wanted}, but there are at most {len(bits)} tasks; ask for fewer")
         return bits[permutation(len(bits), self.config.seed, "tasks")[:wanted].sort().values]
+
+    def conditions(self) -> Tensor:
+        """Those of every copy's networks, ``[T · copies, C]``."""
+        return self.bits().repeat(self.config.copies, 1)
 
     def splits(self) -> list[str]:
         """The split of every task: ``train``, ``validation`` or ``unseen``."""
@@ -123,22 +109,12 @@ class SubsetTask:
         with torch.inference_mode():
             return torch.cat([teacher(images).cpu() for images in self.batches(split)])
 
-    def collect(
-        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
-        processes: int | None = None,
-    ) -> Zoo:  # fmt: skip
-        """Train the base and every task's network; a zoo that is partly there is completed."""
-        from accelerate import PartialState
-
-        with PartialState(timeout=PATIENCE).main_process_first():
-            self.classes("train")  # images that are missing are missed before there is a folder
-        return collect_many(
-            self, path, self.bits().repeat(self.config.copies, 1), lambda folder: save_base(folder, self.train_base),
-            self.config.group, processes=1 if self.device.type != "cpu" else processes, progress=progress, limit=limit,
-        )  # fmt: skip
+    def require_data(self) -> None:
+        """Raise InputError where the images are missing."""
+        self.classes("train")
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Fine-tune the networks of one part from the base in ``folder``, as `Trainable` does."""
+        """Fine-tune the networks of one part from the base in ``folder``."""
         bits, base = self.bits(), load_file(folder / BASE)
         parts = []
         for copy, group in itertools.groupby(runs, lambda run: run // len(bits)):
@@ -166,20 +142,9 @@ class SubsetTask:
         answers = self.probabilities(weights, split).argmax(-1)
         return (answers == self.targets(bits.cpu(), split)).double().mean(1)
 
-    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
-        """Metrics by name, ``[T]``: the accuracy alone."""
-        return {"accuracy": self.accuracies(weights, bits, split)}
-
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
         """The weights from which each task ``[T, C]`` of ``zoo`` was fine-tuned."""
         return {"start": self.starts(self.base_network(zoo), bits)}
-
-    def base_network(self, zoo: Zoo) -> dict[str, Tensor]:
-        """The shared base network of a zoo. Raises InputError if it has none."""
-        file = zoo.path / BASE
-        if not file.is_file():
-            raise InputError(f"{file} is missing, the base network of the zoo; collect the zoo again")
-        return load_file(file)
 
     def probabilities(self, weights: Stacked, split: str) -> Tensor:
         """Class probabilities ``[T, B, 2]`` of T stacked networks on a split's images."""

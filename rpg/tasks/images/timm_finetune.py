@@ -22,8 +22,7 @@ from rpg.devices import in_bf16
 from rpg.tasks.collecting import Progress, cosine_decay
 from rpg.tasks.images.config import ImageNetConfig, TimmFinetuneConfig
 from rpg.tasks.images.image_cache import CachedImages, cached_images, steps_an_epoch
-from rpg.tasks.images.images import answers, check_structure
-from rpg.tasks.images.networks import own_network
+from rpg.tasks.images.networks import answers, check_structure, own_network, timm_network
 from rpg.tasks.stepwise import DatasetTask
 from tokenization.checkpoint.checkpoint import StateDict, read_state_dict
 from tokenization.errors import InputError
@@ -126,16 +125,6 @@ class TimmTask(DatasetTask):
                 f"task.network {self.config.network!r} is not a timm model; choose one of timm.list_models(){own}"
             )
 
-    def timm_network(self, num_classes: int, pretrained: bool, cure: str) -> nn.Module:
-        """timm's network, from torch's global random state. Raises InputError, with the cure, without weights."""
-        import timm
-
-        self.check_name()
-        try:
-            return timm.create_model(self.config.network, pretrained=pretrained, num_classes=num_classes)
-        except (OSError, RuntimeError) as error:  # the hub cannot be reached; timm has no weights of this network
-            raise InputError(f"the hub gave no weights for task.pretrained ({type(error).__name__}); {cure}") from None
-
     def placed(self) -> nn.Module:
         """The network where the task computes. Raises InputError if it does not take the images."""
         network = super().placed()
@@ -174,8 +163,12 @@ class TimmFinetuneTask(TimmTask):
         """
         if ":" in self.config.network:
             return own_network(self.config.network, self.config.network_arguments)
-        pretrained = self.config.pretrained and not Path(self.config.base).is_file()
-        return self.timm_network(len(self.classes), pretrained, "set it to false")
+        pretrained, cure = (
+            self.config.pretrained and not Path(self.config.base).is_file(),
+            "set task.pretrained to false",
+        )
+        self.check_name()
+        return timm_network(self.config.network, cure, pretrained=pretrained, num_classes=len(self.classes))
 
     @property
     def first_steps(self) -> int:
@@ -202,7 +195,8 @@ class ImageNetTask(TimmTask):
 
     def make_network(self) -> nn.Module:
         """The network, untrained. Raises InputError if timm does not know it."""
-        return self.timm_network(self.config.num_classes, False, "")
+        self.check_name()
+        return timm_network(self.config.network, "name another one", num_classes=self.config.num_classes)
 
     def base_network(self, tick: Callable[[int], None] = lambda done: None) -> nn.Module:
         """The network that fine-tuning begins with. Raises InputError if its weights cannot be had, or do not fit."""
@@ -211,7 +205,8 @@ class ImageNetTask(TimmTask):
             state_dict: StateDict = read_state_dict(Path(config.weights))
         elif config.pretrained:
             cure = "name a file as task.weights, or set task.pretrained to false"
-            state_dict = self.timm_network(config.num_classes, True, cure).state_dict()
+            made = timm_network(config.network, cure, pretrained=True, num_classes=config.num_classes)
+            state_dict = made.state_dict()
         else:
             return network
         check_structure(state_dict, network.state_dict(), f"task.weights: {config.weights or config.network}")

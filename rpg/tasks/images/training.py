@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rpg.devices import in_bf16
+from rpg.devices import in_bf16, use_threads
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Tick, chosen_parameters, descend, one_cycle, use_threads, warm_cosine
+from rpg.tasks.collecting import Tick, chosen_parameters, descend, one_cycle, warm_cosine
 from rpg.tasks.images.config import CollectionConfig, FinetuneConfig, Pruning, Quantisation, Stage
-from rpg.tasks.images.images import ImageSplits, augment
+from rpg.tasks.images.networks import ImageSplits, augment
 from rpg.tasks.side_by_side import SideBySide, Stacked, repeat
 from tokenization.compressed.parts import Kind, by_channel, cut_mask, new_part, quantised, share_out
 

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rpg.devices import single_threaded
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng, permutation
 from rpg.tasks.class_splits import all_tasks
-from rpg.tasks.collecting import descend, single_threaded, warm_cosine
+from rpg.tasks.collecting import descend, warm_cosine
 from rpg.tasks.language.config import RowsConfig, SymbolsConfig
 from tokenization.checkpoint.safetensors import natural_key
 from tokenization.errors import InputError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rpg.packages import without_bars
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import Progress, collect_many
+from rpg.tasks.collecting import ManyTasks
 from rpg.tasks.language.adapter_bank import (
     AdapterBank,
     AdapterScores,
@@ -41,8 +41,13 @@ SCORED_ROWS = 2048
 """Rows of all adapters together in a forward pass of scoring."""
 
 
-class LanguageTask:
-    """Trains and scores adapters. Raises InputError where files, table or base are not there or not right."""
+class LanguageTask(ManyTasks):
+    """Trains and scores adapters. Raises InputError where files, table or base are not there or not right.
+
+    The zoo's checkpoints are PEFT folders, named as the tasks' files.
+    """
+
+    unrecorded = ("processes",)
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
@@ -114,7 +119,7 @@ class LanguageTask:
 
         _ = self._found
         model = _pretrained(AutoModelForCausalLM, self.config.base, dtype="auto")
-        return model.to(PartialState().device).eval().requires_grad_(False)
+        return model.to(self.device).eval().requires_grad_(False)
 
     @functools.cached_property
     def bank(self) -> AdapterBank:
@@ -168,22 +173,13 @@ class LanguageTask:
         """The rows of a JSONL file as values ``[n, P]``. Raises InputError if it holds none."""
         return self.shown(rows_of(path, self.tokenizer, self.config.rows))
 
-    def collect(
-        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
-        processes: int | None = None,
-    ) -> Zoo:  # fmt: skip
-        """Train every task's adapter; a zoo that is partly there is completed.
-
-        The zoo's checkpoints are PEFT folders, named as the tasks' files.
-        """
-        processes = processes or self.config.processes or (1 if PartialState().device.type != "cpu" else None)
-        return collect_many(
-            self, path, self.conditions(), self._write_config, self.config.group, ignore=("processes",),
-            processes=processes, progress=progress, limit=limit, write=self._write,
-        )  # fmt: skip
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the base is."""
+        return PartialState().device
 
     def train_part(self, tasks: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the adapters of one part; see :class:`rpg.tasks.collecting.Trainable`."""
+        """Train the adapters of one part."""
         checkpoints = self.train(tasks)
         scores = [self._scores(weights, tasks, "validation") for weights in checkpoints]
         metrics = {f"validation_{name}": torch.stack([each[name] for each in scores]) for name in scores[0]}
@@ -224,7 +220,8 @@ class LanguageTask:
         found = [self.rows(place)["train"] for place in tasks]
         return stack_rows([each[numbers % len(each)] for each in found]).to(device)
 
-    def _write_config(self, folder: Path) -> None:
+    def prepare(self, folder: Path) -> None:
+        """Write the configuration of all adapters."""
         if (folder / CONFIG_NAME).exists():
             return
         config = peft_config(self.config.adapter, self.config.base)
@@ -234,7 +231,8 @@ class LanguageTask:
         with atomic_files(folder) as made:
             config.save_pretrained(str(made))
 
-    def _write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+    def write(self, folder: Path, task: int, number: int, state_dict: Mapping[str, Tensor]) -> str:
+        """Write an adapter as PEFT's folder; its place in the zoo."""
         several = self.config.training.checkpoints > 1
         name = f"checkpoints/{self.tasks[task].path.stem}" + (f"-{number:04d}" if several else "")
         with atomic_folder(folder / name) as temporary:

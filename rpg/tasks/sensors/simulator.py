@@ -15,7 +15,8 @@ from rpg.seeding import permutation
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask
 from rpg.tasks.images.config import Cifar10SubsetsConfig
 from rpg.tasks.images.digits import MOST, load_splits
-from rpg.tasks.images.images import IMAGES, ImageSplits, class_files, read_images
+from rpg.tasks.images.image_cache import IMAGES, class_files, read_images
+from rpg.tasks.images.networks import ImageSplits
 from rpg.tasks.sensors.config import SensorsConfig
 from tokenization.errors import InputError
 from tokenization.zoo.condition import Setting, SettingKind

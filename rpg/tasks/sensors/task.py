@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpg.seeding import derive_seed, make_rng
-from rpg.tasks.collecting import BASE, Progress, collect_many, one_cycle, save_base
+from rpg.tasks.collecting import BASE, ManyTasks, one_cycle
+from rpg.tasks.images.networks import timm_network
 from rpg.tasks.sensors.config import SensorsConfig
 from rpg.tasks.sensors.simulator import declared_settings, draw_settings, load_images, seen_by
 from rpg.tasks.sensors.words import describe
-from rpg.tasks.side_by_side import SideBySide, Stacked, Teacher, repeat
+from rpg.tasks.side_by_side import Stacked, Teacher, repeat
 from tokenization.errors import InputError
 from tokenization.zoo.condition import ConditionSpec
 from tokenization.zoo.zoo import Zoo
@@ -40,7 +41,7 @@ class TinyMLP(nn.Sequential):
         return torch.baddbmm(weights["3.bias"][:, None], hidden, weights["3.weight"].mT)
 
 
-class SensorsTask:
+class SensorsTask(ManyTasks):
     """Trains and scores networks for sensors. Raises InputError for no images, or sensors that are all the same."""
 
     def __init__(self, config: SensorsConfig) -> None:
@@ -48,10 +49,14 @@ class SensorsTask:
         self.settings = declared_settings(config)
         if not self.settings:
             raise InputError("task leaves no setting that varies; give angle, scale or shift a range")
-        self.condition = ConditionSpec.of_settings(self.settings)
 
     def __reduce__(self) -> tuple:  # to other processes, without what is computed
         return type(self), (self.config,)
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """The sensors' settings."""
+        return ConditionSpec.of_settings(self.settings)
 
     @cached_property
     def _data(self) -> tuple:
@@ -62,11 +67,6 @@ class SensorsTask:
         """What the classes are called."""
         return self._data[1]
 
-    @cached_property
-    def side(self) -> SideBySide:
-        """The target network as a function of many state dicts."""
-        return SideBySide(self.build())
-
     def build(self) -> nn.Module:
         """The untrained target network. Raises InputError if timm cannot make it."""
         config, splits = self.config, self._data[0]
@@ -75,17 +75,10 @@ class SensorsTask:
             torch.manual_seed(derive_seed(config.seed, "initialisation"))
             if config.network == "mlp":
                 return TinyMLP(channels * size**2, config.hidden, splits.num_classes)
-            import timm
-
-            try:
-                return timm.create_model(
-                    config.network, in_chans=channels, num_classes=splits.num_classes, **config.network_arguments
-                )
-            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-                raise InputError(
-                    f"timm cannot make task.network {config.network} ({str(error).splitlines()[0]}); name mlp, or a "
-                    "network of timm and its task.network_arguments"
-                ) from None
+            cure = "name mlp, or a network of timm and its task.network_arguments"
+            return timm_network(
+                config.network, cure, in_chans=channels, num_classes=splits.num_classes, **config.network_arguments
+            )
 
     def draw_tasks(self, num: int, rng: torch.Generator) -> Tensor:
         """New sensors from the family, ``[num, C]``."""
@@ -96,6 +89,10 @@ class SensorsTask:
         counts = {"train": self.config.seen, "validation": self.config.validation, "unseen": self.config.unseen}
         parts = [self.draw_tasks(num, make_rng(self.config.seed, "sensors", name)) for name, num in counts.items()]
         return torch.cat(parts), [name for name, num in counts.items() for _ in range(num)]
+
+    def conditions(self) -> Tensor:
+        """The settings of the zoo's sensors, ``[T, C]``."""
+        return self.sensors()[0]
 
     def splits(self) -> list[str]:
         """The split of every sensor: ``train``, ``validation`` or ``unseen``."""
@@ -153,17 +150,7 @@ class SensorsTask:
         """Sensors ``[T, C]`` in words; only wordings of the split ``train`` are taught."""
         return describe(self.settings, conditions, rng, split)
 
-    def collect(
-        self, path: Path | str, *, progress: Progress | None = None, limit: int | None = None,
-        processes: int | None = None,
-    ) -> Zoo:  # fmt: skip
-        """Train the generalist and a specialist for every sensor; a zoo that is partly there is completed."""
-        return collect_many(
-            self, path, self.sensors()[0], lambda folder: save_base(folder, self.train_generalist), self.config.group,
-            processes=processes, progress=progress, limit=limit,
-        )  # fmt: skip
-
-    def train_generalist(self) -> dict[str, Tensor]:
+    def train_base(self) -> dict[str, Tensor]:
         """The one network for all sensors, from fresh sensors in every step."""
         config, rng = self.config.generalist, make_rng(self.config.seed, "generalist")
 
@@ -196,7 +183,7 @@ class SensorsTask:
         return {name: value.detach() for name, value in weights.items()}
 
     def train_part(self, runs: list[int], folder: Path) -> tuple[list[Stacked], dict[str, Tensor]]:
-        """Train the specialists of one part; see :class:`rpg.tasks.collecting.Trainable`."""
+        """Train the specialists of one part."""
         settings = self.sensors()[0][runs]
         trained = self.train_specialists(load_file(folder / BASE), settings)
         return [trained], {"validation_accuracy": self.accuracies(trained, settings, "validation")[None]}
@@ -248,13 +235,9 @@ class SensorsTask:
         answers = self.probabilities(weights, conditions, split).argmax(-1)
         return (answers == self.classes(split)).double().mean(1)
 
-    def scores(self, weights: Stacked, bits: Tensor, split: str = "test") -> dict[str, Tensor]:
-        """Metrics by name, ``[T]``: the accuracy alone."""
-        return {"accuracy": self.accuracies(weights, bits, split)}
-
     def untrained(self, zoo: Zoo, bits: Tensor) -> dict[str, Stacked]:
         """The generalist, for each of the sensors ``[T, C]``."""
-        return {"generalist": repeat(load_file(zoo.path / BASE), len(bits))}
+        return {"generalist": repeat(self.base_network(zoo), len(bits))}
 
 
 class InformedNetwork(nn.Module):

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpg.evaluation.network_merges import DENSITY, NUM_MERGED, PEFT_METHODS, PeftMerges, draw_shares
+from rpg.merging.adapters import PEFT_DENSITY, PEFT_METHODS, PeftMerges
+from rpg.merging.methods import NUM_MERGED, draw_shares
 from tests.rpg.merging.test_merge_adapters import changes
 from tests.tokenization.lora.test_collected import Net, save
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint
@@ -56,7 +57,7 @@ def test_a_merged_adapter_is_the_one_that_peft_makes_of_the_whole_model(adapters
     merges = opened(folders)
     found = merges.merge(method, torch.tensor([0.3, -0.5, 0.1, 0.4, 0.0, 0.2]))
     names = ["a3", "a0", "a5", "a2"]
-    model.add_weighted_adapter(names, weights, method, method.removeprefix("peft_"), density=DENSITY)
+    model.add_weighted_adapter(names, weights, method, method.removeprefix("peft_"), density=PEFT_DENSITY)
     theirs = get_peft_model_state_dict(model, adapter_name=method)
     first = merges.adapters[0]
     assert list(found) == first.order

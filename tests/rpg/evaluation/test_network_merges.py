@@ -3,13 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rpg.evaluation.network_merges import (
-    MERGES,
-    NUM_MERGED,
-    NetworkMerges,
-    chosen_of,
-    draw_shares,
-)
+from rpg.merging.methods import MERGES, NUM_MERGED, NetworkMerges, chosen_of, draw_shares
 from tests.rpg.evaluation.test_combinations import make_networks
 from tokenization.zoo.zoo import Zoo
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rpg.config import Config
-from rpg.evaluation.network_merges import PEFT_METHODS as MERGED
 from rpg.evaluation.page.page import print_checkpoints
 from rpg.experiments.score_files import score_checkpoints
 from rpg.experiments.single import for_choices, generate_for, train_or_continue
 from rpg.experiments.unseen_tasks import evaluate_unseen, networks_of, task_family
 from rpg.generation.generator import Generator
+from rpg.merging.adapters import PEFT_METHODS as MERGED
 from rpg.tasks.language.config import AdapterConfig
 from rpg.tasks.language.task import LanguageTask
 from tests.reports import checked_report

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpg.evaluation.network_merges import PEFT_METHODS
+from rpg.merging.adapters import PEFT_METHODS
 from tests.rpg.conftest import Run, refused
 from tests.rpg.generation.test_texts import TEXTS, encoder_at
 from tokenization.zoo.zoo import Zoo

@@ -9,7 +9,6 @@ from rpg.config import Config
 from rpg.evaluation import conditional, task_networks
 from rpg.evaluation.combinations import nearest_rows
 from rpg.evaluation.conditional import regression_grid
-from rpg.evaluation.network_merges import MERGES
 from rpg.evaluation.span import FlatSpace
 from rpg.experiments.driver import experiment_of, run_experiment
 from rpg.experiments.single import for_choices, generate_for, train_or_continue
@@ -22,6 +21,7 @@ from rpg.experiments.unseen_tasks import (
 )
 from rpg.generation.conditions import choose_condition
 from rpg.generation.generator import Generator
+from rpg.merging.methods import MERGES
 from rpg.tasks.images.config import ClassPairSplit
 from rpg.tasks.images.digits import DigitsSubsetsTask
 from rpg.tasks.images.subsets import resplit

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from rpg.merging.files import merge_adapters
-from rpg.merging.parts import METADATA_KEY, Merge, merge_values
+from rpg.merging.adapters import merge_adapters
+from rpg.merging.files import METADATA_KEY
+from rpg.merging.methods import Merge, merge_values
 from tests.tokenization.lora.test_collected import EVERYWHERE, EXPERTS, Net, merged, save
 from tokenization.checkpoint.checkpoint import Checkpoint
 from tokenization.errors import InputError

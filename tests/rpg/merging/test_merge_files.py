@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rpg.merging.files import merge_files
-from rpg.merging.parts import METADATA_KEY, METHODS, NEED_BASE, Merge, merge_values
+from rpg.merging.files import METADATA_KEY, merge_files
+from rpg.merging.methods import METHODS, NEED_BASE, Merge, merge_values
 from rpg.seeding import make_rng
 from tests.rpg.conftest import Run, refused
 from tokenization.checkpoint.checkpoint import Checkpoint, save_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpg.merging.parts import COMBINATIONS, DENSITY, METHODS, combination, merge_values, stock_ratio
+from rpg.merging.methods import COMBINATIONS, DENSITY, METHODS, combination, merge_values, stock_ratio
 
 
 def rng(seed: int = 0) -> torch.Generator:

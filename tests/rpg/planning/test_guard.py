@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from rpg.cli import scoring
 from rpg.config import Config
 from rpg.planning import collection, machine, measuring, plan
 from rpg.planning.collection import collection_need, plan_collection
@@ -21,6 +20,7 @@ from rpg.planning.plan import (
     evaluation_need,
     free_memory,
     generation_need,
+    guard,
     make_plan,
     require_memory,
     training_need,
@@ -210,7 +210,7 @@ def test_a_plan_that_fails_is_said_in_one_line(capsys: pytest.CaptureFixture[str
     def fail() -> None:
         raise RuntimeError("no shape for this\nand more")
 
-    scoring.guard(fail, ignore=False)
+    guard(fail, ignore=False)
     said = capsys.readouterr().out
     assert "could not be estimated (RuntimeError: no shape for this)" in " ".join(said.split()) and "more" not in said
 

@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10
 
 from rpg.config import Config
 from rpg.seeding import derive_seed
-from rpg.tasks.images import subsets
+from rpg.tasks import collecting
 from rpg.tasks.images.cifar10 import Cifar10SubsetsTask, _flip_and_crop
 from rpg.tasks.images.config import Cifar10FinetuneConfig, Cifar10SubsetsConfig, ProbeConfig, Stage
 from tokenization.errors import InputError
@@ -73,7 +73,7 @@ def test_collecting_head_first_then_everything(root, tmp_path, monkeypatch):
 def test_a_gpu_gets_one_process(root, tmp_path, monkeypatch):
     task, asked = Cifar10SubsetsTask(config_of(root)), []
     monkeypatch.setattr(Cifar10SubsetsTask, "train_base", lambda self: {"weight": torch.zeros(1)})
-    monkeypatch.setattr(subsets, "collect_many", lambda *_, processes, **__: asked.append(processes))
+    monkeypatch.setattr(collecting, "share", lambda work, processes, done: asked.append(processes))
     for device in ("cuda", "cpu"):
         task.device = torch.device(device)
         task.collect(tmp_path / "zoo", processes=16)

@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 from rpg.tasks import DigitsConfig, build_task, task_of
 from rpg.tasks.images.config import CollectionConfig
 from rpg.tasks.images.digits import DigitsTask, load_splits
-from rpg.tasks.images.images import augment, predict_images
+from rpg.tasks.images.networks import augment, predict_images
 from rpg.tasks.images.training import train_run
 from tokenization.errors import InputError
 from tokenization.zoo.zoo import Zoo

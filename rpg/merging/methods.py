@@ -1,25 +1,20 @@
-"""Merging: the checkpoints to merge, one tensor at a time, the arithmetic of every method, and the record."""
+"""Merging networks in memory: the arithmetic of every method, how a merge is described, and merges as baselines.
+
+m merged networks, n of a zoo, V values of a tensor.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenization.checkpoint.checkpoint import Checkpoint, has_plain_names, read_state_dict
-from tokenization.checkpoint.pickles import pickled_files
-from tokenization.checkpoint.safetensors import tensor_at
-from tokenization.checkpoint.tensor_file import find_ties
-from tokenization.checkpoint.weights import AS_FOUND, Chosen
+from rpg.seeding import make_rng
+from tokenization.checkpoint.checkpoint import Checkpoint, StateDict
 from tokenization.errors import InputError
-from tokenization.files import file_digest
-from tokenization.lora.adapter import partner_of
 
 METHODS = ("linear", "slerp", "ties", "dare_linear", "dare_ties", "model_stock")
 
@@ -132,10 +127,6 @@ def stock_ratio(gram: Tensor) -> Tensor:
     return num * cosine / (1 + (num - 1) * cosine)
 
 
-METADATA_KEY = "rpg.merge"
-"""Metadata key: JSON object with the method, its settings and the files that were merged, each with its digest."""
-
-
 @dataclass(frozen=True)
 class Merge:
     """How networks are merged.
@@ -208,101 +199,102 @@ class Merge:
         return self.method in NEED_BASE
 
 
-@dataclass
-class Part:
-    """A network to merge.
+MERGES = tuple(f"merge_{method}" for method in METHODS)
 
-    Attributes:
-        names: every key of its state dict, in order.
-        ties: ``{alias: stored name}``.
-        files: what its values lie in.
+AFFORDABLE_MERGES = ("merge_linear", "merge_ties")
+"""Those of networks so large that each takes minutes."""
+
+NUM_MERGED = 4
+"""Networks that are merged into one."""
+
+NUM_MADE = 12
+"""Networks of a kind at most where they are drawn at random: merges of one run differ little."""
+
+
+class NetworkMerges:
+    """Merges checkpoints of one structure, a tensor at a time, read from their memory maps.
+
+    Args:
+        runs: which run each is of; all of one when None.
     """
 
-    path: Path
-    names: list[str]
-    ties: dict[str, str]
-    files: list[Path]
-    _checkpoint: Checkpoint | None = None
-    _state_dict: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, networks: Sequence[Checkpoint], runs: Sequence[int] | None = None) -> None:
+        self.networks = list(networks)
+        self.runs = [0] * len(self.networks) if runs is None else list(runs)
 
-    @classmethod
-    def open(cls, path: Path, chosen: Chosen = AS_FOUND) -> Part:
-        """Open a checkpoint of any kind, under the names of the plain network.
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """`MERGES`; none of a single network."""
+        return MERGES if len(self.networks) > 1 else ()
 
-        Its values stay on the disk where they are safetensors of these names already.
+    def draw(self, num: int, generator: torch.Generator) -> Tensor:
+        """Equal shares ``[num, n]`` of some networks of a random run."""
+        return draw_shares(self.runs, min(num, NUM_MADE), generator)
 
-        Raises:
-            InputError: it is broken, or as `read_weights` says.
+    def merge(self, method: str, shares: Tensor, seed: int = 0, base: StateDict | None = None) -> StateDict:
+        """One network, made by ``method`` of those with the largest positive shares, in the stored dtypes.
+
+        Args:
+            shares: of all networks, ``[n]``; those that count are scaled to add up to 1.
+            base: what they began with; the mean of the run that they are of when None.
         """
-        pickles = pickled_files(path)
-        checkpoint = None if pickles else Checkpoint.open(path)
-        if checkpoint is not None and has_plain_names(checkpoint, chosen):
-            return cls(path, list(checkpoint.order), dict(checkpoint.ties), sorted(checkpoint.sizes), checkpoint)
-        state_dict = read_state_dict(path, chosen)
-        files = pickles if checkpoint is None else sorted(checkpoint.sizes)
-        return cls(path, list(state_dict), find_ties(state_dict), files, None, state_dict)
+        rows, weights = chosen_of(shares)
+        first = self.networks[0]
+        read = {0, *rows, *(_of_run(self.runs, rows[0]) if base is None else ())}
+        stored: dict[str, Tensor] = {}
+        for name, info in first.tensors.items():
+            if not info.averaged:
+                stored[name] = first.tensor(name)
+                continue
+            values = torch.stack([self.networks[row].flat(name).float() for row in rows])
+            if len(rows) > 1:
+                begun = base[name].flatten().float() if base is not None else self._mean(name, rows[0])
+                made = merge_values(method.removeprefix("merge_"), values, begun, weights, make_rng(seed, name))
+            else:
+                made = values[0]
+            if name.endswith("running_var"):
+                made = made.clamp(min=values.min())
+            stored[name] = made.to(info.dtype).view(info.shape)
+            for row in read:
+                self.networks[row].release(name)
+        return {name: stored[first.ties.get(name, name)] for name in first.order}
 
-    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Dtype and shape of a tensor."""
-        if self._checkpoint is not None:
-            info = self._checkpoint.info(name)
-            return info.dtype, info.shape
-        return self._state_dict[name].dtype, tuple(self._state_dict[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor in its shape, to be read only."""
-        if self._checkpoint is not None:
-            return self._checkpoint.flat(name).view(self._checkpoint.info(name).shape)
-        return self._state_dict[name]
-
-    def release(self, name: str) -> None:
-        """Drop a tensor's pages from this process."""
-        if self._checkpoint is not None:
-            self._checkpoint.release(self.ties.get(name, name))
-
-    def require(self, first: Part, *, dtypes: bool = True, ranks: bool = True) -> None:
-        """Check that names, shapes and dtypes are those of ``first``; ``ranks``: those of LoRA factors, too.
-
-        Raises:
-            InputError: names the first tensor that differs.
-        """
-        missing = next((name for name in first.names if name not in set(self.names)), None)
-        extra = next((name for name in self.names if name not in set(first.names)), None)
-        cure = "merge checkpoints of one network"
-        if missing is not None or extra is not None:
-            where, other = (self.path, first.path) if missing is not None else (first.path, self.path)
-            raise InputError(f"{tensor_at(where, str(missing or extra))} is missing, but {other} has it; {cure}")
-        for name in first.names:
-            (dtype, shape), (own_dtype, own_shape) = self.spec(name), first.spec(name)
-            side = "" if ranks else (partner_of(name) or ("",))[0]
-            compared = {"A": slice(1, None), "B": slice(1)}.get(side, slice(None))
-            if shape[compared] != own_shape[compared] or (dtypes and dtype != own_dtype):
-                found, expected = (f"{d} of shape {list(s)}" for d, s in ((dtype, shape), (own_dtype, own_shape)))
-                raise InputError(f"{tensor_at(self.path, name)} is {found}, but {expected} in {first.path}; {cure}")
+    def _mean(self, name: str, row: int) -> Tensor:
+        """The mean of a tensor over the run that a network is of."""
+        members = _of_run(self.runs, row)
+        total = torch.zeros(self.networks[0].flat(name).numel(), dtype=torch.float64)
+        for member in members:
+            total += self.networks[member].flat(name)
+        return (total / len(members)).float()
 
 
-class Digests:
-    """SHA-256 of all parts' files, taken beside the work."""
+def draw_shares(runs: Sequence[int], num: int, generator: torch.Generator) -> Tensor:
+    """Equal shares of up to `NUM_MERGED` networks of a random run, of any where runs have one each: ``[num, n]``."""
+    groups = [members for members in _groups(runs).values() if len(members) > 1] or [list(range(len(runs)))]
+    shares = torch.zeros(num, len(runs), dtype=torch.float64)
+    for row in shares:
+        members = groups[int(torch.randint(len(groups), (), generator=generator))]
+        order = torch.randperm(len(members), generator=generator)[:NUM_MERGED].tolist()
+        row[[members[place] for place in order]] = 1 / len(order)
+    return shares
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._found: list[list[Future[str]]] = [
-            [self._pool.submit(file_digest, file) for file in part.files] for part in parts
-        ]
 
-    def record(self, merge: Merge, parts: Sequence[Part], weights: Tensor, base: Part | None, *, wait: bool) -> str:
-        """The text under `METADATA_KEY`; without ``wait`` with zeros in place of digests, in the same length."""
-        rows: list[dict[str, Any]] = []
-        for part, futures in zip([*parts, *([base] if base is not None else [])], self._found, strict=True):
-            found = [future.result() if wait else "0" * 64 for future in futures]
-            rows.append({"path": str(part.path), "sha256": found[0] if len(found) == 1 else found})
-        record: dict[str, Any] = merge.record()
-        if base is not None:
-            record["base"] = rows.pop()
-        if merge.method in NORMALIZED:
-            rows = [{**row, "weight": weight} for row, weight in zip(rows, weights.tolist(), strict=True)]
-        return json.dumps({**record, "parts": rows})
+def chosen_of(shares: Tensor) -> tuple[list[int], Tensor]:
+    """The networks with the largest positive shares, and their weights, which add up to 1."""
+    values, rows = shares.double().topk(min(NUM_MERGED, len(shares)))
+    values = values.clamp(min=0)
+    values = values / values.sum() if values.sum() > 0 else torch.full_like(values, 1 / len(values))
+    return rows[values > 0].tolist(), values[values > 0]
 
-    def close(self) -> None:
-        """Give up what is not done yet."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+
+def _groups(runs: Sequence[int]) -> Mapping[int, list[int]]:
+    groups: dict[int, list[int]] = {}
+    for place, run in enumerate(runs):
+        groups.setdefault(run, []).append(place)
+    return groups
+
+
+def _of_run(runs: Sequence[int], row: int) -> list[int]:
+    """The networks of one's run; all of them where it is alone in its run."""
+    members = _groups(runs)[runs[row]]
+    return members if len(members) > 1 else list(range(len(runs)))
