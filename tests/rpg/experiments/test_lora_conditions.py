@@ -83,7 +83,8 @@ def test_texts_and_unseen_tasks_by_the_task_itself(folder: Path, rpg: Run) -> No
     assert found["kinds"]["generated"]["metrics"]["score"] == unseen == found["kinds"]["peft_svd"]["metrics"]["score"]
 
 
-@pytest.mark.parametrize("kind", ["class", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["class", "none"])
 def test_classes_and_nothing_that_scores(kind: str, folder: Path, rpg: Run) -> None:
     config = written(folder, kind, {"kind": kind}, split=False)
     assert rpg("lora", config, "--device", "cpu")[0] == 0

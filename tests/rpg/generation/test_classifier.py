@@ -44,6 +44,7 @@ class AnyTable(GeneratedClassifier):
 NEEDS_TRAINING = "hardly trained networks do not separate anything"
 
 
+@pytest.mark.slow
 def test_it_is_an_estimator(example_runs: Path) -> None:
     failing = {"check_classifiers_train": NEEDS_TRAINING}
     results = check_estimator(AnyTable(str(example_runs / "examples")), expected_failed_checks=failing, on_fail=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from rpg.evaluation.two_sample import joint_score
@@ -28,6 +29,7 @@ def joint(networks: list[dict[str, torch.Tensor]], right: dict[str, torch.Tensor
     return joint_score(log_p[:, torch.arange(len(points)), answers][None]).item()
 
 
+@pytest.mark.slow
 def test_diffusion_scores_as_the_exact_posterior_where_one_network_cannot(tmp_path):
     rng = torch.Generator().manual_seed(0)
     zoo = Zoo.create(tmp_path / "zoo", condition=ConditionSpec("vector", 2))

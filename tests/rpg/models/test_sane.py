@@ -119,6 +119,7 @@ def test_it_learns_a_zoo_and_its_reconstructions_are_told_apart(tmp_path):
     assert errors.diag().square().sum() < 0.3 * tokens.square().sum()
 
 
+@pytest.mark.slow
 def test_bootstrapping_keeps_what_scores_well(tmp_path):
     task = {"name": "digits", "network": "cnn", "runs": 2, "train_steps": 60, "steps": 4}
     settings = {"steps": 40, "batch_size": 8, "ema_decay": 0.9}

@@ -130,6 +130,7 @@ def test_a_timm_network_needs_no_zoo(tmp_path):
     assert halves.batch < plan.training.batch and halves.optimizer == plan.training.optimizer
 
 
+@pytest.mark.slow
 def test_our_recipe_costs_twenty_thousand_times_less_and_is_smaller_than_its_network(tmp_path):
     flops = {}
     for kind in ("large", "paper"):

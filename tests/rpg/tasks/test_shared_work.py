@@ -28,8 +28,6 @@ def until_others_work(folder: Path) -> None:
 
 def mark(folder: Path, number: int, seconds: float) -> tuple[int, int]:
     time.sleep(seconds)
-    if number >= 100:
-        until_others_work(folder)
     if number == 13:
         raise ValueError("thirteen")
     (folder / f"{number}").touch()
@@ -56,20 +54,14 @@ def test_little_work_is_done_here_in_order(processes, tmp_path, num):
     assert found == [(number, os.getpid()) for number in range(5)] and done == list(range(5))
 
 
-def test_other_processes_take_their_part_of_much_work_and_results_keep_their_order(processes, tmp_path, monkeypatch):
+def test_other_processes_take_their_part_and_results_keep_their_order(processes, tmp_path, monkeypatch):
+    """Also where work changes what it shares while others are started."""
     monkeypatch.setattr(processes, "ALONE", 0.0)
     done: list[int] = []
-    work = [partial(mark, tmp_path, number, 0.01) for number in range(100, 140)]
-    found = processes.share(work, 2, done.append)
-    assert [number for number, _ in found] == list(range(100, 140)) and sorted(done) == list(range(40))
-    assert len({process for _, process in found}) == 2 and os.getpid() in {process for _, process in found}
-
-
-def test_work_may_change_what_it_shares_while_others_are_started(processes, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "ALONE", 0.0)
     network = Network()
-    found = processes.share([partial(network.run, tmp_path, number) for number in range(60)], 2)
-    assert [number for number, _ in found] == list(range(60)) and len({process for _, process in found}) == 2
+    found = processes.share([partial(network.run, tmp_path, number) for number in range(60)], 2, done.append)
+    assert [number for number, _ in found] == list(range(60)) and sorted(done) == list(range(60))
+    assert len({process for _, process in found}) == 2 and os.getpid() in {process for _, process in found}
 
 
 @pytest.mark.parametrize("alone", [0.0, 30.0])

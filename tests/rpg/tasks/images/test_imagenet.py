@@ -143,7 +143,7 @@ def test_what_is_missing_is_named_in_one_line(folder, tmp_path, changes, expecte
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("harm", "workers"), [("vanishes", 0), ("is no image", 2)])
+@pytest.mark.parametrize(("harm", "workers"), [("vanishes", 0), pytest.param("is no image", 2, marks=pytest.mark.slow)])
 def test_an_image_that_is_lost_is_named_and_the_zoo_goes_on(folder, zoo, tmp_path, harm, workers):
     """After the first checkpoint; workers change no bit."""
     data, path = tmp_path / "data", tmp_path / "data" / "train" / "n1" / "5.jpg"
