@@ -28,8 +28,13 @@ def names(requirements: Iterable[str]) -> set[str]:
     return {re.sub(r"[-_.]+", "-", match[0]).lower() for match in found if match}
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imported_modules(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -93,7 +98,7 @@ SET = {"_hp_optimizer_states_linked": "deepspeed"}
 
 def private_names(path: Path, own: set[str]) -> Iterator[str]:
     """Names beginning with one underscore that a file takes from other libraries."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in own:
             yield from (each for each in (*node.module.split("."), *(a.name for a in node.names)) if each[0] == "_")
         elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -56,6 +57,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported_by(function: ast.AST) -> Iterator[str]:
     """The libraries that a function imports."""
     for node in ast.walk(function):
@@ -87,7 +93,7 @@ def test_no_function_is_longer_than_60_lines() -> None:
     long = {
         f"{name_of(path)}: {function.name}": lines
         for path in FILES
-        for function in functions(ast.parse(path.read_text()))
+        for function in functions(parsed(path))
         if (lines := (function.end_lineno or 0) - function.lineno + 1) > 60
     }
     assert long == {}
@@ -98,7 +104,7 @@ def test_imports_inside_functions_are_of_optional_or_slow_libraries() -> None:
     for path in FILES:
         if name_of(path) in LAZY or name_of(path).startswith("scripts/"):
             continue
-        for function in functions(ast.parse(path.read_text())):
+        for function in functions(parsed(path)):
             found.setdefault(name_of(path), set()).update(imported_by(function))
     unexpected = {name: names - OPTIONAL - SLOW - STILL_INSIDE.get(name, set()) for name, names in found.items()}
     assert {name: names for name, names in unexpected.items() if names} == {}

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import rpg as package
 from rpg import cli
 from rpg.generation.folders import FILES
+from rpg.tasks.config import TASKS
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config, small_network
 from tests.golden_record import plain_text, recorded
@@ -62,7 +63,7 @@ def test_help_lists_the_commands_and_is_quick(rpg: Run) -> None:
 
 
 def test_commands_load_what_they_need() -> None:
-    """torch takes seconds, and each of these a second or more on top."""
+    """torch takes seconds, and each of these a second or more on top; a configuration needs nothing that trains."""
     needed = {
         "collect --from": "tokenization.zoo.importing", "collect": "rpg.experiments.single",
         "inspect": "rpg.planning.inspect, rpg.planning.proposal", "train": "rpg.training.loop, rpg.planning.plan",
@@ -70,7 +71,9 @@ def test_commands_load_what_they_need() -> None:
     }  # fmt: skip
     slow = ("accelerate", "diffusers", "jinja2", "matplotlib", "peft", "scipy", "sklearn", "sympy", "timm")
     slow += ("torchvision", "transformers", "triton")
-    script = f"import sys, {', '.join(needed.values())}; print(*(name for name in {slow} if name in sys.modules))"
+    tasks = {"rpg.tasks.images.training", *(each.task.partition(":")[0] for each in TASKS.values())}
+    script = f"import sys, rpg.config; print(*{tasks} & set(sys.modules)); import {', '.join(needed.values())}; "
+    script += f"print(*(name for name in {slow} if name in sys.modules))"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert (process.returncode, process.stdout.strip()) == (0, ""), process.stderr
 

@@ -325,12 +325,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(rpg: Run, monkeypatch: pytes
         rpg("train", "config.yaml")
 
 
-PROCESSES = ["rpg trian CONFIG", "rpg train CONFIG --set zoo=FOLDER/none"]
-"""One that is refused before anything is loaded, and one afterwards."""
-
-
-@pytest.mark.parametrize("line", PROCESSES)
-def test_a_mistake_in_a_process_of_its_own(world: dict[str, Path], line: str) -> None:
+def test_a_mistake_in_a_process_of_its_own(world: dict[str, Path]) -> None:
+    line = "rpg train CONFIG --set zoo=FOLDER/none"
     command = [sys.executable, "-m", "rpg", *arguments_of(line, world)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=180)
     refused((process.returncode, process.stdout, process.stderr), MISTAKES[line])

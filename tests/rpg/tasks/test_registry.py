@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -25,15 +23,3 @@ def test_faults_name_the_field():
         build_task({"name": "digit"})
     with pytest.raises(InputError, match=r"task\.finetune\.stages\.0\.steps"):
         build_task({"name": "digits_subsets", "finetune": {"stages": [{"steps": 0}]}})
-
-
-def test_a_configuration_imports_no_task():
-    """Reading a configuration, or a generator, must not cost the import of what trains networks."""
-    code = "import sys, rpg.config; print([m for m in sys.modules if m.startswith('rpg.tasks.')])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for module in (
-        *(each.task for each in TASKS.values()),
-        "rpg.tasks.images.training",
-        "rpg.tasks.language.adapter_bank",
-    ):
-        assert repr(module.partition(":")[0]) not in found

@@ -56,17 +56,11 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
         build_optimizer(small_config(tmp_path, train={"optimizer": "adamw8bit"}).train, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("denoiser", "recompute"),
-    [
-        pytest.param({}, {"checkpoint_rows": 5}, id="mlp"),
-        pytest.param(
-            {"kind": "unet1d", "channels": (1, 4, 8, 4, 1)},
-            {"checkpointing": True},
-            id="unet1d",
-            marks=pytest.mark.slow,
-        ),
-    ],
+    [({}, {"checkpoint_rows": 5}), ({"kind": "unet1d", "channels": (1, 4, 8, 4, 1)}, {"checkpointing": True})],
+    ids=["mlp", "unet1d"],
 )
 def test_recomputed_and_compiled_networks_train_alike(tmp_path, zoo, denoiser, recompute):
     """aot_eager traces forward and backward as inductor does, without a compiler."""
