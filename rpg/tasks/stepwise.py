@@ -256,6 +256,12 @@ class DatasetTask(FinetunedTask):
         super().__init__(config)
         self._datasets: dict[str, Any] = {}
 
+    @property
+    def fetches_weights(self) -> bool:
+        """Whether `build` asks the hub: not where there is a base, and not for a plan, which wants no values."""
+        known = Path(self.config.base).is_file() or torch.get_default_device().type == "meta"
+        return self.config.pretrained and not known
+
     @abstractmethod
     def open_split(self, split: str) -> Any:
         """The data set of one of ``splits``. Raises InputError where the folder lacks it."""

@@ -6,7 +6,6 @@ import contextlib
 import io
 from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,8 +175,7 @@ class DetectionTask(DatasetTask):
 
     def make_network(self) -> nn.Module:
         """The untrained target network. Raises InputError if it cannot be built, or data are missing."""
-        pretrained = self.config.pretrained and not Path(self.config.base).is_file()
-        return build_detector(self.config, self.dataset("train").num_outputs, pretrained=pretrained)
+        return build_detector(self.config, self.dataset("train").num_outputs, pretrained=self.fetches_weights)
 
     def open_split(self, split: str) -> DetectionSet:
         """Images and their boxes. Raises InputError if the folder lacks them."""

@@ -163,12 +163,9 @@ class TimmFinetuneTask(TimmTask):
         """
         if ":" in self.config.network:
             return own_network(self.config.network, self.config.network_arguments)
-        pretrained, cure = (
-            self.config.pretrained and not Path(self.config.base).is_file(),
-            "set task.pretrained to false",
-        )
         self.check_name()
-        return timm_network(self.config.network, cure, pretrained=pretrained, num_classes=len(self.classes))
+        options = {"pretrained": self.fetches_weights, "num_classes": len(self.classes)}
+        return timm_network(self.config.network, "set task.pretrained to false", **options)
 
     @property
     def first_steps(self) -> int:

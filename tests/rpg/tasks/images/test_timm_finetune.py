@@ -12,6 +12,7 @@ from PIL import Image
 from rpg.config import Config
 from rpg.experiments.evaluating import evaluate_run
 from rpg.experiments.sweep import load_sweep
+from rpg.planning.zoo_summary import find_zoo_summary
 from rpg.tasks import TimmFinetuneConfig, build_task
 from rpg.tasks.stepwise import last_norms
 from rpg.training.loop import train
@@ -174,3 +175,10 @@ def test_the_papers_networks_and_data_sets_have_configurations():
         assert each.config.run.endswith(each.name)
         rates = (task.learning_rate, task.finetune_learning_rate, task.weight_decay, task.batch_size)
         assert rates == (5e-4, 3e-2, 5e-4, 128) and task.train_epochs in (0, 10)  # tables 5a and 5b
+
+
+def test_a_plan_fetches_no_weights(folder, tmp_path):
+    """Before there is a zoo, the network's structure alone is asked for."""
+    task = config_of(folder, pretrained=True, base=str(tmp_path / "none.safetensors")).model_dump(mode="json")
+    config = Config.parse({"run": "run", "zoo": str(tmp_path / "zoo"), "task": task | {"name": "finetune"}}, "test")
+    assert find_zoo_summary(config).layout.num_values > 0
