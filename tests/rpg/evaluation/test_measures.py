@@ -55,6 +55,12 @@ def test_originals_baselines_and_generated_networks_are_judged(zoo):
     assert report.extras["spread"]["diversity_ratio"] == pytest.approx(0, abs=1e-4)  # two of them are alike
 
 
+def test_the_threshold_is_the_median_original_to_the_last_bit(zoo):
+    """Rounded to 32 bits 0.3 is more than 0.3."""
+    report = judged(zoo, score=lambda state_dict: {"score": 0.3}, config=NONE)
+    assert report.threshold == 0.3 == report.kinds["original"].metrics["score"][0]
+
+
 @pytest.mark.parametrize("held_values", [1 << 26, 0], ids=["plain_zoo", "streamed"])
 def test_reports_of_small_and_of_streamed_zoos(zoo, monkeypatch, held_values, request):
     monkeypatch.setattr(span_module, "HELD_VALUES", held_values)
