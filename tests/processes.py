@@ -17,7 +17,10 @@ def free_port() -> int:
 
 
 def in_two_processes(work: Callable[[], object]) -> None:
-    """Call ``work`` in two processes as ``torchrun --nproc_per_node 2`` would; it must have no thread but its own."""
+    """Call ``work`` in two processes as ``torchrun --nproc_per_node 2`` would; it must have no thread but its own.
+
+    It must not train: after a fork autograd refuses a backward pass if an earlier test gave it threads.
+    """
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [os.fork() or _child(work, {**place, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]

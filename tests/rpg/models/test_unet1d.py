@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 from torch.nn import functional as F
 
 from rpg.models.denoiser import time_sinusoid
 from rpg.models.unet1d import BatchNorm, UNet1d, UNet1dConfig
-from tests.processes import in_two_processes
 
 D, H, E = 12, 20, 16
 CHANNELS = (1, 4, 6, 8, 6, 4, 1)
@@ -120,6 +118,14 @@ def test_recomputing_layers_moves_the_running_statistics_once():
         assert torch.equal(buffer, frugal.get_buffer(name)) and not torch.equal(buffer, small().get_buffer(name))
 
 
+def _over_processes(rank: int, size: int, address: str, x: torch.Tensor, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    part = x.chunk(size)[rank].clone().requires_grad_()
+    results.put((rank, *(tensor.tolist() for tensor in _normalised(part))))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def _normalised(x: torch.Tensor) -> list[torch.Tensor]:
     """Output, gradient of the input, running mean and variance after one step."""
     norm = BatchNorm(x.shape[1])
@@ -133,17 +139,17 @@ def test_processes_normalise_as_one_does(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(6, 3, 1, 5) * torch.tensor([0.1, 1, 5])[:, None, None] + 30
     expected = _normalised(x.clone().requires_grad_())
-
-    def work() -> None:
-        rank = int(os.environ["RANK"])
-        torch.distributed.init_process_group("gloo")
-        torch.save(_normalised(x.chunk(2)[rank].clone().requires_grad_()), tmp_path / f"{rank}.pt")
-        torch.distributed.destroy_process_group()
-
-    in_two_processes(work)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    arguments = (2, f"file://{tmp_path}/meet", x, results)
+    processes = [context.Process(target=_over_processes, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get() for _ in processes)
+    for process in processes:
+        process.join()
     for index, tensor in enumerate(expected):
-        parts = [result[index] for result in found]
+        parts = [torch.tensor(result[1 + index]) for result in found]
         whole = torch.cat(parts) if index < 2 else parts[0]
         assert index < 2 or torch.equal(parts[0], parts[1])
         torch.testing.assert_close(whole, tensor, rtol=1e-3, atol=2e-3)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from rpg.config import Config
@@ -18,7 +17,6 @@ from rpg.training.batches import BatchSampler
 from rpg.training.data import TrainingSet
 from rpg.training.loop import train
 from tests.conftest import make_zoo, small_config
-from tests.processes import in_two_processes
 from tokenization.layout.layout import TokenLayout
 from tokenization.zoo.zoo import Zoo
 
@@ -125,22 +123,10 @@ def trained(config: Config) -> Path:
     return Path(config.run)
 
 
-def test_two_processes_train_as_one_does(reference, capfd):
-    """Forked from this one: nothing is imported anew."""
-    config = demanding_config(reference, "forked")
-
-    def work() -> None:
-        os.environ |= ON_CPU
-        AcceleratorState._reset_state()
-        train(config)
-
-    in_two_processes(work)
-    assert WAYS["ddp"][1] in capfd.readouterr().out
-    assert_close(config.run, trained(demanding_config(reference, "one")))
+SLOW = {way: pytest.mark.slow for way in WAYS if way != "ddp"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=SLOW.get(way, ())) for way in WAYS])
 def test_every_way_trains_saves_and_resumes_as_one_process_does(reference, way):
     if way.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
