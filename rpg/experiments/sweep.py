@@ -292,13 +292,14 @@ def run_sweep(path: Path | str, *, jobs: int = 1, only: Sequence[str] = (), say:
     for config in (each.config for each in waiting):  # before anything is trained
         if config.model.condition.kind != "none":
             require_for_choices(config, config.evaluate.split)
-    users = Counter(each.config.zoo for each in waiting if each.config.task is not None)
-    zoos = {each.config.zoo: each for each in waiting if users[each.config.zoo] > 1}
+    users, makers = Counter(each.config.zoo for each in waiting), [e for e in waiting if e.config.task is not None]
+    zoos = {each.config.zoo: each for each in makers if users[each.config.zoo] > 1}
+    alone = {each.name for each in makers if users[each.config.zoo] == 1}
     shared = [("collect", each) for each in zoos.values()]
     failures = _in_parallel("collecting zoos", shared, jobs, lambda line: say(f"{line}, zoo ready"))
     broken = {zoo: failures[each.name] for zoo, each in zoos.items() if each.name in failures}
     failures |= {each.name: broken[each.config.zoo] for each in waiting if each.config.zoo in broken}
-    left = [("both" if users[each.config.zoo] == 1 else "run", each) for each in waiting if each.name not in failures]
+    left = [("both" if each.name in alone else "run", each) for each in waiting if each.name not in failures]
     failures |= _in_parallel("training and scoring", left, jobs, lambda line: say(f"{line}, done"))
     rows = [row_of(each.name, each.overrides, each.folder, failures.get(each.name)) for each in runs]
     reports, folder = readable_reports({each.name: each.folder for each in runs}), Path(sweep.run)

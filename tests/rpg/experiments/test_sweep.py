@@ -69,6 +69,31 @@ def test_a_sweep_runs_once_survives_a_failure_and_reruns_what_changed(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ([[]], [[], ["both"]]),  # alone with its zoo
+        ([[], []], [["collect"], ["run", "run"]]),
+        ([[], ["task=null"]], [["collect"], ["run", "run"]]),  # nobody else knows how the zoo is made
+        ([["task=null"]], [[], ["run"]]),
+    ],
+)
+def test_a_zoo_is_collected_once_by_an_entry_that_knows_how(sweep, monkeypatch, changes, steps):
+    tree = yaml.safe_load(sweep.read_text())
+    tree["entries"] = [{"name": f"{number}", "set": each} for number, each in enumerate(changes)]
+    sweep.write_text(yaml.safe_dump(tree))
+    done = []
+
+    def record(title, todo, *_):
+        done.append(todo)
+        return {each.name: "not run" for _, each in todo} if title == "training and scoring" else {}
+
+    monkeypatch.setattr("rpg.experiments.sweep._in_parallel", record)
+    run_sweep(sweep, say=lambda line: None)
+    assert [[step for step, _ in each] for each in done] == steps
+    assert all(each.config.task is not None for todo in done for step, each in todo if step != "run")
+
+
+@pytest.mark.parametrize(
     "config, message",
     [
         ("digits_unseen.yaml", "learns from the validation split"),
