@@ -96,7 +96,8 @@ class Evaluation(Engine):
         if generated is not None:
             self.look("generated", generated, given.wanted)
         for name, batch in self._baselines(num).items():
-            sums = {place: each for place, each in enumerate(batch) if isinstance(each, Combination) and not each.noise}
+            own = {place: batch[place] for place in self.workers.places(len(batch))}
+            sums = {place: each for place, each in own.items() if isinstance(each, Combination) and not each.noise}
             known = {place: zoo.project_combinations(each.weights[None]) for place, each in sums.items()}
             self.look(name, self._made(batch, known), given.wanted)
         self.workers.finish()
